@@ -1,0 +1,1 @@
+"""Patches to embeddings: datasets, backbones, and the overlapped extraction loop."""

@@ -1,0 +1,129 @@
+"""How does a command talk to its user?
+
+Results go to stdout, progress and prose to stderr; a mistake the user can mend is one `UserError`, shown as one
+message with exit status 1; progress bars appear on a terminal only, so a pipe or a log file stays clean.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import typer
+
+Advance = Callable[[int], None]
+
+
+class UserError(Exception):
+    """A mistake the user can mend. The message says what was found, what was expected, and what to do."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """SIGTERM, raised in the main thread so that it unwinds like Ctrl-C."""
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """A ' Did you mean ...?' suffix naming the closest known names, or an empty string when none is close."""
+    close = difflib.get_close_matches(name, list(known), n=3, cutoff=0.5)
+    return f" Did you mean {' or '.join(close)}?" if close else ""
+
+
+def say(message: str) -> None:
+    """One line of prose on stderr."""
+    print(message, file=sys.stderr, flush=True)
+
+
+def print_json(value: dict[str, Any]) -> None:
+    """The one JSON object that `--json` promises, on stdout."""
+    print(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+def printable(text: str) -> str:
+    """`text` with control characters escaped, so that a hostile file name cannot drive the terminal."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
+@contextmanager
+def progress(description: str, total: int, unit: str = "images") -> Iterator[Advance]:
+    """A progress bar with rate and time left on a terminal's stderr; nothing at all elsewhere.
+
+    Yields:
+        `advance(n)`, to be called after every `n` finished units; safe to call from any thread.
+    """
+    if not sys.stderr.isatty():
+        yield lambda n: None
+        return
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        ProgressColumn,
+        Task,
+        TextColumn,
+        TimeRemainingColumn,
+    )
+    from rich.text import Text
+
+    class Rate(ProgressColumn):
+        def render(self, task: Task) -> Text:
+            speed = task.finished_speed or task.speed
+            return Text("" if speed is None else f"{speed:,.0f} {unit}/s")
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        Rate(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task(description, total=total)
+        yield lambda n: bar.advance(task, n)
+
+
+def _terminate(signum: int, frame: object) -> None:
+    raise Interrupted
+
+
+def run(app: typer.Typer) -> None:
+    """Run a typer application under the exit-status contract: 0 done, 1 one clear message, 2 wrong usage."""
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        # Not standalone: click would turn Ctrl-C into "Aborted!" and hide our own message.
+        status = app(standalone_mode=False)
+    except UserError as error:
+        _fail(str(error))
+    except KeyboardInterrupt as error:
+        what = str(error) or "run the same command again to finish the rest"
+        _fail(f"Interrupted: everything finished so far is kept; {what}.")
+    except BrokenPipeError:  # `fm-… | head`: the reader has left, and that is no mistake
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+    except Exception as error:
+        import click
+
+        if isinstance(error, click.exceptions.Abort):  # Ctrl-C, as click reports it
+            _fail("Interrupted: everything finished so far is kept; run the same command again to finish the rest.")
+        if isinstance(error, click.ClickException):
+            error.show()
+            sys.exit(error.exit_code)
+        raise
+    sys.exit(status if isinstance(status, int) else 0)
+
+
+def _fail(message: str) -> None:
+    say(f"error: {printable_lines(message)}")
+    sys.exit(1)
+
+
+def printable_lines(message: str) -> str:
+    """`printable`, line by line: messages may have several lines, file names may not."""
+    return "\n".join(printable(line) for line in message.split("\n"))

@@ -1,0 +1,121 @@
+"""What is a row? One labelled patch: id, label, group, split, rater votes, domain and the digest of its bytes."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from features.console import UserError
+
+TRAIN, TEST = "train", "test"
+MISSING_VOTE = -1
+
+
+@dataclass(frozen=True, eq=False)
+class Samples:
+    """The patch table of one dataset, in its fixed row order. Unknown strings are empty, never None.
+
+    Attributes:
+        id: (n,) str, unique; the file's path below the dataset's folder (`Atypical/MIDOG21_7.png`).
+        label: (n,) int8; 1 is the positive class (Atypical), 0 the other.
+        group: (n,) str; the slide or patient no split may cut through; empty where unknown.
+        split: (n,) str; "train", "test", or empty where the dataset has no split of its own.
+        votes: (n, n_raters) int8; 1 positive, 0 negative, -1 missing; n_raters may be 0.
+        domain: (n,) str; tumour type, scanner or centre; empty where unknown.
+        sha256: (n,) str; hex SHA-256 of the stored bytes: the file, or the array row of an HDF5 file.
+    """
+
+    id: NDArray[np.str_]
+    label: NDArray[np.int8]
+    group: NDArray[np.str_]
+    split: NDArray[np.str_]
+    votes: NDArray[np.int8]
+    domain: NDArray[np.str_]
+    sha256: NDArray[np.str_]
+
+    def __post_init__(self) -> None:
+        n = len(self.id)
+        for field in fields(self):
+            if len(getattr(self, field.name)) != n:
+                raise ValueError(f"samples: column {field.name} has {len(getattr(self, field.name))} rows, id has {n}")
+        if self.votes.ndim != 2:
+            raise ValueError(f"samples: votes must be (n, n_raters), got shape {self.votes.shape}")
+
+    def __len__(self) -> int:
+        return len(self.id)
+
+    @property
+    def images_digest(self) -> str:
+        """SHA-256 over (id, sha256) in row order: the same patches in the same order, whatever their labels."""
+        return _digest(self.id, self.sha256)
+
+    @property
+    def table_digest(self) -> str:
+        """SHA-256 over every column in row order: the same patches, labels, groups, splits, votes and domains."""
+        votes = ["".join("-01"[v + 1] for v in row) for row in self.votes]
+        return _digest(self.id, self.label, self.group, self.split, votes, self.domain, self.sha256)
+
+    def select(self, rows: NDArray[np.bool_] | NDArray[np.intp]) -> Samples:
+        """The rows of a boolean mask or an index array, in that order."""
+        return replace(self, **{field.name: getattr(self, field.name)[rows] for field in fields(self)})
+
+
+def make_samples(
+    id: Sequence[str],
+    label: Sequence[int],
+    *,
+    sha256: Sequence[str],
+    group: Sequence[str] | None = None,
+    split: Sequence[str] | None = None,
+    votes: NDArray[np.int8] | None = None,
+    domain: Sequence[str] | None = None,
+) -> Samples:
+    """Build a checked patch table from plain columns; absent columns are unknown.
+
+    Raises:
+        UserError: on a duplicate id, a label other than 0 or 1, or a split other than train, test or empty.
+    """
+    n = len(id)
+    ids = _strings(id)
+    unique, counts = np.unique(ids, return_counts=True)
+    if len(unique) < n:
+        twice = unique[counts > 1]
+        raise UserError(
+            f"{len(twice)} ids occur more than once (first: {twice[0]}). Every patch needs an id of its own: "
+            "remove the repeated rows or rename the files."
+        )
+    labels = np.asarray(label, dtype=np.int8)
+    if not np.isin(labels, (0, 1)).all():
+        raise UserError(f"labels must be 0 or 1 (1 = the positive class); found {sorted(set(labels.tolist()))}.")
+    splits = _strings(split) if split is not None else _strings([""] * n)
+    unknown = sorted(set(splits.tolist()) - {TRAIN, TEST, ""})
+    if unknown:
+        raise UserError(f"unknown split {unknown[0]!r}: a split is 'train', 'test' or empty.")
+    return Samples(
+        id=ids,
+        label=labels,
+        group=_strings(group) if group is not None else _strings([""] * n),
+        split=splits,
+        votes=np.empty((n, 0), dtype=np.int8) if votes is None else np.asarray(votes, dtype=np.int8),
+        domain=_strings(domain) if domain is not None else _strings([""] * n),
+        sha256=_strings(sha256),
+    )
+
+
+def _strings(values: Iterable[str]) -> NDArray[np.str_]:
+    listed = [str(value) for value in values]
+    return np.array(listed, dtype=np.str_) if listed else np.array([], dtype="<U1")
+
+
+def _digest(*columns: Iterable[object]) -> str:
+    digest = hashlib.sha256()
+    for row in zip(*columns, strict=True):
+        # Length-prefixed cells: no content of a cell can imitate a cell border.
+        for cell in row:
+            data = str(cell).encode()
+            digest.update(len(data).to_bytes(8, "little") + data)
+    return digest.hexdigest()
