@@ -119,3 +119,94 @@ def _digest(*columns: Iterable[object]) -> str:
             data = str(cell).encode()
             digest.update(len(data).to_bytes(8, "little") + data)
     return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class Audit:
+    """What could make a score look better than it is: repeated patches, contradicting labels, leaking groups.
+
+    Attributes:
+        duplicates: ids of byte-identical patches, one tuple per set of identical ones.
+        conflicts: those of `duplicates` that carry both labels.
+        split_duplicates: those of `duplicates` with one copy in train and another in test.
+        split_groups: groups (slides, patients) with patches in both train and test.
+        n_without_group: patches whose group is unknown.
+    """
+
+    duplicates: tuple[tuple[str, ...], ...]
+    conflicts: tuple[tuple[str, ...], ...]
+    split_duplicates: tuple[tuple[str, ...], ...]
+    split_groups: tuple[str, ...]
+    n_without_group: int
+    n_samples: int
+
+    @property
+    def n_surplus(self) -> int:
+        """How many patches would go if every set of duplicates kept one."""
+        return sum(len(ids) - 1 for ids in self.duplicates)
+
+    def lines(self) -> list[str]:
+        """The findings as sentences for people; empty when there is nothing to say."""
+        said = []
+        if self.duplicates:
+            n_files = sum(map(len, self.duplicates))
+            said.append(
+                f"{len(self.duplicates)} sets of identical patches ({n_files} patches, {self.n_surplus} surplus); "
+                "folds keep each set together"
+            )
+        said += [f"contradicting labels on identical patches: {', '.join(ids)}" for ids in self.conflicts[:_SHOWN]]
+        if len(self.conflicts) > _SHOWN:
+            said.append(f"... and {len(self.conflicts) - _SHOWN} more sets with contradicting labels")
+        if self.split_duplicates:
+            said.append(
+                f"{len(self.split_duplicates)} sets of identical patches lie in train and test at once "
+                f"(first: {', '.join(self.split_duplicates[0])}): test scores are optimistic"
+            )
+        if self.split_groups:
+            said.append(
+                f"{len(self.split_groups)} groups have patches in train and test at once "
+                f"(first: {self.split_groups[0]}): test scores are optimistic"
+            )
+        if self.n_without_group:
+            said.append(
+                f"{self.n_without_group} of {self.n_samples} patches have no known group (slide or patient): "
+                "each counts as its own, so intervals and folds may be too optimistic"
+            )
+        return said
+
+    def as_dict(self) -> dict[str, object]:
+        """The findings as plain JSON values."""
+        return {
+            "duplicates": [list(ids) for ids in self.duplicates],
+            "conflicts": [list(ids) for ids in self.conflicts],
+            "split_duplicates": [list(ids) for ids in self.split_duplicates],
+            "split_groups": list(self.split_groups),
+            "n_without_group": self.n_without_group,
+        }
+
+
+_SHOWN = 5
+
+
+def audit(samples: Samples) -> Audit:
+    """Find exact duplicate patches, contradicting labels, and groups or patches shared by train and test."""
+    order = np.argsort(samples.sha256, kind="stable")
+    _, starts = np.unique(samples.sha256[order], return_index=True)
+    sets = [rows for rows in np.split(order, starts[1:]) if len(rows) > 1]
+
+    def ids(rows: NDArray[np.intp]) -> tuple[str, ...]:
+        return tuple(samples.id[rows].tolist())
+
+    def split_at_once(rows: NDArray[np.intp]) -> bool:
+        return {TRAIN, TEST} <= set(samples.split[rows].tolist())
+
+    known = samples.group != ""
+    shared = set(samples.group[known & (samples.split == TRAIN)]) & set(samples.group[known & (samples.split == TEST)])
+    return Audit(
+        duplicates=tuple(ids(rows) for rows in sets),
+        conflicts=tuple(ids(rows) for rows in sets if len(set(samples.label[rows].tolist())) > 1),
+        split_duplicates=tuple(ids(rows) for rows in sets if split_at_once(rows)),
+        split_groups=tuple(sorted(map(str, shared))),
+        n_without_group=int((~known).sum()),
+        n_samples=len(samples),
+    )

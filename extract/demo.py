@@ -1,0 +1,300 @@
+"""What patches can everybody have at once? Drawn ones: H&E-like mitotic figures, the same bytes on every machine.
+
+They exercise the whole path (slides, scanners, votes, train and test) where no data can be had, and show how a method
+behaves. They say nothing about real tissue: no score on them belongs beside a published one.
+
+Only additions, products, quotients, square roots and maxima of IEEE doubles are used, and only `random()` of PCG64:
+each is exactly defined, whereas `exp` or a matrix product differ in the last bit from machine to machine.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from features.console import progress
+from features.samples import TEST, TRAIN, Samples, make_samples
+
+SIZE = 128  # pixels
+MPP = 0.25  # micrometres per pixel that the drawn sizes imply: a metaphase plate is 8 um long
+N_SLIDES = 30
+N_TEST_SLIDES = 8
+N_PATCHES = 400
+N_RATERS = 3
+SEED = 2025
+
+Map = NDArray[np.float64]  # (SIZE, SIZE), or a list of shapes
+
+_Y, _X = np.mgrid[:SIZE, :SIZE].astype(np.float64)
+_HAEMATOXYLIN = (0.65, 0.70, 0.29)  # optical density per unit of stain in R, G, B (Ruifrok and Johnston 2001)
+_EOSIN = (0.12, 0.98, 0.24)
+_NORMAL_KINDS = ("plate", "ring", "anaphase", "anaphase", "prometaphase")
+_ATYPICAL_KINDS = ("tripolar", "lagging", "bridge", "asymmetric", "fragments")
+_ERROR_RATE = 0.10  # of one rater on one figure
+
+
+@dataclass(frozen=True, eq=False)
+class Demo:
+    """The drawn patches: their table, and pixels (n, SIZE, SIZE, 3) uint8."""
+
+    samples: Samples
+    pixels: NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class _Slide:
+    name: str
+    scanner: str
+    atypical_rate: float
+    haematoxylin: tuple[float, ...]
+    eosin: tuple[float, ...]
+    white: tuple[float, ...]
+    n_blurs: int
+    noise: float
+
+
+@functools.cache
+def draw() -> Demo:
+    """Draw the demo dataset: 400 patches of 30 slides with three votes each; about a second.
+
+    Slides differ in stain, scanner and share of atypical figures. The label is the majority of the votes.
+    """
+    rng = np.random.Generator(np.random.PCG64(SEED))
+    slides = [_slide(rng, number) for number in range(N_SLIDES)]
+    # Squares make a few large slides and many small ones, as in real cohorts.
+    owners = np.concatenate([np.arange(N_SLIDES), (rng.random(N_PATCHES - N_SLIDES) ** 2 * N_SLIDES).astype(int)])
+    owners.sort()
+    pixels = np.empty((N_PATCHES, SIZE, SIZE, 3), dtype=np.uint8)
+    votes = np.empty((N_PATCHES, N_RATERS), dtype=np.int8)
+    with progress("draw demo", N_PATCHES) as advance:
+        for row, owner in enumerate(owners):
+            slide = slides[owner]
+            atypical = rng.random() < slide.atypical_rate
+            votes[row] = (rng.random(N_RATERS) < _ERROR_RATE) != atypical
+            pixels[row] = _patch(rng, slide, _pick(rng, _ATYPICAL_KINDS if atypical else _NORMAL_KINDS))
+            advance(1)
+    pixels.setflags(write=False)
+    label = (votes.sum(axis=1) * 2 > N_RATERS).astype(int).tolist()
+    samples = make_samples(
+        [f"{('Normal', 'Atypical')[y]}/{row:03d}" for row, y in enumerate(label)],
+        label,
+        sha256=[hashlib.sha256(patch.tobytes()).hexdigest() for patch in pixels],
+        group=[slides[owner].name for owner in owners],
+        # Every fourth slide is a test slide: large and small ones, from both scanners.
+        split=[TEST if owner % 4 == 2 else TRAIN for owner in owners],
+        votes=votes,
+        domain=[slides[owner].scanner for owner in owners],
+    )
+    return Demo(samples, pixels)
+
+
+def _slide(rng: np.random.Generator, number: int) -> _Slide:
+    scanner = ("scanner A", "scanner B")[number // 2 % 2]
+    strength_h, strength_e = 0.85 + 0.5 * rng.random(), 0.55 + 0.6 * rng.random()
+    warm = 8.0 if scanner == "scanner B" else 0.0
+    return _Slide(
+        name=f"slide-{number:02d}",
+        scanner=scanner,
+        atypical_rate=0.08 + 0.4 * rng.random(),
+        haematoxylin=tuple(strength_h * (od + 0.10 * (rng.random() - 0.5)) for od in _HAEMATOXYLIN),
+        eosin=tuple(strength_e * (od + 0.14 * (rng.random() - 0.5)) for od in _EOSIN),
+        white=(246.0, 243.0 - warm / 2, 246.0 - warm),
+        n_blurs=2 if scanner == "scanner B" else 1,
+        noise=(3.0 if scanner == "scanner B" else 5.0) * (1 + rng.random()),
+    )
+
+
+def _patch(rng: np.random.Generator, slide: _Slide, kind: str) -> NDArray[np.uint8]:
+    """One patch, (SIZE, SIZE, 3): stain amounts, then Beer and Lambert's law, then the scanner."""
+    haematoxylin, eosin = _tissue(rng)
+    chromatin = _chromatin(rng, kind)
+    cell = _ellipse(SIZE / 2 + 4 * _signed(rng), SIZE / 2 + 4 * _signed(rng), 27 + 7 * rng.random(), _direction(rng), 0.85)
+    cytoplasm = _soft(cell * 4)
+    eosin = eosin * (1 - 0.35 * cytoplasm) + 0.12 * _soft(1 - 9 * np.abs(cell))  # cleared plasm inside a thin membrane
+    haematoxylin = haematoxylin * (1 - cytoplasm) + 0.08 * cytoplasm
+    haematoxylin = np.maximum(haematoxylin, chromatin * (1.25 + 0.3 * rng.random()))
+
+    channels = []
+    for h, e, white in zip(slide.haematoxylin, slide.eosin, slide.white, strict=True):
+        transmitted = 1 + (h * haematoxylin + e * eosin) / 8  # (1 + x/8)^-8 for exp(-x): the same law, exact everywhere
+        light = transmitted * transmitted
+        light = light * light
+        light = white / (light * light)
+        for _ in range(slide.n_blurs):
+            light = _blur(light)
+        grain = rng.random((SIZE, SIZE)) + rng.random((SIZE, SIZE)) - 1
+        channels.append(np.minimum(np.maximum(light + slide.noise * grain, 0), 255))
+    return np.stack([np.floor(channel + 0.5) for channel in channels], axis=-1).astype(np.uint8)
+
+
+def _tissue(rng: np.random.Generator) -> tuple[Map, Map]:
+    """Haematoxylin and eosin of the tissue around the figure: stroma with cracks, and resting nuclei."""
+    coarse, medium, fine = _noise(rng, 4), _noise(rng, 11), _noise(rng, 40)
+    eosin = 0.18 + 0.32 * coarse + 0.22 * medium + 0.16 * fine
+    cracks = _soft((_noise(rng, 6) - 0.66) * 8)
+    eosin = eosin * (1 - 0.85 * cracks)
+    haematoxylin = 0.04 + 0.07 * medium
+    texture = 0.55 * _noise(rng, 20) + 0.45 * fine
+    for _ in range(4 + int(5 * rng.random())):
+        along, aside = SIZE * 1.1 * _signed(rng) / 2, SIZE * 1.1 * _signed(rng) / 2
+        radius, axis, aspect = 9 + 7 * rng.random(), _direction(rng), 0.55 + 0.4 * rng.random()
+        density = 0.28 + 0.32 * rng.random()
+        if along * along + aside * aside < 42 * 42:
+            continue  # the figure's own cell lies here
+        nucleus = _ellipse(SIZE / 2 + along, SIZE / 2 + aside, radius, axis, aspect)
+        rim = _soft(1 - 7 * np.abs(nucleus - 0.08))
+        inside = _soft(nucleus * 6)
+        haematoxylin = np.maximum(haematoxylin, density * (inside * (0.55 + 0.75 * texture) + 0.35 * rim))
+        eosin = eosin * (1 - 0.5 * inside)
+    return haematoxylin, eosin
+
+
+def _chromatin(rng: np.random.Generator, kind: str) -> Map:
+    """The condensed chromosomes of one figure, 0 to 1: a union of small clumps with ragged edges."""
+    u, v, radius = _FIGURES[kind](rng)  # in the figure's own axes: u along the plate, v from pole to pole
+    if rng.random() < 0.35:  # a dark speck beside the figure: debris, which must not give the class away
+        u, v, radius = np.append(u, 24 * _signed(rng)), np.append(v, 24 + 6 * rng.random()), np.append(radius, 2.0)
+    c, s = _direction(rng)
+    x = SIZE / 2 + 3 * _signed(rng) + c * u - s * v
+    y = SIZE / 2 + 3 * _signed(rng) + s * u + c * v
+    dx, dy = _X - x[:, None, None], _Y - y[:, None, None]  # (clumps, SIZE, SIZE)
+    height = np.maximum.reduce(1 - (dx * dx + dy * dy) / (radius * radius)[:, None, None], axis=0)
+    ragged = 0.9 * (_noise(rng, 24) - 0.5) + 0.9 * (_noise(rng, 50) - 0.5)
+    return _soft(1.6 * (height + ragged + 0.25)) * (0.85 + 0.15 * _noise(rng, 30))
+
+
+Clumps = tuple[Map, Map, Map]  # positions u, v and radii, in pixels, each (clumps,)
+
+
+def _bar(rng: np.random.Generator, half_length: float, radius: float, *, at: float = 0.0, bend: float = 0.0) -> Clumps:
+    n = 5 + int(half_length)
+    u = half_length * (2 * np.arange(n) / (n - 1) - 1)
+    v = at + bend * (u * u) / (half_length * half_length) + 1.6 * (rng.random(n) - 0.5)
+    return u, v, radius * (0.75 + 0.5 * rng.random(n))
+
+
+def _together(*parts: Clumps) -> Clumps:
+    u, v, radius = (np.concatenate(column) for column in zip(*parts, strict=True))
+    return u, v, radius
+
+
+def _plate(rng: np.random.Generator) -> Clumps:
+    return _bar(rng, 12 + 5 * rng.random(), 3.4 + 1.4 * rng.random(), bend=3 * _signed(rng))
+
+
+def _ring(rng: np.random.Generator) -> Clumps:
+    directions = [_direction(rng) for _ in range(22)]
+    u, v = (np.array(axis) for axis in zip(*directions, strict=True))
+    radius = 8 + 3 * rng.random()
+    return radius * u, radius * v, 2.8 + 1.2 * rng.random(len(u))
+
+
+def _prometaphase(rng: np.random.Generator) -> Clumps:
+    u, v = 20 * (rng.random(26) - 0.5), 16 * (rng.random(26) - 0.5)
+    return u, v, 2.4 + 1.6 * rng.random(26)
+
+
+def _anaphase(rng: np.random.Generator, second: float = 1.0) -> Clumps:
+    """Two plates moving apart; `second` scales the size of the second one."""
+    half, length, radius = 6 + 6 * rng.random(), 9 + 4 * rng.random(), 2.9 + 1.1 * rng.random()
+    bend = 1 + 2 * rng.random()
+    return _together(
+        _bar(rng, length, radius, at=half, bend=-bend),
+        _bar(rng, length * second, radius * (0.5 + 0.5 * second), at=-half, bend=bend),
+    )
+
+
+def _tripolar(rng: np.random.Generator) -> Clumps:
+    arms = []
+    for c, s in ((1.0, 0.0), (-0.5, 0.8660254037844386), (-0.5, -0.8660254037844386)):
+        u, v, radius = _bar(rng, 6 + 2.5 * rng.random(), 3.0 + 1.0 * rng.random())
+        u = u + 6.5
+        arms.append((c * u - s * v, s * u + c * v, radius))
+    return _together(*arms)
+
+
+def _lagging(rng: np.random.Generator) -> Clumps:
+    n = 1 + int(3 * rng.random())
+    left_behind = (14 * (rng.random(n) - 0.5), 5 * (rng.random(n) - 0.5), 1.9 + 1.0 * rng.random(n))
+    return _together(_anaphase(rng), left_behind)
+
+
+def _bridge(rng: np.random.Generator) -> Clumps:
+    v, u, radius = _bar(rng, 9, 1.8, bend=2 * _signed(rng))  # a thin strand from pole to pole
+    return _together(_anaphase(rng), (u + 8 * _signed(rng), v, radius))
+
+
+def _asymmetric(rng: np.random.Generator) -> Clumps:
+    return _anaphase(rng, 0.4 + 0.25 * rng.random())
+
+
+def _fragments(rng: np.random.Generator) -> Clumps:
+    n = 1 + int(3 * rng.random())
+    side = np.where(rng.random(n) < 0.5, -1.0, 1.0)
+    lost = (18 * (rng.random(n) - 0.5), side * (9 + 6 * rng.random(n)), 2.0 + 1.0 * rng.random(n))
+    return _together(_plate(rng), lost)
+
+
+_FIGURES: dict[str, Callable[[np.random.Generator], Clumps]] = {
+    "plate": _plate,
+    "ring": _ring,
+    "prometaphase": _prometaphase,
+    "anaphase": _anaphase,
+    "tripolar": _tripolar,
+    "lagging": _lagging,
+    "bridge": _bridge,
+    "asymmetric": _asymmetric,
+    "fragments": _fragments,
+}
+
+
+def _ellipse(x: float, y: float, radius: float, axis: tuple[float, float], aspect: float) -> Map:
+    """1 at the centre, 0 on the outline, negative outside."""
+    c, s = axis
+    u, v = c * (_X - x) + s * (_Y - y), (c * (_Y - y) - s * (_X - x)) / aspect
+    return 1 - (u * u + v * v) / (radius * radius)
+
+
+def _soft(values: Map) -> Map:
+    """A smooth step from 0 at 0 to 1 at 1."""
+    t = np.minimum(np.maximum(values, 0), 1)
+    return t * t * (3 - 2 * t)
+
+
+def _noise(rng: np.random.Generator, cells: int) -> Map:
+    """Smooth noise in 0 to 1: random values on a lattice of `cells` x `cells`, interpolated."""
+    lattice = rng.random((cells + 1, cells + 1))
+    position = (np.arange(SIZE) + 0.5) * cells / SIZE
+    low = position.astype(int)
+    weight = _soft(position - low)
+    rows = lattice[low] * (1 - weight)[:, None] + lattice[low + 1] * weight[:, None]
+    return rows[:, low] * (1 - weight) + rows[:, low + 1] * weight
+
+
+def _blur(image: Map) -> Map:
+    padded = np.pad(image, 1, mode="edge")
+    rows = padded[:-2] + 2 * padded[1:-1] + padded[2:]
+    return (rows[:, :-2] + 2 * rows[:, 1:-1] + rows[:, 2:]) / 16
+
+
+def _signed(rng: np.random.Generator) -> float:
+    return 2 * rng.random() - 1
+
+
+def _direction(rng: np.random.Generator) -> tuple[float, float]:
+    """A random unit vector, by rejection: no sine or cosine is needed."""
+    while True:
+        x, y = _signed(rng), _signed(rng)
+        squared = x * x + y * y
+        if 0.01 < squared <= 1:
+            length = squared**0.5
+            return x / length, y / length
+
+
+def _pick(rng: np.random.Generator, kinds: tuple[str, ...]) -> str:
+    return kinds[int(len(kinds) * rng.random())]

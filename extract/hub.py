@@ -1,0 +1,188 @@
+"""How do weights get here from the hub: from the cache, offline, through a gate, or with one clear message?
+
+Everything goes through huggingface_hub's public functions, so its cache, its environment variables (`HF_HOME`,
+`HF_ENDPOINT`, `HF_HUB_OFFLINE`, `HF_TOKEN`) and its login work as everywhere else. Files are named outright: a cached
+file of a pinned commit needs neither network nor token. No message ever contains a token.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NoReturn
+
+from huggingface_hub import (
+    constants,
+    get_hf_file_metadata,
+    get_token,
+    hf_hub_download,
+    hf_hub_url,
+    try_to_load_from_cache,
+)
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HfHubHTTPError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from features.console import UserError, progress, say
+
+# huggingface_hub has travelled through requests, httpx and httpx2. The class its own errors derive from is the root of
+# the transport's errors in each of them, and the rest are OSErrors.
+_TRANSPORT_ERROR: type[Exception] = HfHubHTTPError.__bases__[0]
+_DOWNLOAD_ERRORS: tuple[type[Exception], ...] = (_TRANSPORT_ERROR, OSError, EntryNotFoundError, RuntimeError)
+
+
+@dataclass(frozen=True)
+class HubFile:
+    """A file in the local cache and the commit it belongs to."""
+
+    path: Path
+    commit: str
+
+
+class MissingFile(UserError):
+    """The repository is there and readable, but has no file of that name."""
+
+
+def fetch_file(repo: str, filename: str, *, revision: str, licence: str = "") -> HubFile:
+    """One file of a model repository, from the cache or the hub.
+
+    A pinned commit that is cached is used as it is. Otherwise the hub is asked once what `revision` means now; when it
+    cannot be asked, the cached copy of a branch is used and named on stderr.
+
+    Args:
+        repo: "organisation/name".
+        filename: the file's path in the repository.
+        revision: a 40-digit commit, or a branch or tag ("main").
+        licence: named in the message of a gated repository.
+
+    Raises:
+        UserError: no access, no such repository, revision or file, hub out of reach and nothing cached, disk full.
+    """
+    if re.fullmatch(r"[0-9a-f]{40}", revision) and (path := _cached(repo, filename, revision)):
+        return HubFile(path, revision)
+    try:
+        _refuse_malformed_token()
+        # Our own question comes first because it is asked once. hf_hub_download repeats a failed one for 23 seconds
+        # before it says that the hub is down; only a download that has begun deserves that patience.
+        get_hf_file_metadata(hf_hub_url(repo, filename, revision=revision), timeout=constants.HF_HUB_ETAG_TIMEOUT)
+        path = Path(hf_hub_download(repo, filename, revision=revision))
+    except _DOWNLOAD_ERRORS as error:
+        cached = _cached(repo, filename, revision)
+        if cached is None or _is_about_the_disk(error):
+            _explain(error, repo, filename, revision, licence)
+        path = cached
+        say(f"{repo}: the hub did not answer for '{revision}'; using the cached commit {_commit(path, filename)[:12]}.")
+    return HubFile(path, _commit(path, filename))
+
+
+def sha256_of(path: Path) -> str:
+    """Hex SHA-256 of the file's own bytes, with a progress bar (weights reach 4.5 GB)."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file, progress(f"checking {path.name}", path.stat().st_size, unit="bytes") as advance:
+        while block := file.read(1 << 23):
+            digest.update(block)
+            advance(len(block))
+    return digest.hexdigest()
+
+
+def _cached(repo: str, filename: str, revision: str) -> Path | None:
+    found = try_to_load_from_cache(repo, filename, revision=revision)
+    return Path(found) if isinstance(found, str) else None  # also a marker object: "known not to exist"
+
+
+def _commit(path: Path, filename: str) -> str:
+    """The commit in `<cache>/models--org--name/snapshots/<commit>/<filename>`."""
+    return path.parents[filename.count("/")].name
+
+
+def _refuse_malformed_token() -> None:
+    token = get_token()
+    if token is not None and not re.fullmatch(r"[!-~]+", token):
+        # Sent anyway, it would come back inside the transport's error message.
+        raise UserError(
+            "The hub token holds characters that no token has (a space, a line break or a typographic quote, copied "
+            "along with it?). Set HF_TOKEN to the bare token, or run `hf auth login`."
+        )
+
+
+def _is_about_the_disk(error: Exception) -> bool:
+    return isinstance(error, OSError) and error.errno in _DISK_ERRORS
+
+
+_DISK_ERRORS = {
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "the disk quota is used up",
+    errno.EACCES: "it is not writable",
+    errno.EPERM: "it is not writable",
+    errno.EROFS: "it is read-only",
+}
+
+
+def _explain(error: Exception, repo: str, filename: str, revision: str, licence: str) -> NoReturn:
+    """Raise the one message for a failed download. The cause is dropped: it may quote request headers."""
+    page = f"https://huggingface.co/{repo}"
+    local = "Or pass a local file with --weights PATH."
+    status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
+    message: str
+    if isinstance(error, GatedRepoError):
+        if get_token() is None:
+            found = f"{repo} is gated and no token was found."
+        else:
+            found = f"{repo} is gated and your token has no access to it."
+        message = (
+            f"{found}\n"
+            f"  1. Request access on {page} (log in; licence: {licence or 'see that page'}) and wait for approval.\n"
+            "  2. Create a token on https://huggingface.co/settings/tokens with read access to gated repositories.\n"
+            f"  3. Pass it in the environment variable HF_TOKEN, or run `hf auth login`.\n{local}"
+        )
+    elif isinstance(error, RevisionNotFoundError):
+        message = f"{repo} has no revision '{revision}'. {page}/commits/main lists its commits."
+    elif isinstance(error, EntryNotFoundError) and status is not None:
+        raise MissingFile(
+            f"{repo} has no file '{filename}' at revision '{revision}'. {page}/tree/main lists its files."
+        ) from None
+    elif isinstance(error, RepositoryNotFoundError):
+        hint = "" if get_token() else " If it is private, pass a token in HF_TOKEN or run `hf auth login`."
+        message = f"The hub has no repository '{repo}' that you may read. Check the name on {page}.{hint}"
+    elif status == 401:
+        message = (
+            "The hub rejected your token (401): it is mistyped, expired or revoked. Create a new one on "
+            "https://huggingface.co/settings/tokens and pass it in HF_TOKEN, or run `hf auth login`. "
+            "A repository that is not gated needs none: unset HF_TOKEN or run `hf auth logout`."
+        )
+    elif status == 403:
+        message = (
+            f"The hub refused {repo} (403): your token lacks the permission. Open {page}, check that you may see its "
+            f"files, and give the token read access to gated repositories. {local}"
+        )
+    elif status is not None:
+        reason = "too many requests" if status == 429 else "a fault on its side" if status >= 500 else "unexpected"
+        message = f"The hub answered {status} ({reason}) for {repo}, and {filename} is not cached. Try again in a few minutes. {local}"
+    elif isinstance(error, OfflineModeIsEnabled):
+        message = (
+            f"HF_HUB_OFFLINE is set and {repo}/{filename} (revision '{revision}') is not in the cache "
+            f"{constants.HF_HUB_CACHE}. Run once without it, or point HF_HOME at the cache that has the file. {local}"
+        )
+    elif isinstance(error, OSError) and error.errno in _DISK_ERRORS:
+        message = (
+            f"{repo}/{filename} could not be saved to the cache {constants.HF_HUB_CACHE}: {_DISK_ERRORS[error.errno]}. "
+            "Free space or permit writing there, or point HF_HOME at another disk; what was fetched is kept."
+        )
+    else:
+        message = (
+            f"The hub at {_without_password(constants.ENDPOINT)} is out of reach ({type(error).__name__}) and "
+            f"{repo}/{filename} is not cached. Check the connection, HF_ENDPOINT and any proxy. {local}"
+        )
+    raise UserError(message) from None
+
+
+def _without_password(url: str) -> str:
+    return re.sub(r"//[^/@]*@", "//", url)

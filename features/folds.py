@@ -1,0 +1,171 @@
+"""Which rows train and which validate? One frozen, grouped, stratified assignment for every stage.
+
+A fold assignment is part of every result, so it must never drift: not with the version of scikit-learn (whose
+StratifiedGroupKFold changed in 1.8), not with the platform's floating point. Two sources, both frozen:
+
+- AMi-Br's training split, five folds, seed 42: the two assignments that scikit-learn gives there, shipped as a table.
+  `sklearn_1_9` (sounder: 1.8 mended the stratification) is the default; `sklearn_1_7` is the paper's.
+- everything else: the greedy rule of StratifiedGroupKFold with an exact criterion (integers, no rounding).
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+from dataclasses import dataclass
+from importlib.resources import files
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from features.console import UserError
+from features.samples import Samples
+
+Scheme = Literal["default", "paper"]
+SEED = 42  # the paper's code, StratifiedGroupKFold(5, shuffle=True, random_state=42)
+_FROZEN_COLUMN = {"default": "sklearn_1_9", "paper": "sklearn_1_7"}
+_FROZEN_FOLDS = 5
+
+
+@dataclass(frozen=True, eq=False)
+class Folds:
+    """A cross-validation assignment.
+
+    Attributes:
+        fold: (n,) int; the fold in which each row validates.
+        n_folds: how many folds there are.
+        source: where the assignment comes from, for the record.
+        digest: SHA-256 over (id, fold) sorted by id; equal digests mean the same rows validate together.
+    """
+
+    fold: NDArray[np.intp]
+    n_folds: int
+    source: str
+    digest: str
+
+    @property
+    def training(self) -> NDArray[np.bool_]:
+        """(n_folds, n) True where a row trains in a fold: everywhere but in its own."""
+        return np.asarray(self.fold[None, :] != np.arange(self.n_folds)[:, None])
+
+
+def grouped_folds(samples: Samples, n_folds: int, *, seed: int = SEED, scheme: Scheme = "default") -> Folds:
+    """Assign every row to one validation fold; no group is ever cut, and class rates are kept as even as that allows.
+
+    Rows without a known group count as a group of their own; byte-identical patches always stay together.
+
+    Args:
+        samples: (n,) patch table; only these rows are assigned.
+        n_folds: at least 2.
+        seed: decides the order in which equally large groups are dealt out.
+        scheme: "paper" takes the assignment of the paper's runs (AMi-Br, five folds, seed 42 only).
+
+    Raises:
+        UserError: if a class occurs in too few groups for every fold to validate on both classes, or if the paper's
+            assignment is asked for where there is none.
+    """
+    if n_folds < 2:
+        raise UserError(f"cross-validation needs at least 2 folds, got {n_folds}.")
+    groups = effective_groups(samples)
+    frozen = _frozen(samples, n_folds, seed, scheme)
+    if frozen is not None:
+        fold, source = frozen, f"AMi-Br, {_FROZEN_COLUMN[scheme].replace('_', '-', 1).replace('_', '.')}, frozen"
+    elif scheme == "paper":
+        raise UserError(
+            "the paper's fold assignment exists for AMi-Br's training split with five folds and seed 42 only. "
+            "Use --recipe exact here, or --train ami-br --cv 5 --seed 42."
+        )
+    else:
+        fold, source = _deal(samples.label, groups, n_folds, seed), f"greedy grouped stratified, seed {seed}"
+    _require_both_classes(samples.label, groups, fold, n_folds)
+    lines = sorted(f"{id}\t{k}\n" for id, k in zip(samples.id.tolist(), fold.tolist(), strict=True))
+    digest = hashlib.sha256("".join(lines).encode()).hexdigest()
+    return Folds(fold=fold, n_folds=n_folds, source=source, digest=digest)
+
+
+def effective_groups(samples: Samples) -> NDArray[np.intp]:
+    """(n,) group numbers no split may cut: known groups, joined wherever two rows are byte-identical.
+
+    A row without a known group is a group of its own. Identical rows in two groups join those groups, so that a
+    patch never validates a model that has trained on its copy.
+    """
+    n = len(samples)
+    parent = np.arange(n)
+
+    def root(row: int) -> int:
+        while parent[row] != row:
+            parent[row] = parent[parent[row]]
+            row = int(parent[row])
+        return row
+
+    for column in (samples.group, samples.sha256):
+        first: dict[str, int] = {}
+        for row, key in enumerate(column.tolist()):
+            if key:  # an empty group or digest is unknown, and unknowns are not each other's equals
+                parent[root(row)] = root(first.setdefault(key, row))
+    # Numbered in the order of their first ids, not of rows: shuffling the table must not move a group.
+    roots = np.array([root(row) for row in range(n)])
+    by_id = np.argsort(samples.id, kind="stable")
+    _, first_in_order, number = np.unique(roots[by_id], return_index=True, return_inverse=True)
+    groups = np.empty(n, dtype=np.intp)
+    groups[by_id] = np.argsort(np.argsort(first_in_order))[number]
+    return groups
+
+
+def _frozen(samples: Samples, n_folds: int, seed: int, scheme: Scheme) -> NDArray[np.intp] | None:
+    if n_folds != _FROZEN_FOLDS or seed != SEED:
+        return None
+    with files("features").joinpath("data/ami-br-folds.csv").open(encoding="utf-8") as file:
+        fold_of = {row["slide"]: int(row[_FROZEN_COLUMN[scheme]]) for row in csv.DictReader(file)}
+    if set(samples.group.tolist()) != set(fold_of):
+        return None
+    return np.array([fold_of[slide] for slide in samples.group.tolist()], dtype=np.intp)
+
+
+def _deal(label: NDArray[np.int8], groups: NDArray[np.intp], n_folds: int, seed: int) -> NDArray[np.intp]:
+    """Deal groups out, most lopsided first, each to the fold that keeps class shares most even (ties: smallest fold).
+
+    The unevenness of a class c is the variance over folds of its share n_kc / n_c. Adding a group with g_c rows of
+    class c to fold k raises the sum of squared shares by ((n_kc + g_c)^2 - n_kc^2) / n_c^2; only that increment
+    differs between folds, and scaled by the product of both n_c^2 it is an integer.
+    """
+    n_groups = int(groups.max()) + 1
+    counts = np.zeros((n_groups, 2), dtype=np.int64)
+    np.add.at(counts, (groups, label.astype(np.intp)), 1)
+    # RandomState, not Generator: its permutations are guaranteed never to change.
+    shuffled = np.random.RandomState(seed).permutation(n_groups)
+    lopsided = np.abs(counts[shuffled, 0] - counts[shuffled, 1])
+    order = shuffled[np.argsort(-lopsided, kind="stable")]
+
+    n_negative, n_positive = (int(total) for total in counts.sum(axis=0))
+    weights = (max(n_positive, 1) ** 2, max(n_negative, 1) ** 2)  # 1/n_c^2, times both squares
+    in_fold = [[0, 0] for _ in range(n_folds)]
+    fold_of = np.empty(n_groups, dtype=np.intp)
+    for group in order:
+        new = [int(count) for count in counts[group]]
+
+        def unevenness(k: int, new: list[int] = new) -> tuple[int, int]:
+            added = sum(w * ((n + g) ** 2 - n**2) for w, n, g in zip(weights, in_fold[k], new, strict=True))
+            return added, sum(in_fold[k])
+
+        best = min(range(n_folds), key=unevenness)
+        in_fold[best] = [n + g for n, g in zip(in_fold[best], new, strict=True)]
+        fold_of[group] = best
+    return np.asarray(fold_of[groups])
+
+
+def _require_both_classes(
+    label: NDArray[np.int8], groups: NDArray[np.intp], fold: NDArray[np.intp], n_folds: int
+) -> None:
+    for value in (0, 1):
+        n_groups = len(np.unique(groups[label == value]))
+        lacking = sorted(set(range(n_folds)) - set(fold[label == value].tolist()))
+        if lacking:
+            role = "positive" if value else "negative"
+            fits = f"Use --cv {n_groups} or fewer" if 2 <= n_groups < n_folds else "Use fewer folds"
+            raise UserError(
+                f"fold {lacking[0]} of {n_folds} has no patch of the {role} class (label {value}), which occurs in "
+                f"{n_groups} group{'s' * (n_groups != 1)}; every fold needs both classes, and groups (slides) are "
+                f"never cut. {fits}, or label more slides."
+            )

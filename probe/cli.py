@@ -1,0 +1,86 @@
+"""fm-probe: judge frozen embeddings by linear probes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from features.console import UserError, print_json, run, say
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+
+
+@app.command(help=__doc__)
+def probe(
+    cv: Annotated[int, typer.Option(help="Number of cross-validation folds; groups (slides) are never cut.")] = 5,
+    store: Annotated[Path, typer.Option(help="The feature store.")] = Path("embeddings.zarr"),
+    model: Annotated[str | None, typer.Option(help="Models, comma-separated. Default: all in the store.")] = None,
+    train: Annotated[
+        str | None, typer.Option(help="Dataset to train on. Default: ami-br, or the store's only one.")
+    ] = None,
+    test: Annotated[
+        str | None, typer.Option(help="Datasets to score, comma-separated. Default: all in the store but the demo.")
+    ] = None,
+    view: Annotated[str | None, typer.Option(help="A view, e.g. full. Default: chosen by cross-validation.")] = None,
+    pooling: Annotated[
+        str | None,
+        typer.Option(help="card, cls, mean, center, pooled or cls+mean. Default: chosen by cross-validation."),
+    ] = None,
+    recipe: Annotated[
+        str, typer.Option(help="exact: logistic regression, strength chosen inside training data. paper: the paper's.")
+    ] = "exact",
+    seed: Annotated[int, typer.Option(help="Seed of the folds, and of the paper recipe's training.")] = 42,
+    runs: Annotated[Path, typer.Option(help="Where run folders go.")] = Path("runs"),
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
+) -> None:
+    if recipe not in ("exact", "paper"):
+        raise UserError(f"unknown recipe {recipe!r}: use exact or paper.")
+    from features.store import FeatureStore
+    from probe.protocol import ProbeOptions, probe_store
+    from probe.results import read_run
+
+    options = ProbeOptions(
+        cv=cv,
+        train=train,
+        test=names(test) if test is not None else None,
+        view=view,
+        pooling=pooling,
+        recipe="paper" if recipe == "paper" else "exact",
+        seed=seed,
+    )
+    folders = probe_store(
+        FeatureStore.open(store), names(model) if model is not None else None, options=options, runs=runs
+    )
+    records = [read_run(folder) for folder in folders]
+    for record in records:
+        for candidate in record["candidates"]:
+            if candidate.get("n_not_converged"):
+                say(
+                    f"{record['model']} ({candidate['view']}, {candidate['pooling']}): {candidate['n_not_converged']} of "
+                    f"{candidate['n_fits']} fits did not reach the tolerance (largest gradient "
+                    f"{candidate['max_gradient']:.1e})."
+                )
+    if as_json:
+        print_json({"runs": [str(folder) for folder in folders], "results": records})
+        return
+    from rich.console import Console
+
+    from probe.report import candidates_table, leaderboard
+
+    console = Console()
+    if any(len(record["candidates"]) > 1 for record in records):
+        console.print(candidates_table(records))
+    console.print(leaderboard(records))
+    say(f"{len(folders)} run{'s' * (len(folders) != 1)} written to {runs}/")
+
+
+def names(text: str) -> tuple[str, ...]:
+    """A comma-separated option as distinct names, in order."""
+    return tuple(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
+
+
+def main() -> None:
+    """Entry point of `fm-probe`."""
+    run(app)
