@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from features.console import UserError, print_json, run, say
+
+if TYPE_CHECKING:
+    from extract.datasets import DatasetSummary
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
@@ -21,7 +25,9 @@ def extract(
     ] = "efficientnet-lite0",
     dataset: Annotated[
         str,
-        typer.Option(help="Datasets, comma-separated: a name of --list-datasets, a class-per-folder path, CSV or HDF5."),
+        typer.Option(
+            help="Datasets, comma-separated: a name of --list-datasets, a class-per-folder path, CSV or HDF5."
+        ),
     ] = "demo",
     data: Annotated[
         Path | None,
@@ -30,7 +36,8 @@ def extract(
     store: Annotated[Path, typer.Option(help="The feature store.")] = Path("embeddings.zarr"),
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     view: Annotated[
-        str, typer.Option(help="Views, comma-separated: full, centerN (central N source pixels), centerN@M (input of M).")
+        str,
+        typer.Option(help="Views, comma-separated: full, centerN (central N source pixels), centerN@M (input of M)."),
     ] = "full",
     precision: Annotated[
         str, typer.Option(help="auto, fp32, bf16 or fp16. auto: as the card asks, else bf16 where it changes nothing.")
@@ -46,7 +53,9 @@ def extract(
         bool, typer.Option("--overwrite", help="Replace embeddings that were computed otherwise.")
     ] = False,
     list_models: Annotated[bool, typer.Option("--list-models", help="Show every model and stop.")] = False,
-    list_datasets: Annotated[bool, typer.Option("--list-datasets", help="Show every dataset (Table 1) and stop.")] = False,
+    list_datasets: Annotated[
+        bool, typer.Option("--list-datasets", help="Show every dataset (Table 1) and stop.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
 ) -> None:
     if data is None and os.environ.get("MITOFM_DATA"):
@@ -57,8 +66,8 @@ def extract(
 
     from extract.backbones import find_backbone
     from extract.datasets import load_dataset
-    from extract.embed import ExtractOptions, parse_view
-    from extract.embed import extract as embed_dataset
+    from extract.embed import ExtractOptions, extract_dataset
+    from extract.views import parse_view
     from features.samples import audit
     from features.store import FeatureStore
 
@@ -79,7 +88,7 @@ def extract(
         for line in audit(patches.samples).lines():
             say(f"{patches.name}: {line}.")
         target = FeatureStore.open_or_create(store)
-        for summary in embed_dataset(patches, backbones, store=target, options=options, weights=weights):
+        for summary in extract_dataset(patches, backbones, store=target, options=options, weights=weights):
             say(summary.line())
             summaries.append(summary)
     if as_json:
@@ -95,17 +104,74 @@ def _names(text: str, option: str) -> tuple[str, ...]:
 
 
 def _show_lists(models: bool, datasets: bool, data: Path | None, as_json: bool) -> None:
-    from extract.lists import dataset_rows, model_rows, print_tables
+    from rich.console import Console
+    from rich.table import Table
 
-    found = {}
+    found: dict[str, Any] = {}
+    tables = []
     if models:
-        found["models"] = model_rows()
+        from extract.backbones import list_models
+
+        found["models"] = list_models()
+        table = Table(title="Models", title_style="bold", header_style="bold")
+        for column in ("Name", "Parameters", "Embedding", "GFLOPs", "mpp", "Licence", "Gated"):
+            numeric = column in ("Parameters", "Embedding", "GFLOPs", "mpp")
+            table.add_column(column, justify="right" if numeric else "left", no_wrap=column in ("Name", "Parameters"))
+        for row in found["models"]:
+            table.add_row(
+                row["name"],
+                f"{row['parameters'] / 1e6:,.1f} M",
+                f"{row['embedding']:,}",
+                f"{row['gflops']:,.1f}",
+                ", ".join(f"{mpp:g}" for mpp in row["mpp"]),
+                row["licence"],
+                "gated" if row["gated"] else "",
+            )
+        tables.append(table)
     if datasets:
-        found["datasets"] = dataset_rows(data)
+        from extract.datasets import table1
+
+        summaries = table1(data)
+        found["datasets"] = [
+            asdict(summary) | {"n_total": summary.n_total, "atypical_rate": summary.atypical_rate}
+            for summary in summaries
+        ]
+        table = Table(title="Datasets (Table 1 of the paper, recomputed)", title_style="bold", header_style="bold")
+        table.add_column("")
+        for summary in summaries:
+            table.add_column(f"{summary.title}\n{summary.name}", justify="right")
+
+        def add(title: str, cell: Callable[[DatasetSummary], str]) -> None:
+            table.add_row(title, *(cell(summary) for summary in summaries))
+
+        add("Patches", lambda s: f"{s.n_total:,}")
+        add("Atypical", lambda s: f"{s.n_atypical:,}")
+        add("Normal", lambda s: f"{s.n_normal:,}")
+        add("Atypical rate", lambda s: f"{s.atypical_rate:.2%}")
+        add("Annotation", lambda s: s.annotation)
+        add("Expert agreement", lambda s: f"{s.agreement:.2%}" if s.agreement is not None else "–")
+        add("Slides", lambda s: f"{s.n_slides:,}" if s.n_slides else "unknown")
+        add("Domains", lambda s: "\n".join(f"{name} {n:,}" for name, n in (s.domains or {}).items()) or "–")
+        add("Source", lambda s: s.source)
+        add("Species", lambda s: s.species)
+        add(
+            "Identical patches",
+            lambda s: (
+                "–"
+                if s.n_duplicates is None
+                else f"{s.n_duplicates} in {s.n_duplicate_sets} sets, {s.n_conflicts} contradicting"
+                if s.n_duplicates
+                else "none"
+            ),
+        )
+        add("Computed from", lambda s: f"{s.basis}\n{s.note}".strip())
+        tables.append(table)
     if as_json:
-        print_json(dict(found))
-    else:
-        print_tables(found)
+        print_json(found)
+        return
+    console = Console()
+    for table in tables:
+        console.print(table)
 
 
 def main() -> None:

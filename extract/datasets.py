@@ -115,7 +115,9 @@ def load_dataset(name_or_path: str, *, data: Path | None = None, positive: str |
     """
     if record := DATASETS.get(name_or_path):
         if positive not in (None, ATYPICAL):
-            raise UserError(f"{name_or_path} has the positive class {ATYPICAL}, not {positive!r}: leave --positive out.")
+            raise UserError(
+                f"{name_or_path} has the positive class {ATYPICAL}, not {positive!r}: leave --positive out."
+            )
         if not record.folder:
             return _demo()
         return _known(name_or_path, data or _default_data() or download.fetch_benchmark(_verify_download))
@@ -157,7 +159,9 @@ def binary_labels(classes: Sequence[str], positive: str | None) -> tuple[list[in
     if len(names) < 2:
         raise UserError(f"found {len(names)} class ({', '.join(names) or 'none'}); a probe needs two.")
     if positive is not None and positive not in names:
-        raise UserError(f"there is no class {positive!r}.{nearest(positive, names)} The classes are {', '.join(names)}.")
+        raise UserError(
+            f"there is no class {positive!r}.{nearest(positive, names)} The classes are {', '.join(names)}."
+        )
     if positive is None and len(names) > 2:
         raise UserError(
             f"found {len(names)} classes ({', '.join(names)}); name the one to tell from all others with --positive."
@@ -261,7 +265,9 @@ def _ami_br_figures(data: Path) -> dict[str, Figure]:
         table = download.fetch_file(AMI_BR_CSV_URL, AMI_BR_CSV_SHA256)
     rows = _read_csv(table, ("slide", "dataset", "uid", *_AMI_BR_VOTES, "majority_atypical"))
     train_table = data / "amibr_train_split.csv"
-    train = {row["dataset_uid"]: row["final_label"] for _, row in _read_csv(train_table, ("dataset_uid", "final_label"))}
+    train = {
+        row["dataset_uid"]: row["final_label"] for _, row in _read_csv(train_table, ("dataset_uid", "final_label"))
+    }
     figures = {}
     for line, row in rows:
         file_name = f"{row['dataset']}_{row['uid']}.png"
@@ -308,7 +314,12 @@ def _vote(cell: str, meaning: dict[str, int], table: Path, line: int) -> int:
 def _demo() -> PatchDataset:
     patches = demo.draw()
     return PatchDataset(
-        "demo", patches.samples, (NORMAL, ATYPICAL), DATASETS["demo"].source, demo.MPP, lambda row: patches.pixels[row].copy()
+        "demo",
+        patches.samples,
+        (NORMAL, ATYPICAL),
+        DATASETS["demo"].source,
+        demo.MPP,
+        lambda row: patches.pixels[row].copy(),
     )
 
 
@@ -407,7 +418,9 @@ def _from_csv(table: Path, positive: str | None) -> PatchDataset:
     refuse(empty("label"), "an empty label", "Every row needs a label; remove unlabelled patches.")
     refuse(repeated(ids), "an id or path that occurs more than once", "Every patch needs one row and an id of its own.")
     refuse(
-        repeated([os.path.normpath(path) for path in paths]), "a path that occurs more than once", "Keep one row of each."
+        repeated([os.path.normpath(path) for path in paths]),
+        "a path that occurs more than once",
+        "Keep one row of each.",
     )
     if "split" in cells:
         unknown = [row for row, split in enumerate(cells["split"]) if split not in (TRAIN, TEST, "")]

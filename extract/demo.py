@@ -31,11 +31,11 @@ SEED = 2025
 Map = NDArray[np.float64]  # (SIZE, SIZE), or a list of shapes
 
 _Y, _X = np.mgrid[:SIZE, :SIZE].astype(np.float64)
-_HAEMATOXYLIN = (0.65, 0.70, 0.29)  # optical density per unit of stain in R, G, B (Ruifrok and Johnston 2001)
-_EOSIN = (0.12, 0.98, 0.24)
-_NORMAL_KINDS = ("plate", "ring", "anaphase", "anaphase", "prometaphase")
+_HAEMATOXYLIN = (0.65, 0.70, 0.29)  # optical density per unit of stain in R, G, B (after Ruifrok and Johnston 2001)
+_EOSIN = (0.18, 0.90, 0.36)
+_NORMAL_KINDS = ("plate", "plate", "ring", "anaphase", "prometaphase")
 _ATYPICAL_KINDS = ("tripolar", "lagging", "bridge", "asymmetric", "fragments")
-_ERROR_RATE = 0.10  # of one rater on one figure
+_ERROR_RATE = 0.07  # of one rater on one figure
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,7 +50,7 @@ class Demo:
 class _Slide:
     name: str
     scanner: str
-    atypical_rate: float
+    grade: float  # 0 to 1: how far nuclei are enlarged and dark, and how often figures are atypical
     haematoxylin: tuple[float, ...]
     eosin: tuple[float, ...]
     white: tuple[float, ...]
@@ -60,9 +60,9 @@ class _Slide:
 
 @functools.cache
 def draw() -> Demo:
-    """Draw the demo dataset: 400 patches of 30 slides with three votes each; about a second.
+    """Draw the demo dataset: 400 patches of 30 slides with three votes each, in a second or two.
 
-    Slides differ in stain, scanner and share of atypical figures. The label is the majority of the votes.
+    Slides differ in stain, scanner and grade. The label is the majority of the votes.
     """
     rng = np.random.Generator(np.random.PCG64(SEED))
     slides = [_slide(rng, number) for number in range(N_SLIDES)]
@@ -74,7 +74,7 @@ def draw() -> Demo:
     with progress("draw demo", N_PATCHES) as advance:
         for row, owner in enumerate(owners):
             slide = slides[owner]
-            atypical = rng.random() < slide.atypical_rate
+            atypical = rng.random() < 0.05 + 0.42 * slide.grade
             votes[row] = (rng.random(N_RATERS) < _ERROR_RATE) != atypical
             pixels[row] = _patch(rng, slide, _pick(rng, _ATYPICAL_KINDS if atypical else _NORMAL_KINDS))
             advance(1)
@@ -86,7 +86,7 @@ def draw() -> Demo:
         sha256=[hashlib.sha256(patch.tobytes()).hexdigest() for patch in pixels],
         group=[slides[owner].name for owner in owners],
         # Every fourth slide is a test slide: large and small ones, from both scanners.
-        split=[TEST if owner % 4 == 2 else TRAIN for owner in owners],
+        split=[TEST if owner % 4 == 1 else TRAIN for owner in owners],
         votes=votes,
         domain=[slides[owner].scanner for owner in owners],
     )
@@ -100,22 +100,25 @@ def _slide(rng: np.random.Generator, number: int) -> _Slide:
     return _Slide(
         name=f"slide-{number:02d}",
         scanner=scanner,
-        atypical_rate=0.08 + 0.4 * rng.random(),
+        grade=rng.random(),
         haematoxylin=tuple(strength_h * (od + 0.10 * (rng.random() - 0.5)) for od in _HAEMATOXYLIN),
         eosin=tuple(strength_e * (od + 0.14 * (rng.random() - 0.5)) for od in _EOSIN),
         white=(246.0, 243.0 - warm / 2, 246.0 - warm),
         n_blurs=2 if scanner == "scanner B" else 1,
-        noise=(3.0 if scanner == "scanner B" else 5.0) * (1 + rng.random()),
+        noise=(6.0 if scanner == "scanner B" else 10.0) * (1 + rng.random()),
     )
 
 
 def _patch(rng: np.random.Generator, slide: _Slide, kind: str) -> NDArray[np.uint8]:
     """One patch, (SIZE, SIZE, 3): stain amounts, then Beer and Lambert's law, then the scanner."""
-    haematoxylin, eosin = _tissue(rng)
+    haematoxylin, eosin = _tissue(rng, slide.grade)
     chromatin = _chromatin(rng, kind)
-    cell = _ellipse(SIZE / 2 + 4 * _signed(rng), SIZE / 2 + 4 * _signed(rng), 27 + 7 * rng.random(), _direction(rng), 0.85)
+    cell = _ellipse(
+        SIZE / 2 + 4 * _signed(rng), SIZE / 2 + 4 * _signed(rng), 27 + 7 * rng.random(), _direction(rng), 0.85
+    )
     cytoplasm = _soft(cell * 4)
-    eosin = eosin * (1 - 0.35 * cytoplasm) + 0.12 * _soft(1 - 9 * np.abs(cell))  # cleared plasm inside a thin membrane
+    plasm = 0.22 + 0.2 * _noise(rng, 30)  # paler than its surroundings, inside a thin membrane
+    eosin = eosin * (1 - cytoplasm) + plasm * cytoplasm + 0.15 * _soft(1 - 9 * np.abs(cell))
     haematoxylin = haematoxylin * (1 - cytoplasm) + 0.08 * cytoplasm
     haematoxylin = np.maximum(haematoxylin, chromatin * (1.25 + 0.3 * rng.random()))
 
@@ -127,43 +130,50 @@ def _patch(rng: np.random.Generator, slide: _Slide, kind: str) -> NDArray[np.uin
         light = white / (light * light)
         for _ in range(slide.n_blurs):
             light = _blur(light)
-        grain = rng.random((SIZE, SIZE)) + rng.random((SIZE, SIZE)) - 1
+        grain = rng.random((SIZE, SIZE)) - 0.5
         channels.append(np.minimum(np.maximum(light + slide.noise * grain, 0), 255))
     return np.stack([np.floor(channel + 0.5) for channel in channels], axis=-1).astype(np.uint8)
 
 
-def _tissue(rng: np.random.Generator) -> tuple[Map, Map]:
+def _tissue(rng: np.random.Generator, grade: float) -> tuple[Map, Map]:
     """Haematoxylin and eosin of the tissue around the figure: stroma with cracks, and resting nuclei."""
-    coarse, medium, fine = _noise(rng, 4), _noise(rng, 11), _noise(rng, 40)
-    eosin = 0.18 + 0.32 * coarse + 0.22 * medium + 0.16 * fine
-    cracks = _soft((_noise(rng, 6) - 0.66) * 8)
-    eosin = eosin * (1 - 0.85 * cracks)
-    haematoxylin = 0.04 + 0.07 * medium
-    texture = 0.55 * _noise(rng, 20) + 0.45 * fine
-    for _ in range(4 + int(5 * rng.random())):
+    coarse, medium, fine = _noise(rng, 4), _noise(rng, 13), _noise(rng, 47)
+    eosin = 0.20 + 0.25 * coarse + 0.30 * medium + 0.25 * fine
+    cracks = _soft((0.6 * _noise(rng, 5) + 0.35 * medium + 0.05 * fine - 0.66) * 8)
+    eosin = eosin * (1 - 0.8 * cracks)
+    haematoxylin = (0.06 + 0.10 * coarse + 0.08 * fine) * (1 - 0.8 * cracks)
+    texture = 0.5 * _noise(rng, 21) + 0.5 * fine
+    for _ in range(4 + int(6 * rng.random())):
         along, aside = SIZE * 1.1 * _signed(rng) / 2, SIZE * 1.1 * _signed(rng) / 2
-        radius, axis, aspect = 9 + 7 * rng.random(), _direction(rng), 0.55 + 0.4 * rng.random()
-        density = 0.28 + 0.32 * rng.random()
-        if along * along + aside * aside < 42 * 42:
+        radius, axis, aspect = 10 + 5 * rng.random() + 5 * grade, _direction(rng), 0.55 + 0.4 * rng.random()
+        density = 0.25 + 0.25 * rng.random() + 0.25 * grade
+        if along * along + aside * aside < 50 * 50:
             continue  # the figure's own cell lies here
-        nucleus = _ellipse(SIZE / 2 + along, SIZE / 2 + aside, radius, axis, aspect)
-        rim = _soft(1 - 7 * np.abs(nucleus - 0.08))
-        inside = _soft(nucleus * 6)
-        haematoxylin = np.maximum(haematoxylin, density * (inside * (0.55 + 0.75 * texture) + 0.35 * rim))
-        eosin = eosin * (1 - 0.5 * inside)
+        x, y = SIZE / 2 + along, SIZE / 2 + aside
+        box = tuple(slice(max(0, int(at - radius) - 2), int(at + radius) + 3) for at in (y, x))
+        nucleus = _ellipse(x, y, radius, axis, aspect, box=box)
+        inside = _soft(nucleus * 7)
+        rim = _soft(1 - 8 * np.abs(nucleus - 0.10))
+        nucleolus = _soft(4 * nucleus - 2.9) * texture[box]
+        stain = density * (inside * (0.35 + 0.8 * texture[box]) + 0.5 * rim + 0.7 * nucleolus)
+        haematoxylin[box] = haematoxylin[box] * (1 - inside) + stain
+        eosin[box] *= 1 - 0.25 * inside
     return haematoxylin, eosin
 
 
 def _chromatin(rng: np.random.Generator, kind: str) -> Map:
     """The condensed chromosomes of one figure, 0 to 1: a union of small clumps with ragged edges."""
-    u, v, radius = _FIGURES[kind](rng)  # in the figure's own axes: u along the plate, v from pole to pole
+    u, v, radius = (
+        1.2 * column for column in _FIGURES[kind](rng)
+    )  # in the figure's own axes: u along the plate, v from pole to pole
     if rng.random() < 0.35:  # a dark speck beside the figure: debris, which must not give the class away
-        u, v, radius = np.append(u, 24 * _signed(rng)), np.append(v, 24 + 6 * rng.random()), np.append(radius, 2.0)
+        u, v, radius = np.append(u, 24 * _signed(rng)), np.append(v, 28 + 6 * rng.random()), np.append(radius, 2.0)
     c, s = _direction(rng)
     x = SIZE / 2 + 3 * _signed(rng) + c * u - s * v
     y = SIZE / 2 + 3 * _signed(rng) + s * u + c * v
-    dx, dy = _X - x[:, None, None], _Y - y[:, None, None]  # (clumps, SIZE, SIZE)
-    height = np.maximum.reduce(1 - (dx * dx + dy * dy) / (radius * radius)[:, None, None], axis=0)
+    dx, dy = np.arange(SIZE) - x[:, None], np.arange(SIZE) - y[:, None]  # (clumps, SIZE)
+    dx, dy = dx * dx / (radius * radius)[:, None], dy * dy / (radius * radius)[:, None]
+    height = 1 - functools.reduce(np.minimum, (row + column[:, None] for row, column in zip(dx, dy, strict=True)))
     ragged = 0.9 * (_noise(rng, 24) - 0.5) + 0.9 * (_noise(rng, 50) - 0.5)
     return _soft(1.6 * (height + ragged + 0.25)) * (0.85 + 0.15 * _noise(rng, 30))
 
@@ -219,8 +229,8 @@ def _tripolar(rng: np.random.Generator) -> Clumps:
 
 
 def _lagging(rng: np.random.Generator) -> Clumps:
-    n = 1 + int(3 * rng.random())
-    left_behind = (14 * (rng.random(n) - 0.5), 5 * (rng.random(n) - 0.5), 1.9 + 1.0 * rng.random(n))
+    n = 2 + int(5 * rng.random())
+    left_behind = (18 * (rng.random(n) - 0.5), 6 * (rng.random(n) - 0.5), 1.9 + 1.0 * rng.random(n))
     return _together(_anaphase(rng), left_behind)
 
 
@@ -230,11 +240,11 @@ def _bridge(rng: np.random.Generator) -> Clumps:
 
 
 def _asymmetric(rng: np.random.Generator) -> Clumps:
-    return _anaphase(rng, 0.4 + 0.25 * rng.random())
+    return _anaphase(rng, 0.3 + 0.25 * rng.random())
 
 
 def _fragments(rng: np.random.Generator) -> Clumps:
-    n = 1 + int(3 * rng.random())
+    n = 2 + int(5 * rng.random())
     side = np.where(rng.random(n) < 0.5, -1.0, 1.0)
     lost = (18 * (rng.random(n) - 0.5), side * (9 + 6 * rng.random(n)), 2.0 + 1.0 * rng.random(n))
     return _together(_plate(rng), lost)
@@ -253,10 +263,13 @@ _FIGURES: dict[str, Callable[[np.random.Generator], Clumps]] = {
 }
 
 
-def _ellipse(x: float, y: float, radius: float, axis: tuple[float, float], aspect: float) -> Map:
-    """1 at the centre, 0 on the outline, negative outside."""
+def _ellipse(
+    x: float, y: float, radius: float, axis: tuple[float, float], aspect: float, *, box: tuple[slice, ...] = ()
+) -> Map:
+    """1 at the centre, 0 on the outline, negative outside; over `box`, by default the whole patch."""
     c, s = axis
-    u, v = c * (_X - x) + s * (_Y - y), (c * (_Y - y) - s * (_X - x)) / aspect
+    dx, dy = _X[box] - x, _Y[box] - y
+    u, v = c * dx + s * dy, (c * dy - s * dx) / aspect
     return 1 - (u * u + v * v) / (radius * radius)
 
 

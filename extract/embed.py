@@ -9,34 +9,29 @@ was interrupted: a resumed store equals an uninterrupted one bit for bit.
 from __future__ import annotations
 
 import os
-import re
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from extract.backbones import Backbone, Weights, build_model, embed, fetch_weights, pooling_widths
+from extract.backbones import Backbone, Weights, build_model, check_input_size, fetch_weights, pooling_widths
 from extract.datasets import PatchDataset
+from extract.hardware import choose_precision, embed_batch, find_device, largest_batch, out_of_memory, settle
+from extract.views import Transform, View, make_transform, parse_view
 from features.console import UserError, progress, say
 from features.store import Entry, FeatureStore, Writer, fingerprint
 
-Precision = Literal["fp32", "bf16", "fp16"]
-_AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
-MIN_COSINE = 0.9999  # bf16 embeddings may stand for fp32 ones from this cosine on
 _CALIBRATION_PATCHES = 8
 _CPU_BATCH = 32  # larger batches gain nothing on CPUs
-_MAX_GPU_BATCH = 1024
-_UNITS_AHEAD = 2
+_UNITS_AHEAD = 2  # decoded, or waiting to be written
 
 
 @dataclass(frozen=True)
@@ -56,117 +51,6 @@ class ExtractOptions:
     precision: str = "auto"
     batch_size: int | None = None
     overwrite: bool = False
-
-
-@dataclass(frozen=True)
-class View:
-    """An input policy: which source pixels the network sees, and at what size.
-
-    Attributes:
-        name: as in the store: "full", "center64", "center64@160".
-        crop: edge of the central square in source pixels; None for the whole patch.
-        input_size: edge of the network's input in pixels; None for the model's own.
-    """
-
-    name: str
-    crop: int | None
-    input_size: int | None
-
-
-def parse_view(text: str) -> View:
-    """Read a view's name: `full`, or `centerN` (central N source pixels), either with `@M` (input of M pixels).
-
-    Raises:
-        UserError: if the name is none of these.
-    """
-    found = re.fullmatch(r"(full|center([1-9]\d*))(?:@([1-9]\d*))?", text)
-    if not found:
-        raise UserError(
-            f"unknown view {text!r}: use 'full' (the whole patch), 'center64' (its central 64 pixels) or "
-            "'center64@160' (the same, resized to an input of 160 pixels)."
-        )
-    return View(text, int(found[2]) if found[2] else None, int(found[3]) if found[3] else None)
-
-
-@dataclass(frozen=True)
-class Transform:
-    """Patch to network input. `crop` source pixels, shorter edge to `resize`, centre `input_size`, then normalise.
-
-    The resize is antialiased and rounded to whole grey levels, as PIL does it on the images that the models were
-    trained on: torch's uint8 kernel on CPU, the same kernel in float32 and rounded on other devices.
-    """
-
-    crop: int | None
-    resize: int
-    input_size: int
-    interpolation: str
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-
-    def __call__(self, patches: Sequence[NDArray[np.uint8]], device: torch.device) -> Tensor:
-        """Patches, each (h, w, 3) uint8, to a normalised float32 batch (b, 3, input_size, input_size).
-
-        Raises:
-            UserError: if a patch is smaller than the view's crop.
-        """
-        if len({patch.shape for patch in patches}) == 1:
-            pixels = self._resized(torch.from_numpy(np.stack(patches)), device)
-        else:
-            pixels = torch.cat([self._resized(torch.from_numpy(patch[None]), device) for patch in patches])
-        # x/255 normalised by mean and std, as one multiplication and one addition.
-        std = torch.tensor(self.std, device=device).view(3, 1, 1)
-        mean = torch.tensor(self.mean, device=device).view(3, 1, 1)
-        return pixels.to(torch.float32).mul_(1 / (255 * std)).sub_(mean / std)
-
-    def _resized(self, patches: Tensor, device: torch.device) -> Tensor:
-        _, height, width, _ = patches.shape
-        if self.crop is not None:
-            if min(height, width) < self.crop:
-                raise UserError(
-                    f"a patch of {width} x {height} pixels has no central {self.crop} pixels. "
-                    f"Use --view center{min(height, width)} or --view full."
-                )
-            top, left = (height - self.crop) // 2, (width - self.crop) // 2
-            patches = patches[:, top : top + self.crop, left : left + self.crop]
-            height = width = self.crop
-        pixels = patches.to(device, non_blocking=True).permute(0, 3, 1, 2)  # (b, 3, h, w), channels last in memory
-        scale = self.resize / min(height, width)
-        size = (round(height * scale), round(width * scale))
-        if size != (height, width):
-            if device.type != "cpu":
-                pixels = pixels.to(torch.float32)
-            pixels = F.interpolate(pixels, size=size, mode=self.interpolation, antialias=True, align_corners=False)
-            if device.type != "cpu":
-                pixels = pixels.round_().clamp_(0, 255)
-        top, left = (size[0] - self.input_size) // 2, (size[1] - self.input_size) // 2
-        return pixels[:, :, top : top + self.input_size, left : left + self.input_size]
-
-    def record(self) -> dict[str, Any]:
-        """The transform as the fingerprint keeps it."""
-        return {
-            "crop": self.crop,
-            "resize": self.resize,
-            "input_size": self.input_size,
-            "interpolation": self.interpolation,
-            "antialias": True,
-            "rounding": "uint8",
-            "mean": list(self.mean),
-            "std": list(self.std),
-        }
-
-
-def make_transform(backbone: Backbone, view: View) -> Transform:
-    """The card's transform for `full`; a centre view goes straight to the network's input, with nothing cropped off."""
-    size = view.input_size or backbone.input_size
-    as_card = view.crop is None and view.input_size is None
-    return Transform(
-        crop=view.crop,
-        resize=backbone.resize if as_card else size,
-        input_size=size,
-        interpolation=backbone.interpolation,
-        mean=tuple(backbone.mean),
-        std=tuple(backbone.std),
-    )
 
 
 @dataclass(frozen=True)
@@ -196,6 +80,17 @@ class Summary:
         )
 
 
+@dataclass(frozen=True)
+class _Task:
+    """What one call of `extract_dataset` works on."""
+
+    dataset: PatchDataset
+    store: FeatureStore
+    options: ExtractOptions
+    device: torch.device
+    first: list[NDArray[np.uint8]]  # a few patches to settle networks and precision on
+
+
 @dataclass
 class _Job:
     """One (model, view) in flight: its network, its transform, its place in the store."""
@@ -214,12 +109,12 @@ class _Job:
         return max(self.batch_size, self.writer.entry.rows_per_block)
 
 
-def extract(
+def extract_dataset(
     dataset: PatchDataset,
     backbones: Sequence[Backbone],
     *,
     store: FeatureStore,
-    options: ExtractOptions = ExtractOptions(),  # noqa: B008 - frozen
+    options: ExtractOptions = ExtractOptions(),
     weights: Path | None = None,
 ) -> list[Summary]:
     """Embed every patch of `dataset` by every backbone in every view, and write all poolings to the store.
@@ -248,23 +143,23 @@ def extract(
         say(f"{dataset.name}: same patches, but labels, groups or splits have changed; the store's table was updated.")
 
     started = time.perf_counter()
+    first = [dataset.decode(row) for row in range(min(_CALIBRATION_PATCHES, len(dataset.samples)))]
+    task = _Task(dataset, store, options, device, first)
     jobs: list[_Job] = []
     finished: dict[tuple[str, str], Entry] = {}
     for backbone in backbones:
         loaded = fetch_weights(backbone, weights=weights)
         todo = []
         for view in views:
-            entry = _complete_entry(store, dataset, backbone, loaded, view, options, device)
+            entry = _complete_entry(task, backbone, loaded, view)
             if entry is None:
                 todo.append(view)
             else:
                 finished[backbone.name, view.name] = entry
         if todo:
-            model = build_model(backbone, loaded, dynamic=any(view.input_size for view in todo)).to(device)
-            if device.type == "cpu" and not any(hasattr(m, "num_prefix_tokens") for m in (model,)):
-                model = model.to(memory_format=torch.channels_last)  # convolutions; no difference to transformers
-            for view in todo:
-                jobs.append(_prepare(store, dataset, backbone, loaded, model, view, options, device))
+            model = build_model(backbone, loaded, dynamic=any(view.input_size for view in todo))
+            model = settle(model, device, example=make_transform(backbone, todo[0])(first, device))
+            jobs += [_prepare(task, backbone, loaded, model, view) for view in todo]
 
     new_rows = _run(dataset, jobs, device)
     seconds = time.perf_counter() - started
@@ -292,26 +187,6 @@ def extract(
     return summaries
 
 
-def find_device(name: str) -> torch.device:
-    """The torch device of an option: "auto" takes the first GPU, else the CPU.
-
-    Raises:
-        UserError: if the device does not exist here.
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise UserError(f"unknown device {name!r}: use auto, cpu, cuda or cuda:N.") from error
-    n_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if device.type == "cuda" and (device.index or 0) >= n_gpus:
-        raise UserError(f"device {name!r} was asked for, but torch sees {n_gpus} GPUs here. Use --device cpu or auto.")
-    if device.type not in ("cpu", "cuda"):
-        raise UserError(f"device {name!r} is not supported: use auto, cpu, cuda or cuda:N.")
-    return device
-
-
 def fingerprint_parts(
     dataset: PatchDataset, backbone: Backbone, weights: Weights, view: View, *, precision: str, device: torch.device
 ) -> dict[str, Any]:
@@ -322,7 +197,7 @@ def fingerprint_parts(
         "revision": weights.revision,
         "weights_sha256": weights.sha256,
         "architecture": backbone.arch,
-        "kwargs": {key: _plain(value) for key, value in backbone.kwargs.items()},
+        "kwargs": dict(backbone.kwargs),
         "transform": make_transform(backbone, view).record(),
         "view": view.name,
         "source_mpp": dataset.mpp,
@@ -332,56 +207,52 @@ def fingerprint_parts(
     }
 
 
-def _plain(value: Any) -> Any:
-    """Layer classes by name, everything else as it is."""
-    return f"{value.__module__}.{value.__qualname__}" if isinstance(value, type) else value
-
-
 def _dataset_attrs(dataset: PatchDataset) -> dict[str, Any]:
-    return {"name": dataset.name, "source": dataset.source, "label_names": list(dataset.label_names), "mpp": dataset.mpp}
+    return {
+        "name": dataset.name,
+        "source": dataset.source,
+        "label_names": list(dataset.label_names),
+        "mpp": dataset.mpp,
+    }
 
 
-def _complete_entry(
-    store: FeatureStore,
-    dataset: PatchDataset,
-    backbone: Backbone,
-    weights: Weights,
-    view: View,
-    options: ExtractOptions,
-    device: torch.device,
-) -> Entry | None:
+def _complete_entry(task: _Task, backbone: Backbone, weights: Weights, view: View) -> Entry | None:
     """The store's entry if it is complete and computed just as asked: then no network need be built."""
-    for entry in store.entries(dataset.name, backbone.name):
+    for entry in task.store.entries(task.dataset.name, backbone.name):
         if entry.view != view.name or not entry.complete:
             continue
-        precision = options.precision if options.precision != "auto" else str(entry.parts.get("precision"))
-        parts = fingerprint_parts(dataset, backbone, weights, view, precision=precision, device=device)
+        asked = task.options.precision
+        precision = asked if asked != "auto" else str(entry.parts.get("precision"))
+        parts = fingerprint_parts(task.dataset, backbone, weights, view, precision=precision, device=task.device)
         parts["poolings"] = entry.parts.get("poolings")
         if fingerprint(parts) == entry.fingerprint:
             return entry
     return None
 
 
-def _prepare(
-    store: FeatureStore,
-    dataset: PatchDataset,
-    backbone: Backbone,
-    weights: Weights,
-    model: nn.Module,
-    view: View,
-    options: ExtractOptions,
-    device: torch.device,
-) -> _Job:
+def _settled_precision(task: _Task, backbone: Backbone, weights: Weights, view: View) -> str | None:
+    """What `auto` chose before for this network and view: an interrupted run, and all datasets of a store, agree."""
+    for entry in task.store.entries(model=backbone.name):
+        parts = entry.parts
+        same = parts.get("weights_sha256") == weights.sha256 and parts.get("device") == task.device.type
+        if same and entry.view == view.name:
+            return str(parts["precision"])
+    return None
+
+
+def _prepare(task: _Task, backbone: Backbone, weights: Weights, model: nn.Module, view: View) -> _Job:
+    """Claim the view's place in the store, and settle precision and batch size."""
+    dataset, options, device = task.dataset, task.options, task.device
     transform = make_transform(backbone, view)
-    some = [dataset.decode(row) for row in range(min(_CALIBRATION_PATCHES, len(dataset.samples)))]
-    recorded = next((e for e in store.entries(dataset.name, backbone.name) if e.view == view.name), None)
-    if options.precision == "auto" and recorded and recorded.parts.get("device") == device.type:
-        precision = str(recorded.parts.get("precision"))  # what was chosen when the run began
-    else:
-        precision = choose_precision(options.precision, backbone, model, transform(some, device))
+    check_input_size(model, backbone, transform.input_size)
+    example = transform(task.first, device)
+    precision = options.precision
+    if precision == "auto":
+        precision = _settled_precision(task, backbone, weights, view) or precision
+    precision = choose_precision(precision, backbone, model, example)
     widths = pooling_widths(model, backbone)
     parts = fingerprint_parts(dataset, backbone, weights, view, precision=precision, device=device)
-    writer = store.begin(
+    writer = task.store.begin(
         dataset.name,
         backbone.name,
         view.name,
@@ -395,12 +266,11 @@ def _prepare(
     if batch_size is None and device.type == "cpu":
         batch_size = _CPU_BATCH
     elif batch_size is None:
-        example = transform(some[:1], device)
 
         def forward(n: int) -> None:
-            embed_batch(model, backbone, example.expand(n, -1, -1, -1), precision=precision)
+            embed_batch(model, backbone, example[:1].expand(n, -1, -1, -1), precision=precision)
 
-        batch_size = largest_batch(forward, at_most=_MAX_GPU_BATCH)
+        batch_size = largest_batch(forward)
     if batch_size > rows_per_block:
         batch_size -= batch_size % rows_per_block  # whole blocks per batch
     writer.set_batch_size(batch_size)
@@ -409,85 +279,6 @@ def _prepare(
     starts = sorted({rows.start // job.step * job.step for rows in writer.missing()})
     job.todo = [range(start, min(start + job.step, n_rows)) for start in starts]
     return job
-
-
-def choose_precision(asked: str, backbone: Backbone, model: nn.Module, images: Tensor) -> str:
-    """The precision to compute in. `auto` on a GPU is what the model's card asks for, where it asks for any.
-
-    Where the card is silent, and on every CPU, `auto` is bf16 if the processor has it and if on these images every
-    pooling's cosine to fp32 is at least `MIN_COSINE`; else fp32.
-
-    Args:
-        asked: "auto", "fp32", "bf16" or "fp16".
-        backbone: record with the card's `amp`.
-        model: the network, on its device.
-        images: (b, 3, h, w) float32, normalised, on the same device.
-
-    Raises:
-        UserError: if the precision is unknown or the device cannot compute it.
-    """
-    device = images.device
-    if asked not in ("auto", "fp32", "bf16", "fp16"):
-        raise UserError(f"unknown precision {asked!r}: use auto, fp32, bf16 or fp16.")
-    if asked == "fp16" and device.type == "cpu":
-        raise UserError("fp16 is for GPUs: on a CPU use --precision bf16, fp32 or auto.")
-    if asked != "auto":
-        return asked
-    if device.type == "cuda" and backbone.amp:
-        return backbone.amp
-    if not has_bf16(device):
-        return "fp32"
-    exact = embed_batch(model, backbone, images, precision="fp32")
-    rounded = embed_batch(model, backbone, images, precision="bf16")
-    cosine = min(float(F.cosine_similarity(exact[name], rounded[name]).min()) for name in exact)
-    return "bf16" if cosine >= MIN_COSINE else "fp32"
-
-
-def has_bf16(device: torch.device) -> bool:
-    """Whether the processor multiplies bf16 in hardware (else it is slower than fp32)."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    cpuinfo = Path("/proc/cpuinfo")
-    return cpuinfo.exists() and bool(re.search(r"\b(avx512_bf16|amx_bf16)\b", cpuinfo.read_text()))
-
-
-def embed_batch(model: nn.Module, backbone: Backbone, images: Tensor, *, precision: str) -> dict[str, Tensor]:
-    """One forward pass: (b, 3, h, w) float32 normalised images to every pooling, each (b, d) float32."""
-    dtype = _AUTOCAST.get(precision)
-    autocast: AbstractContextManager[Any] = torch.autocast(images.device.type, dtype=dtype) if dtype else nullcontext()
-    with torch.inference_mode(), autocast:
-        return {name: values.float() for name, values in embed(model, backbone, images).items()}
-
-
-def largest_batch(forward: Callable[[int], None], *, at_most: int) -> int:
-    """The largest power of two whose forward pass fits in memory, with room to spare.
-
-    Doubles until memory runs out, then takes half of the last that fitted (fragmentation and other models need
-    room), unless `at_most` was reached first.
-
-    Raises:
-        UserError: if not even one image fits.
-    """
-    fits, n = 0, 1
-    while n <= at_most:
-        try:
-            forward(n)
-        except RuntimeError as error:
-            if not out_of_memory(error):
-                raise
-            torch.cuda.empty_cache()
-            break
-        fits, n = n, n * 2
-    else:
-        return fits
-    if not fits:
-        raise UserError("not even one image fits in the device's memory: use a smaller model, or --device cpu.")
-    return max(1, fits // 2)
-
-
-def out_of_memory(error: RuntimeError) -> bool:
-    """Whether a torch error means that memory ran out, on any device."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def _run(dataset: PatchDataset, jobs: list[_Job], device: torch.device) -> dict[tuple[str, str], int]:

@@ -79,7 +79,10 @@ def fetch_file(repo: str, filename: str, *, revision: str, licence: str = "") ->
         if cached is None or _is_about_the_disk(error):
             _explain(error, repo, filename, revision, licence)
         path = cached
-        say(f"{repo}: the hub did not answer for '{revision}'; using the cached commit {_commit(path, filename)[:12]}.")
+        say(
+            f"{repo}: the hub cannot be asked what '{revision}' is now ({type(error).__name__}); using the cached "
+            f"commit {_commit(path, filename)[:12]}."
+        )
     return HubFile(path, _commit(path, filename))
 
 
@@ -165,7 +168,10 @@ def _explain(error: Exception, repo: str, filename: str, revision: str, licence:
         )
     elif status is not None:
         reason = "too many requests" if status == 429 else "a fault on its side" if status >= 500 else "unexpected"
-        message = f"The hub answered {status} ({reason}) for {repo}, and {filename} is not cached. Try again in a few minutes. {local}"
+        message = (
+            f"The hub answered {status} ({reason}) for {repo}, and {filename} is not cached. Try again in a few "
+            f"minutes. {local}"
+        )
     elif isinstance(error, OfflineModeIsEnabled):
         message = (
             f"HF_HUB_OFFLINE is set and {repo}/{filename} (revision '{revision}') is not in the cache "
@@ -178,8 +184,8 @@ def _explain(error: Exception, repo: str, filename: str, revision: str, licence:
         )
     else:
         message = (
-            f"The hub at {_without_password(constants.ENDPOINT)} is out of reach ({type(error).__name__}) and "
-            f"{repo}/{filename} is not cached. Check the connection, HF_ENDPOINT and any proxy. {local}"
+            f"{repo}/{filename} is not cached and could not be fetched from {_without_password(constants.ENDPOINT)} "
+            f"({type(error).__name__}). Check the connection, HF_ENDPOINT and any proxy, then run again. {local}"
         )
     raise UserError(message) from None
 

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import difflib
 import json
-import os
 import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 if TYPE_CHECKING:
     import typer
@@ -25,8 +24,8 @@ class UserError(Exception):
     """A mistake the user can mend. The message says what was found, what was expected, and what to do."""
 
 
-class Interrupted(KeyboardInterrupt):
-    """SIGTERM, raised in the main thread so that it unwinds like Ctrl-C."""
+class Interrupted(BaseException):
+    """Ctrl-C or SIGTERM, raised in the main thread. Not a KeyboardInterrupt: typer would answer that one itself."""
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
@@ -36,8 +35,8 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 
 def say(message: str) -> None:
-    """One line of prose on stderr."""
-    print(message, file=sys.stderr, flush=True)
+    """One message on stderr; a hostile file name in it cannot drive the terminal."""
+    print("\n".join(map(printable, message.split("\n"))), file=sys.stderr, flush=True)
 
 
 def print_json(value: dict[str, Any]) -> None:
@@ -46,7 +45,7 @@ def print_json(value: dict[str, Any]) -> None:
 
 
 def printable(text: str) -> str:
-    """`text` with control characters escaped, so that a hostile file name cannot drive the terminal."""
+    """`text` with control characters escaped."""
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
@@ -89,41 +88,22 @@ def progress(description: str, total: int, unit: str = "images") -> Iterator[Adv
         yield lambda n: bar.advance(task, n)
 
 
-def _terminate(signum: int, frame: object) -> None:
+def _interrupt(signum: int, frame: object) -> None:
     raise Interrupted
 
 
 def run(app: typer.Typer) -> None:
     """Run a typer application under the exit-status contract: 0 done, 1 one clear message, 2 wrong usage."""
-    signal.signal(signal.SIGTERM, _terminate)
+    signal.signal(signal.SIGINT, _interrupt)
+    signal.signal(signal.SIGTERM, _interrupt)
     try:
-        # Not standalone: click would turn Ctrl-C into "Aborted!" and hide our own message.
-        status = app(standalone_mode=False)
+        app()
     except UserError as error:
         _fail(str(error))
-    except KeyboardInterrupt as error:
-        what = str(error) or "run the same command again to finish the rest"
-        _fail(f"Interrupted: everything finished so far is kept; {what}.")
-    except BrokenPipeError:  # `fm-… | head`: the reader has left, and that is no mistake
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(0)
-    except Exception as error:
-        import click
-
-        if isinstance(error, click.exceptions.Abort):  # Ctrl-C, as click reports it
-            _fail("Interrupted: everything finished so far is kept; run the same command again to finish the rest.")
-        if isinstance(error, click.ClickException):
-            error.show()
-            sys.exit(error.exit_code)
-        raise
-    sys.exit(status if isinstance(status, int) else 0)
+    except Interrupted:
+        _fail("interrupted. Everything finished so far is kept: run the same command again to finish the rest.")
 
 
-def _fail(message: str) -> None:
-    say(f"error: {printable_lines(message)}")
+def _fail(message: str) -> NoReturn:
+    say(f"error: {message}")
     sys.exit(1)
-
-
-def printable_lines(message: str) -> str:
-    """`printable`, line by line: messages may have several lines, file names may not."""
-    return "\n".join(printable(line) for line in message.split("\n"))

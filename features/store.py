@@ -8,54 +8,57 @@ a safe order, and the reader maps them into memory. Any Zarr reader opens them.
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import hashlib
 import json
 import mmap
 import os
 import re
-import shutil
-import uuid
-import weakref
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-import google_crc32c
 import numpy as np
 import zarr
 from numpy.typing import NDArray
 
-from features.console import Advance, UserError, nearest
+from features.console import Advance, UserError, nearest, progress
+from features.files import (
+    PARTIAL,
+    Use,
+    discard_folder,
+    flush,
+    in_use,
+    move_folder,
+    only_writer,
+    sweep,
+    temporary_name,
+    write_file,
+    writing,
+)
+from features.layout import (
+    MAX_ROWS_PER_BLOCK,
+    MIN_ROWS_PER_BLOCK,
+    STRING_COLUMNS,
+    Grid,
+    column_metadata,
+    decode_block,
+    encode_block,
+    group_metadata,
+    not_finite,
+    rows_per_block,
+)
 from features.samples import Samples
 
 FORMAT = "mitofm-features"
 FORMAT_VERSION = 1
-MIN_ROWS_PER_BLOCK, MAX_ROWS_PER_BLOCK = 64, 65536
-ROWS_PER_CHUNK = 8192  # a larger block is a shard of chunks of this many rows
-
-_PARTIAL = ".partial"  # the end of every temporary name; such names begin with a dot
-_CRC_BYTES = 4
-_NO_CHUNK = 2**64 - 1  # offset and size of a chunk that a shard does not hold
-_FLOAT16_MAX = 65504
-_CANNOT_WRITE = {
-    errno.ENOSPC: "free some space",
-    errno.EDQUOT: "free some of your quota",
-    errno.EFBIG: "raise the limit on file sizes (ulimit -f)",
-    errno.EROFS: "choose a writable place with --store",
-    errno.EACCES: "choose a writable place with --store",
-    errno.EPERM: "choose a writable place with --store",
-}
-_BYTES = {"name": "bytes", "configuration": {"endian": "little"}}
-_CRC32C = {"name": "crc32c"}
-_STRING_COLUMNS = ("id", "group", "split", "domain", "sha256")
+_OVERWRITE = "write this entry anew with --overwrite"
+_AGAIN = "run fm-extract for this dataset again"
 
 
 def store_key(name: str) -> str:
-    """The one Zarr node name of a model, dataset, view or pooling: `timm/x` -> `timm--x`, `hf-hub:a/b@r` -> `hf-hub--a--b@r`.
+    """The Zarr node name of any name: `timm/x` -> `timm--x`, `hf-hub:a/b@r` -> `hf-hub--a--b@r`.
 
     Raises:
         UserError: if the name is empty, climbs (`..`), holds control characters, or would clash with a Zarr name.
@@ -74,12 +77,31 @@ def fingerprint(parts: Mapping[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def rows_per_block(n: int) -> int:
-    """How many rows of `n` are written at once: a power of two that makes at most 128 blocks, but 64 to 65,536 rows.
+def to_float16(
+    embeddings: NDArray[np.floating[Any]], what: str, *, ids: NDArray[np.str_], first_row: int = 0
+) -> NDArray[np.float16]:
+    """Embeddings (n, d) as they are stored, each of them finite.
 
-    The lower bound keeps files from being tiny, the upper one what a writer must hold in memory.
+    Args:
+        embeddings: of any float type.
+        what: whose they are, for the message.
+        ids: (n,) the patches' ids, for the message.
+        first_row: the number of the first one in its patch table, for the message.
+
+    Raises:
+        UserError: if one is NaN, infinite, or beyond the range of float16.
     """
-    return min(max(1 << (-(-n // 128) - 1).bit_length(), MIN_ROWS_PER_BLOCK), MAX_ROWS_PER_BLOCK)
+    with np.errstate(over="ignore"):  # judged below
+        halves = np.ascontiguousarray(embeddings, dtype="<f2")
+    bad = np.flatnonzero(not_finite(halves).any(axis=1))
+    if len(bad):
+        beyond = np.isfinite(embeddings[bad]).all()
+        raise UserError(
+            f"{what}: {len(bad)} embeddings are {'beyond the range of float16 (±65504)' if beyond else 'NaN or infinite'} "
+            f"(first: row {first_row + bad[0]}, {ids[bad[0]]}). Look at these patches, or compute with --precision fp32; "
+            "what was written before is kept."
+        )
+    return halves
 
 
 @dataclass(frozen=True)
@@ -94,9 +116,10 @@ class Entry:
         parts: everything that decides the numbers.
         n_rows: rows, as in the patch table.
         rows_per_block: rows written at once.
-        n_done: blocks that are there.
         batch_size: images per forward pass, where recorded; no part of the fingerprint.
         imported: whether the embeddings were computed elsewhere.
+        n_done: blocks that were there when this record was made.
+        folder: where it lies.
     """
 
     dataset: str
@@ -108,9 +131,10 @@ class Entry:
     parts: dict[str, Any]
     n_rows: int
     rows_per_block: int
-    n_done: int
     batch_size: int | None
     imported: bool
+    n_done: int
+    folder: Path
 
     @property
     def n_blocks(self) -> int:
@@ -129,18 +153,33 @@ class Entry:
         start = block * self.rows_per_block
         return range(start, min(start + self.rows_per_block, self.n_rows))
 
+    def grid(self, pooling: str) -> Grid:
+        """How the array of a pooling is cut up."""
+        return Grid(self.n_rows, self.poolings[pooling], self.rows_per_block)
+
+    def block_path(self, pooling: str, block: int) -> Path:
+        """The file of a block."""
+        return self.folder / pooling / f"c.{block}.0"
+
+    def missing(self) -> list[int]:
+        """The blocks that are not there now: those without a file of the last pooling."""
+        last = list(self.poolings)[-1]
+        there = set((self.folder / last).glob("c.*.0"))
+        return [block for block in range(self.n_blocks) if self.block_path(last, block) not in there]
+
+    def size(self) -> int:
+        """Bytes on the disk."""
+        return sum(path.stat().st_size for path in self.folder.rglob("*") if path.is_file())
+
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing `FeatureStore.verify` found wrong; `str()` is the sentence for people."""
+    """One thing that `FeatureStore.verify` found wrong."""
 
     where: str  # dataset[/model/view[/pooling]]
     block: int | None
     rows: tuple[int, int] | None  # first and last
-    what: str
-
-    def __str__(self) -> str:
-        return self.what
+    what: str  # the whole sentence, with the remedy
 
 
 class FeatureStore:
@@ -157,7 +196,7 @@ class FeatureStore:
         Raises:
             UserError: if there is none, it is something else, or a newer version wrote it.
         """
-        if not (path / "zarr.json").exists():
+        if not (path / "zarr.json").is_file():
             what = "is not a feature store (it has no zarr.json)" if path.exists() else "does not exist"
             raise UserError(f"{path} {what}. Run fm-extract first, or name the store with --store.")
         attributes = _attributes(path)
@@ -179,12 +218,12 @@ class FeatureStore:
             UserError: as `open`; if something else lies there; or if the place cannot be written.
         """
         if not (path / "zarr.json").exists():
-            if path.exists() and (not path.is_dir() or any(not p.name.endswith(_PARTIAL) for p in path.iterdir())):
+            if path.exists() and (not path.is_dir() or any(not p.name.endswith(PARTIAL) for p in path.iterdir())):
                 raise UserError(f"{path} exists but is not a feature store. Name another --store; nothing was changed.")
-            with _writing(path):
+            with writing(path):
                 path.mkdir(parents=True, exist_ok=True)
                 _write_group(path, {"format": FORMAT, "format_version": FORMAT_VERSION})
-                _flush(path.parent)
+                flush(path.parent)
         return cls.open(path)
 
     def datasets(self) -> list[str]:
@@ -201,8 +240,8 @@ class FeatureStore:
         if not (folder / "zarr.json").exists():
             known = self.datasets()
             raise UserError(
-                f"{self.path} has no dataset {dataset!r}; it has: {', '.join(known) or 'none'}.{nearest(dataset, known)} "
-                f"Run fm-extract --dataset {dataset} first."
+                f"{self.path} has no dataset {dataset!r}; it has: {', '.join(known) or 'none'}."
+                f"{nearest(dataset, known)} Run fm-extract --dataset {dataset} first."
             )
         attributes = _attributes(folder)
         if attributes.get("name") != dataset:
@@ -222,7 +261,7 @@ class FeatureStore:
         folder = self.path / store_key(dataset) / "samples"
         samples = _read_samples(folder, int(attributes.get("n_samples", 0)), int(attributes.get("n_raters", 0)))
         if samples.table_digest != attributes.get("table_digest"):
-            raise _damaged(folder, "the patch table does not match its digest", "run fm-extract for this dataset again")
+            raise _damaged(folder, "the patch table does not match its digest", _AGAIN)
         return samples
 
     def put_samples(self, dataset: str, samples: Samples, *, attrs: Mapping[str, Any], overwrite: bool = False) -> bool:
@@ -250,36 +289,38 @@ class FeatureStore:
             "images_digest": samples.images_digest,
             "table_digest": samples.table_digest,
         }
-        with _writing(self.path), _only_writer(self.path):
-            _sweep(self.path)
+        with writing(self.path), only_writer(self.path):
+            sweep(self.path)
             if (folder / "zarr.json").exists():
                 stored = self.dataset_attrs(dataset)
                 if stored.get("images_digest") == attributes["images_digest"]:
                     return self._update_table(folder, samples, stored, attributes)
                 if not overwrite:
                     raise UserError(
-                        f"{self.path} already has a dataset {dataset!r} of other images: {stored.get('n_samples')} with "
-                        f"digest {stored.get('images_digest')}, now {len(samples)} with digest "
+                        f"{self.path} already has a dataset {dataset!r} of other images: {stored.get('n_samples')} "
+                        f"with digest {stored.get('images_digest')}, now {len(samples)} with digest "
                         f"{attributes['images_digest']}. Use another --store, or --overwrite to discard the stored "
                         "dataset and all its embeddings."
                     )
-            new = _temporary(folder)
+                self._discard(folder)
+            new = temporary_name(folder)
             new.mkdir()
             _write_samples(new / "samples", samples)
             _write_group(new, attributes)
-            _move_folder(new, folder)
+            move_folder(new, folder)
         return False
 
     def _update_table(self, folder: Path, samples: Samples, stored: dict[str, Any], attributes: dict[str, Any]) -> bool:
-        _sweep(folder)
-        with suppress(UserError):  # a damaged table, or one whose replacement was cut short, is written anew
-            if stored.get("table_digest") == attributes["table_digest"] and self.samples(attributes["name"]):
+        sweep(folder)
+        if stored.get("table_digest") == attributes["table_digest"]:
+            with suppress(UserError):  # a damaged table, or one whose replacement was cut short, is written anew
+                self.samples(attributes["name"])
                 return False
         # Attributes first: whoever reads in between finds a table that does not match its digest, never a wrong one.
         _write_group(folder, attributes)
-        new = _temporary(folder / "samples")
+        new = temporary_name(folder / "samples")
         _write_samples(new, samples)
-        _move_folder(new, folder / "samples")
+        move_folder(new, folder / "samples")
         return True
 
     def entries(self, dataset: str | None = None, model: str | None = None) -> list[Entry]:
@@ -293,10 +334,6 @@ class FeatureStore:
             for folder in self._entry_folders(dataset)
             if (entry := _read_entry(folder)) and model in (None, entry.model)
         ]
-
-    def size(self, entry: Entry) -> int:
-        """Bytes on disk."""
-        return sum(path.stat().st_size for path in self._folder(entry.dataset, entry.model, entry.view).rglob("*"))
 
     def begin(
         self,
@@ -337,17 +374,17 @@ class FeatureStore:
             parts=dict(parts),
             n_rows=n_rows,
             rows_per_block=rows_per_block(n_rows),
-            n_done=0,
             batch_size=None,
             imported=imported,
+            n_done=0,
+            folder=self._folder(dataset, model, view),
         )
-        folder = self._folder(dataset, model, view)
-        with _writing(self.path), _only_writer(self.path):
-            if overwrite or not (folder / "zarr.json").exists():
-                _create_entry(folder, entry)
-            stored = _read_entry(folder)
+        with writing(self.path), only_writer(self.path):
+            if overwrite or not (entry.folder / "zarr.json").exists():
+                _create_entry(entry)
+            stored = _read_entry(entry.folder)
             _refuse_other(stored, entry)
-            return Writer(folder, stored, self.samples(dataset).id)
+            return Writer(stored, self.samples(dataset).id)
 
     def read(
         self,
@@ -374,14 +411,10 @@ class FeatureStore:
             UserError: if there is no such entry or pooling, if it is not complete, or if a checksum fails.
         """
         entry = self._entry(dataset, model, view)
-        folder = self._folder(dataset, model, view)
-        missing = [entry.rows(block) for block in _missing(folder, entry)]
+        missing = [entry.rows(block) for block in entry.missing()]
         if missing:
             shown = ", ".join(f"{rows.start}–{rows.stop - 1}" for rows in missing[:4]) + ", …" * (len(missing) > 4)
-            raise UserError(
-                f"{entry.name} is not complete: {len(missing)} of {entry.n_blocks} blocks are missing (rows {shown}). "
-                f"{_remedy(entry)} to finish it."
-            )
+            raise UserError(f"{_incomplete(entry, len(missing))} Missing rows: {shown}.")
         names = (entry.card_pooling if pooling == "card" else pooling).split("+")
         for name in names:
             if name not in entry.poolings:
@@ -389,100 +422,99 @@ class FeatureStore:
                     f"{entry.name} has no pooling {name!r}; it has {', '.join(entry.poolings)} (and card = "
                     f"{entry.card_pooling}).{nearest(name, entry.poolings)}"
                 )
-        indices = None if rows is None else np.flatnonzero(rows) if rows.dtype == bool else np.asarray(rows, np.intp)
-        parts = [self._read_array(folder, entry, name, indices) for name in names]
+        parts = [self._read_all(entry, n) if rows is None else self._read_some(entry, n, rows) for n in names]
         return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)
 
-    def _read_array(
-        self, folder: Path, entry: Entry, pooling: str, indices: NDArray[np.intp] | None
-    ) -> NDArray[np.float16]:
-        _check_array(folder, entry, pooling)
-        width, rows_per_chunk = entry.poolings[pooling], min(entry.rows_per_block, ROWS_PER_CHUNK)
-        if indices is None:
-            whole = np.empty((entry.n_rows, width), np.float16)
-            for block in range(entry.n_blocks):
-                target = whole[entry.rows(block).start : entry.rows(block).stop]
-                for k, chunk in enumerate(self._chunks(folder, entry, pooling, block)):
-                    part = target[k * rows_per_chunk : (k + 1) * rows_per_chunk]
-                    part[:] = chunk[: len(part)]
-            return whole
-        if len(indices) and not (0 <= indices.min() and indices.max() < entry.n_rows):
-            raise IndexError(f"rows must lie in 0 … {entry.n_rows - 1}, got {indices.min()} … {indices.max()}")
-        some = np.empty((len(indices), width), np.float16)
-        blocks = indices // entry.rows_per_block
-        order = np.argsort(blocks, kind="stable")
-        touched, starts = np.unique(blocks[order], return_index=True)
-        for block, where in zip(touched.tolist(), np.split(order, starts[1:]), strict=False):
-            chunk, row = np.divmod(indices[where] - block * entry.rows_per_block, rows_per_chunk)
-            some[where] = self._chunks(folder, entry, pooling, block)[chunk, row]
-        return some
+    def _read_all(self, entry: Entry, pooling: str) -> NDArray[np.float16]:
+        _check_array(entry, pooling)
+        grid = entry.grid(pooling)
+        embeddings = np.empty((grid.n_rows, grid.width), np.float16)
+        for block in range(entry.n_blocks):
+            for k, chunk in enumerate(self._chunks(entry, pooling, block)):
+                start = block * grid.rows_per_block + k * grid.rows_per_chunk
+                part = embeddings[start : start + grid.rows_per_chunk]
+                part[:] = chunk[: len(part)]
+        return embeddings
 
-    def _chunks(self, folder: Path, entry: Entry, pooling: str, block: int) -> NDArray[np.float16]:
-        """A block's chunks, mapped into memory: (chunks, rows per chunk, width); the checksum has been seen to hold."""
-        path = _block_path(folder, pooling, block)
+    def _read_some(self, entry: Entry, pooling: str, rows: NDArray[np.intp] | NDArray[np.bool_]) -> NDArray[np.float16]:
+        _check_array(entry, pooling)
+        grid = entry.grid(pooling)
+        indices = np.arange(grid.n_rows)[rows]  # masks become indices, and what lies outside is an IndexError
+        embeddings = np.empty((len(indices), grid.width), np.float16)
+        blocks = indices // grid.rows_per_block
+        order = np.argsort(blocks, kind="stable")
+        bounds = np.searchsorted(blocks[order], np.arange(entry.n_blocks + 1))
+        for block in np.unique(blocks).tolist():
+            where = order[bounds[block] : bounds[block + 1]]
+            chunk, row = np.divmod(indices[where] - block * grid.rows_per_block, grid.rows_per_chunk)
+            embeddings[where] = self._chunks(entry, pooling, block)[chunk, row]
+        return embeddings
+
+    def _chunks(self, entry: Entry, pooling: str, block: int) -> NDArray[np.float16]:
+        """A block's chunks, mapped into memory, once their checksums have held: (chunks, rows per chunk, width)."""
+        path = entry.block_path(pooling, block)
         try:
             with path.open("rb") as file:
                 status = os.fstat(file.fileno())
-                seen = (path, status.st_ino, status.st_mtime_ns)
                 data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if status.st_size else b""
         except OSError as error:
-            raise _bad_block(folder, entry, pooling, block, f"cannot be read ({error.strerror})") from error
+            raise _bad_block(entry, pooling, block, f"cannot be read ({error.strerror})") from error
+        seen = (path, status.st_ino, status.st_mtime_ns)
         try:
-            return _decode_block(data, entry, entry.poolings[pooling], block, check=seen not in self._verified)
+            chunks = decode_block(data, len(entry.rows(block)), entry.grid(pooling), check=seen not in self._verified)
         except ValueError as error:
-            raise _bad_block(folder, entry, pooling, block, str(error)) from error
-        finally:
-            self._verified.add(seen)
+            raise _bad_block(entry, pooling, block, str(error)) from error
+        self._verified.add(seen)
+        return chunks
 
-    def verify(
-        self, dataset: str | None = None, model: str | None = None, *, advance: Advance = lambda n: None
-    ) -> list[Problem]:
+    def verify(self, dataset: str | None = None, model: str | None = None) -> list[Problem]:
         """Look at every byte: tables against their digests, blocks against their checksums, numbers for NaN.
 
         Args:
             dataset, model: only these.
-            advance: called with 1 after every block.
         """
-        problems = []
-
-        def note(where: str, error: UserError, block: int | None = None, rows: range | None = None) -> None:
-            problems.append(Problem(where, block, (rows.start, rows.stop - 1) if rows else None, str(error)))
-
-        self._verified.clear()
-        for table in _groups(self.path) if dataset is None else [self.path / store_key(dataset)]:
+        problems: list[Problem] = []
+        for folder in self._dataset_folders(dataset):
             try:
-                self.samples(dataset or str(_attributes(table).get("name")))
+                self.samples(dataset or str(_attributes(folder).get("name")))
             except UserError as error:
-                note(table.name, error)
+                problems.append(Problem(folder.name, None, None, str(error)))
+        entries = []
         for folder in self._entry_folders(dataset):
             try:
                 entry = _read_entry(folder)
             except UserError as error:
-                note(folder.relative_to(self.path).as_posix(), error)
+                problems.append(Problem(folder.relative_to(self.path).as_posix(), None, None, str(error)))
                 continue
-            if model not in (None, entry.model):
-                continue
-            missing = _missing(folder, entry)
-            if missing:
-                what = f"{entry.name} is not complete: {len(missing)} of {entry.n_blocks} blocks are missing."
-                note(entry.name, UserError(f"{what} {_remedy(entry)} to finish it."))
-            for pooling in entry.poolings:
-                where = f"{entry.name}/{pooling}"
-                try:
-                    _check_array(folder, entry, pooling)
-                except UserError as error:
-                    note(where, error)
-                    continue
-                for block in sorted(set(range(entry.n_blocks)) - set(missing)):
-                    try:
-                        chunks = self._chunks(folder, entry, pooling, block)
-                        rows = chunks.reshape(-1, entry.poolings[pooling])[: len(entry.rows(block))]
-                        if _not_finite(rows).any():
-                            raise _bad_block(folder, entry, pooling, block, "holds NaN or infinity")
-                    except UserError as error:
-                        note(where, error, block, entry.rows(block))
-                    advance(1)
+            if model in (None, entry.model):
+                entries.append(entry)
+        self._verified.clear()
+        total = sum(entry.n_done * len(entry.poolings) for entry in entries)
+        with progress("verify", total, unit="blocks") as advance:
+            for entry in entries:
+                if not entry.complete:
+                    what = _incomplete(entry, entry.n_blocks - entry.n_done)
+                    problems.append(Problem(entry.name, None, None, what))
+                for pooling in entry.poolings:
+                    problems += self._verify_array(entry, pooling, advance)
         return problems
+
+    def _verify_array(self, entry: Entry, pooling: str, advance: Advance) -> Iterator[Problem]:
+        where = f"{entry.name}/{pooling}"
+        try:
+            _check_array(entry, pooling)
+        except UserError as error:
+            yield Problem(where, None, None, str(error))
+            return
+        for block in sorted(set(range(entry.n_blocks)).difference(entry.missing())):
+            rows = entry.rows(block)
+            try:
+                embeddings = self._chunks(entry, pooling, block).reshape(-1, entry.poolings[pooling])[: len(rows)]
+                if not_finite(embeddings).any():
+                    raise _bad_block(entry, pooling, block, "holds NaN or infinity")
+            except UserError as error:
+                yield Problem(where, block, (rows.start, rows.stop - 1), str(error))
+            advance(1)
 
     def remove(self, dataset: str, model: str | None = None, view: str | None = None) -> None:
         """Remove an entry, all entries of a model, or a whole dataset.
@@ -492,13 +524,16 @@ class FeatureStore:
         """
         self.dataset_attrs(dataset)
         folder = self.path.joinpath(*(store_key(name) for name in (dataset, model, view) if name is not None))
-        with _writing(self.path), _only_writer(self.path):
+        with writing(self.path), only_writer(self.path):
             if not (folder / "zarr.json").exists():
                 raise UserError(f"{self.path} has no {'/'.join(filter(None, (dataset, model, view)))}.")
-            for entry_folder in self._entry_folders(dataset):
-                if entry_folder.is_relative_to(folder):
-                    _refuse_busy(entry_folder)
-            _discard_folder(folder)
+            self._discard(folder)
+
+    def _discard(self, folder: Path) -> None:
+        for zarr_json in folder.rglob("zarr.json"):
+            if in_use(zarr_json.parent):
+                raise _busy(zarr_json.parent)
+        discard_folder(folder)
 
     def _entry(self, dataset: str, model: str, view: str) -> Entry:
         folder = self._folder(dataset, model, view)
@@ -523,33 +558,29 @@ class FeatureStore:
             raise UserError("a model cannot be called 'samples': that is the name of the patch table.")
         return self.path / store_key(dataset) / store_key(model) / store_key(view)
 
+    def _dataset_folders(self, dataset: str | None) -> list[Path]:
+        return _groups(self.path) if dataset is None else [self.path / store_key(dataset)]
+
     def _entry_folders(self, dataset: str | None) -> list[Path]:
-        datasets = _groups(self.path) if dataset is None else [self.path / store_key(dataset)]
-        models = [model for folder in datasets for model in _groups(folder) if model.name != "samples"]
+        models = [
+            path for folder in self._dataset_folders(dataset) for path in _groups(folder) if path.name != "samples"
+        ]
         return [view for model in models for view in _groups(model)]
 
 
 class Writer:
     """An entry being written, block by block. Several processes may share an entry if they write different blocks."""
 
-    def __init__(self, folder: Path, entry: Entry, ids: NDArray[np.str_]) -> None:
+    def __init__(self, entry: Entry, ids: NDArray[np.str_]) -> None:
         self.entry = entry
-        self._folder = folder
         self._ids = ids
         for pooling in entry.poolings:
-            _check_array(folder, entry, pooling)
-        lock = os.open(folder, os.O_RDONLY)
-        self._unlock = weakref.finalize(self, os.close, lock)
-        with suppress(OSError):  # another process writes here, or the file system has no locks: leave its files alone
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            for place in (folder, *(folder / pooling for pooling in entry.poolings)):
-                _sweep(place)
-        with suppress(OSError):
-            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            _check_array(entry, pooling)
+        self._use = Use(entry.folder)  # many may write blocks, but nobody may sweep or replace the folder meanwhile
 
     def missing(self) -> list[range]:
-        """The rows of every block that is not there yet; block number = `rows.start // entry.rows_per_block`."""
-        return [self.entry.rows(block) for block in _missing(self._folder, self.entry)]
+        """The rows of every block that is not there now; its number is `rows.start // entry.rows_per_block`."""
+        return [self.entry.rows(block) for block in self.entry.missing()]
 
     def missing_within(self, rows: range) -> list[tuple[int, range]]:
         """Number and rows of every missing block that lies in `rows`, which must hold whole blocks."""
@@ -572,255 +603,104 @@ class Writer:
         given = {name: values.shape for name, values in embeddings.items()}
         if given != shapes:
             raise ValueError(f"{self.entry.name}, block {block}: expected {shapes}, got {given}")
-        halves = {name: self._as_float16(name, rows, embeddings[name]) for name in shapes}
-        with _writing(self._folder):
+        ids = self._ids[rows.start : rows.stop]
+        halves = {
+            name: to_float16(embeddings[name], f"{self.entry.name}/{name}", ids=ids, first_row=rows.start)
+            for name in shapes
+        }
+        with writing(self.entry.folder):
             # In declared order, each safely on the disk before the next: the last one there means all are.
             for name, values in halves.items():
-                _write_file(_block_path(self._folder, name, block), _encode_block(values, self.entry.rows_per_block))
-
-    def _as_float16(self, pooling: str, rows: range, values: NDArray[np.floating[Any]]) -> NDArray[np.float16]:
-        with np.errstate(over="ignore"):  # judged below
-            halves = np.ascontiguousarray(values, dtype="<f2")
-        bad = np.flatnonzero(_not_finite(halves).any(axis=1))
-        if len(bad):
-            finite = np.isfinite(values[bad]).all()
-            what = f"beyond the range of float16 (±{_FLOAT16_MAX})" if finite else "NaN or infinite"
-            raise UserError(
-                f"{self.entry.name}: the {pooling} embedding of {len(bad)} patches is {what} (first: row "
-                f"{rows[bad[0]]}, {self._ids[rows[bad[0]]]}). Look at these images, or compute with --precision fp32; "
-                "the blocks written so far are kept."
-            )
-        return halves
+                write_file(self.entry.block_path(name, block), encode_block(values, self.entry.grid(name)))
 
     def set_batch_size(self, n: int) -> None:
         """Record the images per forward pass, so that a resumed run uses the same."""
-        with _writing(self._folder):
-            _write_group(self._folder, _attributes(self._folder) | {"batch_size": n})
-
-
-# Blocks: the bytes of one file.
-
-
-def _encode_block(values: NDArray[np.float16], rows_per_block: int) -> list[NDArray[np.uint8]]:
-    """The file of a block: its chunks, each followed by its CRC-32C, and the index if the block is a shard.
-
-    Bit-identical to what zarr-python writes for the codecs in `_array_metadata` (tested).
-    """
-    rows_per_chunk = min(rows_per_block, ROWS_PER_CHUNK)
-    pieces = []
-    for start in range(0, len(values), rows_per_chunk):
-        chunk = values[start : start + rows_per_chunk]
-        if len(chunk) < rows_per_chunk:  # Zarr's chunks are whole: the rest is fill value
-            fill = np.full((rows_per_chunk - len(chunk), values.shape[1]), np.nan, "<f2")
-            chunk = np.concatenate([chunk, fill])
-        pieces.append(chunk.reshape(-1).view(np.uint8))
-    if rows_per_block > rows_per_chunk:
-        pieces.append(_shard_index(len(pieces), pieces[0].nbytes, rows_per_block // rows_per_chunk))
-    return [part for piece in pieces for part in (piece, _crc32c(piece))]
-
-
-def _decode_block(data: mmap.mmap | bytes, entry: Entry, width: int, block: int, *, check: bool) -> NDArray[np.float16]:
-    """The chunks in a block's bytes, without a copy: (chunks, rows per chunk, width).
-
-    Raises:
-        ValueError: if the size is not the right one or, with `check`, a checksum fails.
-    """
-    rows_per_chunk = min(entry.rows_per_block, ROWS_PER_CHUNK)
-    chunk_bytes = rows_per_chunk * width * 2
-    n_chunks = -(-len(entry.rows(block)) // rows_per_chunk)
-    index = np.empty(0, np.uint8)
-    if entry.rows_per_block > rows_per_chunk:
-        index = _shard_index(n_chunks, chunk_bytes, entry.rows_per_block // rows_per_chunk)
-    index_start = n_chunks * (chunk_bytes + _CRC_BYTES)
-    expected = index_start + (index.nbytes + _CRC_BYTES if index.nbytes else 0)
-    if len(data) != expected:
-        raise ValueError(f"has {len(data)} bytes instead of {expected}")
-    stride = chunk_bytes + _CRC_BYTES
-    chunks: NDArray[np.float16] = np.ndarray(
-        (n_chunks, rows_per_chunk, width), "<f2", data, strides=(stride, width * 2, 2)
-    )
-    if check:
-        for k, chunk in enumerate(chunks):
-            if (
-                _crc32c(chunk.reshape(-1).view(np.uint8)).tobytes()
-                != data[(k + 1) * stride - _CRC_BYTES : (k + 1) * stride]
-            ):
-                raise ValueError("is damaged (its checksum does not match)")
-        if index.nbytes and data[index_start:] != index.tobytes() + _crc32c(index).tobytes():
-            raise ValueError("is damaged (its shard index is wrong)")
-    return chunks
-
-
-def _shard_index(n_chunks: int, chunk_bytes: int, chunks_per_shard: int) -> NDArray[np.uint8]:
-    """Offset and size of every chunk of a shard; chunks beyond the array's end are not there."""
-    index = np.full((chunks_per_shard, 2), _NO_CHUNK, "<u8")
-    index[:n_chunks, 0] = np.arange(n_chunks) * (chunk_bytes + _CRC_BYTES)
-    index[:n_chunks, 1] = chunk_bytes + _CRC_BYTES
-    return index.reshape(-1).view(np.uint8)
-
-
-def _crc32c(data: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    return np.array([google_crc32c.value(data)], "<u4").view(np.uint8)
-
-
-def _not_finite(values: NDArray[np.float16]) -> NDArray[np.bool_]:
-    """All exponent bits set; ten times faster than numpy's isfinite on float16."""
-    return (values.view(np.uint16) & 0x7C00) == 0x7C00
-
-
-# Metadata: the zarr.json documents of format 1.
-
-
-def _array_metadata(
-    shape: tuple[int, ...],
-    chunk_shape: tuple[int, ...],
-    *,
-    data_type: str,
-    fill_value: str | int,
-    codecs: list[dict[str, Any]],
-    dimension_names: tuple[str, ...],
-) -> dict[str, Any]:
-    return {
-        "zarr_format": 3,
-        "node_type": "array",
-        "shape": list(shape),
-        "data_type": data_type,
-        "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": list(chunk_shape)}},
-        # Flat keys (c.0.0): one folder per array to list and to flush, not one per block.
-        "chunk_key_encoding": {"name": "default", "configuration": {"separator": "."}},
-        "fill_value": fill_value,
-        "codecs": codecs,
-        "dimension_names": list(dimension_names),
-    }
-
-
-def _embedding_metadata(entry: Entry, pooling: str) -> dict[str, Any]:
-    width = entry.poolings[pooling]
-    codecs: list[dict[str, Any]] = [_BYTES, _CRC32C]
-    if entry.rows_per_block > ROWS_PER_CHUNK:
-        sharding = {"chunk_shape": [ROWS_PER_CHUNK, width], "codecs": codecs, "index_codecs": codecs}
-        codecs = [{"name": "sharding_indexed", "configuration": sharding | {"index_location": "end"}}]
-    return _array_metadata(
-        (entry.n_rows, width),
-        (entry.rows_per_block, width),
-        data_type="float16",
-        fill_value="NaN",
-        codecs=codecs,
-        dimension_names=("sample", "feature"),
-    )
-
-
-def _column_metadata(n_samples: int, n_raters: int) -> dict[str, dict[str, Any]]:
-    """The documents of the patch table's columns; without raters there are no votes."""
-    strings = _array_metadata(
-        (n_samples,),
-        (n_samples,),
-        data_type="string",
-        fill_value="",
-        codecs=[{"name": "vlen-utf8"}, _CRC32C],
-        dimension_names=("sample",),
-    )
-    label = strings | {"data_type": "int8", "fill_value": 0, "codecs": [{"name": "bytes"}, _CRC32C]}
-    votes = label | _array_metadata(
-        (n_samples, n_raters),
-        (n_samples, n_raters),
-        data_type="int8",
-        fill_value=0,
-        codecs=[{"name": "bytes"}, _CRC32C],
-        dimension_names=("sample", "rater"),
-    )
-    columns = {name: strings for name in _STRING_COLUMNS} | {"label": label}
-    return columns | {"votes": votes} if n_raters else columns
+        folder = self.entry.folder
+        with writing(folder):
+            _write_group(folder, _attributes(folder) | {"batch_size": n})
+        self.entry = replace(self.entry, batch_size=n)
 
 
 def _write_samples(folder: Path, samples: Samples) -> None:
     folder.mkdir()
     _write_group(folder, {})
-    for name, metadata in _column_metadata(len(samples), samples.votes.shape[1]).items():
+    for name, metadata in column_metadata(len(samples), samples.votes.shape[1]).items():
         (folder / name).mkdir()
         _write_json(folder / name / "zarr.json", metadata)
         # Even a column of nothing but fill values gets its chunk: an absent one is then always damage.
         with zarr.config.set({"array.write_empty_chunks": True}):
             zarr.open_array(folder / name, mode="r+")[...] = getattr(samples, name)
         for path in (folder / name).iterdir():
-            _flush(path)
-        _flush(folder / name)
-    _flush(folder)
+            flush(path)
+        flush(folder / name)
+    flush(folder)
 
 
 def _read_samples(folder: Path, n_samples: int, n_raters: int) -> Samples:
+    _attributes(folder)
     columns: dict[str, Any] = {"votes": np.empty((n_samples, 0), np.int8)}
-    for name, metadata in _column_metadata(n_samples, n_raters).items():
-        _check_metadata(folder / name, metadata, "run fm-extract for this dataset again")
+    for name, metadata in column_metadata(n_samples, n_raters).items():
+        _check_metadata(folder / name, metadata, _AGAIN)
         try:
             values = np.asarray(zarr.open_array(folder / name, mode="r")[...])
         except (ValueError, OSError) as error:
-            raise _damaged(folder / name, str(error), "run fm-extract for this dataset again") from error
-        columns[name] = values.astype(object).astype(np.str_) if name in _STRING_COLUMNS else values
+            raise _damaged(folder / name, str(error), _AGAIN) from error
+        columns[name] = values.astype(object).astype(np.str_) if name in STRING_COLUMNS else values
     return Samples(**columns)
 
 
-def _create_entry(folder: Path, entry: Entry) -> None:
+def _create_entry(entry: Entry) -> None:
     """Make an entry's folder with no block in it, in place of one that may be there; all of it appears at once."""
     for name, width in entry.poolings.items():
         if store_key(name) != name or "+" in name or name == "card" or width < 1:
             raise ValueError(f"{entry.name}: {name!r} of width {width} cannot be a pooling")
     if not set(entry.card_pooling.split("+")) <= set(entry.poolings):
         raise ValueError(f"{entry.name}: card pooling {entry.card_pooling!r} is not made of {list(entry.poolings)}")
-    model = folder.parent
+    model = entry.folder.parent
     model.mkdir(exist_ok=True)
-    _sweep(model)
+    sweep(model)
     if not (model / "zarr.json").exists():
         _write_group(model, {"model": entry.model})
-        _flush(model.parent)
-    if folder.exists():
-        _refuse_busy(folder)
-    new = _temporary(folder)
+        flush(model.parent)
+    if entry.folder.exists() and in_use(entry.folder):
+        raise _busy(entry.folder)
+    new = temporary_name(entry.folder)
     new.mkdir()
     for name in entry.poolings:
         (new / name).mkdir()
-        _write_json(new / name / "zarr.json", _embedding_metadata(entry, name))
+        _write_json(new / name / "zarr.json", entry.grid(name).metadata())
     attributes = asdict(entry) | {"poolings": [{"name": n, "width": w} for n, w in entry.poolings.items()]}
-    del attributes["n_done"]  # what is done is seen in the files
-    _write_group(new, attributes)
-    _move_folder(new, folder)
+    _write_group(new, {name: attributes[name] for name in _STORED})
+    move_folder(new, entry.folder)
+
+
+# What is done is seen in the files, and where they lie is not theirs to say.
+_STORED = [field.name for field in fields(Entry) if field.name not in ("n_done", "folder")]
 
 
 def _read_entry(folder: Path) -> Entry:
+    _attributes(folder.parent)
     attributes = _attributes(folder)
     try:
-        poolings = {str(pooling["name"]): int(pooling["width"]) for pooling in attributes["poolings"]}
-        entry = Entry(**(attributes | {"poolings": poolings, "n_done": 0}))
+        stored = {name: attributes[name] for name in _STORED}
+        poolings = {str(pooling["name"]): int(pooling["width"]) for pooling in stored["poolings"]}
+        entry = Entry(**(stored | {"poolings": poolings}), n_done=0, folder=folder)
         sound = (
             entry.fingerprint == fingerprint(entry.parts)
-            and folder.parts[-3:] == tuple(map(store_key, (entry.dataset, entry.model, entry.view)))
+            and folder.parts[-3:] == (store_key(entry.dataset), store_key(entry.model), store_key(entry.view))
             and set(entry.card_pooling.split("+")) <= set(poolings)
             and entry.n_rows > 0
             and MIN_ROWS_PER_BLOCK <= entry.rows_per_block <= MAX_ROWS_PER_BLOCK
         )
     except (KeyError, TypeError, ValueError, AttributeError, UserError) as error:
-        raise _damaged(folder, f"its attributes do not describe an entry ({error})", _OVERWRITE) from error
+        raise _damaged(folder, f"its attributes do not describe an entry ({error!r})", _OVERWRITE) from error
     if not sound:
         raise _damaged(folder, "its attributes contradict each other", _OVERWRITE)
-    return Entry(**(vars(entry) | {"n_done": entry.n_blocks - len(_missing(folder, entry))}))
+    return replace(entry, n_done=entry.n_blocks - len(entry.missing()))
 
 
-_OVERWRITE = "write this entry anew with --overwrite"
-
-
-def _missing(folder: Path, entry: Entry) -> list[int]:
-    """The blocks that are not done: those without a file of the last pooling."""
-    last = folder / list(entry.poolings)[-1]
-    there = set(os.listdir(last)) if last.is_dir() else set()
-    return [block for block in range(entry.n_blocks) if _block_path(last.parent, last.name, block).name not in there]
-
-
-def _block_path(folder: Path, pooling: str, block: int) -> Path:
-    return folder / pooling / f"c.{block}.0"
-
-
-def _check_array(folder: Path, entry: Entry, pooling: str) -> None:
-    _check_metadata(folder / pooling, _embedding_metadata(entry, pooling), _OVERWRITE)
+def _check_array(entry: Entry, pooling: str) -> None:
+    _check_metadata(entry.folder / pooling, entry.grid(pooling).metadata(), _OVERWRITE)
 
 
 def _check_metadata(folder: Path, expected: dict[str, Any], remedy: str) -> None:
@@ -865,31 +745,39 @@ def _damaged(folder: Path, what: str, remedy: str) -> UserError:
     return UserError(f"{folder} is damaged: {what}. To mend it, {remedy}.")
 
 
-def _bad_block(folder: Path, entry: Entry, pooling: str, block: int, what: str) -> UserError:
+def _bad_block(entry: Entry, pooling: str, block: int, what: str) -> UserError:
     rows = entry.rows(block)
     # Without its last pooling the block counts as missing, and only it is computed again.
-    marker = _block_path(folder, list(entry.poolings)[-1], block)
-    mend = _OVERWRITE if entry.imported else f"delete {marker} and run the same fm-extract again"
+    last = entry.block_path(list(entry.poolings)[-1], block)
+    mend = "import it again with --overwrite" if entry.imported else f"delete {last} and run the same fm-extract again"
     return UserError(
-        f"{entry.name}/{pooling}: block {block} (rows {rows.start}–{rows.stop - 1}, {_block_path(folder, pooling, block)}) "
-        f"{what}. To mend it, {mend}."
+        f"{entry.name}/{pooling}: block {block} (rows {rows.start}–{rows.stop - 1}) {what}: "
+        f"{entry.block_path(pooling, block)}. To mend it, {mend}."
     )
 
 
-def _remedy(entry: Entry) -> str:
-    return "Run the same fm-store import again" if entry.imported else "Run the same fm-extract again"
+def _incomplete(entry: Entry, n_missing: int) -> str:
+    command = "fm-store import" if entry.imported else "fm-extract"
+    return (
+        f"{entry.name} is not complete: {n_missing} of {entry.n_blocks} blocks are missing. "
+        f"Run the same {command} again to finish it."
+    )
+
+
+def _busy(folder: Path) -> UserError:
+    return UserError(f"{folder} is being written: wait until its writer has finished, or stop it.")
 
 
 def _refuse_other(stored: Entry, asked: Entry) -> None:
     """Embeddings that were computed in another way are never mixed."""
     names = ("dataset", "model", "view", "poolings", "card_pooling", "n_rows", "parts")
     old, new = ({name: getattr(entry, name) for name in names} for entry in (stored, asked))
-    differing = list(_differences(old, new))
+    differing = {name: values for name, *values in _differences(old, new)}
     if differing:
         raise UserError(
             f"the store already has {stored.name}, computed differently (fingerprint {stored.fingerprint[:12]}, now "
             f"{asked.fingerprint[:12]}):\n"
-            + "\n".join(f"  {name}: stored {was}, now {now}" for name, was, now in differing)
+            + "\n".join(f"  {name}: stored {was}, now {now}" for name, (was, now) in differing.items())
             + "\nUse another --store to keep both, or --overwrite to discard the stored one."
         )
 
@@ -903,103 +791,9 @@ def _differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "
             yield prefix.removeprefix("parts.") + key, json.dumps(was), json.dumps(now)
 
 
-def _refuse_busy(folder: Path) -> None:
-    lock = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise UserError(f"another process is writing to {folder}: wait until it has finished, or stop it.") from None
-    except OSError:  # a file system without locks cannot tell
-        pass
-    finally:
-        os.close(lock)
-
-
-# Files: nothing half-written under a final name, nothing reported done before it is on the disk.
-
-
-@contextmanager
-def _writing(place: Path) -> Iterator[None]:
-    """Turn the ways in which a disk refuses to be written into one message each."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in _CANNOT_WRITE:
-            raise
-        raise UserError(
-            f"cannot write to {place}: {error.strerror}. Everything written so far is kept: "
-            f"{_CANNOT_WRITE[error.errno]}, then run the same command again."
-        ) from error
-
-
-@contextmanager
-def _only_writer(folder: Path) -> Iterator[None]:
-    """Let one process at a time add or replace folders, where the file system has locks."""
-    lock = os.open(folder, os.O_RDONLY)
-    try:
-        with suppress(OSError):
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(lock)
-
-
-def _write_group(folder: Path, attributes: Mapping[str, Any]) -> None:
-    _write_json(folder / "zarr.json", {"zarr_format": 3, "node_type": "group", "attributes": attributes})
+def _write_group(folder: Path, attributes: dict[str, Any]) -> None:
+    _write_json(folder / "zarr.json", group_metadata(attributes))
 
 
 def _write_json(path: Path, document: Mapping[str, Any]) -> None:
-    _write_file(path, [json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False).encode()])
-
-
-def _write_file(path: Path, pieces: Iterable[bytes | NDArray[np.uint8]]) -> None:
-    """Write a file whole: it appears under its name only when all of it is on the disk."""
-    temporary = _temporary(path)
-    try:
-        with temporary.open("xb") as file:
-            file.writelines(pieces)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    _flush(path.parent)
-
-
-def _temporary(path: Path) -> Path:
-    return path.with_name(f".{path.name}.{uuid.uuid4().hex}{_PARTIAL}")
-
-
-def _move_folder(new: Path, place: Path) -> None:
-    """Put a folder in its place, in one step where none is there, else in two between which there is none."""
-    if place.exists():
-        _discard_folder(place)
-    _flush(new)
-    new.rename(place)
-    _flush(place.parent)
-
-
-def _discard_folder(folder: Path) -> None:
-    aside = _temporary(folder)
-    folder.rename(aside)
-    _flush(folder.parent)
-    shutil.rmtree(aside)
-
-
-def _sweep(folder: Path) -> None:
-    """Remove what killed writers have left right below a folder."""
-    for path in folder.glob(f".*{_PARTIAL}"):
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
-
-
-def _flush(path: Path) -> None:
-    """Wait until a file, or a folder's list of names, is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    write_file(path, [json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False).encode()])

@@ -58,9 +58,9 @@ def probe(
         for candidate in record["candidates"]:
             if candidate.get("n_not_converged"):
                 say(
-                    f"{record['model']} ({candidate['view']}, {candidate['pooling']}): {candidate['n_not_converged']} of "
-                    f"{candidate['n_fits']} fits did not reach the tolerance (largest gradient "
-                    f"{candidate['max_gradient']:.1e})."
+                    f"{record['model']} ({candidate['view']}, {candidate['pooling']}): "
+                    f"{candidate['n_not_converged']} of {candidate['n_fits']} fits did not reach the tolerance "
+                    f"(largest gradient {candidate['max_gradient']:.1e})."
                 )
     if as_json:
         print_json({"runs": [str(folder) for folder in folders], "results": records})

@@ -1,4 +1,4 @@
-"""How good are these scores? Every figure from labels and probabilities alone; Atypical (label 1) is the positive class.
+"""How good are these scores? Figures from labels and probabilities alone; label 1 (Atypical) is the positive class.
 
 Balanced accuracy, AUROC and average precision equal scikit-learn's definitions (ties included); they are written out
 here because every later figure resamples them by the thousand.
@@ -114,7 +114,7 @@ def best_threshold(label: ArrayLike, probability: ArrayLike) -> float:
 
 
 def balanced_log_loss(label: ArrayLike, logit: NDArray[np.floating]) -> NDArray[np.float64]:
-    """Log loss with both classes weighing the same: (n,) labels and (n, k) logits to (k,) losses; what probes minimise."""
+    """Log loss with both classes weighing the same, as probes minimise it: (n,) labels, (n, k) logits to (k,)."""
     y = np.asarray(label).astype(bool)
     signed = np.where(y[:, None], -logit, logit).astype(np.float64)
     losses = np.logaddexp(0, signed)

@@ -1,9 +1,9 @@
 """How is one backbone probed? Folds, strengths, view and pooling from training data alone; the tests only ever score.
 
-For each candidate (view, pooling) every fit there is goes into one batched problem: with F folds, the F fits that leave
-one fold out and the F (F - 1) / 2 fits that leave two out, each at every strength. The fit without folds f and g, judged
-on g, is one inner validation of outer fold f (and, judged on f, of outer fold g): nested cross-validation for the price
-of half its fits. So
+For each candidate (view, pooling) every fit goes into one batched problem: with F folds, the F fits that leave one
+fold out and the F (F - 1) / 2 fits that leave two out, each at every strength. The fit without folds f and g, judged
+on g, is an inner validation of outer fold f; judged on f, it is one of outer fold g: nested cross-validation for the
+price of half its fits. So
 
 - the strength of fold f is chosen by grouped validation within fold f's training rows;
 - view and pooling are chosen by the mean validation AUROC over folds;
@@ -49,7 +49,7 @@ class ProbeOptions:
         test: datasets to score besides the training set's own test split; None for all of the store's but the demo.
         view: one view, or None to choose among those in the store.
         pooling: "card", "cls", "mean", "center", "cls+mean", or None to choose.
-        recipe: "exact" (this module) or "paper" (`probe.sgd`, the paper's folds, the card's embedding of the full view).
+        recipe: "exact" (`fit_exact`) or "paper" (`fit_paper`, the paper's folds, the card's embedding of `full`).
         seed: of the folds, and of the paper recipe's training.
     """
 
@@ -276,7 +276,10 @@ def _probe_model(
         X = store.read(train, model, entry.view, pooling, rows=rows)
         probe = fit_paper(X, y, folds, seed=options.seed) if options.recipe == "paper" else fit_exact(X, y, folds)
         per_fold = [
-            (auroc(y[held], probe.validation_logit[held]), balanced_accuracy(y[held], probe.validation_logit[held] >= 0))
+            (
+                auroc(y[held], probe.validation_logit[held]),
+                balanced_accuracy(y[held], probe.validation_logit[held] >= 0),
+            )
             for held in (folds.fold == f for f in range(folds.n_folds))
         ]
         area, accuracy = (float(value) for value in np.mean(per_fold, axis=0))
@@ -289,9 +292,7 @@ def _probe_model(
     assert best is not None  # _candidates raises rather than return none
     _, probe, entry, pooling = best
 
-    parts = [
-        predictions_of(train, table.select(rows), split=VALIDATION, fold=folds.fold, logit=probe.validation_logit)
-    ]
+    parts = [predictions_of(train, table.select(rows), split=VALIDATION, fold=folds.fold, logit=probe.validation_logit)]
     fingerprints = {train: entry.fingerprint}
     for name in [train, *tests]:
         samples = store.samples(name)

@@ -187,7 +187,9 @@ def write_run(
         half.rename(runs / run_id)
     except OSError as error:
         shutil.rmtree(half, ignore_errors=True)
-        raise UserError(f"cannot write the run to {runs}: {error.strerror or error}. Free space, or use --runs.") from error
+        raise UserError(
+            f"cannot write the run to {runs}: {error.strerror or error}. Free space, or use --runs."
+        ) from error
     return runs / run_id
 
 
@@ -237,7 +239,7 @@ def read_predictions(folder: Path) -> Predictions:
             if header != COLUMNS:
                 raise UserError(f"{path}: found columns {', '.join(header)}, expected {', '.join(COLUMNS)}.")
             rows = list(reader)
-        columns = dict(zip(COLUMNS, zip(*rows, strict=True), strict=True)) if rows else {name: () for name in COLUMNS}
+        columns = dict(zip(COLUMNS, zip(*rows, strict=True), strict=True)) if rows else dict.fromkeys(COLUMNS, ())
         return Predictions(
             dataset=np.array(columns["dataset"], dtype=np.str_),
             id=np.array(columns["id"], dtype=np.str_),

@@ -1,10 +1,11 @@
-"""What does the paper's own probe give? One linear layer on stored embeddings, trained the paper's way, all folds at once.
+"""What does the paper's own probe give? One linear layer on stored embeddings, its way, all folds at once.
 
-The protocol of Banerjee et al. 2025, sections 4 and 4.2: Adam (learning rate 1e-4, L2 penalty 1e-5), cross-entropy on two logits,
-weighted random sampling by inverse class frequency, batches of 8, up to 100 epochs, learning rate halved after 3
-epochs without a better validation balanced accuracy (down to 1e-7), stop after 15; the best epoch's weights are kept.
-The folds are slices of one weight tensor, so one pass over the data trains them all; each keeps its own sampler,
-schedule and early stopping, and a stopped fold leaves the batch. Kept for reproduction: `logistic.py` is the better probe.
+The protocol of Banerjee et al. 2025, sections 4 and 4.2: Adam (learning rate 1e-4, L2 penalty 1e-5), cross-entropy on
+two logits, weighted random sampling by inverse class frequency, batches of 8, up to 100 epochs, learning rate halved
+after 3 epochs without a better validation balanced accuracy (down to 1e-7), stop after 15; the best epoch's weights are
+kept. The folds are slices of one weight tensor, so one pass over the data trains them all; each keeps its own sampler,
+schedule and early stopping, and a stopped fold leaves the batch. Kept for reproduction: `logistic.py` is the better
+probe.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ def fit_paper_probe(
     *,
     masks: NDArray[np.bool_],
     seed: int,
-    recipe: PaperRecipe = PaperRecipe(),  # noqa: B008 - frozen
+    recipe: PaperRecipe = PaperRecipe(),
 ) -> PaperFit:
     """Train one linear layer per fold on raw (not standardised) embeddings.
 
@@ -80,14 +81,17 @@ def fit_paper_probe(
     train_rows = [torch.from_numpy(np.flatnonzero(mask)) for mask in masks]
     sampling = [1.0 / torch.bincount(target[rows])[target[rows]] for rows in train_rows]
 
-    best = [{"score": -1.0, "epoch": 0, "weights": weights[k].clone(), "bias": bias[k].clone()} for k in range(n_folds)]
+    best_weights, best_bias = weights.clone(), bias.clone()
+    best_score, best_epoch = [-1.0] * n_folds, [0] * n_folds
     bad_epochs, n_epochs, active = [0] * n_folds, [0] * n_folds, list(range(n_folds))
     with progress("paper probe", recipe.max_epochs * n_folds, "epochs") as advance:
         for epoch in range(recipe.max_epochs):
             # Whole batches only: the last one is filled up rather than cut short.
             drawn = {k: _draw(train_rows[k], sampling[k], recipe.batch_size, generators[k]) for k in active}
             for step in range(max(map(len, drawn.values()))):
-                folds = [k for k in active if step < len(drawn[k])]  # the smaller folds' epochs end a few batches earlier
+                folds = [
+                    k for k in active if step < len(drawn[k])
+                ]  # the smaller folds' epochs end a few batches earlier
                 rows = torch.stack([drawn[k][step] for k in folds])  # (f, b)
                 adam.step(folds, _gradients(features[rows], target[rows], weights, bias, folds), rate)
             for k in list(active):
@@ -95,9 +99,10 @@ def fit_paper_probe(
                 held_out = ~masks[k]
                 logits = features[torch.from_numpy(held_out)] @ weights[k] + bias[k]
                 score = balanced_accuracy(y[held_out], (logits[:, 1] > logits[:, 0]).numpy())
-                if score > best[k]["score"]:
-                    best[k] = {"score": score, "epoch": epoch, "weights": weights[k].clone(), "bias": bias[k].clone()}
-                since_best = epoch - int(best[k]["epoch"])
+                if score > best_score[k]:
+                    best_score[k], best_epoch[k] = score, epoch
+                    best_weights[k], best_bias[k] = weights[k], bias[k]
+                since_best = epoch - best_epoch[k]
                 bad_epochs[k] = 0 if since_best == 0 else bad_epochs[k] + 1
                 if bad_epochs[k] > recipe.plateau_patience:
                     rate[k] = (rate[k] * recipe.plateau_factor).clamp(min=recipe.min_learning_rate)
@@ -108,9 +113,9 @@ def fit_paper_probe(
             if not active:
                 break
     return PaperFit(
-        coef=torch.stack([b["weights"][:, 1] - b["weights"][:, 0] for b in best]).numpy(),
-        intercept=torch.stack([b["bias"][0, 1] - b["bias"][0, 0] for b in best]).numpy(),
-        best_epoch=np.array([b["epoch"] for b in best]),
+        coef=(best_weights[:, :, 1] - best_weights[:, :, 0]).numpy(),
+        intercept=(best_bias[:, 0, 1] - best_bias[:, 0, 0]).numpy(),
+        best_epoch=np.array(best_epoch),
         n_epochs=np.array(n_epochs),
     )
 

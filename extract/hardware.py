@@ -1,0 +1,164 @@
+"""How does a network run on this machine: device, memory layout, precision, batch size?"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+from extract.backbones import Backbone, embed
+from features.console import UserError
+
+MIN_COSINE = 0.9999  # bf16 embeddings may stand for fp32 ones from this cosine on
+MAX_BATCH = 1024
+_AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def find_device(name: str) -> torch.device:
+    """The torch device of an option: "auto" takes the first GPU, else the CPU.
+
+    Raises:
+        UserError: if the device does not exist here.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UserError(f"unknown device {name!r}: use auto, cpu, cuda or cuda:N.") from error
+    n_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device.type == "cuda" and (device.index or 0) >= n_gpus:
+        raise UserError(f"device {name!r} was asked for, but torch sees {n_gpus} GPUs here. Use --device cpu or auto.")
+    if device.type not in ("cpu", "cuda"):
+        raise UserError(f"device {name!r} is not supported: use auto, cpu, cuda or cuda:N.")
+    return device
+
+
+def settle(model: nn.Module, device: torch.device, *, example: Tensor) -> nn.Module:
+    """Move a frozen network to its device, convolutions in the layout and form that run fastest there.
+
+    On CPUs a convolution is about twice as fast with channels last, and batch norms are folded into the convolutions
+    before them: the same function in fewer passes over memory.
+
+    Args:
+        model: in eval mode.
+        device: where it will run.
+        example: (b, 3, h, w) input on that device, on which the folded network must reproduce the original.
+    """
+    model = model.to(device)
+    if device.type != "cpu":
+        return model
+    model = model.to(memory_format=torch.channels_last)
+    if not any(isinstance(module, nn.BatchNorm2d) for module in model.modules()):
+        return model
+    folded = copy.deepcopy(model)
+    _fold_batch_norms(folded)
+    folded = folded.to(memory_format=torch.channels_last)
+    with torch.inference_mode():
+        before, after = model(example), folded(example)
+    # Which norm follows which convolution is read off the order of registration; this proves the reading right.
+    return folded if torch.allclose(before, after, rtol=1e-3, atol=1e-4 * float(before.abs().max())) else model
+
+
+def _fold_batch_norms(module: nn.Module) -> None:
+    convolution: tuple[str, nn.Conv2d] | None = None
+    for name, child in list(module.named_children()):
+        if isinstance(child, nn.Conv2d):
+            convolution = name, child
+        elif isinstance(child, nn.BatchNorm2d) and convolution is not None:
+            setattr(module, convolution[0], fuse_conv_bn_eval(convolution[1], child))
+            # timm's norms carry their activation.
+            setattr(
+                module, name, nn.Sequential(getattr(child, "drop", nn.Identity()), getattr(child, "act", nn.Identity()))
+            )
+            convolution = None
+        elif not isinstance(child, nn.Identity):
+            convolution = None
+            _fold_batch_norms(child)
+
+
+def choose_precision(asked: str, backbone: Backbone, model: nn.Module, images: Tensor) -> str:
+    """The precision to compute in. `auto` on a GPU is what the model's card asks for, where it asks for any.
+
+    Where the card is silent, and on every CPU, `auto` is bf16 if the processor has it and if on these images every
+    pooling's cosine to fp32 is at least `MIN_COSINE`; else fp32.
+
+    Args:
+        asked: "auto", "fp32", "bf16" or "fp16".
+        backbone: record with the card's `amp`.
+        model: the network, on its device.
+        images: (b, 3, h, w) float32, normalised, on the same device.
+
+    Raises:
+        UserError: if the precision is unknown or the device cannot compute it.
+    """
+    device = images.device
+    if asked not in ("auto", "fp32", "bf16", "fp16"):
+        raise UserError(f"unknown precision {asked!r}: use auto, fp32, bf16 or fp16.")
+    if asked == "fp16" and device.type == "cpu":
+        raise UserError("fp16 is for GPUs: on a CPU use --precision bf16, fp32 or auto.")
+    if asked != "auto":
+        return asked
+    if device.type == "cuda" and backbone.amp:
+        return backbone.amp
+    if not has_bf16(device):
+        return "fp32"
+    exact = embed_batch(model, backbone, images, precision="fp32")
+    rounded = embed_batch(model, backbone, images, precision="bf16")
+    cosine = min(float(F.cosine_similarity(exact[name], rounded[name]).min()) for name in exact)
+    return "bf16" if cosine >= MIN_COSINE else "fp32"
+
+
+def has_bf16(device: torch.device) -> bool:
+    """Whether the processor multiplies bf16 in hardware (else it is slower than fp32)."""
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    cpuinfo = Path("/proc/cpuinfo")
+    return cpuinfo.exists() and bool(re.search(r"\b(avx512_bf16|amx_bf16)\b", cpuinfo.read_text()))
+
+
+def embed_batch(model: nn.Module, backbone: Backbone, images: Tensor, *, precision: str) -> dict[str, Tensor]:
+    """One forward pass: (b, 3, h, w) float32 normalised images to every pooling, each (b, d) float32."""
+    dtype = _AUTOCAST.get(precision)
+    autocast: AbstractContextManager[Any] = torch.autocast(images.device.type, dtype=dtype) if dtype else nullcontext()
+    with torch.inference_mode(), autocast:
+        return {name: values.float() for name, values in embed(model, backbone, images).items()}
+
+
+def largest_batch(forward: Callable[[int], None], *, at_most: int = MAX_BATCH) -> int:
+    """The largest power of two whose forward pass fits in memory, with room to spare.
+
+    Doubles until memory runs out, then takes half of the last that fitted (fragmentation and other models need
+    room), unless `at_most` was reached first.
+
+    Raises:
+        UserError: if not even one image fits.
+    """
+    fits, n = 0, 1
+    while n <= at_most:
+        try:
+            forward(n)
+        except RuntimeError as error:
+            if not out_of_memory(error):
+                raise
+            torch.cuda.empty_cache()
+            break
+        fits, n = n, n * 2
+    else:
+        return fits
+    if not fits:
+        raise UserError("not even one image fits in the device's memory: use a smaller model, or --device cpu.")
+    return max(1, fits // 2)
+
+
+def out_of_memory(error: RuntimeError) -> bool:
+    """Whether a torch error means that memory ran out, on any device."""
+    return bool(isinstance(error, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)

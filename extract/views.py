@@ -1,0 +1,132 @@
+"""Which pixels does the network see, and how do they get there?
+
+A view is the input policy, part of every fingerprint: `full` is the whole patch prepared as the model's card says (the
+paper's way); `centerN` is its central N source pixels, where the figure sits. Extraction and fine-tuning use the same.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+from extract.backbones import Backbone
+from features.console import UserError
+
+
+@dataclass(frozen=True)
+class View:
+    """An input policy: which source pixels the network sees, and at what size.
+
+    Attributes:
+        name: as in the store: "full", "center64", "center64@160".
+        crop: edge of the central square in source pixels; None for the whole patch.
+        input_size: edge of the network's input in pixels; None for the model's own.
+    """
+
+    name: str
+    crop: int | None
+    input_size: int | None
+
+
+def parse_view(text: str) -> View:
+    """Read a view's name: `full`, or `centerN` (central N source pixels), either with `@M` (input of M pixels).
+
+    Raises:
+        UserError: if the name is none of these.
+    """
+    found = re.fullmatch(r"(full|center([1-9]\d*))(?:@([1-9]\d*))?", text)
+    if not found:
+        raise UserError(
+            f"unknown view {text!r}: use 'full' (the whole patch), 'center64' (its central 64 pixels) or "
+            "'center64@160' (the same, resized to an input of 160 pixels)."
+        )
+    return View(text, int(found[2]) if found[2] else None, int(found[3]) if found[3] else None)
+
+
+@dataclass(frozen=True)
+class Transform:
+    """Patch to network input. `crop` source pixels, shorter edge to `resize`, centre `input_size`, then normalise.
+
+    The resize is antialiased and rounded to whole grey levels, as PIL does it on the images that the models were
+    trained on: torch's uint8 kernel on CPU, the same kernel in float32 and rounded on other devices.
+    """
+
+    crop: int | None
+    resize: int
+    input_size: int
+    interpolation: str
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def __call__(self, patches: Sequence[NDArray[np.uint8]], device: torch.device) -> Tensor:
+        """Patches, each (h, w, 3) uint8, to a normalised float32 batch (b, 3, input_size, input_size).
+
+        Raises:
+            UserError: if a patch is smaller than the view's crop.
+        """
+        if len({patch.shape for patch in patches}) == 1:
+            pixels = self._resized(torch.from_numpy(np.stack(patches)), device)
+        else:
+            pixels = torch.cat([self._resized(torch.from_numpy(patch[None]), device) for patch in patches])
+        # x/255 normalised by mean and std, as one multiplication and one addition.
+        std = torch.tensor(self.std, device=device).view(3, 1, 1)
+        mean = torch.tensor(self.mean, device=device).view(3, 1, 1)
+        return pixels.to(torch.float32).mul_(1 / (255 * std)).sub_(mean / std)
+
+    def _resized(self, patches: Tensor, device: torch.device) -> Tensor:
+        _, height, width, _ = patches.shape
+        if self.crop is not None:
+            if min(height, width) < self.crop:
+                raise UserError(
+                    f"a patch of {width} x {height} pixels has no central {self.crop} pixels. "
+                    f"Use --view center{min(height, width)} or --view full."
+                )
+            top, left = (height - self.crop) // 2, (width - self.crop) // 2
+            patches = patches[:, top : top + self.crop, left : left + self.crop]
+            height = width = self.crop
+        pixels = patches.to(device, non_blocking=True).permute(0, 3, 1, 2)  # (b, 3, h, w), channels last in memory
+        scale = self.resize / min(height, width)
+        size = (round(height * scale), round(width * scale))
+        if size != (height, width):
+            if device.type != "cpu":
+                pixels = pixels.to(torch.float32)
+            pixels = F.interpolate(pixels, size=size, mode=self.interpolation, antialias=True, align_corners=False)
+            if device.type != "cpu":
+                pixels = pixels.round_().clamp_(0, 255)
+        top, left = (size[0] - self.input_size) // 2, (size[1] - self.input_size) // 2
+        return pixels[:, :, top : top + self.input_size, left : left + self.input_size]
+
+    def record(self) -> dict[str, Any]:
+        """The transform as the fingerprint keeps it."""
+        return {
+            "crop": self.crop,
+            "resize": self.resize,
+            "input_size": self.input_size,
+            "interpolation": self.interpolation,
+            "antialias": True,
+            "rounding": "uint8",
+            "mean": list(self.mean),
+            "std": list(self.std),
+        }
+
+
+def make_transform(backbone: Backbone, view: View) -> Transform:
+    """The card's transform for `full`; a centre view goes straight to the network's input, with nothing cropped off."""
+    size = view.input_size or backbone.input_size
+    as_card = view.crop is None and view.input_size is None
+    return Transform(
+        crop=view.crop,
+        resize=backbone.resize if as_card else size,
+        input_size=size,
+        interpolation=backbone.interpolation,
+        mean=tuple(backbone.mean),
+        std=tuple(backbone.std),
+    )

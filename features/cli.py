@@ -1,0 +1,212 @@
+"""fm-store: what is in a feature store, is it sound, and how do embeddings get out of it and into it?"""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from features.console import UserError, print_json, run, say
+
+if TYPE_CHECKING:
+    from features.store import Entry, FeatureStore
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Look into a feature store, check it, and exchange embeddings with other tools.",
+)
+
+Store = Annotated[Path, typer.Option("--store", help="The feature store.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, and nothing else there.")]
+Dataset = Annotated[str, typer.Option("--dataset", help="Name of the dataset.")]
+Model = Annotated[str, typer.Option("--model", help="Name of the model.")]
+View = Annotated[str, typer.Option("--view", help="Name of the view.")]
+OnlyDataset = Annotated[str | None, typer.Option("--dataset", help="Only this dataset.")]
+OnlyModel = Annotated[str | None, typer.Option("--model", help="Only this model.")]
+DEFAULT_STORE = Path("embeddings.zarr")
+
+
+@app.command()
+def info(store: Store = DEFAULT_STORE, json: Json = False) -> None:
+    """List datasets and embeddings, and what could make scores on them look too good."""
+    from features.store import FeatureStore
+
+    opened = FeatureStore.open(store)
+    contents = _contents(opened)
+    if json:
+        print_json(contents)
+    else:
+        _print_contents(contents)
+
+
+@app.command()
+def verify(
+    store: Store = DEFAULT_STORE, dataset: OnlyDataset = None, model: OnlyModel = None, json: Json = False
+) -> None:
+    """Check every byte: tables, checksums, completeness, finite numbers. Exit status 1 if anything is wrong."""
+    from features.store import FeatureStore
+
+    problems = FeatureStore.open(store).verify(dataset, model)
+    if json:
+        print_json({"store": str(store), "sound": not problems, "problems": [asdict(problem) for problem in problems]})
+        raise typer.Exit(1 if problems else 0)
+    if problems:
+        lines = "\n".join(f"  {problem.what}" for problem in problems)
+        raise UserError(f"{store} is not sound ({len(problems)} found):\n{lines}")
+    say(f"{store} is sound.")
+
+
+@app.command()
+def export(
+    dataset: Dataset,
+    model: Model,
+    out: Annotated[Path, typer.Option("--out", help="The file to write.")],
+    view: View = "full",
+    pooling: Annotated[
+        str, typer.Option("--pooling", help='A stored pooling, several joined by "+", or "card".')
+    ] = "card",
+    format: Annotated[
+        str, typer.Option("--format", help="hdf5 (as TRIDENT and CLAM write it), anndata or npz.")
+    ] = "hdf5",
+    store: Store = DEFAULT_STORE,
+    json: Json = False,
+) -> None:
+    """Write embeddings, with ids, labels, groups, splits, domains and votes beside them, to one file."""
+    from features.exchange import export_embeddings
+    from features.store import FeatureStore
+
+    n, d = export_embeddings(
+        FeatureStore.open(store), dataset, model, view=view, pooling=pooling, format=format, out=out
+    )
+    if json:
+        print_json({"out": str(out), "format": format, "n_rows": n, "width": d})
+    else:
+        say(f"{out}: {n:,} embeddings of width {d:,}.")
+
+
+@app.command("import")
+def import_(
+    source: Annotated[
+        Path, typer.Argument(help=".npz or .h5 with `features` (or `embeddings`) and `ids`; or .npy with --ids.")
+    ],
+    dataset: Dataset,
+    model: Model,
+    view: View = "full",
+    ids: Annotated[
+        Path | None, typer.Option("--ids", help="For .npy: the rows' ids, one per line, or a CSV with a column id.")
+    ] = None,
+    table: Annotated[
+        Path | None,
+        typer.Option(
+            "--table", help="CSV (id, label[, group, split, domain]) to make a new dataset from; label 1 = positive."
+        ),
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace embeddings under the same names.")] = False,
+    store: Store = DEFAULT_STORE,
+    json: Json = False,
+) -> None:
+    """Bring in embeddings made elsewhere, row by id: into a dataset of the store or, with --table, a new one."""
+    from features.exchange import import_embeddings
+    from features.store import FeatureStore
+
+    opened = FeatureStore.open(store) if table is None else FeatureStore.open_or_create(store)
+    entry = import_embeddings(
+        opened, source, dataset=dataset, model=model, view=view, ids=ids, table=table, overwrite=overwrite
+    )
+    if json:
+        print_json(_entry(entry))
+    else:
+        say(f"{entry.name}: {entry.n_rows:,} embeddings of width {sum(entry.poolings.values()):,} imported.")
+
+
+def _contents(store: FeatureStore) -> dict[str, Any]:
+    return {
+        "store": str(store.path),
+        "datasets": [_dataset(store, name) for name in store.datasets()],
+        "entries": [_entry(entry) for entry in store.entries()],
+    }
+
+
+def _dataset(store: FeatureStore, name: str) -> dict[str, Any]:
+    from features.samples import audit
+
+    samples = store.samples(name)
+    found = audit(samples)
+    return {
+        "name": name,
+        "rows": len(samples),
+        "positive": int((samples.label == 1).sum()),
+        "negative": int((samples.label == 0).sum()),
+        "groups": len(set(samples.group.tolist()) - {""}),
+        "domains": len(set(samples.domain.tolist()) - {""}),
+        "raters": samples.votes.shape[1],
+        "images_digest": samples.images_digest,
+        "audit": found.as_dict(),
+        "audit_lines": found.lines(),
+    }
+
+
+def _entry(entry: Entry) -> dict[str, Any]:
+    return {
+        "dataset": entry.dataset,
+        "model": entry.model,
+        "view": entry.view,
+        "poolings": entry.poolings,
+        "card_pooling": entry.card_pooling,
+        "rows": entry.n_rows,
+        "blocks_done": entry.n_done,
+        "blocks": entry.n_blocks,
+        "complete": entry.complete,
+        "precision": entry.parts.get("precision"),
+        "batch_size": entry.batch_size,
+        "imported": entry.imported,
+        "bytes": entry.size(),
+        "fingerprint": entry.fingerprint,
+    }
+
+
+def _print_contents(contents: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(markup=False, highlight=False)  # names are data, never markup
+    datasets = Table("dataset", title="Datasets", title_justify="left")
+    for name in ("rows", "positive", "groups", "domains", "raters"):
+        datasets.add_column(name, justify="right")
+    for row in contents["datasets"]:
+        share = f"{row['positive']:,} ({row['positive'] / row['rows']:.1%})"
+        counts = (f"{row[name]:,}" if row[name] else "–" for name in ("groups", "domains", "raters"))
+        datasets.add_row(row["name"], f"{row['rows']:,}", share, *counts)
+    console.print(datasets)
+
+    entries = Table("dataset", "model", "view", "poolings", title="Embeddings", title_justify="left")
+    for name in ("blocks", "precision", "MB", "fingerprint"):
+        entries.add_column(name, justify="right")
+    for row in contents["entries"]:
+        poolings = "\n".join(f"{name} × {width:,}" for name, width in row["poolings"].items())
+        blocks = f"{row['blocks_done']}/{row['blocks']}"
+        origin = "imported" if row["imported"] else row["precision"] or "–"
+        entries.add_row(
+            row["dataset"],
+            row["model"],
+            row["view"],
+            poolings,
+            blocks,
+            origin,
+            f"{row['bytes'] / 1e6:,.1f}",
+            row["fingerprint"][:12],
+        )
+    console.print(entries)
+
+    for row in contents["datasets"]:
+        for line in row["audit_lines"]:
+            console.print(f"{row['name']}: {line}", soft_wrap=True)
+
+
+def main() -> None:
+    """The console script."""
+    run(app)

@@ -1,0 +1,297 @@
+"""How do embeddings leave a feature store for other tools, and how do those made elsewhere come in?"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+import zipfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+from numpy.typing import NDArray
+
+from features.console import UserError, progress
+from features.files import new_file, writing
+from features.samples import Samples, make_samples
+from features.store import Entry, FeatureStore, to_float16
+
+IMPORTED_POOLING = "pooled"  # an imported embedding has one kind, whatever its maker called it
+_SHOWN = 3
+
+Record = dict[str, Any]  # what a file of embeddings says about itself, as JSON values
+Columns = dict[str, Any]  # name -> array, row by row
+
+
+def export_embeddings(
+    store: FeatureStore, dataset: str, model: str, *, view: str, pooling: str, format: str, out: Path
+) -> tuple[int, int]:
+    """Write embeddings, with ids, labels, groups, splits, domains and votes beside them, to one file for other tools.
+
+    Args:
+        store: where they are.
+        dataset, model, view: true names.
+        pooling: as `FeatureStore.read`.
+        format: one of `FORMATS`.
+        out: the file; it is replaced in one step.
+
+    Returns:
+        The shape (n, d) of the embeddings.
+
+    Raises:
+        UserError: if they cannot be read, the format is unknown or lacks its package, or `out` cannot be written.
+    """
+    if format not in FORMATS:
+        raise UserError(f"unknown format {format!r}: use {', '.join(FORMATS)}.")
+    embeddings = store.read(dataset, model, view, pooling)
+    entry = next(e for e in store.entries(dataset, model) if e.view == view)
+    record = {
+        "dataset": dataset,
+        "model": model,
+        "view": view,
+        "pooling": entry.card_pooling if pooling == "card" else pooling,
+        "fingerprint": entry.fingerprint,
+        "parts": json.dumps(entry.parts),
+    }
+    with writing(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with new_file(out) as temporary:
+            FORMATS[format](temporary, embeddings, store.samples(dataset), record)
+    n, d = embeddings.shape
+    return n, d
+
+
+def _columns(samples: Samples) -> Columns:
+    return {
+        "ids": samples.id,
+        "labels": samples.label,
+        "groups": samples.group,
+        "splits": samples.split,
+        "domains": samples.domain,
+        "votes": samples.votes,
+    }
+
+
+def _write_hdf5(path: Path, embeddings: NDArray[np.float16], samples: Samples, record: Record) -> None:
+    """The layout of TRIDENT and CLAM: a dataset `features` (n, d); row-aligned columns beside it."""
+    with h5py.File(path, "w") as file:
+        file["features"] = embeddings
+        for name, values in _columns(samples).items():
+            strings = values.dtype.kind == "U"
+            file.create_dataset(name, data=values.astype(object) if strings else values, dtype=_h5_type(values))
+        file.attrs.update(record)
+
+
+def _h5_type(values: NDArray[Any]) -> Any:
+    return h5py.string_dtype() if values.dtype.kind == "U" else values.dtype
+
+
+def _write_npz(path: Path, embeddings: NDArray[np.float16], samples: Samples, record: Record) -> None:
+    with path.open("xb") as file:  # given a name, numpy would append its own suffix
+        np.savez(file, features=embeddings, **_columns(samples), record=np.array(json.dumps(record)))
+
+
+def _write_anndata(path: Path, embeddings: NDArray[np.float16], samples: Samples, record: Record) -> None:
+    try:
+        import anndata
+    except ImportError as error:
+        raise UserError("--format anndata needs the package anndata: pip install anndata.") from error
+    columns = {name.removesuffix("s"): values for name, values in _columns(samples).items()}
+    votes = columns.pop("vote")
+    columns["obs_names"] = columns.pop("id")
+    anndata.AnnData(X=embeddings, obs=columns, obsm={"votes": votes}, uns=record).write_h5ad(path)
+
+
+FORMATS: dict[str, Callable[[Path, NDArray[np.float16], Samples, Record], None]] = {
+    "hdf5": _write_hdf5,
+    "anndata": _write_anndata,
+    "npz": _write_npz,
+}
+
+
+def import_embeddings(
+    store: FeatureStore,
+    source: Path,
+    *,
+    dataset: str,
+    model: str,
+    view: str,
+    ids: Path | None = None,
+    table: Path | None = None,
+    overwrite: bool = False,
+) -> Entry:
+    """Bring in embeddings that were made elsewhere, matched to a dataset's patches by id.
+
+    Args:
+        store: where they go.
+        source: `.npz` or `.h5` with `features` (or `embeddings`) and `ids`; or `.npy`, with `ids` apart.
+        dataset, model, view: the names they shall have.
+        ids: for `.npy`, the rows' ids: a text file of one id per line, or a CSV with a column `id`.
+        table: CSV with columns id, label and optionally group, split, domain, to make `dataset` from; without it
+            `dataset` must be in the store.
+        overwrite: whether to replace embeddings under the same names.
+
+    Returns:
+        The entry, complete.
+
+    Raises:
+        UserError: if a file is not as described, ids are repeated, missing or unknown, or numbers do not fit float16.
+    """
+    samples = store.samples(dataset) if table is None else _read_table(table)
+    if table is not None and dataset in store.datasets():
+        stored = store.dataset_attrs(dataset)
+        if stored.get("images_digest") != samples.images_digest:
+            raise UserError(
+                f"{store.path} already has a dataset {dataset!r} with other patches than {table}. Leave out --table to "
+                "add embeddings to that dataset, or give this one another name."
+            )
+    source_ids, embeddings = _read_embeddings(source, ids)
+    rows = _match(source_ids, samples, source)
+    halves = to_float16(embeddings[rows], str(source), ids=samples.id)
+    if table is not None:
+        store.put_samples(dataset, samples, attrs={"source": f"imported from {table.name}"})
+    with source.open("rb") as file:
+        parts = {"source_sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+    parts |= {"ids_digest": _digest(source_ids), "images_digest": samples.images_digest}
+    writer = store.begin(
+        dataset,
+        model,
+        view,
+        poolings={IMPORTED_POOLING: halves.shape[1]},
+        card_pooling=IMPORTED_POOLING,
+        parts=parts,
+        overwrite=overwrite,
+        imported=True,
+    )
+    with progress("import", len(samples), unit="rows") as advance:
+        for block in writer.missing():
+            values = {IMPORTED_POOLING: halves[block.start : block.stop]}
+            writer.write(block.start // writer.entry.rows_per_block, values)
+            advance(len(block))
+    return next(e for e in store.entries(dataset, model) if e.view == view)
+
+
+def _digest(ids: NDArray[np.str_]) -> str:
+    return hashlib.sha256(json.dumps(ids.tolist()).encode()).hexdigest()
+
+
+def _read_embeddings(source: Path, ids: Path | None) -> tuple[NDArray[np.str_], NDArray[np.floating[Any]]]:
+    """(n,) ids and (n, d) embeddings of a file."""
+    if source.suffix not in _READERS:
+        raise UserError(f"{source}: cannot import this kind of file; give one of {', '.join(_READERS)}.")
+    if (source.suffix == ".npy") != (ids is not None):
+        raise UserError(f"{source}: --ids belongs to .npy files and to no other; .npz and .h5 files hold their ids.")
+    try:
+        found = _READERS[source.suffix](source)
+    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
+        raise UserError(f"{source} cannot be read as {source.suffix}: {error}.") from error
+    if ids is not None:
+        found["ids"] = np.array(_read_ids(ids), dtype=np.str_)
+    name = next((name for name in ("features", "embeddings") if name in found), None)
+    if name is None or "ids" not in found:
+        raise UserError(
+            f"{source} holds {', '.join(found) or 'nothing'}; expected 'features' (or 'embeddings'), one row per "
+            "patch, and 'ids', one string per row."
+        )
+    embeddings, names = found[name], found["ids"].astype(np.str_)
+    if embeddings.ndim != 2 or embeddings.dtype.kind != "f" or names.shape != embeddings.shape[:1]:
+        raise UserError(
+            f"{source}: {name} is {embeddings.dtype} {embeddings.shape} and ids {names.shape}; expected floats of "
+            "shape (n, d) and ids of shape (n,)."
+        )
+    return names, embeddings
+
+
+def _read_npy(path: Path) -> Columns:
+    return {"features": np.load(path, allow_pickle=False)}
+
+
+def _read_npz(path: Path) -> Columns:
+    with np.load(path, allow_pickle=False) as file:
+        return {name: file[name] for name in ("features", "embeddings", "ids") if name in file}
+
+
+def _read_hdf5(path: Path) -> Columns:
+    with h5py.File(path, "r") as file:
+        found = {name: file[name] for name in ("features", "embeddings", "ids") if name in file}
+        return {name: _h5_values(node) for name, node in found.items() if isinstance(node, h5py.Dataset)}
+
+
+def _h5_values(node: h5py.Dataset) -> NDArray[Any]:
+    return np.asarray(node.asstr()[...] if h5py.check_string_dtype(node.dtype) else node[...])
+
+
+_READERS: dict[str, Callable[[Path], Columns]] = {
+    ".npy": _read_npy,
+    ".npz": _read_npz,
+    ".h5": _read_hdf5,
+    ".hdf5": _read_hdf5,
+}
+
+
+def _read_ids(path: Path) -> list[str]:
+    if path.suffix == ".csv":
+        return [row["id"] for row in _read_csv(path, required=("id",))]
+    try:
+        return path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read as a text file of ids: {error}.") from error
+
+
+def _read_table(path: Path) -> Samples:
+    """A patch table from a CSV; the images are not at hand, so their digests stay unknown."""
+    rows = _read_csv(path, required=("id", "label"))
+    if not rows:
+        raise UserError(f"{path} has no rows below its header.")
+    strange = sorted({row["label"] for row in rows} - {"0", "1"})
+    if strange:
+        raise UserError(f"{path}: label {strange[0]!r} is neither 0 nor 1 (1 = the positive class, Atypical).")
+
+    def column(name: str) -> list[str] | None:
+        return [row[name] for row in rows] if name in rows[0] else None
+
+    return make_samples(
+        [row["id"] for row in rows],
+        [int(row["label"]) for row in rows],
+        sha256=[""] * len(rows),
+        group=column("group"),
+        split=column("split"),
+        domain=column("domain"),
+    )
+
+
+def _read_csv(path: Path, required: Sequence[str]) -> list[dict[str, str]]:
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            reader = csv.DictReader(file, restval="")
+            rows = list(reader)
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"{path} cannot be read as a CSV file: {error}.") from error
+    header = list(reader.fieldnames or [])
+    for name in required:
+        if name not in header:
+            raise UserError(f"{path} has the columns {', '.join(header) or '(none)'}; expected {', '.join(required)}.")
+    return rows
+
+
+def _match(ids: NDArray[np.str_], samples: Samples, source: Path) -> NDArray[np.intp]:
+    """For every patch of the table the row in `ids` that is its own."""
+    row_of = {id: row for row, id in enumerate(ids.tolist())}
+    wanted = samples.id.tolist()
+    missing = [id for id in wanted if id not in row_of]
+    unknown = sorted(set(row_of).difference(wanted))
+    faults = [
+        f"{len(found)} {what} (first: {', '.join(map(repr, found[:_SHOWN]))})"
+        for what, found in (("patches have no embedding in it", missing), ("of its ids are no patches", unknown))
+        if found
+    ]
+    if len(row_of) < len(ids):
+        faults.append(f"{len(ids) - len(row_of)} of its rows repeat an id")
+    if faults:
+        raise UserError(
+            f"{source} does not fit the dataset's {len(wanted)} patches: {'; '.join(faults)}. Nothing was imported."
+        )
+    return np.array([row_of[id] for id in wanted], dtype=np.intp)

@@ -1,0 +1,152 @@
+"""How is a file written so that no crash, full disk or second process leaves half of it?
+
+Everything new is made under a temporary name (`.<name>.<random>.partial`), flushed to the disk, and only then renamed;
+so a final name always stands for something whole. What a killed writer leaves behind is ignored by readers and swept up
+by the next writer. Linux and macOS.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import shutil
+import uuid
+import weakref
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from features.console import UserError
+
+PARTIAL = ".partial"
+
+_CANNOT_WRITE = {
+    errno.ENOSPC: "free some space",
+    errno.EDQUOT: "free some of your quota",
+    errno.EFBIG: "raise the limit on file sizes (ulimit -f)",
+    errno.EROFS: "choose a writable place",
+    errno.EACCES: "choose a writable place",
+    errno.EPERM: "choose a writable place",
+}
+
+
+@contextmanager
+def writing(place: Path) -> Iterator[None]:
+    """Turn the ways in which a disk refuses to be written into one message each."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _CANNOT_WRITE:
+            raise
+        raise UserError(
+            f"cannot write to {place}: {error.strerror}. Everything written so far is kept: "
+            f"{_CANNOT_WRITE[error.errno]}, then run the same command again."
+        ) from error
+
+
+def write_file(path: Path, pieces: Iterable[bytes | memoryview]) -> None:
+    """Write a file whole; when this returns, it and its name are on the disk."""
+    with new_file(path) as temporary, temporary.open("xb") as file:
+        file.writelines(pieces)
+
+
+@contextmanager
+def new_file(path: Path) -> Iterator[Path]:
+    """A temporary name to write to; what is there at the end replaces `path` in one step, an error removes it."""
+    temporary = temporary_name(path)
+    try:
+        yield temporary
+        flush(temporary)
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    flush(path.parent)
+
+
+def temporary_name(path: Path) -> Path:
+    """A name beside `path` that nobody else uses."""
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex}{PARTIAL}")
+
+
+def flush(path: Path) -> None:
+    """Wait until a file's content, or a folder's list of names, is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def move_folder(new: Path, place: Path) -> None:
+    """Put a folder in its place: in one step, or, if a folder is there, in two between which there is none."""
+    flush(new)
+    if place.exists():
+        discard_folder(place)
+    new.rename(place)
+    flush(place.parent)
+
+
+def discard_folder(folder: Path) -> None:
+    """Remove a folder; its name goes first, in one step."""
+    aside = temporary_name(folder)
+    folder.rename(aside)
+    flush(folder.parent)
+    shutil.rmtree(aside)
+
+
+def sweep(folder: Path) -> None:
+    """Remove what killed writers have left right below a folder."""
+    for path in folder.glob(f".*{PARTIAL}"):
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+
+@contextmanager
+def only_writer(folder: Path) -> Iterator[None]:
+    """Wait until no other process is inside this block for the same folder (where the file system has locks)."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+class Use:
+    """A folder in use by this object, together with other users; given up when the object goes.
+
+    Whoever finds nobody else there first sweeps the folder and those right below it.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        descriptor = os.open(folder, os.O_RDONLY)
+        weakref.finalize(self, os.close, descriptor)
+        if _lock(descriptor, fcntl.LOCK_EX):
+            for place in (folder, *filter(Path.is_dir, folder.iterdir())):
+                sweep(place)
+        _lock(descriptor, fcntl.LOCK_SH)
+
+
+def in_use(folder: Path) -> bool:
+    """Whether a `Use` of the folder exists, here or in another process, as far as the file system can tell."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        return _lock(descriptor, fcntl.LOCK_EX) is False
+    finally:
+        os.close(descriptor)
+
+
+def _lock(descriptor: int, how: int) -> bool | None:
+    """Whether the lock was had at once; None where there are no locks."""
+    try:
+        fcntl.flock(descriptor, how | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return None
+    return True

@@ -1,0 +1,290 @@
+"""Does extraction write the right embeddings, once, whatever interrupts it?"""
+
+import hashlib
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from extract import embed, hardware
+from extract.backbones import build_model, find_backbone
+from extract.datasets import load_dataset
+from extract.embed import ExtractOptions, extract_dataset
+from extract.hardware import choose_precision, embed_batch, largest_batch, settle
+from extract.views import make_transform, parse_view
+from features.console import UserError
+from features.store import FeatureStore
+
+CPU = torch.device("cpu")
+N = 150  # patches: three blocks, the last one short
+
+
+@pytest.fixture(scope="module")
+def patches(tmp_path_factory) -> Path:
+    """A folder of 150 small patches in two classes."""
+    folder = tmp_path_factory.mktemp("patches")
+    rng = np.random.default_rng(0)
+    for row in range(N):
+        path = folder / ("Atypical" if row % 3 == 0 else "Normal") / f"{row:03}.png"
+        path.parent.mkdir(exist_ok=True)
+        Image.fromarray(rng.integers(0, 255, (32, 32, 3), dtype=np.uint8)).save(path)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory) -> Path:
+    """Random weights for timm's smallest transformer, as a local checkpoint."""
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("weights") / "tiny.safetensors"
+    save_file(timm.create_model("test_vit", num_classes=0).state_dict(), path)
+    return path
+
+
+MODEL = "timm/test_vit"
+
+
+def run(patches: Path, weights: Path, path: Path, **options) -> FeatureStore:
+    store = FeatureStore.open_or_create(path)
+    dataset = load_dataset(str(patches))
+    options = ExtractOptions(**({"views": ("full", "center16"), "precision": "fp32"} | options))
+    extract_dataset(dataset, [find_backbone(MODEL)], store=store, options=options, weights=weights)
+    return store
+
+
+def content(path: Path) -> dict[str, str]:
+    """Digest of every file of a store, by its place."""
+    return {
+        str(file.relative_to(path)): hashlib.sha256(file.read_bytes()).hexdigest()
+        for file in sorted(path.rglob("*"))
+        if file.is_file()
+    }
+
+
+def test_every_pooling_and_view_equals_a_plain_forward_pass(patches, weights, tmp_path):
+    store = run(patches, weights, tmp_path / "s.zarr")
+    dataset, backbone = load_dataset(str(patches)), find_backbone(MODEL)
+    model = timm.create_model("test_vit", num_classes=0).eval()
+    from safetensors.torch import load_file
+
+    model.load_state_dict(load_file(weights))
+    for view in ("full", "center16"):
+        images = make_transform(backbone, parse_view(view))([dataset.decode(row) for row in range(N)], CPU)
+        with torch.inference_mode():
+            tokens = model.forward_features(images)
+        n_prefix = model.num_prefix_tokens
+        cells = tokens[:, n_prefix:].unflatten(1, model.patch_embed.grid_size)
+        expected = {
+            "cls": tokens[:, 0],
+            "mean": tokens[:, n_prefix:].mean(1),
+            "center": cells[:, 3:7, 3:7].mean((1, 2)),
+        }
+        for pooling, values in expected.items():
+            found = store.read(dataset.name, MODEL, view, pooling)
+            np.testing.assert_allclose(found, values.numpy(), rtol=2e-3, atol=2e-3, err_msg=f"{view} {pooling}")
+
+
+def test_the_same_command_again_computes_nothing(patches, weights, tmp_path, monkeypatch):
+    before = content(run(patches, weights, tmp_path / "s.zarr").path)
+    monkeypatch.setattr(embed, "build_model", lambda *a, **k: pytest.fail("a network was built for nothing"))
+    assert content(run(patches, weights, tmp_path / "s.zarr").path) == before
+
+
+def test_several_models_share_one_decode(patches, weights, tmp_path, monkeypatch):
+    dataset = load_dataset(str(patches))
+    decoded = []
+    counting = type(dataset)(**(vars(dataset) | {"decode": lambda row: decoded.append(row) or dataset.decode(row)}))
+    monkeypatch.setattr(
+        embed, "fetch_weights", lambda backbone, **k: embed.Weights(weights, backbone.name, "r", "file")
+    )
+    store = FeatureStore.open_or_create(tmp_path / "s.zarr")
+    backbones = [find_backbone(MODEL), find_backbone("timm/test_vit.r160_in1k")]
+    options = ExtractOptions(views=("full", "center16"), precision="fp32")
+    extract_dataset(counting, backbones, store=store, options=options)
+    assert len(store.entries()) == 4
+    assert len(decoded) == N + 8  # the first few once more, to settle the networks
+
+
+def test_a_changed_label_updates_the_table_and_keeps_the_embeddings(patches, weights, tmp_path, capsys):
+    store = run(patches, weights, tmp_path / "s.zarr")
+    dataset = load_dataset(str(patches), positive="Normal")
+    extract_dataset(
+        dataset,
+        [find_backbone(MODEL)],
+        store=store,
+        options=ExtractOptions(views=("full",), precision="fp32"),
+        weights=weights,
+    )
+    assert "table was updated" in capsys.readouterr().err
+    assert store.samples(dataset.name).label.sum() == 100
+    assert all(entry.complete for entry in store.entries())
+
+
+def test_other_weights_are_refused_and_nothing_is_lost(patches, weights, tmp_path):
+    store = run(patches, weights, tmp_path / "s.zarr")
+    before = content(store.path)
+    torch.manual_seed(1)
+    save_file(timm.create_model("test_vit", num_classes=0).state_dict(), tmp_path / "other.safetensors")
+    with pytest.raises(UserError, match=r"weights_sha256.*--overwrite"):
+        run(patches, tmp_path / "other.safetensors", store.path)
+    assert content(store.path) == before
+    run(patches, tmp_path / "other.safetensors", store.path, overwrite=True)
+    assert content(store.path) != before
+
+
+@pytest.mark.parametrize("batch_size", [7, 64, 100, 4096])
+def test_any_batch_size_gives_the_same_embeddings(patches, weights, tmp_path, batch_size):
+    reference = run(patches, weights, tmp_path / "a.zarr")
+    store = run(patches, weights, tmp_path / "b.zarr", batch_size=batch_size)
+    for view in ("full", "center16"):
+        name = load_dataset(str(patches)).name
+        np.testing.assert_allclose(
+            store.read(name, MODEL, view), reference.read(name, MODEL, view), rtol=2e-3, atol=2e-3
+        )
+
+
+def test_a_truncated_patch_ends_with_its_name_and_keeps_finished_blocks(patches, weights, tmp_path):
+    dataset = load_dataset(str(patches))
+
+    def decode(row: int) -> np.ndarray:
+        if row == 140:
+            raise UserError(f"{dataset.samples.id[row]} cannot be decoded.")
+        return dataset.decode(row)
+
+    broken = type(dataset)(**(vars(dataset) | {"decode": decode}))
+    store = FeatureStore.open_or_create(tmp_path / "s.zarr")
+    options = ExtractOptions(precision="fp32")
+    with pytest.raises(UserError, match=r"cannot be decoded"):
+        extract_dataset(broken, [find_backbone(MODEL)], store=store, options=options, weights=weights)
+    (entry,) = store.entries()
+    assert entry.n_done == 2
+    extract_dataset(dataset, [find_backbone(MODEL)], store=store, options=options, weights=weights)
+    assert store.entries()[0].complete
+
+
+def test_not_a_number_is_refused_with_the_patch_named(patches, tmp_path):
+    state = timm.create_model("test_vit", num_classes=0).state_dict()
+    state["norm.weight"][0] = float("nan")
+    save_file(state, tmp_path / "nan.safetensors")
+    with pytest.raises(UserError, match=r"NaN or infinite .*Atypical/000.png"):
+        run(patches, tmp_path / "nan.safetensors", tmp_path / "s.zarr")
+
+
+def test_out_of_memory_halves_the_batch_instead_of_failing(patches, weights, tmp_path, monkeypatch, capsys):
+    real = embed.embed_batch
+
+    def small_memory(model, backbone, images, **options):
+        if len(images) > 16:
+            raise torch.OutOfMemoryError("out of memory")
+        return real(model, backbone, images, **options)
+
+    monkeypatch.setattr(embed, "embed_batch", small_memory)
+    store = run(patches, weights, tmp_path / "s.zarr")
+    assert "going on with batches of 16" in capsys.readouterr().err
+    assert all(entry.complete and entry.batch_size == 16 for entry in store.entries())
+
+
+def test_the_largest_batch_leaves_room():
+    def forward(n: int) -> None:
+        if n > 100:
+            raise torch.OutOfMemoryError("out of memory")
+
+    assert largest_batch(forward, at_most=1024) == 32
+    assert largest_batch(lambda n: None, at_most=256) == 256
+    with pytest.raises(UserError, match="not even one image"):
+        largest_batch(lambda n: forward(101))
+    with pytest.raises(RuntimeError, match="a bug"):
+        largest_batch(lambda n: (_ for _ in ()).throw(RuntimeError("a bug")))
+
+
+def test_auto_precision_keeps_bf16_only_where_it_changes_nothing(weights, monkeypatch):
+    backbone = find_backbone(MODEL)
+    model = build_model(backbone, None)
+    images = torch.randn(4, 3, 160, 160)
+    monkeypatch.setattr(hardware, "has_bf16", lambda device: True)
+    cosine = min(
+        float(torch.nn.functional.cosine_similarity(a, b).min())
+        for a, b in zip(
+            embed_batch(model, backbone, images, precision="fp32").values(),
+            embed_batch(model, backbone, images, precision="bf16").values(),
+            strict=True,
+        )
+    )
+    monkeypatch.setattr(hardware, "MIN_COSINE", cosine - 1e-6)
+    assert choose_precision("auto", backbone, model, images) == "bf16"
+    monkeypatch.setattr(hardware, "MIN_COSINE", cosine + 1e-6)
+    assert choose_precision("auto", backbone, model, images) == "fp32"
+    monkeypatch.setattr(hardware, "has_bf16", lambda device: False)
+    monkeypatch.setattr(hardware, "MIN_COSINE", 0)
+    assert choose_precision("auto", backbone, model, images) == "fp32"
+    with pytest.raises(UserError, match="fp16 is for GPUs"):
+        choose_precision("fp16", backbone, model, images)
+
+
+@pytest.mark.parametrize("arch", ["test_efficientnet", "resnet18"])
+def test_settling_a_network_keeps_its_function(arch):
+    torch.manual_seed(0)
+    model = timm.create_model(arch, num_classes=0).eval()
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            torch.nn.init.uniform_(module.running_mean, -0.5, 0.5)
+            torch.nn.init.uniform_(module.running_var, 0.5, 2)
+            torch.nn.init.uniform_(module.weight, 0.5, 2)
+    example = torch.randn(2, 3, 64, 64)
+    settled = settle(model, CPU, example=example)
+    assert not any(isinstance(module, torch.nn.BatchNorm2d) for module in settled.modules())
+    with torch.inference_mode():
+        torch.testing.assert_close(settled(example), model(example), rtol=1e-3, atol=1e-4)
+
+
+def test_a_norm_that_does_not_follow_its_convolution_is_left_alone():
+    class NormFirst(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = torch.nn.Conv2d(3, 3, 1)
+            self.norm = torch.nn.BatchNorm2d(3)
+            torch.nn.init.constant_(self.norm.running_mean, 3.0)
+
+        def forward(self, x):
+            return self.conv(self.norm(x))  # registered in the other order
+
+    model = NormFirst().eval()
+    example = torch.randn(2, 3, 8, 8)
+    with torch.inference_mode():
+        torch.testing.assert_close(settle(model, CPU, example=example)(example), model(example))
+
+
+def command(patches: Path, weights: Path, store: Path) -> list[str]:
+    return [
+        str(Path(sys.executable).with_name("fm-extract")),
+        *("--model", MODEL, "--weights", str(weights), "--dataset", str(patches), "--store", str(store)),
+        *("--view", "full,center16", "--precision", "fp32", "--batch-size", "8"),
+    ]
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_an_interrupted_run_ends_bit_for_bit_like_an_undisturbed_one(patches, weights, tmp_path, how):
+    undisturbed = content(run(patches, weights, tmp_path / "a.zarr", batch_size=8).path)
+    path = tmp_path / "b.zarr"
+    moments = random.Random(int(how))
+    for _ in range(3):
+        process = subprocess.Popen(command(patches, weights, path), stderr=subprocess.PIPE, text=True)
+        while not path.exists() and process.poll() is None:  # the imports are of no interest
+            time.sleep(0.01)
+        time.sleep(moments.uniform(0, 0.5))
+        process.send_signal(how)
+        _, prose = process.communicate(timeout=60)
+        if how != signal.SIGKILL and process.returncode:
+            assert process.returncode == 1
+            assert "run the same command again to finish the rest" in prose
+            assert "Traceback" not in prose
+    subprocess.run(command(patches, weights, path), check=True, capture_output=True)
+    assert content(path) == undisturbed

@@ -1,0 +1,230 @@
+"""Does every way of not getting weights end in one clear message, quickly, without a token in it?"""
+
+import errno
+import hashlib
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import huggingface_hub.utils
+import pytest
+from huggingface_hub import constants
+from stub_hub import COMMIT, StubHub, StubRepo
+
+from extract import hub
+from extract.backbones import BACKBONES, fetch_weights
+from features.console import UserError
+
+WEIGHTS = b"not really weights, but bytes are bytes"
+OTHER_COMMIT = COMMIT[::-1]
+Point = Callable[[str], None]
+
+
+@pytest.fixture
+def point(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Point]:
+    """Points huggingface_hub at an endpoint, with an empty cache and without a token."""
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_OIDC_RESOURCE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_TELEMETRY", True)
+
+    def to(url: str) -> None:
+        huggingface_hub.utils.close_session()
+        monkeypatch.setattr(constants, "ENDPOINT", url)
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}")
+
+    yield to
+    huggingface_hub.utils.close_session()
+
+
+@pytest.fixture
+def stub(point: Point) -> Iterator[StubHub]:
+    repos = {
+        "org/open": StubRepo({"model.safetensors": WEIGHTS}),
+        "org/gated": StubRepo({"pytorch_model.bin": WEIGHTS}, gated=True),
+        "org/busy": StubRepo({}, fault=429),
+        "org/broken": StubRepo({}, fault=503),
+        "org/forbidden": StubRepo({}, fault=403),
+    }
+    with StubHub(repos) as hub:
+        point(hub.url)
+        yield hub
+
+
+def fails_with(*parts: str, repo: str = "org/open", filename: str = "model.safetensors", revision: str = "main") -> str:
+    start = time.perf_counter()
+    with pytest.raises(UserError) as caught:
+        hub.fetch_file(repo, filename, revision=revision, licence="CC-BY-NC-ND-4.0")
+    message = str(caught.value)
+    assert all(part in message for part in parts), message
+    assert caught.value.__context__ is None or caught.value.__suppress_context__  # a cause may quote headers
+    assert "hf_" not in message.replace("hf_hub", "")
+    assert time.perf_counter() - start < 3
+    return message
+
+
+def test_a_branch_is_resolved_and_the_served_commit_recorded(stub: StubHub) -> None:
+    file = hub.fetch_file("org/open", "model.safetensors", revision="main")
+    assert file.path.read_bytes() == WEIGHTS
+    assert file.commit == COMMIT
+
+
+def test_a_moved_branch_is_followed(stub: StubHub) -> None:
+    hub.fetch_file("org/open", "model.safetensors", revision="main")
+    stub.repos["org/open"] = StubRepo({"model.safetensors": b"newer"}, commit=OTHER_COMMIT)
+    file = hub.fetch_file("org/open", "model.safetensors", revision="main")
+    assert (file.path.read_bytes(), file.commit) == (b"newer", OTHER_COMMIT)
+
+
+def test_a_cached_pinned_file_needs_no_request(stub: StubHub) -> None:
+    hub.fetch_file("org/open", "model.safetensors", revision=COMMIT)
+    stub.requests.clear()
+    assert hub.fetch_file("org/open", "model.safetensors", revision=COMMIT).commit == COMMIT
+    assert stub.requests == []
+
+
+def test_a_cached_gated_bin_needs_neither_token_nor_network(
+    stub: StubHub, point: Point, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_member")
+    hub.fetch_file("org/gated", "pytorch_model.bin", revision=COMMIT)
+    monkeypatch.delenv("HF_TOKEN")
+    stub.requests.clear()
+    assert hub.fetch_file("org/gated", "pytorch_model.bin", revision=COMMIT).path.read_bytes() == WEIGHTS
+    assert stub.requests == []
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    point("http://127.0.0.1:9")
+    assert hub.fetch_file("org/gated", "pytorch_model.bin", revision=COMMIT).commit == COMMIT
+
+
+@pytest.mark.parametrize("offline", [False, True])
+def test_a_cached_branch_is_used_when_the_hub_is_away(
+    stub: StubHub, point: Point, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], offline: bool
+) -> None:
+    hub.fetch_file("org/open", "model.safetensors", revision="main")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
+    point("http://127.0.0.1:9")
+    assert hub.fetch_file("org/open", "model.safetensors", revision="main").commit == COMMIT
+    assert COMMIT[:12] in capsys.readouterr().err
+
+
+def test_gated_without_token(stub: StubHub) -> None:
+    message = fails_with(
+        "https://huggingface.co/org/gated",
+        "CC-BY-NC-ND-4.0",
+        "Request access",
+        "HF_TOKEN",
+        "hf auth login",
+        repo="org/gated",
+        filename="pytorch_model.bin",
+    )
+    assert "no token was found" in message
+
+
+def test_gated_with_a_token_that_has_no_access(stub: StubHub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_stranger")
+    fails_with("your token has no access", "Request access", repo="org/gated", filename="pytorch_model.bin")
+
+
+def test_an_unknown_token(stub: StubHub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_revoked")
+    fails_with("rejected your token", "settings/tokens")
+
+
+def test_a_malformed_token_is_not_sent(stub: StubHub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_member “quoted”")
+    fails_with("characters that no token has")
+    assert stub.requests == []
+
+
+def test_a_token_is_sent_and_lets_in(stub: StubHub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_member")
+    assert hub.fetch_file("org/gated", "pytorch_model.bin", revision="main").commit == COMMIT
+
+
+def test_missing_repository_revision_and_file(stub: StubHub) -> None:
+    fails_with("no repository 'org/absent'", repo="org/absent")
+    fails_with("no revision 'v9'", revision="v9")
+    fails_with("no file 'absent.bin'", filename="absent.bin")
+
+
+@pytest.mark.parametrize(
+    ("repo", "part"),
+    [("org/busy", "429 (too many requests)"), ("org/broken", "503"), ("org/forbidden", "refused org/forbidden (403)")],
+)
+def test_faults_of_the_hub(stub: StubHub, repo: str, part: str) -> None:
+    fails_with(part, "--weights", repo=repo)
+    assert len(stub.requests) == 1
+
+
+def test_nobody_listens(point: Point) -> None:
+    point("http://user:secret@127.0.0.1:9")
+    message = fails_with("could not be fetched", "ConnectError", "not cached")
+    assert "secret" not in message
+
+
+def test_offline_and_not_cached(stub: StubHub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    fails_with("HF_HUB_OFFLINE", "not in the cache", str(constants.HF_HUB_CACHE))
+
+
+@pytest.mark.parametrize(("number", "part"), [(errno.ENOSPC, "the disk is full"), (errno.EROFS, "read-only")])
+def test_a_disk_that_takes_no_more(stub: StubHub, monkeypatch: pytest.MonkeyPatch, number: int, part: str) -> None:
+    def no_room(*args: object, **kwargs: object) -> str:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(hub, "hf_hub_download", no_room)
+    fails_with(part, "HF_HOME")
+
+
+def test_a_file_with_another_digest_is_refused(stub: StubHub) -> None:
+    record = replace(BACKBONES["kaiko-s16"], hub_id="org/open", sha256="0" * 64)
+    with pytest.raises(UserError, match="0" * 64) as caught:
+        fetch_weights(record)
+    assert hashlib.sha256(WEIGHTS).hexdigest() in str(caught.value)
+
+
+def test_the_digest_of_the_very_bytes_is_recorded(stub: StubHub) -> None:
+    weights = fetch_weights(replace(BACKBONES["kaiko-s16"], hub_id="org/open"))
+    assert weights.sha256 == hashlib.sha256(WEIGHTS).hexdigest()
+    assert (weights.revision, weights.source) == (COMMIT, "hub")
+
+
+def test_a_local_file_replaces_the_hub(point: Point, tmp_path: Path) -> None:
+    path = tmp_path / "mine.safetensors"
+    path.write_bytes(WEIGHTS)
+    weights = fetch_weights(BACKBONES["uni"], weights=path)
+    assert (weights.path, weights.revision, weights.source) == (path, "local", "file")
+    same = replace(BACKBONES["uni"], sha256=weights.sha256)
+    assert fetch_weights(same, weights=path).revision == same.revision
+    with pytest.raises(UserError, match="no such weights file"):
+        fetch_weights(BACKBONES["uni"], weights=tmp_path / "absent.bin")
+
+
+def test_the_environment_decides_in_a_fresh_process(tmp_path: Path) -> None:
+    """HF_ENDPOINT, HF_HOME and HF_TOKEN, as a shell sets them; exit status 1, one message, no traceback, no token."""
+    script = (
+        "import typer\nfrom features.console import run\nfrom extract.hub import fetch_file\napp = typer.Typer()\n"
+        "@app.command()\ndef main(): fetch_file('MahmoodLab/UNI', 'pytorch_model.bin', revision='main')\nrun(app)\n"
+    )
+    with StubHub({"MahmoodLab/UNI": StubRepo({}, gated=True)}) as stub:
+        environment = {
+            "PATH": os.environ["PATH"],
+            "HF_ENDPOINT": stub.url,
+            "HF_HOME": str(tmp_path),
+            "HF_TOKEN": "hf_stranger",
+            "NO_PROXY": "127.0.0.1",
+        }
+        done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
+    assert ("HEAD", "/MahmoodLab/UNI/resolve/main/pytorch_model.bin", "Bearer hf_stranger") in (stub.requests)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith("error: MahmoodLab/UNI is gated and your token has no access to it.")
+    assert "Traceback" not in done.stderr
+    assert "hf_stranger" not in done.stderr

@@ -1,0 +1,222 @@
+"""Is a store probed fairly: choices made on training data, groups whole, every figure recomputable?"""
+
+import json
+
+import numpy as np
+import pytest
+
+from features.console import UserError
+from features.folds import grouped_folds
+from features.samples import Samples, make_samples
+from features.store import FeatureStore
+from probe import protocol
+from probe.metrics import auroc
+from probe.protocol import ProbeOptions, fit_exact, probe_store
+from probe.report import leaderboard, published
+from probe.results import evaluate, read_predictions, read_run
+
+WIDTH = 12
+
+
+def table(n: int = 240, seed: int = 0, split: bool = True) -> Samples:
+    rng = np.random.default_rng(seed)
+    slide = np.arange(n) // 8
+    return make_samples(
+        [f"{seed}-{row:03}.png" for row in range(n)],
+        (rng.random(n) < 0.3).astype(int).tolist(),
+        group=[f"slide {s}" for s in slide],
+        split=["train" if s % 4 else "test" for s in slide] if split else ["test"] * n,
+        sha256=[f"{seed}-{row}" for row in range(n)],
+    )
+
+
+def add(store: FeatureStore, dataset: str, samples: Samples, model: str, view: str, *, signal: float, seed: int = 0):
+    """Embeddings of one view: noise, and the label in a few directions."""
+    store.put_samples(dataset, samples, attrs={})
+    rng = np.random.default_rng(seed)
+    arrays = {}
+    for pooling, strength in (("cls", signal), ("mean", signal / 3)):
+        X = rng.standard_normal((len(samples), WIDTH))
+        X[:, :3] += strength * (2.0 * samples.label[:, None] - 1)
+        arrays[pooling] = X
+    writer = store.begin(
+        dataset,
+        model,
+        view,
+        poolings={"cls": WIDTH, "mean": WIDTH},
+        card_pooling="cls",
+        parts={"model": model, "view": view},
+    )
+    for block, rows in writer.missing_within(range(len(samples))):
+        writer.write(block, {name: X[rows.start : rows.stop] for name, X in arrays.items()})
+
+
+@pytest.fixture
+def store(tmp_path) -> FeatureStore:
+    store = FeatureStore.open_or_create(tmp_path / "store.zarr")
+    samples, other = table(), table(seed=1, split=False)
+    for view, signal in (("full", 0.2), ("center64", 0.9)):
+        add(store, "ami-br", samples, "good", view, signal=signal)
+        add(store, "atnorm-br", other, "good", view, signal=signal, seed=1)
+    add(store, "ami-br", samples, "poor", "full", signal=0.0)
+    return store
+
+
+def test_every_model_is_probed_and_the_better_one_scores_better(store, tmp_path):
+    folders = probe_store(store, options=ProbeOptions(), runs=tmp_path / "runs")
+    runs = {run["model"]: run for run in map(read_run, folders)}
+    assert set(runs) == {"good", "poor"}
+    good = runs["good"]["metrics"]["sets"]
+    assert set(good) == {"ami-br/validation", "ami-br/test", "atnorm-br/test"}
+    assert good["atnorm-br/test"]["folds"]["auroc"]["mean"] > 0.85
+    assert runs["poor"]["metrics"]["sets"]["ami-br/test"]["folds"]["auroc"]["mean"] < 0.75
+
+
+def test_view_and_pooling_are_chosen_on_validation(store, tmp_path):
+    (folder,) = probe_store(store, ["good"], options=ProbeOptions(), runs=tmp_path / "runs")
+    run = read_run(folder)
+    assert (run["view"], run["pooling"]) == ("center64", "card")
+    assert len(run["candidates"]) == 4
+    assert max(run["candidates"], key=lambda c: c["validation_auroc"])["view"] == "center64"
+
+
+def test_a_given_view_and_pooling_are_kept(store, tmp_path):
+    options = ProbeOptions(view="full", pooling="mean")
+    (folder,) = probe_store(store, ["good"], options=options, runs=tmp_path / "runs")
+    run = read_run(folder)
+    assert (run["view"], run["pooling"], len(run["candidates"])) == ("full", "mean", 1)
+
+
+def test_test_labels_choose_nothing(store, tmp_path):
+    before = read_run(probe_store(store, ["good"], options=ProbeOptions(), runs=tmp_path / "a")[0])
+    samples = store.samples("ami-br")
+    flipped = samples.label.copy()
+    flipped[samples.split == "test"] ^= 1
+    columns = {name: getattr(samples, name) for name in Samples.__dataclass_fields__} | {"label": flipped}
+    assert store.put_samples("ami-br", Samples(**columns), attrs={})
+    after = read_run(probe_store(store, ["good"], options=ProbeOptions(), runs=tmp_path / "b")[0])
+    assert after["candidates"] == before["candidates"]
+    assert after["folds"] == before["folds"]
+    assert after["metrics"]["sets"]["ami-br/validation"] == before["metrics"]["sets"]["ami-br/validation"]
+    assert after["metrics"]["sets"]["ami-br/test"] != before["metrics"]["sets"]["ami-br/test"]
+
+
+def test_strength_is_chosen_as_a_plain_nested_loop_would():
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    from probe.metrics import balanced_log_loss
+
+    samples = table(160)
+    folds = grouped_folds(samples, 4)
+    rng = np.random.default_rng(3)
+    X = rng.standard_normal((160, 20)) + 0.5 * samples.label[:, None]
+    strengths = (1e-3, 1e-2, 1e-1, 1.0)
+    probe = fit_exact(X.astype(np.float32), samples.label, folds, strengths=strengths)
+    for f in range(4):
+        losses = np.zeros(len(strengths))
+        for s, strength in enumerate(strengths):
+            for g in set(range(4)) - {f}:
+                trains = (folds.fold != f) & (folds.fold != g)
+                reference = make_pipeline(
+                    StandardScaler(), LogisticRegression(C=strength, class_weight="balanced", tol=1e-8, max_iter=1000)
+                ).fit(X[trains], samples.label[trains])
+                held = folds.fold == g
+                losses[s] += balanced_log_loss(samples.label[held], reference.decision_function(X[held])[:, None])[0]
+        assert probe.record["chosen_strength"][f] == strengths[int(losses.argmin())]
+
+
+def test_metrics_follow_from_predictions_csv(store, tmp_path):
+    (folder,) = probe_store(store, ["good"], options=ProbeOptions(), runs=tmp_path / "runs")
+    predictions = read_predictions(folder)
+    run = read_run(folder)
+    recomputed = json.loads(json.dumps(evaluate(predictions)))
+    assert recomputed == run["metrics"]
+    part = predictions.select((predictions.dataset == "atnorm-br") & (predictions.fold == 2))
+    assert run["metrics"]["sets"]["atnorm-br/test"]["folds"]["auroc"]["each"][2] == pytest.approx(
+        auroc(part.label, part.logit)
+    )
+
+
+def test_saved_weights_give_the_saved_logits(store, tmp_path):
+    from safetensors.numpy import load_file
+
+    (folder,) = probe_store(store, ["good"], options=ProbeOptions(), runs=tmp_path / "runs")
+    run, predictions = read_run(folder), read_predictions(folder)
+    weights = load_file(folder / "weights.safetensors")
+    X = store.read("atnorm-br", "good", run["view"], run["pooling"]).astype(np.float32)
+    expected = X @ weights["coef"][1] + weights["intercept"][1]
+    part = predictions.select((predictions.dataset == "atnorm-br") & (predictions.fold == 1))
+    np.testing.assert_allclose(part.logit, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_paper_recipe_probes_the_cards_embedding_of_the_full_view(store, tmp_path, monkeypatch):
+    monkeypatch.setattr(protocol, "_is_ami_br", lambda name: False)  # the table is not AMi-Br's
+    options = ProbeOptions(recipe="paper")
+    (folder,) = probe_store(store, ["good"], options=options, runs=tmp_path / "runs")
+    run = read_run(folder)
+    assert (run["view"], run["pooling"]) == ("full", "card")
+    assert len(run["candidates"][0]["n_epochs"]) == 5
+
+
+def test_datasets_embedded_differently_are_never_compared(store, tmp_path):
+    other = table(seed=2, split=False)
+    store.put_samples("third", other, attrs={})
+    writer = store.begin(
+        "third", "good", "full", poolings={"cls": WIDTH, "mean": WIDTH}, card_pooling="cls", parts={"precision": "bf16"}
+    )
+    values = np.zeros((len(other), WIDTH))
+    for block, rows in writer.missing_within(range(len(other))):
+        writer.write(block, {"cls": values[rows.start : rows.stop], "mean": values[rows.start : rows.stop]})
+    with pytest.raises(UserError, match=r"computed differently for ami-br and third: .*precision"):
+        probe_store(store, ["good"], options=ProbeOptions(), runs=tmp_path / "runs")
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("models", "options", "message"),
+    [
+        (["goood"], ProbeOptions(), r"no embeddings of 'goood'.*Did you mean good.*fm-extract --model goood"),
+        (["good"], ProbeOptions(train="ami"), r"no dataset 'ami'.*fm-extract --dataset ami"),
+        (["good"], ProbeOptions(test=("atnorm-md",)), r"no dataset 'atnorm-md'"),
+        (["poor"], ProbeOptions(view="center64"), r"no complete embeddings of poor in view center64"),
+        (["good"], ProbeOptions(pooling="center"), r"cls.*mean"),
+        (["good"], ProbeOptions(recipe="paper"), r"paper's fold assignment"),
+    ],
+)
+def test_a_mistake_gets_one_clear_message(store, tmp_path, models, options, message):
+    with pytest.raises(UserError, match=message):
+        probe_store(store, models, options=options, runs=tmp_path / "runs")
+
+
+def test_a_damaged_run_is_named(store, tmp_path):
+    (folder,) = probe_store(store, ["poor"], options=ProbeOptions(), runs=tmp_path / "runs")
+    (folder / "predictions.csv").write_text("dataset,id\n")
+    with pytest.raises(UserError, match=r"predictions.csv: found columns dataset, id, expected"):
+        read_predictions(folder)
+    (folder / "run.json").write_text("{")
+    with pytest.raises(UserError, match="damaged"):
+        read_run(folder)
+    with pytest.raises(UserError, match=r"is not a run: run.json is missing"):
+        read_run(tmp_path)
+
+
+def test_published_figures_stand_beside_ours():
+    assert len(published()) == 2 * 17 * 3
+    best = {row["model"]: row for row in published() if row["source"] == "table-3" and row["method"] == "lora"}
+    assert (best["virchow2"]["dataset"], best["h-optimus-1"]["auroc"]) == ("atnorm-md", "0.6019")
+    figures = {"folds": {name: {"mean": 0.5, "std": 0.01} for name in ("balanced_accuracy", "auroc")}}
+    run = {
+        "model": "uni",
+        "method": "probe",
+        "view": "full",
+        "pooling": "card",
+        "train": "ami-br",
+        "metrics": {"sets": {"ami-br/validation": figures, "ami-br/test": figures}},
+    }
+    table = leaderboard([run])
+    cells = [list(column.cells) for column in table.columns]
+    assert cells[0] == ["uni (probe)", "  paper, Table 3", "  authors' re-run"]
+    assert cells[4] == ["0.5000 ± 0.0100", "0.6477 ± 0.0108", "0.6339"]
+    assert cells[2][1:] == ["", ""]

@@ -1,0 +1,533 @@
+"""Does the feature store keep every promise of docs/store-format.md?"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+import resource
+import subprocess
+import sys
+import zipfile
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tensorstore
+import xarray
+import zarr
+from zarr.codecs import BytesCodec, Crc32cCodec
+
+from features import files
+from features.console import UserError
+from features.layout import Grid, decode_block, encode_block
+from features.samples import Samples, make_samples
+from features.store import FeatureStore, Writer, fingerprint, rows_per_block, store_key
+
+N, WIDTH = 150, 4
+POOLINGS = {"cls": WIDTH, "mean": WIDTH}
+PARTS = {"model": "timm/x", "precision": "fp32", "transform": {"size": 224}}
+
+
+def make_table(n: int = N, **changes: object) -> Samples:
+    table = make_samples(
+        [f"Atypical/{i}-é.png" for i in range(n)],
+        [i % 2 for i in range(n)],
+        sha256=[f"{i:064x}" for i in range(n)],
+        group=[f"slide {i // 10}" for i in range(n)],
+        votes=np.arange(3 * n, dtype=np.int8).reshape(n, 3) % 3 - 1,
+    )
+    return replace(table, **changes)
+
+
+def embeddings(n: int = N, seed: int = 0) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    return {name: rng.standard_normal((n, width)).astype(np.float32) for name, width in POOLINGS.items()}
+
+
+def begin(store: FeatureStore, **changes: object) -> Writer:
+    options = {"poolings": POOLINGS, "card_pooling": "cls+mean", "parts": PARTS} | changes
+    return store.begin("ami-br", "timm/x", "full", **options)  # type: ignore[arg-type]
+
+
+def fill(writer: Writer, n_blocks: int | None = None, seed: int = 0) -> None:
+    values = embeddings(writer.entry.n_rows, seed)
+    for rows in writer.missing()[:n_blocks]:
+        block = {name: array[rows.start : rows.stop] for name, array in values.items()}
+        writer.write(rows.start // writer.entry.rows_per_block, block)
+
+
+@pytest.fixture
+def empty(tmp_path: Path) -> FeatureStore:
+    store = FeatureStore.open_or_create(tmp_path / "embeddings.zarr")
+    store.put_samples("ami-br", make_table(), attrs={"source": "somewhere"})
+    return store
+
+
+@pytest.fixture
+def full(empty: FeatureStore) -> FeatureStore:
+    fill(begin(empty))
+    return empty
+
+
+def read(store: FeatureStore, pooling: str = "card", **options: object) -> np.ndarray:
+    return FeatureStore.open(store.path).read("ami-br", "timm/x", "full", pooling, **options)  # type: ignore[arg-type]
+
+
+# Names, fingerprints, block sizes.
+
+
+def test_names_become_single_safe_nodes() -> None:
+    assert store_key("timm/x") == "timm--x"
+    assert store_key("hf-hub:a/b@r") == "hf-hub--a--b@r"
+    assert store_key("center64@224") == "center64@224"
+    assert store_key("my data") == "my-data"
+
+
+@pytest.mark.parametrize("name", ["", " ", "..", "a/../b", "a\nb", ".hidden", "./x", "__x", "zarr.json", "x" * 300])
+def test_names_that_could_escape_or_clash_are_refused(name: str) -> None:
+    with pytest.raises(UserError, match="cannot name"):
+        store_key(name)
+
+
+def test_the_fingerprint_is_that_of_canonical_json() -> None:
+    assert fingerprint({"b": [1, 2.5], "a": "é"}) == fingerprint({"a": "é", "b": [1, 2.5]})
+    assert fingerprint({}) == "44136fa355b3678a1146ad16f7e8649e94fb4fc21fe77e8310c060f61caaff8a"  # SHA-256 of {}
+    with pytest.raises(ValueError, match="JSON compliant"):
+        fingerprint({"x": float("nan")})
+
+
+def test_blocks_are_64_to_128_per_array_where_rows_allow() -> None:
+    assert [rows_per_block(n) for n in (1, 746, 3720, 8192, 8193, 100_000)] == [64, 64, 64, 64, 128, 1024]
+    assert [rows_per_block(n) for n in (1_000_000, 1_048_577, 100_000_000)] == [8192, 16384, 65536]
+    assert all(64 <= -(-n // rows_per_block(n)) <= 128 for n in (5_000, 99_999, 2_000_000, 8_000_000))
+
+
+# The patch table.
+
+
+def test_a_patch_table_comes_back_as_it_was(empty: FeatureStore) -> None:
+    stored = FeatureStore.open(empty.path).samples("ami-br")
+    assert stored.table_digest == make_table().table_digest
+    assert stored.id.dtype.kind == "U"
+    assert stored.votes.shape == (N, 3)
+    assert empty.datasets() == ["ami-br"]
+    assert empty.dataset_attrs("ami-br")["source"] == "somewhere"
+
+
+def test_a_table_without_raters_comes_back(tmp_path: Path) -> None:
+    store = FeatureStore.open_or_create(tmp_path / "s")
+    table = make_table(votes=np.empty((N, 0), np.int8), label=np.zeros(N, np.int8))
+    store.put_samples("hf-hub:a/b", table, attrs={})
+    assert store.samples("hf-hub:a/b").votes.shape == (N, 0)
+    assert store.datasets() == ["hf-hub:a/b"]
+
+
+def test_the_same_table_again_is_no_work_and_other_labels_update_it(full: FeatureStore) -> None:
+    assert full.put_samples("ami-br", make_table(), attrs={}) is False
+    relabelled = make_table(label=np.zeros(N, np.int8))
+    assert full.put_samples("ami-br", relabelled, attrs={"source": "corrected"}) is True
+    assert full.samples("ami-br").table_digest == relabelled.table_digest
+    assert full.dataset_attrs("ami-br")["source"] == "corrected"
+    assert len(read(full)) == N  # the embeddings stay
+
+
+def test_other_images_under_the_same_name_are_refused_with_both_digests(full: FeatureStore) -> None:
+    other = make_table(sha256=make_table().sha256[::-1])
+    with pytest.raises(UserError, match="--overwrite") as caught:
+        full.put_samples("ami-br", other, attrs={})
+    assert other.images_digest in str(caught.value)
+    assert make_table().images_digest in str(caught.value)
+    full.put_samples("ami-br", other, attrs={}, overwrite=True)
+    assert full.samples("ami-br").images_digest == other.images_digest
+    assert full.entries() == []
+
+
+@pytest.mark.parametrize("damage", ["flip", "truncate", "delete", "metadata"])
+def test_a_damaged_table_is_named_and_written_anew(empty: FeatureStore, damage: str) -> None:
+    column = empty.path / "ami-br" / "samples" / "label"
+    chunk = column / "c.0"
+    if damage == "flip":
+        chunk.write_bytes(bytes([chunk.read_bytes()[0] ^ 1]) + chunk.read_bytes()[1:])
+    elif damage == "truncate":
+        chunk.write_bytes(chunk.read_bytes()[:3])
+    elif damage == "delete":
+        chunk.unlink()
+    else:
+        (column / "zarr.json").write_text("{")
+    with pytest.raises(UserError, match=r"samples.*damaged"):
+        empty.samples("ami-br")
+    assert [problem.where for problem in empty.verify()] == ["ami-br"]
+    empty.put_samples("ami-br", make_table(), attrs={})
+    assert empty.verify() == []
+
+
+def test_names_that_differ_only_in_special_characters_do_not_mix(empty: FeatureStore) -> None:
+    empty.put_samples("a/b", make_table(), attrs={})
+    with pytest.raises(UserError, match="special characters"):
+        empty.put_samples("a:b", make_table(), attrs={})
+
+
+# Writing and reading.
+
+
+def test_what_is_written_is_read_in_any_pooling_and_any_rows(full: FeatureStore) -> None:
+    expected = {name: values.astype(np.float16) for name, values in embeddings().items()}
+    card = np.concatenate([expected["cls"], expected["mean"]], axis=1)
+    np.testing.assert_array_equal(read(full), card)
+    np.testing.assert_array_equal(read(full, "mean"), expected["mean"])
+    np.testing.assert_array_equal(read(full, "mean+cls"), np.roll(card, WIDTH, axis=1))
+    rows = np.array([149, 0, 64, 64, 63])
+    np.testing.assert_array_equal(read(full, rows=rows), card[rows])
+    mask = np.arange(N) % 7 == 0
+    np.testing.assert_array_equal(read(full, rows=mask), card[mask])
+    assert read(full, rows=np.array([], dtype=np.intp)).shape == (0, 2 * WIDTH)
+    with pytest.raises(IndexError):
+        read(full, rows=np.array([N]))
+
+
+def test_an_entry_says_what_it_is(full: FeatureStore) -> None:
+    (entry,) = full.entries("ami-br", "timm/x")
+    assert (entry.name, entry.poolings, entry.card_pooling) == ("ami-br/timm/x/full", POOLINGS, "cls+mean")
+    assert (entry.n_rows, entry.rows_per_block, entry.n_blocks, entry.n_done) == (N, 64, 3, 3)
+    assert entry.fingerprint == fingerprint(PARTS)
+    assert entry.parts == PARTS
+    assert entry.complete
+    assert not entry.imported
+    assert full.entries("ami-br", "another") == full.entries("another") == []
+
+
+def test_unknown_names_are_answered_with_the_known_ones(full: FeatureStore) -> None:
+    with pytest.raises(UserError, match="no pooling 'center'; it has cls, mean"):
+        read(full, "center")
+    with pytest.raises(UserError, match="it has: timm/x/full"):
+        full.read("ami-br", "timm/y", "full")
+    with pytest.raises(UserError, match=r"it has: ami-br\. Did you mean ami-br"):
+        full.read("ami-b", "timm/x", "full")
+
+
+def test_an_interrupted_entry_goes_on_and_cannot_be_read_before(empty: FeatureStore) -> None:
+    fill(begin(empty), n_blocks=2)
+    with pytest.raises(UserError, match=r"1 of 3 blocks.*fm-extract again.*128–149"):
+        read(empty)
+    writer = begin(empty)
+    assert writer.missing() == [range(128, 150)]
+    assert writer.missing_within(range(64, 150)) == [(2, range(128, 150))]
+    assert writer.missing_within(range(0, 128)) == []
+    fill(writer)
+    assert writer.missing() == []
+    assert len(read(empty)) == N
+
+
+def test_a_block_counts_as_done_only_with_its_last_pooling(
+    empty: FeatureStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written = []
+    original = files.write_file
+
+    def fail_at_the_last(path: Path, pieces: list[memoryview]) -> None:
+        written.append(path.parent.name)
+        if path.parent.name == "mean":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        original(path, pieces)
+
+    writer = begin(empty)
+    monkeypatch.setattr("features.store.write_file", fail_at_the_last)
+    with pytest.raises(UserError, match=r"No space left.*free some space.*same command again"):
+        fill(writer, n_blocks=1)
+    assert written == ["cls", "mean"]
+    assert len(writer.missing()) == 3
+
+
+@pytest.mark.parametrize("code", [errno.EDQUOT, errno.EROFS, errno.EACCES])
+def test_a_disk_that_refuses_gives_one_message(empty: FeatureStore, monkeypatch: pytest.MonkeyPatch, code: int) -> None:
+    def refuse(path: Path) -> None:
+        raise OSError(code, os.strerror(code))
+
+    writer = begin(empty)
+    fill(writer, n_blocks=1)
+    monkeypatch.setattr("features.files.flush", refuse)
+    with pytest.raises(UserError, match="written so far is kept"):
+        fill(writer)
+    with pytest.raises(UserError, match="cannot write to"):
+        FeatureStore.open_or_create(empty.path.parent / "other")
+    monkeypatch.undo()
+    assert writer.missing()[-1] == range(128, 150)
+    assert not list(empty.path.rglob("*.partial"))
+
+
+def test_a_file_that_cannot_grow_leaves_no_half_block(empty: FeatureStore) -> None:
+    writer = begin(empty)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (300, hard))
+    try:
+        with pytest.raises(UserError, match="cannot write"):
+            fill(writer)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert len(writer.missing()) == 3
+    fill(writer)
+    assert len(read(empty)) == N
+
+
+@pytest.mark.parametrize(
+    ("value", "what"),
+    [(np.nan, "NaN or infinite"), (np.inf, "NaN or infinite"), (70_000, "beyond the range of float16")],
+)
+def test_numbers_that_float16_cannot_hold_are_refused_by_name(empty: FeatureStore, value: float, what: str) -> None:
+    block = {name: values[64:128] for name, values in embeddings().items()}
+    block["mean"][5, 2] = value
+    with pytest.raises(
+        UserError, match=f"timm/x/full/mean: 1 embeddings are {re.escape(what)}.*row 69, Atypical/69-é.png"
+    ):
+        begin(empty).write(1, block)
+    assert len(begin(empty).missing()) == 3
+
+
+def test_blocks_of_another_shape_or_pooling_are_a_programming_error(empty: FeatureStore) -> None:
+    values = embeddings()
+    with pytest.raises(ValueError, match="expected"):
+        begin(empty).write(0, {"cls": values["cls"][:64]})
+    with pytest.raises(ValueError, match="expected"):
+        begin(empty).write(2, {name: array[:64] for name, array in values.items()})
+
+
+def test_another_fingerprint_is_refused_with_both_values(full: FeatureStore) -> None:
+    other = PARTS | {"precision": "bf16", "transform": {"size": 160}}
+    with pytest.raises(UserError, match="--overwrite") as caught:
+        begin(full, parts=other)
+    assert 'precision: stored "fp32", now "bf16"' in str(caught.value)
+    assert "transform.size: stored 224, now 160" in str(caught.value)
+    assert "model" not in str(caught.value)
+    with pytest.raises(UserError, match="card_pooling"):
+        begin(full, card_pooling="cls")
+    assert len(begin(full, parts=other, overwrite=True).missing()) == 3
+    assert full.entries()[0].parts == other
+
+
+def test_the_batch_size_is_recorded_outside_the_fingerprint(empty: FeatureStore) -> None:
+    writer = begin(empty)
+    assert writer.entry.batch_size is None
+    writer.set_batch_size(16)
+    again = begin(empty).entry
+    assert (again.batch_size, again.fingerprint) == (16, fingerprint(PARTS))
+
+
+def test_only_a_writer_that_is_alone_sweeps_or_overwrites(empty: FeatureStore) -> None:
+    first = begin(empty)
+    leftover = first.entry.folder / "cls" / ".c.0.0.0123.partial"
+    leftover.write_bytes(b"half")
+    second = begin(empty)
+    assert leftover.exists()  # it may be the first writer's, at work
+    with pytest.raises(UserError, match="being written"):
+        begin(empty, overwrite=True)
+    with pytest.raises(UserError, match="being written"):
+        empty.remove("ami-br")
+    del first, second
+    begin(empty)
+    assert not leftover.exists()
+
+
+def test_remove_takes_an_entry_a_model_or_a_dataset(full: FeatureStore) -> None:
+    with pytest.raises(UserError, match="has no ami-br/timm/y"):
+        full.remove("ami-br", "timm/y")
+    full.remove("ami-br", "timm/x", "full")
+    assert full.entries() == []
+    full.remove("ami-br")
+    assert full.datasets() == []
+    assert FeatureStore.open(full.path).verify() == []
+
+
+# Opening.
+
+
+def test_what_is_no_store_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="does not exist"):
+        FeatureStore.open(tmp_path / "none")
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "a.txt").touch()
+    with pytest.raises(UserError, match="nothing was changed"):
+        FeatureStore.open_or_create(tmp_path / "data")
+    zarr.create_group(tmp_path / "other.zarr")
+    with pytest.raises(UserError, match="not a mitofm feature store"):
+        FeatureStore.open_or_create(tmp_path / "other.zarr")
+
+
+def test_a_newer_format_is_refused_with_what_to_do(empty: FeatureStore) -> None:
+    document = json.loads((empty.path / "zarr.json").read_text())
+    document["attributes"]["format_version"] = 2
+    (empty.path / "zarr.json").write_text(json.dumps(document))
+    with pytest.raises(UserError, match=r"format 2.*Upgrade"):
+        FeatureStore.open(empty.path)
+
+
+def test_the_archived_store_of_format_1_opens_and_gives_its_numbers(tmp_path: Path) -> None:
+    with zipfile.ZipFile(Path(__file__).parent / "data" / "store-v1.zarr.zip") as archive:
+        archive.extractall(tmp_path)
+    store = FeatureStore.open(tmp_path / "store-v1.zarr")
+    assert store.verify() == []
+    samples = store.samples("ami-br")
+    assert samples.id[[0, 99]].tolist() == ["Atypical/0.png", "Normal/99.png"]
+    assert (int(samples.label.sum()), samples.votes[3].tolist()) == (25, [-1, 0, 1])
+    (entry,) = store.entries()
+    assert (entry.model, entry.view, entry.batch_size) == ("hf-hub:org/name@main", "center64", 8)
+    expected = np.arange(100 * 6).reshape(100, 6) / 8
+    np.testing.assert_array_equal(store.read("ami-br", entry.model, "center64", "cls"), expected)
+    np.testing.assert_array_equal(
+        store.read("ami-br", entry.model, "center64"), np.concatenate([expected, -expected], 1)
+    )
+
+
+def test_zarr_tensorstore_and_xarray_read_it(full: FeatureStore) -> None:
+    expected = embeddings()["cls"].astype(np.float16)
+    inside = "ami-br/timm--x/full"
+    np.testing.assert_array_equal(zarr.open(full.path, mode="r")[f"{inside}/cls"][...], expected)
+    spec = {"driver": "zarr3", "kvstore": {"driver": "file", "path": str(full.path / inside / "cls")}}
+    np.testing.assert_array_equal(tensorstore.open(spec).result().read().result(), expected)
+    with xarray.open_zarr(full.path, group=inside, consolidated=False) as dataset:
+        assert dataset["cls"].dims == ("sample", "feature")
+        assert dataset["cls"].dtype == np.float16
+        np.testing.assert_array_equal(dataset["cls"].values, expected)
+    with xarray.open_zarr(full.path, group="ami-br/samples", consolidated=False) as table:
+        assert table["id"].values.tolist() == make_table().id.tolist()
+
+
+@pytest.mark.parametrize(("n", "block", "chunk"), [(150, 64, 64), (300, 128, 64)])
+def test_blocks_are_byte_for_byte_what_zarr_writes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, n: int, block: int, chunk: int
+) -> None:
+    monkeypatch.setattr("features.layout.ROWS_PER_CHUNK", chunk)
+    grid = Grid(n, WIDTH, block)
+    values = np.random.default_rng(0).standard_normal((n, WIDTH)).astype(np.float16)
+    array = zarr.create_array(
+        tmp_path / "a.zarr",
+        shape=(n, WIDTH),
+        chunks=(chunk, WIDTH),
+        shards=(block, WIDTH) if block > chunk else None,
+        dtype="float16",
+        fill_value=np.nan,
+        serializer=BytesCodec(),
+        compressors=Crc32cCodec(),
+        dimension_names=("sample", "feature"),
+        chunk_key_encoding={"name": "default", "separator": "."},
+    )
+    array[...] = values
+    document = json.loads((tmp_path / "a.zarr" / "zarr.json").read_text())
+    assert document | grid.metadata() == document
+    for start in range(0, n, block):
+        theirs = (tmp_path / "a.zarr" / f"c.{start // block}.0").read_bytes()
+        rows = values[start : start + block]
+        assert b"".join(encode_block(rows, grid)) == theirs
+        np.testing.assert_array_equal(
+            decode_block(theirs, len(rows), grid, check=True).reshape(-1, WIDTH)[: len(rows)], rows
+        )
+        for bit in range(0, 8 * len(theirs), 5):
+            with pytest.raises(ValueError, match="damaged"):
+                decode_block(flipped(theirs, bit), len(rows), grid, check=True)
+
+
+def test_a_store_of_shards_reads_like_any_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("features.layout.ROWS_PER_CHUNK", 16)
+    store = FeatureStore.open_or_create(tmp_path / "s")
+    store.put_samples("ami-br", make_table(), attrs={})
+    fill(begin(store))
+    expected = embeddings()["mean"].astype(np.float16)
+    rows = np.array([149, 3, 66, 129])
+    np.testing.assert_array_equal(read(store, "mean"), expected)
+    np.testing.assert_array_equal(read(store, "mean", rows=rows), expected[rows])
+    np.testing.assert_array_equal(zarr.open(store.path, mode="r")["ami-br/timm--x/full/mean"][...], expected)
+    assert store.verify() == []
+
+
+# Damage.
+
+
+def flipped(data: bytes, bit: int) -> bytes:
+    changed = bytearray(data)
+    changed[bit // 8] ^= 1 << (bit % 8)
+    return bytes(changed)
+
+
+def test_any_flipped_bit_of_a_block_is_found_and_the_block_named(full: FeatureStore) -> None:
+    path = full.entries()[0].block_path("cls", 1)
+    data = path.read_bytes()
+    named = (
+        r"ami-br/timm/x/full/cls: block 1 \(rows 64–127\).*c\.1\.0.*delete .*mean/c\.1\.0 and run the same fm-extract"
+    )
+    for bit in range(0, 8 * len(data), 7):
+        path.write_bytes(flipped(data, bit))
+        with pytest.raises(UserError, match=named):
+            full.read("ami-br", "timm/x", "full", "cls", rows=np.array([100]))
+    (problem,) = full.verify()
+    assert (problem.where, problem.block, problem.rows) == ("ami-br/timm/x/full/cls", 1, (64, 127))
+    path.write_bytes(data)
+    assert full.verify() == []
+
+
+@pytest.mark.parametrize("size", [0, 3, 100, 515, 517])
+def test_a_block_of_the_wrong_size_is_named(full: FeatureStore, size: int) -> None:
+    path = full.entries()[0].block_path("mean", 2)
+    path.write_bytes((path.read_bytes() + b"x")[:size])
+    with pytest.raises(UserError, match=f"block 2 .*has {size} bytes instead of 516"):
+        read(full)
+    assert len(full.verify()) == 1
+
+
+def test_a_lost_block_of_an_earlier_pooling_is_damage_and_mended_as_the_message_says(full: FeatureStore) -> None:
+    entry = full.entries()[0]
+    entry.block_path("cls", 0).unlink()
+    assert full.entries()[0].complete  # by the rule; but:
+    with pytest.raises(UserError, match=r"block 0 .*cannot be read"):
+        read(full)
+    entry.block_path("mean", 0).unlink()  # the remedy
+    fill(begin(full))
+    assert full.verify() == []
+
+
+def test_a_block_that_changes_after_it_was_verified_is_verified_again(full: FeatureStore) -> None:
+    path = full.entries()[0].block_path("cls", 0)
+    full.read("ami-br", "timm/x", "full")
+    path.write_bytes(flipped(path.read_bytes(), 77))
+    with pytest.raises(UserError, match="block 0"):
+        full.read("ami-br", "timm/x", "full")
+
+
+def test_verify_reports_what_is_missing_and_what_is_not_finite(empty: FeatureStore) -> None:
+    fill(begin(empty), n_blocks=2)
+    entry = empty.entries()[0]
+    bad = np.full((64, WIDTH), np.inf, np.float16)
+    files.write_file(entry.block_path("cls", 0), encode_block(bad, entry.grid("cls")))
+    incomplete, infinite = empty.verify()
+    assert "1 of 3 blocks are missing" in incomplete.what
+    assert "holds NaN or infinity" in infinite.what
+
+
+def test_no_damage_to_any_metadata_or_table_file_goes_unseen_or_ends_in_a_traceback(full: FeatureStore) -> None:
+    table, values = full.samples("ami-br").table_digest, read(full)
+    for path in sorted(full.path.rglob("*")):
+        if path.is_dir() or ("timm--x" in path.parts and path.name != "zarr.json"):
+            continue
+        data = path.read_bytes()
+        for byte in range(0, len(data), 61):
+            path.write_bytes(flipped(data, 8 * byte + byte % 8))
+            try:
+                store = FeatureStore.open(full.path)
+                if not store.verify() and len(store.entries()) == 1:
+                    assert store.samples("ami-br").table_digest == table
+                    np.testing.assert_array_equal(read(store), values)
+            except UserError:
+                pass
+        path.write_bytes(data)
+
+
+# Interruption.
+
+KILLER = Path(__file__).parent / "killed_writer.py"
+
+
+def test_a_writer_killed_before_any_file_operation_leaves_a_store_that_the_next_run_finishes(tmp_path: Path) -> None:
+    done = subprocess.run([sys.executable, KILLER, tmp_path, "19"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "stores identical" in done.stdout

@@ -1,0 +1,206 @@
+"""Does fm-store do what its help says, with one message per mistake?"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import anndata
+import h5py
+import numpy as np
+import pytest
+from typer.testing import CliRunner, Result
+
+from features.cli import app
+from features.console import UserError
+from features.samples import make_samples
+from features.store import FeatureStore
+
+N = 70
+IDS = [f"Atypical/{i}-é.png" for i in range(N)]
+CLS = np.arange(N * 3, dtype=np.float32).reshape(N, 3)
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    store = FeatureStore.open_or_create(tmp_path / "embeddings.zarr")
+    table = make_samples(
+        IDS,
+        [i % 2 for i in range(N)],
+        sha256=[str(i // 2) for i in range(N)],
+        group=[f"slide{i // 10}" for i in range(N)],
+        split=["train" if i < 50 else "test" for i in range(N)],
+        votes=np.ones((N, 3), np.int8),
+        domain=["lymphoma"] * N,
+    )
+    store.put_samples("ami-br", table, attrs={})
+    parts = {"model": "uni", "precision": "bf16"}
+    writer = store.begin("ami-br", "uni", "full", poolings={"cls": 3, "mean": 3}, card_pooling="cls+mean", parts=parts)
+    for rows in writer.missing():
+        part = CLS[rows.start : rows.stop]
+        writer.write(rows.start // writer.entry.rows_per_block, {"cls": part, "mean": -part})
+    return store.path
+
+
+def call(*arguments: object) -> Result:
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    if result.exception and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result
+
+
+def as_json(*arguments: object) -> dict[str, object]:
+    return dict(json.loads(call(*arguments, "--json").stdout))
+
+
+def test_info_shows_datasets_entries_and_the_audit(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "140")
+    shown = call("info", "--store", path).stdout
+    for text in ("ami-br", "70", "35 (50.0%)", "uni", "cls × 3", "mean × 3", "2/2", "bf16"):
+        assert text in shown
+    assert "ami-br: 35 sets of identical patches" in shown
+    said = as_json("info", "--store", path)
+    assert said["datasets"][0]["raters"] == 3
+    assert len(said["datasets"][0]["audit"]["conflicts"]) == 35
+    assert said["entries"][0]["complete"] is True
+    assert said["entries"][0]["bytes"] > 2 * 2 * 64 * 3 * 2
+
+
+def test_verify_is_content_or_names_dataset_model_view_pooling_and_rows(path: Path) -> None:
+    assert "is sound" in call("verify", "--store", path).stderr
+    assert as_json("verify", "--store", path) == {"store": str(path), "sound": True, "problems": []}
+    block = path / "ami-br" / "uni" / "full" / "mean" / "c.1.0"
+    block.write_bytes(b"\x01" + block.read_bytes()[1:])
+    with pytest.raises(UserError, match=r"\(1 found\):\n  ami-br/uni/full/mean: block 1 \(rows 64–69\) is damaged"):
+        call("verify", "--store", path)
+    result = call("verify", "--store", path, "--json")
+    assert result.exit_code == 1
+    (problem,) = json.loads(result.stdout)["problems"]
+    assert (problem["where"], problem["block"], problem["rows"]) == ("ami-br/uni/full/mean", 1, [64, 69])
+
+
+def test_the_command_exits_with_one_message_and_status(path: Path, tmp_path: Path) -> None:
+    def fm_store(*arguments: object) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-c", "from features.cli import main; main()", *map(str, arguments)]
+        return subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+
+    bare = fm_store("info", "--store", tmp_path / "none")
+    assert (bare.returncode, bare.stdout) == (1, "")
+    assert bare.stderr.startswith("error: ")
+    assert bare.stderr.count("\n") == 1
+    (path / "ami-br" / "uni" / "full" / "cls" / "c.0.0").write_bytes(b"")
+    assert fm_store("verify").returncode == 1  # the default store is ./embeddings.zarr
+    assert fm_store("verify", "--json").returncode == 1
+    assert fm_store("info").returncode == 0
+    assert fm_store("nonsense").returncode == 2
+
+
+def test_help_comes_without_the_heavy_imports() -> None:
+    code = "import sys, features.cli; print([m for m in ('zarr', 'numpy', 'h5py', 'torch') if m in sys.modules])"
+    start = time.perf_counter()
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+    assert time.perf_counter() - start < 10
+    for verb in ("info", "verify", "export", "import"):
+        assert "--store" in call(verb, "--help").stdout
+
+
+@pytest.mark.parametrize("pooling", ["card", "cls"])
+def test_hdf5_and_npz_leave_and_come_back_unchanged(path: Path, tmp_path: Path, pooling: str) -> None:
+    expected = FeatureStore.open(path).read("ami-br", "uni", "full", pooling)
+    for format, suffix in (("hdf5", "h5"), ("npz", "npz")):
+        out = tmp_path / "new" / f"x.{suffix}"
+        select = ("--store", path, "--dataset", "ami-br", "--model")
+        said = as_json("export", *select, "uni", "--pooling", pooling, "--format", format, "--out", out)
+        assert (said["n_rows"], said["width"]) == expected.shape
+        said = as_json("import", out, *select, f"back-{suffix}")
+        assert said["imported"] is True
+        back = FeatureStore.open(path).read("ami-br", f"back-{suffix}", "full")
+        np.testing.assert_array_equal(back, expected)
+    assert FeatureStore.open(path).verify() == []
+    assert [file.name for file in (tmp_path / "new").iterdir() if file.name.startswith(".")] == []
+
+
+def test_exports_carry_the_patch_table(path: Path, tmp_path: Path) -> None:
+    select = ("--store", path, "--dataset", "ami-br", "--model", "uni")
+    table = FeatureStore.open(path).samples("ami-br")
+    call("export", *select, "--out", tmp_path / "x.h5")
+    with h5py.File(tmp_path / "x.h5") as file:
+        assert file["features"].shape == (N, 6)
+        assert file["ids"].asstr()[...].tolist() == IDS
+        assert file["groups"].asstr()[3] == "slide0"
+        np.testing.assert_array_equal(file["labels"], table.label)
+        assert file["votes"].shape == (N, 3)
+        assert (file.attrs["model"], file.attrs["pooling"]) == ("uni", "cls+mean")
+    call("export", *select, "--format", "npz", "--out", tmp_path / "x.npz")
+    with np.load(tmp_path / "x.npz", allow_pickle=False) as file:
+        assert file["splits"].tolist() == table.split.tolist()
+    call("export", *select, "--format", "anndata", "--pooling", "mean", "--out", tmp_path / "x.h5ad")
+    data = anndata.read_h5ad(tmp_path / "x.h5ad")
+    np.testing.assert_array_equal(data.X, -CLS)
+    assert data.obs_names.tolist() == IDS
+    assert data.obs["domain"].tolist() == ["lymphoma"] * N
+    assert data.uns["fingerprint"] == FeatureStore.open(path).entries()[0].fingerprint
+
+
+def test_a_csv_makes_a_new_dataset_in_a_new_store(tmp_path: Path) -> None:
+    rows = "".join(f"{id},{i % 2},s{i}\n" for i, id in enumerate(IDS))
+    (tmp_path / "table.csv").write_text("id,label,group\n" + rows, encoding="utf-8")
+    (tmp_path / "ids.txt").write_text("\n".join(reversed(IDS)) + "\n", encoding="utf-8")
+    np.save(tmp_path / "x.npy", CLS[::-1])
+    store = tmp_path / "s"
+    options = ("--ids", tmp_path / "ids.txt", "--table", tmp_path / "table.csv", "--store", store)
+    for _ in range(2):  # again is no harm
+        call("import", tmp_path / "x.npy", "--dataset", "mine", "--model", "my model", *options)
+    opened = FeatureStore.open(store)
+    np.testing.assert_array_equal(opened.read("mine", "my model", "full"), CLS)  # in the table's order
+    assert opened.samples("mine").group[7] == "s7"
+    np.save(tmp_path / "x.npy", 2 * CLS)
+    with pytest.raises(UserError, match="--overwrite"):
+        call("import", tmp_path / "x.npy", "--dataset", "mine", "--model", "my model", *options)
+    call("import", tmp_path / "x.npy", "--dataset", "mine", "--model", "my model", "--overwrite", *options)
+    assert opened.read("mine", "my model", "full")[0].tolist() == (2 * CLS[-1]).tolist()
+
+
+def test_rows_that_do_not_fit_are_named_and_nothing_is_imported(path: Path, tmp_path: Path) -> None:
+    def refused(match: str, **arrays: object) -> None:
+        np.savez(tmp_path / "x.npz", **arrays)  # type: ignore[arg-type]
+        with pytest.raises(UserError, match=match):
+            call("import", tmp_path / "x.npz", "--dataset", "ami-br", "--model", "mine", "--store", path)
+        assert len(FeatureStore.open(path).entries()) == 1
+
+    refused("1 patches have no embedding.*69-é.png", features=CLS[:-1], ids=IDS[:-1])
+    refused("2 of its ids are no patches.*'x', 'y'", features=np.vstack([CLS, CLS[:2]]), ids=[*IDS, "y", "x"])
+    refused("1 of its rows repeat an id", embeddings=np.vstack([CLS, CLS[:1]]), ids=[*IDS, IDS[0]])
+    refused("expected 'features'", features=CLS)
+    refused("expected floats of shape", features=CLS[0], ids=IDS)
+    refused("cannot be read as .npz", features=CLS, ids=np.array(IDS, dtype=object))
+    refused(r"1 embeddings are NaN or infinite \(first: row 5", features=np.where(CLS == 15, np.nan, CLS), ids=IDS)
+
+
+def test_files_of_the_wrong_kind_are_refused(path: Path, tmp_path: Path) -> None:
+    select = ("--dataset", "ami-br", "--model", "mine", "--store", path)
+    np.save(tmp_path / "x.npy", CLS)
+    (tmp_path / "text.h5").write_text("no HDF5")
+    (tmp_path / "x.csv").write_text("id,label\na,Atypical\n")
+    (tmp_path / "header.csv").write_text("name\na\n")
+    for arguments, match in [
+        ((tmp_path / "x.npy",), "--ids belongs to .npy"),
+        ((tmp_path / "x.pt",), "give one of .npy, .npz"),
+        ((tmp_path / "none.npz",), "cannot be read.*No such file"),
+        ((tmp_path / "text.h5",), "cannot be read as .h5"),
+        ((tmp_path / "x.npy", "--ids", tmp_path / "header.csv"), "has the columns name; expected id"),
+        ((tmp_path / "x.npy", "--table", tmp_path / "x.csv"), "label 'Atypical' is neither 0 nor 1"),
+    ]:
+        with pytest.raises(UserError, match=match):
+            call("import", *arguments, *select)
+    (tmp_path / "x.csv").write_text("id,label\na,1\n")
+    with pytest.raises(UserError, match="Leave out --table"):
+        call("import", tmp_path / "x.npy", "--ids", tmp_path / "x.csv", "--table", tmp_path / "x.csv", *select)
+    with pytest.raises(UserError, match="unknown format 'parquet'"):
+        call("export", "--store", path, "--dataset", "ami-br", "--model", "uni", "--format", "parquet", "--out", "x")
+    assert not os.path.exists("x")  # noqa: PTH110

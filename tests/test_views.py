@@ -1,0 +1,97 @@
+"""Do pixels reach the network as the card says?"""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from extract.backbones import find_backbone
+from extract.views import make_transform, parse_view
+from features.console import UserError
+
+CPU = torch.device("cpu")
+
+
+def patch(height: int = 128, width: int = 128, seed: int = 0) -> np.ndarray:
+    """Smooth colours with noise, as stained tissue has."""
+    rng = np.random.default_rng(seed)
+    small = Image.fromarray(rng.integers(60, 230, (9, 9, 3), dtype=np.uint8))
+    smooth = np.asarray(small.resize((width, height), Image.Resampling.BICUBIC), dtype=np.int16)
+    return np.clip(smooth + rng.integers(-6, 7, (height, width, 3)), 0, 255).astype(np.uint8)
+
+
+def pixels(backbone, view: str, *patches: np.ndarray) -> np.ndarray:
+    """The batch with the normalisation undone: (b, h, w, 3) grey levels."""
+    transform = make_transform(backbone, parse_view(view))
+    batch = transform(patches, CPU)
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (transform.mean, transform.std))
+    return ((batch * std + mean) * 255).permute(0, 2, 3, 1).numpy()
+
+
+@pytest.mark.parametrize("name", ["efficientnet-lite0", "uni"])
+def test_full_is_the_whole_patch_resized_as_pil_does_it(name):
+    backbone = find_backbone(name)
+    filters = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
+    expected = Image.fromarray(patch()).resize((224, 224), filters[backbone.interpolation])
+    found = pixels(backbone, "full", patch())[0]
+    assert np.abs(found - np.asarray(expected)).max() < 2.1  # torch's filter has coarser weights
+    assert np.abs(found - np.asarray(expected)).mean() < 0.3
+
+
+def test_a_card_that_crops_gets_its_crop():
+    gigapath = find_backbone("prov-gigapath")
+    assert (gigapath.resize, gigapath.input_size) == (256, 224)
+    expected = np.asarray(Image.fromarray(patch()).resize((256, 256), Image.Resampling.BICUBIC))[16:240, 16:240]
+    assert np.abs(pixels(gigapath, "full", patch())[0] - expected).max() < 2.1
+
+
+def test_center_is_the_middle_resized_with_nothing_cropped_off():
+    gigapath = find_backbone("prov-gigapath")
+    middle = patch()[32:96, 32:96]
+    expected = np.asarray(Image.fromarray(middle).resize((224, 224), Image.Resampling.BICUBIC))
+    assert np.abs(pixels(gigapath, "center64", patch())[0] - expected).max() < 2.1
+
+
+def test_an_input_size_can_be_asked_for():
+    assert pixels(find_backbone("efficientnet-lite0"), "center64@160", patch()).shape == (1, 160, 160, 3)
+
+
+def test_values_are_whole_grey_levels_before_normalisation():
+    found = pixels(find_backbone("uni"), "full", patch())
+    assert np.abs(found - found.round()).max() < 1e-3
+
+
+def test_patches_of_different_sizes_share_a_batch():
+    uni = find_backbone("uni")
+    large, small, wide = patch(200, 200), patch(64, 64), patch(96, 160)
+    together = pixels(uni, "full", large, small, wide)
+    assert together.shape == (3, 224, 224, 3)
+    np.testing.assert_array_equal(together[0], pixels(uni, "full", large)[0])
+    np.testing.assert_array_equal(together[2], pixels(uni, "full", wide)[0])
+
+
+def test_a_wide_patch_keeps_its_proportions():
+    wide = np.zeros((100, 200, 3), dtype=np.uint8)
+    wide[:, 50:150] = 255  # exactly the central square
+    assert pixels(find_backbone("uni"), "full", wide)[0][:, 5:-5].min() > 250
+
+
+def test_a_patch_smaller_than_its_crop_is_refused_with_the_remedy():
+    with pytest.raises(UserError, match=r"48 x 48 pixels has no central 64 pixels. Use --view center48"):
+        pixels(find_backbone("uni"), "center64", patch(48, 48))
+
+
+@pytest.mark.parametrize("text", ["", "center", "center0", "middle64", "full@", "center64@0", "center64x"])
+def test_an_unknown_view_is_refused(text):
+    with pytest.raises(UserError, match="unknown view"):
+        parse_view(text)
+
+
+def test_what_decides_the_pixels_is_recorded():
+    backbone = find_backbone("efficientnet-lite0")
+    record = make_transform(backbone, parse_view("full")).record()
+    for change in ({"mean": (0.1, 0.2, 0.3)}, {"interpolation": "bilinear"}, {"resize": 256}, {"input_size": 160}):
+        assert make_transform(dataclasses.replace(backbone, **change), parse_view("full")).record() != record
+    assert make_transform(backbone, parse_view("center64")).record() != record
