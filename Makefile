@@ -25,6 +25,7 @@ test: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python tests/bench_probe.py
+	$(BIN)/python tests/bench_command.py
 	$(BIN)/python tests/bench_store.py
 	$(BIN)/python tests/bench_extract.py
 

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from features.console import UserError, print_json, run, say
+from features.console import UserError, print_json, run, say, show
 
 if TYPE_CHECKING:
     from extract.datasets import DatasetSummary
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
 @app.command(help=__doc__)
@@ -104,7 +104,6 @@ def _names(text: str, option: str) -> tuple[str, ...]:
 
 
 def _show_lists(models: bool, datasets: bool, data: Path | None, as_json: bool) -> None:
-    from rich.console import Console
     from rich.table import Table
 
     found: dict[str, Any] = {}
@@ -169,9 +168,7 @@ def _show_lists(models: bool, datasets: bool, data: Path | None, as_json: bool) 
     if as_json:
         print_json(found)
         return
-    console = Console()
-    for table in tables:
-        console.print(table)
+    show(*tables)
 
 
 def main() -> None:

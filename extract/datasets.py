@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from extract import demo, download, images
 from features.console import UserError, nearest, progress, say
-from features.samples import MISSING_VOTE, TEST, TRAIN, Samples, audit, make_samples
+from features.samples import TEST, TRAIN, Samples, audit, make_samples
 
 Decode = Callable[[int], NDArray[np.uint8]]
 
@@ -32,6 +32,12 @@ NORMAL, ATYPICAL = "Normal", "Atypical"
 DATA_VARIABLE = "MITOFM_DATA"
 AMI_BR_CSV_URL = "https://raw.githubusercontent.com/DeepMicroscopy/AMi-Br/20a217b3/AMI-BR.csv"
 AMI_BR_CSV_SHA256 = "49eb286b4b45f524f34ee2655c4d2e8f1e0c94618424a59b30ff7412fea77690"
+
+# The tables of the archive, verified with its patches.
+TABLE_SHA256 = {
+    "amibr_train_split.csv": "55b9e82113bea36da10461f6c4be3c8c7e920be86176d7def527507c1d9ec3e1",
+    "AtNorM-MD_expert_votes.csv": "363db789f5d1814be676d701d89646631703dc963b7f28b8f2c4db76eb543193",
+}
 
 _SLIDES_CSV = Path(__file__).parent / "data" / "atnorm_md_slides.csv"
 _SHOWN = 5  # how many of many bad files or rows an error names
@@ -45,7 +51,7 @@ class PatchDataset:
     """The patches of one dataset.
 
     Attributes:
-        name: a short safe name, the dataset's group in the feature store.
+        name: a short safe name, which the feature store knows the dataset by.
         samples: the patch table, in a fixed row order.
         label_names: the names of class 0 and class 1.
         source: where the patches come from.
@@ -137,9 +143,9 @@ def load_dataset(name_or_path: str, *, data: Path | None = None, positive: str |
     )
 
 
-def dataset_digest(samples: Samples) -> str:
-    """SHA-256 over the sorted lines `<sha256>  <id>`: what coreutils make of the files, see docs/datasets."""
-    lines = sorted(f"{sha256}  {id}\n" for sha256, id in zip(samples.sha256, samples.id, strict=True))
+def files_digest(ids: Iterable[str], sha256: Iterable[str]) -> str:
+    """SHA-256 over the sorted lines `<sha256>  <id>`, which is what `sha256sum` prints of the files."""
+    lines = sorted(f"{digest}  {id}\n" for digest, id in zip(sha256, ids, strict=True))
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
@@ -182,30 +188,44 @@ def binary_labels(classes: Sequence[str], positive: str | None) -> tuple[list[in
 
 def _known(name: str, data: Path) -> PatchDataset:
     record = DATASETS[name]
-    dataset, n_bytes = _read_known(name, data)
-    if difference := _difference(record, dataset.samples, n_bytes):
-        say(f"Note: the patches in {data / record.folder} are not the published files ({difference}).")
-    return dataset
+    files = _known_files(name, data)
+    label = [int(file.label == ATYPICAL) for file in files]
+    if record.figures is None:
+        figures = [Figure(y, "", TEST, (), "") for y in label]
+    else:
+        figures = _join(files, record.figures(data), record)
+    sha256, n_bytes = _hash_files([file.path for file in files], record.title)
+    samples = make_samples(
+        [file.id for file in files],
+        label,
+        sha256=sha256,
+        group=[figure.group for figure in figures],
+        split=[figure.split for figure in figures],
+        votes=np.array([figure.votes for figure in figures], dtype=np.int8),
+        domain=[figure.domain for figure in figures],
+    )
+    # Re-encoded patches are the user's to use; they are told, and the store records the digests.
+    if difference := _difference(record, files, sha256, n_bytes):
+        say(f"Note: the patches in {data / record.folder} are not the published files: {difference}.")
+    decode = _file_decoder([file.path for file in files])
+    return PatchDataset(name, samples, (NORMAL, ATYPICAL), record.source, record.mpp, decode)
 
 
 def _verify_download(data: Path) -> None:
+    for name, expected in TABLE_SHA256.items():
+        found = hashlib.sha256((data / name).read_bytes()).hexdigest() if (data / name).is_file() else "no such file"
+        if found != expected:
+            raise UserError(f"{name} has SHA-256 {found}, expected {expected}.")
     for name, record in DATASETS.items():
         if record.folder:
-            dataset, n_bytes = _read_known(name, data)
-            if difference := _difference(record, dataset.samples, n_bytes):
-                raise UserError(f"{record.title} differs from the published files ({difference}).")
+            files = _known_files(name, data)
+            sha256, n_bytes = _hash_files([file.path for file in files], record.title)
+            if difference := _difference(record, files, sha256, n_bytes):
+                raise UserError(f"{record.title} differs from the published files: {difference}.")
 
 
-def _difference(record: DatasetRecord, samples: Samples, n_bytes: int) -> str | None:
-    if n_bytes != record.n_bytes:
-        return f"{n_bytes:,} bytes, expected {record.n_bytes:,}"
-    digest = dataset_digest(samples)
-    if record.digest is not None and digest != record.digest:
-        return f"digest {digest}, expected {record.digest}"
-    return None
-
-
-def _read_known(name: str, data: Path) -> tuple[PatchDataset, int]:
+def _known_files(name: str, data: Path) -> list[_File]:
+    """The files of a known dataset, as many of each class as there must be."""
     record = DATASETS[name]
     folder = data / record.folder
     if not folder.is_dir():
@@ -222,23 +242,17 @@ def _read_known(name: str, data: Path) -> tuple[PatchDataset, int]:
             f"{record.n_atypical:,} and {record.n_normal:,}. Restore the missing files or remove the added ones; to "
             "use the folder as it is, give its path as the dataset."
         )
-    label = [int(file.label == ATYPICAL) for file in files]
-    if record.figures is None:
-        figures = [Figure(y, "", TEST, (), "") for y in label]
-    else:
-        figures = _join(files, record.figures(data), record)
-    sha256, n_bytes = _hash_files([file.path for file in files], record.title)
-    samples = make_samples(
-        [file.id for file in files],
-        label,
-        sha256=sha256,
-        group=[figure.group for figure in figures],
-        split=[figure.split for figure in figures],
-        votes=np.array([figure.votes for figure in figures], dtype=np.int8),
-        domain=[figure.domain for figure in figures],
-    )
-    decode = _file_decoder([file.path for file in files])
-    return PatchDataset(name, samples, (NORMAL, ATYPICAL), record.source, record.mpp, decode), n_bytes
+    return files
+
+
+def _difference(record: DatasetRecord, files: Sequence[_File], sha256: Sequence[str], n_bytes: int) -> str | None:
+    """How the files differ from the published ones, or None."""
+    if n_bytes != record.n_bytes:
+        return f"{n_bytes:,} bytes, expected {record.n_bytes:,}"
+    digest = files_digest([file.id for file in files], sha256)
+    if record.digest is not None and digest != record.digest:
+        return f"digest {digest}, expected {record.digest}"
+    return None
 
 
 def _join(files: list[_File], figures: dict[str, Figure], record: DatasetRecord) -> list[Figure]:
@@ -283,18 +297,17 @@ def _ami_br_figures(data: Path) -> dict[str, Figure]:
 
 
 def _atnorm_md_figures(data: Path) -> dict[str, Figure]:
-    slides: dict[int, tuple[str, str]] = {}
+    slides: dict[str, tuple[str, str]] = {}  # by file name: the benchmark numbers the patches slide by slide
     for _, row in _read_csv(_SLIDES_CSV, ("first_id", "last_id", "slide", "domain")):
         for number in range(int(row["first_id"]), int(row["last_id"]) + 1):
-            slides[number] = (row["slide"], row["domain"])
+            slides[f"{number}.png"] = (row["slide"], row["domain"])
     table = data / "AtNorM-MD_expert_votes.csv"
     meaning = {ATYPICAL: 1, NORMAL: 0}
     figures = {}
     for line, row in _read_csv(table, ("Filename", *_ATNORM_MD_VOTES, "Majority")):
-        number = row["Filename"].removesuffix(".png")
-        if not number.isdecimal() or int(number) not in slides:
+        if row["Filename"] not in slides:
             raise UserError(f"{table}, line {line}: {row['Filename']!r} is not one of 1.png to {len(slides)}.png.")
-        slide, domain = slides[int(number)]
+        slide, domain = slides[row["Filename"]]
         votes = tuple(_vote(row[expert], meaning, table, line) for expert in _ATNORM_MD_VOTES)
         label = _vote(row["Majority"], meaning, table, line)
         figures[row["Filename"]] = Figure(label, slide, TEST, votes, domain)
@@ -327,10 +340,10 @@ DATASETS: dict[str, DatasetRecord] = {
     "demo": DatasetRecord(
         title="demo",
         folder="",
-        n_atypical=110,
-        n_normal=290,
-        n_bytes=400 * 128 * 128 * 3,
-        digest=None,
+        n_atypical=111,
+        n_normal=289,
+        n_bytes=demo.N_PATCHES * demo.SIZE * demo.SIZE * 3,
+        digest="542b44d052b57601313a7fb0596de9eaace6f96f23009178b17248844d2e7483",
         annotation="3 simulated votes",
         species="none",
         source="drawn by mitofm",
@@ -451,23 +464,23 @@ def _from_hdf5(path: Path, positive: str | None) -> PatchDataset:
     values = y[()].reshape(n).tolist()
     classes = [value.decode() if isinstance(value, bytes) else str(value) for value in values]
     label, label_names = _labels(classes, positive, path)
+    lock = Lock()  # HDF5 files are not safe to read from several threads
+
+    def read(rows: int | slice) -> NDArray[np.uint8]:
+        try:
+            with lock:
+                return np.asarray(x[rows])
+        except OSError as error:
+            raise UserError(f"{path}, row {rows} cannot be read ({error}). Restore the file, then run again.") from None
+
     sha256 = []
     with progress(f"check {path.name}", n) as advance:
         for start in range(0, n, _HDF5_ROWS):
-            block = x[start : start + _HDF5_ROWS]  # (rows, height, width, 3)
-            sha256 += [hashlib.sha256(row.tobytes()).hexdigest() for row in block]
+            block = read(slice(start, start + _HDF5_ROWS))  # (rows, height, width, 3)
+            sha256 += [hashlib.sha256(patch.tobytes()).hexdigest() for patch in block]
             advance(len(block))
     samples = make_samples([f"{row:0{len(str(n - 1))}d}" for row in range(n)], label, sha256=sha256)
-    lock = Lock()  # HDF5 files are not safe to read from several threads
-
-    def decode(row: int) -> NDArray[np.uint8]:
-        try:
-            with lock:
-                return np.asarray(x[row])
-        except OSError as error:
-            raise UserError(f"{path}, row {row} cannot be read ({error}). Restore the file, then run again.") from None
-
-    return PatchDataset(_safe_name(path.with_suffix("")), samples, label_names, str(path.resolve()), None, decode)
+    return PatchDataset(_safe_name(path.with_suffix("")), samples, label_names, str(path.resolve()), None, read)
 
 
 def _hdf5_dataset(path: Path, key: str) -> h5py.Dataset:
@@ -510,11 +523,13 @@ def _class_files(folder: Path, classes: Sequence[str]) -> list[_File]:
 
     Hidden files and the files that desktop systems leave behind are ignored; anything else that is no image is refused.
     """
-    files, strange, empty = [], [], []
+    files, strange, empty, unprintable = [], [], [], []
     for label in classes:
         class_folder = folder / label
         entries = [entry for entry in class_folder.iterdir() if not _ignored(entry)] if class_folder.is_dir() else []
         for entry in entries:
+            if not entry.name.isprintable():  # also bytes that are no UTF-8: they could not be stored as an id
+                unprintable.append(f"{label}/{entry.name!a}")
             if entry.suffix.lower() in images.SUFFIXES and not entry.is_dir():
                 files.append(_File(f"{label}/{entry.name}", label, entry))
             else:
@@ -525,6 +540,11 @@ def _class_files(folder: Path, classes: Sequence[str]) -> list[_File]:
         raise UserError(
             f"{folder}: no patches for class {' and '.join(empty)} (no such folder, or an empty one). Expected "
             "images in every class folder; add them, or remove the folder."
+        )
+    if unprintable:
+        raise UserError(
+            f"{folder}: {len(unprintable)} file names hold characters that cannot be printed "
+            f"({_first(sorted(unprintable))}). Rename them: the name is the patch's id."
         )
     if strange:
         raise UserError(
@@ -540,7 +560,8 @@ def _ignored(entry: Path) -> bool:
 
 def _natural(text: str) -> tuple[list[str | int], str]:
     """A sort key under which 10.png follows 9.png."""
-    return [int(part) if part.isdecimal() else part for part in re.split(r"([0-9]+)", text)], text
+    parts = re.split(r"([0-9]+)", text)  # text and number in turn
+    return [int(part) if at % 2 else part for at, part in enumerate(parts)], text
 
 
 def _hash_files(paths: Sequence[Path], title: str) -> tuple[list[str], int]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -23,13 +24,15 @@ from features.samples import TEST, TRAIN, Samples, make_samples
 SIZE = 128  # pixels
 MPP = 0.25  # micrometres per pixel that the drawn sizes imply: a metaphase plate is 8 um long
 N_SLIDES = 30
-N_TEST_SLIDES = 8
 N_PATCHES = 400
 N_RATERS = 3
 SEED = 2025
 
-Map = NDArray[np.float64]  # (SIZE, SIZE), or a list of shapes
+Map = NDArray[np.float64]  # (SIZE, SIZE), or a part of it
+Clumps = tuple[Map, Map, Map]  # positions u, v and radii in pixels, each (clumps,)
 
+_Y: Map
+_X: Map
 _Y, _X = np.mgrid[:SIZE, :SIZE].astype(np.float64)
 _HAEMATOXYLIN = (0.65, 0.70, 0.29)  # optical density per unit of stain in R, G, B (after Ruifrok and Johnston 2001)
 _EOSIN = (0.18, 0.90, 0.36)
@@ -94,7 +97,7 @@ def draw() -> Demo:
 
 
 def _slide(rng: np.random.Generator, number: int) -> _Slide:
-    scanner = ("scanner A", "scanner B")[number // 2 % 2]
+    scanner = ("scanner A", "scanner B")[number // 4 % 2]
     strength_h, strength_e = 0.85 + 0.5 * rng.random(), 0.55 + 0.6 * rng.random()
     warm = 8.0 if scanner == "scanner B" else 0.0
     return _Slide(
@@ -176,9 +179,6 @@ def _chromatin(rng: np.random.Generator, kind: str) -> Map:
     height = 1 - functools.reduce(np.minimum, (row + column[:, None] for row, column in zip(dx, dy, strict=True)))
     ragged = 0.9 * (_noise(rng, 24) - 0.5) + 0.9 * (_noise(rng, 50) - 0.5)
     return _soft(1.6 * (height + ragged + 0.25)) * (0.85 + 0.15 * _noise(rng, 30))
-
-
-Clumps = tuple[Map, Map, Map]  # positions u, v and radii, in pixels, each (clumps,)
 
 
 def _bar(rng: np.random.Generator, half_length: float, radius: float, *, at: float = 0.0, bend: float = 0.0) -> Clumps:
@@ -275,7 +275,7 @@ def _ellipse(
 
 def _soft(values: Map) -> Map:
     """A smooth step from 0 at 0 to 1 at 1."""
-    t = np.minimum(np.maximum(values, 0), 1)
+    t: Map = np.minimum(np.maximum(values, 0), 1)
     return t * t * (3 - 2 * t)
 
 
@@ -285,13 +285,13 @@ def _noise(rng: np.random.Generator, cells: int) -> Map:
     position = (np.arange(SIZE) + 0.5) * cells / SIZE
     low = position.astype(int)
     weight = _soft(position - low)
-    rows = lattice[low] * (1 - weight)[:, None] + lattice[low + 1] * weight[:, None]
+    rows: Map = lattice[low] * (1 - weight)[:, None] + lattice[low + 1] * weight[:, None]
     return rows[:, low] * (1 - weight) + rows[:, low + 1] * weight
 
 
 def _blur(image: Map) -> Map:
     padded = np.pad(image, 1, mode="edge")
-    rows = padded[:-2] + 2 * padded[1:-1] + padded[2:]
+    rows: Map = padded[:-2] + 2 * padded[1:-1] + padded[2:]
     return (rows[:, :-2] + 2 * rows[:, 1:-1] + rows[:, 2:]) / 16
 
 
@@ -305,7 +305,7 @@ def _direction(rng: np.random.Generator) -> tuple[float, float]:
         x, y = _signed(rng), _signed(rng)
         squared = x * x + y * y
         if 0.01 < squared <= 1:
-            length = squared**0.5
+            length = math.sqrt(squared)
             return x / length, y / length
 
 

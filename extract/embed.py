@@ -55,7 +55,7 @@ class ExtractOptions:
 
 @dataclass(frozen=True)
 class Summary:
-    """What one (model, view) took: freshly embedded rows, seconds of the whole run, and how they were computed."""
+    """What one (model, view) took, and how it was computed. Seconds run from the first decode to the last write."""
 
     dataset: str
     model: str
@@ -142,7 +142,6 @@ def extract_dataset(
     if store.put_samples(dataset.name, dataset.samples, attrs=_dataset_attrs(dataset)):
         say(f"{dataset.name}: same patches, but labels, groups or splits have changed; the store's table was updated.")
 
-    started = time.perf_counter()
     first = [dataset.decode(row) for row in range(min(_CALIBRATION_PATCHES, len(dataset.samples)))]
     task = _Task(dataset, store, options, device, first)
     jobs: list[_Job] = []
@@ -161,6 +160,7 @@ def extract_dataset(
             model = settle(model, device, example=make_transform(backbone, todo[0])(first, device))
             jobs += [_prepare(task, backbone, loaded, model, view) for view in todo]
 
+    started = time.perf_counter()
     new_rows = _run(dataset, jobs, device)
     seconds = time.perf_counter() - started
     entries = {(job.backbone.name, job.view.name): job.writer.entry for job in jobs} | finished
@@ -198,6 +198,8 @@ def fingerprint_parts(
         "weights_sha256": weights.sha256,
         "architecture": backbone.arch,
         "kwargs": dict(backbone.kwargs),
+        "layout": backbone.layout,
+        "resample_pos_embed": backbone.resample_pos_embed,
         "transform": make_transform(backbone, view).record(),
         "view": view.name,
         "source_mpp": dataset.mpp,
@@ -311,8 +313,7 @@ def _run(dataset: PatchDataset, jobs: list[_Job], device: torch.device) -> dict[
             while writing:
                 writing.popleft().result()
         except BaseException:
-            for pool in (decoders, writers):
-                pool.shutdown(wait=False, cancel_futures=True)
+            decoders.shutdown(wait=False, cancel_futures=True)  # what is computed already is still written
             raise
     return new_rows
 

@@ -12,7 +12,7 @@ from io import BytesIO
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageFile
+from PIL import Image, ImageFile, TiffImagePlugin
 
 from features.console import UserError
 
@@ -71,6 +71,7 @@ def _open(data: bytes) -> ImageFile.ImageFile:
         raise _Flaw("the file is empty")
     try:
         image = Image.open(BytesIO(data), formats=_FORMATS)
+        n_frames, bits = getattr(image, "n_frames", 1), _bits(data, image)
     except _BOMB:
         raise _Flaw(f"more than {MAX_PIXELS:,} pixels") from None
     except _DAMAGE:
@@ -78,23 +79,23 @@ def _open(data: bytes) -> ImageFile.ImageFile:
     assert isinstance(image, ImageFile.ImageFile)
     if image.width * image.height > MAX_PIXELS:
         raise _Flaw(f"{image.width} x {image.height} is more than {MAX_PIXELS:,} pixels")
-    if getattr(image, "n_frames", 1) > 1:
-        raise _Flaw("it holds more than one image")
+    if n_frames > 1:
+        raise _Flaw(f"it holds {n_frames} images")
+    if bits > 8:
+        raise _Flaw(f"{bits} bits per sample")
     if image.mode not in _OPAQUE_MODES | _ALPHA_MODES:
         raise _Flaw(f"a {image.mode} image")
-    if _bits(data, image) > 8:
-        raise _Flaw(f"{_bits(data, image)} bits per sample")
     if image.format == "PNG" and not _has_end_mark(data, image):
         raise _Flaw("the file is truncated (a PNG ends with an IEND chunk)")
     return image
 
 
-def _bits(data: bytes, image: ImageFile.ImageFile) -> int:
+def _bits(data: bytes, image: Image.Image) -> int:
     """Bits per sample as stored: Pillow opens 16-bit RGB as 8-bit RGB and keeps the upper byte."""
     if image.format == "PNG":
         return data[24]  # IHDR: signature 8, length 4, type 4, width 4, height 4, depth
-    if image.format == "TIFF":
-        return max(image.tag_v2.get(_TIFF_BITS_PER_SAMPLE, (1,)))  # type: ignore[attr-defined]
+    if isinstance(image, TiffImagePlugin.TiffImageFile):
+        return max(map(int, image.tag_v2.get(_TIFF_BITS_PER_SAMPLE, (1,))))
     return 8
 
 

@@ -16,7 +16,9 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 if TYPE_CHECKING:
     import typer
+    from rich.table import Table
 
+_PIPE_WIDTH = 240
 Advance = Callable[[int], None]
 
 
@@ -42,6 +44,16 @@ def say(message: str) -> None:
 def print_json(value: dict[str, Any]) -> None:
     """The one JSON object that `--json` promises, on stdout."""
     print(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+def show(*tables: Table) -> None:
+    """Tables on stdout, as wide as the terminal; in a pipe or file as wide as they need."""
+    from rich.console import Console
+
+    # Names are data, never markup.
+    console = Console(width=None if sys.stdout.isatty() else _PIPE_WIDTH, markup=False, highlight=False)
+    for table in tables:
+        console.print(table)
 
 
 def printable(text: str) -> str:

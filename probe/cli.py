@@ -7,9 +7,9 @@ from typing import Annotated
 
 import typer
 
-from features.console import UserError, print_json, run, say
+from features.console import UserError, print_json, run, say, show
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
 @app.command(help=__doc__)
@@ -65,14 +65,11 @@ def probe(
     if as_json:
         print_json({"runs": [str(folder) for folder in folders], "results": records})
         return
-    from rich.console import Console
-
     from probe.report import candidates_table, leaderboard
 
-    console = Console()
     if any(len(record["candidates"]) > 1 for record in records):
-        console.print(candidates_table(records))
-    console.print(leaderboard(records))
+        show(candidates_table(records))
+    show(leaderboard(records))
     say(f"{len(folders)} run{'s' * (len(folders) != 1)} written to {runs}/")
 
 

@@ -132,7 +132,7 @@ def fit_exact(
     chosen = inner.argmin(axis=1)  # (F,)
     each = np.arange(n_folds)
     return Probe(
-        coef=fits.coef[each, :, chosen],
+        coef=fits.coef[each, chosen],
         intercept=fits.intercept[each, chosen],
         validation_logit=fits.logits[np.arange(len(y)), fold, chosen[fold]],
         record={

@@ -1,0 +1,408 @@
+"""How are all folds and all strengths of a linear probe fitted at once?
+
+The problem. Fold f trains on the rows of its mask, m_f in {0, 1}^n; a strength C weighs data against penalty. Column
+(f, C) minimises the class-balanced, L2-penalised logistic loss
+
+    L(b, b0) = (1/n_f) [ sum_i m_fi v_fi log(1 + exp(-s_i z_i)) + |b|^2 / (2 C) ],   z_i = b . (x_i - mu_f) / sigma_f + b0,
+
+with s_i = +-1, n_f the fold's rows, v_fi = n_f / (2 n_f,class(i)) ("balanced", King & Zeng 2001), mu_f and sigma_f the
+mean and standard deviation of the fold's *own* training rows, and b0 unpenalised. It is scikit-learn's
+`StandardScaler` + `LogisticRegression(class_weight="balanced", C=C)` fitted on the fold's rows, and it has one optimum.
+
+One matrix. X is never copied per fold: sigma_f divides the coefficients, mu_f moves the intercept, m_f and v_f weigh the
+residuals. Every column is one row of a matrix, and the two products with X serve all of them:
+
+    logits  Z = W X^T    (columns, n)        gradient  G = R X    (columns, d),   R = weight * (sigmoid(Z) - y).
+
+The method is preconditioned nonlinear conjugate gradients (Hestenes & Stiefel 1952; Nocedal & Wright 2006, ch. 5),
+every column with its own step, in four ideas:
+
+1. Exact line search for free. Along a direction p the logits are Z + t (p X^T), so the step is found by a safeguarded
+   Newton iteration on n numbers, without another product with X.
+2. One preconditioner for all columns. The Hessian is X^T diag(weight p(1-p)) X + I/(C n_f). Its leading eigenvectors are
+   those of X^T diag(weight) X whatever the fold and the strength, and p(1-p) acts nearly as one number per column, its
+   mean. Randomised subspace iteration finds 128 of them (Halko, Martinsson & Tropp 2011), and the inverse of
+   "eigenvalues times mean curvature, plus penalty" is applied as in Frangella, Tropp & Udell (2023).
+3. Half precision with exact refinement. The products inside a descent run in bfloat16, but only on *changes*: of the
+   logits and of the residual since a reference point. Once the gradient has fallen a hundredfold, logits and gradient are
+   recomputed in float32 and become the next reference (iterative refinement, Wilkinson 1963). Rounding errors shrink
+   with the changes, and convergence is only ever declared on a float32 gradient.
+4. A column leaves the batch as soon as it has converged.
+
+Measured choices and figures: docs/decisions/solver.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from features.console import UserError
+
+RANK = 128  # eigenvectors kept; more of them save no iterations on embeddings, fewer cost some
+OVERSAMPLE = 32  # extra vectors of the subspace iteration, dropped afterwards
+SKETCH_ROWS = 8192  # enough rows to find the leading eigenvectors of however many
+TAIL = 0.6  # mean curvature outside the basis, relative to its last eigenvalue
+CURVATURE_TOLERANCE = 0.25  # the line search stops at |slope| <= this times the initial slope
+FLOOR = 1e-8  # gradients of a mean loss below this are rounding in float32, so no descent aims lower
+REFINEMENT = 1e-2  # the gradient's fall after which half-precision products are corrected
+
+
+@dataclass(frozen=True, eq=False)
+class Fits:
+    """The solution of every fold x strength, in the original feature space: logit = x @ coef + intercept.
+
+    Attributes:
+        coef: (F, S, d) float32.
+        intercept: (F, S) float64.
+        logits: (n, F, S) float32; of *every* row given, so a fold's held-out rows are its predictions.
+        gradient_norm: (F, S) float64; largest absolute derivative of the mean loss in the fold's standardised space,
+            intercept included: the quantity that scikit-learn's lbfgs compares with `tol`.
+        n_iter: (F, S) int64; conjugate-gradient steps.
+        converged: (F, S) bool; gradient_norm <= tol.
+    """
+
+    coef: NDArray[np.float32]
+    intercept: NDArray[np.float64]
+    logits: NDArray[np.float32]
+    gradient_norm: NDArray[np.float64]
+    n_iter: NDArray[np.int64]
+    converged: NDArray[np.bool_]
+
+
+def fit_logistic(
+    X: NDArray[np.floating],
+    y: NDArray[np.integer],
+    *,
+    masks: NDArray[np.bool_],
+    strengths: Sequence[float] | NDArray[np.floating],
+    tol: float = 1e-6,
+    max_iter: int = 1000,
+    device: str = "cpu",
+) -> Fits:
+    """Fit every fold x strength of a class-balanced, L2-penalised logistic regression as one batched problem.
+
+    Args:
+        X: (n, d) float16 or float32 embeddings.
+        y: (n,) 0 or 1.
+        masks: (F, n) bool; row f is True on the training rows of fold f.
+        strengths: (S,) inverse penalties C > 0, in scikit-learn's sense.
+        tol: largest gradient component of the mean loss accepted as converged. float32 carries it down to about 1e-7.
+        max_iter: steps after which a column is given back as it is, with `converged` False.
+        device: where to compute, as torch names it.
+
+    Raises:
+        UserError: shapes that do not match, NaN or infinite embeddings, labels other than 0 and 1, a strength that is
+            not positive, or a fold whose training rows have one class only.
+    """
+    C = np.asarray(strengths, dtype=np.float64)
+    _check(X, y, masks=masks, strengths=C)
+    F, S, (n, d) = len(masks), len(C), X.shape
+    data = _prepare(X, y, masks=masks, device=torch.device(device))
+    basis = _leading_curvature(data)
+
+    # Column k = (fold f, strength s), k = f * S + s. All start at zero, where the strengths of a fold do not differ yet.
+    fold = torch.arange(F, device=data.X.device).repeat_interleave(S)
+    ridge = torch.from_numpy(1 / (masks.sum(axis=1)[:, None] * C)).to(data.X).reshape(-1, 1)  # (K, 1): 1 / (C n_f)
+    start = _evaluate(data, torch.arange(F, device=fold.device), ridge[::S], data.X.new_zeros(F, d + 1))
+    columns = start.keep(fold)
+    columns.ridge = ridge
+
+    theta = data.X.new_zeros(F * S, d + 1)  # standardised coefficients and, last, the intercept
+    logits = data.X.new_zeros(F * S, n)
+    norm = torch.full((F * S,), torch.inf, device=fold.device)
+    n_iter = torch.zeros(F * S, dtype=torch.int64, device=fold.device)
+    unfinished = torch.arange(F * S, device=fold.device)
+    factor = data.fast  # what the descents multiply with
+    while True:
+        previous, now = norm[unfinished], columns.gradient.abs().amax(dim=1)
+        norm[unfinished], logits[unfinished], theta[unfinished] = now, columns.logits, columns.theta
+        going_on = (now > tol) & (n_iter[unfinished] < max_iter)
+        if (going_on & (now > 0.5 * previous)).any():
+            # A descent that does not even halve the gradient has met the rounding of its products: take the exact
+            # ones, and where those were in use already, report the column as it is.
+            if factor is data.X:
+                going_on &= now <= 0.5 * previous
+            factor = data.X
+        unfinished, columns, now = unfinished[going_on], columns.keep(going_on), now[going_on]
+        if len(unfinished) == 0:
+            break
+        target = (now * (0 if factor is data.X else REFINEMENT)).clamp_min(max(0.5 * tol, FLOOR))
+        budget = max_iter - n_iter[unfinished]
+        theta_reached, steps = _descend(data, factor, basis, columns, target=target, budget=budget)
+        n_iter[unfinished] += steps
+        columns = _evaluate(data, fold[unfinished], columns.ridge, theta_reached)
+
+    coef = (theta[:, :d] * data.inv_std[fold] / data.scale).cpu()
+    # float64: with uncentred embeddings the intercept is a small difference of large sums.
+    moved = (data.mean[fold] * theta[:, :d] * data.inv_std[fold]).double().sum(dim=1).cpu()
+    intercept = theta[:, d].double().cpu() - moved - coef.double() @ data.centre.double().cpu()
+    gradient_norm = norm.double().cpu().numpy().reshape(F, S)
+    return Fits(
+        coef=coef.numpy().reshape(F, S, d),
+        intercept=intercept.numpy().reshape(F, S),
+        logits=logits.cpu().numpy().reshape(F, S, n).transpose(2, 0, 1),
+        gradient_norm=gradient_norm,
+        n_iter=n_iter.cpu().numpy().reshape(F, S),
+        converged=gradient_norm <= tol,
+    )
+
+
+def predict_logits(
+    X: NDArray[np.floating], coef: NDArray[np.float32], intercept: NDArray[np.float64]
+) -> NDArray[np.float32]:
+    """Logits (m, ...) float32 of new rows X (m, d) under coefficients (..., d) and intercepts (...) of a fit."""
+    logits = X.astype(np.float32) @ coef.reshape(-1, X.shape[1]).T + intercept.reshape(-1)
+    return logits.reshape(len(X), *intercept.shape).astype(np.float32)
+
+
+def _check(
+    X: NDArray[np.floating], y: NDArray[np.integer], *, masks: NDArray[np.bool_], strengths: NDArray[np.float64]
+) -> None:
+    if X.ndim != 2 or y.shape != (len(X),) or masks.ndim != 2 or masks.shape[1] != len(X):
+        raise UserError(
+            f"the probe was given embeddings {X.shape}, labels {y.shape} and fold masks {masks.shape}; "
+            "expected (n, d), (n,) and (folds, n) with one n. Select the same rows for all three."
+        )
+    if not np.isin(y, (0, 1)).all():
+        raise UserError(f"labels must be 0 or 1 (1 = the positive class); found {np.unique(y).tolist()[:5]}.")
+    if not (np.isfinite(strengths) & (strengths > 0)).all():
+        raise UserError(f"every strength C must be positive and finite; found {strengths.tolist()}.")
+    for f, mask in enumerate(masks):
+        classes = np.unique(y[mask])
+        if len(classes) < 2:
+            found = f"only class {classes[0]}" if len(classes) else "no rows"
+            raise UserError(
+                f"fold {f}: its {mask.sum()} training rows hold {found}, and a probe needs both classes. "
+                "Use fewer folds, or stratify them by class."
+            )
+
+
+@dataclass(frozen=True, eq=False)
+class _Data:
+    """What all columns share. X is centred and scaled over all rows, so that a fold's own mean is near 0, its std near 1."""
+
+    X: Tensor  # (n, d) float32
+    fast: Tensor  # (n, d) the same in bfloat16 where the hardware multiplies it faster, else X itself
+    centre: Tensor  # (d,) of all rows
+    scale: Tensor  # (d,) of all rows
+    mean: Tensor  # (F, d) of the fold's training rows, in units of X
+    inv_std: Tensor  # (F, d) likewise; 0 where the fold's training rows are constant, which pins the coefficient to 0
+    weight: Tensor  # (F, n) mask x class weight / n_f: sums to 1, so losses and gradients are means
+    label: Tensor  # (n,) 0.0 or 1.0
+
+
+def _prepare(
+    X: NDArray[np.floating], y: NDArray[np.integer], *, masks: NDArray[np.bool_], device: torch.device
+) -> _Data:
+    n, d = X.shape
+    A = torch.from_numpy(X.astype(np.float32)).to(device)  # a copy, to be standardised in place
+    label = torch.from_numpy(y.astype(np.float32)).to(device)
+    mask = torch.from_numpy(masks.astype(np.float32)).to(device)  # (F, n)
+    size = mask.sum(dim=1, keepdim=True)
+
+    centre = A.mean(dim=0)
+    A -= centre
+    squares, squares_fold = A.new_zeros(d), A.new_zeros(len(mask), d)
+    for first in range(0, n, 512):  # in blocks: no second copy of X
+        rows = slice(first, first + 512)
+        square = A[rows].square()
+        squares += square.sum(dim=0)
+        squares_fold += mask[:, rows] @ square
+    if not bool(torch.isfinite(squares).all()):
+        bad = np.flatnonzero(~np.isfinite(X).all(axis=1))
+        found = f"{len(bad)} rows with NaN or infinity (first: row {bad[0]})" if len(bad) else "values beyond 1e18"
+        raise UserError(f"the embeddings have {found}; a probe needs finite numbers. Extract these rows again.")
+    scale = (squares / n).sqrt()
+    scale[scale == 0] = 1
+    A /= scale
+
+    mean = mask @ A / size
+    mean_square = squares_fold / size / scale**2
+    variance = mean_square - mean**2
+    # The difference of two float32 sums is poor where a fold's mean is far from that of all rows: redo those features.
+    for f, j in torch.nonzero(variance < 0.5 * mean_square):
+        values = A[mask[f] > 0, j].double()
+        constant = (values == values[0]).all()
+        variance[f, j] = 0 if constant else values.var(correction=0)
+    inv_std = torch.where(variance > 0, variance, torch.inf).rsqrt()
+
+    positives = mask @ label[:, None]  # (F, 1)
+    weight = mask * torch.where(label > 0, 0.5 / positives, 0.5 / (size - positives))
+    fast = A.bfloat16() if _multiplies_bfloat16(device) else A
+    return _Data(A, fast, centre, scale, mean, inv_std, weight, label)
+
+
+def _multiplies_bfloat16(device: torch.device) -> bool:
+    """Whether bfloat16 products run in hardware; emulated ones are slower than float32."""
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    return device.type == "cpu" and bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+def _leading_curvature(data: _Data) -> tuple[Tensor, Tensor]:
+    """Leading eigenvalues (r,), ascending, and eigenvectors (r, d) of X^T diag(weight) X, by subspace iteration.
+
+    Weights are the folds' average. Tall X is thinned to `SKETCH_ROWS` evenly spaced rows: a preconditioner need not be exact.
+    """
+    n, d = data.X.shape
+    thin = slice(None, None, max(1, n // SKETCH_ROWS))
+    X, weight = data.fast[thin], data.weight.mean(dim=0)[thin]
+    weight = weight / weight.sum()
+
+    def multiply(V: Tensor) -> Tensor:  # (l, d) -> (l, d)
+        return (((V.to(X.dtype) @ X.T) * weight).to(X.dtype) @ X).float()
+
+    size = min(RANK + OVERSAMPLE, n, d)
+    # Rows of X are random vectors already filtered by the square root of the covariance: half an iteration saved.
+    V = data.X[torch.linspace(0, n - 1, size, device=data.X.device).long()]
+    for _ in range(2):
+        V = torch.linalg.qr(V.T).Q.T.contiguous()
+        V, basis = multiply(V), V
+    eigenvalues, rotation = torch.linalg.eigh((V @ basis.T + basis @ V.T) / 2)  # Rayleigh and Ritz
+    kept = min(RANK, size)
+    return eigenvalues[-kept:].clamp_min(0), rotation.T[-kept:] @ basis
+
+
+@dataclass(eq=False)
+class _Columns:
+    """The columns still being solved, one per row of every tensor, at the point `theta`."""
+
+    ridge: Tensor  # (K, 1) 1 / (C n_f)
+    mean: Tensor  # (K, d)
+    inv_std: Tensor  # (K, d)
+    weight: Tensor  # (K, n)
+    theta: Tensor  # (K, d + 1) standardised coefficients, then the intercept
+    logits: Tensor  # (K, n)
+    residual: Tensor  # (K, n) weight * (p - y): the loss's first derivative by the logits
+    curvature: Tensor  # (K, n) weight * p (1 - p): the second
+    gradient: Tensor  # (K, d + 1)
+
+    def keep(self, rows: Tensor) -> _Columns:
+        return _Columns(**{field.name: getattr(self, field.name)[rows] for field in fields(self)})
+
+
+def _times(X: Tensor, mean: Tensor, inv_std: Tensor, step: Tensor) -> Tensor:
+    """Logits (K, n) of coefficients and intercepts (K, d + 1), in the precision of X."""
+    W = (step[:, :-1] * inv_std).to(X.dtype)
+    offset = step[:, -1] - _dot(W.float(), mean)
+    return (W @ X.T).float() + offset[:, None]
+
+
+def _transposed_times(X: Tensor, mean: Tensor, inv_std: Tensor, residual: Tensor) -> Tensor:
+    """Derivatives (K, d + 1) by coefficients and intercept, from derivatives by the logits (K, n)."""
+    total = residual.sum(dim=1, keepdim=True)
+    product = (residual.to(X.dtype) @ X).float()
+    return torch.cat([(product - total * mean) * inv_std, total], dim=1)
+
+
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    return (a * b).sum(dim=1)
+
+
+def _penalty(ridge: Tensor, theta: Tensor) -> Tensor:
+    """Gradient of the penalty: the intercept is free."""
+    gradient = ridge * theta
+    gradient[:, -1] = 0
+    return gradient
+
+
+def _derivatives(weight: Tensor, label: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
+    """First and second derivative of the weighted logistic loss by the logits, each (K, n)."""
+    p = torch.sigmoid(logits)
+    residual = weight * (p - label)
+    curvature = weight * (p - p * p)
+    return residual, curvature
+
+
+def _evaluate(data: _Data, fold: Tensor, ridge: Tensor, theta: Tensor) -> _Columns:
+    """Logits, residuals and gradients at theta (K, d + 1) in float32."""
+    mean, inv_std, weight = data.mean[fold], data.inv_std[fold], data.weight[fold]
+    logits = _times(data.X, mean, inv_std, theta)
+    residual, curvature = _derivatives(weight, data.label, logits)
+    gradient = _transposed_times(data.X, mean, inv_std, residual) + _penalty(ridge, theta)
+    return _Columns(ridge, mean, inv_std, weight, theta, logits, residual, curvature, gradient)
+
+
+def _descend(
+    data: _Data, X: Tensor, basis: tuple[Tensor, Tensor], columns: _Columns, *, target: Tensor, budget: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Preconditioned conjugate gradients until each column's gradient (largest component) is at its target.
+
+    Returns:
+        theta (K, d + 1) and the steps taken (K,), of all columns given.
+    """
+    theta, steps = columns.theta.clone(), torch.zeros_like(budget)
+    row = torch.arange(len(theta), device=theta.device)
+    c = columns
+    direction = change = torch.zeros_like(theta)
+    while len(row):
+        preconditioned = _precondition(basis, c)
+        # Hestenes & Stiefel's beta, never negative; in the first step it is 0 / 0, which `where` takes for no memory.
+        beta = _dot(preconditioned, change) / _dot(direction, change)
+        direction = torch.where(beta > 0, beta, 0.0)[:, None] * direction - preconditioned
+        slope = _dot(c.gradient, direction)
+        uphill = slope > 0
+        if uphill.any():
+            direction[uphill] = -preconditioned[uphill]
+            slope = _dot(c.gradient, direction)
+
+        shift = _times(X, c.mean, c.inv_std, direction)
+        penalty = _penalty(c.ridge, direction)
+        t, residual, c.curvature = _line_search(c, data.label, shift, slope=slope, stiffening=_dot(direction, penalty))
+        change = _transposed_times(X, c.mean, c.inv_std, residual - c.residual) + t * penalty
+        c.residual = residual
+        c.logits = torch.addcmul(c.logits, t, shift)
+        c.theta = torch.addcmul(c.theta, t, direction)
+        c.gradient = c.gradient + change
+
+        steps[row] += 1
+        left = (c.gradient.abs().amax(dim=1) > target) & (steps[row] < budget[row])
+        if not left.all():
+            theta[row] = c.theta
+            row, target, direction, change, c = row[left], target[left], direction[left], change[left], c.keep(left)
+    return theta, steps
+
+
+def _precondition(basis: tuple[Tensor, Tensor], c: _Columns) -> Tensor:
+    """The gradient (K, d + 1) times an approximate inverse Hessian: exact curvature in the basis, one number outside."""
+    eigenvalues, eigenvectors = basis  # (r,), (r, d)
+    mean_curvature = c.curvature.sum(dim=1, keepdim=True).clamp_min(1e-6)  # (K, 1), as the weights sum to 1
+    outside = 1 / (mean_curvature * TAIL * eigenvalues[0] + c.ridge)
+    inside = 1 / (mean_curvature * eigenvalues + c.ridge)  # (K, r)
+    gradient = c.gradient[:, :-1]
+    coordinates = (inside - outside) * (gradient @ eigenvectors.T)
+    return torch.cat([outside * gradient + coordinates @ eigenvectors, c.gradient[:, -1:] / mean_curvature], dim=1)
+
+
+def _line_search(
+    c: _Columns, label: Tensor, shift: Tensor, *, slope: Tensor, stiffening: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Each column's minimum along logits + t * shift, by Newton's method kept inside a bracket.
+
+    The slope at t is taken as the slope at 0 plus changes, so that it agrees with the incremental gradient. A step is
+    accepted where |slope| has fallen to a quarter: it then meets the approximate Wolfe conditions (Hager & Zhang 2005),
+    which, unlike a comparison of losses, work at the rounding level of the loss.
+
+    Returns:
+        t (K, 1), and the residual and curvature (K, n) there.
+    """
+    squared = shift * shift
+    t = -slope / (_dot(c.curvature, squared) + stiffening)
+    low, high = torch.zeros_like(t), torch.full_like(t, torch.inf)
+    for _ in range(40):  # a bound for the eye: the bracket halves whenever Newton leaves it
+        residual, curvature = _derivatives(c.weight, label, torch.addcmul(c.logits, t[:, None], shift))
+        now = slope + _dot(residual - c.residual, shift) + t * stiffening
+        far = now.abs() > CURVATURE_TOLERANCE * slope.abs()
+        if not far.any():
+            break
+        low, high = torch.where(now < 0, t, low), torch.where(now < 0, high, t)
+        newton = t - now / (_dot(curvature, squared) + stiffening)
+        halved = torch.where(high.isinf(), 2 * t, (low + high) / 2)
+        t = torch.where(far, torch.where((newton > low) & (newton < high), newton, halved), t)
+    return t[:, None], residual, curvature

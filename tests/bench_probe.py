@@ -1,0 +1,231 @@
+"""How fast are all folds and strengths solved, next to scikit-learn solving the same problems to the same tolerance?
+
+    python tests/bench_probe.py [--quick]
+
+Both get the same rows, folds and strengths (the protocol's grid). scikit-learn runs at its own best: columns spread over
+two processes with one BLAS thread each, hardest first, on folds standardised beforehand (that part is not timed); one
+process with two BLAS threads is tried as well. The two take turns in one run; figures are medians, ratios are of those
+medians. The largest gradient component is recomputed for both in float64.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+if "OPENBLAS_CORETYPE" in os.environ:  # it can halve numpy's matrix products; BLAS reads it on loading only
+    del os.environ["OPENBLAS_CORETYPE"]
+    os.execv(sys.executable, [sys.executable, *sys.argv])
+
+import argparse
+import multiprocessing
+import statistics
+import time
+import warnings
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from itertools import combinations
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.table import Table
+from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import StratifiedGroupKFold
+from sklearn.preprocessing import StandardScaler
+from threadpoolctl import threadpool_limits
+
+from probe.logistic import fit_logistic
+from probe.protocol import STRENGTHS
+
+CORES = 2
+HARD_STRENGTHS = tuple(np.logspace(-4, 2, 10))  # up to hardly any penalty on separable classes
+REFERENCES = {1e-6: np.float64, 1e-4: np.float32}  # scikit-learn's precision at each tolerance
+
+
+@dataclass(frozen=True, eq=False)
+class Problem:
+    X: NDArray[np.float16]
+    y: NDArray[np.int64]
+    masks: NDArray[np.bool_]
+    strengths: tuple[float, ...]
+
+
+def make_problem(n: int, d: int, strengths: tuple[float, ...] = STRENGTHS, seed: int = 0) -> Problem:
+    """Shaped like embeddings of 128 px patches: slides that shift them, a power-law spectrum, a label in some directions.
+
+    Eigenvalues of the correlation matrix fall from about 160 over 4 (the 64th) to 0.02 (the last) at d = 1,536; real
+    ones of AMi-Br's patches fall from 90 over 4 to 0.004.
+    """
+    rng = np.random.default_rng(seed)
+    spectrum = (np.arange(1, d + 1) ** -0.5).astype(np.float32)
+    slides = rng.integers(0, max(10, n // 20), n)
+    latent = rng.standard_normal((n, d), dtype=np.float32)
+    latent += 0.7 * rng.standard_normal((slides.max() + 1, d), dtype=np.float32)[slides]
+    latent *= spectrum
+    score = latent @ (rng.standard_normal(d) * np.arange(1, d + 1) ** -0.3).astype(np.float32)
+    score = 2 * score / score.std() + rng.logistic(size=n)
+    y = (score > np.quantile(score, 0.78)).astype(np.int64)  # 22 % positives
+    rotation = np.linalg.qr(rng.standard_normal((d, d), dtype=np.float32))[0]
+    X = (latent @ rotation) * np.exp(0.5 * rng.standard_normal(d)) + 2 * rng.standard_normal(d)
+    masks = np.ones((5, n), dtype=bool)
+    for f, (_, held_out) in enumerate(StratifiedGroupKFold(5, shuffle=True, random_state=42).split(y, y, slides)):
+        masks[f, held_out] = False
+    return Problem(X.astype(np.float16), y, masks, strengths)
+
+
+def nested(problem: Problem) -> Problem:
+    """The folds, and every two of them left out together: what choosing C inside the training data takes."""
+    pairs = [problem.masks[f] & problem.masks[g] for f, g in combinations(range(len(problem.masks)), 2)]
+    return Problem(problem.X, problem.y, np.stack([*problem.masks, *pairs]), problem.strengths)
+
+
+class Reference:
+    """scikit-learn on one problem, in two processes that hold the standardised folds."""
+
+    _folds: tuple[tuple[NDArray[np.floating], NDArray[np.int64]], ...] = ()  # of a worker process
+
+    def __init__(self, problem: Problem, dtype: type, folds: int) -> None:
+        self.problem = problem
+        self.columns = [(f, C) for C in sorted(problem.strengths, reverse=True) for f in range(folds)]
+        self.pool = ProcessPoolExecutor(
+            CORES, multiprocessing.get_context("spawn"), Reference._start, (problem, dtype, folds)
+        )
+        list(self.pool.map(Reference._fit, [(f, 1e-6, 1e-2) for f in range(folds)] * CORES))  # started and warm
+
+    @staticmethod
+    def _start(problem: Problem, dtype: type, folds: int) -> None:
+        threadpool_limits(1)
+        X = problem.X.astype(dtype)
+        Reference._folds = tuple(
+            (StandardScaler().fit_transform(X[mask]), problem.y[mask]) for mask in problem.masks[:folds]
+        )
+
+    @staticmethod
+    def _fit(column: tuple[int, float, float], threads: int = 1) -> tuple[NDArray[np.float64], float]:
+        f, C, tol = column
+        model = LogisticRegression(C=C, tol=tol, class_weight="balanced", max_iter=10_000)
+        with threadpool_limits(threads), warnings.catch_warnings(action="ignore"):
+            model.fit(*Reference._folds[f])
+        return model.coef_[0], model.intercept_[0]
+
+    def solve(self, tol: float) -> list[tuple[NDArray[np.float64], float]]:
+        return list(self.pool.map(Reference._fit, [(f, C, tol) for f, C in self.columns]))
+
+    def one_process(self, tol: float, C: float) -> tuple[float, float]:
+        """Seconds for one column in one process: with one BLAS thread, and with two."""
+        times = []
+        for threads in (1, CORES):
+            start = time.perf_counter()
+            self.pool.submit(Reference._fit, (0, C, tol), threads).result()
+            times.append(time.perf_counter() - start)
+        return times[0], times[1]
+
+    def gradient(self, solutions: list[tuple[NDArray[np.float64], float]]) -> float:
+        """Largest gradient component of the mean loss, of all columns."""
+        worst = 0.0
+        for f in sorted({f for f, _ in self.columns}):
+            rows, labels = standardised(self.problem, f)
+            for (of, C), (coef, intercept) in zip(self.columns, solutions, strict=True):
+                if of == f:
+                    worst = max(worst, gradient_norm(rows, labels, C, coef, intercept))
+        return worst
+
+    def close(self) -> None:
+        self.pool.shutdown()
+
+
+def standardised(problem: Problem, f: int) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+    mask = problem.masks[f]
+    return StandardScaler().fit_transform(problem.X[mask].astype(np.float64)), problem.y[mask]
+
+
+def gradient_norm(
+    rows: NDArray[np.float64], labels: NDArray[np.int64], C: float, coef: NDArray[np.floating], intercept: float
+) -> float:
+    weight = np.where(labels == 1, 0.5 / labels.mean(), 0.5 / (1 - labels.mean()))
+    residual = weight * (1 / (1 + np.exp(-(rows @ coef.astype(np.float64) + intercept))) - labels)
+    return float(max(np.abs(rows.T @ residual + coef / C).max(), abs(residual.sum())) / len(rows))
+
+
+def our_gradient(problem: Problem, tol: float) -> float:
+    fits = fit_logistic(problem.X, problem.y, masks=problem.masks, strengths=problem.strengths, tol=tol)
+    worst = 0.0
+    for f, mask in enumerate(problem.masks):
+        scaler = StandardScaler().fit(problem.X[mask].astype(np.float64))
+        rows, labels = standardised(problem, f)
+        for s, C in enumerate(problem.strengths):
+            coef = fits.coef[f, s].astype(np.float64)
+            intercept = fits.intercept[f, s] + coef @ scaler.mean_
+            worst = max(worst, gradient_norm(rows, labels, C, coef * scaler.scale_, intercept))
+    return worst
+
+
+def compare(name: str, problem: Problem, tol: float, table: Table, *, turns: int, folds: int = 5) -> None:
+    """One row of the table: both solvers in turns, ours several times a turn. scikit-learn solves `folds` of the folds."""
+    reference = Reference(problem, REFERENCES[tol], folds)
+    one, two = reference.one_process(tol, C=1e-2)
+    theirs, ours = [], []
+    for _ in range(turns):
+        start = time.perf_counter()
+        solutions = reference.solve(tol)
+        theirs.append((time.perf_counter() - start) * len(problem.masks) / folds)
+        for _ in range(3):
+            start = time.perf_counter()
+            fit_logistic(problem.X, problem.y, masks=problem.masks, strengths=problem.strengths, tol=tol)
+            ours.append(time.perf_counter() - start)
+    best = min(two / one * CORES, 1.0)  # where two BLAS threads beat two processes, scikit-learn gets them
+    reference.close()
+    their, our = statistics.median(theirs) * best, statistics.median(ours)
+    table.add_row(
+        name,
+        f"{tol:.0e}",
+        f"{their:.2f}" + f" ({folds} of {len(problem.masks)} folds, scaled)" * (folds < len(problem.masks)),
+        f"{two / one:.1f}",
+        f"{our:.3f}",
+        f"{min(ours):.3f}",
+        f"[bold]{their / our:.1f}[/]",
+        f"{reference.gradient(solutions):.1e}",
+        f"{our_gradient(problem, tol):.1e}",
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="the two targets at d = 1,536 only")
+    quick = parser.parse_args().quick
+    torch.set_num_threads(CORES)
+
+    table = Table(title=f"Probes, 5 folds x {len(STRENGTHS)} strengths, {CORES} cores, wall seconds (medians)")
+    for heading in ("problem", "tolerance", "scikit-learn", "its 2 BLAS threads / 1", "ours", "ours, best", "ratio"):
+        table.add_column(heading, justify="left" if heading == "problem" else "right")
+    for heading in ("its gradient", "our gradient"):
+        table.add_column(heading, justify="right")
+
+    for d in (1536,) if quick else (1536, 2560):
+        problem = make_problem(3720, d)
+        for tol in REFERENCES:
+            compare(f"n = 3,720, d = {d:,}", problem, tol, table, turns=3)
+    if not quick:
+        hard = make_problem(3720, 1536, HARD_STRENGTHS)
+        for tol in REFERENCES:
+            compare("n = 3,720, d = 1,536, C up to 100", hard, tol, table, turns=1)
+        compare("n = 100,000, d = 1,536", make_problem(100_000, 1536), 1e-4, table, turns=1, folds=1)
+    Console(width=160).print(table)
+
+    if not quick:
+        problem = nested(make_problem(3720, 1536))
+        times = []
+        for _ in range(5):
+            start = time.perf_counter()
+            fit_logistic(problem.X, problem.y, masks=problem.masks, strengths=problem.strengths)
+            times.append(time.perf_counter() - start)
+        Console().print(
+            f"Nested choice of C, {len(problem.masks)} x {len(STRENGTHS)} columns to 1e-6: "
+            f"{statistics.median(times):.2f} s (best {min(times):.2f})."
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,120 @@
+"""Do the commands keep their contract: exit status, one clear message, JSON alone on stdout, quick help, full docs?"""
+
+import json
+import re
+import subprocess
+import sys
+import time
+import tomllib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+COMMANDS = sorted(tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]["scripts"])
+
+
+def command(name: str, *arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    script = str(Path(sys.executable).with_name(name))
+    return subprocess.run([script, *arguments], capture_output=True, text=True, cwd=cwd, timeout=300)
+
+
+def refused(result: subprocess.CompletedProcess[str]) -> str:
+    """The one message of a command that failed."""
+    assert result.returncode == 1, result.stderr
+    assert result.stdout == ""
+    assert "Traceback" not in result.stderr
+    return result.stderr
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory) -> Path:
+    """A folder where the two bare commands have run, on fewer and smaller patches than the demo's."""
+    folder = tmp_path_factory.mktemp("demo")
+    rng = np.random.default_rng(0)
+    rows = ["path,label,group,split"]
+    for row in range(60):
+        Image.fromarray(rng.integers(0, 255, (24, 24, 3), dtype=np.uint8)).save(folder / f"{row}.png")
+        rows.append(
+            f"{row}.png,{'Atypical' if row % 3 == 0 else 'Normal'},slide {row // 3},{'test' if row > 44 else 'train'}"
+        )
+    (folder / "patches.csv").write_text("\n".join(rows) + "\n")
+    return folder
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_answers_at_once(name):
+    seconds = []
+    for _ in range(3):
+        started = time.perf_counter()
+        result = command(name, "--help")
+        seconds.append(time.perf_counter() - started)
+        assert result.returncode == 0
+    # Half a second on an idle machine; torch alone would take several. A busy machine gets some room.
+    assert min(seconds) < 1.5
+    loaded = subprocess.run(
+        [sys.executable, "-X", "importtime", "-c", f"import {ENTRY[name]}"], capture_output=True, text=True, check=True
+    ).stderr
+    for heavy in ("torch", "timm", "zarr", "sklearn", "h5py", "numpy", "huggingface_hub"):
+        assert not re.search(rf"\| +{heavy}$", loaded, re.MULTILINE), f"{name} --help imports {heavy}"
+
+
+ENTRY = {
+    name: target.partition(":")[0]
+    for name, target in tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]["scripts"].items()
+}
+
+
+def test_extract_probe_and_info_speak_json_alone_on_stdout(demo):
+    extracted = command("fm-extract", "--dataset", "patches.csv", "--view", "full@64", "--json", cwd=demo)
+    assert extracted.returncode == 0, extracted.stderr
+    (embedding,) = json.loads(extracted.stdout)["embeddings"]
+    assert (embedding["model"], embedding["n_rows"], embedding["view"]) == ("efficientnet-lite0", 60, "full@64")
+    probed = command("fm-probe", "--cv", "3", "--json", cwd=demo)
+    assert probed.returncode == 0, probed.stderr
+    (result,) = json.loads(probed.stdout)["results"]
+    assert set(result["metrics"]["sets"]) == {"patches/validation", "patches/test"}
+    assert (demo / "runs" / result["id"] / "predictions.csv").exists()
+    assert "\r" not in extracted.stderr + probed.stderr  # no progress bar in a pipe
+    shown = command("fm-probe", "--cv", "3", cwd=demo)
+    assert "efficientnet-lite0 (probe)" in shown.stdout
+    info = json.loads(command("fm-store", "info", "--json", cwd=demo).stdout)
+    assert info
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("fm-extract", "--model", "h-optimus"), r"unknown model 'h-optimus'.*h-optimus-"),
+        (("fm-extract", "--dataset", "atnorm"), r"'atnorm'.*atnorm-"),
+        (("fm-extract", "--view", "middle"), r"unknown view 'middle'"),
+        (("fm-extract", "--precision", "fp8"), r"unknown precision 'fp8'"),
+        (("fm-extract", "--device", "tpu"), r"device 'tpu'"),
+        (("fm-extract", "--model", ","), r"--model names nothing"),
+        (("fm-probe",), r"embeddings.zarr does not exist. Run fm-extract first"),
+        (("fm-probe", "--recipe", "best"), r"unknown recipe 'best'"),
+        (("fm-store", "info"), r"does not exist"),
+    ],
+)
+def test_a_mistake_gets_one_clear_message(arguments, message, tmp_path):
+    said = refused(command(*arguments, cwd=tmp_path))
+    assert re.search(message, said.replace("\n", " ")), said
+    assert said.startswith("error: ")
+
+
+def test_wrong_usage_is_status_2(tmp_path):
+    assert command("fm-extract", "--modle", "uni", cwd=tmp_path).returncode == 2
+    assert command("fm-probe", "--cv", "many", cwd=tmp_path).returncode == 2
+
+
+def test_every_option_is_documented():
+    document = (REPOSITORY / "docs" / "cli.md").read_text()
+    for name in COMMANDS:
+        help_text = command(name, "--help").stdout
+        verbs = re.findall(r"^  (info|verify|export|import)\b", help_text, re.MULTILINE)
+        texts = [help_text] + [command(name, verb, "--help").stdout for verb in verbs]
+        for option in set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", " ".join(texts))) - {"--help", "--no-json"}:
+            section = document.partition(f"## {name}")[2].partition("\n## ")[0]
+            assert f"`{option}" in section, f"docs/cli.md says nothing of {name} {option}"

@@ -1,0 +1,295 @@
+"""Does the batched solver give, for every fold and strength, the optimum that scikit-learn gives one by one?"""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+
+from features.console import UserError
+from probe import logistic
+from probe.logistic import Fits, fit_logistic, predict_logits
+
+STRENGTHS = np.logspace(-4, 0, 4)
+
+
+def embeddings(n: int, d: int, *, signal: float = 1.0, seed: int = 0) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    """Shaped like a network's: a decaying spectrum in a rotated basis, features off centre and of unequal scale."""
+    rng = np.random.default_rng(seed)
+    spectrum = np.arange(1, d + 1) ** -0.5
+    latent = rng.standard_normal((n, d)) * spectrum
+    rotation = np.linalg.qr(rng.standard_normal((d, d)))[0]
+    X = (latent @ rotation) * np.exp(0.5 * rng.standard_normal(d)) + 2 * rng.standard_normal(d)
+    score = signal * latent @ (rng.standard_normal(d) * spectrum) + rng.logistic(size=n) * 0.3
+    return X.astype(np.float32), (score > np.quantile(score, 0.75)).astype(np.int64)
+
+
+def five_folds(n: int, folds: int = 5) -> NDArray[np.bool_]:
+    return np.arange(n)[None, :] % folds != np.arange(folds)[:, None]
+
+
+def reference(X: NDArray, y: NDArray, C: float) -> tuple[NDArray, float]:
+    """scikit-learn's solution in float64, in the original feature space."""
+    model = make_pipeline(
+        StandardScaler(), LogisticRegression(C=C, class_weight="balanced", tol=1e-10, max_iter=100, solver="newton-cg")
+    ).fit(X.astype(np.float64), y)
+    scaler, regression = model[0], model[1]
+    coef = regression.coef_[0] / scaler.scale_
+    return coef, regression.intercept_[0] - coef @ scaler.mean_
+
+
+def gradient_norms(X: NDArray, y: NDArray, masks: NDArray, strengths: NDArray, fits: Fits) -> NDArray[np.float64]:
+    """The mean loss's largest derivative in each fold's standardised space, recomputed in float64: (F, S)."""
+    norms = np.zeros(fits.intercept.shape)
+    for f, mask in enumerate(masks):
+        rows, labels = X[mask].astype(np.float64), y[mask]
+        scaler = StandardScaler().fit(rows)
+        weight = np.where(labels == 1, 0.5 / labels.mean(), 0.5 / (1 - labels.mean()))
+        for s, C in enumerate(strengths):
+            logits = rows @ fits.coef[f, s].astype(np.float64) + fits.intercept[f, s]
+            residual = weight * (1 / (1 + np.exp(-logits)) - labels)
+            by_coef = (scaler.transform(rows).T @ residual + fits.coef[f, s] * scaler.scale_ / C) / len(rows)
+            norms[f, s] = max(np.abs(by_coef).max(), abs(residual.mean()))
+    return norms
+
+
+def assert_agrees(X: NDArray, y: NDArray, masks: NDArray, strengths: NDArray, fits: Fits, *, atol: float) -> None:
+    """Logits of every row, also of those held out, agree with scikit-learn to `atol` of their spread."""
+    assert fits.converged.all()
+    for f, mask in enumerate(masks):
+        for s, C in enumerate(strengths):
+            coef, intercept = reference(X[mask], y[mask], C)
+            expected = X.astype(np.float64) @ coef + intercept
+            np.testing.assert_allclose(fits.logits[:, f, s], expected, atol=atol * max(expected.std(), 1e-3), rtol=0)
+
+
+@pytest.mark.parametrize(("n", "d"), [(600, 40), (600, 200), (120, 300)], ids=["n>>d", "n>d", "n<d"])
+def test_every_fold_and_strength_agrees_with_scikit_learn(n, d):
+    X, y = embeddings(n, d)
+    masks = five_folds(n)
+    fits = fit_logistic(X, y, masks=masks, strengths=STRENGTHS)
+    assert_agrees(X, y, masks, STRENGTHS, fits, atol=2e-3)
+
+
+def test_logits_are_those_of_the_returned_coefficients():
+    X, y = embeddings(300, 30)
+    fits = fit_logistic(X, y, masks=five_folds(300), strengths=STRENGTHS)
+    assert fits.logits.shape == (300, 5, 4)
+    np.testing.assert_allclose(predict_logits(X, fits.coef, fits.intercept), fits.logits, atol=1e-4)
+
+
+def test_predict_logits_takes_one_chosen_column_per_fold():
+    X, y = embeddings(100, 8)
+    fits = fit_logistic(X, y, masks=five_folds(100), strengths=STRENGTHS)
+    chosen = predict_logits(X, fits.coef[:, 2], fits.intercept[:, 2])
+    assert chosen.dtype == np.float32
+    np.testing.assert_allclose(chosen, fits.logits[:, :, 2], atol=1e-5)
+
+
+def test_separable_classes_with_hardly_any_penalty_converge():
+    X, y = embeddings(200, 20)
+    X[:, 0] += 20 * y
+    masks = five_folds(200)
+    strengths = np.array([1.0, 1e2, 1e4])
+    fits = fit_logistic(X, y, masks=masks, strengths=strengths)
+    assert fits.converged.all()
+    for f, mask in enumerate(masks):
+        assert ((fits.logits[mask, f] > 0) == (y[mask, None] == 1)).all()
+    assert gradient_norms(X, y, masks, strengths, fits).max() <= 1.5e-6
+
+
+@pytest.mark.parametrize("value", [0.0, 3.0, 1e4])
+def test_a_constant_feature_gets_no_coefficient_and_changes_nothing(value):
+    X, y = embeddings(200, 10)
+    masks = five_folds(200)
+    X[:, 4] = value
+    fits = fit_logistic(X, y, masks=masks, strengths=STRENGTHS)
+    assert (fits.coef[:, :, 4] == 0).all()
+    assert_agrees(X, y, masks, STRENGTHS, fits, atol=1e-3)
+
+
+def test_a_feature_constant_in_one_fold_only_is_constant_there():
+    X, y = embeddings(200, 10)
+    masks = five_folds(200)
+    X[:, 4] = np.where(masks[2], 0.1, X[:, 4])  # it varies in the rows that fold 2 holds out
+    fits = fit_logistic(X, y, masks=masks, strengths=STRENGTHS)
+    assert (fits.coef[2, :, 4] == 0).all()
+    assert (fits.coef[1, :, 4] != 0).all()
+    assert_agrees(X, y, masks, STRENGTHS, fits, atol=2e-3)
+
+
+def test_a_feature_that_hardly_varies_around_a_large_mean_is_standardised_all_the_same():
+    X, y = embeddings(200, 10)
+    X[:, 3] = 100 + 1e-3 * X[:, 3]
+    masks = five_folds(200)
+    fits = fit_logistic(X, y, masks=masks, strengths=STRENGTHS)
+    assert_agrees(X, y, masks, STRENGTHS, fits, atol=5e-3)
+
+
+def test_folds_far_from_the_mean_of_all_rows_are_standardised_by_their_own():
+    X, y = embeddings(200, 10)
+    masks = np.zeros((2, 200), dtype=bool)
+    masks[0, :20] = masks[1, 20:] = True
+    X[:20] += 5
+    fits = fit_logistic(X, y, masks=masks, strengths=STRENGTHS)
+    assert_agrees(X, y, masks, STRENGTHS, fits, atol=2e-3)
+
+
+def test_float16_embeddings_are_taken_as_they_are():
+    X, y = embeddings(200, 20)
+    X = X.astype(np.float16)
+    given = X.copy()
+    fits = fit_logistic(X, y, masks=five_folds(200), strengths=STRENGTHS)
+    assert_agrees(X, y, five_folds(200), STRENGTHS, fits, atol=1e-3)
+    assert (X == given).all()
+
+
+def test_the_embeddings_given_are_not_changed():
+    X, y = embeddings(100, 5)
+    given = X.copy()
+    fit_logistic(X, y, masks=five_folds(100), strengths=STRENGTHS)
+    assert (X == given).all()
+
+
+def test_read_only_memory_is_accepted():
+    X, y = embeddings(100, 5)
+    X.flags.writeable = False
+    assert fit_logistic(X, y, masks=five_folds(100), strengths=STRENGTHS).converged.all()
+
+
+def test_one_fold_and_one_strength():
+    X, y = embeddings(150, 12)
+    masks = np.ones((1, 150), dtype=bool)
+    fits = fit_logistic(X, y, masks=masks, strengths=[0.01])
+    assert fits.coef.shape == (1, 1, 12)
+    assert_agrees(X, y, masks, np.array([0.01]), fits, atol=1e-3)
+
+
+def test_a_column_does_not_depend_on_its_batch():
+    X, y = embeddings(300, 60)
+    masks = five_folds(300)
+    together = fit_logistic(X, y, masks=masks, strengths=STRENGTHS)
+    alone = fit_logistic(X, y, masks=masks[3:4], strengths=STRENGTHS[1:2])
+    np.testing.assert_allclose(alone.logits[:, 0, 0], together.logits[:, 3, 1], atol=1e-3)
+
+
+def test_the_order_of_rows_does_not_matter():
+    X, y = embeddings(300, 60)
+    masks = five_folds(300)
+    order = np.random.default_rng(1).permutation(300)
+    straight = fit_logistic(X, y, masks=masks, strengths=STRENGTHS)
+    shuffled = fit_logistic(X[order], y[order], masks=masks[:, order], strengths=STRENGTHS)
+    np.testing.assert_allclose(shuffled.logits, straight.logits[order], atol=1e-3)
+
+
+def test_the_same_call_gives_the_same_bits():
+    X, y = embeddings(200, 40)
+    first, second = (fit_logistic(X, y, masks=five_folds(200), strengths=STRENGTHS) for _ in range(2))
+    assert (first.coef == second.coef).all()
+
+
+def test_the_gradient_norm_reported_is_the_true_one():
+    X, y = embeddings(400, 100)
+    masks = five_folds(400)
+    fits = fit_logistic(X, y, masks=masks, strengths=STRENGTHS, tol=1e-3)
+    true = gradient_norms(X, y, masks, STRENGTHS, fits)
+    assert true.max() > 1e-5  # a loose tolerance, so that there is something to compare
+    np.testing.assert_allclose(fits.gradient_norm, true, rtol=0.02, atol=1e-6)
+
+
+def test_running_out_of_steps_is_reported():
+    X, y = embeddings(400, 100)
+    fits = fit_logistic(X, y, masks=five_folds(400), strengths=[1e-5, 1.0], max_iter=3)
+    assert not fits.converged[:, 1].any()
+    assert (fits.n_iter[:, 1] == 3).all()
+    assert (fits.gradient_norm[:, 1] > 1e-6).all()
+    assert np.isfinite(fits.coef).all()
+
+
+def test_a_tolerance_below_the_floor_of_float32_ends_and_is_reported():
+    X, y = embeddings(200, 20)
+    fits = fit_logistic(X, y, masks=five_folds(200), strengths=STRENGTHS, tol=1e-12)
+    assert not fits.converged.all()
+    assert fits.gradient_norm.max() < 1e-5
+    assert fits.n_iter.max() < 1000
+
+
+def test_without_bfloat16_hardware_the_answer_is_the_same(monkeypatch):
+    X, y = embeddings(300, 60)
+    masks = five_folds(300)
+    fits = {}
+    for supported in (True, False):
+        monkeypatch.setattr(logistic, "_multiplies_bfloat16", lambda device, supported=supported: supported)
+        fits[supported] = fit_logistic(X, y, masks=masks, strengths=STRENGTHS)
+        assert fits[supported].converged.all()
+    np.testing.assert_allclose(fits[True].logits, fits[False].logits, atol=1e-3)
+
+
+def test_more_columns_than_one_strength_grid():
+    """The nested protocol: five folds and the ten pairs of folds left out together."""
+    X, y = embeddings(400, 50)
+    one = five_folds(400)
+    masks = np.stack([*one, *(one[i] & one[j] for i in range(5) for j in range(i))])
+    fits = fit_logistic(X, y, masks=masks, strengths=STRENGTHS)
+    assert fits.converged.all()
+    assert gradient_norms(X, y, masks, STRENGTHS, fits).max() <= 1.5e-6
+
+
+@pytest.mark.parametrize("label", [0, 1])
+def test_a_fold_with_one_class_is_named(label):
+    X, y = embeddings(40, 5)
+    masks = five_folds(40)
+    masks[3] = y == label
+    with pytest.raises(UserError, match=rf"fold 3: its \d+ training rows hold only class {label}"):
+        fit_logistic(X, y, masks=masks, strengths=STRENGTHS)
+
+
+def test_a_fold_without_rows_is_named():
+    X, y = embeddings(40, 5)
+    masks = five_folds(40)
+    masks[1] = False
+    with pytest.raises(UserError, match="fold 1: its 0 training rows hold no rows"):
+        fit_logistic(X, y, masks=masks, strengths=STRENGTHS)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("dtype", [np.float16, np.float32])
+def test_rows_that_are_not_finite_are_named(value, dtype):
+    X, y = embeddings(40, 5)
+    X[[7, 9], 2] = value
+    with pytest.raises(UserError, match=r"2 rows with NaN or infinity \(first: row 7\)"):
+        fit_logistic(X.astype(dtype), y, masks=five_folds(40), strengths=STRENGTHS)
+
+
+def test_shapes_that_do_not_match_are_refused():
+    X, y = embeddings(40, 5)
+    masks = five_folds(40)
+    for bad in ({"y": y[:-1]}, {"masks": masks[:, :-1]}, {"masks": masks[0]}, {"X": X[:-1]}):
+        arguments = {"X": X, "y": y, "masks": masks} | bad
+        with pytest.raises(UserError, match="expected"):
+            fit_logistic(arguments["X"], arguments["y"], masks=arguments["masks"], strengths=STRENGTHS)
+
+
+@pytest.mark.parametrize("strength", [0.0, -1.0, np.nan, np.inf])
+def test_a_strength_that_is_not_positive_is_refused(strength):
+    X, y = embeddings(40, 5)
+    with pytest.raises(UserError, match="positive"):
+        fit_logistic(X, y, masks=five_folds(40), strengths=[1.0, strength])
+
+
+def test_labels_other_than_0_and_1_are_refused():
+    X, y = embeddings(40, 5)
+    with pytest.raises(UserError, match="0 or 1"):
+        fit_logistic(X, y * 2, masks=five_folds(40), strengths=STRENGTHS)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_a_gpu_gives_the_same_answer():
+    X, y = embeddings(600, 200)
+    masks = five_folds(600)
+    fits = fit_logistic(X, y, masks=masks, strengths=STRENGTHS, device="cuda")
+    assert_agrees(X, y, masks, STRENGTHS, fits, atol=2e-3)
