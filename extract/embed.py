@@ -139,7 +139,7 @@ def extract_dataset(
         raise UserError(f"--weights names one file, but {len(backbones)} models were asked for: give one --model.")
     device = find_device(options.device)
     views = [parse_view(text) for text in dict.fromkeys(options.views)]
-    if store.put_samples(dataset.name, dataset.samples, attrs=_dataset_attrs(dataset)):
+    if store.put_samples(dataset.name, dataset.samples, attrs=_dataset_attrs(dataset), overwrite=options.overwrite):
         say(f"{dataset.name}: same patches, but labels, groups or splits have changed; the store's table was updated.")
 
     first = [dataset.decode(row) for row in range(min(_CALIBRATION_PATCHES, len(dataset.samples)))]

@@ -26,7 +26,8 @@ class Samples:
         split: (n,) str; "train", "test", or empty where the dataset has no split of its own.
         votes: (n, n_raters) int8; 1 positive, 0 negative, -1 missing; n_raters may be 0.
         domain: (n,) str; tumour type, scanner or centre; empty where unknown.
-        sha256: (n,) str; hex SHA-256 of the stored bytes: the file, or the array row of an HDF5 file.
+        sha256: (n,) str; hex SHA-256 of the stored bytes: the file, or the array row of an HDF5 file; empty where
+            unknown.
     """
 
     id: NDArray[np.str_]
@@ -192,7 +193,7 @@ def audit(samples: Samples) -> Audit:
     """Find exact duplicate patches, contradicting labels, and groups or patches shared by train and test."""
     order = np.argsort(samples.sha256, kind="stable")
     _, starts = np.unique(samples.sha256[order], return_index=True)
-    sets = [rows for rows in np.split(order, starts[1:]) if len(rows) > 1]
+    sets = [rows for rows in np.split(order, starts[1:]) if len(rows) > 1 and samples.sha256[rows[0]]]
 
     def ids(rows: NDArray[np.intp]) -> tuple[str, ...]:
         return tuple(samples.id[rows].tolist())

@@ -11,12 +11,11 @@ from __future__ import annotations
 import hashlib
 import json
 import mmap
-import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -432,14 +431,11 @@ class FeatureStore:
         _check_array(entry, pooling)
         grid = entry.grid(pooling)
         embeddings = np.empty((grid.n_rows, grid.width), np.float16)
-
-        def copy(block: int) -> None:
+        for block in range(entry.n_blocks):
             for k, chunk in enumerate(self._chunks(entry, pooling, block)):
                 start = block * grid.rows_per_block + k * grid.rows_per_chunk
                 part = embeddings[start : start + grid.rows_per_chunk]
                 part[:] = chunk[: len(part)]
-
-        _in_threads(copy, range(entry.n_blocks))
         return embeddings
 
     def _read_some(self, entry: Entry, pooling: str, rows: NDArray[np.intp] | NDArray[np.bool_]) -> NDArray[np.float16]:
@@ -454,25 +450,21 @@ class FeatureStore:
         order = np.argsort(blocks, kind="stable")
         chunk, row = np.divmod(inside[order], grid.rows_per_chunk)
         bounds = np.searchsorted(blocks[order], np.arange(entry.n_blocks + 1)).tolist()
-
-        def copy(block: int) -> None:
-            here = slice(bounds[block], bounds[block + 1])
-            rows_of_bytes = self._chunks(entry, pooling, block).view(row_type)[..., 0]
-            targets[order[here]] = rows_of_bytes[chunk[here], row[here]]
-
-        _in_threads(copy, [block for block in range(entry.n_blocks) if bounds[block] < bounds[block + 1]])
+        for block, (start, stop) in enumerate(pairwise(bounds)):
+            if start < stop:
+                rows_of_bytes = self._chunks(entry, pooling, block).view(row_type)[..., 0]
+                targets[order[start:stop]] = rows_of_bytes[chunk[start:stop], row[start:stop]]
         return embeddings
 
     def _chunks(self, entry: Entry, pooling: str, block: int) -> NDArray[np.float16]:
         """A block's chunks, mapped into memory, once their checksums have held: (chunks, rows per chunk, width)."""
         path = entry.block_path(pooling, block)
         try:
-            with path.open("rb", buffering=0) as file:
-                status = os.fstat(file.fileno())
-                known_as = (status.st_dev, status.st_ino, status.st_mtime_ns)
-                mapped = self._mapped.get(known_as)
-                if mapped is not None:
-                    return mapped
+            status = path.stat()
+            known_as = (status.st_dev, status.st_ino, status.st_mtime_ns)
+            if known_as in self._mapped:
+                return self._mapped[known_as]
+            with path.open("rb") as file:
                 data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if status.st_size else b""
         except OSError as error:
             raise _bad_block(entry, pooling, block, f"cannot be read ({error.strerror})") from error
@@ -586,13 +578,6 @@ class FeatureStore:
             path for folder in self._dataset_folders(dataset) for path in _groups(folder) if path.name != "samples"
         ]
         return [view for model in models for view in _groups(model)]
-
-
-def _in_threads(action: Callable[[int], None], blocks: Iterable[int]) -> None:
-    """Copying waits for memory, and numpy lets others run meanwhile; more than two threads gain little."""
-    with ThreadPoolExecutor(2) as pool:
-        for _ in pool.map(action, blocks):
-            pass
 
 
 class Writer:

@@ -68,13 +68,13 @@ class Probe:
 
     Attributes:
         coef: (F, d) float32.
-        intercept: (F,) float32.
+        intercept: (F,) float64; with uncentred embeddings a small difference of large sums.
         validation_logit: (n,) each training-split row under the model of the fold it validates.
         record: what was chosen and how well it converged, as plain JSON values.
     """
 
     coef: NDArray[np.float32]
-    intercept: NDArray[np.float32]
+    intercept: NDArray[np.float64]
     validation_logit: NDArray[np.float32]
     record: dict[str, Any]
 
@@ -153,7 +153,7 @@ def fit_paper(X: NDArray[np.floating], y: NDArray[np.integer], folds: Folds, *, 
     logits = X.astype(np.float32) @ fit.coef.T + fit.intercept  # (n, F)
     return Probe(
         coef=fit.coef,
-        intercept=fit.intercept,
+        intercept=fit.intercept.astype(np.float64),
         validation_logit=logits[np.arange(len(y)), folds.fold],
         record={
             "recipe": asdict(PaperRecipe()),
