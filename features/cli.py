@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from features.console import UserError, print_json, run, say
+from features.console import UserError, print_json, printable, run, say, show
 
 if TYPE_CHECKING:
     from features.store import Entry, FeatureStore
@@ -170,10 +170,8 @@ def _entry(entry: Entry) -> dict[str, Any]:
 
 
 def _print_contents(contents: dict[str, Any]) -> None:
-    from rich.console import Console
     from rich.table import Table
 
-    console = Console(markup=False, highlight=False)  # names are data, never markup
     datasets = Table("dataset", title="Datasets", title_justify="left")
     for name in ("rows", "positive", "groups", "domains", "raters"):
         datasets.add_column(name, justify="right")
@@ -181,7 +179,6 @@ def _print_contents(contents: dict[str, Any]) -> None:
         share = f"{row['positive']:,} ({row['positive'] / row['rows']:.1%})"
         counts = (f"{row[name]:,}" if row[name] else "–" for name in ("groups", "domains", "raters"))
         datasets.add_row(row["name"], f"{row['rows']:,}", share, *counts)
-    console.print(datasets)
 
     entries = Table("dataset", "model", "view", "poolings", title="Embeddings", title_justify="left")
     for name in ("blocks", "precision", "MB", "fingerprint"):
@@ -200,11 +197,10 @@ def _print_contents(contents: dict[str, Any]) -> None:
             f"{row['bytes'] / 1e6:,.1f}",
             row["fingerprint"][:12],
         )
-    console.print(entries)
-
+    show(datasets, entries)
     for row in contents["datasets"]:
         for line in row["audit_lines"]:
-            console.print(f"{row['name']}: {line}", soft_wrap=True)
+            print(printable(f"{row['name']}: {line}"))
 
 
 def main() -> None:

@@ -1,32 +1,32 @@
 """How are all folds and all strengths of a linear probe fitted at once?
 
-The problem. Fold f trains on the rows of its mask, m_f in {0, 1}^n; a strength C weighs data against penalty. Column
-(f, C) minimises the class-balanced, L2-penalised logistic loss
+The problem. Fold f trains on the n_f rows of its mask m_f in {0, 1}^n; a strength C weighs data against penalty. Column
+(f, C) minimises the class-balanced, L2-penalised mean logistic loss
 
-    L(b, b0) = (1/n_f) [ sum_i m_fi v_fi log(1 + exp(-s_i z_i)) + |b|^2 / (2 C) ],   z_i = b . (x_i - mu_f) / sigma_f + b0,
+    L(b, b0) = sum_i w_fi log(1 + exp(-s_i z_i)) + |b|^2 / (2 C n_f),    z_i = b . (x_i - mu_f) / sigma_f + b0,
 
-with s_i = +-1, n_f the fold's rows, v_fi = n_f / (2 n_f,class(i)) ("balanced", King & Zeng 2001), mu_f and sigma_f the
-mean and standard deviation of the fold's *own* training rows, and b0 unpenalised. It is scikit-learn's
-`StandardScaler` + `LogisticRegression(class_weight="balanced", C=C)` fitted on the fold's rows, and it has one optimum.
+with labels s_i = +-1, weights w_fi = m_fi / (2 n_f,class(i)) that sum to 1, mean mu_f and standard deviation sigma_f of
+the fold's *own* training rows, and a free intercept b0. It is the objective of scikit-learn's `StandardScaler` followed
+by `LogisticRegression(C=C, class_weight="balanced")` on the fold's rows, divided by n_f, and has one optimum.
 
-One matrix. X is never copied per fold: sigma_f divides the coefficients, mu_f moves the intercept, m_f and v_f weigh the
-residuals. Every column is one row of a matrix, and the two products with X serve all of them:
+One matrix. X is never copied per fold: sigma_f divides the coefficients, mu_f moves the intercept, w_f weighs the
+residuals. Every column is one row of a matrix, and two products with X serve all of them:
 
-    logits  Z = W X^T    (columns, n)        gradient  G = R X    (columns, d),   R = weight * (sigmoid(Z) - y).
+    logits  Z = W X^T  (columns, n),      gradient  G = R X  (columns, d)  with residuals  R = w (sigmoid(Z) - y).
 
-The method is preconditioned nonlinear conjugate gradients (Hestenes & Stiefel 1952; Nocedal & Wright 2006, ch. 5),
-every column with its own step, in four ideas:
+The method is the preconditioned nonlinear conjugate gradient of Hestenes & Stiefel (1952; Nocedal & Wright 2006,
+ch. 5), in which every column takes its own steps. Four ideas make it fast:
 
-1. Exact line search for free. Along a direction p the logits are Z + t (p X^T), so the step is found by a safeguarded
-   Newton iteration on n numbers, without another product with X.
-2. One preconditioner for all columns. The Hessian is X^T diag(weight p(1-p)) X + I/(C n_f). Its leading eigenvectors are
-   those of X^T diag(weight) X whatever the fold and the strength, and p(1-p) acts nearly as one number per column, its
-   mean. Randomised subspace iteration finds 128 of them (Halko, Martinsson & Tropp 2011), and the inverse of
-   "eigenvalues times mean curvature, plus penalty" is applied as in Frangella, Tropp & Udell (2023).
-3. Half precision with exact refinement. The products inside a descent run in bfloat16, but only on *changes*: of the
-   logits and of the residual since a reference point. Once the gradient has fallen a hundredfold, logits and gradient are
-   recomputed in float32 and become the next reference (iterative refinement, Wilkinson 1963). Rounding errors shrink
-   with the changes, and convergence is only ever declared on a float32 gradient.
+1. A line search without products. Along a direction P the logits are Z + t (P X^T): once P X^T is known, the minimum
+   over t is a safeguarded Newton iteration on n numbers.
+2. One preconditioner for all columns. The Hessian is X^T diag(w p (1 - p)) X + I / (C n_f). Folds and strengths share
+   the leading eigenvectors of X^T diag(w) X, and p (1 - p) acts much like one number per column, its mean. Subspace
+   iteration finds the eigenvectors (Halko, Martinsson & Tropp 2011); inverting "mean curvature times eigenvalue plus
+   penalty" in their basis is the preconditioner of Frangella, Tropp & Udell (2023), renewed at every step for free.
+3. bfloat16 products, float32 truth. Inside a descent the products only ever see *changes* of coefficients and
+   residuals, so their rounding is relative to what changes. After a hundredfold fall of the gradient, logits and
+   gradient are recomputed in float32 and the descent restarts from there (iterative refinement, Wilkinson 1963).
+   Convergence is declared on a float32 gradient alone.
 4. A column leaves the batch as soon as it has converged.
 
 Measured choices and figures: docs/decisions/solver.md.
@@ -44,13 +44,13 @@ from torch import Tensor
 
 from features.console import UserError
 
-RANK = 128  # eigenvectors kept; more of them save no iterations on embeddings, fewer cost some
-OVERSAMPLE = 32  # extra vectors of the subspace iteration, dropped afterwards
-SKETCH_ROWS = 8192  # enough rows to find the leading eigenvectors of however many
-TAIL = 0.6  # mean curvature outside the basis, relative to its last eigenvalue
-CURVATURE_TOLERANCE = 0.25  # the line search stops at |slope| <= this times the initial slope
-FLOOR = 1e-8  # gradients of a mean loss below this are rounding in float32, so no descent aims lower
-REFINEMENT = 1e-2  # the gradient's fall after which half-precision products are corrected
+RANK = 96  # eigenvectors in the preconditioner; twice as many save hardly a step
+OVERSAMPLE = 32  # vectors of the subspace iteration beyond these: its last ones are poor
+SKETCH_ROWS = 8192  # enough to find the leading eigenvectors of however many rows
+TAIL = 0.8  # the eigenvalue assumed outside the basis, relative to the last one inside
+SLOPE = 0.25  # the line search stops at |slope| <= this times the initial slope
+REFINEMENT = 1e-2  # the fall of the gradient after which bfloat16 products are corrected
+FLOOR = 1e-8  # where the gradient of a mean loss is rounding in float32: no descent aims lower
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,7 +106,7 @@ def fit_logistic(
     data = _prepare(X, y, masks=masks, device=torch.device(device))
     basis = _leading_curvature(data)
 
-    # Column k = (fold f, strength s), k = f * S + s. All start at zero, where the strengths of a fold do not differ yet.
+    # Column k = f * S + s. All start at zero, where the strengths of a fold do not differ yet: F evaluations serve.
     fold = torch.arange(F, device=data.X.device).repeat_interleave(S)
     ridge = torch.from_numpy(1 / (masks.sum(axis=1)[:, None] * C)).to(data.X).reshape(-1, 1)  # (K, 1): 1 / (C n_f)
     start = _evaluate(data, torch.arange(F, device=fold.device), ridge[::S], data.X.new_zeros(F, d + 1))
@@ -185,7 +185,7 @@ def _check(
 
 @dataclass(frozen=True, eq=False)
 class _Data:
-    """What all columns share. X is centred and scaled over all rows, so that a fold's own mean is near 0, its std near 1."""
+    """What all columns share: X centred and scaled over all rows, and what is left to do so for each fold's own."""
 
     X: Tensor  # (n, d) float32
     fast: Tensor  # (n, d) the same in bfloat16 where the hardware multiplies it faster, else X itself
@@ -248,7 +248,7 @@ def _multiplies_bfloat16(device: torch.device) -> bool:
 def _leading_curvature(data: _Data) -> tuple[Tensor, Tensor]:
     """Leading eigenvalues (r,), ascending, and eigenvectors (r, d) of X^T diag(weight) X, by subspace iteration.
 
-    Weights are the folds' average. Tall X is thinned to `SKETCH_ROWS` evenly spaced rows: a preconditioner need not be exact.
+    Weights are the folds' average; a tall X is thinned to evenly spaced rows, as a preconditioner need not be exact.
     """
     n, d = data.X.shape
     thin = slice(None, None, max(1, n // SKETCH_ROWS))
@@ -343,9 +343,9 @@ def _descend(
     direction = change = torch.zeros_like(theta)
     while len(row):
         preconditioned = _precondition(basis, c)
-        # Hestenes & Stiefel's beta, never negative; in the first step it is 0 / 0, which `where` takes for no memory.
-        beta = _dot(preconditioned, change) / _dot(direction, change)
-        direction = torch.where(beta > 0, beta, 0.0)[:, None] * direction - preconditioned
+        # Never negative, and 0 where it is 0 / 0: in the first step.
+        beta = torch.nan_to_num(_dot(preconditioned, change) / _dot(direction, change), 0.0, 0.0, 0.0).clamp_min(0)
+        direction = beta[:, None] * direction - preconditioned
         slope = _dot(c.gradient, direction)
         uphill = slope > 0
         if uphill.any():
@@ -370,7 +370,7 @@ def _descend(
 
 
 def _precondition(basis: tuple[Tensor, Tensor], c: _Columns) -> Tensor:
-    """The gradient (K, d + 1) times an approximate inverse Hessian: exact curvature in the basis, one number outside."""
+    """The gradient (K, d + 1) times an approximate inverse Hessian: the basis' curvature, and one number outside."""
     eigenvalues, eigenvectors = basis  # (r,), (r, d)
     mean_curvature = c.curvature.sum(dim=1, keepdim=True).clamp_min(1e-6)  # (K, 1), as the weights sum to 1
     outside = 1 / (mean_curvature * TAIL * eigenvalues[0] + c.ridge)
@@ -393,16 +393,17 @@ def _line_search(
         t (K, 1), and the residual and curvature (K, n) there.
     """
     squared = shift * shift
-    t = -slope / (_dot(c.curvature, squared) + stiffening)
-    low, high = torch.zeros_like(t), torch.full_like(t, torch.inf)
-    for _ in range(40):  # a bound for the eye: the bracket halves whenever Newton leaves it
+    following = -slope / (_dot(c.curvature, squared) + stiffening)
+    low, high = torch.zeros_like(slope), torch.full_like(slope, torch.inf)
+    for _ in range(40):  # two are usual; a bracket that halves 40 times is as narrow as float32 can tell
+        t = following
         residual, curvature = _derivatives(c.weight, label, torch.addcmul(c.logits, t[:, None], shift))
         now = slope + _dot(residual - c.residual, shift) + t * stiffening
-        far = now.abs() > CURVATURE_TOLERANCE * slope.abs()
+        far = now.abs() > SLOPE * slope.abs()
         if not far.any():
             break
         low, high = torch.where(now < 0, t, low), torch.where(now < 0, high, t)
         newton = t - now / (_dot(curvature, squared) + stiffening)
         halved = torch.where(high.isinf(), 2 * t, (low + high) / 2)
-        t = torch.where(far, torch.where((newton > low) & (newton < high), newton, halved), t)
+        following = torch.where(far, torch.where((newton > low) & (newton < high), newton, halved), t)
     return t[:, None], residual, curvature

@@ -115,9 +115,14 @@ def fit_exact(
         y: (n,) labels, 0 or 1.
         folds: which row validates where.
         strengths: (S,) values of C to choose from, per fold.
+
+    Raises:
+        UserError: with fewer than three folds, which leave nothing to nest; and as `fit_logistic` does.
     """
     n_folds, fold = folds.n_folds, folds.fold
-    pairs = list(combinations(range(n_folds), 2)) if n_folds > 2 else []
+    if n_folds < 3:
+        raise UserError(f"choosing a strength within each training set needs at least 3 folds, got {n_folds}: --cv 3.")
+    pairs = list(combinations(range(n_folds), 2))
     masks = np.stack([fold != f for f in range(n_folds)] + [(fold != f) & (fold != g) for f, g in pairs])
     fits = fit_logistic(X, y, masks=masks, strengths=np.asarray(strengths))
 
@@ -126,9 +131,6 @@ def fit_exact(
     for p, (f, g) in enumerate(pairs, start=n_folds):
         inner[f] += balanced_log_loss(y[fold == g], fits.logits[fold == g, p])
         inner[g] += balanced_log_loss(y[fold == f], fits.logits[fold == f, p])
-    if not pairs:  # two folds leave nothing to nest: each fold's strength is judged by the other's fit
-        for f in range(n_folds):
-            inner[f] = balanced_log_loss(y[fold != f], fits.logits[fold != f, 1 - f])
     chosen = inner.argmin(axis=1)  # (F,)
     each = np.arange(n_folds)
     return Probe(
@@ -139,7 +141,7 @@ def fit_exact(
             "strengths": list(strengths),
             "chosen_strength": [strengths[s] for s in chosen],
             "at_edge": bool(np.isin(chosen, (0, len(strengths) - 1)).any()),
-            "inner_loss": np.round(inner / max(n_folds - 1, 1), 5).tolist(),
+            "inner_loss": np.round(inner / (n_folds - 1), 5).tolist(),
             "max_gradient": float(fits.gradient_norm.max()),
             "n_not_converged": int((~fits.converged).sum()),
             "n_fits": int(fits.converged.size),
@@ -317,7 +319,7 @@ def _probe_model(
         "table_digests": {name: store.samples(name).table_digest for name in [train, *tests]},
         "candidates": tried,
     }
-    weights = {"coef": probe.coef, "intercept": probe.intercept}
+    weights: dict[str, NDArray[Any]] = {"coef": probe.coef, "intercept": probe.intercept}
     return write_run(runs, run, concatenate(parts), weights=weights, started=started)
 
 

@@ -145,14 +145,14 @@ def test_float16_embeddings_are_taken_as_they_are():
     given = X.copy()
     fits = fit_logistic(X, y, masks=five_folds(200), strengths=STRENGTHS)
     assert_agrees(X, y, five_folds(200), STRENGTHS, fits, atol=1e-3)
-    assert (X == given).all()
+    assert (given == X).all()
 
 
 def test_the_embeddings_given_are_not_changed():
     X, y = embeddings(100, 5)
     given = X.copy()
     fit_logistic(X, y, masks=five_folds(100), strengths=STRENGTHS)
-    assert (X == given).all()
+    assert (given == X).all()
 
 
 def test_read_only_memory_is_accepted():

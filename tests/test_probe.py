@@ -183,6 +183,7 @@ def test_datasets_embedded_differently_are_never_compared(store, tmp_path):
         (["poor"], ProbeOptions(view="center64"), r"no complete embeddings of poor in view center64"),
         (["good"], ProbeOptions(pooling="center"), r"cls.*mean"),
         (["good"], ProbeOptions(recipe="paper"), r"paper's fold assignment"),
+        (["good"], ProbeOptions(cv=2), r"at least 3 folds"),
     ],
 )
 def test_a_mistake_gets_one_clear_message(store, tmp_path, models, options, message):
