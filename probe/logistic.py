@@ -50,6 +50,7 @@ SKETCH_ROWS = 8192  # enough to find the leading eigenvectors of however many ro
 TAIL = 0.8  # the eigenvalue assumed outside the basis, relative to the last one inside
 SLOPE = 0.25  # the line search stops at |slope| <= this times the initial slope
 REFINEMENT = 1e-2  # the fall of the gradient after which bfloat16 products are corrected
+NEGLIGIBLE = 1e-4  # a standard deviation below this times the root mean square of all features' counts as none
 FLOOR = 1e-8  # where the gradient of a mean loss is rounding in float32: no descent aims lower
 
 
@@ -118,16 +119,17 @@ def fit_logistic(
     norm = torch.full((F * S,), torch.inf, device=fold.device)
     n_iter = torch.zeros(F * S, dtype=torch.int64, device=fold.device)
     unfinished = torch.arange(F * S, device=fold.device)
-    factor = data.fast  # what the descents multiply with
+    factor = data.fast  # the X that the descents multiply with
     while True:
         previous, now = norm[unfinished], columns.gradient.abs().amax(dim=1)
         norm[unfinished], logits[unfinished], theta[unfinished] = now, columns.logits, columns.theta
         going_on = (now > tol) & (n_iter[unfinished] < max_iter)
-        if (going_on & (now > 0.5 * previous)).any():
-            # A descent that does not even halve the gradient has met the rounding of its products: take the exact
-            # ones, and where those were in use already, report the column as it is.
+        stuck = going_on & (now > 0.5 * previous)
+        if stuck.any():
+            # A descent that did not even halve the gradient has met the rounding of its products. Take the exact
+            # ones from here on; where those were in use already, the column is reported as it is.
             if factor is data.X:
-                going_on &= now <= 0.5 * previous
+                going_on &= ~stuck
             factor = data.X
         unfinished, columns, now = unfinished[going_on], columns.keep(going_on), now[going_on]
         if len(unfinished) == 0:
@@ -138,14 +140,14 @@ def fit_logistic(
         n_iter[unfinished] += steps
         columns = _evaluate(data, fold[unfinished], columns.ridge, theta_reached)
 
-    coef = (theta[:, :d] * data.inv_std[fold] / data.scale).cpu()
-    # float64: with uncentred embeddings the intercept is a small difference of large sums.
-    moved = (data.mean[fold] * theta[:, :d] * data.inv_std[fold]).double().sum(dim=1).cpu()
-    intercept = theta[:, d].double().cpu() - moved - coef.double() @ data.centre.double().cpu()
+    coef = theta[:, :d] * data.inv_std[fold] / data.scale
+    # float64: with embeddings far off centre the intercept is a small difference of large sums.
+    origin = (data.centre.double() + data.mean.double() * data.scale)[fold]  # (K, d): the fold's mean, as given
+    intercept = theta[:, d] - _dot(coef.double(), origin)
     gradient_norm = norm.double().cpu().numpy().reshape(F, S)
     return Fits(
-        coef=coef.numpy().reshape(F, S, d),
-        intercept=intercept.numpy().reshape(F, S),
+        coef=coef.cpu().numpy().reshape(F, S, d),
+        intercept=intercept.cpu().numpy().reshape(F, S),
         logits=logits.cpu().numpy().reshape(F, S, n).transpose(2, 0, 1),
         gradient_norm=gradient_norm,
         n_iter=n_iter.cpu().numpy().reshape(F, S),
@@ -208,29 +210,33 @@ def _prepare(
 
     centre = A.mean(dim=0)
     A -= centre
-    squares, squares_fold = A.new_zeros(d), A.new_zeros(len(mask), d)
+    sums = torch.cat([mask, torch.ones_like(mask[:1])])  # over each fold's rows and, last, over all
+    squares = A.new_zeros(len(sums), d)
     for first in range(0, n, 512):  # in blocks: no second copy of X
         rows = slice(first, first + 512)
-        square = A[rows].square()
-        squares += square.sum(dim=0)
-        squares_fold += mask[:, rows] @ square
+        squares += sums[:, rows] @ A[rows].square()
     if not bool(torch.isfinite(squares).all()):
         bad = np.flatnonzero(~np.isfinite(X).all(axis=1))
         found = f"{len(bad)} rows with NaN or infinity (first: row {bad[0]})" if len(bad) else "values beyond 1e18"
         raise UserError(f"the embeddings have {found}; a probe needs finite numbers. Extract these rows again.")
-    scale = (squares / n).sqrt()
+    scale = (squares[-1] / n).sqrt()
     scale[scale == 0] = 1
     A /= scale
 
     mean = mask @ A / size
-    mean_square = squares_fold / size / scale**2
+    mean_square = squares[:-1] / size / scale**2
     variance = mean_square - mean**2
     # The difference of two float32 sums is poor where a fold's mean is far from that of all rows: redo those features.
-    for f, j in torch.nonzero(variance < 0.5 * mean_square):
-        values = A[mask[f] > 0, j].double()
-        constant = (values == values[0]).all()
-        variance[f, j] = 0 if constant else values.var(correction=0)
-    inv_std = torch.where(variance > 0, variance, torch.inf).rsqrt()
+    for f in range(len(mask)):
+        j = torch.nonzero(variance[f] < 0.5 * mean_square[f])[:, 0]
+        if len(j):
+            values = A[:, j][mask[f] > 0].double()
+            constant = (values == values[0]).all(dim=0)
+            variance[f, j] = torch.where(constant, 0.0, values.var(dim=0, correction=0)).float()
+    # Divided by next to nothing, a feature that all but never varies in training would rule the rows where it does.
+    std = variance.clamp_min(0).sqrt() * scale
+    negligible = std <= NEGLIGIBLE * std.square().mean(dim=1, keepdim=True).sqrt()
+    inv_std = torch.where(negligible, torch.inf, variance).rsqrt()
 
     positives = mask @ label[:, None]  # (F, 1)
     weight = mask * torch.where(label > 0, 0.5 / positives, 0.5 / (size - positives))
