@@ -45,7 +45,7 @@ class ProbeOptions:
 
     Attributes:
         cv: number of folds.
-        train: dataset whose training split is cross-validated; None for ami-br, or the store's only dataset.
+        train: dataset whose training split is cross-validated; None for ami-br, or the store's only other one.
         test: datasets to score besides the training set's own test split; None for all of the store's but the demo.
         view: one view, or None to choose among those in the store.
         pooling: "card", "cls", "mean", "center", "cls+mean", or None to choose.
@@ -178,9 +178,10 @@ def _train_dataset(store: FeatureStore, options: ProbeOptions) -> str:
         return options.train
     if DEFAULT_TRAIN in datasets:
         return DEFAULT_TRAIN
-    with_training_rows = [name for name in datasets if (store.samples(name).split != TEST).any()]
-    if len(with_training_rows) == 1:
-        return with_training_rows[0]
+    trainable = [name for name in datasets if (store.samples(name).split != TEST).any()]
+    trainable = [name for name in trainable if name != DEMO] or trainable
+    if len(trainable) == 1:
+        return trainable[0]
     raise UserError(f"{store.path} holds {', '.join(datasets)}: say which one to train on with --train.")
 
 

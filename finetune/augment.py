@@ -1,0 +1,148 @@
+"""How does a patch look different in every epoch? One affine map and one colour map per sample, on the device.
+
+Mitotic figures have no up, left or handedness, and stain and exposure vary between laboratories: flips, rotations,
+crops and colour changes keep the label. Every sample draws its own values (torchvision's transforms draw one per
+batch), from a generator of its fold's own: a fold's images do not depend on which other folds are in the batch.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+_LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601, torchvision's weights for grey
+
+
+@dataclass(frozen=True)
+class AugmentOptions:
+    """What may change. A value of 0 (or a scale of 1 to 1) switches a change off.
+
+    Attributes:
+        flip: probability of mirroring left to right, and of mirroring top to bottom.
+        rotation: largest rotation either way, in degrees; 180 for any.
+        scale: share of the patch's area that a random crop keeps, smallest and largest.
+        ratio: aspect ratio of the crop, smallest and largest.
+        brightness, contrast, saturation: largest relative change either way.
+        hue: largest rotation of the hue either way, as a share of the full circle.
+    """
+
+    flip: float = 0.5
+    rotation: float = 15.0
+    scale: tuple[float, float] = (0.8, 1.0)
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    brightness: float = 0.2
+    contrast: float = 0.2
+    saturation: float = 0.2
+    hue: float = 0.02
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.flip <= 1:
+            raise ValueError(f"flip is a probability, got {self.flip}")
+        if not 0 < self.scale[0] <= self.scale[1] <= 1:
+            raise ValueError(f"scale must rise within (0, 1], got {self.scale}")
+        if not 0 < self.ratio[0] <= self.ratio[1]:
+            raise ValueError(f"ratio must rise and be positive, got {self.ratio}")
+
+
+def draw(n: int, options: AugmentOptions, *, generator: torch.Generator) -> Tensor:
+    """Draw the changes of n samples: (n, 11) uniform numbers in [0, 1), the only randomness of `augment`.
+
+    Drawn on the generator's device; kept apart so that a resumed run repeats them.
+    """
+    return torch.rand(n, _N_DRAWS, generator=generator, device=generator.device)
+
+
+_N_DRAWS = 11
+
+
+def augment(images: Tensor, draws: Tensor, *, size: int, options: AugmentOptions) -> Tensor:
+    """Change every image by its own draws.
+
+    Args:
+        images: (b, 3, h, w) float32 in 0..1.
+        draws: (b, 11) uniform, from `draw`.
+        size: edge of the result in pixels.
+        options: what may change, and how much.
+
+    Returns:
+        (b, 3, size, size) float32 in 0..1. Outside the patch (rotated corners) its border is mirrored.
+    """
+    draws = draws.to(images)
+    return recolour(
+        warp(images, affine(draws, options, aspect=images.shape[3] / images.shape[2]), size), draws, options
+    )
+
+
+def affine(draws: Tensor, options: AugmentOptions, *, aspect: float = 1.0) -> Tensor:
+    """The maps (b, 2, 3) from result to source, in `grid_sample`'s coordinates (-1..1 across the patch).
+
+    Crop, then mirror, then rotate about the crop's centre; a rotation turns pixels, so it respects the aspect ratio.
+    """
+    flip_x, flip_y, turn, area, shape, left, top = draws[:, :7].unbind(dim=1)
+    lowest, highest = options.scale
+    area = lowest + area * (highest - lowest)
+    log_ratio = math.log(options.ratio[0]) + shape * (math.log(options.ratio[1]) - math.log(options.ratio[0]))
+    if lowest == 1:  # the whole patch, in its own shape
+        log_ratio = torch.zeros_like(log_ratio)
+    # The crop's half extents relative to the patch's; a crop wider than the patch is cut to it.
+    half_width = (area * log_ratio.exp()).sqrt().clamp(max=1)
+    half_height = (area / log_ratio.exp()).sqrt().clamp(max=1)
+    centre_x = (2 * left - 1) * (1 - half_width)
+    centre_y = (2 * top - 1) * (1 - half_height)
+    sign_x = torch.where(flip_x < options.flip, -1.0, 1.0)
+    sign_y = torch.where(flip_y < options.flip, -1.0, 1.0)
+    angle = (2 * turn - 1) * math.radians(options.rotation)
+    cos, sin = angle.cos(), angle.sin()
+    rows = [
+        torch.stack([cos * half_width * sign_x, -sin * half_height * sign_y / aspect, centre_x], dim=1),
+        torch.stack([sin * half_width * sign_x * aspect, cos * half_height * sign_y, centre_y], dim=1),
+    ]
+    return torch.stack(rows, dim=1)
+
+
+def warp(images: Tensor, maps: Tensor, size: int) -> Tensor:
+    """Images (b, 3, h, w) seen through affine maps (b, 2, 3), (b, 3, size, size), bilinear, borders mirrored."""
+    grid = F.affine_grid(maps, [len(images), 3, size, size], align_corners=False)
+    return F.grid_sample(images, grid, mode="bilinear", padding_mode="reflection", align_corners=False)
+
+
+def recolour(images: Tensor, draws: Tensor, options: AugmentOptions) -> Tensor:
+    """Brightness, contrast, saturation and hue of images (b, 3, h, w) by their own draws, as one colour matrix each.
+
+    Brightness scales; contrast blends with the image's mean grey; saturation blends with a pixel's grey; hue rotates
+    about the grey axis in YIQ, where that is linear. Together they are one 3 x 3 matrix and one offset per sample.
+    """
+    strengths = (options.brightness, options.contrast, options.saturation)
+    brightness, contrast, saturation = (
+        1 + (2 * draw - 1) * strength for draw, strength in zip(draws[:, 7:10].unbind(dim=1), strengths, strict=True)
+    )
+    turn = (2 * draws[:, 10] - 1) * options.hue * 2 * math.pi
+    luma = images.new_tensor(_LUMA)
+    identity = torch.eye(3, dtype=images.dtype, device=images.device)
+    grey = luma.expand(3, 3)  # every channel becomes the luma
+    matrix = saturation[:, None, None] * identity + (1 - saturation)[:, None, None] * grey
+    matrix = _hue_rotation(turn) @ matrix
+    # Of the whole image: the contrast's pivot. The matrices above keep luma, so it may be taken before them.
+    mean_grey = (images.mean(dim=(2, 3)) @ luma)[:, None] * brightness[:, None]
+    scale = brightness * contrast
+    offset = (1 - contrast)[:, None] * mean_grey
+    changed = torch.einsum("bij,bjhw->bihw", scale[:, None, None] * matrix, images)
+    return (changed + offset[:, :, None, None]).clamp(0, 1)
+
+
+def _hue_rotation(turn: Tensor) -> Tensor:
+    """(b,) angles to (b, 3, 3): RGB to YIQ, rotate I and Q, back."""
+    to_yiq = turn.new_tensor(
+        [[0.299, 0.587, 0.114], [0.59590059, -0.27455667, -0.32134392], [0.21153661, -0.52273617, 0.31119955]]
+    )
+    zero, one = torch.zeros_like(turn), torch.ones_like(turn)
+    cos, sin = turn.cos(), turn.sin()
+    rotation = torch.stack(
+        [torch.stack([one, zero, zero], 1), torch.stack([zero, cos, -sin], 1), torch.stack([zero, sin, cos], 1)], dim=1
+    )
+    matrix: Tensor = torch.linalg.inv(to_yiq) @ rotation @ to_yiq
+    return matrix
