@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -58,8 +57,6 @@ def extract(
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
 ) -> None:
-    if data is None and os.environ.get("MITOFM_DATA"):
-        data = Path(os.environ["MITOFM_DATA"])
     if list_models or list_datasets:
         _show_lists(list_models, list_datasets, data, as_json)
         return

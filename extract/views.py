@@ -79,7 +79,7 @@ class Transform:
         # x/255 normalised by mean and std, as one multiplication and one addition.
         std = torch.tensor(self.std, device=device).view(3, 1, 1)
         mean = torch.tensor(self.mean, device=device).view(3, 1, 1)
-        return pixels.to(torch.float32).mul_(1 / (255 * std)).sub_(mean / std)
+        return pixels.mul(1 / (255 * std)).sub_(mean / std)
 
     def _resized(self, patches: Tensor, device: torch.device) -> Tensor:
         _, height, width, _ = patches.shape

@@ -20,9 +20,10 @@ ch. 5), in which every column takes its own steps. Four ideas make it fast:
 1. A line search without products. Along a direction P the logits are Z + t (P X^T): once P X^T is known, the minimum
    over t is a safeguarded Newton iteration on n numbers.
 2. One preconditioner for all columns. The Hessian is X^T diag(w p (1 - p)) X + I / (C n_f). Folds and strengths share
-   the leading eigenvectors of X^T diag(w) X, and p (1 - p) acts much like one number per column, its mean. Subspace
-   iteration finds the eigenvectors (Halko, Martinsson & Tropp 2011); inverting "mean curvature times eigenvalue plus
-   penalty" in their basis is the preconditioner of Frangella, Tropp & Udell (2023), renewed at every step for free.
+   the leading eigenvectors of X^T diag(w) X, and where predictions are confident, p (1 - p) shrinks everywhere by much
+   the same factor, to which conjugate gradients are blind: 1/4 will do. Subspace iteration finds the eigenvectors
+   (Halko, Martinsson & Tropp 2011); inverting "eigenvalue / 4 plus penalty" in their basis is the preconditioner of
+   Frangella, Tropp & Udell (2023).
 3. bfloat16 products, float32 truth. Inside a descent the products only ever see *changes* of coefficients and
    residuals, so their rounding is relative to what changes. After a hundredfold fall of the gradient, logits and
    gradient are recomputed in float32 and the descent restarts from there (iterative refinement, Wilkinson 1963).
@@ -47,7 +48,6 @@ from features.console import UserError
 RANK = 96  # eigenvectors in the preconditioner; twice as many save hardly a step
 OVERSAMPLE = 32  # vectors of the subspace iteration beyond these: its last ones are poor
 SKETCH_ROWS = 8192  # enough to find the leading eigenvectors of however many rows
-TAIL = 0.8  # the eigenvalue assumed outside the basis, relative to the last one inside
 SLOPE = 0.25  # the line search stops at |slope| <= this times the initial slope
 REFINEMENT = 1e-2  # the fall of the gradient after which bfloat16 products are corrected
 NEGLIGIBLE = 1e-4  # a standard deviation below this times the root mean square of all features' counts as none
@@ -252,7 +252,7 @@ def _multiplies_bfloat16(device: torch.device) -> bool:
 
 
 def _leading_curvature(data: _Data) -> tuple[Tensor, Tensor]:
-    """Leading eigenvalues (r,), ascending, and eigenvectors (r, d) of X^T diag(weight) X, by subspace iteration.
+    """Leading eigenvalues (r,), ascending, and eigenvectors (r, d) of X^T diag(weight) X / 4, by subspace iteration.
 
     Weights are the folds' average; a tall X is thinned to evenly spaced rows, as a preconditioner need not be exact.
     """
@@ -272,7 +272,7 @@ def _leading_curvature(data: _Data) -> tuple[Tensor, Tensor]:
         V, basis = multiply(V), V
     eigenvalues, rotation = torch.linalg.eigh((V @ basis.T + basis @ V.T) / 2)  # Rayleigh and Ritz
     kept = min(RANK, size)
-    return eigenvalues[-kept:].clamp_min(0), rotation.T[-kept:] @ basis
+    return eigenvalues[-kept:].clamp_min(0) / 4, rotation.T[-kept:] @ basis
 
 
 @dataclass(eq=False)
@@ -348,7 +348,7 @@ def _descend(
     c = columns
     direction = change = torch.zeros_like(theta)
     while len(row):
-        preconditioned = _precondition(basis, c)
+        preconditioned = _precondition(basis, c.ridge, c.gradient)
         # Never negative, and 0 where it is 0 / 0: in the first step.
         beta = torch.nan_to_num(_dot(preconditioned, change) / _dot(direction, change), 0.0, 0.0, 0.0).clamp_min(0)
         direction = beta[:, None] * direction - preconditioned
@@ -375,15 +375,14 @@ def _descend(
     return theta, steps
 
 
-def _precondition(basis: tuple[Tensor, Tensor], c: _Columns) -> Tensor:
-    """The gradient (K, d + 1) times an approximate inverse Hessian: the basis' curvature, and one number outside."""
-    eigenvalues, eigenvectors = basis  # (r,), (r, d)
-    mean_curvature = c.curvature.sum(dim=1, keepdim=True).clamp_min(1e-6)  # (K, 1), as the weights sum to 1
-    outside = 1 / (mean_curvature * TAIL * eigenvalues[0] + c.ridge)
-    inside = 1 / (mean_curvature * eigenvalues + c.ridge)  # (K, r)
-    gradient = c.gradient[:, :-1]
-    coordinates = (inside - outside) * (gradient @ eigenvectors.T)
-    return torch.cat([outside * gradient + coordinates @ eigenvectors, c.gradient[:, -1:] / mean_curvature], dim=1)
+def _precondition(basis: tuple[Tensor, Tensor], ridge: Tensor, gradient: Tensor) -> Tensor:
+    """The gradient (K, d + 1) times an approximate inverse Hessian: the basis' curvature, and its smallest outside."""
+    curvature, eigenvectors = basis  # (r,), (r, d)
+    outside = 1 / (curvature[0] + ridge)  # (K, 1)
+    inside = 1 / (curvature + ridge)  # (K, r)
+    by_coef, by_intercept = gradient[:, :-1], gradient[:, -1:]
+    coordinates = (inside - outside) * (by_coef @ eigenvectors.T)
+    return torch.cat([outside * by_coef + coordinates @ eigenvectors, 4 * by_intercept], dim=1)
 
 
 def _line_search(

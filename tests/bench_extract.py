@@ -29,7 +29,7 @@ from features.console import show
 from features.store import FeatureStore
 
 CPU = torch.device("cpu")
-BATCH = 32
+BATCH = 8
 
 
 def patch_files(n: int, folder: Path) -> Path:

@@ -68,7 +68,9 @@ def make_problem(n: int, d: int, strengths: tuple[float, ...] = STRENGTHS, seed:
     score = 2 * score / score.std() + rng.logistic(size=n)
     y = (score > np.quantile(score, 0.78)).astype(np.int64)  # 22 % positives
     rotation = np.linalg.qr(rng.standard_normal((d, d), dtype=np.float32))[0]
-    X = (latent @ rotation) * np.exp(0.5 * rng.standard_normal(d)) + 2 * rng.standard_normal(d)
+    X = latent @ rotation
+    X *= np.exp(0.5 * rng.standard_normal(d)).astype(np.float32)
+    X += (2 * rng.standard_normal(d)).astype(np.float32)
     masks = np.ones((5, n), dtype=bool)
     for f, (_, held_out) in enumerate(StratifiedGroupKFold(5, shuffle=True, random_state=42).split(y, y, slides)):
         masks[f, held_out] = False
@@ -97,9 +99,9 @@ class Reference:
     @staticmethod
     def _start(problem: Problem, dtype: type, folds: int) -> None:
         threadpool_limits(1)
-        X = problem.X.astype(dtype)
         Reference._folds = tuple(
-            (StandardScaler().fit_transform(X[mask]), problem.y[mask]) for mask in problem.masks[:folds]
+            (StandardScaler(copy=False).fit_transform(problem.X[mask].astype(dtype)), problem.y[mask])
+            for mask in problem.masks[:folds]
         )
 
     @staticmethod
@@ -138,7 +140,7 @@ class Reference:
 
 def standardised(problem: Problem, f: int) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
     mask = problem.masks[f]
-    return StandardScaler().fit_transform(problem.X[mask].astype(np.float64)), problem.y[mask]
+    return StandardScaler(copy=False).fit_transform(problem.X[mask].astype(np.float64)), problem.y[mask]
 
 
 def gradient_norm(
