@@ -177,10 +177,11 @@ def select_folds(model: nn.Module, folds: Sequence[int], *, step: int | None = N
         folds: the active folds; a batch holds the same number of images of each, fold after fold in this order.
         step: any number that names a training step: dropout masks follow from it. None switches dropout off.
     """
-    for _, module in adapters(model):
-        module.folds = tuple(folds)
-        module.index = torch.tensor(module.folds, device=module.A.device)
-        module.keys = None if step is None else torch.tensor([_seed_of(module.seed, fold, step) for fold in folds])
+    adapted = [module for _, module in adapters(model)]
+    index = torch.tensor(list(folds), device=adapted[0].A.device)
+    keys = None if step is None else torch.tensor([_seed_of(adapted[0].seed, fold, step) for fold in folds])
+    for module in adapted:
+        module.folds, module.index, module.keys = tuple(folds), index, keys
 
 
 def adapters(model: nn.Module) -> Iterator[tuple[str, StackedLora]]:
@@ -414,10 +415,11 @@ def save_adapter(model: nn.Module, folder: Path, *, fold: int, head: Mapping[str
     classifier = _classifier(model)
     tensors = {f"{_PEFT_PREFIX}{classifier}.{leaf}": tensor for leaf, tensor in head.items()}
     for name, module in adapters(model):
-        options, pixel = module.options, module.base.weight.shape[2:]  # type: ignore[index]
+        pixel = module.base.weight.shape[2:]  # type: ignore[index]
         for factor, tensor in (("A", module.A[fold]), ("B", module.B[fold])):
             tensors[f"{_PEFT_PREFIX}{name}.lora_{factor}.weight"] = tensor.reshape(*tensor.shape, *pixel)
     tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
+    options = next(adapters(model))[1].options
     config = {
         "peft_type": "LORA",
         "base_model_name_or_path": base_model,
@@ -442,37 +444,6 @@ def _classifier(model: nn.Module) -> str:
     return str(described.get("classifier") or "head")
 
 
-def read_options(folder: Path) -> LoraOptions:
-    """The options an adapter was trained with, by mitofm or by `peft`.
-
-    Raises:
-        UserError: no such file, not LoRA, or a kind of LoRA that computes something else.
-    """
-    path = folder / CONFIG_FILE
-    try:
-        config = json.loads(path.read_bytes())
-        kind, rank, alpha, targets = (config[key] for key in ("peft_type", "r", "lora_alpha", "target_modules"))
-        dropout = config.get("lora_dropout", 0.0)
-    except FileNotFoundError:
-        raise UserError(
-            f"{path}: no such file. An adapter is a folder that holds {CONFIG_FILE} and {WEIGHTS_FILE}."
-        ) from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{path}: not an adapter's configuration ({type(error).__name__}: {error}). Expected the JSON object that "
-            "peft or fm-finetune writes: copy or train the adapter again."
-        ) from None
-    changed = {key: config[key] for key in _OTHER_MATHEMATICS if config.get(key) not in (None, False, {}, [], "none")}
-    if kind != "LORA" or changed:
-        found = (
-            f"peft_type {kind}" if kind != "LORA" else ", ".join(f"{key} = {value}" for key, value in changed.items())
-        )
-        raise UserError(f"{path}: found {found}. Expected plain LoRA: train the adapter without it.")
-    if not isinstance(targets, str):
-        targets = rf"(.*\.)?({'|'.join(map(re.escape, sorted(targets)))})"  # peft matches a list as whole last parts
-    return LoraOptions(rank=rank, alpha=alpha, dropout=dropout, targets=targets)
-
-
 # Settings of peft's LoraConfig under which the same tensors mean another function, or other tensors are needed.
 _OTHER_MATHEMATICS = (
     "alpha_pattern",
@@ -490,6 +461,38 @@ _OTHER_MATHEMATICS = (
     "use_qalora",
     "use_rslora",
 )
+
+
+def read_options(folder: Path) -> LoraOptions:
+    """The options an adapter was trained with, by mitofm or by `peft`.
+
+    Raises:
+        UserError: no such file, not LoRA, or a kind of LoRA that computes something else.
+    """
+    path = folder / CONFIG_FILE
+    try:
+        config = json.loads(path.read_bytes())
+        targets = config["target_modules"]
+        if not isinstance(targets, str):  # peft matches a list against the whole last parts of names
+            targets = rf"(.*\.)?({'|'.join(map(re.escape, sorted(targets)))})"
+        options = LoraOptions(config["r"], config["lora_alpha"], config.get("lora_dropout", 0.0), targets)
+        kind = config["peft_type"]
+    except FileNotFoundError:
+        raise UserError(
+            f"{path}: no such file. An adapter is a folder that holds {CONFIG_FILE} and {WEIGHTS_FILE}."
+        ) from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{path}: not the configuration of a LoRA adapter ({type(error).__name__}: {error}). Expected the JSON "
+            "object that peft or fm-finetune writes: copy or train the adapter again."
+        ) from None
+    changed = {key: config[key] for key in _OTHER_MATHEMATICS if config.get(key) not in (None, False, {}, [], "none")}
+    if kind != "LORA" or changed:
+        found = ", ".join(f"{key} = {value}" for key, value in {"peft_type": kind, **changed}.items())
+        raise UserError(
+            f"{path}: found {found}. Expected peft_type = LORA and nothing else: train the adapter without."
+        )
+    return options
 
 
 def load_adapter(model: nn.Module, folder: Path, *, fold: int) -> dict[str, Tensor]:
