@@ -13,7 +13,7 @@ price of half its fits. So
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import combinations
 from pathlib import Path
@@ -88,8 +88,9 @@ def probe_store(
         UserError: if a dataset or model is not in the store or its embeddings are incomplete, if datasets were
             embedded differently, or if the training split cannot be cut into folds.
     """
-    train = _train_dataset(store, options)
-    table = store.samples(train)
+    tables = {name: store.samples(name) for name in store.datasets()}
+    train = _train_dataset(store, tables, options)
+    table = tables[train]
     rows = np.flatnonzero(table.split == TRAIN) if (table.split == TRAIN).any() else np.flatnonzero(table.split != TEST)
     scheme: Literal["default", "paper"] = "paper" if options.recipe == "paper" and _is_ami_br(train) else "default"
     folds = grouped_folds(table.select(rows), options.cv, seed=options.seed, scheme=scheme)
@@ -102,7 +103,10 @@ def probe_store(
             )
     if not found:
         raise UserError(f"{store.path} has no embeddings of {train}. Run: fm-extract --dataset {train}")
-    return [_probe_model(store, model, train, rows, folds, options=options, runs=runs) for model in models or found]
+    return [
+        _probe_model(store, tables, model, train=train, rows=rows, folds=folds, options=options, runs=runs)
+        for model in models or found
+    ]
 
 
 def fit_exact(
@@ -169,20 +173,19 @@ def _is_ami_br(name: str) -> bool:
     return name == DEFAULT_TRAIN
 
 
-def _train_dataset(store: FeatureStore, options: ProbeOptions) -> str:
-    datasets = store.datasets()
-    if not datasets:
+def _train_dataset(store: FeatureStore, tables: Mapping[str, Samples], options: ProbeOptions) -> str:
+    if not tables:
         raise UserError(f"{store.path} holds no dataset yet. Run: fm-extract")
     if options.train is not None:
         _require_dataset(store, options.train)
         return options.train
-    if DEFAULT_TRAIN in datasets:
+    if DEFAULT_TRAIN in tables:
         return DEFAULT_TRAIN
-    trainable = [name for name in datasets if (store.samples(name).split != TEST).any()]
+    trainable = [name for name in tables if (tables[name].split != TEST).any()]
     trainable = [name for name in trainable if name != DEMO] or trainable
     if len(trainable) == 1:
         return trainable[0]
-    raise UserError(f"{store.path} holds {', '.join(datasets)}: say which one to train on with --train.")
+    raise UserError(f"{store.path} holds {', '.join(tables)}: say which one to train on with --train.")
 
 
 def _require_dataset(store: FeatureStore, name: str) -> None:
@@ -261,16 +264,17 @@ def _require_same_embedding(train: Entry, test: Entry) -> None:
 
 def _probe_model(
     store: FeatureStore,
+    tables: Mapping[str, Samples],
     model: str,
+    *,
     train: str,
     rows: NDArray[np.intp],
     folds: Folds,
-    *,
     options: ProbeOptions,
     runs: Path,
 ) -> Path:
     started = time.perf_counter()
-    table = store.samples(train)
+    table = tables[train]
     y = table.label[rows]
     tests = _test_datasets(store, model, train, options)
     tried: list[dict[str, Any]] = []
@@ -298,7 +302,7 @@ def _probe_model(
     parts = [predictions_of(train, table.select(rows), split=VALIDATION, fold=folds.fold, logit=probe.validation_logit)]
     fingerprints = {train: entry.fingerprint}
     for name in [train, *tests]:
-        samples = store.samples(name)
+        samples = tables[name]
         held_out = np.flatnonzero(samples.split == TEST) if name == train else np.arange(len(samples))
         if len(held_out):
             parts.append(_score(store, name, samples, held_out, model, entry.view, pooling, probe))
@@ -317,7 +321,7 @@ def _probe_model(
         "fingerprints": fingerprints,
         "embedding": entry.parts,
         "folds": {"n": folds.n_folds, "source": folds.source, "digest": folds.digest, "seed": options.seed},
-        "table_digests": {name: store.samples(name).table_digest for name in [train, *tests]},
+        "table_digests": {name: store.dataset_attrs(name)["table_digest"] for name in [train, *tests]},
         "candidates": tried,
     }
     weights: dict[str, NDArray[Any]] = {"coef": probe.coef, "intercept": probe.intercept}
