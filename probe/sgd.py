@@ -69,6 +69,17 @@ def fit_paper_probe(
         seed: decides the initial weights and the samplers, fold by fold: a fold's result does not depend on the others.
         recipe: the hyperparameters.
     """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # the products are tiny: a second thread only waits, for long on a busy machine
+    try:
+        return _fit(X, y, masks=masks, seed=seed, recipe=recipe)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _fit(
+    X: NDArray[np.floating], y: NDArray[np.integer], *, masks: NDArray[np.bool_], seed: int, recipe: PaperRecipe
+) -> PaperFit:
     n_folds, d = len(masks), X.shape[1]
     features = torch.from_numpy(np.ascontiguousarray(X, dtype=np.float32))
     target = torch.from_numpy(np.asarray(y, dtype=np.int64))
