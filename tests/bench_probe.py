@@ -13,6 +13,8 @@ from __future__ import annotations
 import os
 import sys
 
+# As the commands set it: threads that spin for long wait out whole time slices wherever a core has other work as well.
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 if "OPENBLAS_CORETYPE" in os.environ:  # it can halve numpy's matrix products; BLAS reads it on loading only
     del os.environ["OPENBLAS_CORETYPE"]
     os.execv(sys.executable, [sys.executable, *sys.argv])

@@ -187,7 +187,7 @@ def test_out_of_memory_halves_the_batch_instead_of_failing(patches, weights, tmp
         return real(model, backbone, images, **options)
 
     monkeypatch.setattr(embed, "embed_batch", small_memory)
-    store = run(patches, weights, tmp_path / "s.zarr")
+    store = run(patches, weights, tmp_path / "s.zarr", batch_size=32)
     assert "going on with batches of 16" in capsys.readouterr().err
     assert all(entry.complete and entry.batch_size == 16 for entry in store.entries())
 
