@@ -13,7 +13,7 @@ from __future__ import annotations
 import os
 import sys
 
-# As the commands set it: threads that spin for long wait out whole time slices wherever a core has other work as well.
+# Threads that spin for long wait out whole time slices on a core that has other work (docs/decisions/solver.md).
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 if "OPENBLAS_CORETYPE" in os.environ:  # it can halve numpy's matrix products; BLAS reads it on loading only
     del os.environ["OPENBLAS_CORETYPE"]
