@@ -143,6 +143,12 @@ def load_dataset(name_or_path: str, *, data: Path | None = None, positive: str |
     )
 
 
+def is_at_hand(name: str, data: Path | None = None) -> bool:
+    """Whether the patches of a known dataset are in the data folder; without one they can be downloaded."""
+    folder = data or _default_data()
+    return folder is None or (folder / DATASETS[name].folder).is_dir()
+
+
 def files_digest(ids: Iterable[str], sha256: Iterable[str]) -> str:
     """SHA-256 over the sorted lines `<sha256>  <id>`, which is what `sha256sum` prints of the files."""
     lines = sorted(f"{digest}  {id}\n" for digest, id in zip(sha256, ids, strict=True))

@@ -11,11 +11,12 @@ from __future__ import annotations
 import os
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -23,7 +24,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from extract.backbones import Backbone, Weights, build_model, check_input_size, fetch_weights, pooling_widths
-from extract.datasets import PatchDataset
+from extract.datasets import Decode, PatchDataset
 from extract.hardware import choose_precision, embed_batch, find_device, largest_batch, out_of_memory, settle
 from extract.views import Transform, View, make_transform, parse_view
 from features.console import UserError, progress, say
@@ -31,6 +32,7 @@ from features.store import Entry, FeatureStore, Writer, fingerprint
 
 _CALIBRATION_PATCHES = 8
 _CPU_BATCH = 8  # larger batches leave the cache: a third slower for convolutions, no faster for transformers
+Rows = TypeVar("Rows", bound=Sequence[int])
 _UNITS_AHEAD = 2  # decoded, or waiting to be written
 
 
@@ -290,46 +292,45 @@ def _run(dataset: PatchDataset, jobs: list[_Job], device: torch.device) -> dict[
     starts = sorted({rows.start // unit * unit for job in jobs for rows in job.todo})
     units = [range(start, min(start + unit, n_rows)) for start in starts]
     new_rows: dict[tuple[str, str], int] = {}
-    n_decoders = max(1, min(8, (os.cpu_count() or 2) // 2))
     total = sum(len(rows) for job in jobs for rows in job.todo)
     with (
-        ThreadPoolExecutor(n_decoders, thread_name_prefix="decode") as decoders,
         ThreadPoolExecutor(1, thread_name_prefix="write") as writers,
         progress(f"{dataset.name}", total) as advance,
+        closing(decoded(dataset.decode, units)) as ready,
     ):
         writing: deque[Future[None]] = deque()
-        try:
-            for rows, patches in _decoded(dataset, units, decoders):
-                for job in jobs:
-                    for step in (step for step in job.todo if step.start in rows):
-                        batch = patches[step.start - rows.start : step.stop - rows.start]
-                        poolings = _forward(job, batch, device)
-                        writing.append(writers.submit(_write, job.writer, step, poolings))
-                        if len(writing) > _UNITS_AHEAD:
-                            writing.popleft().result()
-                        key = (job.backbone.name, job.view.name)
-                        new_rows[key] = new_rows.get(key, 0) + len(step)
-                        advance(len(step))
-            while writing:
-                writing.popleft().result()
-        except BaseException:
-            decoders.shutdown(wait=False, cancel_futures=True)  # what is computed already is still written
-            raise
+        for rows, patches in ready:
+            for job in jobs:
+                for step in (step for step in job.todo if step.start in rows):
+                    batch = patches[step.start - rows.start : step.stop - rows.start]
+                    poolings = _forward(job, batch, device)
+                    writing.append(writers.submit(_write, job.writer, step, poolings))
+                    if len(writing) > _UNITS_AHEAD:
+                        writing.popleft().result()
+                    key = (job.backbone.name, job.view.name)
+                    new_rows[key] = new_rows.get(key, 0) + len(step)
+                    advance(len(step))
+        while writing:
+            writing.popleft().result()
     return new_rows
 
 
-def _decoded(
-    dataset: PatchDataset, units: list[range], decoders: ThreadPoolExecutor
-) -> Iterator[tuple[range, list[NDArray[np.uint8]]]]:
-    """Each unit with its decoded patches, while the next units are being decoded."""
-    ahead: deque[tuple[range, list[Future[NDArray[np.uint8]]]]] = deque()
-    for rows in units:
-        ahead.append((rows, [decoders.submit(dataset.decode, row) for row in rows]))
-        if len(ahead) > _UNITS_AHEAD:
-            first, futures = ahead.popleft()
-            yield first, [future.result() for future in futures]
-    for first, futures in ahead:
-        yield first, [future.result() for future in futures]
+def decoded(decode: Decode, units: Sequence[Rows]) -> Generator[tuple[Rows, list[NDArray[np.uint8]]], None, None]:
+    """Each unit of rows with its decoded patches, while threads decode the next units. Close it if you leave early."""
+    n_decoders = max(1, min(8, (os.cpu_count() or 2) // 2))
+    ahead: deque[tuple[Rows, list[Future[NDArray[np.uint8]]]]] = deque()
+    with ThreadPoolExecutor(n_decoders, thread_name_prefix="decode") as decoders:
+        try:
+            for rows in units:
+                ahead.append((rows, [decoders.submit(decode, row) for row in rows]))
+                if len(ahead) > _UNITS_AHEAD:
+                    first, futures = ahead.popleft()
+                    yield first, [future.result() for future in futures]
+            for first, futures in ahead:
+                yield first, [future.result() for future in futures]
+        except BaseException:
+            decoders.shutdown(wait=False, cancel_futures=True)
+            raise
 
 
 def _forward(job: _Job, patches: Sequence[NDArray[np.uint8]], device: torch.device) -> dict[str, Tensor]:

@@ -72,13 +72,23 @@ class Transform:
         Raises:
             UserError: if a patch is smaller than the view's crop.
         """
+        return self.normalise(self.resized(patches, device))
+
+    def resized(self, patches: Sequence[NDArray[np.uint8]], device: torch.device) -> Tensor:
+        """Patches, each (h, w, 3) uint8, of any sizes, to pixels (b, 3, input_size, input_size) in whole grey levels.
+
+        Raises:
+            UserError: if a patch is smaller than the view's crop.
+        """
         if len({patch.shape for patch in patches}) == 1:
-            pixels = self._resized(torch.from_numpy(np.stack(patches)), device)
-        else:
-            pixels = torch.cat([self._resized(torch.from_numpy(patch[None]), device) for patch in patches])
+            return self._resized(torch.from_numpy(np.stack(patches)), device)
+        return torch.cat([self._resized(torch.from_numpy(patch[None]), device) for patch in patches])
+
+    def normalise(self, pixels: Tensor) -> Tensor:
+        """Pixels (b, 3, h, w) in 0..255, of any dtype, to float32 network input."""
         # x/255 normalised by mean and std, as one multiplication and one addition.
-        std = torch.tensor(self.std, device=device).view(3, 1, 1)
-        mean = torch.tensor(self.mean, device=device).view(3, 1, 1)
+        std = torch.tensor(self.std, device=pixels.device).view(3, 1, 1)
+        mean = torch.tensor(self.mean, device=pixels.device).view(3, 1, 1)
         return pixels.mul(1 / (255 * std)).sub_(mean / std)
 
     def _resized(self, patches: Tensor, device: torch.device) -> Tensor:

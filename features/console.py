@@ -8,18 +8,27 @@ from __future__ import annotations
 
 import difflib
 import json
+import os
 import signal
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
 if TYPE_CHECKING:
     import typer
     from rich.table import Table
 
 _PIPE_WIDTH = 240
-Advance = Callable[[int], None]
+# Rounds of a waiting OpenMP thread before it sleeps. Without a limit, two-thread products beside any other busy process
+# take up to fifty times as long (docs/decisions/solver.md); torch reads it when it is loaded.
+_SPIN_COUNT = "10000"
+
+
+class Advance(Protocol):
+    """Moves a progress bar on by `n` finished units and may say beside it what is going on."""
+
+    def __call__(self, n: int, note: str | None = None) -> None: ...
 
 
 class UserError(Exception):
@@ -69,7 +78,7 @@ def progress(description: str, total: int, unit: str = "images") -> Iterator[Adv
         `advance(n)`, to be called after every `n` finished units; safe to call from any thread.
     """
     if not sys.stderr.isatty():
-        yield lambda n: None
+        yield lambda n, note=None: None
         return
     from rich.console import Console
     from rich.progress import (
@@ -94,10 +103,17 @@ def progress(description: str, total: int, unit: str = "images") -> Iterator[Adv
         MofNCompleteColumn(),
         Rate(),
         TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
     )
     with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task(description, total=total)
-        yield lambda n: bar.advance(task, n)
+        task = bar.add_task(description, total=total, note="")
+
+        def advance(n: int, note: str | None = None) -> None:
+            bar.advance(task, n)
+            if note is not None:
+                bar.update(task, note=note)
+
+        yield advance
 
 
 def _interrupt(signum: int, frame: object) -> None:
@@ -106,6 +122,7 @@ def _interrupt(signum: int, frame: object) -> None:
 
 def run(app: typer.Typer) -> None:
     """Run a typer application under the exit-status contract: 0 done, 1 one clear message, 2 wrong usage."""
+    os.environ.setdefault("GOMP_SPINCOUNT", _SPIN_COUNT)
     signal.signal(signal.SIGINT, _interrupt)
     signal.signal(signal.SIGTERM, _interrupt)
     try:

@@ -60,6 +60,12 @@ class Samples:
         votes = ["".join("-01"[v + 1] for v in row) for row in self.votes]
         return _digest(self.id, self.label, self.group, self.split, votes, self.domain, self.sha256)
 
+    @property
+    def training_rows(self) -> NDArray[np.intp]:
+        """The rows that cross-validation may use: the training split; where there is none, all but the test split."""
+        training = self.split == TRAIN
+        return np.flatnonzero(training if training.any() else self.split != TEST)
+
     def select(self, rows: NDArray[np.bool_] | NDArray[np.intp]) -> Samples:
         """The rows of a boolean mask or an index array, in that order."""
         return replace(self, **{field.name: getattr(self, field.name)[rows] for field in fields(self)})

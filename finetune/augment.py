@@ -22,7 +22,8 @@ class AugmentOptions:
     """What may change. A value of 0 (or a scale of 1 to 1) switches a change off.
 
     Attributes:
-        flip: probability of mirroring left to right, and of mirroring top to bottom.
+        flip: probability of mirroring left to right.
+        flip_vertical: probability of mirroring top to bottom.
         rotation: largest rotation either way, in degrees; 180 for any.
         scale: share of the patch's area that a random crop keeps, smallest and largest.
         ratio: aspect ratio of the crop, smallest and largest.
@@ -31,6 +32,7 @@ class AugmentOptions:
     """
 
     flip: float = 0.5
+    flip_vertical: float = 0.5
     rotation: float = 15.0
     scale: tuple[float, float] = (0.8, 1.0)
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
@@ -40,8 +42,9 @@ class AugmentOptions:
     hue: float = 0.02
 
     def __post_init__(self) -> None:
-        if not 0 <= self.flip <= 1:
-            raise ValueError(f"flip is a probability, got {self.flip}")
+        for flip in (self.flip, self.flip_vertical):
+            if not 0 <= flip <= 1:
+                raise ValueError(f"a flip is a probability, got {flip}")
         if not 0 < self.scale[0] <= self.scale[1] <= 1:
             raise ValueError(f"scale must rise within (0, 1], got {self.scale}")
         if not 0 < self.ratio[0] <= self.ratio[1]:
@@ -94,7 +97,7 @@ def affine(draws: Tensor, options: AugmentOptions, *, aspect: float = 1.0) -> Te
     centre_x = (2 * left - 1) * (1 - half_width)
     centre_y = (2 * top - 1) * (1 - half_height)
     sign_x = torch.where(flip_x < options.flip, -1.0, 1.0)
-    sign_y = torch.where(flip_y < options.flip, -1.0, 1.0)
+    sign_y = torch.where(flip_y < options.flip_vertical, -1.0, 1.0)
     angle = (2 * turn - 1) * math.radians(options.rotation)
     cos, sin = angle.cos(), angle.sin()
     rows = [

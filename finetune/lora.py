@@ -107,7 +107,7 @@ def add_adapters(model: nn.Module, options: LoraOptions, *, n_folds: int, seed: 
     options = replace(options, targets=options.targets or default_targets(model))
     names = find_targets(model, options)
     model.requires_grad_(False)
-    generators = [torch.Generator().manual_seed(_seed_of(seed, fold)) for fold in range(n_folds)]
+    generators = [torch.Generator().manual_seed(seed_of(seed, fold)) for fold in range(n_folds)]
     for layer, name in enumerate(names):
         parent, _, child = name.rpartition(".")
         base = model.get_submodule(name)
@@ -179,7 +179,7 @@ def select_folds(model: nn.Module, folds: Sequence[int], *, step: int | None = N
     """
     adapted = [module for _, module in adapters(model)]
     index = torch.tensor(list(folds), device=adapted[0].A.device)
-    keys = None if step is None else torch.tensor([_seed_of(adapted[0].seed, fold, step) for fold in folds])
+    keys = None if step is None else torch.tensor([seed_of(adapted[0].seed, fold, step) for fold in folds])
     for module in adapted:
         module.folds, module.index, module.keys = tuple(folds), index, keys
 
@@ -347,7 +347,7 @@ def keep_mask(like: Tensor, keys: Tensor, *, layer: int, threshold: int) -> Tens
     mask = torch.empty_like(like, memory_format=torch.contiguous_format)
     for key, own in zip(keys.tolist(), mask.flatten(1), strict=True):
         # Compared straight into the wanted dtype: a mask of booleans would have to be cast, several times slower.
-        torch.ge(_random_bytes(_seed_of(key, layer), len(own), like.device), threshold, out=own)
+        torch.ge(_random_bytes(seed_of(key, layer), len(own), like.device), threshold, out=own)
     return mask
 
 
@@ -366,7 +366,7 @@ def _random_bytes(seed: int, n: int, device: torch.device) -> Tensor:
     return drawn.view(torch.uint8)[:n]
 
 
-def _seed_of(*key: int) -> int:
+def seed_of(*key: int) -> int:
     """One well-mixed seed of 63 bits for a tuple of numbers."""
     return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
@@ -412,7 +412,7 @@ def save_adapter(model: nn.Module, folder: Path, *, fold: int, head: Mapping[str
     Raises:
         UserError: the disk cannot be written.
     """
-    classifier = _classifier(model)
+    classifier = classifier_name(model)
     tensors = {f"{_PEFT_PREFIX}{classifier}.{leaf}": tensor for leaf, tensor in head.items()}
     for name, module in adapters(model):
         pixel = module.base.weight.shape[2:]  # type: ignore[index]
@@ -438,7 +438,7 @@ def save_adapter(model: nn.Module, folder: Path, *, fold: int, head: Mapping[str
         write_file(folder / CONFIG_FILE, [json.dumps(config, indent=2).encode()])
 
 
-def _classifier(model: nn.Module) -> str:
+def classifier_name(model: nn.Module) -> str:
     """timm's name of the classifier: "head" of ViTs, "head.fc" of Swin, "classifier" of EfficientNets."""
     described: Mapping[str, Any] = getattr(model, "pretrained_cfg", {})
     return str(described.get("classifier") or "head")
@@ -506,7 +506,7 @@ def load_adapter(model: nn.Module, folder: Path, *, fold: int) -> dict[str, Tens
     """
     options = read_options(folder)
     path = folder / WEIGHTS_FILE
-    tensors = _read_tensors(path)
+    tensors = read_tensors(path)
     expected: dict[str, Tensor] = {}
     for name, module in adapters(model):
         if (options.rank, options.alpha) != (module.options.rank, module.options.alpha):
@@ -517,7 +517,7 @@ def load_adapter(model: nn.Module, folder: Path, *, fold: int) -> dict[str, Tens
             )
         expected[f"{_PEFT_PREFIX}{name}.lora_A.weight"] = module.A.data[fold]
         expected[f"{_PEFT_PREFIX}{name}.lora_B.weight"] = module.B.data[fold]
-    head_prefix = f"{_PEFT_PREFIX}{_classifier(model)}."
+    head_prefix = f"{_PEFT_PREFIX}{classifier_name(model)}."
     head = {key.removeprefix(head_prefix): tensors.pop(key) for key in list(tensors) if key.startswith(head_prefix)}
     if tensors.keys() != expected.keys():
         strange = sorted(tensors.keys() - expected.keys())
@@ -537,7 +537,12 @@ def load_adapter(model: nn.Module, folder: Path, *, fold: int) -> dict[str, Tens
     return head
 
 
-def _read_tensors(path: Path) -> dict[str, Tensor]:
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """All tensors of a safetensors file of a fold.
+
+    Raises:
+        UserError: a missing or truncated file.
+    """
     try:
         return safetensors.torch.load_file(path)
     except FileNotFoundError:
@@ -545,5 +550,6 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
     except (SafetensorError, OSError) as error:
         found = f"not a whole safetensors file ({error})"
     raise UserError(
-        f"{path}: {found}. Expected the adapter's tensors beside {CONFIG_FILE}: copy or train the adapter again."
+        f"{path}: {found}. Expected the weights of one fold, as fm-finetune or peft writes them. Copy the folder "
+        "again, or train again."
     )

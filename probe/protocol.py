@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from features.console import UserError, nearest
 from features.folds import SEED, Folds, grouped_folds
-from features.samples import TEST, TRAIN, Samples
+from features.samples import TEST, Samples
 from features.store import Entry, FeatureStore
 from probe.logistic import fit_logistic, predict_logits
 from probe.metrics import auroc, balanced_accuracy, balanced_log_loss
@@ -91,7 +91,7 @@ def probe_store(
     tables = {name: store.samples(name) for name in store.datasets()}
     train = _train_dataset(store, tables, options)
     table = tables[train]
-    rows = np.flatnonzero(table.split == TRAIN) if (table.split == TRAIN).any() else np.flatnonzero(table.split != TEST)
+    rows = table.training_rows
     scheme: Literal["default", "paper"] = "paper" if options.recipe == "paper" and _is_ami_br(train) else "default"
     folds = grouped_folds(table.select(rows), options.cv, seed=options.seed, scheme=scheme)
     found = list(dict.fromkeys(entry.model for entry in store.entries(train)))
@@ -318,6 +318,7 @@ def _probe_model(
         "view": entry.view,
         "pooling": pooling,
         "card_pooling": entry.card_pooling,
+        "label_names": store.dataset_attrs(train)["label_names"],
         "fingerprints": fingerprints,
         "embedding": entry.parts,
         "folds": {"n": folds.n_folds, "source": folds.source, "digest": folds.digest, "seed": options.seed},
@@ -325,7 +326,8 @@ def _probe_model(
         "candidates": tried,
     }
     weights: dict[str, NDArray[Any]] = {"coef": probe.coef, "intercept": probe.intercept}
-    return write_run(runs, run, concatenate(parts), weights=weights, started=started)
+    seconds = time.perf_counter() - started
+    return write_run(runs, run, concatenate(parts), weights=weights, seconds=seconds)
 
 
 def _score(

@@ -86,6 +86,28 @@ def candidates_table(runs: Sequence[Mapping[str, Any]]) -> Table:
     return table
 
 
+def training_table(run: Mapping[str, Any]) -> Table:
+    """How a fine-tuned run's folds trained: epochs, the one that was kept, and its validation figures."""
+    from rich.table import Table
+
+    table = Table(title="Training: the epoch kept per fold", title_style="bold", header_style="bold")
+    columns = ("Fold", "Epochs", "Kept", "Loss", "Validation bal. acc.", "Validation AUROC", "Learning rate")
+    for column in columns:
+        table.add_column(column, justify="right")
+    for fold, (history, kept) in enumerate(zip(run["history"], run["best_epoch"], strict=True)):
+        best = history[kept]
+        table.add_row(
+            str(fold),
+            str(len(history)),
+            str(kept + 1),
+            f"{best['loss']:.4f}",
+            f"{best['balanced_accuracy']:.4f}",
+            f"{best['auroc']:.4f}",
+            f"{best['learning_rate']:.1e}",
+        )
+    return table
+
+
 def _cell(figure: Mapping[str, Any]) -> str:
     return f"{figure['mean']:.4f} ± {figure['std']:.4f}"
 

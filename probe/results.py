@@ -1,11 +1,11 @@
 """What does a run leave on disk, and how is it read back?
 
-A run is a folder `runs/<id>/`, written whole or not at all:
+A run is a folder `runs/<id>/`. `run.json` is written last: a folder without it is no run, or not yet.
 
     run.json         options verbatim, versions, fingerprints, fold digest, what was chosen and how, cost
     predictions.csv  dataset, id, label, group, split, fold, logit, probability: every prediction of every fold's model
     metrics.json     figures computed from predictions.csv by probe.metrics
-    *.safetensors    the weights
+    *.safetensors    the weights; of a fine-tuned run in a folder per fold
 
 Tables, intervals and plots are computed from these files alone.
 """
@@ -13,8 +13,8 @@ Tables, intervals and plots are computed from these files alone.
 from __future__ import annotations
 
 import csv
+import io
 import json
-import os
 import platform
 import resource
 import secrets
@@ -30,6 +30,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from features.console import UserError
+from features.files import move_folder, write_file, writing
 from features.samples import Samples
 from features.store import store_key
 from probe.metrics import THRESHOLD, best_threshold, scores
@@ -137,22 +138,28 @@ def evaluate(predictions: Predictions) -> dict[str, Any]:
     return {"threshold": threshold, "sets": sets}
 
 
+def new_run_id(kind: str, model: str) -> str:
+    """A name for a run: what, of which model, when, and four random digits."""
+    stamp = time.strftime("%Y%m%d-%H%M%S", time.gmtime())
+    return f"{kind}-{store_key(model)}-{stamp}-{secrets.token_hex(2)}"
+
+
 def write_run(
     runs: Path,
     run: Mapping[str, Any],
     predictions: Predictions,
     *,
     weights: Mapping[str, NDArray[Any]],
-    started: float,
+    seconds: float,
 ) -> Path:
-    """Write a run's folder, whole or not at all.
+    """Write a new run's folder, whole or not at all.
 
     Args:
         runs: the folder of all runs; created if missing.
         run: `kind`, `model`, `options` and whatever else run.json should say; id, format, versions and cost are added.
         predictions: of every fold's model on every set.
         weights: name to array, saved as `weights.safetensors`.
-        started: `time.perf_counter()` when the work on this run began.
+        seconds: what the run took.
 
     Returns:
         The run's folder; its name is the run's id.
@@ -160,11 +167,30 @@ def write_run(
     Raises:
         UserError: if the folder cannot be written.
     """
-    from safetensors.numpy import save_file
+    from safetensors.numpy import save
 
-    stamp = time.strftime("%Y%m%d-%H%M%S", time.gmtime())
-    run_id = f"{run['kind']}-{store_key(str(run['model']))}-{stamp}-{secrets.token_hex(2)}"
+    run_id = new_run_id(str(run["kind"]), str(run["model"]))
     half = runs / f".{run_id}.partial"
+    try:
+        with writing(runs):
+            half.mkdir(parents=True)
+            whole = save({name: np.ascontiguousarray(array) for name, array in weights.items()})
+            write_file(half / "weights.safetensors", [whole])
+        finish_run(half, run, predictions, run_id=run_id, seconds=seconds)
+        with writing(runs):
+            move_folder(half, runs / run_id)
+    except BaseException:
+        shutil.rmtree(half, ignore_errors=True)
+        raise
+    return runs / run_id
+
+
+def finish_run(folder: Path, run: Mapping[str, Any], predictions: Predictions, *, run_id: str, seconds: float) -> None:
+    """Add to a folder that holds a run's weights what makes it a run; `run.json` comes last.
+
+    Raises:
+        UserError: if the folder cannot be written.
+    """
     record = {
         "format": RUN_FORMAT,
         "id": run_id,
@@ -173,24 +199,14 @@ def write_run(
         "versions": versions(),
         "cost": {
             **run.get("cost", {}),
-            "seconds": round(time.perf_counter() - started, 3),
+            "seconds": round(seconds, 3),
             "peak_memory_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
         },
     }
-    try:
-        half.mkdir(parents=True)
-        _write_json(half / "run.json", record)
-        _write_predictions(half / "predictions.csv", predictions)
-        _write_json(half / "metrics.json", evaluate(predictions))
-        save_file({name: np.ascontiguousarray(array) for name, array in weights.items()}, half / "weights.safetensors")
-        (half / "weights.safetensors").chmod(0o644)
-        half.rename(runs / run_id)
-    except OSError as error:
-        shutil.rmtree(half, ignore_errors=True)
-        raise UserError(
-            f"cannot write the run to {runs}: {error.strerror or error}. Free space, or use --runs."
-        ) from error
-    return runs / run_id
+    with writing(folder):
+        write_file(folder / "predictions.csv", [_predictions_csv(predictions).encode()])
+        write_file(folder / "metrics.json", [_json(evaluate(predictions))])
+        write_file(folder / "run.json", [_json(record)])
 
 
 def versions() -> dict[str, str]:
@@ -214,7 +230,10 @@ def read_run(folder: Path) -> dict[str, Any]:
         record = json.loads((folder / "run.json").read_text(encoding="utf-8"))
         record["metrics"] = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise UserError(f"{folder} is not a run: {Path(error.filename).name} is missing.") from error
+        raise UserError(
+            f"{folder} is not a finished run: {Path(error.filename).name} is missing. Expected a folder written "
+            "by fm-probe or fm-finetune; an interrupted training goes on with fm-finetune --resume."
+        ) from error
     except ValueError as error:
         raise UserError(f"{folder}: run.json or metrics.json is damaged ({error}). Run the command again.") from error
     if record.get("format") != RUN_FORMAT:
@@ -255,15 +274,11 @@ def read_predictions(folder: Path) -> Predictions:
         raise UserError(f"{path} is damaged ({error}). Run the command again.") from error
 
 
-def _write_json(path: Path, value: Mapping[str, Any]) -> None:
-    with path.open("w", encoding="utf-8") as file:
-        json.dump(value, file, indent=2, ensure_ascii=False)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
+def _json(value: Mapping[str, Any]) -> bytes:
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
 
 
-def _write_predictions(path: Path, predictions: Predictions) -> None:
+def _predictions_csv(predictions: Predictions) -> str:
     columns = (
         predictions.dataset.tolist(),
         predictions.id.tolist(),
@@ -274,9 +289,8 @@ def _write_predictions(path: Path, predictions: Predictions) -> None:
         [f"{value:.9g}" for value in predictions.logit.tolist()],  # 9 digits give a float32 back exactly
         [f"{value:.6f}" for value in predictions.probability.tolist()],
     )
-    with path.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(COLUMNS)
-        writer.writerows(zip(*columns, strict=True))
-        file.flush()
-        os.fsync(file.fileno())
+    file = io.StringIO()
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerow(COLUMNS)
+    writer.writerows(zip(*columns, strict=True))
+    return file.getvalue()

@@ -1,0 +1,213 @@
+"""fm-finetune and fm-predict: adapt backbones to patches, and apply a run to new ones."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from features.console import print_json, run, say, show
+
+finetune_app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+predict_app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+# Options that may differ when a training is resumed: they say where and how to compute, not what.
+_COMPUTE = frozenset({"data", "weights", "device", "folds_at_once", "compile", "grad_checkpointing", "merge"})
+_ELSEWHERE = frozenset({"runs", "resume", "dry_run", "as_json"})
+
+
+@finetune_app.command(help="fm-finetune: adapt a backbone to patches, by LoRA or as a whole, all folds at once.")
+def finetune(
+    context: typer.Context,
+    lora_rank: Annotated[int, typer.Option(help="Inner width of the adapters.")] = 8,
+    lora_alpha: Annotated[float, typer.Option(help="Adapters are scaled by alpha / rank.")] = 16,
+    lora_dropout: Annotated[float, typer.Option(help="Share of an adapter's inputs dropped while training.")] = 0.3,
+    lora_targets: Annotated[
+        str | None, typer.Option(help="Regular expression of whole module names. Default: the family's, see --dry-run.")
+    ] = None,
+    model: Annotated[
+        str, typer.Option(help="A name of fm-extract --list-models, timm/NAME, or hf-hub:ORG/REPO[@REV].")
+    ] = "efficientnet-lite0",
+    train: Annotated[
+        str, typer.Option(help="Dataset whose training split is cross-validated: a name, or a path as in fm-extract.")
+    ] = "demo",
+    test: Annotated[
+        str | None,
+        typer.Option(help="More datasets to score, comma-separated. Default: the other published ones."),
+    ] = None,
+    method: Annotated[
+        str, typer.Option(help="lora, full (the whole backbone, folds in turn) or head (the classifier alone).")
+    ] = "lora",
+    recipe: Annotated[str, typer.Option(help="default, or paper: the text of Banerjee et al. 2025.")] = "default",
+    view: Annotated[
+        str | None, typer.Option(help="full, centerN, centerN@M as in fm-extract. Default: the recipe's.")
+    ] = None,
+    cv: Annotated[int, typer.Option(help="Number of cross-validation folds; groups (slides) are never cut.")] = 5,
+    epochs: Annotated[int | None, typer.Option(min=1, help="At most. Default: the recipe's.")] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="Patches per fold and step. Default: the recipe's.")
+    ] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Default: the recipe's.")] = None,
+    seed: Annotated[int, typer.Option(help="Of folds, initial values, sampling, augmentation and dropout.")] = 42,
+    precision: Annotated[str, typer.Option(help="auto, fp32 or bf16.")] = "auto",
+    positive: Annotated[
+        str | None, typer.Option(help="The class that counts as positive, for datasets of your own.")
+    ] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(help="Folder laid out like AMi-Br_Benchmark. Default: $MITOFM_DATA, else download."),
+    ] = None,
+    weights: Annotated[Path | None, typer.Option(help="A local checkpoint instead of the hub's.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    folds_at_once: Annotated[
+        int | None, typer.Option(min=1, help="Folds per forward pass. Default: all on a GPU, one on a CPU.")
+    ] = None,
+    compile: Annotated[bool, typer.Option("--compile", help="Compile the backbone with torch.compile.")] = False,
+    grad_checkpointing: Annotated[
+        bool, typer.Option("--grad-checkpointing", help="Less memory, a third more time.")
+    ] = False,
+    merge: Annotated[
+        bool, typer.Option("--merge", help="Also write each fold as a plain timm network, adapters merged.")
+    ] = False,
+    runs: Annotated[Path, typer.Option(help="Where run folders go.")] = Path("runs"),
+    resume: Annotated[Path | None, typer.Option(help="The folder of an interrupted run to go on with.")] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show what would be adapted, its parameters and memory, and stop.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
+) -> None:
+    from finetune import protocol
+    from finetune.lora import LoraOptions
+    from probe.results import read_run
+
+    options = protocol.FinetuneOptions(
+        model=model,
+        train=train,
+        test=_names(test),
+        method=method,  # type: ignore[arg-type]
+        recipe=recipe,
+        lora=LoraOptions(rank=lora_rank, alpha=lora_alpha, dropout=lora_dropout, targets=lora_targets),
+        view=view,
+        cv=cv,
+        epochs=epochs,
+        batch_size=batch_size,
+        learning_rate=learning_rate,
+        seed=seed,
+        precision=precision,
+        positive=positive,
+    )
+    compute = protocol.ComputeOptions(
+        data=data,
+        weights=weights,
+        device=device,
+        folds_at_once=folds_at_once,
+        compile=compile,
+        grad_checkpointing=grad_checkpointing,
+        merge=merge,
+    )
+    if dry_run:
+        _show_plan(options, compute, as_json)
+        return
+    if resume is None:
+        folder = protocol.finetune(options, compute=compute, runs=runs)
+    else:
+        folder = protocol.resume(resume, changed=_given(context, options), compute=compute)
+    record = read_run(folder)
+    if as_json:
+        print_json({"runs": [str(folder)], "results": [record]})
+        return
+    from probe.report import leaderboard, training_table
+
+    show(training_table(record), leaderboard([record]))
+    say(f"run written to {folder}/")
+
+
+def _given(context: typer.Context, options: Any) -> dict[str, Any]:
+    """The options of the training that stood on the command line."""
+    given: dict[str, Any] = {}
+    for name in context.params:
+        source = context.get_parameter_source(name)
+        if source is not None and source.name == "COMMANDLINE" and name not in _COMPUTE | _ELSEWHERE:
+            owner, _, leaf = name.partition("lora_")
+            if leaf:
+                given[f"lora.{leaf}"] = getattr(options.lora, leaf)
+            else:
+                given[owner] = getattr(options, owner)
+    return given
+
+
+def _names(text: str | None) -> tuple[str, ...] | None:
+    """A comma-separated option as distinct names, in order."""
+    if text is None:
+        return None
+    return tuple(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
+
+
+def _show_plan(options: Any, compute: Any, as_json: bool) -> None:
+    from dataclasses import asdict
+
+    from rich.table import Table
+
+    from finetune.plan import make_plan
+
+    plan = make_plan(options, compute)
+    if as_json:
+        print_json(asdict(plan))
+        return
+    modules = Table(title=f"{plan.model}: {len(plan.modules)} modules would be adapted", header_style="bold")
+    for column in ("Module", "Kind", "in", "out", "Trained per fold"):
+        modules.add_column(column, justify="left" if column in ("Module", "Kind") else "right", no_wrap=True)
+    for module in plan.modules:
+        modules.add_row(module.name, module.kind, f"{module.n_in:,}", f"{module.n_out:,}", f"{module.n_trained:,}")
+    total = Table(title="Together", header_style="bold", show_header=False)
+    total.add_column()
+    total.add_column(justify="right")
+    total.add_row("Parameters of the backbone", f"{plan.n_parameters:,}")
+    total.add_row("Trained per fold", f"{plan.n_trained:,} ({plan.n_trained / plan.n_parameters:.2%})")
+    total.add_row("Folds", f"{plan.n_folds} ({plan.folds_at_once} per forward pass)")
+    total.add_row("Memory: frozen weights", f"{plan.weights_mb:,.0f} MB")
+    total.add_row("Memory: trained values, gradients, moments, best", f"{plan.rows_mb:,.0f} MB")
+    total.add_row(
+        f"Memory: activations ({plan.precision}, {plan.batch_size} images per fold)", f"{plan.kept_mb:,.0f} MB"
+    )
+    total.add_row("Memory: estimated peak", f"{plan.weights_mb + plan.rows_mb + plan.kept_mb:,.0f} MB")
+    show(*([modules] if plan.modules else []), total)
+
+
+@predict_app.command(help="fm-predict: apply a probe run or a fine-tuned run to new patches.")
+def predict(
+    folder: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run.")],
+    paths: Annotated[
+        list[Path], typer.Argument(metavar="PATH…", help="Image files, folders, CSV files (column path) or HDF5 (x).")
+    ],
+    out: Annotated[Path, typer.Option(help="The CSV to write.")] = Path("predictions.csv"),
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    weights: Annotated[
+        Path | None, typer.Option(help="A local checkpoint of the backbone instead of the hub's.")
+    ] = None,
+    threshold: Annotated[
+        float | None, typer.Option(help="Positive from this probability on. Default: the run's own.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
+) -> None:
+    from finetune.predict import predict_paths
+
+    summary = predict_paths(folder, paths, out=out, device=device, weights=weights, threshold=threshold)
+    if as_json:
+        print_json(summary)
+        return
+    say(
+        f"{out}: {summary['n']:,} patches, {summary['n_positive']:,} predicted {summary['label_names'][1]} at a "
+        f"probability of {summary['threshold']:.3f} or more ({summary['n_folds']} fold models)."
+    )
+
+
+def main() -> None:
+    """Entry point of `fm-finetune`."""
+    run(finetune_app)
+
+
+def predict_main() -> None:
+    """Entry point of `fm-predict`."""
+    run(predict_app)

@@ -1,0 +1,250 @@
+"""What is trained, and where do its numbers live? A backbone with one classifier per fold, by one of three methods.
+
+- lora: one frozen backbone, an adapter and a classifier per fold; a batch holds the images of several folds.
+- head: one frozen backbone, a classifier per fold.
+- full: the whole backbone is trained, so each fold needs its own: the network holds a single fold.
+
+Everything that training changes is one matrix with a row per fold, and the parameters are views into it: an optimiser
+steps rows, a checkpoint saves rows, the best epoch of a fold is a copied row.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+from torch.nn import Parameter
+
+from extract.backbones import Backbone, embed, pooling_widths
+from features.console import UserError
+from features.files import write_file, writing
+from finetune.lora import (
+    LoraOptions,
+    add_adapters,
+    classifier_name,
+    load_adapter,
+    merge,
+    read_tensors,
+    save_adapter,
+    seed_of,
+    select_folds,
+    trainable,
+)
+
+Method = Literal["lora", "full", "head"]
+METHODS: tuple[Method, ...] = ("lora", "full", "head")
+N_CLASSES = 2
+MODEL_FILE = "model.safetensors"
+HEAD_FILE = "head.safetensors"
+_HEAD_SEED = 1  # apart from the adapters' generators, which are seeded by (seed, fold)
+
+
+class Network(nn.Module):
+    """A backbone and the classifiers of some folds.
+
+    Attributes:
+        backbone: its record.
+        model: the timm network, adapted in place.
+        folds: which folds the rows are.
+        pooling: the embedding the classifiers read: the card's, or its class token where the card joins two (Virchow),
+            so that the classifier is timm's own and adapters load elsewhere.
+        weight, bias: (n_rows, 2, d) and (n_rows, 2) classifiers.
+        values: (n_rows, p) all that training changes: trained parameters first, then running statistics.
+        gradients: (n_rows, p_trained), filled by `gather_gradients`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        backbone: Backbone,
+        *,
+        method: Method,
+        lora: LoraOptions,
+        folds: Sequence[int],
+        seed: int,
+    ) -> None:
+        """Adapt `model` in place.
+
+        Args:
+            model: from `extract.backbones.build_model`, on its device (or on meta).
+            backbone: its record.
+            method: see above.
+            lora: the adapters' options; other methods ignore them.
+            folds: 0, 1, ... for lora and head; a single fold for full.
+            seed: of all initial values, which depend on (seed, fold) alone.
+
+        Raises:
+            UserError: as `add_adapters` does.
+            ValueError: folds that the method cannot hold at once.
+        """
+        super().__init__()
+        if list(folds) != list(range(len(folds))) and len(folds) != 1:
+            raise ValueError(f"{method} cannot hold the folds {list(folds)} at once")
+        if method == "full" and len(folds) != 1:
+            raise ValueError("full fine-tuning holds one fold at a time")
+        self.backbone, self.model, self.method = backbone, model, method
+        self.folds = tuple(folds)
+        self.pooling = backbone.card_pooling.split("+")[0]
+        width = pooling_widths(model, backbone)[self.pooling]
+        device = next(model.parameters()).device
+        dtype = next(model.parameters()).dtype
+        stacked: list[Parameter] = []
+        own: list[Tensor] = []  # of a single fold: no leading axis
+        if method == "lora":
+            self.adapted = add_adapters(model, lora, n_folds=len(folds), seed=seed)
+            stacked += trainable(model)
+        else:
+            self.adapted = ()
+            model.requires_grad_(method == "full")
+            own += list(model.parameters()) if method == "full" else []
+        heads = [_new_head(width, seed, fold) for fold in folds]
+        self.weight = Parameter(torch.stack([weight for weight, _ in heads]).to(device, dtype))
+        self.bias = Parameter(torch.stack([bias for _, bias in heads]).to(device, dtype))
+        statistics = [b for b in model.buffers() if b.is_floating_point()] if method == "full" else []
+        self._lay_out([*stacked, self.weight, self.bias], own, statistics)
+
+    def _lay_out(self, stacked: list[Parameter], own: list[Tensor], statistics: list[Tensor]) -> None:
+        """Move every trained tensor into one row per fold, and leave views in their place."""
+        n_rows = len(self.folds)
+        pieces = [(t, t.flatten(1)) for t in stacked] + [(t, t.reshape(1, -1)) for t in (*own, *statistics)]
+        n_trained = sum(flat.shape[1] for _, flat in pieces[: len(stacked) + len(own)])
+        self.values = torch.cat([flat.detach() for _, flat in pieces], dim=1)
+        self.gradients = torch.zeros(n_rows, n_trained, dtype=self.values.dtype, device=self.values.device)
+        start = 0
+        for tensor, flat in pieces:
+            end = start + flat.shape[1]
+            tensor.data = self.values[:, start:end].view(tensor.shape)
+            start = end
+        self._trained = [tensor for tensor, _ in pieces[: len(stacked) + len(own)]]
+
+    def compile_backbone(self) -> None:
+        """Have torch.compile translate the backbone's forward and backward pass; the first step takes minutes."""
+        model: Any = self.model
+        model.forward_features = torch.compile(model.forward_features)
+
+    @property
+    def n_trained(self) -> int:
+        """Trained parameters of one fold."""
+        return self.gradients.shape[1]
+
+    def rows(self) -> list[Tensor]:
+        """The trained part of each row, (p_trained,), with its gradient; both share memory with the network."""
+        rows = [row[: self.n_trained] for row in self.values]
+        for row, gradient in zip(rows, self.gradients, strict=True):
+            row.grad = gradient
+        return rows
+
+    def clear_gradients(self) -> None:
+        """Before a backward pass."""
+        for parameter in self._trained:
+            parameter.grad = None
+
+    def gather_gradients(self) -> None:
+        """After it, or after several."""
+        found = [torch.zeros_like(p) if p.grad is None else p.grad for p in self._trained]
+        torch.cat([gradient.reshape(len(self.folds), -1) for gradient in found], dim=1, out=self.gradients)
+
+    def forward(self, images: Tensor, folds: Sequence[int], *, step: int | None = None) -> Tensor:
+        """Logits of both classes.
+
+        Args:
+            images: (f * b, 3, h, w) normalised, fold after fold.
+            folds: the f folds they belong to.
+            step: names a training step, from which dropout follows; None evaluates.
+
+        Returns:
+            (f, b, 2) float32, or the network's float64.
+        """
+        if self.method == "lora":
+            select_folds(self.model, folds, step=step)
+        elif self.method == "full":
+            self.model.train(step is not None)
+        features = embed(self.model, self.backbone, images)[self.pooling].to(self.weight.dtype)  # (f * b, d)
+        rows = [self.folds.index(fold) for fold in folds]
+        with torch.autocast(images.device.type, enabled=False):
+            return torch.baddbmm(
+                self.bias[rows][:, None], features.view(len(rows), -1, features.shape[1]), self.weight[rows].mT
+            )
+
+    def save_fold(self, folder: Path, fold: int) -> None:
+        """Write what training has made of one fold.
+
+        lora: an adapter as `peft` writes it; full: `model.safetensors`, the network under timm's names with its
+        classifier; head: `head.safetensors`, "weight" (2, d) and "bias" (2,).
+
+        Raises:
+            UserError: the disk cannot be written.
+        """
+        row = self.folds.index(fold)
+        head = {"weight": self.weight[row].detach(), "bias": self.bias[row].detach()}
+        if self.method == "lora":
+            save_adapter(self.model, folder, fold=row, head=head, base_model=self.backbone.name)
+        elif self.method == "full":
+            self.save_merged(folder, fold)
+        else:
+            _write_tensors(folder / HEAD_FILE, head, {})
+
+    def save_merged(self, folder: Path, fold: int) -> None:
+        """Write one fold as a plain timm network with its classifier, adapters added to the weights they adapt.
+
+        Raises:
+            UserError: the disk cannot be written.
+        """
+        row = self.folds.index(fold)
+        state = merge(self.model, row) if self.method == "lora" else dict(self.model.state_dict())
+        name = classifier_name(self.model)
+        state |= {f"{name}.weight": self.weight[row].detach(), f"{name}.bias": self.bias[row].detach()}
+        described = {"architecture": self.backbone.arch, "kwargs": json.dumps(dict(self.backbone.kwargs))}
+        _write_tensors(folder / MODEL_FILE, state, described)
+
+    def load_fold(self, folder: Path, fold: int) -> None:
+        """Read what `save_fold` wrote.
+
+        Raises:
+            UserError: a missing, truncated or foreign file.
+        """
+        row = self.folds.index(fold)
+        if self.method == "lora":
+            head = load_adapter(self.model, folder, fold=row)
+            path = folder
+        else:
+            path = folder / (MODEL_FILE if self.method == "full" else HEAD_FILE)
+            tensors = read_tensors(path)
+            name = f"{classifier_name(self.model)}." if self.method == "full" else ""
+            head = {leaf: tensors.pop(name + leaf) for leaf in ("weight", "bias") if name + leaf in tensors}
+            if self.method == "full":
+                _copy(tensors, dict(self.model.state_dict()), path)
+        _copy(head, {"weight": self.weight.data[row], "bias": self.bias.data[row]}, path)
+
+
+def _new_head(width: int, seed: int, fold: int) -> tuple[Tensor, Tensor]:
+    """A classifier's initial weight (2, d) and bias (2,), as `nn.Linear` draws them."""
+    generator = torch.Generator().manual_seed(seed_of(seed, fold, _HEAD_SEED))
+    bound = 1 / math.sqrt(width)
+    weight, bias = torch.empty(N_CLASSES, width), torch.empty(N_CLASSES)
+    return weight.uniform_(-bound, bound, generator=generator), bias.uniform_(-bound, bound, generator=generator)
+
+
+def _copy(found: dict[str, Tensor], into: dict[str, Tensor], path: Path) -> None:
+    wrong = [name for name in into if name not in found or found[name].shape != into[name].shape]
+    wrong += sorted(found.keys() - into.keys())
+    if wrong:
+        raise UserError(
+            f"{path}: {len(wrong)} tensors are missing, unknown or of another shape (first: {wrong[0]}). Expected what "
+            "fm-finetune wrote for this model: restore the file, or train again."
+        )
+    for name, tensor in into.items():
+        tensor.copy_(found[name])
+
+
+def _write_tensors(path: Path, tensors: dict[str, Tensor], described: dict[str, str]) -> None:
+    whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    with writing(path.parent):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_file(path, [safetensors.torch.save(whole, {"format": "pt", **described})])

@@ -1,0 +1,128 @@
+"""What would be trained, and what would it cost in memory? Answered without loading a weight.
+
+The network is laid out in fake tensors, which have shapes, types and devices but no storage, and one training step runs
+on them: what it keeps for its backward pass is counted, not guessed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from extract.backbones import build_model, check_input_size, find_backbone
+from extract.hardware import find_device
+from extract.views import make_transform, parse_view
+from finetune.lora import StackedLora, adapters
+from finetune.network import Network
+from finetune.protocol import ComputeOptions, FinetuneOptions, choose_precision, default_folds_at_once
+
+
+@dataclass(frozen=True)
+class Adapted:
+    """One layer that gets adapters: its name, kind, widths, and trained parameters per fold."""
+
+    name: str
+    kind: str
+    n_in: int
+    n_out: int
+    n_trained: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a training would do.
+
+    Attributes:
+        model, method: as asked.
+        modules: the layers that get adapters; none for the other methods.
+        n_parameters: of the backbone, without classifier.
+        n_trained: per fold, classifier included.
+        n_folds, folds_at_once, batch_size, precision: of the training.
+        weights_mb: the frozen weights in float32.
+        rows_mb: trained values, their gradients, two moments and the best epoch, of all folds trained at once.
+        kept_mb: what one forward pass keeps for its backward pass.
+    """
+
+    model: str
+    method: str
+    modules: tuple[Adapted, ...]
+    n_parameters: int
+    n_trained: int
+    n_folds: int
+    folds_at_once: int
+    batch_size: int
+    precision: str
+    weights_mb: float
+    rows_mb: float
+    kept_mb: float
+
+
+def make_plan(options: FinetuneOptions, compute: ComputeOptions) -> Plan:
+    """Lay the training out in fake tensors.
+
+    Raises:
+        UserError: an unknown model, targets that match nothing, an input size that does not fit.
+    """
+    recipe = options.resolved()
+    view = parse_view(recipe.view)
+    device = find_device(compute.device)
+    backbone = find_backbone(options.model)
+    transform = make_transform(backbone, view)
+    precision = choose_precision(options.precision, backbone, device)
+    at_once = 1 if options.method == "full" else compute.folds_at_once or default_folds_at_once(device, options.cv)
+    folds = range(1 if options.method == "full" else options.cv)
+    with torch.device("meta"):  # where even constructors that compute with values run
+        model = build_model(backbone, None, dynamic=view.input_size is not None)
+    check_input_size(model, backbone, transform.input_size)
+    n_parameters = sum(parameter.numel() for parameter in model.parameters())
+    with FakeTensorMode(allow_non_fake_inputs=True):  # type: ignore[no-untyped-call]
+        model = model.to_empty(device="cpu")
+        network = Network(model, backbone, method=options.method, lora=options.lora, folds=folds, seed=options.seed)
+        shape = (recipe.batch_size, 3, transform.input_size, transform.input_size)
+        kept = at_once * _kept_bytes(network, torch.empty(shape), precision)
+    modules = tuple(
+        Adapted(name, type(module.base).__name__, *_widths(module), (module.A[0].numel() + module.B[0].numel()))
+        for name, module in adapters(model)
+    )
+    return Plan(
+        model=backbone.name,
+        method=options.method,
+        modules=modules,
+        n_parameters=n_parameters,
+        n_trained=network.n_trained,
+        n_folds=options.cv,
+        folds_at_once=at_once,
+        batch_size=recipe.batch_size,
+        precision=precision,
+        weights_mb=0.0 if options.method == "full" else 4 * n_parameters / 2**20,
+        rows_mb=4 * 5 * network.n_trained * len(folds) / 2**20,
+        kept_mb=kept / 2**20,
+    )
+
+
+def _widths(module: StackedLora) -> tuple[int, int]:
+    return module.A.shape[2], module.B.shape[1]
+
+
+def _kept_bytes(network: Network, images: Tensor, precision: str) -> int:
+    """Bytes that one step of one fold keeps for its backward pass, each storage once, parameters aside."""
+    sizes: dict[int, int] = {}
+    own = {tensor.untyped_storage()._cdata for tensor in (network.values, *network.parameters(), *network.buffers())}
+    alive = []  # an identity may be used again once its tensor is gone
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in own:
+            sizes[storage._cdata] = storage.nbytes()
+            alive.append(tensor)
+        return tensor
+
+    with (
+        torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+        torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"),
+    ):
+        network(images, network.folds[:1], step=0)
+    return sum(sizes.values())

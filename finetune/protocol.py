@@ -1,0 +1,538 @@
+"""How is one backbone fine-tuned? Training data alone decide folds, recipe and best epochs; tests only score.
+
+A run's folder appears at once, with `training.json` and soon a checkpoint. What makes it a run is written at the end:
+each fold's weights, the predictions of all folds on held-out slides and on every test set, and last `run.json`.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from extract.backbones import (
+    Backbone,
+    Weights,
+    build_model,
+    check_input_size,
+    fetch_weights,
+    find_backbone,
+)
+from extract.datasets import DATASETS, PatchDataset, is_at_hand, load_dataset
+from extract.embed import decoded, fingerprint_parts
+from extract.hardware import find_device, has_bf16
+from extract.registry import IMAGENET_MEAN, IMAGENET_STD
+from extract.views import Transform, make_transform, parse_view
+from features.console import Advance, UserError, nearest, progress, say
+from features.files import write_file, writing
+from features.folds import SEED, Folds, grouped_folds
+from features.samples import TEST, audit
+from features.store import fingerprint
+from finetune.checkpoint import CHECKPOINT_FILE, FORMAT, START_FILE, State, load_state, save_state
+from finetune.lora import LoraOptions
+from finetune.network import METHODS, Method, Network
+from finetune.recipes import RECIPES, Recipe, best_epoch
+from finetune.train import (
+    EVALUATION_BATCH,
+    Machine,
+    TrainingSet,
+    checkpoint_gradients,
+    network_logits,
+    new_state,
+    train,
+    validation_logits,
+)
+from probe.results import VALIDATION, Predictions, concatenate, finish_run, new_run_id, predictions_of, versions
+
+_PREPARE_BATCH = 64  # patches decoded and resized together
+_MEMORY_SHARE = 0.3  # of a GPU's free memory that patches may fill
+
+
+@dataclass(frozen=True)
+class FinetuneOptions:
+    """What the user may choose about the result. None takes the recipe's value.
+
+    Attributes:
+        model, train: a model and a dataset, by name or path.
+        test: datasets to score besides the training set's own test split; None for the other published ones.
+        method: "lora", "full" or "head"; see `finetune.network`.
+        recipe: "default" or "paper".
+        lora: rank, alpha, dropout and targets.
+        view, epochs, batch_size, learning_rate: instead of the recipe's.
+        cv: number of folds.
+        seed: of folds, initial values, sampling, augmentation and dropout.
+        precision: "auto", "fp32" or "bf16".
+        positive: the class that is label 1, for datasets of your own.
+    """
+
+    model: str = "efficientnet-lite0"
+    train: str = "demo"
+    test: tuple[str, ...] | None = None
+    method: Method = "lora"
+    recipe: str = "default"
+    lora: LoraOptions = field(default_factory=LoraOptions)
+    view: str | None = None
+    cv: int = 5
+    epochs: int | None = None
+    batch_size: int | None = None
+    learning_rate: float | None = None
+    seed: int = SEED
+    precision: str = "auto"
+    positive: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            raise UserError(f"unknown method {self.method!r}: use {', '.join(METHODS)}.")
+        if self.recipe not in RECIPES:
+            raise UserError(f"unknown recipe {self.recipe!r}: use {' or '.join(RECIPES)}.")
+        if self.precision not in ("auto", "fp32", "bf16"):
+            raise UserError(f"precision {self.precision!r}: training computes in fp32 or bf16 (or auto).")
+
+    def resolved(self) -> Recipe:
+        """The recipe with what the user chose instead."""
+        chosen = {name: getattr(self, name) for name in ("view", "epochs", "batch_size", "learning_rate")}
+        return replace(RECIPES[self.recipe], **{name: value for name, value in chosen.items() if value is not None})
+
+
+@dataclass(frozen=True)
+class ComputeOptions:
+    """What the user may choose about the computation, and may change on resuming.
+
+    Attributes:
+        data: folder of the known datasets.
+        weights: a local checkpoint instead of the hub's.
+        device: "auto", "cpu", "cuda" or "cuda:N".
+        folds_at_once: folds per forward pass; None for all on a GPU and one on a CPU, whose caches they would leave.
+        compile: compile the backbone with torch.compile.
+        grad_checkpointing: compute activations twice instead of keeping them.
+        merge: write each LoRA fold's merged network too.
+    """
+
+    data: Path | None = None
+    weights: Path | None = None
+    device: str = "auto"
+    folds_at_once: int | None = None
+    compile: bool = False
+    grad_checkpointing: bool = False
+    merge: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class Setup:
+    """Everything a training needs, found and checked."""
+
+    options: FinetuneOptions
+    compute: ComputeOptions
+    recipe: Recipe
+    backbone: Backbone
+    weights: Weights
+    patches: PatchDataset
+    tests: tuple[PatchDataset, ...]
+    rows: NDArray[np.intp]  # of the training set, that cross-validation may use
+    folds: Folds
+    transform: Transform
+    precision: str
+    device: torch.device
+
+    @property
+    def rounds(self) -> list[tuple[int, ...]]:
+        """The folds that train together: all, or each alone where each trains the whole backbone."""
+        each = range(self.folds.n_folds)
+        return [(fold,) for fold in each] if self.options.method == "full" else [tuple(each)]
+
+    def parts(self, patches: PatchDataset) -> dict[str, Any]:
+        """The fingerprint's parts, as extraction records them."""
+        view = parse_view(self.recipe.view)
+        found = fingerprint_parts(
+            patches, self.backbone, self.weights, view, precision=self.precision, device=self.device
+        )
+        return found | {"transform": self.transform.record()}
+
+    def identity(self) -> dict[str, Any]:
+        """What must not change between a training's start and its end."""
+        return {
+            "options": _plain(asdict(self.options)),
+            "recipe": _plain(asdict(self.recipe)),
+            "backbone": self.parts(self.patches),
+            "folds": self.folds.digest,
+            "table": self.patches.samples.table_digest,
+            "tests": {test.name: test.samples.table_digest for test in self.tests},
+        }
+
+
+def finetune(options: FinetuneOptions, *, compute: ComputeOptions, runs: Path) -> Path:
+    """Train a backbone on patches, fold by fold, and write a run; returns its folder.
+
+    Raises:
+        UserError: names that lead nowhere, data or weights that cannot be had, targets that match nothing, folds that
+            lack a class, a full disk, memory running out, or a loss that is not finite.
+    """
+    setup = prepare(options, compute)
+    folder = runs / new_run_id("finetune", setup.backbone.name)
+    network = new_network(setup, setup.rounds[0])  # refuses targets before there is a folder
+    record = {"format": FORMAT, "identity": setup.identity(), "versions": versions()}
+    with writing(runs):
+        folder.mkdir(parents=True)
+        write_file(folder / START_FILE, [json.dumps(record, indent=2).encode()])
+    say(f"{folder}: training. If it is interrupted: fm-finetune --resume {folder}")
+    return _train_and_finish(setup, folder, network)
+
+
+def resume(folder: Path, *, changed: Mapping[str, Any], compute: ComputeOptions) -> Path:
+    """Go on with an interrupted training; the result is the one it would have had.
+
+    Args:
+        folder: of the run.
+        changed: options the user gave again; they must equal the training's own.
+        compute: as for `finetune`.
+
+    Raises:
+        UserError: no training, other options, or data, weights or splits that have changed since; and as `finetune`.
+    """
+    if (folder / "run.json").exists():
+        say(f"{folder} has finished already.")
+        return folder
+    record = _read_start(folder)
+    options = _options_of(record["identity"]["options"])
+    own = _flat(asdict(options))
+    differing = [
+        f"{name} {value!r} instead of {own[name]!r}" for name, value in _flat(changed).items() if value != own[name]
+    ]
+    if differing:
+        raise UserError(
+            f"{folder} was started with other options: found {', '.join(differing)}. Resume it without them, or start "
+            "a new run."
+        )
+    setup = prepare(options, compute)
+    now, then = _flat(setup.identity()), _flat(record["identity"])
+    differing = [
+        f"{key} was {then.get(key)!r} and is {now.get(key)!r}"
+        for key in sorted(now.keys() | then.keys())
+        if now.get(key) != then.get(key)
+    ]
+    if differing:
+        raise UserError(
+            f"{folder} cannot be resumed, because what it was started with has changed: {'; '.join(differing[:5])}. "
+            "Restore it, or start a new run."
+        )
+    if record["versions"] != versions():
+        say("Package versions have changed since the start: the result may differ in its last digits.")
+    return _train_and_finish(setup, folder, new_network(setup, setup.rounds[0]))
+
+
+def prepare(options: FinetuneOptions, compute: ComputeOptions) -> Setup:
+    """Find and check everything that a training needs.
+
+    Raises:
+        UserError: see `finetune`.
+    """
+    recipe = options.resolved()
+    view = parse_view(recipe.view)
+    device = find_device(compute.device)
+    backbone = find_backbone(options.model)
+    patches = load_dataset(options.train, data=compute.data, positive=options.positive)
+    for line in audit(patches.samples).lines():
+        say(f"{patches.name}: {line}.")
+    tests = tuple(
+        load_dataset(name, data=compute.data, positive=options.positive)
+        for name in _test_names(options, patches, compute.data)
+    )
+    rows = patches.samples.training_rows
+    scheme: Literal["default", "paper"] = (
+        "paper" if (options.recipe, options.train) == ("paper", "ami-br") else "default"
+    )
+    folds = grouped_folds(patches.samples.select(rows), options.cv, seed=options.seed, scheme=scheme)
+    transform = make_transform(backbone, view)
+    if recipe.statistics == "imagenet":
+        transform = replace(transform, mean=IMAGENET_MEAN, std=IMAGENET_STD)
+    return Setup(
+        options=options,
+        compute=compute,
+        recipe=recipe,
+        backbone=backbone,
+        weights=fetch_weights(backbone, weights=compute.weights),
+        patches=patches,
+        tests=tests,
+        rows=rows,
+        folds=folds,
+        transform=transform,
+        precision=choose_precision(options.precision, backbone, device),
+        device=device,
+    )
+
+
+def new_network(setup: Setup, folds: Sequence[int]) -> Network:
+    """The backbone on its device, with the adapters and classifiers of some folds."""
+    view = parse_view(setup.recipe.view)
+    model = build_model(setup.backbone, setup.weights, dynamic=view.input_size is not None)
+    check_input_size(model, setup.backbone, setup.transform.input_size)
+    model = model.to(setup.device).to(memory_format=torch.channels_last)  # of convolutions; others stay as they are
+    network = adapted(model, setup.backbone, setup.options, folds)
+    if setup.compute.grad_checkpointing:
+        checkpoint_gradients(network)
+    if setup.compute.compile:
+        network.compile_backbone()
+    return network
+
+
+def adapted(model: nn.Module, backbone: Backbone, options: FinetuneOptions, folds: Sequence[int]) -> Network:
+    """The network of some folds on a given backbone."""
+    return Network(model, backbone, method=options.method, lora=options.lora, folds=folds, seed=options.seed)
+
+
+# ------------------------------------------------------------------------------------------------- training to the end
+
+
+def _train_and_finish(setup: Setup, folder: Path, network: Network) -> Path:
+    """Train every round that has not finished, save each fold's best epoch, judge them all, and complete the run."""
+    at_once = setup.compute.folds_at_once or default_folds_at_once(setup.device, setup.folds.n_folds)
+    machine = Machine(setup.device, setup.precision, at_once)
+    if setup.device.type == "cuda":
+        _compute_reproducibly()
+    data = TrainingSet(
+        pixels=_pixels(setup),
+        label=torch.from_numpy(setup.patches.samples.label[setup.rows].astype(np.int64)).to(setup.device),
+        folds=setup.folds,
+        transform=setup.transform,
+    )
+    state = load_state(folder, setup.device)
+    first = 0 if state is None else setup.rounds.index(state.folds)
+    total = setup.recipe.epochs * int(setup.folds.training.sum())
+    with progress(f"train {setup.backbone.name}", total) as advance:
+        advance(0 if state is None else state.n_images)
+        for number, folds in enumerate(setup.rounds):
+            if number < first:
+                continue  # finished and saved before a later round's first checkpoint
+            if number > 0 or network.folds != folds:
+                network = new_network(setup, folds)
+            if state is None or state.folds != folds:
+                state = new_state(network, after=state)
+            train(
+                network,
+                data,
+                setup.recipe,
+                state=state,
+                seed=setup.options.seed,
+                machine=machine,
+                save=lambda state: save_state(folder, state),
+                advance=advance,
+            )
+            network.values.copy_(state.best)
+            for fold in folds:
+                network.save_fold(fold_folder(folder, fold), fold)
+                if setup.compute.merge and setup.options.method == "lora":
+                    network.save_merged(fold_folder(folder, fold), fold)
+    assert state is not None  # there is at least one round
+    started = time.perf_counter()
+    predictions = concatenate(list(_judge(setup, folder, data, machine)))
+    seconds = state.seconds + time.perf_counter() - started
+    finish_run(folder, _record(setup, network, state, machine), predictions, run_id=folder.name, seconds=seconds)
+    for name in (CHECKPOINT_FILE, START_FILE):
+        (folder / name).unlink(missing_ok=True)
+    return folder
+
+
+def _judge(setup: Setup, folder: Path, data: TrainingSet, machine: Machine) -> Iterator[Predictions]:
+    """Held-out rows under their own fold's weights, and every test set under all folds', from the saved weights."""
+    samples = setup.patches.samples
+    sets = [(setup.patches, np.flatnonzero(samples.split == TEST))]
+    sets += [(test, np.arange(len(test.samples))) for test in setup.tests]
+    sets = [(patches, rows) for patches, rows in sets if len(rows)]
+    n_folds = setup.folds.n_folds
+    validation = np.empty(len(setup.rows), dtype=np.float32)
+    logits = [np.empty((len(rows), n_folds), dtype=np.float32) for _, rows in sets]
+    with progress("score", n_folds * sum(len(rows) for _, rows in sets)) as advance:
+        for folds in setup.rounds:
+            network = new_network(setup, folds)
+            for fold in folds:
+                network.load_fold(fold_folder(folder, fold), fold)
+            for fold, own in validation_logits(network, data, folds, machine=machine).items():
+                validation[setup.folds.fold == fold] = own
+            for (patches, rows), into in zip(sets, logits, strict=True):
+                into[:, list(folds)] = patch_logits(network, patches, rows, setup.transform, machine, advance=advance)
+    yield predictions_of(
+        setup.patches.name, samples.select(setup.rows), split=VALIDATION, fold=setup.folds.fold, logit=validation
+    )
+    for (patches, rows), found in zip(sets, logits, strict=True):
+        selected = patches.samples.select(rows)
+        yield predictions_of(patches.name, selected, split=TEST, fold=np.arange(n_folds), logit=found)
+
+
+def patch_logits(
+    network: Network,
+    patches: PatchDataset,
+    rows: NDArray[np.intp],
+    transform: Transform,
+    machine: Machine,
+    *,
+    advance: Advance,
+) -> NDArray[np.float32]:
+    """Logits (len(rows), n_folds) of patches of a dataset, each under the weights of all of the network's folds."""
+    size = EVALUATION_BATCH[machine.device.type]
+    units = [rows[start : start + size].tolist() for start in range(0, len(rows), size)]
+    found = []
+    with closing(decoded(patches.decode, units)) as ready:
+        for unit, batch in ready:
+            pixels = transform.resized(batch, machine.device)
+            each = [
+                network_logits(network, transform, pixels.repeat(len(group), 1, 1, 1), group, machine=machine)
+                for group in machine.groups(network.folds)
+            ]
+            found.append(torch.cat(each).T.cpu().numpy())  # (b, f)
+            advance(len(unit) * len(network.folds))
+    return np.concatenate(found)
+
+
+def _record(setup: Setup, network: Network, state: State, machine: Machine) -> dict[str, Any]:
+    """What run.json says of a fine-tuned run."""
+    patches = [setup.patches, *setup.tests]
+    cost: dict[str, Any] = {
+        "device": setup.device.type,
+        "training_seconds": round(state.seconds, 3),
+        "training_images": state.n_images,
+        "images_per_second": round(state.n_images / max(state.seconds, 1e-9), 2),
+        "folds_at_once": machine.folds_at_once,
+    }
+    if setup.device.type == "cuda":
+        cost["device_name"] = torch.cuda.get_device_name(setup.device)
+        cost["peak_device_memory_mb"] = round(torch.cuda.max_memory_allocated(setup.device) / 2**20)
+    return {
+        "kind": "finetune",
+        "model": setup.backbone.name,
+        "method": setup.options.method,
+        "options": asdict(setup.options),
+        "recipe": asdict(setup.recipe),
+        "train": setup.patches.name,
+        "test": [test.name for test in setup.tests],
+        "view": setup.recipe.view,
+        "pooling": network.pooling,
+        "card_pooling": setup.backbone.card_pooling,
+        "label_names": list(setup.patches.label_names),
+        "adapted_modules": list(network.adapted),
+        "n_trained": network.n_trained,
+        "fingerprints": {each.name: fingerprint(setup.parts(each)) for each in patches},
+        "embedding": setup.parts(setup.patches),
+        "folds": {
+            "n": setup.folds.n_folds,
+            "source": setup.folds.source,
+            "digest": setup.folds.digest,
+            "seed": setup.options.seed,
+        },
+        "table_digests": {each.name: each.samples.table_digest for each in patches},
+        "best_epoch": [best_epoch(state.history[fold]) for fold in range(setup.folds.n_folds)],
+        "history": [state.history[fold] for fold in range(setup.folds.n_folds)],
+        "cost": cost,
+    }
+
+
+def fold_folder(run: Path, fold: int) -> Path:
+    """Where a run keeps the weights of a fold."""
+    return run / f"fold-{fold}"
+
+
+# ------------------------------------------------------------------------------------------------------------- details
+
+
+def _pixels(setup: Setup) -> Tensor:
+    """Every patch that cross-validation may use, decoded once: (n, 3, s, s) uint8, as extraction prepares it."""
+    size = setup.transform.input_size
+    shape = (len(setup.rows), 3, size, size)
+    place = setup.device
+    if place.type == "cuda" and np.prod(shape) > _MEMORY_SHARE * torch.cuda.mem_get_info(place)[0]:
+        place = torch.device("cpu")
+    pixels = torch.empty(shape, dtype=torch.uint8, device=place)
+    starts = range(0, len(setup.rows), _PREPARE_BATCH)
+    units = [setup.rows[start : start + _PREPARE_BATCH].tolist() for start in starts]
+    with (
+        progress(f"decode {setup.patches.name}", len(setup.rows)) as advance,
+        closing(decoded(setup.patches.decode, units)) as ready,
+    ):
+        for start, (unit, batch) in zip(starts, ready, strict=True):
+            pixels[start : start + len(unit)] = setup.transform.resized(batch, setup.device)
+            advance(len(unit))
+    return pixels
+
+
+def choose_precision(asked: str, backbone: Backbone, device: torch.device) -> str:
+    """`auto` is bf16 where the processor has it; on a CPU for transformers only: convolutions gain nothing there."""
+    if asked != "auto":
+        return asked
+    convolutional = backbone.card_pooling == "pooled" and "swin" not in backbone.arch
+    return "bf16" if has_bf16(device) and not (convolutional and device.type == "cpu") else "fp32"
+
+
+def default_folds_at_once(device: torch.device, n_folds: int) -> int:
+    """All folds share a forward pass on a GPU; on a CPU each has its own: together they would leave its caches."""
+    return n_folds if device.type == "cuda" else 1
+
+
+def _compute_reproducibly() -> None:
+    """Have a GPU repeat its sums in the same order, so that a resumed training equals an uninterrupted one."""
+    torch.backends.cudnn.benchmark = False
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+
+
+def _test_names(options: FinetuneOptions, patches: PatchDataset, data: Path | None) -> list[str]:
+    """What to score besides the training set's own test split."""
+    if options.test is not None:
+        return [name for name in options.test if name != options.train]
+    if options.train not in DATASETS or not DATASETS[options.train].folder:
+        return []
+    others = [name for name, record in DATASETS.items() if record.folder and name != options.train]
+    absent = [name for name in others if not is_at_hand(name, data)]
+    for name in absent:
+        say(f"{name} is not in the data folder and will not be scored.")
+    return [name for name in others if name not in absent]
+
+
+def _read_start(folder: Path) -> dict[str, Any]:
+    path = folder / START_FILE
+    try:
+        record = json.loads(path.read_bytes())
+        found = record["format"]
+    except FileNotFoundError:
+        raise UserError(
+            f"{folder} is no interrupted training: it has no {START_FILE}. Expected a folder that fm-finetune made "
+            f"below its --runs.{nearest(folder.name, _trainings(folder.parent))}"
+        ) from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is damaged ({error}). Start a new run.") from None
+    if found != FORMAT:
+        raise UserError(
+            f"{folder} is a training of format {found}; this version resumes format {FORMAT}. Resume it with the "
+            "version it was started with, or start a new run."
+        )
+    return dict(record)
+
+
+def _trainings(runs: Path) -> list[str]:
+    return [path.parent.name for path in runs.glob(f"*/{START_FILE}")]
+
+
+def _options_of(stored: Mapping[str, Any]) -> FinetuneOptions:
+    test = stored["test"]
+    changed = {"lora": LoraOptions(**stored["lora"]), "test": None if test is None else tuple(test)}
+    return FinetuneOptions(**{**stored, **changed})
+
+
+def _plain(value: Any) -> Any:
+    """As it comes back from JSON."""
+    return json.loads(json.dumps(value))
+
+
+def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one, keys joined by dots."""
+    flat: dict[str, Any] = {}
+    for key, inner in value.items():
+        flat |= _flat(inner, f"{prefix}{key}.") if isinstance(inner, Mapping) else {f"{prefix}{key}": inner}
+    return flat

@@ -1,0 +1,327 @@
+"""How do all folds train on patches, each by its own sampler, schedule and early stopping?
+
+One loop, `train`. Patches lie decoded on the device as bytes. In every step each fold draws a batch, weighted against
+its class frequencies; the batches are augmented and normalised there, pass the network together, and each fold's own
+optimiser moves its own row. After an epoch each fold is judged on its held-out slides; a fold that has not improved for
+long leaves. The random numbers of an epoch follow from (seed, fold, epoch), so a fold's training depends neither on the
+folds beside it nor on interruptions.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+from extract.hardware import out_of_memory
+from extract.views import Transform
+from features.console import Advance, UserError, say
+from features.folds import Folds
+from finetune.augment import augment, draw
+from finetune.checkpoint import State
+from finetune.lora import seed_of
+from finetune.network import Network
+from finetune.recipes import Recipe, best_epoch, learning_rate, stopped
+from probe.metrics import auroc, balanced_accuracy
+
+EVALUATION_BATCH = {"cpu": 16, "cuda": 64}  # images per fold and forward pass
+_DRAW_SEED = 2  # apart from the generators of initial values
+
+
+@dataclass(frozen=True, eq=False)
+class TrainingSet:
+    """The patches that cross-validation may use.
+
+    Attributes:
+        pixels: (n, 3, s, s) uint8, prepared as extraction prepares them; on the device, or in main memory where the
+            device has no room.
+        label: (n,) int64, on the device.
+        folds: which row validates where.
+        transform: whose normalisation the network expects.
+    """
+
+    pixels: Tensor
+    label: Tensor
+    folds: Folds
+    transform: Transform
+
+    def take(self, rows: Tensor) -> Tensor:
+        """Pixels (m, 3, s, s) of rows, of any shape, m in all."""
+        return self.pixels[rows.flatten().to(self.pixels.device)]
+
+
+@dataclass
+class Machine:
+    """How steps are computed; never what they compute, up to rounding.
+
+    Attributes:
+        device: of the network.
+        precision: "fp32" or "bf16" (autocast).
+        folds_at_once: how many folds share a forward pass; halved when memory runs out.
+    """
+
+    device: torch.device
+    precision: str
+    folds_at_once: int
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """The precision as a context."""
+        return torch.autocast(self.device.type, torch.bfloat16) if self.precision == "bf16" else nullcontext()
+
+    def groups(self, folds: Sequence[int]) -> Iterator[list[int]]:
+        """The folds, as many at a time as share a forward pass."""
+        for start in range(0, len(folds), self.folds_at_once):
+            yield list(folds[start : start + self.folds_at_once])
+
+
+def new_state(network: Network, *, after: State | None = None) -> State:
+    """The state before the first step of the network's folds, perhaps after other folds have finished."""
+    return State(
+        folds=network.folds,
+        values=network.values,
+        best=network.values.clone(),
+        moments=torch.zeros(len(network.folds), 2, network.n_trained).to(network.values),
+        n_steps=[0] * len(network.folds),
+        history=(after.history if after else {}) | {fold: [] for fold in network.folds},
+        seconds=after.seconds if after else 0.0,
+        n_images=after.n_images if after else 0,
+    )
+
+
+def train(
+    network: Network,
+    data: TrainingSet,
+    recipe: Recipe,
+    *,
+    state: State,
+    seed: int,
+    machine: Machine,
+    save: Callable[[State], None],
+    advance: Advance,
+) -> None:
+    """Train the network's folds until each has stopped; the best rows are then in `state.best`.
+
+    Args:
+        network: its rows are overwritten by the state's.
+        data: all folds' patches.
+        recipe: how.
+        state: from `new_state`, or from a checkpoint; moved on in place.
+        seed: of samplers, augmentation and dropout.
+        machine: device, precision, folds per pass.
+        save: called after every epoch.
+        advance: progress, in images.
+
+    Raises:
+        UserError: a loss that is not finite, or memory running out with a single fold and checkpointed gradients.
+    """
+    network.values.copy_(state.values)
+    state.values = network.values
+    optimizers = {
+        fold: _optimizer(row, recipe, state.moments[at], state.n_steps[at])
+        for at, (fold, row) in enumerate(zip(network.folds, network.rows(), strict=True))
+    }
+    label = data.label.cpu().numpy()
+
+    while active := [fold for fold in network.folds if not stopped(state.history[fold], recipe)]:
+        started = time.perf_counter()
+        epoch = len(state.history[active[0]])  # of all: a fold that has stopped is never active again
+        plans = {fold: _plan(data, fold, recipe, seed=seed, epoch=epoch) for fold in active}
+        losses = {fold: torch.zeros((), device=machine.device) for fold in active}
+
+        for batch in range(max(plan.n_batches for plan in plans.values())):
+            folds = [fold for fold in active if batch < plans[fold].n_batches]  # smaller folds' epochs end earlier
+            step = epoch * 2**20 + batch
+            for fold, loss in _backward(network, data, recipe, plans, folds, batch, step=step, machine=machine).items():
+                losses[fold] += loss
+            for fold in folds:
+                rate = learning_rate(state.history[fold], recipe, batch=batch, n_batches=plans[fold].n_batches)
+                optimizers[fold].param_groups[0]["lr"] = rate
+                optimizers[fold].step()
+                state.n_steps[network.folds.index(fold)] += 1
+            advance(len(folds) * recipe.batch_size)
+            state.n_images += len(folds) * recipe.batch_size
+
+        mean_loss = {fold: float(losses[fold]) / plans[fold].n_batches for fold in active}
+        _require_finite(mean_loss, epoch, recipe)
+        logits = validation_logits(network, data, active, machine=machine)
+        for fold in active:
+            held_out = label[data.folds.fold == fold]
+            history = state.history[fold]
+            rate = learning_rate(history, recipe, batch=plans[fold].n_batches - 1, n_batches=plans[fold].n_batches)
+            history.append(
+                {
+                    "loss": mean_loss[fold],
+                    "balanced_accuracy": balanced_accuracy(held_out, logits[fold] >= 0),
+                    "auroc": auroc(held_out, logits[fold]),
+                    "learning_rate": rate,
+                }
+            )
+            if best_epoch(history) == epoch:
+                at = network.folds.index(fold)
+                state.best[at] = network.values[at]
+        state.seconds += time.perf_counter() - started
+        save(state)
+        latest = [state.history[fold][-1] for fold in active]
+        advance(
+            0,
+            f"epoch {epoch + 1}, loss {np.mean([record['loss'] for record in latest]):.3f}, validation bal. acc. "
+            + " ".join(f"{record['balanced_accuracy']:.3f}" for record in latest),
+        )
+
+
+def validation_logits(
+    network: Network, data: TrainingSet, folds: Sequence[int], *, machine: Machine
+) -> dict[int, NDArray[np.float32]]:
+    """Each fold's logit (Atypical minus Normal) of its own held-out rows, in their order."""
+    size = EVALUATION_BATCH[machine.device.type]
+    logits: dict[int, NDArray[np.float32]] = {}
+    for group in machine.groups(folds):
+        held = [np.flatnonzero(data.folds.fold == fold) for fold in group]
+        longest = max(map(len, held))
+        # All folds of a pass hold equally many images: shorter ones repeat their last.
+        padded = torch.from_numpy(np.stack([np.pad(own, (0, longest - len(own)), mode="edge") for own in held]))
+        parts = [
+            network_logits(network, data.transform, data.take(rows), group, machine=machine)
+            for rows in torch.split(padded, size, dim=1)
+        ]
+        together = torch.cat(parts, dim=1).cpu().numpy()  # (f, longest)
+        logits |= {fold: own[: len(rows)] for fold, own, rows in zip(group, together, held, strict=True)}
+    return logits
+
+
+@torch.inference_mode()
+def network_logits(
+    network: Network, transform: Transform, pixels: Tensor, folds: Sequence[int], *, machine: Machine
+) -> Tensor:
+    """Logits (f, b), Atypical minus Normal, of pixels (f * b, 3, s, s), fold after fold, each under its own weights."""
+    images = transform.normalise(pixels.to(machine.device)).contiguous(memory_format=torch.channels_last)
+    with machine.autocast():
+        both: Tensor = network(images, folds)  # (f, b, 2)
+    return (both[..., 1] - both[..., 0]).float()
+
+
+# ----------------------------------------------------------------------------------------------------------- one epoch
+
+
+@dataclass(frozen=True, eq=False)
+class _Plan:
+    """What one fold sees in one epoch: rows (n_batches, b), and draws (n_batches, b, k) for augmentation."""
+
+    rows: Tensor
+    draws: Tensor | None
+
+    @property
+    def n_batches(self) -> int:
+        return len(self.rows)
+
+
+def _plan(data: TrainingSet, fold: int, recipe: Recipe, *, seed: int, epoch: int) -> _Plan:
+    """Weighted sampling with replacement, inverse to class frequency: as many draws as the fold has training rows."""
+    generator = torch.Generator().manual_seed(seed_of(seed, fold, epoch, _DRAW_SEED))
+    rows = torch.from_numpy(np.flatnonzero(data.folds.fold != fold))
+    label = data.label.cpu()[rows]
+    weight = (1.0 / torch.bincount(label))[label]
+    n_batches = -(-len(rows) // recipe.batch_size)
+    n = n_batches * recipe.batch_size  # whole batches only: the last one is filled up
+    drawn = rows[torch.multinomial(weight, n, replacement=True, generator=generator)]
+    draws = None
+    if recipe.augment is not None:
+        draws = draw(n, recipe.augment, generator=generator).view(n_batches, recipe.batch_size, -1)
+    return _Plan(drawn.view(n_batches, -1), draws)
+
+
+def _backward(
+    network: Network,
+    data: TrainingSet,
+    recipe: Recipe,
+    plans: Mapping[int, _Plan],
+    folds: Sequence[int],
+    batch: int,
+    *,
+    step: int,
+    machine: Machine,
+) -> dict[int, Tensor]:
+    """Fill the network's gradients from one batch of each fold; returns the mean loss of each."""
+    while True:
+        try:
+            network.clear_gradients()
+            losses: dict[int, Tensor] = {}
+            for group in machine.groups(folds):
+                images, label = _images(data, recipe, [plans[fold] for fold in group], batch, machine.device)
+                with machine.autocast():
+                    logits = network(images, group, step=step)  # (f, b, 2)
+                each = F.cross_entropy(logits.flatten(0, 1), label, reduction="none").view(len(group), -1).mean(dim=1)
+                each.sum().backward()  # type: ignore[no-untyped-call]
+                losses |= dict(zip(group, each.detach(), strict=True))
+            network.gather_gradients()
+            return losses
+        except RuntimeError as error:
+            if not out_of_memory(error):
+                raise
+            _save_memory(network, machine, recipe, error)
+
+
+def _images(
+    data: TrainingSet, recipe: Recipe, plans: Sequence[_Plan], batch: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """One batch of each fold, fold after fold: augmented, normalised images (f * b, 3, s, s), and labels (f * b,)."""
+    rows = torch.cat([plan.rows[batch] for plan in plans])
+    pixels = data.take(rows).to(device, non_blocking=True)
+    draws = [plan.draws[batch] for plan in plans if plan.draws is not None]
+    if recipe.augment is not None:
+        changed = augment(pixels / 255, torch.cat(draws).to(device), size=pixels.shape[-1], options=recipe.augment)
+        pixels = changed * 255
+    images = data.transform.normalise(pixels).contiguous(memory_format=torch.channels_last)
+    return images, data.label[rows.to(data.label.device)]
+
+
+def _save_memory(network: Network, machine: Machine, recipe: Recipe, error: RuntimeError) -> None:
+    """Make the next attempt need less memory, or give up."""
+    torch.cuda.empty_cache()
+    if machine.folds_at_once > 1:
+        machine.folds_at_once = -(-machine.folds_at_once // 2)
+        say(f"out of memory on {machine.device}; going on with {machine.folds_at_once} folds at once.")
+    elif checkpoint_gradients(network):
+        say(f"out of memory on {machine.device}; going on with gradient checkpointing, which is slower.")
+    else:
+        raise UserError(
+            f"{network.backbone.name}: {recipe.batch_size} images of one fold do not fit in the memory of "
+            f"{machine.device}. The last checkpoint is kept: use a smaller --batch-size or model in a new run, or free "
+            "memory and --resume."
+        ) from error
+
+
+def checkpoint_gradients(network: Network) -> bool:
+    """Compute activations again in the backward pass instead of keeping them; False if that is so already."""
+    model: Any = network.model
+    if getattr(model, "grad_checkpointing", False) or not hasattr(model, "set_grad_checkpointing"):
+        return False
+    model.set_grad_checkpointing(True)
+    return True
+
+
+def _optimizer(row: Tensor, recipe: Recipe, moments: Tensor, n_steps: int) -> torch.optim.Optimizer:
+    """An optimiser of one fold's row whose moments are the given memory."""
+    kind = torch.optim.AdamW if recipe.optimizer == "adamw" else torch.optim.Adam
+    optimizer = kind([row], lr=recipe.learning_rate, weight_decay=recipe.weight_decay, fused=row.is_cuda)
+    steps = torch.tensor(float(n_steps), device=row.device if row.is_cuda else None)
+    optimizer.state[row] = {"step": steps, "exp_avg": moments[0], "exp_avg_sq": moments[1]}
+    return optimizer
+
+
+def _require_finite(losses: Mapping[int, float], epoch: int, recipe: Recipe) -> None:
+    broken = [fold for fold, loss in losses.items() if not np.isfinite(loss)]
+    if broken:
+        raise UserError(
+            f"the loss of fold {broken[0]} is not finite in epoch {epoch + 1}, at a learning rate of "
+            f"{recipe.learning_rate:g}. The checkpoint of the epoch before is kept. Start a new run with a smaller "
+            "--learning-rate, or with --precision fp32."
+        )
