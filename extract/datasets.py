@@ -47,6 +47,21 @@ _SYSTEM_FILES = frozenset({"Thumbs.db", "desktop.ini"})
 
 
 @dataclass(frozen=True, eq=False)
+class Patches:
+    """Patches of which nothing is known but where they are.
+
+    Attributes:
+        source: the path they were asked for by.
+        id: names below that path, in a fixed order.
+        decode: as of `PatchDataset`.
+    """
+
+    source: str
+    id: tuple[str, ...]
+    decode: Decode
+
+
+@dataclass(frozen=True, eq=False)
 class PatchDataset:
     """The patches of one dataset.
 
@@ -392,6 +407,60 @@ DATASETS: dict[str, DatasetRecord] = {
 }
 
 
+# --- any unlabelled patches -------------------------------------------------------------------------------------------
+
+
+def load_patches(path: Path) -> Patches:
+    """New patches: an image file, a folder (images at any depth), a CSV with a column path, or an HDF5 file with x.
+
+    Labels are neither needed nor read. Every file is checked first.
+
+    Raises:
+        UserError: no such path, no patches, or patches that cannot be read.
+    """
+    if path.is_dir():
+        return _patches_of_folder(path)
+    if path.is_file() and path.suffix.lower() == ".csv":
+        rows = _read_csv(path, ("path",))
+        names = [row["path"].strip() for _, row in rows]
+        missing = [
+            f"line {line}: {name or '(empty)'}"
+            for (line, _), name in zip(rows, names, strict=True)
+            if not (path.parent / name).is_file()
+        ]
+        if missing or not names:
+            found = f"{len(missing)} of {len(names)} files do not exist ({_first(missing)})" if names else "no rows"
+            raise UserError(f"{path}: {found}. Expected paths of patches, relative to {path.parent.resolve()}.")
+        return _patches_of_files(path, names, [path.parent / name for name in names])
+    if path.is_file() and path.suffix.lower() in _HDF5_SUFFIXES:
+        x, read = _hdf5_images(path)
+        return Patches(str(path), tuple(_row_names(x.shape[0])), read)
+    if path.is_file() and path.suffix.lower() in images.SUFFIXES:
+        return _patches_of_files(path, [path.name], [path])
+    raise UserError(
+        f"{path} is {'no patch' if path.exists() else 'not there'}. Expected an image "
+        f"({', '.join(sorted(images.SUFFIXES))}), a folder of images, a CSV with a column path, or an HDF5 file with x."
+    )
+
+
+def _patches_of_folder(folder: Path) -> Patches:
+    below = [path.relative_to(folder) for path in folder.rglob("*") if path.is_file()]
+    kept = [path for path in below if not any(_ignored(Path(part)) for part in path.parts)]
+    names = sorted((path.as_posix() for path in kept if path.suffix.lower() in images.SUFFIXES), key=_natural)
+    if not names:
+        raise UserError(
+            f"{folder} holds no images ({', '.join(sorted(images.SUFFIXES))}), only {len(kept)} other files."
+        )
+    if len(names) < len(kept):
+        say(f"{folder}: {len(kept) - len(names)} files that are no images were left out.")
+    return _patches_of_files(folder, names, [folder / name for name in names])
+
+
+def _patches_of_files(source: Path, names: Sequence[str], paths: Sequence[Path]) -> Patches:
+    _hash_files(paths, source.name)
+    return Patches(str(source), tuple(names), _file_decoder(paths))
+
+
 # --- any labelled patches ---------------------------------------------------------------------------------------------
 
 
@@ -458,18 +527,31 @@ def _from_csv(table: Path, positive: str | None) -> PatchDataset:
 
 
 def _from_hdf5(path: Path, positive: str | None) -> PatchDataset:
-    x = _hdf5_dataset(path, "x")
+    x, read = _hdf5_images(path)
     # PatchCamelyon ships images and labels as two files, ..._x.h5 and ..._y.h5.
     sibling = path.with_name(re.sub(r"(?<![A-Za-z0-9])x(?![A-Za-z0-9])", "y", path.name))
     y = _hdf5_dataset(path if "y" in x.file or not sibling.is_file() else sibling, "y")
-    if x.ndim != 4 or x.shape[-1] != 3 or x.dtype != np.uint8:
-        raise UserError(f"{path}: x is {x.dtype} of shape {x.shape}, expected uint8 of shape (n, height, width, 3).")
     n = x.shape[0]
     if not n or y.size != n:
         raise UserError(f"{path}: x holds {n} patches and y {y.size} labels; expected one label per patch.")
     values = y[()].reshape(n).tolist()
     classes = [value.decode() if isinstance(value, bytes) else str(value) for value in values]
     label, label_names = _labels(classes, positive, path)
+    sha256 = []
+    with progress(f"check {path.name}", n) as advance:
+        for start in range(0, n, _HDF5_ROWS):
+            block = read(slice(start, start + _HDF5_ROWS))  # (rows, height, width, 3)
+            sha256 += [hashlib.sha256(patch.tobytes()).hexdigest() for patch in block]
+            advance(len(block))
+    samples = make_samples(_row_names(n), label, sha256=sha256)
+    return PatchDataset(_safe_name(path.with_suffix("")), samples, label_names, str(path.resolve()), None, read)
+
+
+def _hdf5_images(path: Path) -> tuple[h5py.Dataset, Callable[[int | slice], NDArray[np.uint8]]]:
+    """The patches of an HDF5 file, and a thread-safe function that reads one or some of them."""
+    x = _hdf5_dataset(path, "x")
+    if x.ndim != 4 or x.shape[-1] != 3 or x.dtype != np.uint8:
+        raise UserError(f"{path}: x is {x.dtype} of shape {x.shape}, expected uint8 of shape (n, height, width, 3).")
     lock = Lock()  # HDF5 files are not safe to read from several threads
 
     def read(rows: int | slice) -> NDArray[np.uint8]:
@@ -479,14 +561,12 @@ def _from_hdf5(path: Path, positive: str | None) -> PatchDataset:
         except OSError as error:
             raise UserError(f"{path}, row {rows} cannot be read ({error}). Restore the file, then run again.") from None
 
-    sha256 = []
-    with progress(f"check {path.name}", n) as advance:
-        for start in range(0, n, _HDF5_ROWS):
-            block = read(slice(start, start + _HDF5_ROWS))  # (rows, height, width, 3)
-            sha256 += [hashlib.sha256(patch.tobytes()).hexdigest() for patch in block]
-            advance(len(block))
-    samples = make_samples([f"{row:0{len(str(n - 1))}d}" for row in range(n)], label, sha256=sha256)
-    return PatchDataset(_safe_name(path.with_suffix("")), samples, label_names, str(path.resolve()), None, read)
+    return x, read
+
+
+def _row_names(n: int) -> list[str]:
+    """Row numbers that sort as text."""
+    return [f"{row:0{len(str(n - 1))}d}" for row in range(n)]
 
 
 def _hdf5_dataset(path: Path, key: str) -> h5py.Dataset:

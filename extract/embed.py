@@ -193,6 +193,16 @@ def fingerprint_parts(
     dataset: PatchDataset, backbone: Backbone, weights: Weights, view: View, *, precision: str, device: torch.device
 ) -> dict[str, Any]:
     """Everything that decides an embedding's numbers, as plain JSON values; the store hashes it."""
+    return backbone_parts(backbone, weights, view, precision=precision, device=device) | {
+        "source_mpp": dataset.mpp,
+        "dataset_digest": dataset.samples.images_digest,
+    }
+
+
+def backbone_parts(
+    backbone: Backbone, weights: Weights, view: View, *, precision: str, device: torch.device
+) -> dict[str, Any]:
+    """What does not depend on the patches of `fingerprint_parts`."""
     return {
         "model": backbone.name,
         "hub_id": backbone.hub_id,
@@ -204,10 +214,8 @@ def fingerprint_parts(
         "resample_pos_embed": backbone.resample_pos_embed,
         "transform": make_transform(backbone, view).record(),
         "view": view.name,
-        "source_mpp": dataset.mpp,
         "precision": precision,
         "device": device.type,
-        "dataset_digest": dataset.samples.images_digest,
     }
 
 

@@ -784,7 +784,7 @@ def _refuse_other(stored: Entry, asked: Entry) -> None:
     """Embeddings that were computed in another way are never mixed."""
     names = ("dataset", "model", "view", "poolings", "card_pooling", "n_rows", "parts")
     old, new = ({name: getattr(entry, name) for name in names} for entry in (stored, asked))
-    differing = {name: values for name, *values in _differences(old, new)}
+    differing = {name: values for name, *values in differences(old, new)}
     if differing:
         raise UserError(
             f"the store already has {stored.name}, computed differently (fingerprint {stored.fingerprint[:12]}, now "
@@ -794,11 +794,12 @@ def _refuse_other(stored: Entry, asked: Entry) -> None:
         )
 
 
-def _differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str, str]]:
+def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str, str]]:
+    """(name, old, new) of every value in which two records differ, nested names joined by dots, values as JSON."""
     for key in sorted(old.keys() | new.keys()):
         was, now = old.get(key, "(none)"), new.get(key, "(none)")
         if isinstance(was, Mapping) and isinstance(now, Mapping):
-            yield from _differences(was, now, f"{prefix}{key}.")
+            yield from differences(was, now, f"{prefix}{key}.")
         elif json.dumps(was) != json.dumps(now):
             yield prefix.removeprefix("parts.") + key, json.dumps(was), json.dumps(now)
 

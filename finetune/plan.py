@@ -78,7 +78,7 @@ def make_plan(options: FinetuneOptions, compute: ComputeOptions) -> Plan:
         model = build_model(backbone, None, dynamic=view.input_size is not None)
     check_input_size(model, backbone, transform.input_size)
     n_parameters = sum(parameter.numel() for parameter in model.parameters())
-    with FakeTensorMode(allow_non_fake_inputs=True):  # type: ignore[no-untyped-call]
+    with FakeTensorMode(allow_non_fake_inputs=True):
         model = model.to_empty(device="cpu")
         network = Network(model, backbone, method=options.method, lora=options.lora, folds=folds, seed=options.seed)
         shape = (recipe.batch_size, 3, transform.input_size, transform.input_size)

@@ -17,7 +17,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
 from extract.backbones import (
     Backbone,
@@ -27,16 +27,16 @@ from extract.backbones import (
     fetch_weights,
     find_backbone,
 )
-from extract.datasets import DATASETS, PatchDataset, is_at_hand, load_dataset
+from extract.datasets import DATASETS, Decode, PatchDataset, is_at_hand, load_dataset
 from extract.embed import decoded, fingerprint_parts
 from extract.hardware import find_device, has_bf16
 from extract.registry import IMAGENET_MEAN, IMAGENET_STD
-from extract.views import Transform, make_transform, parse_view
+from extract.views import Transform, View, make_transform, parse_view
 from features.console import Advance, UserError, nearest, progress, say
 from features.files import write_file, writing
 from features.folds import SEED, Folds, grouped_folds
 from features.samples import TEST, audit
-from features.store import fingerprint
+from features.store import differences, fingerprint
 from finetune.checkpoint import CHECKPOINT_FILE, FORMAT, START_FILE, State, load_state, save_state
 from finetune.lora import LoraOptions
 from finetune.network import METHODS, Method, Network
@@ -145,9 +145,8 @@ class Setup:
 
     @property
     def rounds(self) -> list[tuple[int, ...]]:
-        """The folds that train together: all, or each alone where each trains the whole backbone."""
-        each = range(self.folds.n_folds)
-        return [(fold,) for fold in each] if self.options.method == "full" else [tuple(each)]
+        """The folds that train together."""
+        return rounds_of(self.options, self.folds.n_folds)
 
     def parts(self, patches: PatchDataset) -> dict[str, Any]:
         """The fingerprint's parts, as extraction records them."""
@@ -202,7 +201,7 @@ def resume(folder: Path, *, changed: Mapping[str, Any], compute: ComputeOptions)
         say(f"{folder} has finished already.")
         return folder
     record = _read_start(folder)
-    options = _options_of(record["identity"]["options"])
+    options = options_of(record["identity"]["options"])
     own = _flat(asdict(options))
     differing = [
         f"{name} {value!r} instead of {own[name]!r}" for name, value in _flat(changed).items() if value != own[name]
@@ -213,12 +212,7 @@ def resume(folder: Path, *, changed: Mapping[str, Any], compute: ComputeOptions)
             "a new run."
         )
     setup = prepare(options, compute)
-    now, then = _flat(setup.identity()), _flat(record["identity"])
-    differing = [
-        f"{key} was {then.get(key)!r} and is {now.get(key)!r}"
-        for key in sorted(now.keys() | then.keys())
-        if now.get(key) != then.get(key)
-    ]
+    differing = [f"{key} was {was} and is {now}" for key, was, now in differences(record["identity"], setup.identity())]
     if differing:
         raise UserError(
             f"{folder} cannot be resumed, because what it was started with has changed: {'; '.join(differing[:5])}. "
@@ -251,9 +245,6 @@ def prepare(options: FinetuneOptions, compute: ComputeOptions) -> Setup:
         "paper" if (options.recipe, options.train) == ("paper", "ami-br") else "default"
     )
     folds = grouped_folds(patches.samples.select(rows), options.cv, seed=options.seed, scheme=scheme)
-    transform = make_transform(backbone, view)
-    if recipe.statistics == "imagenet":
-        transform = replace(transform, mean=IMAGENET_MEAN, std=IMAGENET_STD)
     return Setup(
         options=options,
         compute=compute,
@@ -264,19 +255,22 @@ def prepare(options: FinetuneOptions, compute: ComputeOptions) -> Setup:
         tests=tests,
         rows=rows,
         folds=folds,
-        transform=transform,
+        transform=transform_of(backbone, view, recipe.statistics),
         precision=choose_precision(options.precision, backbone, device),
         device=device,
     )
 
 
+def transform_of(backbone: Backbone, view: View, statistics: str) -> Transform:
+    """The view's transform, normalising by the card's statistics ("card") or by ImageNet's ("imagenet")."""
+    transform = make_transform(backbone, view)
+    return transform if statistics == "card" else replace(transform, mean=IMAGENET_MEAN, std=IMAGENET_STD)
+
+
 def new_network(setup: Setup, folds: Sequence[int]) -> Network:
-    """The backbone on its device, with the adapters and classifiers of some folds."""
+    """The network of some folds before training, computing as the user wants it."""
     view = parse_view(setup.recipe.view)
-    model = build_model(setup.backbone, setup.weights, dynamic=view.input_size is not None)
-    check_input_size(model, setup.backbone, setup.transform.input_size)
-    model = model.to(setup.device).to(memory_format=torch.channels_last)  # of convolutions; others stay as they are
-    network = adapted(model, setup.backbone, setup.options, folds)
+    network = build_network(setup.backbone, setup.weights, setup.options, view, folds, device=setup.device)
     if setup.compute.grad_checkpointing:
         checkpoint_gradients(network)
     if setup.compute.compile:
@@ -284,9 +278,25 @@ def new_network(setup: Setup, folds: Sequence[int]) -> Network:
     return network
 
 
-def adapted(model: nn.Module, backbone: Backbone, options: FinetuneOptions, folds: Sequence[int]) -> Network:
-    """The network of some folds on a given backbone."""
+def build_network(
+    backbone: Backbone,
+    weights: Weights,
+    options: FinetuneOptions,
+    view: View,
+    folds: Sequence[int],
+    *,
+    device: torch.device,
+) -> Network:
+    """The backbone on its device, with the adapters and classifiers of some folds."""
+    model = build_model(backbone, weights, dynamic=view.input_size is not None)
+    check_input_size(model, backbone, make_transform(backbone, view).input_size)
+    model = model.to(device).to(memory_format=torch.channels_last)  # of convolutions; others stay as they are
     return Network(model, backbone, method=options.method, lora=options.lora, folds=folds, seed=options.seed)
+
+
+def rounds_of(options: FinetuneOptions, n_folds: int) -> list[tuple[int, ...]]:
+    """The folds that train together: all, or each alone where each trains the whole backbone."""
+    return [(fold,) for fold in range(n_folds)] if options.method == "full" else [tuple(range(n_folds))]
 
 
 # ------------------------------------------------------------------------------------------------- training to the end
@@ -358,7 +368,9 @@ def _judge(setup: Setup, folder: Path, data: TrainingSet, machine: Machine) -> I
             for fold, own in validation_logits(network, data, folds, machine=machine).items():
                 validation[setup.folds.fold == fold] = own
             for (patches, rows), into in zip(sets, logits, strict=True):
-                into[:, list(folds)] = patch_logits(network, patches, rows, setup.transform, machine, advance=advance)
+                into[:, list(folds)] = patch_logits(
+                    network, patches.decode, rows, setup.transform, machine=machine, advance=advance
+                )
     yield predictions_of(
         setup.patches.name, samples.select(setup.rows), split=VALIDATION, fold=setup.folds.fold, logit=validation
     )
@@ -369,18 +381,18 @@ def _judge(setup: Setup, folder: Path, data: TrainingSet, machine: Machine) -> I
 
 def patch_logits(
     network: Network,
-    patches: PatchDataset,
+    decode: Decode,
     rows: NDArray[np.intp],
     transform: Transform,
-    machine: Machine,
     *,
+    machine: Machine,
     advance: Advance,
 ) -> NDArray[np.float32]:
-    """Logits (len(rows), n_folds) of patches of a dataset, each under the weights of all of the network's folds."""
+    """Logits (len(rows), n_folds) of patches, each under the weights of all of the network's folds."""
     size = EVALUATION_BATCH[machine.device.type]
     units = [rows[start : start + size].tolist() for start in range(0, len(rows), size)]
     found = []
-    with closing(decoded(patches.decode, units)) as ready:
+    with closing(decoded(decode, units)) as ready:
         for unit, batch in ready:
             pixels = transform.resized(batch, machine.device)
             each = [
@@ -519,7 +531,8 @@ def _trainings(runs: Path) -> list[str]:
     return [path.parent.name for path in runs.glob(f"*/{START_FILE}")]
 
 
-def _options_of(stored: Mapping[str, Any]) -> FinetuneOptions:
+def options_of(stored: Mapping[str, Any]) -> FinetuneOptions:
+    """Options as JSON gives them back."""
     test = stored["test"]
     changed = {"lora": LoraOptions(**stored["lora"]), "test": None if test is None else tuple(test)}
     return FinetuneOptions(**{**stored, **changed})

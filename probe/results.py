@@ -244,6 +244,24 @@ def read_run(folder: Path) -> dict[str, Any]:
     return dict(record)
 
 
+def read_weights(folder: Path) -> dict[str, NDArray[Any]]:
+    """A probe run's weights.
+
+    Raises:
+        UserError: if the file is missing or damaged.
+    """
+    from safetensors import SafetensorError
+    from safetensors.numpy import load_file
+
+    path = folder / "weights.safetensors"
+    try:
+        return dict(load_file(path))
+    except FileNotFoundError as error:
+        raise UserError(f"{path} is missing: the run is incomplete. Run fm-probe again.") from error
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} is damaged ({error}). Run fm-probe again.") from error
+
+
 def read_predictions(folder: Path) -> Predictions:
     """A run's predictions.csv.
 

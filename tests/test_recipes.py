@@ -1,0 +1,116 @@
+"""Do learning rates, best epochs and early stopping follow from a fold's history as torch and the recipes say?"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.optim.lr_scheduler import ReduceLROnPlateau
+
+from finetune.recipes import RECIPES, best_epoch, learning_rate, plateau_rate, stopped
+
+PAPER, DEFAULT = RECIPES["paper"], RECIPES["default"]
+
+
+def history(*figures: float) -> list[dict[str, Any]]:
+    return [{"balanced_accuracy": figure} for figure in figures]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_the_plateau_rate_is_that_of_torchs_scheduler(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    recipe = replace(
+        PAPER,
+        learning_rate=float(10 ** rng.uniform(-5, -1)),
+        plateau_factor=float(rng.uniform(0.1, 0.9)),
+        plateau_patience=int(rng.integers(0, 5)),
+        min_learning_rate=float(10 ** rng.uniform(-9, -6)),
+    )
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=recipe.learning_rate)
+    scheduler = ReduceLROnPlateau(
+        optimizer,
+        mode="max",
+        factor=recipe.plateau_factor,
+        patience=recipe.plateau_patience,
+        threshold=0,
+        min_lr=recipe.min_learning_rate,
+        eps=0,
+    )
+    figures = (rng.integers(0, 8, size=100) / 8).tolist()  # coarse, so that many are equal
+    for epoch, figure in enumerate(figures, start=1):
+        scheduler.step(figure)
+        assert plateau_rate(history(*figures[:epoch]), recipe) == optimizer.param_groups[0]["lr"]
+
+
+def test_the_papers_rate_halves_after_the_fourth_bad_epoch_and_stays_above_its_floor() -> None:
+    assert plateau_rate([], PAPER) == 1e-4
+    assert plateau_rate(history(0.7, 0.7, 0.6, 0.7), PAPER) == 1e-4
+    assert plateau_rate(history(0.7, 0.7, 0.6, 0.7, 0.5), PAPER) == 5e-5
+    assert plateau_rate(history(*[0.5] * 100), PAPER) == 1e-7
+
+
+def test_a_rate_below_the_floor_never_rises() -> None:
+    recipe = replace(PAPER, learning_rate=1e-8)
+    assert plateau_rate(history(*[0.5] * 20), recipe) == 1e-8
+
+
+def test_the_plateau_rate_is_the_same_for_all_batches_of_an_epoch() -> None:
+    past = history(0.7, 0.7, 0.6, 0.7, 0.5)
+    assert {learning_rate(past, PAPER, batch=batch, n_batches=7) for batch in range(7)} == {5e-5}
+
+
+@pytest.mark.parametrize("warmup", [0.0, 0.5, 2.0])
+@pytest.mark.parametrize("n_batches", [1, 9])
+def test_the_cosine_rate_rises_to_its_peak_and_falls_to_nearly_nothing(warmup: float, n_batches: int) -> None:
+    recipe = replace(DEFAULT, warmup=warmup)
+    rates = np.array(
+        [
+            learning_rate(history(*[0.5] * epoch), recipe, batch=batch, n_batches=n_batches)
+            for epoch in range(recipe.epochs)
+            for batch in range(n_batches)
+        ]
+    )
+    at = (np.arange(len(rates)) + 0.5) / n_batches
+    assert (rates > 0).all()
+    assert rates.max() <= recipe.learning_rate
+    assert (np.diff(rates[at < warmup]) > 0).all()
+    assert (np.diff(rates[at >= warmup]) < 0).all()
+    assert rates[-1] < 0.01 * recipe.learning_rate
+    halfway = (recipe.epochs + warmup) / 2
+    assert np.interp(halfway, at, rates) == pytest.approx(recipe.learning_rate / 2, rel=0.02)
+
+
+def test_the_cosine_rate_does_not_look_at_the_figures() -> None:
+    rates = {learning_rate(history(*figures), DEFAULT, batch=2, n_batches=5) for figures in ((0.9, 0.1), (0.1, 0.9))}
+    assert len(rates) == 1
+
+
+def test_one_epoch_is_a_whole_cosine() -> None:
+    recipe = replace(DEFAULT, epochs=1)
+    rates = [learning_rate([], recipe, batch=batch, n_batches=100) for batch in range(100)]
+    assert max(rates) == pytest.approx(recipe.learning_rate, rel=0.01)
+    assert rates[-1] < 1e-3 * recipe.learning_rate
+
+
+def test_the_first_of_equally_good_epochs_is_the_best() -> None:
+    assert best_epoch([]) == -1
+    assert best_epoch(history(0.5)) == 0
+    assert best_epoch(history(0.5, 0.8, 0.7, 0.8, 0.8)) == 1
+
+
+def test_a_fold_stops_when_its_patience_or_its_epochs_end() -> None:
+    recipe = replace(PAPER, epochs=6, patience=2)
+    assert not stopped([], recipe)
+    assert not stopped(history(0.5, 0.6, 0.6), recipe)
+    assert stopped(history(0.5, 0.6, 0.6, 0.6), recipe)
+    assert not stopped(history(0.5, 0.6, 0.6, 0.7, 0.8), recipe)
+    assert stopped(history(0.5, 0.6, 0.6, 0.7, 0.8, 0.9), recipe)
+
+
+def test_the_papers_recipe_is_the_papers_text() -> None:
+    assert (PAPER.optimizer, PAPER.learning_rate, PAPER.weight_decay, PAPER.batch_size) == ("adam", 1e-4, 1e-5, 8)
+    assert (PAPER.epochs, PAPER.patience, PAPER.schedule, PAPER.statistics) == (100, 15, "plateau", "imagenet")
+    assert (PAPER.plateau_factor, PAPER.plateau_patience, PAPER.min_learning_rate) == (0.5, 3, 1e-7)
