@@ -15,6 +15,7 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP)
 	$(BIN)/fm-extract --store $(DEMO)/embeddings.zarr --view full,center64
 	$(BIN)/fm-probe --cv 5 --store $(DEMO)/embeddings.zarr --runs $(DEMO)/runs
+	$(BIN)/fm-finetune --lora-rank 8 --epochs 4 --runs $(DEMO)/runs
 
 test: $(STAMP)
 	$(BIN)/ruff format --check .

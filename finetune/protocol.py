@@ -99,8 +99,12 @@ class FinetuneOptions:
 
     def resolved(self) -> Recipe:
         """The recipe with what the user chose instead."""
-        chosen = {name: getattr(self, name) for name in ("view", "epochs", "batch_size", "learning_rate")}
+        chosen = {name: getattr(self, name) for name in ("epochs", "batch_size", "learning_rate")}
         return replace(RECIPES[self.recipe], **{name: value for name, value in chosen.items() if value is not None})
+
+    def resolved_view(self, backbone: Backbone) -> View:
+        """The user's view, else the recipe's, else the backbone's."""
+        return parse_view(self.view or RECIPES[self.recipe].view or backbone.finetune_view)
 
 
 @dataclass(frozen=True)
@@ -133,6 +137,7 @@ class Setup:
     options: FinetuneOptions
     compute: ComputeOptions
     recipe: Recipe
+    view: View
     backbone: Backbone
     weights: Weights
     patches: PatchDataset
@@ -150,9 +155,8 @@ class Setup:
 
     def parts(self, patches: PatchDataset) -> dict[str, Any]:
         """The fingerprint's parts, as extraction records them."""
-        view = parse_view(self.recipe.view)
         found = fingerprint_parts(
-            patches, self.backbone, self.weights, view, precision=self.precision, device=self.device
+            patches, self.backbone, self.weights, self.view, precision=self.precision, device=self.device
         )
         return found | {"transform": self.transform.record()}
 
@@ -230,9 +234,9 @@ def prepare(options: FinetuneOptions, compute: ComputeOptions) -> Setup:
         UserError: see `finetune`.
     """
     recipe = options.resolved()
-    view = parse_view(recipe.view)
     device = find_device(compute.device)
     backbone = find_backbone(options.model)
+    view = options.resolved_view(backbone)
     patches = load_dataset(options.train, data=compute.data, positive=options.positive)
     for line in audit(patches.samples).lines():
         say(f"{patches.name}: {line}.")
@@ -249,6 +253,7 @@ def prepare(options: FinetuneOptions, compute: ComputeOptions) -> Setup:
         options=options,
         compute=compute,
         recipe=recipe,
+        view=view,
         backbone=backbone,
         weights=fetch_weights(backbone, weights=compute.weights),
         patches=patches,
@@ -269,8 +274,7 @@ def transform_of(backbone: Backbone, view: View, statistics: str) -> Transform:
 
 def new_network(setup: Setup, folds: Sequence[int]) -> Network:
     """The network of some folds before training, computing as the user wants it."""
-    view = parse_view(setup.recipe.view)
-    network = build_network(setup.backbone, setup.weights, setup.options, view, folds, device=setup.device)
+    network = build_network(setup.backbone, setup.weights, setup.options, setup.view, folds, device=setup.device)
     if setup.compute.grad_checkpointing:
         checkpoint_gradients(network)
     if setup.compute.compile:
@@ -425,7 +429,7 @@ def _record(setup: Setup, network: Network, state: State, machine: Machine) -> d
         "recipe": asdict(setup.recipe),
         "train": setup.patches.name,
         "test": [test.name for test in setup.tests],
-        "view": setup.recipe.view,
+        "view": setup.view.name,
         "pooling": network.pooling,
         "card_pooling": setup.backbone.card_pooling,
         "label_names": list(setup.patches.label_names),

@@ -19,7 +19,7 @@ class Recipe:
     """How a fold is trained.
 
     Attributes:
-        view: input policy, where the user names none.
+        view: input policy, where the user names none; None for the backbone's own (`finetune_view`).
         epochs: at most; an epoch draws as many patches as the fold trains on.
         batch_size: patches per fold and step.
         learning_rate: at the start (plateau) or at its peak (cosine).
@@ -34,7 +34,7 @@ class Recipe:
         augment: what changes from epoch to epoch; None for nothing.
     """
 
-    view: str
+    view: str | None
     epochs: int
     batch_size: int
     learning_rate: float
@@ -65,7 +65,7 @@ RECIPES = {
         augment=AugmentOptions(flip_vertical=0.0),
     ),
     "default": Recipe(
-        view="full",
+        view=None,
         epochs=12,
         batch_size=16,
         learning_rate=1e-3,

@@ -1,0 +1,330 @@
+"""Is a backbone with one classifier per fold what its methods promise, in memory and on disk?"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import safetensors
+import safetensors.torch
+import timm
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from extract.backbones import Backbone, build_model, embed
+from features.console import UserError
+from finetune.lora import LoraOptions
+from finetune.network import HEAD_FILE, METHODS, MODEL_FILE, Method, Network
+
+VIT = Backbone(
+    name="tiny-vit",
+    title="tiny ViT",
+    hub_id="",
+    arch="vit_tiny_patch16_224",
+    kwargs={"img_size": 32, "depth": 2, "embed_dim": 16, "num_heads": 2},
+    input_size=32,
+    resize=32,
+    n_parameters=18_992,
+    embedding_dim=16,
+    gflops=None,
+    licence="none",
+)
+# The smallest network of timm with batch norms.
+CNN = replace(
+    VIT,
+    name="tiny-cnn",
+    title="tiny CNN",
+    arch="test_efficientnet",
+    kwargs={},
+    card_pooling="pooled",
+    n_parameters=99_196,
+    embedding_dim=256,
+)
+LORA = LoraOptions(rank=2, alpha=4, dropout=0.3)
+N_FOLDS = 3
+N = 2  # images per fold
+
+
+def backbone_model(backbone: Backbone = VIT, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """A network of random weights, always the same, in the layout it is trained in."""
+    torch.manual_seed(0)
+    return build_model(backbone, None).to(dtype).to(memory_format=torch.channels_last)
+
+
+def tiny_network(
+    method: Method = "lora",
+    backbone: Backbone = VIT,
+    *,
+    folds: Sequence[int] | None = None,
+    lora: LoraOptions = LORA,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 7,
+) -> Network:
+    chosen = folds if folds is not None else [0] if method == "full" else range(N_FOLDS)
+    model = backbone_model(backbone, dtype)
+    return Network(model, backbone, method=method, lora=lora, folds=chosen, seed=seed)
+
+
+def stirred(network: Network) -> Network:
+    """Give every fold values of its own; without it adapters do nothing."""
+    for fold, row in zip(network.folds, network.values, strict=True):
+        noise = torch.randn(row.shape, generator=torch.Generator().manual_seed(fold)).to(row)
+        # Variances among the running statistics have to stay positive.
+        row[: network.n_trained] += 0.05 * noise[: network.n_trained]
+        row[network.n_trained :] *= 1 + 0.1 * noise[network.n_trained :].abs()
+    return network
+
+
+def images(n: int = N_FOLDS * N, dtype: torch.dtype = torch.float32) -> Tensor:
+    drawn = torch.randn(n, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    return drawn.to(dtype, memory_format=torch.channels_last)
+
+
+def logits(network: Network, batch: Tensor | None = None) -> Tensor:
+    batch = images(len(network.folds) * N) if batch is None else batch
+    with torch.no_grad():
+        found: Tensor = network(batch, network.folds)
+    return found
+
+
+# ------------------------------------------------------------------------------------------------------------ in memory
+
+
+@pytest.mark.parametrize("backbone", [VIT, CNN], ids=lambda backbone: backbone.name)
+@pytest.mark.parametrize("method", METHODS)
+def test_before_the_first_step_the_classifiers_read_the_frozen_features(method: Method, backbone: Backbone) -> None:
+    with torch.no_grad():
+        features = embed(backbone_model(backbone), backbone, images())[backbone.card_pooling]
+    network = tiny_network(method, backbone)
+    n_rows = len(network.folds)
+    batch = images()[: n_rows * N]
+    each = features[: n_rows * N].view(n_rows, N, -1)
+    expected = torch.baddbmm(network.bias[:, None], each, network.weight.mT)
+    assert torch.equal(logits(network, batch), expected)
+    if method != "full":  # a dropped input of an adapter that adds nothing changes nothing
+        assert torch.equal(network(batch, network.folds, step=3), expected)
+
+
+def test_a_full_networks_batch_norms_learn_while_training_only() -> None:
+    network = tiny_network("full", CNN)
+    before = network.values.clone()
+    network(images(N), [0])
+    assert torch.equal(network.values, before)
+    network(images(N), [0], step=0)
+    assert torch.equal(network.values[:, : network.n_trained], before[:, : network.n_trained])
+    assert not torch.equal(network.values[:, network.n_trained :], before[:, network.n_trained :])
+
+
+@pytest.mark.parametrize("method", ["lora", "head"])
+def test_a_frozen_backbones_batch_norms_never_learn(method: Method) -> None:
+    network = tiny_network(method, CNN)
+    before = {name: tensor.clone() for name, tensor in network.model.state_dict().items()}
+    network(images(), network.folds, step=0).sum().backward()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in network.model.state_dict().items())
+
+
+def test_a_fold_changes_with_its_own_row_alone() -> None:
+    for method in ("lora", "head"):
+        network = stirred(tiny_network(method))
+        before = logits(network)
+        network.values[1] += 0.1
+        changed = [not torch.equal(left, right) for left, right in zip(logits(network), before, strict=True)]
+        assert changed == [False, True, False], method
+
+
+def test_everything_a_full_network_computes_with_lies_in_its_row() -> None:
+    network = stirred(tiny_network("full", CNN))
+    expected, row = logits(network), network.values.clone()
+    other = tiny_network("full", CNN, folds=[1], seed=8)
+    assert not torch.allclose(logits(other), expected)
+    other.values.copy_(row)
+    assert torch.equal(logits(other), expected)
+
+
+@pytest.mark.parametrize(("method", "backbone"), [("lora", VIT), ("head", VIT), ("full", VIT), ("full", CNN)])
+def test_trained_parameters_are_views_of_the_rows_and_counted(method: Method, backbone: Backbone) -> None:
+    network = tiny_network(method, backbone)
+    learning = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    assert sum(parameter.numel() for parameter in learning) == len(network.folds) * network.n_trained
+    storage = network.values.untyped_storage().data_ptr()
+    assert {parameter.untyped_storage().data_ptr() for parameter in learning} == {storage}
+    frozen = sum(parameter.numel() for parameter in network.parameters() if not parameter.requires_grad)
+    assert frozen == (0 if method == "full" else sum(p.numel() for p in backbone_model(backbone).parameters()))
+
+
+def test_initial_values_depend_on_seed_and_fold_alone() -> None:
+    three, two = tiny_network(), tiny_network(folds=range(2))
+    assert torch.equal(three.values[:2], two.values)
+    assert not torch.equal(three.values[0], three.values[1])
+    assert not torch.equal(tiny_network(seed=8).values, three.values)
+    heads = tiny_network("head")
+    full = tiny_network("full", folds=[2])
+    assert torch.equal(full.weight[0], heads.weight[2])
+    assert torch.equal(three.weight, heads.weight)
+
+
+@pytest.mark.parametrize("folds", [[1, 0], [0, 2], [1, 2], [2]])
+def test_folds_that_the_rows_cannot_be_are_refused(folds: list[int]) -> None:
+    with pytest.raises(ValueError, match="cannot hold the folds"):
+        tiny_network("lora", folds=folds)
+
+
+def test_a_full_network_of_two_folds_is_refused() -> None:
+    with pytest.raises(ValueError, match="one fold at a time"):
+        tiny_network("full", folds=[0, 1])
+
+
+@pytest.mark.parametrize(("method", "backbone"), [("lora", VIT), ("lora", CNN), ("head", VIT), ("full", CNN)])
+def test_gathered_gradients_are_autograds(method: Method, backbone: Backbone) -> None:
+    network = stirred(tiny_network(method, backbone, dtype=torch.float64))
+    batch = images(len(network.folds) * N, torch.float64)
+    weights = torch.linspace(-1, 2, len(network.folds) * N * 2, dtype=torch.float64).view(-1, N, 2)
+    network.clear_gradients()
+    (network(batch, network.folds, step=5) * weights).sum().backward()
+    network.gather_gradients()
+    learning = [p for p in network.parameters() if p.requires_grad]
+    expected = torch.autograd.grad((network(batch, network.folds, step=5) * weights).sum(), learning)
+    together = torch.zeros_like(network.values)
+    for parameter, gradient in zip(learning, expected, strict=True):
+        start = parameter.storage_offset()
+        flat = gradient.reshape(len(network.folds), -1)
+        if parameter.shape[0] == len(network.folds) and method != "full":
+            together[:, start : start + flat.shape[1]] = flat
+        else:
+            together.view(-1)[start : start + flat.numel()] = gradient.flatten()
+    torch.testing.assert_close(network.gradients, together[:, : network.n_trained])
+    for row, gradient in zip(network.rows(), network.gradients, strict=True):
+        assert row.grad is not None
+        assert row.grad.data_ptr() == gradient.data_ptr()
+
+
+def test_passes_of_some_folds_at_a_time_gather_the_same_gradients() -> None:
+    network = stirred(tiny_network(dtype=torch.float64))
+    batch = images(dtype=torch.float64)
+    network.clear_gradients()
+    network(batch, network.folds, step=5).square().sum().backward()
+    network.gather_gradients()
+    together = network.gradients.clone()
+    network.clear_gradients()
+    for folds in ([0, 1], [2]):
+        part = batch.view(N_FOLDS, N, 3, 32, 32)[folds].flatten(0, 1)
+        network(part, folds, step=5).square().sum().backward()
+    network.gather_gradients()
+    torch.testing.assert_close(network.gradients, together)
+
+
+def test_a_fold_outside_the_batch_has_no_gradient() -> None:
+    network = stirred(tiny_network())
+    network.clear_gradients()
+    network(images(2 * N), [0, 2], step=0).square().sum().backward()
+    network.gather_gradients()
+    assert network.gradients[[0, 2]].abs().amax(dim=1).min() > 0
+    assert not network.gradients[1].any()
+
+
+def test_a_network_that_joins_two_poolings_is_classified_by_its_class_token() -> None:
+    joined = replace(VIT, card_pooling="cls+mean")
+    assert tiny_network(backbone=joined).pooling == "cls"
+    assert torch.equal(logits(tiny_network(backbone=joined)), logits(tiny_network()))
+
+
+# -------------------------------------------------------------------------------------------------------------- on disk
+
+
+@pytest.mark.parametrize("backbone", [VIT, CNN], ids=lambda backbone: backbone.name)
+@pytest.mark.parametrize("method", METHODS)
+def test_a_fold_comes_back_as_it_was_saved(method: Method, backbone: Backbone, tmp_path: Path) -> None:
+    network = stirred(tiny_network(method, backbone))
+    for fold in network.folds:
+        network.save_fold(tmp_path / str(fold), fold)
+    other = tiny_network(method, backbone, seed=8)
+    assert not torch.equal(other.values, network.values)
+    for fold in other.folds:
+        other.load_fold(tmp_path / str(fold), fold)
+    assert torch.equal(other.values, network.values)
+    assert torch.equal(logits(other), logits(network))
+
+
+@pytest.mark.parametrize("backbone", [VIT, CNN], ids=lambda backbone: backbone.name)
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_plain_timm_loads_the_merged_file_and_agrees(method: Method, backbone: Backbone, tmp_path: Path) -> None:
+    network = stirred(tiny_network(method, backbone))
+    fold = network.folds[-1]
+    network.save_merged(tmp_path, fold)
+    with safetensors.safe_open(tmp_path / MODEL_FILE, "pt") as file:
+        described = file.metadata()
+    model = timm.create_model(described["architecture"], num_classes=2, **json.loads(described["kwargs"])).eval()
+    model.load_state_dict(safetensors.torch.load_file(tmp_path / MODEL_FILE), strict=True)
+    batch = images(N)
+    with torch.no_grad():
+        torch.testing.assert_close(model(batch), network(batch, [fold])[0], rtol=1e-5, atol=1e-6)
+
+
+def test_the_merged_file_is_what_full_training_writes(tmp_path: Path) -> None:
+    adapted, full = stirred(tiny_network("lora")), tiny_network("full", folds=[1])
+    adapted.save_merged(tmp_path, 1)
+    full.load_fold(tmp_path, 1)
+    batch = images(N)
+    with torch.no_grad():
+        torch.testing.assert_close(full(batch, [1]), adapted(batch, [1]), rtol=1e-5, atol=1e-6)
+
+
+FILES = {"lora": "adapter_model.safetensors", "head": HEAD_FILE, "full": MODEL_FILE}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_missing_or_truncated_file_is_named(method: Method, tmp_path: Path) -> None:
+    network = tiny_network(method)
+    fold = network.folds[0]
+    network.save_fold(tmp_path, fold)
+    path = tmp_path / FILES[method]
+    path.write_bytes(path.read_bytes()[:-10])
+    with pytest.raises(UserError, match=rf"{FILES[method]}: not a whole safetensors file.*[Cc]opy"):
+        network.load_fold(tmp_path, fold)
+    path.unlink()
+    with pytest.raises(UserError, match=rf"{FILES[method]}: no such file"):
+        network.load_fold(tmp_path, fold)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_another_networks_file_is_named_and_changes_nothing(method: Method, tmp_path: Path) -> None:
+    wider = replace(VIT, kwargs={**VIT.kwargs, "embed_dim": 32})
+    tiny_network(method, wider).save_fold(tmp_path, 0)
+    network = tiny_network(method)
+    before = network.values.clone()
+    with pytest.raises(UserError, match=FILES[method]):
+        network.load_fold(tmp_path, 0)
+    assert torch.equal(network.values, before)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_file_without_classifier_is_named(method: Method, tmp_path: Path) -> None:
+    network = tiny_network(method)
+    network.save_fold(tmp_path, 0)
+    path = tmp_path / FILES[method]
+    tensors = safetensors.torch.load_file(path)
+    kept = {name: tensor for name, tensor in tensors.items() if name not in ("weight", "bias") and "head." not in name}
+    safetensors.torch.save_file(kept, path)
+    with pytest.raises(UserError, match=rf"{tmp_path}.*2 tensors are missing.*first: weight"):
+        network.load_fold(tmp_path, 0)
+
+
+def test_a_file_with_more_than_a_classifier_is_named(tmp_path: Path) -> None:
+    network = tiny_network("head")
+    network.save_fold(tmp_path, 0)
+    more = safetensors.torch.load_file(tmp_path / HEAD_FILE) | {"scale": torch.ones(1)}
+    safetensors.torch.save_file(more, tmp_path / HEAD_FILE)
+    with pytest.raises(UserError, match=rf"{HEAD_FILE}: 1 tensors.*first: scale"):
+        network.load_fold(tmp_path, 0)
+
+
+def test_logits_of_a_single_fold_are_a_linear_layers() -> None:
+    network = tiny_network("head")
+    with torch.no_grad():
+        features = embed(network.model, VIT, images(N))["cls"]
+        expected = F.linear(features, network.weight[2], network.bias[2])
+        torch.testing.assert_close(network(images(N), [2])[0], expected)
