@@ -29,7 +29,8 @@ bench: $(STAMP)
 	$(BIN)/python tests/bench_command.py
 	$(BIN)/python tests/bench_store.py
 	$(BIN)/python tests/bench_extract.py
-	$(BIN)/python tests/bench_lora.py --depth 3
+	$(BIN)/python tests/bench_lora.py
+	$(BIN)/python tests/bench_lora_gpu.py
 
 clean:
 	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache $(DEMO) dist

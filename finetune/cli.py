@@ -26,9 +26,7 @@ def finetune(
     lora_targets: Annotated[
         str | None, typer.Option(help="Regular expression of whole module names. Default: the family's, see --dry-run.")
     ] = None,
-    model: Annotated[
-        str, typer.Option(help="A name of fm-extract --list-models, timm/NAME, or hf-hub:ORG/REPO[@REV].")
-    ] = "efficientnet-lite0",
+    model: Annotated[str, typer.Option(help="One model, named as for fm-extract.")] = "efficientnet-lite0",
     train: Annotated[
         str, typer.Option(help="Dataset whose training split is cross-validated: a name, or a path as in fm-extract.")
     ] = "demo",

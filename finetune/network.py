@@ -29,6 +29,7 @@ from finetune.lora import (
     add_adapters,
     classifier_name,
     load_adapter,
+    lower_frozen,
     merge,
     read_tensors,
     save_adapter,
@@ -122,6 +123,11 @@ class Network(nn.Module):
             tensor.data = self.values[:, start:end].view(tensor.shape)
             start = end
         self._trained = [tensor for tensor, _ in pieces[: len(stacked) + len(own)]]
+
+    def compute_in(self, precision: str) -> None:
+        """Prepare for many passes in a precision, "fp32" or "bf16" (autocast). Afterwards nothing can be merged."""
+        if self.method == "lora" and precision == "bf16":
+            lower_frozen(self.model, torch.bfloat16)
 
     def compile_backbone(self) -> None:
         """Have torch.compile translate the backbone's forward and backward pass; the first step takes minutes."""

@@ -66,9 +66,9 @@ def make_plan(options: FinetuneOptions, compute: ComputeOptions) -> Plan:
     Raises:
         UserError: an unknown model, targets that match nothing, an input size that does not fit.
     """
-    recipe = options.resolved()
     device = find_device(compute.device)
     backbone = find_backbone(options.model)
+    recipe = options.resolved(backbone)
     view = options.resolved_view(backbone)
     transform = make_transform(backbone, view)
     precision = choose_precision(options.precision, backbone, device)

@@ -168,6 +168,7 @@ def _finetuned_judge(
         network = build_network(backbone, loaded, options, view, folds, device=device)
         for fold in folds:
             network.load_fold(fold_folder(run, fold), fold)
+        network.compute_in(machine.precision)
         return network
 
     shared = network_of(rounds[0]) if len(rounds) == 1 else None

@@ -40,7 +40,7 @@ from features.store import differences, fingerprint
 from finetune.checkpoint import CHECKPOINT_FILE, FORMAT, START_FILE, State, load_state, save_state
 from finetune.lora import LoraOptions
 from finetune.network import METHODS, Method, Network
-from finetune.recipes import RECIPES, Recipe, best_epoch
+from finetune.recipes import RECIPES, Recipe, best_epoch, recipe_for
 from finetune.train import (
     EVALUATION_BATCH,
     Machine,
@@ -97,10 +97,11 @@ class FinetuneOptions:
         if self.precision not in ("auto", "fp32", "bf16"):
             raise UserError(f"precision {self.precision!r}: training computes in fp32 or bf16 (or auto).")
 
-    def resolved(self) -> Recipe:
+    def resolved(self, backbone: Backbone) -> Recipe:
         """The recipe with what the user chose instead."""
+        recipe = recipe_for(self.recipe, method=self.method, convolutional=is_convolutional(backbone))
         chosen = {name: getattr(self, name) for name in ("epochs", "batch_size", "learning_rate")}
-        return replace(RECIPES[self.recipe], **{name: value for name, value in chosen.items() if value is not None})
+        return replace(recipe, **{name: value for name, value in chosen.items() if value is not None})
 
     def resolved_view(self, backbone: Backbone) -> View:
         """The user's view, else the recipe's, else the backbone's."""
@@ -233,9 +234,9 @@ def prepare(options: FinetuneOptions, compute: ComputeOptions) -> Setup:
     Raises:
         UserError: see `finetune`.
     """
-    recipe = options.resolved()
     device = find_device(compute.device)
     backbone = find_backbone(options.model)
+    recipe = options.resolved(backbone)
     view = options.resolved_view(backbone)
     patches = load_dataset(options.train, data=compute.data, positive=options.positive)
     for line in audit(patches.samples).lines():
@@ -275,6 +276,7 @@ def transform_of(backbone: Backbone, view: View, statistics: str) -> Transform:
 def new_network(setup: Setup, folds: Sequence[int]) -> Network:
     """The network of some folds before training, computing as the user wants it."""
     network = build_network(setup.backbone, setup.weights, setup.options, setup.view, folds, device=setup.device)
+    network.compute_in(setup.precision)
     if setup.compute.grad_checkpointing:
         checkpoint_gradients(network)
     if setup.compute.compile:
@@ -343,9 +345,9 @@ def _train_and_finish(setup: Setup, folder: Path, network: Network) -> Path:
             network.values.copy_(state.best)
             for fold in folds:
                 network.save_fold(fold_folder(folder, fold), fold)
-                if setup.compute.merge and setup.options.method == "lora":
-                    network.save_merged(fold_folder(folder, fold), fold)
     assert state is not None  # there is at least one round
+    if setup.compute.merge:
+        _merge_folds(setup, folder)
     started = time.perf_counter()
     predictions = concatenate(list(_judge(setup, folder, data, machine)))
     seconds = state.seconds + time.perf_counter() - started
@@ -353,6 +355,17 @@ def _train_and_finish(setup: Setup, folder: Path, network: Network) -> Path:
     for name in (CHECKPOINT_FILE, START_FILE):
         (folder / name).unlink(missing_ok=True)
     return folder
+
+
+def _merge_folds(setup: Setup, folder: Path) -> None:
+    """Write each fold of a LoRA run as a plain timm network too."""
+    if setup.options.method != "lora":
+        return
+    (folds,) = setup.rounds
+    network = build_network(setup.backbone, setup.weights, setup.options, setup.view, folds, device=setup.device)
+    for fold in folds:
+        network.load_fold(fold_folder(folder, fold), fold)
+        network.save_merged(fold_folder(folder, fold), fold)
 
 
 def _judge(setup: Setup, folder: Path, data: TrainingSet, machine: Machine) -> Iterator[Predictions]:
@@ -482,8 +495,12 @@ def choose_precision(asked: str, backbone: Backbone, device: torch.device) -> st
     """`auto` is bf16 where the processor has it; on a CPU for transformers only: convolutions gain nothing there."""
     if asked != "auto":
         return asked
-    convolutional = backbone.card_pooling == "pooled" and "swin" not in backbone.arch
-    return "bf16" if has_bf16(device) and not (convolutional and device.type == "cpu") else "fp32"
+    return "bf16" if has_bf16(device) and not (is_convolutional(backbone) and device.type == "cpu") else "fp32"
+
+
+def is_convolutional(backbone: Backbone) -> bool:
+    """Whether a backbone is no transformer: those have tokens to pool by name, Swin aside."""
+    return backbone.card_pooling == "pooled" and "swin" not in backbone.arch
 
 
 def default_folds_at_once(device: torch.device, n_folds: int) -> int:

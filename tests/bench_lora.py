@@ -20,7 +20,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from features.console import show
-from finetune.lora import TARGETS, LoraOptions, add_adapters, select_folds, trainable
+from finetune.lora import TARGETS, LoraOptions, add_adapters, lower_frozen, select_folds, trainable
 
 N_FOLDS = 5
 
@@ -57,6 +57,8 @@ def measure(arguments: argparse.Namespace, precision: str, table: Table) -> None
 
     ours = new_backbone(arguments.depth)
     add_adapters(ours, options, n_folds=N_FOLDS, seed=0)
+    if precision == "bf16":
+        lower_frozen(ours, torch.bfloat16)  # as training does
     config = peft.LoraConfig(r=8, lora_alpha=16, lora_dropout=0.3, target_modules=TARGETS)
     theirs = [peft.get_peft_model(new_backbone(arguments.depth), config) for _ in range(N_FOLDS)]
 

@@ -1,0 +1,213 @@
+"""Does a run say of its own test patches what it said when it was made, and refuse what it cannot reproduce?"""
+
+import csv
+import json
+import shutil
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from extract.backbones import find_backbone
+from extract.datasets import load_dataset, load_patches
+from extract.embed import ExtractOptions, extract_dataset
+from features.console import UserError
+from features.store import FeatureStore
+from finetune.lora import LoraOptions
+from finetune.predict import predict_paths
+from finetune.protocol import ComputeOptions, FinetuneOptions, finetune
+from probe.protocol import ProbeOptions, probe_store
+from probe.results import read_predictions, read_run
+
+MODEL = "timm/test_vit"
+N = 48
+
+
+@pytest.fixture(scope="module")
+def table(tmp_path_factory) -> Path:
+    """A CSV of 48 small patches on 12 slides, the last three for testing; the positive class is brighter."""
+    folder = tmp_path_factory.mktemp("patches")
+    rng = np.random.default_rng(0)
+    lines = ["path,label,group,split"]
+    for row in range(N):
+        positive, slide = row % 2, row // 4
+        pixels = rng.integers(0, 150, (32, 32, 3)) + 70 * positive
+        name = f"{row:02}.png"
+        Image.fromarray(pixels.astype(np.uint8)).save(folder / name)
+        lines.append(f"{name},{'Atypical' if positive else 'Normal'},s{slide},{'train' if slide < 9 else 'test'}")
+    (folder / "patches.csv").write_text("\n".join(lines))
+    return folder / "patches.csv"
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory) -> Path:
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("weights") / "tiny.safetensors"
+    save_file(timm.create_model("test_vit", num_classes=0).state_dict(), path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def runs(table: Path, weights: Path, tmp_path_factory) -> dict[str, Path]:
+    """A probe run and a fine-tuned run of each method, of the same patches."""
+    place = tmp_path_factory.mktemp("runs")
+    store = FeatureStore.open_or_create(place / "store.zarr")
+    dataset = load_dataset(str(table))
+    extract_dataset(
+        dataset, [find_backbone(MODEL)], store=store, options=ExtractOptions(precision="fp32"), weights=weights
+    )
+    (probe,) = probe_store(store, options=ProbeOptions(cv=3), runs=place)
+    found = {"probe": probe}
+    for method in ("lora", "full", "head"):
+        options = FinetuneOptions(
+            model=MODEL, train=str(table), method=method, cv=3, epochs=2, lora=LoraOptions(rank=2), precision="fp32"
+        )
+        found[method] = finetune(options, compute=ComputeOptions(weights=weights), runs=place)
+    return found
+
+
+def rows_of(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.mark.parametrize("kind", ["probe", "lora", "full", "head"])
+def test_a_run_repeats_its_own_test_predictions(kind, runs, table, weights, tmp_path):
+    summary = predict_paths(runs[kind], [table], out=tmp_path / "out.csv", weights=weights)
+    written = {row["id"]: row for row in rows_of(tmp_path / "out.csv")}
+    assert list(written) == [f"{row:02}.png" for row in range(N)]  # labels and splits are not looked at
+    own = read_predictions(runs[kind])
+    threshold = read_run(runs[kind])["metrics"]["threshold"]
+    assert summary["threshold"] == threshold
+    tested = own.select(own.split == "test")
+    assert len(set(tested.id)) == 12
+    for id in set(tested.id.tolist()):
+        of_patch = tested.select(tested.id == id)
+        folds = of_patch.probability[np.argsort(of_patch.fold)]
+        row = written[id]
+        assert [float(row[f"fold_{k}"]) for k in range(3)] == pytest.approx(folds, abs=2e-4)
+        assert float(row["probability"]) == pytest.approx(folds.mean(), abs=2e-4)
+        assert float(row["spread"]) == pytest.approx(folds.std(), abs=2e-4)
+        if abs(folds.mean() - threshold) > 1e-3:
+            assert row["predicted"] == ("Atypical" if folds.mean() >= threshold else "Normal")
+
+
+def test_folders_files_and_hdf5_are_read_alike(runs, table, weights, tmp_path):
+    nested = tmp_path / "new" / "a" / "b"
+    nested.mkdir(parents=True)
+    for name in ("10.png", "9.png"):
+        (nested / name).write_bytes((table.parent / name.zfill(6)).read_bytes())
+    (tmp_path / "new" / "notes.txt").write_text("not a patch")
+    with h5py.File(tmp_path / "new.h5", "w") as file:
+        file["x"] = np.stack([np.asarray(Image.open(nested / "9.png"))])
+    paths = [tmp_path / "new", nested / "9.png", tmp_path / "new.h5"]
+    predict_paths(runs["lora"], paths, out=tmp_path / "out.csv", weights=weights)
+    rows = rows_of(tmp_path / "out.csv")
+    assert [row["id"] for row in rows] == ["a/b/9.png", "a/b/10.png", "9.png", "0"]
+    assert rows[0]["probability"] == rows[2]["probability"] == rows[3]["probability"]
+
+
+def test_a_threshold_of_ones_own(runs, table, weights, tmp_path):
+    summary = predict_paths(runs["head"], [table], out=tmp_path / "out.csv", weights=weights, threshold=0.0)
+    assert summary["n_positive"] == N
+    assert {row["predicted"] for row in rows_of(tmp_path / "out.csv")} == {"Atypical"}
+
+
+def test_other_weights_are_refused_by_name(runs, table, tmp_path):
+    torch.manual_seed(1)
+    other = tmp_path / "other.safetensors"
+    save_file(timm.create_model("test_vit", num_classes=0).state_dict(), other)
+    with pytest.raises(UserError, match=r"cannot be reproduced here:\n  weights_sha256: the run had"):
+        predict_paths(runs["lora"], [table], out=tmp_path / "out.csv", weights=other)
+    assert not (tmp_path / "out.csv").exists()
+
+
+def altered(run: Path, to: Path, **parts) -> Path:
+    """A copy of a run whose record says something else."""
+    shutil.copytree(run, to)
+    record = json.loads((to / "run.json").read_text())
+    record["embedding"] |= parts
+    (to / "run.json").write_text(json.dumps(record))
+    return to
+
+
+def test_another_transform_is_refused_by_name(runs, table, weights, tmp_path):
+    transform = json.loads((runs["lora"] / "run.json").read_text())["embedding"]["transform"]
+    run = altered(runs["lora"], tmp_path / "run", transform=transform | {"resize": 999})
+    with pytest.raises(UserError, match=r"transform\.resize: the run had 999, found"):
+        predict_paths(run, [table], out=tmp_path / "out.csv", weights=weights)
+
+
+def test_half_precision_needs_a_gpu(runs, table, weights, tmp_path):
+    run = altered(runs["probe"], tmp_path / "run", precision="fp16")
+    with pytest.raises(UserError, match="fp16, which needs a GPU"):
+        predict_paths(run, [table], out=tmp_path / "out.csv", weights=weights, device="cpu")
+
+
+def test_a_run_from_another_device_is_used_with_a_note(runs, table, weights, tmp_path, capsys):
+    run = altered(runs["head"], tmp_path / "run", device="cuda")
+    predict_paths(run, [table], out=tmp_path / "out.csv", weights=weights, device="cpu")
+    assert "computed on cuda, this is cpu" in capsys.readouterr().err
+
+
+def test_imported_embeddings_are_refused(runs, table, weights, tmp_path):
+    run = altered(runs["probe"], tmp_path / "run")
+    record = json.loads((run / "run.json").read_text())
+    record["embedding"] = {"source": "theirs.npz"}
+    (run / "run.json").write_text(json.dumps(record))
+    with pytest.raises(UserError, match="imported embeddings"):
+        predict_paths(run, [table], out=tmp_path / "out.csv", weights=weights)
+
+
+@pytest.mark.parametrize("damage", ["missing", "truncated"])
+def test_a_damaged_adapter_is_named(damage, runs, table, weights, tmp_path):
+    run = altered(runs["lora"], tmp_path / "run")
+    path = run / "fold-1" / "adapter_model.safetensors"
+    if damage == "missing":
+        path.unlink()
+    else:
+        path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(UserError, match=r"fold-1/adapter_model\.safetensors: (no such file|not a whole)"):
+        predict_paths(run, [table], out=tmp_path / "out.csv", weights=weights)
+
+
+def test_an_unfinished_run_says_how_to_go_on(tmp_path):
+    with pytest.raises(UserError, match="fm-finetune --resume"):
+        predict_paths(tmp_path, [tmp_path], out=tmp_path / "out.csv")
+
+
+class TestNewPatches:
+    def test_a_folder_without_images(self, tmp_path):
+        (tmp_path / "a.txt").write_text("")
+        with pytest.raises(UserError, match="holds no images"):
+            load_patches(tmp_path)
+
+    def test_a_path_that_is_not_there(self, tmp_path):
+        with pytest.raises(UserError, match="is not there. Expected an image"):
+            load_patches(tmp_path / "nothing.png")
+
+    def test_a_csv_of_missing_files(self, tmp_path):
+        (tmp_path / "t.csv").write_text("path\na.png\n")
+        with pytest.raises(UserError, match=r"1 of 1 files do not exist \(line 2: a.png\)"):
+            load_patches(tmp_path / "t.csv")
+
+    def test_an_empty_csv(self, tmp_path):
+        (tmp_path / "t.csv").write_text("path\n")
+        with pytest.raises(UserError, match="no rows"):
+            load_patches(tmp_path / "t.csv")
+
+    def test_a_broken_image(self, tmp_path):
+        (tmp_path / "a.png").write_text("no image")
+        with pytest.raises(UserError, match=r"a\.png"):
+            load_patches(tmp_path)
+
+    def test_hdf5_of_another_shape(self, tmp_path):
+        with h5py.File(tmp_path / "x.h5", "w") as file:
+            file["x"] = np.zeros((2, 3, 8, 8), np.uint8)
+        with pytest.raises(UserError, match="expected uint8 of shape"):
+            load_patches(tmp_path / "x.h5")

@@ -1,0 +1,559 @@
+"""Does training all folds at once give what training each alone, written out plainly, would?"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from sklearn.metrics import balanced_accuracy_score, roc_auc_score
+from test_network import CNN, VIT, backbone_model, stirred, tiny_network
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.optim.lr_scheduler import ReduceLROnPlateau
+
+from extract.registry import IMAGENET_MEAN, IMAGENET_STD
+from extract.views import Transform
+from features.console import UserError
+from features.folds import Folds
+from finetune import train as training
+from finetune.augment import AugmentOptions, augment
+from finetune.checkpoint import State
+from finetune.lora import LoraOptions
+from finetune.network import Method, Network
+from finetune.recipes import Recipe, best_epoch
+from finetune.train import Machine, TrainingSet, new_state, train, validation_logits
+
+N_FOLDS = 3
+SEED = 42
+CPU = torch.device("cpu")
+PLAIN = LoraOptions(rank=2, alpha=4, dropout=0.0)
+DROPPING = replace(PLAIN, dropout=0.4)
+TRANSFORM = Transform(None, 32, 32, "bicubic", IMAGENET_MEAN, IMAGENET_STD)
+# Rates are high, so that weights move far in few steps.
+RECIPE = Recipe(
+    view="full",
+    epochs=4,
+    batch_size=4,
+    learning_rate=2e-2,
+    weight_decay=0.1,
+    optimizer="adamw",
+    schedule="cosine",
+    warmup=0.5,
+    augment=AugmentOptions(),
+)
+PLATEAU = replace(
+    RECIPE, optimizer="adam", weight_decay=1e-3, schedule="plateau", plateau_patience=0, min_learning_rate=1e-3
+)
+# Differences of the order in which sums are formed, after some dozen steps of Adam.
+TIGHT = {"rtol": 1e-8, "atol": 1e-9}
+
+
+def patches(dtype: torch.dtype = torch.float64) -> TrainingSet:
+    """Twenty patches in three folds of unequal size; the positive third is a little brighter. Bytes, or float64."""
+    rng = np.random.default_rng(0)
+    label = (np.arange(20) % 3 == 0).astype(np.int64)
+    fold = np.repeat([0, 1, 2], [5, 7, 8])
+    pixels = rng.integers(0, 200, (20, 3, 32, 32)) + 15 * label[:, None, None, None]
+    return TrainingSet(
+        pixels=torch.from_numpy(pixels).to(torch.uint8).to(dtype),
+        label=torch.from_numpy(label),
+        folds=Folds(fold=fold, n_folds=N_FOLDS, source="by hand", digest=""),
+        transform=TRANSFORM,
+    )
+
+
+@pytest.fixture
+def exact(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Features in float64, which extraction rounds to float32: then only the order of sums is left to differ."""
+
+    def embed(model: Any, backbone: object, images: Tensor) -> dict[str, Tensor]:
+        features = model.forward_features(images)
+        return {"cls": features[:, 0]} if features.ndim == 3 else {"pooled": model.forward_head(features, True)}
+
+    monkeypatch.setattr("finetune.network.embed", embed)
+
+
+def nothing(*_: object) -> None:
+    """For a checkpoint that is not kept, and for progress that nobody watches."""
+
+
+def trained(
+    network: Network,
+    recipe: Recipe = RECIPE,
+    *,
+    data: TrainingSet | None = None,
+    only: Sequence[int] | None = None,
+    at_once: int = N_FOLDS,
+    save: Callable[[State], None] = nothing,
+    seed: int = SEED,
+) -> State:
+    """Train to the end; `only` some folds, the others being finished before they begin."""
+    state = new_state(network)
+    for fold in set(network.folds) - set(network.folds if only is None else only):
+        state.history[fold] = [{"balanced_accuracy": 0.5}] * recipe.epochs
+    machine = Machine(CPU, "fp32", at_once)
+    data = patches(network.values.dtype) if data is None else data
+    train(network, data, recipe, state=state, seed=seed, machine=machine, save=save, advance=nothing)
+    return state
+
+
+def double(method: Method = "lora", lora: LoraOptions = PLAIN, **options: Any) -> Network:
+    return tiny_network(method, lora=lora, dtype=torch.float64, **options)
+
+
+# ------------------------------------------------------------------------------------------------ all folds as if alone
+
+
+@pytest.mark.usefixtures("exact")
+@pytest.mark.parametrize("lora", [PLAIN, DROPPING], ids=["plain", "dropout"])
+@pytest.mark.parametrize("recipe", [RECIPE, PLATEAU], ids=["cosine", "plateau"])
+def test_folds_trained_at_once_end_as_each_trained_alone(recipe: Recipe, lora: LoraOptions) -> None:
+    together = trained(double(lora=lora), recipe)
+    for fold in range(N_FOLDS):
+        network = double(lora=lora)
+        start = network.values.clone()
+        alone = trained(network, recipe, only=[fold])
+        assert (alone.values[fold] - start[fold]).abs().max() > 0.01
+        torch.testing.assert_close(together.values[fold], alone.values[fold], **TIGHT)
+        torch.testing.assert_close(together.best[fold], alone.best[fold], **TIGHT)
+        assert together.n_steps[fold] == alone.n_steps[fold]
+        for one, other in zip(together.history[fold], alone.history[fold], strict=True):
+            assert one == pytest.approx(other, rel=1e-6)
+        others = [k for k in range(N_FOLDS) if k != fold]
+        assert torch.equal(alone.values[others], start[others])
+
+
+@pytest.mark.usefixtures("exact")
+@pytest.mark.parametrize("lora", [PLAIN, DROPPING], ids=["plain", "dropout"])
+def test_any_number_of_folds_at_once_gives_the_same(lora: LoraOptions) -> None:
+    expected = trained(double(lora=lora), at_once=N_FOLDS)
+    for at_once in (1, 2):
+        found = trained(double(lora=lora), at_once=at_once)
+        torch.testing.assert_close(found.values, expected.values, **TIGHT)
+        torch.testing.assert_close(found.moments, expected.moments, **TIGHT)
+        assert found.n_images == expected.n_images
+
+
+@pytest.mark.usefixtures("exact")
+def test_classifiers_alone_train_at_once_as_each_alone() -> None:
+    together = trained(double("head"))
+    for fold in range(N_FOLDS):
+        alone = trained(double("head", folds=[fold]))
+        torch.testing.assert_close(together.values[fold], alone.values[0], **TIGHT)
+
+
+@pytest.mark.usefixtures("exact")
+def test_the_same_seed_gives_the_same_bits_and_another_seed_others() -> None:
+    first, again, other = (trained(double(lora=DROPPING), seed=seed) for seed in (1, 1, 2))
+    assert torch.equal(first.values, again.values)
+    assert first.history == again.history
+    assert not torch.allclose(first.values, other.values)
+
+
+def test_bytes_train_in_float32_as_well() -> None:
+    expected = trained(tiny_network(lora=DROPPING), data=patches(torch.uint8))
+    found = trained(tiny_network(lora=DROPPING), data=patches(torch.uint8), at_once=1)
+    torch.testing.assert_close(found.values, expected.values, rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.usefixtures("exact")
+def test_a_stopped_fold_leaves_the_batch() -> None:
+    recipe = replace(PLATEAU, epochs=8, patience=2)
+    saved: list[State] = []
+
+    def save(state: State) -> None:
+        history = {fold: list(own) for fold, own in state.history.items()}
+        saved.append(replace(state, values=state.values.clone(), moments=state.moments.clone(), history=history))
+
+    seen: list[tuple[int, ...]] = []
+    network = double(lora=DROPPING)
+    network.register_forward_pre_hook(
+        lambda _, given, options: seen.append(tuple(given[1])) if options else None, with_kwargs=True
+    )
+    together = trained(network, recipe, save=save)
+    n_epochs = {fold: len(own) for fold, own in together.history.items()}
+    assert len(set(n_epochs.values())) > 1, "the folds of this example must stop at different times"
+    assert min(n_epochs.values()) < recipe.epochs
+    for fold, n in n_epochs.items():
+        at_its_end = saved[n - 1]
+        assert torch.equal(together.values[fold], at_its_end.values[fold])
+        assert torch.equal(together.moments[fold], at_its_end.moments[fold])
+        n_batches = training._plan(patches(), fold, recipe, seed=SEED, epoch=0).n_batches
+        assert together.n_steps[fold] == n * n_batches == sum(fold in folds for folds in seen)
+        alone = trained(double(lora=DROPPING), recipe, only=[fold])
+        assert len(alone.history[fold]) == n
+        torch.testing.assert_close(together.values[fold], alone.values[fold], **TIGHT)
+
+
+# -------------------------------------------------------------------------------------------------- written out plainly
+
+
+@dataclass
+class Reference:
+    """One fold, trained by a plain loop over one network whose adapters are added to its weights."""
+
+    values: dict[str, Tensor]
+    best: dict[str, Tensor]
+    figures: list[tuple[float, float, float]]  # loss, balanced accuracy, AUROC
+    rates: list[float]
+
+
+def reference(network: Network, fold: int, recipe: Recipe) -> Reference:
+    data = patches()
+    backbone = backbone_model(VIT, torch.float64)
+    adapted = dict(network.model.named_modules())
+    values = {"head.weight": network.weight[fold], "head.bias": network.bias[fold]}
+    for name in network.adapted:
+        values |= {f"{name}.A": adapted[name].A[fold], f"{name}.B": adapted[name].B[fold]}
+    values = {name: nn.Parameter(value.detach().clone()) for name, value in values.items()}
+    kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[recipe.optimizer]
+    optimizer = kind(values.values(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
+    plateau = ReduceLROnPlateau(
+        optimizer,
+        mode="max",
+        factor=recipe.plateau_factor,
+        patience=recipe.plateau_patience,
+        threshold=0,
+        min_lr=recipe.min_learning_rate,
+    )
+
+    def logits(pixels: Tensor) -> Tensor:
+        mean, std = torch.tensor(IMAGENET_MEAN).view(3, 1, 1), torch.tensor(IMAGENET_STD).view(3, 1, 1)
+        changed = {
+            f"{name}.weight": backbone.get_submodule(name).weight + 2 * values[f"{name}.B"] @ values[f"{name}.A"]
+            for name in network.adapted
+        }
+        features = functional_call(backbone, changed, ((pixels - mean) / std,))
+        return F.linear(features, values["head.weight"], values["head.bias"])
+
+    held_out, label = data.folds.fold == fold, data.label
+    found = Reference({}, {}, [], [])
+    for epoch in range(recipe.epochs):
+        plan = training._plan(data, fold, recipe, seed=SEED, epoch=epoch)
+        losses = []
+        for batch, rows in enumerate(plan.rows):
+            if recipe.schedule == "cosine":
+                at = epoch + (batch + 0.5) / len(plan.rows)
+                progress = (at - recipe.warmup) / (recipe.epochs - recipe.warmup)
+                factor = at / recipe.warmup if at < recipe.warmup else (1 + np.cos(np.pi * progress)) / 2
+                optimizer.param_groups[0]["lr"] = recipe.learning_rate * factor
+            found.rates.append(optimizer.param_groups[0]["lr"])
+            pixels = data.pixels[rows] / 255
+            if recipe.augment is not None:
+                assert plan.draws is not None
+                pixels = augment(pixels, plan.draws[batch], size=32, options=recipe.augment)
+            loss = F.cross_entropy(logits(pixels), label[rows])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        with torch.no_grad():
+            difference = logits(data.pixels[held_out] / 255).diff(dim=1)[:, 0]
+        judged = balanced_accuracy_score(label[held_out], difference >= 0)
+        found.figures.append((float(np.mean(losses)), judged, roc_auc_score(label[held_out], difference)))
+        plateau.step(judged)
+        found.values = {name: value.detach().clone() for name, value in values.items()}
+        if judged > max([figure for _, figure, _ in found.figures[:-1]], default=-1.0):
+            found.best = found.values
+    return found
+
+
+def of_row(network: Network, row: Tensor, fold: int) -> dict[str, Tensor]:
+    """A fold's trained values by name, when its row holds them."""
+    network.values[fold] = row
+    adapted = dict(network.model.named_modules())
+    found = {"head.weight": network.weight[fold], "head.bias": network.bias[fold]}
+    for name in network.adapted:
+        found |= {f"{name}.A": adapted[name].A[fold], f"{name}.B": adapted[name].B[fold]}
+    return {name: value.detach().clone() for name, value in found.items()}
+
+
+@pytest.mark.usefixtures("exact")
+@pytest.mark.parametrize("recipe", [RECIPE, PLATEAU, replace(RECIPE, augment=None)], ids=["adamw", "adam", "as-it-is"])
+def test_a_fold_ends_as_in_a_plain_loop(recipe: Recipe) -> None:
+    fold = 1
+    expected = reference(double(), fold, recipe)
+    network = double()
+    state = trained(network, recipe)
+    history = state.history[fold]
+    for epoch, figures in zip(history, expected.figures, strict=True):
+        assert (epoch["loss"], epoch["balanced_accuracy"], epoch["auroc"]) == pytest.approx(figures, rel=1e-5)
+    n_batches = len(expected.rates) // len(history)
+    assert [epoch["learning_rate"] for epoch in history] == pytest.approx(expected.rates[n_batches - 1 :: n_batches])
+    if recipe.schedule == "plateau":
+        assert len(set(expected.rates)) > 1, "the rate of this example must fall"
+    for row, plain in ((state.values[fold], expected.values), (state.best[fold], expected.best)):
+        for name, value in of_row(network, row.clone(), fold).items():
+            torch.testing.assert_close(
+                value, plain[name], rtol=1e-5, atol=1e-6, msg=lambda said, name=name: name + said
+            )
+
+
+@pytest.mark.usefixtures("exact")
+def test_full_training_ends_as_in_a_plain_loop() -> None:
+    fold, recipe, data = 2, replace(RECIPE, learning_rate=1e-3), patches()
+    network = tiny_network("full", CNN, folds=[fold], dtype=torch.float64)
+    model = backbone_model(CNN, torch.float64).requires_grad_(True)
+    head = nn.Linear(256, 2).double()
+    head.load_state_dict({"weight": network.weight[0], "bias": network.bias[0]})
+    state = trained(network, recipe)
+
+    optimizer = torch.optim.AdamW(
+        [*model.parameters(), *head.parameters()], lr=recipe.learning_rate, weight_decay=recipe.weight_decay
+    )
+    for epoch in range(recipe.epochs):
+        plan = training._plan(data, fold, recipe, seed=SEED, epoch=epoch)
+        assert plan.draws is not None
+        model.train()
+        for batch, (rows, draws) in enumerate(zip(plan.rows, plan.draws, strict=True)):
+            rate = training.learning_rate([{}] * epoch, recipe, batch=batch, n_batches=plan.n_batches)
+            optimizer.param_groups[0]["lr"] = rate
+            pixels = augment(data.pixels[rows] / 255, draws, size=32, options=AugmentOptions())
+            loss = F.cross_entropy(head(model(TRANSFORM.normalise(255 * pixels))), data.label[rows])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    network.values.copy_(state.values)
+    for name, expected in model.state_dict().items():
+        torch.testing.assert_close(
+            network.model.state_dict()[name], expected, rtol=1e-5, atol=1e-6, msg=lambda said, name=name: name + said
+        )
+    torch.testing.assert_close(network.weight[0], head.weight, rtol=1e-5, atol=1e-6)
+
+
+# ------------------------------------------------------------------------------------------------- sampling and judging
+
+
+def test_only_training_rows_are_drawn_and_classes_about_equally_often() -> None:
+    data = patches(torch.uint8)
+    for fold in range(N_FOLDS):
+        plans = [training._plan(data, fold, RECIPE, seed=SEED, epoch=epoch) for epoch in range(60)]
+        drawn = torch.cat([plan.rows.flatten() for plan in plans])
+        assert set(drawn.tolist()) == set(np.flatnonzero(data.folds.fold != fold).tolist())
+        assert data.label[drawn].double().mean() == pytest.approx(0.5, abs=0.06)  # about four standard errors
+        # Within a class every patch is as likely as another.
+        for value in (0, 1):
+            counts = torch.bincount(drawn[data.label[drawn] == value])
+            counts = counts[counts > 0].double()
+            assert ((counts - counts.mean()).abs() < 5 * counts.mean().sqrt()).all()
+
+
+def test_an_epoch_draws_as_many_patches_as_the_fold_trains_on_in_whole_batches() -> None:
+    data = patches(torch.uint8)
+    for fold, n_batches in enumerate([4, 4, 3]):  # of 15, 13 and 12 patches, four at a time
+        plan = training._plan(data, fold, RECIPE, seed=SEED, epoch=0)
+        assert plan.rows.shape == (n_batches, 4)
+        assert plan.draws is not None
+        assert plan.draws.shape[:2] == (n_batches, 4)
+    assert training._plan(data, 0, replace(RECIPE, augment=None), seed=SEED, epoch=0).draws is None
+
+
+def test_what_a_fold_sees_depends_on_seed_fold_and_epoch() -> None:
+    data = patches(torch.uint8)
+
+    def seen(fold: int, seed: int, epoch: int) -> tuple[Any, ...]:
+        plan = training._plan(data, fold, RECIPE, seed=seed, epoch=epoch)
+        assert plan.draws is not None
+        return (*plan.rows.flatten().tolist(), *plan.draws.flatten().tolist())
+
+    keys = [(0, 1, 0), (1, 1, 0), (0, 2, 0), (0, 1, 1)]
+    assert len({seen(*key) for key in keys}) == len(keys)
+    assert seen(0, 1, 0) == seen(0, 1, 0)
+
+
+@pytest.mark.parametrize("method", ["lora", "head"])
+def test_the_kept_rows_are_those_of_the_best_epoch(method: Method) -> None:
+    rows: list[Tensor] = []
+    state = trained(
+        tiny_network(method), replace(RECIPE, epochs=6), save=lambda state: rows.append(state.values.clone())
+    )
+    for fold in range(N_FOLDS):
+        assert torch.equal(state.best[fold], rows[best_epoch(state.history[fold])][fold])
+    assert len({best_epoch(history) for history in state.history.values()} | {5}) > 1, "not all may be the last epoch"
+
+
+def test_a_full_networks_kept_row_holds_the_running_statistics_of_its_best_epoch() -> None:
+    rows: list[Tensor] = []
+    network = tiny_network("full", CNN, folds=[1])
+    # At this rate the later epochs only do harm.
+    recipe = replace(RECIPE, epochs=5, learning_rate=0.3)
+    state = trained(network, recipe, save=lambda state: rows.append(state.values.clone()))
+    best = best_epoch(state.history[1])
+    assert best < 4, "the best epoch of this example must not be the last"
+    assert torch.equal(state.best[0], rows[best][0])
+
+
+@pytest.mark.parametrize("at_once", [1, 2, 3])
+def test_every_fold_is_judged_on_its_own_patches_under_its_own_weights(at_once: int) -> None:
+    network, data = stirred(tiny_network()), patches(torch.uint8)
+    found = validation_logits(network, data, range(N_FOLDS), machine=Machine(CPU, "fp32", at_once))
+    for fold, own in found.items():
+        held_out = np.flatnonzero(data.folds.fold == fold)
+        with torch.no_grad():
+            expected = network(TRANSFORM.normalise(data.pixels[held_out]), [fold])[0].diff(dim=1)[:, 0]
+        np.testing.assert_allclose(own, expected.numpy(), rtol=1e-4, atol=1e-6)
+
+
+def test_validation_takes_any_number_of_patches_in_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    network, data, machine = stirred(tiny_network()), patches(torch.uint8), Machine(CPU, "fp32", N_FOLDS)
+    expected = validation_logits(network, data, range(N_FOLDS), machine=machine)
+    monkeypatch.setitem(training.EVALUATION_BATCH, "cpu", 5)
+    found = validation_logits(network, data, range(N_FOLDS), machine=machine)
+    for fold, own in found.items():
+        np.testing.assert_allclose(own, expected[fold], rtol=1e-4, atol=1e-6)
+
+
+def test_training_learns_what_can_be_learned() -> None:
+    data = patches(torch.uint8)
+    data.pixels[data.label == 1] = 255 - data.pixels[data.label == 1] // 4
+    state = trained(tiny_network(), replace(RECIPE, epochs=6, learning_rate=5e-3), data=data)
+    assert all(max(epoch["balanced_accuracy"] for epoch in history) > 0.9 for history in state.history.values())
+    assert all(history[-1]["loss"] < history[0]["loss"] for history in state.history.values())
+
+
+# -------------------------------------------------------------------------------------------------------- when it fails
+
+
+def test_a_loss_that_is_not_finite_ends_training_with_fold_epoch_and_remedy() -> None:
+    saved: list[State] = []
+
+    def save(state: State) -> None:
+        saved.append(state)
+        if len(saved) == 2:
+            state.values[1].fill_(float("nan"))
+
+    message = r"fold 1 is not finite in epoch 3.*0\.02.*checkpoint of the epoch before.*--learning-rate.*fp32"
+    with pytest.raises(UserError, match=message):
+        trained(tiny_network(), save=save)
+    assert len(saved) == 2
+
+
+def test_weights_that_the_last_step_of_an_epoch_breaks_are_not_saved() -> None:
+    network, saved = tiny_network(), []
+    recipe = replace(RECIPE, epochs=1, augment=None)
+    gather = network.gather_gradients
+    n_batches = training._plan(patches(), 0, recipe, seed=SEED, epoch=0).n_batches
+
+    def broken() -> None:
+        gather()
+        nonlocal n_batches
+        n_batches -= 1
+        if n_batches == 0:
+            network.gradients[0] = float("inf")
+
+    network.gather_gradients = broken  # type: ignore[method-assign]
+    with pytest.raises(UserError, match=r"fold 0.*not finite"):
+        trained(network, recipe, save=saved.append)
+    assert not saved
+
+
+class SmallMemory:
+    """Lets a forward pass hold so many folds, with and without checkpointed gradients."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *, plain: int, checkpointed: int) -> None:
+        self.seen: list[tuple[int, bool]] = []
+        forward = Network.forward
+
+        def limited(network: Network, images: Tensor, folds: Sequence[int], *, step: int | None = None) -> Tensor:
+            if step is not None:
+                saving = bool(getattr(network.model, "grad_checkpointing", False))
+                self.seen.append((len(folds), saving))
+                if len(folds) > (checkpointed if saving else plain):
+                    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3.14 GiB.")
+            return forward(network, images, folds, step=step)
+
+        monkeypatch.setattr(Network, "forward", limited)
+
+
+@pytest.mark.usefixtures("exact")
+def test_memory_running_out_halves_the_folds_at_once_and_changes_nothing(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    expected = trained(double(lora=DROPPING))
+    memory = SmallMemory(monkeypatch, plain=1, checkpointed=1)
+    found = trained(double(lora=DROPPING))
+    torch.testing.assert_close(found.values, expected.values, **TIGHT)
+    torch.testing.assert_close(found.best, expected.best, **TIGHT)
+    assert found.n_images == expected.n_images
+    assert found.n_steps == expected.n_steps
+    assert [n for n, _ in memory.seen[:5]] == [3, 2, 1, 1, 1]
+    assert {n for n, _ in memory.seen[2:]} == {1}  # it is not tried again
+    said = capsys.readouterr().err
+    assert said.splitlines() == [
+        "out of memory on cpu; going on with 2 folds at once.",
+        "out of memory on cpu; going on with 1 folds at once.",
+    ]
+
+
+@pytest.mark.usefixtures("exact")
+def test_memory_that_cannot_hold_one_fold_checkpoints_gradients_and_changes_nothing(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    expected = trained(double(lora=DROPPING))
+    memory = SmallMemory(monkeypatch, plain=0, checkpointed=1)
+    found = trained(double(lora=DROPPING))
+    torch.testing.assert_close(found.values, expected.values, **TIGHT)
+    assert [one for one in memory.seen if one[0] > 1] == [(3, False), (2, False)]
+    assert memory.seen.count((1, False)) == 1
+    assert "gradient checkpointing" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("exact")
+def test_memory_that_holds_nothing_ends_training_with_a_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+    SmallMemory(monkeypatch, plain=0, checkpointed=0)
+    with pytest.raises(UserError, match=r"tiny-vit: 4 images of one fold.*cpu.*--batch-size.*--resume"):
+        trained(double())
+
+
+def test_an_error_that_is_not_about_memory_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object, **__: object) -> Tensor:
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+    monkeypatch.setattr(Network, "forward", broken)
+    with pytest.raises(RuntimeError, match="mat1 and mat2"):
+        trained(tiny_network())
+
+
+@pytest.mark.usefixtures("exact")
+def test_full_training_with_checkpointed_gradients_changes_nothing() -> None:
+    recipe = replace(RECIPE, epochs=2)
+    expected = trained(tiny_network("full", CNN, dtype=torch.float64), recipe)
+    network = tiny_network("full", CNN, dtype=torch.float64)
+    assert training.checkpoint_gradients(network)
+    found = trained(network, recipe)
+    torch.testing.assert_close(found.values, expected.values, **TIGHT)
+
+
+@pytest.mark.usefixtures("exact")
+def test_a_repeated_step_of_full_training_moves_the_running_statistics_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = replace(RECIPE, epochs=2)
+    expected = trained(tiny_network("full", CNN, dtype=torch.float64), recipe)
+    cross_entropy, failures = F.cross_entropy, iter([True])
+
+    def short_of_memory_once(*given: Any, **options: Any) -> Tensor:
+        if next(failures, False):
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return cross_entropy(*given, **options)
+
+    monkeypatch.setattr(training.F, "cross_entropy", short_of_memory_once)
+    # Checkpointing, which would follow, is another test's.
+    monkeypatch.setattr(training, "checkpoint_gradients", lambda network: True)
+    found = trained(tiny_network("full", CNN, dtype=torch.float64), recipe)
+    torch.testing.assert_close(found.values, expected.values, **TIGHT)
+
+
+def test_autocast_trains_in_bf16_and_keeps_float32_values() -> None:
+    network = tiny_network()
+    state = new_state(network)
+    data, machine = patches(torch.uint8), Machine(CPU, "bf16", N_FOLDS)
+    train(network, data, RECIPE, state=state, seed=SEED, machine=machine, save=nothing, advance=nothing)
+    assert state.values.dtype == state.moments.dtype == torch.float32
+    exact = trained(tiny_network(), data=data)
+    losses = [[epoch["loss"] for epoch in each.history[0]] for each in (state, exact)]
+    assert losses[0] != losses[1]
+    np.testing.assert_allclose(*losses, rtol=0.1)
