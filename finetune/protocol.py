@@ -322,7 +322,8 @@ def _train_and_finish(setup: Setup, folder: Path, network: Network) -> Path:
     )
     state = load_state(folder, setup.device)
     first = 0 if state is None else setup.rounds.index(state.folds)
-    total = setup.recipe.epochs * int(setup.folds.training.sum())
+    size = setup.recipe.batch_size
+    total = setup.recipe.epochs * sum(-(-n // size) * size for n in setup.folds.training.sum(axis=1).tolist())
     with progress(f"train {setup.backbone.name}", total) as advance:
         advance(0 if state is None else state.n_images)
         for number, folds in enumerate(setup.rounds):

@@ -155,7 +155,8 @@ def train(
         for fold in active:
             held_out = label[data.folds.fold == fold]
             history = state.history[fold]
-            rate = learning_rate(history, recipe, batch=plans[fold].n_batches - 1, n_batches=plans[fold].n_batches)
+            middle = plans[fold].n_batches // 2
+            rate = learning_rate(history, recipe, batch=middle, n_batches=plans[fold].n_batches)
             history.append(
                 {
                     "loss": mean_loss[fold],
