@@ -32,8 +32,8 @@ _CANNOT_WRITE = {
 
 
 @contextmanager
-def writing(place: Path) -> Iterator[None]:
-    """Turn the ways in which a disk refuses to be written into one message each."""
+def writing(place: Path, *, then: str = "run the same command again") -> Iterator[None]:
+    """Turn the ways in which a disk refuses to be written into one message each, which ends with what to do `then`."""
     try:
         yield
     except OSError as error:
@@ -41,7 +41,7 @@ def writing(place: Path) -> Iterator[None]:
             raise
         raise UserError(
             f"cannot write to {place}: {error.strerror}. Everything written so far is kept: "
-            f"{_CANNOT_WRITE[error.errno]}, then run the same command again."
+            f"{_CANNOT_WRITE[error.errno]}, then {then}."
         ) from error
 
 

@@ -24,6 +24,7 @@ from features.files import write_file, writing
 CHECKPOINT_FILE = "checkpoint.safetensors"
 START_FILE = "training.json"
 FORMAT = 1
+GO_ON = "go on with fm-finetune --resume"
 
 
 @dataclass(eq=False)
@@ -66,7 +67,7 @@ def save_state(folder: Path, state: State) -> None:
         "seconds": state.seconds,
         "n_images": state.n_images,
     }
-    with writing(folder):
+    with writing(folder, then=GO_ON):
         write_file(folder / CHECKPOINT_FILE, [safetensors.torch.save(tensors, {"state": json.dumps(described)})])
 
 

@@ -251,6 +251,6 @@ def _copy(found: dict[str, Tensor], into: dict[str, Tensor], path: Path) -> None
 
 def _write_tensors(path: Path, tensors: dict[str, Tensor], described: dict[str, str]) -> None:
     whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    with writing(path.parent):
+    with writing(path.parent, then="save again"):
         path.parent.mkdir(parents=True, exist_ok=True)
         write_file(path, [safetensors.torch.save(whole, {"format": "pt", **described})])

@@ -32,12 +32,12 @@ from extract.embed import decoded, fingerprint_parts
 from extract.hardware import find_device, has_bf16
 from extract.registry import IMAGENET_MEAN, IMAGENET_STD
 from extract.views import Transform, View, make_transform, parse_view
-from features.console import Advance, UserError, nearest, progress, say
+from features.console import Advance, Interrupted, UserError, nearest, progress, say
 from features.files import write_file, writing
 from features.folds import SEED, Folds, grouped_folds
 from features.samples import TEST, audit
 from features.store import differences, fingerprint
-from finetune.checkpoint import CHECKPOINT_FILE, FORMAT, START_FILE, State, load_state, save_state
+from finetune.checkpoint import CHECKPOINT_FILE, FORMAT, GO_ON, START_FILE, State, load_state, save_state
 from finetune.lora import LoraOptions
 from finetune.network import METHODS, Method, Network
 from finetune.recipes import RECIPES, Recipe, best_epoch, recipe_for
@@ -187,7 +187,6 @@ def finetune(options: FinetuneOptions, *, compute: ComputeOptions, runs: Path) -
     with writing(runs):
         folder.mkdir(parents=True)
         write_file(folder / START_FILE, [json.dumps(record, indent=2).encode()])
-    say(f"{folder}: training. If it is interrupted: fm-finetune --resume {folder}")
     return _train_and_finish(setup, folder, network)
 
 
@@ -309,6 +308,15 @@ def rounds_of(options: FinetuneOptions, n_folds: int) -> list[tuple[int, ...]]:
 
 
 def _train_and_finish(setup: Setup, folder: Path, network: Network) -> Path:
+    say(f"{folder}: training. If it is interrupted: fm-finetune --resume {folder}")
+    try:
+        _train(setup, folder, network)
+    except Interrupted:
+        raise UserError(f"interrupted. Finished epochs are kept; go on with: fm-finetune --resume {folder}") from None
+    return folder
+
+
+def _train(setup: Setup, folder: Path, network: Network) -> None:
     """Train every round that has not finished, save each fold's best epoch, judge them all, and complete the run."""
     at_once = setup.compute.folds_at_once or default_folds_at_once(setup.device, setup.folds.n_folds)
     machine = Machine(setup.device, setup.precision, at_once)
@@ -352,10 +360,11 @@ def _train_and_finish(setup: Setup, folder: Path, network: Network) -> Path:
     started = time.perf_counter()
     predictions = concatenate(list(_judge(setup, folder, data, machine)))
     seconds = state.seconds + time.perf_counter() - started
-    finish_run(folder, _record(setup, network, state, machine), predictions, run_id=folder.name, seconds=seconds)
+    with writing(folder, then=GO_ON):
+        record = _record(setup, network, state, machine)
+        finish_run(folder, record, predictions, run_id=folder.name, seconds=seconds)
     for name in (CHECKPOINT_FILE, START_FILE):
         (folder / name).unlink(missing_ok=True)
-    return folder
 
 
 def _merge_folds(setup: Setup, folder: Path) -> None:

@@ -66,14 +66,14 @@ RECIPES = {
     ),
     "default": Recipe(
         view=None,
-        epochs=12,
+        epochs=8,
         batch_size=16,
         learning_rate=1e-3,
         weight_decay=0.01,
         optimizer="adamw",
         schedule="cosine",
         warmup=0.5,
-        patience=12,
+        patience=8,
         augment=AugmentOptions(rotation=180.0),
     ),
 }

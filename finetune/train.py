@@ -323,6 +323,7 @@ def _require_finite(losses: Mapping[int, float], epoch: int, recipe: Recipe) -> 
     if broken:
         raise UserError(
             f"the loss of fold {broken[0]} is not finite in epoch {epoch + 1}, at a learning rate of "
-            f"{recipe.learning_rate:g}. The checkpoint of the epoch before is kept. Start a new run with a smaller "
-            "--learning-rate, or with --precision fp32."
+            f"{recipe.learning_rate:g}."
+            + (" The checkpoint of the epoch before is kept." if epoch else "")
+            + " Start a new run with a smaller --learning-rate, or with --precision fp32."
         )

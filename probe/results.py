@@ -176,8 +176,7 @@ def write_run(
             half.mkdir(parents=True)
             whole = save({name: np.ascontiguousarray(array) for name, array in weights.items()})
             write_file(half / "weights.safetensors", [whole])
-        finish_run(half, run, predictions, run_id=run_id, seconds=seconds)
-        with writing(runs):
+            finish_run(half, run, predictions, run_id=run_id, seconds=seconds)
             move_folder(half, runs / run_id)
     except BaseException:
         shutil.rmtree(half, ignore_errors=True)
@@ -189,7 +188,7 @@ def finish_run(folder: Path, run: Mapping[str, Any], predictions: Predictions, *
     """Add to a folder that holds a run's weights what makes it a run; `run.json` comes last.
 
     Raises:
-        UserError: if the folder cannot be written.
+        OSError: if the folder cannot be written.
     """
     record = {
         "format": RUN_FORMAT,
@@ -203,10 +202,9 @@ def finish_run(folder: Path, run: Mapping[str, Any], predictions: Predictions, *
             "peak_memory_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
         },
     }
-    with writing(folder):
-        write_file(folder / "predictions.csv", [_predictions_csv(predictions).encode()])
-        write_file(folder / "metrics.json", [_json(evaluate(predictions))])
-        write_file(folder / "run.json", [_json(record)])
+    write_file(folder / "predictions.csv", [_predictions_csv(predictions).encode()])
+    write_file(folder / "metrics.json", [_json(evaluate(predictions))])
+    write_file(folder / "run.json", [_json(record)])
 
 
 def versions() -> dict[str, str]:

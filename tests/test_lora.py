@@ -138,8 +138,12 @@ def test_initial_values_of_a_fold_do_not_depend_on_how_many_there_are() -> None:
         ),
         ("swin_tiny_patch4_window7_224", "Swin", {"attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"}),
         ("convnext_tiny", "ConvNeXt", {"mlp.fc1", "mlp.fc2"}),
-        ("tf_efficientnet_lite0", "EfficientNet: the 1x1 convolutions", {"conv_pw", "conv_pwl"}),
-        ("tf_efficientnetv2_m", "EfficientNet: the 1x1 convolutions", {"conv_pw", "conv_pwl"}),
+        (
+            "tf_efficientnet_lite0",
+            "EfficientNet: the 1x1 convolutions from the third stage on",
+            {"conv_pw", "conv_pwl"},
+        ),
+        ("tf_efficientnetv2_m", "EfficientNet: the 1x1 convolutions from the third stage on", {"conv_pw", "conv_pwl"}),
         ("resnet50", "ResNet with bottlenecks: the 1x1 convolutions", {"conv1", "conv3"}),
     ],
 )

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from finetune.recipes import RECIPES, best_epoch, learning_rate, plateau_rate, stopped
+from finetune.recipes import RATES, RECIPES, best_epoch, learning_rate, plateau_rate, recipe_for, stopped
 
 PAPER, DEFAULT = RECIPES["paper"], RECIPES["default"]
 
@@ -114,3 +114,10 @@ def test_the_papers_recipe_is_the_papers_text() -> None:
     assert (PAPER.optimizer, PAPER.learning_rate, PAPER.weight_decay, PAPER.batch_size) == ("adam", 1e-4, 1e-5, 8)
     assert (PAPER.epochs, PAPER.patience, PAPER.schedule, PAPER.statistics) == (100, 15, "plateau", "imagenet")
     assert (PAPER.plateau_factor, PAPER.plateau_patience, PAPER.min_learning_rate) == (0.5, 3, 1e-7)
+
+
+@pytest.mark.parametrize(("method", "convolutional"), RATES)
+def test_our_recipe_takes_its_rate_from_method_and_backbone_and_the_papers_does_not(method, convolutional) -> None:
+    ours = recipe_for("default", method=method, convolutional=convolutional)
+    assert ours == replace(DEFAULT, learning_rate=RATES[method, convolutional])
+    assert recipe_for("paper", method=method, convolutional=convolutional) == PAPER

@@ -284,7 +284,8 @@ def test_a_fold_ends_as_in_a_plain_loop(recipe: Recipe) -> None:
     for epoch, figures in zip(history, expected.figures, strict=True):
         assert (epoch["loss"], epoch["balanced_accuracy"], epoch["auroc"]) == pytest.approx(figures, rel=1e-5)
     n_batches = len(expected.rates) // len(history)
-    assert [epoch["learning_rate"] for epoch in history] == pytest.approx(expected.rates[n_batches - 1 :: n_batches])
+    midway = expected.rates[n_batches // 2 :: n_batches]
+    assert [epoch["learning_rate"] for epoch in history] == pytest.approx(midway)
     if recipe.schedule == "plateau":
         assert len(set(expected.rates)) > 1, "the rate of this example must fall"
     for row, plain in ((state.values[fold], expected.values), (state.best[fold], expected.best)):
@@ -431,6 +432,15 @@ def test_a_loss_that_is_not_finite_ends_training_with_fold_epoch_and_remedy() ->
     with pytest.raises(UserError, match=message):
         trained(tiny_network(), save=save)
     assert len(saved) == 2
+
+
+def test_a_loss_that_is_not_finite_at_once_promises_no_checkpoint() -> None:
+    network, saved = tiny_network(), []
+    network.values[2].fill_(float("nan"))
+    with pytest.raises(UserError, match=r"fold 2 is not finite in epoch 1.*--learning-rate") as refusal:
+        trained(network, save=saved.append)
+    assert "checkpoint" not in str(refusal.value)
+    assert not saved
 
 
 def test_weights_that_the_last_step_of_an_epoch_breaks_are_not_saved() -> None:
