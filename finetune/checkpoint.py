@@ -82,15 +82,15 @@ def load_state(folder: Path, device: torch.device) -> State | None:
         with safetensors.safe_open(path, "pt", device=str(device)) as file:
             described = json.loads(file.metadata()["state"])
             tensors = {name: file.get_tensor(name) for name in ("values", "best", "moments")}
+        return State(
+            **tensors,
+            folds=tuple(described["folds"]),
+            n_steps=described["n_steps"],
+            history={int(fold): history for fold, history in described["history"].items()},
+            seconds=described["seconds"],
+            n_images=described["n_images"],
+        )
     except FileNotFoundError:
         return None
     except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path} is damaged ({error}). Delete it to train from the start, with --resume.") from error
-    return State(
-        **tensors,
-        folds=tuple(described["folds"]),
-        n_steps=described["n_steps"],
-        history={int(fold): history for fold, history in described["history"].items()},
-        seconds=described["seconds"],
-        n_images=described["n_images"],
-    )

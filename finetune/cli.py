@@ -110,7 +110,15 @@ def finetune(
     if resume is None:
         folder = protocol.finetune(options, compute=compute, runs=runs)
     else:
-        folder = protocol.resume(resume, changed=_given(context, options), compute=compute)
+        given = _given(context)
+        folder = protocol.resume(
+            resume,
+            given={
+                name: protocol.flat(options)[name]
+                for name in (parameter.replace("lora_", "lora.") for parameter in given - _COMPUTE - _ELSEWHERE)
+            },
+            compute={name: getattr(compute, name) for name in given & _COMPUTE},
+        )
     record = read_run(folder)
     if as_json:
         print_json({"runs": [str(folder)], "results": [record]})
@@ -121,18 +129,10 @@ def finetune(
     say(f"run written to {folder}/")
 
 
-def _given(context: typer.Context, options: Any) -> dict[str, Any]:
-    """The options of the training that stood on the command line."""
-    given: dict[str, Any] = {}
-    for name in context.params:
-        source = context.get_parameter_source(name)
-        if source is not None and source.name == "COMMANDLINE" and name not in _COMPUTE | _ELSEWHERE:
-            owner, _, leaf = name.partition("lora_")
-            if leaf:
-                given[f"lora.{leaf}"] = getattr(options.lora, leaf)
-            else:
-                given[owner] = getattr(options, owner)
-    return given
+def _given(context: typer.Context) -> set[str]:
+    """The parameters that stood on the command line."""
+    sources = {name: context.get_parameter_source(name) for name in context.params}
+    return {name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"}
 
 
 def _names(text: str | None) -> tuple[str, ...] | None:

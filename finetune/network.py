@@ -85,7 +85,7 @@ class Network(nn.Module):
             ValueError: folds that the method cannot hold at once.
         """
         super().__init__()
-        if list(folds) != list(range(len(folds))) and len(folds) != 1:
+        if list(folds) != list(range(len(folds))) and (method == "lora" or len(folds) != 1):
             raise ValueError(f"{method} cannot hold the folds {list(folds)} at once")
         if method == "full" and len(folds) != 1:
             raise ValueError("full fine-tuning holds one fold at a time")
@@ -108,6 +108,10 @@ class Network(nn.Module):
         self.weight = Parameter(torch.stack([weight for weight, _ in heads]).to(device, dtype))
         self.bias = Parameter(torch.stack([bias for _, bias in heads]).to(device, dtype))
         statistics = [b for b in model.buffers() if b.is_floating_point()] if method == "full" else []
+        # Counters of batches decide nothing, but would tell a resumed training apart: files have the backbone's own.
+        self._counters = {
+            name: buffer.clone() for name, buffer in model.named_buffers() if name.endswith("num_batches_tracked")
+        }
         self._lay_out([*stacked, self.weight, self.bias], own, statistics)
 
     def _lay_out(self, stacked: list[Parameter], own: list[Tensor], statistics: list[Tensor]) -> None:
@@ -165,7 +169,7 @@ class Network(nn.Module):
             step: names a training step, from which dropout follows; None evaluates.
 
         Returns:
-            (f, b, 2) float32, or the network's float64.
+            (f, b, 2) in the type of the classifiers, float32.
         """
         if self.method == "lora":
             select_folds(self.model, folds, step=step)
@@ -194,10 +198,12 @@ class Network(nn.Module):
         elif self.method == "full":
             self.save_merged(folder, fold)
         else:
-            _write_tensors(folder / HEAD_FILE, head, {})
+            _write_tensors(folder / HEAD_FILE, head)
 
     def save_merged(self, folder: Path, fold: int) -> None:
         """Write one fold as a plain timm network with its classifier, adapters added to the weights they adapt.
+
+        The file's metadata hold the arguments of `timm.create_model` under "timm", as JSON.
 
         Raises:
             UserError: the disk cannot be written.
@@ -205,9 +211,10 @@ class Network(nn.Module):
         row = self.folds.index(fold)
         state = merge(self.model, row) if self.method == "lora" else dict(self.model.state_dict())
         name = classifier_name(self.model)
+        state |= self._counters
         state |= {f"{name}.weight": self.weight[row].detach(), f"{name}.bias": self.bias[row].detach()}
-        described = {"architecture": self.backbone.arch, "kwargs": json.dumps(dict(self.backbone.kwargs))}
-        _write_tensors(folder / MODEL_FILE, state, described)
+        timm = {"architecture": self.backbone.arch, "kwargs": dict(self.backbone.kwargs), "num_classes": N_CLASSES}
+        _write_tensors(folder / MODEL_FILE, state, timm)
 
     def load_fold(self, folder: Path, fold: int) -> None:
         """Read what `save_fold` wrote.
@@ -224,7 +231,9 @@ class Network(nn.Module):
             tensors = read_tensors(path)
             name = f"{classifier_name(self.model)}." if self.method == "full" else ""
             head = {leaf: tensors.pop(name + leaf) for leaf in ("weight", "bias") if name + leaf in tensors}
-            if self.method == "full":
+            if self.method == "head":
+                head |= tensors  # strange ones, refused below
+            else:
                 _copy(tensors, dict(self.model.state_dict()), path)
         _copy(head, {"weight": self.weight.data[row], "bias": self.bias.data[row]}, path)
 
@@ -249,8 +258,10 @@ def _copy(found: dict[str, Tensor], into: dict[str, Tensor], path: Path) -> None
         tensor.copy_(found[name])
 
 
-def _write_tensors(path: Path, tensors: dict[str, Tensor], described: dict[str, str]) -> None:
+def _write_tensors(path: Path, tensors: dict[str, Tensor], timm: dict[str, Any] | None = None) -> None:
+    """Write a file whose metadata says how timm builds the network: one key, as several would come in random order."""
+    described = {"timm": json.dumps(timm)} if timm else {"format": "pt"}
     whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     with writing(path.parent, then="save again"):
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_file(path, [safetensors.torch.save(whole, {"format": "pt", **described})])
+        write_file(path, [safetensors.torch.save(whole, described)])

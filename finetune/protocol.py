@@ -7,6 +7,7 @@ each fold's weights, the predictions of all folds on held-out slides and on ever
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
@@ -33,7 +34,7 @@ from extract.hardware import find_device, has_bf16
 from extract.registry import IMAGENET_MEAN, IMAGENET_STD
 from extract.views import Transform, View, make_transform, parse_view
 from features.console import Advance, Interrupted, UserError, nearest, progress, say
-from features.files import write_file, writing
+from features.files import sweep, write_file, writing
 from features.folds import SEED, Folds, grouped_folds
 from features.samples import TEST, audit
 from features.store import differences, fingerprint
@@ -96,6 +97,12 @@ class FinetuneOptions:
             raise UserError(f"unknown recipe {self.recipe!r}: use {' or '.join(RECIPES)}.")
         if self.precision not in ("auto", "fp32", "bf16"):
             raise UserError(f"precision {self.precision!r}: training computes in fp32 or bf16 (or auto).")
+        if self.learning_rate is not None and not 0 < self.learning_rate < float("inf"):
+            raise UserError(f"learning rate {self.learning_rate}: expected a number above 0, such as 1e-4.")
+        if not 0 <= self.seed < 2**32:
+            raise UserError(f"seed {self.seed}: expected a whole number from 0 to 2^32 - 1.")
+        if self.cv < 2:
+            raise UserError(f"cross-validation needs at least 2 folds, got {self.cv}.")
 
     def resolved(self, backbone: Backbone) -> Recipe:
         """The recipe with what the user chose instead."""
@@ -129,6 +136,17 @@ class ComputeOptions:
     compile: bool = False
     grad_checkpointing: bool = False
     merge: bool = False
+
+    def record(self) -> dict[str, Any]:
+        """As JSON; paths absolute, so that a run can be resumed from anywhere."""
+        paths = {"data": self.data, "weights": self.weights}
+        return asdict(self) | {name: None if path is None else str(path.resolve()) for name, path in paths.items()}
+
+    @classmethod
+    def of_record(cls, record: Mapping[str, Any]) -> ComputeOptions:
+        """As `record` gave it."""
+        paths = {name: None if record[name] is None else Path(record[name]) for name in ("data", "weights")}
+        return cls(**{**record, **paths})
 
 
 @dataclass(frozen=True, eq=False)
@@ -183,39 +201,43 @@ def finetune(options: FinetuneOptions, *, compute: ComputeOptions, runs: Path) -
     setup = prepare(options, compute)
     folder = runs / new_run_id("finetune", setup.backbone.name)
     network = new_network(setup, setup.rounds[0])  # refuses targets before there is a folder
-    record = {"format": FORMAT, "identity": setup.identity(), "versions": versions()}
+    record = {
+        "format": FORMAT,
+        "identity": setup.identity(),
+        "compute": compute.record(),
+        "versions": versions(),
+    }
     with writing(runs):
         folder.mkdir(parents=True)
         write_file(folder / START_FILE, [json.dumps(record, indent=2).encode()])
     return _train_and_finish(setup, folder, network)
 
 
-def resume(folder: Path, *, changed: Mapping[str, Any], compute: ComputeOptions) -> Path:
+def resume(folder: Path, *, given: Mapping[str, Any], compute: Mapping[str, Any]) -> Path:
     """Go on with an interrupted training; the result is the one it would have had.
 
     Args:
         folder: of the run.
-        changed: options the user gave again; they must equal the training's own.
-        compute: as for `finetune`.
+        given: training options that the user gave again, nested names joined by dots; they must equal the run's own.
+        compute: computing options that the user gave; they replace the run's own.
 
     Raises:
         UserError: no training, other options, or data, weights or splits that have changed since; and as `finetune`.
     """
     if (folder / "run.json").exists():
         say(f"{folder} has finished already.")
+        _clear_up(folder)
         return folder
     record = _read_start(folder)
     options = options_of(record["identity"]["options"])
-    own = _flat(asdict(options))
-    differing = [
-        f"{name} {value!r} instead of {own[name]!r}" for name, value in _flat(changed).items() if value != own[name]
-    ]
+    own = flat(options)
+    differing = [f"{name} {value!r} instead of {own[name]!r}" for name, value in given.items() if value != own[name]]
     if differing:
         raise UserError(
             f"{folder} was started with other options: found {', '.join(differing)}. Resume it without them, or start "
             "a new run."
         )
-    setup = prepare(options, compute)
+    setup = prepare(options, replace(ComputeOptions.of_record(record["compute"]), **compute))
     differing = [f"{key} was {was} and is {now}" for key, was, now in differences(record["identity"], setup.identity())]
     if differing:
         raise UserError(
@@ -244,7 +266,12 @@ def prepare(options: FinetuneOptions, compute: ComputeOptions) -> Setup:
         load_dataset(name, data=compute.data, positive=options.positive)
         for name in _test_names(options, patches, compute.data)
     )
+    names = [patches.name, *(test.name for test in tests)]
+    if len(set(names)) < len(names):
+        raise UserError(f"two of the datasets have the same name: {', '.join(names)}. Rename a folder or file.")
     rows = patches.samples.training_rows
+    if not len(rows):
+        raise UserError(f"{patches.name} has no patch to train on: its split says test everywhere.")
     scheme: Literal["default", "paper"] = (
         "paper" if (options.recipe, options.train) == ("paper", "ami-br") else "default"
     )
@@ -319,7 +346,7 @@ def _train_and_finish(setup: Setup, folder: Path, network: Network) -> Path:
 def _train(setup: Setup, folder: Path, network: Network) -> None:
     """Train every round that has not finished, save each fold's best epoch, judge them all, and complete the run."""
     at_once = setup.compute.folds_at_once or default_folds_at_once(setup.device, setup.folds.n_folds)
-    machine = Machine(setup.device, setup.precision, at_once)
+    machine = Machine(setup.device, setup.precision, min(at_once, len(setup.rounds[0])))
     if setup.device.type == "cuda":
         _compute_reproducibly()
     data = TrainingSet(
@@ -363,8 +390,15 @@ def _train(setup: Setup, folder: Path, network: Network) -> None:
     with writing(folder, then=GO_ON):
         record = _record(setup, network, state, machine)
         finish_run(folder, record, predictions, run_id=folder.name, seconds=seconds)
+    _clear_up(folder)
+
+
+def _clear_up(folder: Path) -> None:
+    """Remove what only an unfinished training needs, and what killed writers have left."""
     for name in (CHECKPOINT_FILE, START_FILE):
         (folder / name).unlink(missing_ok=True)
+    for place in (folder, *folder.glob("fold-*")):
+        sweep(place)
 
 
 def _merge_folds(setup: Setup, folder: Path) -> None:
@@ -520,6 +554,7 @@ def default_folds_at_once(device: torch.device, n_folds: int) -> int:
 
 def _compute_reproducibly() -> None:
     """Have a GPU repeat its sums in the same order, so that a resumed training equals an uninterrupted one."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS repeats itself only with a fixed workspace
     torch.backends.cudnn.benchmark = False
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
@@ -543,7 +578,9 @@ def _read_start(folder: Path) -> dict[str, Any]:
     try:
         record = json.loads(path.read_bytes())
         found = record["format"]
-    except FileNotFoundError:
+        if found == FORMAT and not record.keys() >= {"identity", "compute", "versions"}:
+            raise KeyError("identity")
+    except (FileNotFoundError, NotADirectoryError):
         raise UserError(
             f"{folder} is no interrupted training: it has no {START_FILE}. Expected a folder that fm-finetune made "
             f"below its --runs.{nearest(folder.name, _trainings(folder.parent))}"
@@ -574,9 +611,9 @@ def _plain(value: Any) -> Any:
     return json.loads(json.dumps(value))
 
 
-def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as one, keys joined by dots."""
-    flat: dict[str, Any] = {}
-    for key, inner in value.items():
-        flat |= _flat(inner, f"{prefix}{key}.") if isinstance(inner, Mapping) else {f"{prefix}{key}": inner}
-    return flat
+def flat(options: FinetuneOptions) -> dict[str, Any]:
+    """All options by name, the adapters' as `lora.rank` and so on."""
+    own = asdict(options)
+    return {name: value for name, value in own.items() if name != "lora"} | {
+        f"lora.{name}": value for name, value in own["lora"].items()
+    }

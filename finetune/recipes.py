@@ -119,7 +119,7 @@ def plateau_rate(history: History, recipe: Recipe) -> float:
         else:
             n_bad += 1
         if n_bad > recipe.plateau_patience:
-            rate, n_bad = max(rate * recipe.plateau_factor, recipe.min_learning_rate), 0
+            rate, n_bad = min(rate, max(rate * recipe.plateau_factor, recipe.min_learning_rate)), 0
     return rate
 
 

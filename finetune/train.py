@@ -152,6 +152,7 @@ def train(
         mean_loss = {fold: float(losses[fold]) / plans[fold].n_batches for fold in active}
         _require_finite(mean_loss, epoch, recipe)
         logits = validation_logits(network, data, active, machine=machine)
+        _require_finite({fold: float(np.abs(own).max()) for fold, own in logits.items()}, epoch, recipe)
         for fold in active:
             held_out = label[data.folds.fold == fold]
             history = state.history[fold]
@@ -202,11 +203,32 @@ def validation_logits(
 def network_logits(
     network: Network, transform: Transform, pixels: Tensor, folds: Sequence[int], *, machine: Machine
 ) -> Tensor:
-    """Logits (f, b), Atypical minus Normal, of pixels (f * b, 3, s, s), fold after fold, each under its own weights."""
-    images = transform.normalise(pixels.to(machine.device)).contiguous(memory_format=torch.channels_last)
-    with machine.autocast():
-        both: Tensor = network(images, folds)  # (f, b, 2)
-    return (both[..., 1] - both[..., 0]).float()
+    """Logits (f, b), Atypical minus Normal, of pixels (f * b, 3, s, s), fold after fold, each under its own weights.
+
+    Memory running out halves the batch.
+
+    Raises:
+        UserError: if not even one image of each fold fits.
+    """
+    try:
+        images = transform.normalise(pixels.to(machine.device)).contiguous(memory_format=torch.channels_last)
+        with machine.autocast():
+            both: Tensor = network(images, folds)  # (f, b, 2)
+        return (both[..., 1] - both[..., 0]).float()
+    except RuntimeError as error:
+        if not out_of_memory(error):
+            raise
+        if len(pixels) == len(folds):
+            raise UserError(
+                f"{network.backbone.name}: one image of {len(folds)} folds does not fit in the memory of "
+                f"{machine.device}. Use --folds-at-once 1, free memory, or take a smaller model."
+            ) from error
+    torch.cuda.empty_cache()
+    by_fold = pixels.view(len(folds), -1, *pixels.shape[1:])  # (f, b, 3, s, s)
+    halves = torch.tensor_split(by_fold, 2, dim=1)
+    return torch.cat(
+        [network_logits(network, transform, half.flatten(0, 1), folds, machine=machine) for half in halves], dim=1
+    )
 
 
 # ----------------------------------------------------------------------------------------------------------- one epoch
@@ -251,7 +273,9 @@ def _backward(
     machine: Machine,
 ) -> dict[int, Tensor]:
     """Fill the network's gradients from one batch of each fold; returns the mean loss of each."""
+    statistics = network.values[:, network.n_trained :]
     while True:
+        before = statistics.clone()
         try:
             network.clear_gradients()
             losses: dict[int, Tensor] = {}
@@ -260,13 +284,16 @@ def _backward(
                 with machine.autocast():
                     logits = network(images, group, step=step)  # (f, b, 2)
                 each = F.cross_entropy(logits.flatten(0, 1), label, reduction="none").view(len(group), -1).mean(dim=1)
+                after = statistics.clone()
                 each.sum().backward()  # type: ignore[no-untyped-call]
+                statistics.copy_(after)  # activations computed again have moved them again
                 losses |= dict(zip(group, each.detach(), strict=True))
             network.gather_gradients()
             return losses
         except RuntimeError as error:
             if not out_of_memory(error):
                 raise
+            statistics.copy_(before)
             _save_memory(network, machine, recipe, error)
 
 

@@ -174,8 +174,8 @@ def options(material: Path, method: Method, **chosen: Any) -> FinetuneOptions:
     )
 
 
-def compute(material: Path, method: Method, **chosen: Any) -> ComputeOptions:
-    return ComputeOptions(weights=material / f"{MODELS[method]}.safetensors", device="cpu", **chosen)
+def compute(material: Path, method: Method) -> ComputeOptions:
+    return ComputeOptions(weights=material / f"{MODELS[method]}.safetensors", device="cpu")
 
 
 def content(path: Path) -> Any:
@@ -263,7 +263,7 @@ def test_a_training_killed_after_any_epoch_ends_as_if_it_had_not_been(
         folder = interrupted(material, method, tmp_path)
     with pytest.MonkeyPatch.context() as patched:
         rest = remembering(patched)
-        assert resume(folder, changed={}, compute=compute(material, method)) == folder
+        assert resume(folder, given={}, compute={}) == folder
     assert len(first + rest) == len(all_states)
     for found, plain in zip(first + rest, all_states, strict=True):
         assert_equal(found, plain, but=frozenset({"seconds"}))
@@ -304,7 +304,7 @@ def test_a_training_killed_anywhere_else_ends_as_if_it_had_not_been(
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(protocol, where, killed)
         folder = interrupted(material, method, tmp_path)
-    resume(folder, changed={}, compute=compute(material, method))
+    resume(folder, given={}, compute={})
     assert_same_outcome(outcome(folder), undisturbed[method][0])
 
 
@@ -318,8 +318,8 @@ def test_a_training_may_be_killed_again_and_again(
         with pytest.MonkeyPatch.context() as patched:
             remembering(patched, kill_after=1)
             with pytest.raises(Killed):
-                resume(folder, changed={}, compute=compute(material, "full"))
-    resume(folder, changed={}, compute=compute(material, "full"))
+                resume(folder, given={}, compute={})
+    resume(folder, given={}, compute={})
     assert_same_outcome(outcome(folder), undisturbed["full"][0])
 
 
@@ -337,7 +337,7 @@ def test_a_training_killed_before_its_files_are_swept_counts_as_finished(
         with pytest.raises(Killed):
             finetune(options(material, "head"), compute=compute(material, "head"), runs=tmp_path)
     (folder,) = tmp_path.iterdir()
-    assert resume(folder, changed={}, compute=compute(material, "head")) == folder
+    assert resume(folder, given={}, compute={}) == folder
     assert "has finished already" in capsys.readouterr().err
     assert not (folder / CHECKPOINT_FILE).exists()
     assert not (folder / START_FILE).exists()
@@ -348,7 +348,7 @@ def test_what_a_killed_writer_left_is_swept_up(material: Path, tmp_path: Path) -
         remembering(patched, kill_after=1)
         folder = interrupted(material, "head", tmp_path)
     files.temporary_name(folder / CHECKPOINT_FILE).write_bytes(b"half")
-    resume(folder, changed={}, compute=compute(material, "head"))
+    resume(folder, given={}, compute={})
     assert not list(folder.rglob(f"*{files.PARTIAL}"))
 
 
@@ -369,7 +369,7 @@ def test_a_disk_that_fills_up_ends_training_and_the_rest_follows_on_resuming(
         with pytest.raises(UserError, match=r"cannot write to.*No space left on device.*free some space"):
             finetune(options(material, "lora"), compute=compute(material, "lora"), runs=tmp_path)
     (folder,) = tmp_path.iterdir()
-    resume(folder, changed={}, compute=compute(material, "lora"))
+    resume(folder, given={}, compute={})
     assert_same_outcome(outcome(folder), undisturbed["lora"][0])
 
 
@@ -380,7 +380,7 @@ def test_resuming_may_compute_in_another_way(
     with pytest.MonkeyPatch.context() as patched:
         remembering(patched, kill_after=1)
         folder = interrupted(material, method, tmp_path)
-    resume(folder, changed={}, compute=compute(material, method, folds_at_once=2, merge=True))
+    resume(folder, given={}, compute={"folds_at_once": 2, "merge": True})
     assert (folder / "fold-1" / "model.safetensors").exists()
     expected, found = undisturbed[method][0], outcome(folder)
     assert found["best_epoch"] == expected["best_epoch"]
@@ -396,9 +396,9 @@ def test_a_damaged_checkpoint_deleted_as_told_starts_again(
         folder = interrupted(material, "lora", tmp_path)
     (folder / CHECKPOINT_FILE).write_bytes(b"damaged")
     with pytest.raises(UserError, match=rf"{CHECKPOINT_FILE} is damaged"):
-        resume(folder, changed={}, compute=compute(material, "lora"))
+        resume(folder, given={}, compute={})
     (folder / CHECKPOINT_FILE).unlink()
-    resume(folder, changed={}, compute=compute(material, "lora"))
+    resume(folder, given={}, compute={})
     assert_same_outcome(outcome(folder), undisturbed["lora"][0])
 
 
@@ -432,8 +432,8 @@ def begun(material: Path, tmp_path: Path) -> Path:
 def test_options_given_again_must_be_those_of_the_start(begun: Path, tmp_path: Path) -> None:
     same = {"epochs": EPOCHS, "lora.rank": 2, "test": (), "model": "timm/test_vit"}
     with pytest.raises(UserError, match=r"seed 7 instead of 42.*lora.rank 4 instead of 2"):
-        resume(begun, changed={"seed": 7, "epochs": EPOCHS, "lora.rank": 4}, compute=compute(tmp_path, "head"))
-    resume(begun, changed=same, compute=compute(tmp_path, "head"))
+        resume(begun, given={"seed": 7, "epochs": EPOCHS, "lora.rank": 4}, compute={})
+    resume(begun, given=same, compute={})
 
 
 @pytest.mark.parametrize(
@@ -450,7 +450,7 @@ def test_what_has_changed_since_the_start_is_named(begun: Path, tmp_path: Path, 
         save_file(timm.create_model("test_vit", num_classes=0).state_dict(), tmp_path / "test_vit.safetensors")
     before = (begun / CHECKPOINT_FILE).read_bytes()
     with pytest.raises(UserError, match=rf"cannot be resumed.*{named}.*Restore it"):
-        resume(begun, changed={}, compute=compute(tmp_path, "head"))
+        resume(begun, given={}, compute={})
     assert (begun / CHECKPOINT_FILE).read_bytes() == before
 
 
@@ -460,7 +460,7 @@ def test_other_package_versions_are_told_and_go_on(
     record = json.loads((begun / START_FILE).read_bytes())
     record["versions"]["torch"] = "1.0"
     (begun / START_FILE).write_text(json.dumps(record))
-    resume(begun, changed={}, compute=compute(tmp_path, "head"))
+    resume(begun, given={}, compute={})
     assert "versions have changed" in capsys.readouterr().err
 
 
@@ -477,11 +477,11 @@ def test_other_package_versions_are_told_and_go_on(
 def test_a_start_that_cannot_be_read_is_named(begun: Path, tmp_path: Path, content: bytes, message: str) -> None:
     (begun / START_FILE).write_bytes(content)
     with pytest.raises(UserError, match=message):
-        resume(begun, changed={}, compute=compute(tmp_path, "head"))
+        resume(begun, given={}, compute={})
 
 
 def test_a_folder_that_is_no_training_is_named_with_one_that_is(begun: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=rf"no interrupted training.*Did you mean {begun.name}"):
-        resume(begun.with_name(begun.name[:-1]), changed={}, compute=compute(tmp_path, "head"))
+        resume(begun.with_name(begun.name[:-1]), given={}, compute={})
     with pytest.raises(UserError, match="no interrupted training"):
-        resume(begun / START_FILE, changed={}, compute=compute(tmp_path, "head"))  # a file
+        resume(begun / START_FILE, given={}, compute={})  # a file

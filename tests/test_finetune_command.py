@@ -447,19 +447,18 @@ def test_a_killed_command_resumes_to_the_same_bytes(tmp_path: Path, finished: Pa
     command = [str(Path(sys.executable).with_name("fm-finetune"))]
     start = [*command, "--train", "patches.csv", *SMALL]
     quiet = {"cwd": tmp_path, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    moments = random.Random(os.getpid())
+    (expected,) = (finished / "runs").iterdir()
+    moment = random.Random(os.getpid()).uniform(0, read_run(expected)["cost"]["seconds"])
     process = subprocess.Popen(start, **quiet)  # type: ignore[call-overload]
     while not (runs := list((tmp_path / "runs").glob("*/training.json"))) and process.poll() is None:
         time.sleep(0.01)  # what comes before is of no interest
     assert runs
-    moment = moments.uniform(0, 2)
     time.sleep(moment)
     process.kill()
     process.wait(timeout=60)
     folder = runs[0].parent
     resumed = subprocess.run([*command, "--resume", str(folder)], cwd=tmp_path, capture_output=True, text=True)
     assert resumed.returncode == 0, resumed.stderr
-    (expected,) = (finished / "runs").iterdir()
-    for name in ("predictions.csv", *(f"fold-{fold}/adapter_model.safetensors" for fold in range(2))):
+    for name in (*(f"fold-{fold}/adapter_model.safetensors" for fold in range(2)), "predictions.csv"):
         same = (folder / name).read_bytes() == (expected / name).read_bytes()
         assert same, f"{name}, killed after {moment:.3f} s"

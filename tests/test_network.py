@@ -259,8 +259,9 @@ def test_plain_timm_loads_the_merged_file_and_agrees(method: Method, backbone: B
     fold = network.folds[-1]
     network.save_merged(tmp_path, fold)
     with safetensors.safe_open(tmp_path / MODEL_FILE, "pt") as file:
-        described = file.metadata()
-    model = timm.create_model(described["architecture"], num_classes=2, **json.loads(described["kwargs"])).eval()
+        described = json.loads(file.metadata()["timm"])
+    kwargs = described["kwargs"] | {"num_classes": described["num_classes"]}
+    model = timm.create_model(described["architecture"], **kwargs).eval()
     model.load_state_dict(safetensors.torch.load_file(tmp_path / MODEL_FILE), strict=True)
     batch = images(N)
     with torch.no_grad():

@@ -188,7 +188,7 @@ class TestNewPatches:
             load_patches(tmp_path)
 
     def test_a_path_that_is_not_there(self, tmp_path):
-        with pytest.raises(UserError, match="is not there. Expected an image"):
+        with pytest.raises(UserError, match=r"is not there\. Expected an image"):
             load_patches(tmp_path / "nothing.png")
 
     def test_a_csv_of_missing_files(self, tmp_path):

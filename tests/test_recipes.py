@@ -65,7 +65,7 @@ def test_the_plateau_rate_is_the_same_for_all_batches_of_an_epoch() -> None:
 @pytest.mark.parametrize("warmup", [0.0, 0.5, 2.0])
 @pytest.mark.parametrize("n_batches", [1, 9])
 def test_the_cosine_rate_rises_to_its_peak_and_falls_to_nearly_nothing(warmup: float, n_batches: int) -> None:
-    recipe = replace(DEFAULT, warmup=warmup)
+    recipe = replace(DEFAULT, epochs=12, warmup=warmup)
     rates = np.array(
         [
             learning_rate(history(*[0.5] * epoch), recipe, batch=batch, n_batches=n_batches)
