@@ -10,6 +10,7 @@ steps rows, a checkpoint saves rows, the best epoch of a fold is a copied row.
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from collections.abc import Sequence
@@ -85,6 +86,7 @@ class Network(nn.Module):
             ValueError: folds that the method cannot hold at once.
         """
         super().__init__()
+        self._twins: list[Network] = []
         if list(folds) != list(range(len(folds))) and (method == "lora" or len(folds) != 1):
             raise ValueError(f"{method} cannot hold the folds {list(folds)} at once")
         if method == "full" and len(folds) != 1:
@@ -127,6 +129,21 @@ class Network(nn.Module):
             tensor.data = self.values[:, start:end].view(tensor.shape)
             start = end
         self._trained = [tensor for tensor, _ in pieces[: len(stacked) + len(own)]]
+
+    def twins(self, n: int) -> list[Network]:
+        """This network and others, n in all, that compute at the same time on the same tensors.
+
+        Which folds a pass holds is written into the adapted modules, so threads need modules of their own. Gradients of
+        all add up in the same place; where each works on other folds, in any order to the same bits.
+        """
+        shared = {id(tensor): tensor for tensor in (self.values, self.gradients, *self.parameters(), *self.buffers())}
+        while len(self._twins) < n - 1:
+            self._twins.append(copy.deepcopy(self, shared | {id(self._twins): []}))
+        return [self, *self._twins[: n - 1]]
+
+    def forget_twins(self) -> None:
+        """Before the modules change."""
+        self._twins.clear()
 
     def compute_in(self, precision: str) -> None:
         """Prepare for many passes in a precision, "fp32" or "bf16" (autocast). Afterwards nothing can be merged."""

@@ -456,10 +456,12 @@ def patch_logits(
     with closing(decoded(decode, units)) as ready:
         for unit, batch in ready:
             pixels = transform.resized(batch, machine.device)
-            each = [
-                network_logits(network, transform, pixels.repeat(len(group), 1, 1, 1), group, machine=machine)
-                for group in machine.groups(network.folds)
-            ]
+
+            def logits_of(network: Network, group: list[int], pixels: Tensor = pixels) -> Tensor:
+                repeated = pixels.repeat(len(group), 1, 1, 1)
+                return network_logits(network, transform, repeated, group, machine=machine)
+
+            each = machine.each(network, network.folds, logits_of)
             found.append(torch.cat(each).T.cpu().numpy())  # (b, f)
             advance(len(unit) * len(network.folds))
     return np.concatenate(found)

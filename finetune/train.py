@@ -11,9 +11,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from queue import SimpleQueue
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -32,6 +34,7 @@ from finetune.network import Network
 from finetune.recipes import Recipe, best_epoch, learning_rate, stopped
 from probe.metrics import auroc, balanced_accuracy
 
+Found = TypeVar("Found")
 EVALUATION_BATCH = {"cpu": 16, "cuda": 64}  # images per fold and forward pass
 _DRAW_SEED = 2  # apart from the generators of initial values
 
@@ -75,6 +78,34 @@ class Machine:
     def autocast(self) -> AbstractContextManager[Any]:
         """The precision as a context."""
         return torch.autocast(self.device.type, torch.bfloat16) if self.precision == "bf16" else nullcontext()
+
+    def each(self, network: Network, folds: Sequence[int], work: Callable[[Network, list[int]], Found]) -> list[Found]:
+        """Do some work for every group of folds, with the network or a twin of it.
+
+        On a CPU groups are worked on side by side, by as many threads as torch may use: operations of one fold's batch
+        are too short to be cut up, and where a core has other work to do, all threads would wait after every one.
+        """
+        groups = list(self.groups(folds))
+        n_cores = torch.get_num_threads()
+        n = min(n_cores, len(groups)) if self.device.type == "cpu" else 1
+        if n == 1:
+            return [work(network, group) for group in groups]
+        idle: SimpleQueue[Network] = SimpleQueue()
+        for twin in network.twins(n):
+            idle.put(twin)
+
+        def one(group: list[int]) -> Found:
+            twin = idle.get()
+            try:
+                return work(twin, group)
+            finally:
+                idle.put(twin)
+
+        try:
+            with ThreadPoolExecutor(n, initializer=torch.set_num_threads, initargs=(n_cores // n,)) as pool:
+                return list(pool.map(one, groups))
+        finally:
+            torch.set_num_threads(n_cores)  # each thread's own, but also what later threads begin with
 
     def groups(self, folds: Sequence[int]) -> Iterator[list[int]]:
         """The folds, as many at a time as share a forward pass."""
@@ -184,8 +215,8 @@ def validation_logits(
 ) -> dict[int, NDArray[np.float32]]:
     """Each fold's logit (Atypical minus Normal) of its own held-out rows, in their order."""
     size = EVALUATION_BATCH[machine.device.type]
-    logits: dict[int, NDArray[np.float32]] = {}
-    for group in machine.groups(folds):
+
+    def logits_of(network: Network, group: list[int]) -> dict[int, NDArray[np.float32]]:
         held = [np.flatnonzero(data.folds.fold == fold) for fold in group]
         longest = max(map(len, held))
         # All folds of a pass hold equally many images: shorter ones repeat their last.
@@ -195,8 +226,9 @@ def validation_logits(
             for rows in torch.split(padded, size, dim=1)
         ]
         together = torch.cat(parts, dim=1).cpu().numpy()  # (f, longest)
-        logits |= {fold: own[: len(rows)] for fold, own, rows in zip(group, together, held, strict=True)}
-    return logits
+        return {fold: own[: len(rows)] for fold, own, rows in zip(group, together, held, strict=True)}
+
+    return _joined(machine.each(network, folds, logits_of))
 
 
 @torch.inference_mode()
@@ -274,20 +306,22 @@ def _backward(
 ) -> dict[int, Tensor]:
     """Fill the network's gradients from one batch of each fold; returns the mean loss of each."""
     statistics = network.values[:, network.n_trained :]
+
+    def losses_of(network: Network, group: list[int]) -> dict[int, Tensor]:
+        images, label = _images(data, recipe, [plans[fold] for fold in group], batch, machine.device)
+        with machine.autocast():
+            logits = network(images, group, step=step)  # (f, b, 2)
+        each = F.cross_entropy(logits.flatten(0, 1), label, reduction="none").view(len(group), -1).mean(dim=1)
+        after = statistics.clone()
+        each.sum().backward()  # type: ignore[no-untyped-call]
+        statistics.copy_(after)  # activations computed again have moved them again
+        return dict(zip(group, each.detach(), strict=True))
+
     while True:
         before = statistics.clone()
         try:
             network.clear_gradients()
-            losses: dict[int, Tensor] = {}
-            for group in machine.groups(folds):
-                images, label = _images(data, recipe, [plans[fold] for fold in group], batch, machine.device)
-                with machine.autocast():
-                    logits = network(images, group, step=step)  # (f, b, 2)
-                each = F.cross_entropy(logits.flatten(0, 1), label, reduction="none").view(len(group), -1).mean(dim=1)
-                after = statistics.clone()
-                each.sum().backward()  # type: ignore[no-untyped-call]
-                statistics.copy_(after)  # activations computed again have moved them again
-                losses |= dict(zip(group, each.detach(), strict=True))
+            losses = _joined(machine.each(network, folds, losses_of))
             network.gather_gradients()
             return losses
         except RuntimeError as error:
@@ -295,6 +329,10 @@ def _backward(
                 raise
             statistics.copy_(before)
             _save_memory(network, machine, recipe, error)
+
+
+def _joined(parts: Sequence[dict[int, Found]]) -> dict[int, Found]:
+    return {fold: found for part in parts for fold, found in part.items()}
 
 
 def _images(
@@ -333,6 +371,7 @@ def checkpoint_gradients(network: Network) -> bool:
     if getattr(model, "grad_checkpointing", False) or not hasattr(model, "set_grad_checkpointing"):
         return False
     model.set_grad_checkpointing(True)
+    network.forget_twins()
     return True
 
 

@@ -140,6 +140,20 @@ def test_any_number_of_folds_at_once_gives_the_same(lora: LoraOptions) -> None:
 
 
 @pytest.mark.usefixtures("exact")
+def test_folds_trained_side_by_side_end_with_the_same_bits() -> None:
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        one = trained(tiny_network(), at_once=1)
+        torch.set_num_threads(2)
+        two = trained(tiny_network(), at_once=1)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(one.values, two.values)
+    assert one.history == two.history
+
+
 def test_classifiers_alone_train_at_once_as_each_alone() -> None:
     together = trained(double("head"))
     for fold in range(N_FOLDS):
