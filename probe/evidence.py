@@ -1,24 +1,25 @@
 """Is the difference real? Intervals, paired tests, ranks, and scores by rater and by domain.
 
-A test set is a sample of slides, and patches of one slide resemble each other. Everything here is therefore resampled by
-slide where slides are known (Field and Welsh, JRSS B 69, 2007) and by patch elsewhere; every result says which. Resamples
-are counts, not copies: a slide drawn twice counts twice (Efron and Tibshirani, An Introduction to the Bootstrap, 1993),
-and all runs on the same images are judged on the same resamples. Why intervals are studentised, and how well they
-cover: docs/decisions/evidence.md.
+A test set is a sample of slides, and patches of one slide resemble each other. Everything here is therefore resampled
+by slide where slides are known (Field and Welsh, JRSS B 69, 2007) and by patch elsewhere; every result says which.
+Resamples are counts, not copies: a slide drawn twice counts twice (Efron and Tibshirani, An Introduction to the
+Bootstrap, 1993), and all runs on the same images are judged on the same resamples. With few slides of very unequal size
+plain percentiles are too narrow; docs/decisions/evidence.md measures by how much, and what is done about it here.
 
-    predictions -> ensemble -> judge          every figure with its interval
-                            -> compare        runs side by side: differences, tests, ranks
-                            -> by_agreement   figures the raters agreed on, figures they did not, and the raters
-                            -> by_domain      every domain, their mean, the worst
+    predictions -> ensemble -> judge            every figure with its interval
+                            -> compare          runs side by side: differences, tests, ranks
+                            -> by_agreement     figures the raters agreed on, figures they did not, and the raters
+                            -> by_domain        every domain, their mean, the worst
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
+from statistics import NormalDist
 from typing import Any
 
 import numpy as np
@@ -26,18 +27,17 @@ from numpy.typing import ArrayLike, NDArray
 
 from features.console import UserError
 from features.samples import MISSING_VOTE
-from probe.metrics import NAMES, THRESHOLD, Tally, best_threshold, resampled_influences, tally
+from probe.metrics import NAMES, THRESHOLD, Tally, best_threshold, resampled_scores, tally
 from probe.results import VALIDATION, Predictions
 
 SLIDE, SAMPLE = "slide", "sample"  # what is drawn
 COMPARED = ("balanced_accuracy", "auroc")  # the figures that differences, tests and ranks are of
 OF_RATERS = ("balanced_accuracy", "sensitivity", "specificity")  # a rater gives classes, not scores
 SMALLER_IS_BETTER = frozenset({"brier", "ece"})
+_REFLECTED = frozenset({"ece"})  # resampling adds to it what sampling has added already
 _BLOCK = 2**17  # counts drawn at a time
-_FLAT = 1e-10  # a variance of a difference below this share of the two variances is rounding
-
-
-# ------------------------------------------------------------------------------------------------- records
+_MOST_LEFT_OUT = 5_000  # clusters; with more of them percentiles need no widening
+_NORMAL = NormalDist()
 
 
 @dataclass(frozen=True)
@@ -84,8 +84,8 @@ class Ensemble:
     def __len__(self) -> int:
         return len(self.id)
 
-    def select(self, rows: NDArray[np.bool_]) -> Ensemble:
-        """The rows of a mask."""
+    def select(self, rows: NDArray[np.bool_] | NDArray[np.intp]) -> Ensemble:
+        """The rows of a mask, or those of an index array in its order."""
         columns = {name: getattr(self, name)[rows] for name in ("id", "label", "group", "probability")}
         return replace(self, **columns)
 
@@ -96,16 +96,14 @@ class Interval:
 
     Attributes:
         value: the figure; NaN if it does not exist (see `probe.metrics.scores`).
-        low, high: ends of the interval; NaN where none can be given (fewer than two clusters, a figure without value).
-        method: "studentised"; "percentile" where too many resamples have no spread of their own; "exact" where the
-            figure is perfect and no resample differs; "none".
-        n_undefined: resamples that lack a class the figure needs; they are left out of the interval.
+        low, high: ends of the interval; NaN where the data give none: fewer than two clusters, a class that a single
+            cluster holds, half of the resamples without a class, or a figure that no resample changes.
+        n_undefined: resamples that lack a class the figure needs; the interval is that of the others.
     """
 
     value: float
     low: float
     high: float
-    method: str
     n_undefined: int
 
 
@@ -140,9 +138,9 @@ class Difference:
 
     Attributes:
         value: the difference.
-        low, high: its interval; excludes zero exactly when p < 1 - level.
-        p: two-sided; share of resamples whose studentised distance from `value` is at least that of zero.
-        p_holm: p adjusted for all pairs compared on this set.
+        low, high: its interval.
+        p: two-sided; one minus the level at which the interval would end at zero.
+        p_holm: p adjusted for all comparisons of this figure on this set.
         n_undefined: resamples that lack a class.
     """
 
@@ -165,6 +163,8 @@ class DeLong:
         z: value / standard_error.
         p: two-sided, from the normal distribution.
         p_holm: p adjusted for all pairs compared on this set.
+
+    Infinite or undefined z are those of runs without variance: p is 1 for equal ones, else 0.
     """
 
     first: float
@@ -285,14 +285,14 @@ class DomainView:
         n_without: patches without a domain; they are in no figure here.
         macro: figure to the mean over the domains in which it exists; resampled over all of them.
         n_domains: figure to the number of those domains.
-        worst: figure to the worst of those domains.
+        worst: figure to the worst of those domains; None where there is none.
     """
 
     domains: dict[str, Judgement]
     n_without: int
     macro: dict[str, Interval]
     n_domains: dict[str, int]
-    worst: dict[str, Worst]
+    worst: dict[str, Worst | None]
 
 
 def as_dict(result: Any) -> Any:
@@ -306,9 +306,6 @@ def as_dict(result: Any) -> Any:
     if isinstance(result, float):
         return result if math.isfinite(result) else None
     return result
-
-
-# ------------------------------------------------------------------------------------------------- what is judged
 
 
 def threshold_of(predictions: Predictions) -> float:
@@ -364,11 +361,536 @@ def rows_of(judged: Ensemble, ids: NDArray[np.str_]) -> NDArray[np.intp]:
         UserError: if the table lacks a patch.
     """
     order = np.argsort(ids, kind="stable")
-    place = np.minimum(np.searchsorted(ids, judged.id, sorter=order), len(ids) - 1) if len(ids) else None
-    missing = judged.id if place is None else judged.id[ids[order[place]] != judged.id]
-    if len(missing) or place is None:
+    place = np.searchsorted(ids, judged.id, sorter=order)
+    found = place < np.searchsorted(ids, judged.id, side="right", sorter=order)
+    if not found.all():
+        missing = judged.id[~found]
         raise UserError(
             f"{len(missing)} of {len(judged)} patches of {judged.dataset}/{judged.split} are not in the patch table "
             f"(first: {missing[0]}). The run and the table are of different data."
         )
     return np.asarray(order[place])
+
+
+@dataclass(frozen=True, eq=False)
+class _Clusters:
+    """What is drawn: cluster `index[i]` (of n) brings patch i."""
+
+    index: NDArray[np.intp]
+    n: int
+    unit: str
+    n_alone: int
+
+    @property
+    def independent(self) -> bool:
+        return self.n == len(self.index)
+
+
+def _clusters(group: NDArray[np.str_]) -> _Clusters:
+    known = group != ""
+    names, index = np.unique(group, return_inverse=True)
+    index = index - (len(names) > 0 and names[0] == "")  # the empty name sorts first
+    n_slides, n_alone = len(names) - int(not known.all()), int((~known).sum())
+    index[~known] = n_slides + np.arange(n_alone)
+    return _Clusters(index, n_slides + n_alone, SLIDE if known.any() else SAMPLE, n_alone if known.any() else 0)
+
+
+@dataclass(frozen=True, eq=False)
+class _Resampled:
+    """Figures of R models: as they are, on every resample, and without each cluster in turn.
+
+    Attributes:
+        value: name to (R,).
+        drawn: name to (R, replicates).
+        without: name to (R, clusters); (R, 0) where there are very many clusters.
+    """
+
+    value: dict[str, NDArray[np.float64]]
+    drawn: dict[str, NDArray[np.float64]]
+    without: dict[str, NDArray[np.float64]]
+
+
+def _resample(tallies: Sequence[Tally], n_clusters: int, how: Resampling, names: Collection[str] = NAMES) -> _Resampled:
+    def figures(blocks: Iterable[NDArray[np.intp]]) -> dict[str, NDArray[np.float64]]:
+        parts = [[resampled_scores(counted, block, names=names) for counted in tallies] for block in blocks]
+        none = np.empty((len(tallies), 0))
+        return {
+            name: np.concatenate([none, *(np.stack([found[name] for found in part]) for part in parts)], axis=1)
+            for name in names
+        }
+
+    whole = figures([np.ones((1, n_clusters), dtype=np.intp)])
+    value = {name: values[:, 0] for name, values in whole.items()}
+    return _Resampled(value, figures(_draws(n_clusters, how)), figures(_left_out(n_clusters)))
+
+
+def _draws(n_clusters: int, how: Resampling) -> Iterator[NDArray[np.intp]]:
+    """Blocks of (b, n_clusters) counts: n_clusters draws with replacement, how.replicates times."""
+    rng = np.random.default_rng(how.seed)
+    step = max(1, _BLOCK // max(1, n_clusters))
+    for start in range(0, how.replicates, step):
+        b = min(step, how.replicates - start)
+        drawn = rng.integers(0, max(1, n_clusters), size=(b, n_clusters)) + n_clusters * np.arange(b)[:, None]
+        yield np.bincount(drawn.ravel(), minlength=b * n_clusters).reshape(b, n_clusters)
+
+
+def _left_out(n_clusters: int) -> Iterator[NDArray[np.intp]]:
+    """Blocks of (b, n_clusters) counts: all clusters but one, each in turn."""
+    if n_clusters > _MOST_LEFT_OUT:
+        return
+    step = max(1, _BLOCK // max(1, n_clusters))
+    for start in range(0, n_clusters, step):
+        b = min(step, n_clusters - start)
+        count = np.ones((b, n_clusters), dtype=np.intp)
+        count[np.arange(b), start + np.arange(b)] = 0
+        yield count
+
+
+@dataclass(frozen=True, eq=False)
+class _Spread:
+    """How a figure scatters over resamples, and how far that scatter is to be trusted.
+
+    The level of a percentile interval is set so that its tails are those of Student's t with `freedom` degrees of
+    freedom, `ratio` times as wide: the percentile interval expanded for small samples (Hesterberg, The American
+    Statistician 69, 2015), for clusters of unequal weight. The delete-one-cluster jackknife (Efron and Stein, Annals
+    of Statistics 9, 1981) gives both. `ratio` is its standard error over that of the resamples, which few clusters make
+    too small; `freedom` is Satterthwaite's for a sum of squares with unequal terms (Biometrics Bulletin 2, 1946; for
+    clusters Imbens and Kolesar, Review of Economics and Statistics 98, 2016), from its fourth moment: with equal
+    clusters their number less one, with one heavy slide among light ones hardly more than one.
+    """
+
+    value: float
+    drawn: NDArray[np.float64]  # (r,) sorted, without undefined ones
+    n_undefined: int
+    ratio: float
+    freedom: float
+    usable: bool
+
+    def at(self, level: float) -> tuple[float, float]:
+        """The interval of that level; NaN where there is none."""
+        if not self.usable:
+            return math.nan, math.nan
+        share = _NORMAL.cdf(-self.ratio * _to_t(_NORMAL.inv_cdf((1 + level) / 2), self.freedom))
+        low, high = np.quantile(self.drawn, [share, 1 - share])
+        return float(low), float(high)
+
+    def p_of(self, null: float) -> float:
+        """One minus the level of the interval that ends at `null`; beyond all resamples the normal tail goes on."""
+        if not self.usable:
+            return math.nan
+        below, above = float((self.drawn < null).mean()), float((self.drawn > null).mean())
+        tied = (1 - below - above) / 2
+        beyond = min(below, above) + tied
+        z = -_NORMAL.inv_cdf(min(0.5, max(beyond, 0.5 / len(self.drawn))))
+        if beyond == 0:
+            z = max(z, abs(self.value - null) / float(self.drawn.std()))
+        return math.erfc(_to_z(z / self.ratio, self.freedom) / math.sqrt(2))
+
+
+def _spread(value: float, drawn: NDArray[np.float64], without: NDArray[np.float64], n_clusters: int) -> _Spread:
+    """Of (r,) figures of resamples and (k,) figures without each cluster, which may be (0,) for very many clusters."""
+    defined = np.sort(drawn[np.isfinite(drawn)])
+    ratio, freedom = 1.0, max(1.0, n_clusters - 1.0)
+    usable = (
+        math.isfinite(value)
+        and n_clusters > 1
+        and 2 * len(defined) > len(drawn)
+        and bool(np.isfinite(without).all())
+        and defined[0] < defined[-1]
+    )
+    if usable and len(without):
+        moved = (without - without.mean()) ** 2
+        if moved.any():
+            error = math.sqrt(float(moved.sum()) * (n_clusters - 1) / n_clusters)
+            ratio = max(1.0, error / float(defined.std()))
+            share = moved / moved.sum()
+            freedom = min(freedom, max(1.0, 3 / float((share**2).sum()) - 1))
+    return _Spread(value, defined, len(drawn) - len(defined), ratio, freedom, usable)
+
+
+def _to_t(z: float, freedom: float) -> float:
+    """The quantile of Student's t at the level of a normal quantile (Wallace, Annals of Mathematical Statistics 30,
+    1959): 0.1 % too large at 7 degrees of freedom, 1 % at 3."""
+    stretched = z * (8 * freedom + 3) / (8 * freedom + 1)
+    return math.copysign(math.sqrt(freedom * math.expm1(stretched**2 / freedom)), z)
+
+
+def _to_z(t: float, freedom: float) -> float:
+    """The inverse of `_to_t`."""
+    return math.copysign(math.sqrt(freedom * math.log1p(t**2 / freedom)), t) * (8 * freedom + 1) / (8 * freedom + 3)
+
+
+def _interval(name: str, spread: _Spread, how: Resampling) -> Interval:
+    low, high = spread.at(how.level)
+    if name in _REFLECTED:
+        low, high = np.clip([2 * spread.value - high, 2 * spread.value - low], 0, 1).tolist()
+    return Interval(spread.value, low, high, spread.n_undefined)
+
+
+def _intervals(resampled: _Resampled, model: int, n_clusters: int, how: Resampling) -> dict[str, Interval]:
+    return {
+        name: _interval(
+            name,
+            _spread(float(value[model]), resampled.drawn[name][model], resampled.without[name][model], n_clusters),
+            how,
+        )
+        for name, value in resampled.value.items()
+    }
+
+
+def _difference(
+    name: str, resampled: _Resampled, first: int, second: int, n_clusters: int, how: Resampling
+) -> Difference:
+    def less(values: NDArray[np.float64]) -> NDArray[np.float64]:
+        return np.asarray(values[first] - values[second])
+
+    value = float(less(resampled.value[name]))
+    spread = _spread(value, less(resampled.drawn[name]), less(resampled.without[name]), n_clusters)
+    if value == 0 and not spread.drawn.any():
+        return Difference(0.0, 0.0, 0.0, 1.0, math.nan, spread.n_undefined)  # the two never differ
+    return Difference(value, *spread.at(how.level), spread.p_of(0.0), math.nan, spread.n_undefined)
+
+
+def judge(judged: Ensemble, *, how: Resampling = Resampling()) -> Judgement:
+    """Every figure of one run on one set, each with its interval.
+
+    Args:
+        judged: the run on the set.
+        how: of the resampling.
+    """
+    clusters = _clusters(judged.group)
+    resampled = _resample([_tally(judged, clusters)], clusters.n, how)
+    return _judgement(judged, clusters, _intervals(resampled, 0, clusters.n, how), how)
+
+
+def _tally(judged: Ensemble, clusters: _Clusters) -> Tally:
+    return tally(
+        judged.label,
+        judged.probability,
+        cluster=clusters.index,
+        n_clusters=clusters.n,
+        threshold=judged.threshold,
+    )
+
+
+def _judgement(judged: Ensemble, clusters: _Clusters, figures: dict[str, Interval], how: Resampling) -> Judgement:
+    return Judgement(
+        n=len(judged),
+        n_positive=int((judged.label == 1).sum()),
+        unit=clusters.unit,
+        n_clusters=clusters.n,
+        n_alone=clusters.n_alone,
+        threshold=judged.threshold,
+        level=how.level,
+        replicates=how.replicates,
+        figures=figures,
+    )
+
+
+def compare(runs: Mapping[str, Ensemble], *, how: Resampling = Resampling()) -> Comparison:
+    """Runs on the same images: their figures, every difference with interval and p-value, and their ranks.
+
+    Args:
+        runs: name to run. Rows may come in any order; they are matched by id.
+        how: of the resampling; all runs share the resamples.
+
+    Raises:
+        UserError: if there is no run, or the runs' sets, patches, labels or slides differ.
+    """
+    names = list(runs)
+    matched = _matched(runs)
+    first = matched[0]
+    clusters = _clusters(first.group)
+    resampled = _resample([_tally(judged, clusters) for judged in matched], clusters.n, how)
+    judgements = {
+        name: _judgement(judged, clusters, _intervals(resampled, model, clusters.n, how), how)
+        for model, (name, judged) in enumerate(zip(names, matched, strict=True))
+    }
+    pairs = list(combinations(range(len(names)), 2))
+    differences = {
+        name: _adjusted([_difference(name, resampled, a, b, clusters.n, how) for a, b in pairs]) for name in COMPARED
+    }
+    tests: Sequence[DeLong | None] = [None] * len(pairs)
+    if clusters.independent:
+        tests = _delong_tests(first.label, np.stack([judged.probability for judged in matched]), pairs)
+    return Comparison(
+        judgements=judgements,
+        pairs=tuple(
+            Pair(names[a], names[b], {name: differences[name][k] for name in COMPARED}, tests[k])
+            for k, (a, b) in enumerate(pairs)
+        ),
+        ranks={
+            name: dict(zip(names, _ranks(resampled.value[name], resampled.drawn[name], how.level), strict=True))
+            for name in COMPARED
+        },
+    )
+
+
+def _matched(runs: Mapping[str, Ensemble]) -> list[Ensemble]:
+    """The runs with their rows in the order of the first."""
+    if not runs:
+        raise UserError("no runs to compare. Run fm-probe or fm-finetune first.")
+    (name, first), *others = runs.items()
+    order = np.argsort(first.id, kind="stable")
+    matched = [first]
+    for other_name, other in others:
+        if (first.dataset, first.split) != (other.dataset, other.split):
+            raise UserError(
+                f"{name} is judged on {first.dataset}/{first.split}, {other_name} on {other.dataset}/{other.split}: "
+                "only runs on the same set can be compared."
+            )
+        only_first, only_other = np.setdiff1d(first.id, other.id), np.setdiff1d(other.id, first.id)
+        if len(only_first) or len(only_other):
+            said = [
+                f"{len(ids)} only in {run} (first: {ids[0]})"
+                for run, ids in ((name, only_first), (other_name, only_other))
+                if len(ids)
+            ]
+            raise UserError(
+                f"{name} and {other_name} are judged on different patches of {first.dataset}: {', '.join(said)}. "
+                "Run both on the same data."
+            )
+        rows = np.empty(len(first), dtype=np.intp)
+        rows[order] = np.argsort(other.id, kind="stable")
+        other = other.select(rows)
+        for column, plural in (("label", "labels"), ("group", "slides")):
+            mine, theirs = getattr(first, column), getattr(other, column)
+            differing = np.flatnonzero(mine != theirs)
+            if len(differing):
+                at = differing[0]
+                raise UserError(
+                    f"{name} and {other_name} have different {plural} for {len(differing)} patches of {first.dataset} "
+                    f"(first: {first.id[at]}, {mine[at]!s} and {theirs[at]!s}). Run both on the same data."
+                )
+        matched.append(other)
+    return matched
+
+
+def _adjusted(differences: list[Difference]) -> list[Difference]:
+    adjusted = holm([difference.p for difference in differences])
+    return [replace(one, p_holm=float(p)) for one, p in zip(differences, adjusted, strict=True)]
+
+
+def holm(p: ArrayLike) -> NDArray[np.float64]:
+    """P-values adjusted for their number (Holm, Scandinavian Journal of Statistics 6, 1979).
+
+    Rejecting those below alpha keeps the chance of any false rejection below alpha, whatever their dependence.
+
+    Args:
+        p: (m,) p-values; NaN is no test and counts for none.
+
+    Returns:
+        (m,) adjusted, at most 1; NaN stays.
+    """
+    raw = np.asarray(p, dtype=np.float64)
+    adjusted = np.full(raw.shape, np.nan)
+    tests = np.flatnonzero(~np.isnan(raw))
+    ascending = tests[np.argsort(raw[tests], kind="stable")]
+    scaled = raw[ascending] * np.arange(len(ascending), 0, -1)
+    adjusted[ascending] = np.minimum(np.maximum.accumulate(scaled), 1)
+    return adjusted
+
+
+def delong(label: ArrayLike, score: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """AUROCs on the same independent samples, and their covariance, in O(n log n) by mid-ranks.
+
+    DeLong, DeLong and Clarke-Pearson, Biometrics 44, 1988; computed as by Sun and Xu, IEEE Signal Processing Letters
+    21, 2014. A sample's placement is the share of the other class that it beats, a tie counting half.
+
+    Args:
+        label: (n,) 0 or 1, at least two of each.
+        score: (m, n) of m models.
+
+    Returns:
+        AUROC (m,) and covariance (m, m).
+
+    Raises:
+        ValueError: if a class has fewer than two samples.
+    """
+    y = np.asarray(label).astype(bool)
+    scores = np.atleast_2d(np.asarray(score, dtype=np.float64))
+    n_positive, n_negative = int(y.sum()), int((~y).sum())
+    if min(n_positive, n_negative) < 2:
+        raise ValueError(f"DeLong's test needs two samples of each class, got {n_positive} and {n_negative}")
+    among_all = np.stack([_mid_ranks(row) for row in scores])
+    of_positives = (among_all[:, y] - np.stack([_mid_ranks(row[y]) for row in scores])) / n_negative
+    of_negatives = 1 - (among_all[:, ~y] - np.stack([_mid_ranks(row[~y]) for row in scores])) / n_positive
+    covariance = np.cov(of_positives) / n_positive + np.cov(of_negatives) / n_negative
+    return of_positives.mean(axis=1), np.atleast_2d(covariance)
+
+
+def _mid_ranks(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """(n,) ranks from 1; equal values share the mean of theirs."""
+    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
+    return np.asarray((np.cumsum(counts) - (counts - 1) / 2)[inverse])
+
+
+def _delong_tests(
+    label: NDArray[np.int8], score: NDArray[np.float64], pairs: Sequence[tuple[int, int]]
+) -> Sequence[DeLong | None]:
+    if min((label == 1).sum(), (label == 0).sum()) < 2:
+        return [None] * len(pairs)
+    area, covariance = delong(label, score)
+    found = []
+    for a, b in pairs:
+        value = float(area[a] - area[b])
+        variance = float(covariance[a, a] + covariance[b, b] - 2 * covariance[a, b])
+        rounding = 1e-12 * float(covariance[a, a] + covariance[b, b])
+        error = math.sqrt(variance) if variance > rounding else 0.0
+        z = value / error if error else math.copysign(math.inf, value) if value else 0.0
+        p = math.erfc(abs(z) / math.sqrt(2))
+        found.append(DeLong(float(area[a]), float(area[b]), value, error, z, p, math.nan))
+    adjusted = holm([test.p for test in found])
+    return [replace(test, p_holm=float(p)) for test, p in zip(found, adjusted, strict=True)]
+
+
+def _ranks(value: NDArray[np.float64], drawn: NDArray[np.float64], level: float) -> list[Rank]:
+    """Of (R,) figures and their (R, r) resamples, the larger the better."""
+    defined = drawn[:, np.isfinite(drawn).all(axis=0)]
+    ranked = _places(defined)
+    tail = (1 - level) / 2
+    ranks = []
+    for model, place in enumerate(_places(value[:, None])[:, 0]):
+        if not defined.shape[1]:
+            ranks.append(Rank(int(place), 1, len(value), math.nan))
+            continue
+        low = np.quantile(ranked[model], tail, method="inverted_cdf")
+        high = np.quantile(ranked[model], 1 - tail, method="inverted_cdf")
+        ranks.append(Rank(int(place), int(low), int(high), float((ranked[model] == 1).mean())))
+    return ranks
+
+
+def _places(values: NDArray[np.float64]) -> NDArray[np.intp]:
+    """(R, r) ranks within each column from 1, the largest first; equals share the better place."""
+    return np.stack([1 + (values > row).sum(axis=0) for row in values])
+
+
+def by_agreement(judged: Ensemble, votes: NDArray[np.integer], *, how: Resampling = Resampling()) -> RaterView:
+    """Scores on figures that the raters agreed on and on those they did not, and the raters as the human ceiling.
+
+    A rater is judged against the majority of the others, never against one that contains the rater's own vote; the run
+    is judged beside, on the same figures by the same majority. Where the others are evenly split there is no majority.
+
+    Args:
+        judged: the run on the set.
+        votes: (n, raters), 1 positive, 0 negative, -1 missing, aligned with the set (see `rows_of`).
+        how: of the resampling; p-values of the differences are adjusted over raters.
+
+    Raises:
+        ValueError: if votes are not (n, raters), or hold other values.
+        UserError: if there are fewer than two raters.
+    """
+    votes = np.asarray(votes)
+    if votes.ndim != 2 or len(votes) != len(judged):
+        raise ValueError(f"votes must be ({len(judged)}, raters), got shape {votes.shape}")
+    if not np.isin(votes, (0, 1, MISSING_VOTE)).all():
+        raise ValueError(f"votes must be 0, 1 or {MISSING_VOTE}, found {sorted(set(votes.ravel().tolist()))}")
+    if votes.shape[1] < 2:
+        raise UserError(
+            f"{judged.dataset} has the votes of {votes.shape[1]} raters; agreement needs two. It has no rater view."
+        )
+    given = votes != MISSING_VOTE
+    n_votes, n_for = given.sum(axis=1), (votes == 1).sum(axis=1)
+    agreed = (n_for == 0) | (n_for == n_votes)
+    parts = [judged.select((n_votes >= 2) & rows) for rows in (agreed, ~agreed)]
+    unanimous, disputed = (judge(part, how=how) if len(part) else None for part in parts)
+    raters = [
+        _rater(judged, votes[:, k], n_votes - given[:, k], n_for - (votes[:, k] == 1), how)
+        for k in range(votes.shape[1])
+    ]
+    adjusted = _adjusted([rater.difference for rater in raters])
+    return RaterView(
+        unanimous=unanimous,
+        disputed=disputed,
+        n_unrated=int((n_votes < 2).sum()),
+        raters=tuple(replace(rater, difference=one) for rater, one in zip(raters, adjusted, strict=True)),
+    )
+
+
+def _rater(
+    judged: Ensemble,
+    vote: NDArray[np.integer],
+    n_others: NDArray[np.integer],
+    n_others_for: NDArray[np.integer],
+    how: Resampling,
+) -> Rater:
+    missing = (vote == MISSING_VOTE) | (n_others == 0)
+    tied = ~missing & (2 * n_others_for == n_others)
+    rows = ~(missing | tied)
+    part = replace(judged.select(rows), label=(2 * n_others_for > n_others)[rows].astype(np.int8))
+    clusters = _clusters(part.group)
+    alone = replace(part, probability=vote[rows].astype(np.float64), threshold=0.5)
+    tallies = [_tally(alone, clusters), _tally(part, clusters)]
+    resampled = _resample(tallies, clusters.n, how, OF_RATERS)
+    return Rater(
+        n=len(part),
+        n_positive=int(part.label.sum()),
+        n_missing=int(missing.sum()),
+        n_tied=int(tied.sum()),
+        rater=_intervals(resampled, 0, clusters.n, how),
+        run=_intervals(resampled, 1, clusters.n, how),
+        difference=_difference("balanced_accuracy", resampled, 1, 0, clusters.n, how),
+    )
+
+
+def by_domain(judged: Ensemble, domain: NDArray[np.str_], *, how: Resampling = Resampling()) -> DomainView:
+    """Every figure in every domain (tumour type, scanner, centre), their mean over domains, and the worst domain.
+
+    Args:
+        judged: the run on the set.
+        domain: (n,) str, aligned with the set (see `rows_of`); empty where unknown.
+        how: of the resampling.
+
+    Raises:
+        ValueError: if domain is not (n,).
+        UserError: if no patch has a domain.
+    """
+    domain = np.asarray(domain)
+    if domain.shape != (len(judged),):
+        raise ValueError(f"domain must be ({len(judged)},), got shape {domain.shape}")
+    known = domain != ""
+    if not known.any():
+        raise UserError(f"{judged.dataset} has no domains (tumour type, scanner, centre). It has no domain view.")
+    names = np.unique(domain[known]).tolist()
+    parts = [judged.select(domain == name) for name in names]
+    # For the mean, slides are drawn from the whole set: a slide may lie in two domains.
+    clusters = _clusters(judged.group[known])
+    tallies = [
+        tally(
+            part.label,
+            part.probability,
+            cluster=clusters.index[domain[known] == name],
+            n_clusters=clusters.n,
+            threshold=part.threshold,
+        )
+        for name, part in zip(names, parts, strict=True)
+    ]
+    resampled = _resample(tallies, clusters.n, how)
+    macro: dict[str, Interval] = {}
+    n_domains: dict[str, int] = {}
+    worst: dict[str, Worst | None] = {}
+    for name, value in resampled.value.items():
+        rows = np.flatnonzero(np.isfinite(value))
+        n_domains[name] = len(rows)
+        drawn, without = resampled.drawn[name][rows], resampled.without[name][rows]
+        if not len(rows):
+            macro[name], worst[name] = Interval(math.nan, math.nan, math.nan, how.replicates), None
+            continue
+        spread = _spread(float(value[rows].mean()), drawn.mean(axis=0), without.mean(axis=0), clusters.n)
+        macro[name] = _interval(name, spread, how)
+        worst[name] = _worst(name, [names[row] for row in rows], value[rows], drawn)
+    return DomainView(
+        domains={name: judge(part, how=how) for name, part in zip(names, parts, strict=True)},
+        n_without=int((~known).sum()),
+        macro=macro,
+        n_domains=n_domains,
+        worst=worst,
+    )
+
+
+def _worst(name: str, domains: list[str], value: NDArray[np.float64], drawn: NDArray[np.float64]) -> Worst:
+    sign = -1 if name in SMALLER_IS_BETTER else 1
+    at = int(np.argmin(sign * value))
+    defined = drawn[:, np.isfinite(drawn).all(axis=0)]
+    share = float((np.argmin(sign * defined, axis=0) == at).mean()) if defined.size else math.nan
+    return Worst(domains[at], float(value[at]), share)

@@ -6,7 +6,7 @@ here because every later figure resamples them by the thousand.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import numpy as np
@@ -26,7 +26,7 @@ NAMES = (
     "ece",
 )
 _BLOCK = 2**17  # counts resampled at a time: a megabyte, which stays in the cache
-_DENSE = 40  # a multiplication in a matrix product takes a fortieth of the time of a gathered sum's step
+_DENSE = 40  # one multiplication of a matrix product takes a fortieth of one step of a gathered sum
 
 
 def scores(label: ArrayLike, probability: ArrayLike, *, threshold: float = THRESHOLD) -> dict[str, float]:
@@ -118,162 +118,67 @@ def resampled_scores(
     Returns:
         Name to (r,); NaN in a resample that lacks a class the figure needs (see `scores`).
     """
-    parts = [_resampled(counted, block, names, influence=False) for block in _blocks(counted, count)]
-    return {name: np.concatenate([part[name][0] for part in parts]) for name in names}
+    found = {name: np.empty(len(count)) for name in names}
+    step = max(1, _BLOCK // max(1, count.shape[1], len(counted.positive) + len(counted.negative)))
+    for start in range(0, len(count), step):
+        block = count[start : start + step].astype(np.float64)
+        with np.errstate(divide="ignore", invalid="ignore"):  # an absent class gives NaN
+            figures = _counted(counted, block)
+            if "auroc" in names or "average_precision" in names:
+                figures |= _ranked(counted, block)
+        for name in names:
+            found[name][start : start + step] = figures[name]
+    return found
 
 
-def resampled_influences(
-    counted: Tally, count: NDArray[np.integer], *, names: Collection[str] = NAMES
-) -> dict[str, tuple[NDArray[np.float64], NDArray[np.float64]]]:
-    """As `resampled_scores`, and how much each cluster moves each figure: its derivative by `count[j, c]`.
-
-    Their squares add up to the variance of the figure over clusters (the infinitesimal jackknife: Efron, The jackknife,
-    the bootstrap and other resampling plans, 1982, chapter 6; for AUROC that is the clustered variance of Obuchowski,
-    Biometrics 53, 1997). The calibration error has a corner where a bin's gap is zero; there the derivative is zero.
-
-    Returns:
-        Name to the figure (r,) and its derivatives (r, k); memory grows with r * k.
-    """
-    parts = [_resampled(counted, block, names, influence=True) for block in _blocks(counted, count)]
+def _counted(counted: Tally, count: NDArray[np.float64]) -> dict[str, NDArray[np.float64]]:
+    """The figures that follow from sums over samples: each (b,), of (b, k) resamples."""
+    sums = count @ counted.table
+    positive, negative, tp, tn, squares = sums.T[:5]
+    fn, fp, n = positive - tp, negative - tn, positive + negative
+    sensitivity, specificity = tp / positive, tn / negative
+    spread = np.sqrt((tp + fp) * positive * negative * (tn + fn))
+    one_sided = (spread == 0) & (positive > 0) & (negative > 0)  # one class predicted throughout
     return {
-        name: (np.concatenate([part[name][0] for part in parts]), np.concatenate([part[name][1] for part in parts]))
-        for name in names
+        "balanced_accuracy": (sensitivity + specificity) / 2,
+        "sensitivity": sensitivity,
+        "specificity": specificity,
+        "f1": np.where(positive > 0, 2 * tp / (2 * tp + fp + fn), np.nan),
+        "mcc": np.where(one_sided, 0.0, (tp * tn - fp * fn) / spread),
+        "brier": squares / n,
+        "ece": np.abs(sums[:, 5:]).sum(axis=1) / n,
     }
 
 
-def _blocks(counted: Tally, count: NDArray[np.integer]) -> Iterator[NDArray[np.float64]]:
-    width = max(count.shape[1], len(counted.positive) + len(counted.negative))
-    step = max(1, _BLOCK // width)
-    for start in range(0, max(1, len(count)), step):
-        yield count[start : start + step].astype(np.float64)
-
-
-def _resampled(
-    counted: Tally, count: NDArray[np.float64], names: Collection[str], *, influence: bool
-) -> dict[str, tuple[NDArray[np.float64], NDArray[np.float64]]]:
-    """Figures (b,) of (b, k) resamples and, if asked for, their derivatives (b, k); else empty ones."""
-    sums = count @ counted.table
-    positive, negative, tp, tn, squares = sums.T[:5]
-    gaps = sums[:, 5:]
-    n = positive + negative
-    none = np.empty((len(count), 0))
-    found = {}
-
-    def by_cluster(**by_sum: NDArray[np.float64]) -> NDArray[np.float64]:
-        """Derivatives by the sums, carried on to the clusters that they are sums of."""
-        if not influence:
-            return none
-        columns = {"positive": 0, "negative": 1, "tp": 2, "tn": 3, "squares": 4}
-        derivative = np.zeros_like(sums)
-        for name, value in by_sum.items():
-            derivative[:, columns[name] if name in columns else slice(5, None)] = value
-        return derivative @ counted.table.T
-
-    with np.errstate(divide="ignore", invalid="ignore"):  # an absent class gives NaN
-        sensitivity, specificity = tp / positive, tn / negative
-        moved_sensitivity = by_cluster(tp=1 / positive, positive=-sensitivity / positive)
-        moved_specificity = by_cluster(tn=1 / negative, negative=-specificity / negative)
-        found["sensitivity"] = sensitivity, moved_sensitivity
-        found["specificity"] = specificity, moved_specificity
-        found["balanced_accuracy"] = (sensitivity + specificity) / 2, (moved_sensitivity + moved_specificity) / 2
-        if "f1" in names:
-            whole = tp + positive + negative - tn  # 2 tp + fp + fn
-            f1 = np.where(positive > 0, 2 * tp / whole, np.nan)
-            moved = by_cluster(tp=(2 - f1) / whole, tn=f1 / whole, positive=-f1 / whole, negative=-f1 / whole)
-            found["f1"] = f1, moved
-        if "mcc" in names:
-            found["mcc"] = _mcc(positive, negative, tp, tn, by_cluster)
-        if "brier" in names:
-            brier = squares / n
-            found["brier"] = brier, by_cluster(squares=1 / n, positive=-brier / n, negative=-brier / n)
-        if "ece" in names:
-            ece = np.abs(gaps).sum(axis=1) / n
-            found["ece"] = ece, by_cluster(gaps=np.sign(gaps) / n[:, None], positive=-ece / n, negative=-ece / n)
-        if "auroc" in names or "average_precision" in names:
-            found["auroc"], found["average_precision"] = _ranked(counted, count, influence=influence)
-    return {name: found[name] for name in names}
-
-
-def _mcc(
-    positive: NDArray[np.float64],
-    negative: NDArray[np.float64],
-    tp: NDArray[np.float64],
-    tn: NDArray[np.float64],
-    by_cluster: Callable[..., NDArray[np.float64]],
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Matthews' correlation of (b,) confusion counts and its derivatives; 0 where only one class is predicted."""
-    fn, fp = positive - tp, negative - tn
-    called, cleared = tp + fp, tn + fn
-    spread = np.sqrt(called * positive * negative * cleared)
-    mcc = np.where((spread == 0) & (positive > 0) & (negative > 0), 0.0, (tp * tn - fp * fn) / spread)
-    moved = by_cluster(
-        positive=-fp / spread - mcc / 2 * (1 / positive + 1 / cleared),
-        negative=-fn / spread - mcc / 2 * (1 / negative + 1 / called),
-        tp=(tn + fp) / spread - mcc / 2 * (1 / called - 1 / cleared),
-        tn=(tp + fn) / spread - mcc / 2 * (1 / cleared - 1 / called),
-    )
-    return mcc, moved
-
-
-def _ranked(
-    counted: Tally, count: NDArray[np.float64], *, influence: bool
-) -> tuple[tuple[NDArray[np.float64], NDArray[np.float64]], tuple[NDArray[np.float64], NDArray[np.float64]]]:
-    """AUROC and average precision (b,) of (b, k) resamples, each with its derivatives (b, k)."""
-    n_clusters, n_segments = count.shape[1], 2 * counted.n_scores + 1
+def _ranked(counted: Tally, count: NDArray[np.float64]) -> dict[str, NDArray[np.float64]]:
+    """The figures that follow from ranks: each (b,), of (b, k) resamples."""
     hits = _collect(count, counted.positive, counted.score, counted.n_scores)  # positives with each distinct score
-    others = _collect(count, counted.negative, counted.segment, n_segments)
-    below = np.cumsum(others, axis=1)  # negatives up to and with each segment
-    n_negative, lower = below[:, -1:], below[:, : n_segments - 1 : 2]
-    beaten = lower + others[:, 1::2] / 2  # negatives that a positive beats; a tie is half a win
-    reached = _from_top(hits)  # (b, g + 1) positives with this score or a higher one; the last is 0
-    n_positive, true = reached[:, :1], reached[:, :-1]
-    auroc = np.einsum("bg,bg->b", hits, beaten)[:, None] / (n_positive * n_negative)
-    retrieved = true + n_negative - lower  # equal scores enter together
-    share = np.divide(true, retrieved, out=np.zeros_like(true), where=retrieved > 0)
-    precision = np.einsum("bg,bg->b", hits, share)[:, None] / n_positive
-    none = np.empty((len(count), 0))
-    if not influence:
-        return (auroc[:, 0], none), (precision[:, 0], none)
-
-    def by_cluster(by_score: NDArray[np.float64], by_segment: NDArray[np.float64]) -> NDArray[np.float64]:
-        """Derivatives by one positive of each score and one negative of each segment, carried to their clusters."""
-        of_positives = _collect(by_score, counted.score, counted.positive, n_clusters)
-        return of_positives + _collect(by_segment, counted.segment, counted.negative, n_clusters)
-
-    beating = np.repeat(reached, 2, axis=1)[:, :n_segments]  # positives above a negative, or tied, of each segment
-    beating[:, 1::2] = reached[:, 1:] + hits / 2
-    pairs = n_positive * n_negative
-    moved_auroc = by_cluster(beaten / pairs - auroc / n_positive, beating / pairs - auroc / n_negative)
-
-    weight = np.divide(hits, retrieved**2, out=np.zeros_like(hits), where=retrieved > 0)
-    gained = np.cumsum(weight * (retrieved - true), axis=1)  # a positive adds to all retrieved at its score or lower
-    lost = np.zeros((len(count), n_segments))  # and so does a negative
-    lost[:, 1::2] = np.cumsum(weight * true, axis=1)
-    lost[:, 2::2] = lost[:, 1::2]
-    moved_precision = by_cluster((share + gained - precision) / n_positive, -lost / n_positive)
-    return (auroc[:, 0], moved_auroc), (precision[:, 0], moved_precision)
-
-
-def _from_top(hits: NDArray[np.float64]) -> NDArray[np.float64]:
-    """(b, g) to (b, g + 1): the sum of each column and all to its right, then zero."""
-    total = np.zeros((len(hits), hits.shape[1] + 1))
-    total[:, :-1] = np.cumsum(hits[:, ::-1], axis=1)[:, ::-1]
-    return total
+    others = _collect(count, counted.negative, counted.segment, 2 * counted.n_scores + 1)
+    negatives = np.cumsum(others, axis=1)  # with this segment's scores or lower ones
+    n_positive, n_negative = hits.sum(axis=1), negatives[:, -1]
+    lower, tied = negatives[:, :-1:2], others[:, 1::2]
+    true = np.cumsum(hits[:, ::-1], axis=1)[:, ::-1]  # positives with this score or a higher one
+    retrieved = true + n_negative[:, None] - lower  # equal scores enter together
+    precision = np.divide(true, retrieved, out=np.zeros_like(true), where=retrieved > 0)
+    return {
+        "auroc": np.einsum("bg,bg->b", hits, lower + tied / 2) / (n_positive * n_negative),
+        "average_precision": np.einsum("bg,bg->b", hits, precision) / n_positive,
+    }
 
 
 def _collect(
-    values: NDArray[np.float64], source: NDArray[np.intp], target: NDArray[np.intp], size: int
+    count: NDArray[np.float64], cluster: NDArray[np.intp], place: NDArray[np.intp], size: int
 ) -> NDArray[np.float64]:
-    """(b, m) to (b, size): column t is the sum, over every sample i with `target[i]` t, of column `source[i]`."""
-    if values.shape[1] * size <= _DENSE * len(source):
-        link = np.zeros((values.shape[1], size))
-        np.add.at(link, (source, target), 1)
-        return values @ link
-    total = np.zeros((len(values), size))
-    if len(target):
-        order = np.argsort(target, kind="stable")
-        present, starts = np.unique(target[order], return_index=True)
-        total[:, present] = np.add.reduceat(values[:, source[order]], starts, axis=1)
+    """(b, k) counts of clusters to (b, size) counts of places, for samples each of one cluster in one place."""
+    if count.shape[1] * size <= _DENSE * len(place):
+        link = np.zeros((count.shape[1], size))
+        np.add.at(link, (cluster, place), 1)
+        return count @ link
+    total = np.zeros((len(count), size))
+    if len(place):
+        order = np.argsort(place, kind="stable")
+        present, starts = np.unique(place[order], return_index=True)
+        total[:, present] = np.add.reduceat(count[:, cluster[order]], starts, axis=1)
     return total
 
 

@@ -1,34 +1,40 @@
 """What do all folds at once cost, beside `peft` fold after fold? Ratios measured in one run; `make bench` prints them.
 
 ViT-S/16 with random weights, rank 8, dropout 0.3, five folds. A round is one training step of every fold: ours with all
-folds in one batch, ours with one fold at a time, and five `peft` models in turn, on the same images. Rounds are
-interleaved and medians taken.
+folds in one forward pass, ours fold by fold and side by side (as `fm-finetune` does on a CPU), and five `peft` models
+in turn, on the same images. Rounds are interleaved and medians taken.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
+
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # as the commands do, before torch is loaded
 
 import peft
-import timm
 import torch
 from rich.table import Table
 from torch import Tensor, nn
 
+from extract.backbones import Backbone, build_model, find_backbone
 from features.console import show
-from finetune.lora import TARGETS, LoraOptions, add_adapters, lower_frozen, select_folds, trainable
+from finetune.lora import TARGETS, LoraOptions
+from finetune.network import Network
+from finetune.train import Machine
 
 N_FOLDS = 5
 
 
-def new_backbone(depth: int) -> nn.Module:
-    """A ViT-S/16 with random weights."""
-    model: nn.Module = timm.create_model("vit_small_patch16_224", num_classes=0, depth=depth)
-    return model
+def vit(depth: int) -> Backbone:
+    """A record of ViT-S/16, perhaps with fewer blocks."""
+    record = find_backbone("kaiko-s16")
+    return replace(record, kwargs={**record.kwargs, "depth": depth})
 
 
 def kept_bytes(step: Callable[[], None], parameters: list[Tensor]) -> int:
@@ -53,39 +59,39 @@ def measure(arguments: argparse.Namespace, precision: str, table: Table) -> None
     """One row."""
     n = arguments.batch_size
     batch = torch.randn(N_FOLDS * n, 3, 224, 224)
-    options = LoraOptions(rank=8, alpha=16, dropout=0.3, targets=TARGETS)
-
-    ours = new_backbone(arguments.depth)
-    add_adapters(ours, options, n_folds=N_FOLDS, seed=0)
-    if precision == "bf16":
-        lower_frozen(ours, torch.bfloat16)  # as training does
+    backbone = vit(arguments.depth)
+    network = Network(
+        build_model(backbone, None), backbone, method="lora", lora=LoraOptions(), folds=range(N_FOLDS), seed=0
+    )
+    network.compute_in(precision)
     config = peft.LoraConfig(r=8, lora_alpha=16, lora_dropout=0.3, target_modules=TARGETS)
-    theirs = [peft.get_peft_model(new_backbone(arguments.depth), config) for _ in range(N_FOLDS)]
+    theirs = [peft.get_peft_model(build_model(backbone, None), config) for _ in range(N_FOLDS)]
 
     def autocast() -> AbstractContextManager[object]:
         return torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16")
 
-    def train(model: nn.Module, images: Tensor, parameters: list[Tensor]) -> None:
-        for parameter in parameters:
-            parameter.grad = None
+    def train_group(network: Network, folds: Sequence[int]) -> None:
+        images = torch.cat([batch[fold * n : (fold + 1) * n] for fold in folds])
+        with autocast():
+            logits = network(images, folds, step=0)
+        logits.square().mean().backward()
+
+    def ours(folds_at_once: int) -> None:
+        network.clear_gradients()
+        Machine(torch.device("cpu"), precision, folds_at_once).each(network, range(N_FOLDS), train_group)
+        network.gather_gradients()
+
+    def train_peft(model: nn.Module, images: Tensor) -> None:
+        model.zero_grad()
         with autocast():
             loss = model(images).float().square().mean()
         loss.backward()
 
-    def at_once() -> None:
-        select_folds(ours, range(N_FOLDS), step=0)
-        train(ours, batch, list(trainable(ours)))
-
-    def in_turn() -> None:
-        for fold, images in enumerate(batch.split(n)):
-            select_folds(ours, [fold], step=0)
-            train(ours, images, list(trainable(ours)))
-
     def with_peft() -> None:
         for model, images in zip(theirs, batch.split(n), strict=True):
-            train(model, images, [p for p in model.parameters() if p.requires_grad])
+            train_peft(model, images)
 
-    ways = {"at once": at_once, "in turn": in_turn, "peft": with_peft}
+    ways = {"at once": lambda: ours(N_FOLDS), "side by side": lambda: ours(1), "peft": with_peft}
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for repeat in range(arguments.repeats + 1):
         for name, step in ways.items():
@@ -93,17 +99,19 @@ def measure(arguments: argparse.Namespace, precision: str, table: Table) -> None
             step()
             if repeat:  # the first round warms up
                 seconds[name].append(time.perf_counter() - started)
-    select_folds(ours, range(N_FOLDS), step=0)
-    kept_ours = kept_bytes(lambda: train(ours, batch, []), list(ours.parameters())) / len(batch)
+    own = [network.values, *network.parameters()]
+    kept_ours = kept_bytes(lambda: train_group(network, range(N_FOLDS)), own) / len(batch)
     first = theirs[0]
-    kept_theirs = kept_bytes(lambda: train(first, batch[:n], []), list(first.parameters())) / n
+    kept_theirs = kept_bytes(lambda: train_peft(first, batch[:n]), list(first.parameters())) / n
 
     def ratio(name: str) -> str:
         return f"{statistics.median(b / a for a, b in zip(seconds[name], seconds['peft'], strict=True)):.2f}"
 
     rates = [f"{len(batch) / statistics.median(seconds[name]):.1f}" for name in ways]
     megabytes = [f"{kept / 1e6:.0f}" for kept in (kept_ours, kept_theirs)]
-    table.add_row(precision, *rates, ratio("at once"), ratio("in turn"), *megabytes, f"{kept_ours / kept_theirs:.2f}")
+    table.add_row(
+        precision, *rates, ratio("at once"), ratio("side by side"), *megabytes, f"{kept_ours / kept_theirs:.2f}"
+    )
 
 
 def main() -> None:
@@ -120,10 +128,10 @@ def main() -> None:
     columns = (
         "Precision",
         "At once /s",
-        "In turn /s",
+        "Side by side /s",
         "peft /s",
         "at once to peft\n(target 1.5 bf16, 1.3 fp32)",
-        "in turn to peft",
+        "side by side to peft",
         "Kept MB/image",
         "peft's",
         "ratio\n(target 0.5)",
