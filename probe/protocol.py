@@ -318,7 +318,7 @@ def _probe_model(
         "view": entry.view,
         "pooling": pooling,
         "card_pooling": entry.card_pooling,
-        "label_names": store.dataset_attrs(train)["label_names"],
+        "label_names": store.dataset_attrs(train).get("label_names", ["0", "1"]),
         "fingerprints": fingerprints,
         "embedding": entry.parts,
         "folds": {"n": folds.n_folds, "source": folds.source, "digest": folds.digest, "seed": options.seed},

@@ -8,7 +8,9 @@ from torchvision.transforms import functional as reference
 
 from finetune.augment import AugmentOptions, affine, augment, draw, recolour, warp
 
-OFF = AugmentOptions(flip=0, rotation=0, scale=(1, 1), ratio=(1, 1), brightness=0, contrast=0, saturation=0, hue=0)
+OFF = AugmentOptions(
+    flip=0, flip_vertical=0, rotation=0, scale=(1, 1), ratio=(1, 1), brightness=0, contrast=0, saturation=0, hue=0
+)
 
 
 def only(**changes) -> AugmentOptions:
@@ -50,7 +52,7 @@ def test_equal_generators_draw_equal_changes():
 
 def test_flips_mirror_about_half_of_the_samples():
     batch = images(200)
-    changed = augment(batch, draws(200), size=24, options=only(flip=0.5))
+    changed = augment(batch, draws(200), size=24, options=only(flip=0.5, flip_vertical=0.5))
     kinds = {"none": batch, "x": batch.flip(3), "y": batch.flip(2), "both": batch.flip(2, 3)}
     close = {name: ((changed - k).abs().amax(dim=(1, 2, 3)) < 1e-4).sum().item() for name, k in kinds.items()}
     assert sum(close.values()) == 200

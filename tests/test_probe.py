@@ -199,7 +199,7 @@ def test_a_damaged_run_is_named(store, tmp_path):
     (folder / "run.json").write_text("{")
     with pytest.raises(UserError, match="damaged"):
         read_run(folder)
-    with pytest.raises(UserError, match=r"is not a run: run.json is missing"):
+    with pytest.raises(UserError, match=r"is not a finished run: run.json is missing"):
         read_run(tmp_path)
 
 
