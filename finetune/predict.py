@@ -84,7 +84,7 @@ def predict_paths(
         logits = [judge(patches, advance) for patches in every]
     limit = float(record["metrics"]["threshold"]) if threshold is None else threshold
     probability = [np.exp(-np.logaddexp(0, -each.astype(np.float64))) for each in logits]  # (n, n_folds)
-    names = record["label_names"]
+    names = record.get("label_names", ["0", "1"])  # runs before fm-predict did not keep them
     with writing(out.parent):
         out.parent.mkdir(parents=True, exist_ok=True)
         write_file(out, [_table(every, probability, limit, names).encode()])
