@@ -58,9 +58,9 @@ class Tally:
     Attributes:
         table: (k, 5 + ECE_BINS) what a cluster adds to each sum: positives, negatives, true positives, true negatives,
             squared errors, and label minus probability per calibration bin.
-        positive, negative: cluster of every positive and negative sample.
-        score: of every positive sample, which distinct score it has.
-        segment: of every negative sample, the segment of its score.
+        positive, negative: cluster of every positive and negative sample, in ascending order of score.
+        score: of every positive sample, which distinct score it has; ascending.
+        segment: of every negative sample, the segment of its score; ascending.
         n_scores: g.
     """
 
@@ -97,9 +97,12 @@ def tally(
         table[:, column] = np.bincount(cluster, weights=value, minlength=n_clusters)
     bins = np.minimum((p * ECE_BINS).astype(np.intp), ECE_BINS - 1)
     np.add.at(table, (cluster, 5 + bins), y - p)
-    distinct, score = np.unique(p[y], return_inverse=True)
-    segment = np.searchsorted(distinct, p[~y], side="left") + np.searchsorted(distinct, p[~y], side="right")
-    return Tally(table, cluster[y], score, cluster[~y], segment, len(distinct))
+    order = np.argsort(p, kind="stable")
+    positives, negatives = order[y[order]], order[~y[order]]
+    distinct, score = np.unique(p[positives], return_inverse=True)
+    others = p[negatives]
+    segment = np.searchsorted(distinct, others, side="left") + np.searchsorted(distinct, others, side="right")
+    return Tally(table, cluster[positives], score, cluster[negatives], segment, len(distinct))
 
 
 def resampled_scores(
@@ -169,16 +172,15 @@ def _ranked(counted: Tally, count: NDArray[np.float64]) -> dict[str, NDArray[np.
 def _collect(
     count: NDArray[np.float64], cluster: NDArray[np.intp], place: NDArray[np.intp], size: int
 ) -> NDArray[np.float64]:
-    """(b, k) counts of clusters to (b, size) counts of places, for samples each of one cluster in one place."""
+    """(b, k) counts of clusters to (b, size) counts of places; each sample is of one cluster, in ascending places."""
     if count.shape[1] * size <= _DENSE * len(place):
         link = np.zeros((count.shape[1], size))
         np.add.at(link, (cluster, place), 1)
         return count @ link
     total = np.zeros((len(count), size))
     if len(place):
-        order = np.argsort(place, kind="stable")
-        present, starts = np.unique(place[order], return_index=True)
-        total[:, present] = np.add.reduceat(count[:, cluster[order]], starts, axis=1)
+        starts = np.flatnonzero(np.diff(place, prepend=-1))
+        total[:, place[starts]] = np.add.reduceat(count[:, cluster], starts, axis=1)
     return total
 
 

@@ -65,3 +65,62 @@ def test_balanced_log_loss_weighs_both_classes_the_same():
     assert metrics.balanced_log_loss(y, logit) == pytest.approx(np.log(2))
     confident = np.array([[-1000.0], [-1000.0], [-1000.0], [-1000.0]])
     assert metrics.balanced_log_loss(y, confident) == pytest.approx(500)
+
+
+def resamples(seed: int, n_clusters: int, n: int, replicates: int = 30):
+    rng = np.random.default_rng(seed)
+    cluster = rng.integers(0, n_clusters, n)
+    count = np.stack(
+        [np.bincount(rng.integers(0, n_clusters, n_clusters), minlength=n_clusters) for _ in range(replicates)]
+    )
+    return cluster, count
+
+
+@pytest.mark.parametrize("dense", [0, 40, 10**9], ids=["gathered", "as chosen", "multiplied"])
+@pytest.mark.parametrize("n_clusters", [12, 400])
+def test_every_resample_equals_scikit_learns_with_weights(monkeypatch, dense, n_clusters):
+    monkeypatch.setattr(metrics, "_DENSE", dense)
+    y, p = data(3)
+    cluster, count = resamples(0, n_clusters, len(y))
+    found = metrics.resampled_scores(metrics.tally(y, p, cluster=cluster, n_clusters=n_clusters), count)
+    for j, weight in enumerate(count[:, cluster]):
+        assert found["auroc"][j] == pytest.approx(sk.roc_auc_score(y, p, sample_weight=weight), abs=1e-12)
+        precision = sk.average_precision_score(y, p, sample_weight=weight)
+        assert found["average_precision"][j] == pytest.approx(precision, abs=1e-12)
+
+
+@pytest.mark.parametrize("block", [1, 2**17], ids=["one resample at a time", "as chosen"])
+def test_every_resample_equals_the_figures_of_its_repeated_rows(monkeypatch, block):
+    monkeypatch.setattr(metrics, "_BLOCK", block)
+    y, p = data(5)
+    cluster, count = resamples(1, 25, len(y))
+    tallied = metrics.tally(y, p, cluster=cluster, n_clusters=25, threshold=0.4)
+    found = metrics.resampled_scores(tallied, count)
+    for j, times in enumerate(count[:, cluster]):
+        expected = metrics.scores(np.repeat(y, times), np.repeat(p, times), threshold=0.4)
+        assert {name: found[name][j] for name in metrics.NAMES} == pytest.approx(expected, abs=1e-12)
+
+
+def test_only_the_figures_asked_for_are_given():
+    y, p = data(2)
+    tallied = metrics.tally(y, p, cluster=np.arange(len(y)), n_clusters=len(y))
+    assert set(metrics.resampled_scores(tallied, np.ones((2, len(y)), dtype=int), names=("f1", "auroc"))) == {
+        "f1",
+        "auroc",
+    }
+
+
+def test_a_resample_without_a_class_has_the_figures_that_need_none_of_it():
+    y, p = np.array([1, 1, 0, 0]), np.array([0.9, 0.2, 0.3, 0.6])
+    tallied = metrics.tally(y, p, cluster=np.array([0, 0, 1, 1]), n_clusters=3)  # the third brings nothing
+    found = metrics.resampled_scores(tallied, np.array([[2, 0, 1], [0, 2, 1], [1, 1, 1], [0, 0, 3]]))
+    defined = {name: np.isfinite(values).tolist() for name, values in found.items()}
+    assert defined["auroc"] == defined["balanced_accuracy"] == defined["mcc"] == [False, False, True, False]
+    assert defined["sensitivity"] == defined["f1"] == defined["average_precision"] == [True, False, True, False]
+    assert defined["specificity"] == [False, True, True, False]
+    assert defined["brier"] == defined["ece"] == [True, True, True, False]
+    assert found["average_precision"][0] == 1
+
+
+def test_predictions_of_one_class_have_no_correlation():
+    assert metrics.scores([0, 1, 1], [0.1, 0.2, 0.3])["mcc"] == 0
