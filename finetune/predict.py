@@ -25,7 +25,7 @@ from finetune.network import Network
 from finetune.protocol import (
     build_network,
     default_folds_at_once,
-    fold_folder,
+    load_folds,
     options_of,
     patch_logits,
     rounds_of,
@@ -166,8 +166,7 @@ def _finetuned_judge(
 
     def network_of(folds: tuple[int, ...]) -> Network:
         network = build_network(backbone, loaded, options, view, folds, device=device)
-        for fold in folds:
-            network.load_fold(fold_folder(run, fold), fold)
+        load_folds(network, run)
         network.compute_in(machine.precision)
         return network
 

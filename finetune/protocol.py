@@ -364,7 +364,7 @@ def _train(setup: Setup, folder: Path, network: Network) -> None:
         for number, folds in enumerate(setup.rounds):
             if number < first:
                 continue  # finished and saved before a later round's first checkpoint
-            if number > 0 or network.folds != folds:
+            if number > 0:
                 network = new_network(setup, folds)
             if state is None or state.folds != folds:
                 state = new_state(network, after=state)
@@ -407,8 +407,8 @@ def _merge_folds(setup: Setup, folder: Path) -> None:
         return
     (folds,) = setup.rounds
     network = build_network(setup.backbone, setup.weights, setup.options, setup.view, folds, device=setup.device)
+    load_folds(network, folder)
     for fold in folds:
-        network.load_fold(fold_folder(folder, fold), fold)
         network.save_merged(fold_folder(folder, fold), fold)
 
 
@@ -424,8 +424,7 @@ def _judge(setup: Setup, folder: Path, data: TrainingSet, machine: Machine) -> I
     with progress("score", n_folds * sum(len(rows) for _, rows in sets)) as advance:
         for folds in setup.rounds:
             network = new_network(setup, folds)
-            for fold in folds:
-                network.load_fold(fold_folder(folder, fold), fold)
+            load_folds(network, folder)
             for fold, own in validation_logits(network, data, folds, machine=machine).items():
                 validation[setup.folds.fold == fold] = own
             for (patches, rows), into in zip(sets, logits, strict=True):
@@ -512,6 +511,12 @@ def _record(setup: Setup, network: Network, state: State, machine: Machine) -> d
 def fold_folder(run: Path, fold: int) -> Path:
     """Where a run keeps the weights of a fold."""
     return run / f"fold-{fold}"
+
+
+def load_folds(network: Network, run: Path) -> None:
+    """Read the weights of all of a network's folds from a run."""
+    for fold in network.folds:
+        network.load_fold(fold_folder(run, fold), fold)
 
 
 # ------------------------------------------------------------------------------------------------------------- details

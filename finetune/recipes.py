@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from finetune.augment import AugmentOptions
+from probe.sgd import PaperRecipe
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,17 +51,21 @@ class Recipe:
     augment: AugmentOptions | None = field(default_factory=AugmentOptions)
 
 
+_PAPER = PaperRecipe()  # the text gives one set of hyperparameters for probes, LoRA and end-to-end training
 RECIPES = {
     # The text names the augmentations without their strengths: those of torchvision's usual examples are taken.
     "paper": Recipe(
         view="full",
-        epochs=100,
-        batch_size=8,
-        learning_rate=1e-4,
-        weight_decay=1e-5,
+        epochs=_PAPER.max_epochs,
+        batch_size=_PAPER.batch_size,
+        learning_rate=_PAPER.learning_rate,
+        weight_decay=_PAPER.weight_decay,
         optimizer="adam",
         schedule="plateau",
-        patience=15,
+        plateau_factor=_PAPER.plateau_factor,
+        plateau_patience=_PAPER.plateau_patience,
+        min_learning_rate=_PAPER.min_learning_rate,
+        patience=_PAPER.patience,
         statistics="imagenet",
         augment=AugmentOptions(flip_vertical=0.0),
     ),
