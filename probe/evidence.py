@@ -27,8 +27,8 @@ from numpy.typing import ArrayLike, NDArray
 
 from features.console import UserError
 from features.samples import MISSING_VOTE
-from probe.metrics import NAMES, THRESHOLD, Tally, best_threshold, resampled_scores, tally
-from probe.results import VALIDATION, Predictions
+from probe.metrics import NAMES, Tally, resampled_scores, tally
+from probe.results import Predictions, threshold_of
 
 SLIDE, SAMPLE = "slide", "sample"  # what is drawn
 COMPARED = ("balanced_accuracy", "auroc")  # the figures that differences, tests and ranks are of
@@ -306,12 +306,6 @@ def as_dict(result: Any) -> Any:
     if isinstance(result, float):
         return result if math.isfinite(result) else None
     return result
-
-
-def threshold_of(predictions: Predictions) -> float:
-    """The run's threshold: the best on its out-of-fold predictions; 0.5 where it has none."""
-    out_of_fold = predictions.select(predictions.split == VALIDATION)
-    return best_threshold(out_of_fold.label, out_of_fold.probability) if len(out_of_fold.label) else THRESHOLD
 
 
 def ensemble(predictions: Predictions, dataset: str, split: str) -> Ensemble:

@@ -100,6 +100,12 @@ def concatenate(parts: list[Predictions]) -> Predictions:
     return Predictions(**{name: np.concatenate([getattr(part, name) for part in parts]) for name in names})
 
 
+def threshold_of(predictions: Predictions) -> float:
+    """The run's threshold: the best on its out-of-fold predictions; 0.5 where it has none."""
+    out_of_fold = predictions.select(predictions.split == VALIDATION)
+    return best_threshold(out_of_fold.label, out_of_fold.probability) if len(out_of_fold.label) else THRESHOLD
+
+
 def evaluate(predictions: Predictions) -> dict[str, Any]:
     """The figures of a run, from its predictions alone.
 
@@ -108,8 +114,7 @@ def evaluate(predictions: Predictions) -> dict[str, Any]:
         n, n_positive; `folds`: every figure per fold model at threshold 0.5, with mean and population std (the
         paper's view); `ensemble` (test sets only): the mean probability over folds judged at `threshold`.
     """
-    out_of_fold = predictions.select(predictions.split == VALIDATION)
-    threshold = best_threshold(out_of_fold.label, out_of_fold.probability) if len(out_of_fold.label) else THRESHOLD
+    threshold = threshold_of(predictions)
     sets = {}
     for dataset, split in predictions.sets():
         part = predictions.select((predictions.dataset == dataset) & (predictions.split == split))
