@@ -52,6 +52,7 @@ from finetune.train import (
     train,
     validation_logits,
 )
+from probe.evidence import evaluate
 from probe.results import VALIDATION, Predictions, concatenate, finish_run, new_run_id, predictions_of, versions
 
 _PREPARE_BATCH = 64  # patches decoded and resized together
@@ -389,7 +390,15 @@ def _train(setup: Setup, folder: Path, network: Network) -> None:
     seconds = state.seconds + time.perf_counter() - started
     with writing(folder, then=GO_ON):
         record = _record(setup, network, state, machine)
-        finish_run(folder, record, predictions, run_id=folder.name, seconds=seconds)
+        finish_run(
+            folder,
+            record,
+            predictions,
+            tables={patches.name: patches.samples for patches in (setup.patches, *setup.tests)},
+            metrics=evaluate(predictions),
+            run_id=folder.name,
+            seconds=seconds,
+        )
     _clear_up(folder)
 
 
@@ -491,6 +500,7 @@ def _record(setup: Setup, network: Network, state: State, machine: Machine) -> d
         "pooling": network.pooling,
         "card_pooling": setup.backbone.card_pooling,
         "label_names": list(setup.patches.label_names),
+        "sources": {each.name: each.source for each in patches},
         "adapted_modules": list(network.adapted),
         "n_trained": network.n_trained,
         "fingerprints": {each.name: fingerprint(setup.parts(each)) for each in patches},

@@ -6,6 +6,7 @@ Resamples are counts, not copies: a slide drawn twice counts twice (Efron and Ti
 Bootstrap, 1993), and all runs on the same images are judged on the same resamples. With few slides of very unequal size
 plain percentiles are too narrow; docs/decisions/evidence.md measures by how much, and what is done about it here.
 
+    predictions -> evaluate                     the run alone: what metrics.json holds
     predictions -> ensemble -> judge            every figure with its interval
                             -> compare          runs side by side: differences, tests, ranks
                             -> by_agreement     figures the raters agreed on, figures they did not, and the raters
@@ -27,8 +28,8 @@ from numpy.typing import ArrayLike, NDArray
 
 from features.console import UserError
 from features.samples import MISSING_VOTE
-from probe.metrics import NAMES, Tally, resampled_scores, tally
-from probe.results import Predictions, threshold_of
+from probe.metrics import NAMES, Tally, resampled_scores, scores, tally
+from probe.results import VALIDATION, Predictions, threshold_of
 
 SLIDE, SAMPLE = "slide", "sample"  # what is drawn
 COMPARED = ("balanced_accuracy", "auroc")  # the figures that differences, tests and ranks are of
@@ -565,6 +566,48 @@ def judge(judged: Ensemble, *, how: Resampling = Resampling()) -> Judgement:
     clusters = _clusters(judged.group)
     resampled = _resample([_tally(judged, clusters)], clusters.n, how)
     return _judgement(judged, clusters, _intervals(resampled, 0, clusters.n, how), how)
+
+
+def evaluate(predictions: Predictions, *, how: Resampling = Resampling()) -> dict[str, Any]:
+    """The figures of a run, from its predictions alone, as plain JSON values.
+
+    Args:
+        predictions: all of the run's.
+        how: of the resampling.
+
+    Returns:
+        `threshold`: chosen on the out-of-fold predictions, for the ensemble. Per set, named "dataset/split":
+        n, n_positive; `folds`: every figure per fold model at threshold 0.5, with mean and population std (the
+        paper's view); and of test sets `ensemble`, the mean probability over folds judged at `threshold`, with its
+        `intervals` and what they were drawn from (see `Judgement`). A figure that does not exist is null.
+    """
+    sets = {}
+    for dataset, split in predictions.sets():
+        part = predictions.select((predictions.dataset == dataset) & (predictions.split == split))
+        folds = np.unique(part.fold)
+        per_fold = [scores(part.label[part.fold == k], part.probability[part.fold == k]) for k in folds]
+        judged = ensemble(predictions, dataset, split)
+        figures: dict[str, Any] = {
+            "n": len(judged),
+            "n_positive": int((judged.label == 1).sum()),
+            "folds": {
+                name: {
+                    "mean": float(np.mean([figure[name] for figure in per_fold])),
+                    "std": float(np.std([figure[name] for figure in per_fold])),
+                    "each": [figure[name] for figure in per_fold],
+                }
+                for name in per_fold[0]
+            },
+        }
+        if split != VALIDATION:
+            judgement = judge(judged, how=how)
+            figures["ensemble"] = {name: interval.value for name, interval in judgement.figures.items()}
+            figures["intervals"] = {
+                **{name: getattr(judgement, name) for name in ("unit", "n_clusters", "n_alone", "level", "replicates")},
+                "figures": {name: [interval.low, interval.high] for name, interval in judgement.figures.items()},
+            }
+        sets[f"{dataset}/{split}"] = figures
+    return dict(as_dict({"threshold": threshold_of(predictions), "sets": sets}))
 
 
 def _tally(judged: Ensemble, clusters: _Clusters) -> Tally:

@@ -26,6 +26,7 @@ from features.console import UserError, nearest
 from features.folds import SEED, Folds, grouped_folds
 from features.samples import TEST, Samples
 from features.store import Entry, FeatureStore
+from probe.evidence import evaluate
 from probe.logistic import fit_logistic, predict_logits
 from probe.metrics import auroc, balanced_accuracy, balanced_log_loss
 from probe.results import VALIDATION, Predictions, concatenate, predictions_of, write_run
@@ -319,15 +320,23 @@ def _probe_model(
         "pooling": pooling,
         "card_pooling": entry.card_pooling,
         "label_names": store.dataset_attrs(train).get("label_names", ["0", "1"]),
+        "sources": {name: store.dataset_attrs(name).get("source", "") for name in [train, *tests]},
         "fingerprints": fingerprints,
         "embedding": entry.parts,
         "folds": {"n": folds.n_folds, "source": folds.source, "digest": folds.digest, "seed": options.seed},
         "table_digests": {name: store.dataset_attrs(name)["table_digest"] for name in [train, *tests]},
         "candidates": tried,
     }
-    weights: dict[str, NDArray[Any]] = {"coef": probe.coef, "intercept": probe.intercept}
-    seconds = time.perf_counter() - started
-    return write_run(runs, run, concatenate(parts), weights=weights, seconds=seconds)
+    predictions = concatenate(parts)
+    return write_run(
+        runs,
+        run,
+        predictions,
+        tables=tables,
+        metrics=evaluate(predictions),
+        weights={"coef": probe.coef, "intercept": probe.intercept},
+        seconds=time.perf_counter() - started,
+    )
 
 
 def _score(

@@ -4,15 +4,17 @@ A run is a folder `runs/<id>/`. `run.json` is written last: a folder without it 
 
     run.json         options verbatim, versions, fingerprints, fold digest, what was chosen and how, cost
     predictions.csv  dataset, id, label, group, split, fold, logit, probability: every prediction of every fold's model
-    metrics.json     figures computed from predictions.csv by probe.metrics
+    samples.csv      the rows of the patch tables that were predicted: votes, domains and digests beside the above
+    metrics.json     figures computed from predictions.csv by probe.evidence
     *.safetensors    the weights; of a fine-tuned run in a folder per fold
 
-Tables, intervals and plots are computed from these files alone.
+Tables, intervals and plots are computed from these files alone. run.json holds the SHA-256 of both CSV files.
 """
 
 from __future__ import annotations
 
 import csv
+import hashlib
 import io
 import json
 import platform
@@ -20,7 +22,7 @@ import resource
 import secrets
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -31,13 +33,16 @@ from numpy.typing import NDArray
 
 from features.console import UserError
 from features.files import move_folder, write_file, writing
-from features.samples import Samples
+from features.samples import MISSING_VOTE, Samples, make_samples
 from features.store import store_key
-from probe.metrics import THRESHOLD, best_threshold, scores
+from probe.metrics import THRESHOLD, best_threshold
 
 RUN_FORMAT = 1
 VALIDATION = "validation"  # the split name of out-of-fold predictions
 COLUMNS = ("dataset", "id", "label", "group", "split", "fold", "logit", "probability")
+SAMPLE_COLUMNS = ("dataset", "id", "label", "group", "split", "votes", "domain", "sha256")
+_VOTE = {"0": 0, "1": 1, "-": MISSING_VOTE}  # a rater's vote as a letter
+_ROUNDED = 1e-6  # predictions.csv gives a probability with six digits
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,43 +111,6 @@ def threshold_of(predictions: Predictions) -> float:
     return best_threshold(out_of_fold.label, out_of_fold.probability) if len(out_of_fold.label) else THRESHOLD
 
 
-def evaluate(predictions: Predictions) -> dict[str, Any]:
-    """The figures of a run, from its predictions alone.
-
-    Returns:
-        `threshold`: chosen on the out-of-fold predictions, for the ensemble. Per set, named "dataset/split":
-        n, n_positive; `folds`: every figure per fold model at threshold 0.5, with mean and population std (the
-        paper's view); `ensemble` (test sets only): the mean probability over folds judged at `threshold`.
-    """
-    threshold = threshold_of(predictions)
-    sets = {}
-    for dataset, split in predictions.sets():
-        part = predictions.select((predictions.dataset == dataset) & (predictions.split == split))
-        folds = np.unique(part.fold)
-        per_fold = [scores(part.label[part.fold == k], part.probability[part.fold == k]) for k in folds]
-        first = part.fold == folds[0] if split != VALIDATION else np.ones(len(part.label), dtype=bool)
-        figures: dict[str, Any] = {
-            "n": int(first.sum()),
-            "n_positive": int(part.label[first].sum()),
-            "folds": {
-                name: {
-                    "mean": float(np.mean([figure[name] for figure in per_fold])),
-                    "std": float(np.std([figure[name] for figure in per_fold])),
-                    "each": [figure[name] for figure in per_fold],
-                }
-                for name in per_fold[0]
-            },
-        }
-        if split != VALIDATION:
-            ids, inverse = np.unique(part.id, return_inverse=True)
-            mean = np.bincount(inverse, weights=part.probability) / np.bincount(inverse)
-            label = np.empty(len(ids), dtype=np.int8)
-            label[inverse] = part.label
-            figures["ensemble"] = scores(label, mean, threshold=threshold)
-        sets[f"{dataset}/{split}"] = figures
-    return {"threshold": threshold, "sets": sets}
-
-
 def new_run_id(kind: str, model: str) -> str:
     """A name for a run: what, of which model, when, and four random digits."""
     stamp = time.strftime("%Y%m%d-%H%M%S", time.gmtime())
@@ -154,8 +122,11 @@ def write_run(
     run: Mapping[str, Any],
     predictions: Predictions,
     *,
+    tables: Mapping[str, Samples],
+    metrics: Mapping[str, Any],
     weights: Mapping[str, NDArray[Any]],
     seconds: float,
+    files: Mapping[str, bytes] | None = None,
 ) -> Path:
     """Write a new run's folder, whole or not at all.
 
@@ -163,8 +134,11 @@ def write_run(
         runs: the folder of all runs; created if missing.
         run: `kind`, `model`, `options` and whatever else run.json should say; id, format, versions and cost are added.
         predictions: of every fold's model on every set.
+        tables: the patch table of every dataset in the predictions, by its name.
+        metrics: of `probe.evidence.evaluate`.
         weights: name to array, saved as `weights.safetensors`.
         seconds: what the run took.
+        files: name to content of whatever else the run keeps.
 
     Returns:
         The run's folder; its name is the run's id.
@@ -181,7 +155,9 @@ def write_run(
             half.mkdir(parents=True)
             whole = save({name: np.ascontiguousarray(array) for name, array in weights.items()})
             write_file(half / "weights.safetensors", [whole])
-            finish_run(half, run, predictions, run_id=run_id, seconds=seconds)
+            for name, content in (files or {}).items():
+                write_file(half / name, [content])
+            finish_run(half, run, predictions, tables=tables, metrics=metrics, run_id=run_id, seconds=seconds)
             move_folder(half, runs / run_id)
     except BaseException:
         shutil.rmtree(half, ignore_errors=True)
@@ -189,17 +165,31 @@ def write_run(
     return runs / run_id
 
 
-def finish_run(folder: Path, run: Mapping[str, Any], predictions: Predictions, *, run_id: str, seconds: float) -> None:
-    """Add to a folder that holds a run's weights what makes it a run; `run.json` comes last.
+def finish_run(
+    folder: Path,
+    run: Mapping[str, Any],
+    predictions: Predictions,
+    *,
+    tables: Mapping[str, Samples],
+    metrics: Mapping[str, Any],
+    run_id: str,
+    seconds: float,
+) -> None:
+    """Add to a folder that holds a run's weights what makes it a run; `run.json` comes last. See `write_run`.
 
     Raises:
         OSError: if the folder cannot be written.
     """
+    files = {
+        "predictions.csv": _predictions_csv(predictions),
+        "samples.csv": _samples_csv(predictions, tables),
+    }
     record = {
         "format": RUN_FORMAT,
         "id": run_id,
         "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         **run,
+        "sha256": {name: hashlib.sha256(content).hexdigest() for name, content in files.items()},
         "versions": versions(),
         "cost": {
             **run.get("cost", {}),
@@ -207,8 +197,9 @@ def finish_run(folder: Path, run: Mapping[str, Any], predictions: Predictions, *
             "peak_memory_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
         },
     }
-    write_file(folder / "predictions.csv", [_predictions_csv(predictions).encode()])
-    write_file(folder / "metrics.json", [_json(evaluate(predictions))])
+    for name, content in files.items():
+        write_file(folder / name, [content])
+    write_file(folder / "metrics.json", [_json(metrics)])
     write_file(folder / "run.json", [_json(record)])
 
 
@@ -269,18 +260,12 @@ def read_predictions(folder: Path) -> Predictions:
     """A run's predictions.csv.
 
     Raises:
-        UserError: if the file is missing, lacks a column, or holds a malformed row.
+        UserError: if the file is missing, is not the one that the run wrote, lacks a column, or holds a malformed row.
     """
     path = folder / "predictions.csv"
+    columns = _read_columns(folder, path.name, COLUMNS)
     try:
-        with path.open(encoding="utf-8", newline="") as file:
-            reader = csv.reader(file)
-            header = tuple(next(reader, ()))
-            if header != COLUMNS:
-                raise UserError(f"{path}: found columns {', '.join(header)}, expected {', '.join(COLUMNS)}.")
-            rows = list(reader)
-        columns = dict(zip(COLUMNS, zip(*rows, strict=True), strict=True)) if rows else dict.fromkeys(COLUMNS, ())
-        return Predictions(
+        predictions = Predictions(
             dataset=np.array(columns["dataset"], dtype=np.str_),
             id=np.array(columns["id"], dtype=np.str_),
             label=np.array(columns["label"], dtype=np.int8),
@@ -289,17 +274,106 @@ def read_predictions(folder: Path) -> Predictions:
             fold=np.array(columns["fold"], dtype=np.intp),
             logit=np.array(columns["logit"], dtype=np.float32),
         )
-    except FileNotFoundError as error:
-        raise UserError(f"{path} is missing: the run is incomplete. Run the command again.") from error
+        written = np.array(columns["probability"], dtype=np.float64)
     except ValueError as error:
         raise UserError(f"{path} is damaged ({error}). Run the command again.") from error
+    if not np.isin(predictions.label, (0, 1)).all():
+        raise UserError(f"{path} is damaged (a label is neither 0 nor 1). Run the command again.")
+    off = np.flatnonzero(~(np.abs(predictions.probability - written) < _ROUNDED))
+    if len(off):
+        raise UserError(
+            f"{path} is damaged (line {off[0] + 2}: the probability is {written[off[0]]:g}, that of its logit is "
+            f"{predictions.probability[off[0]]:.6f}). Run the command again."
+        )
+    return predictions
+
+
+def read_samples(folder: Path, predictions: Predictions) -> dict[str, Samples]:
+    """The patch tables of a run, by dataset: its samples.csv; what predictions.csv knows where there is none.
+
+    Raises:
+        UserError: if the file is not the one that the run wrote, or is damaged.
+    """
+    path = folder / "samples.csv"
+    if not path.exists():
+        return {name: _samples_of(predictions, name) for name in dict.fromkeys(predictions.dataset.tolist())}
+    columns = _read_columns(folder, path.name, SAMPLE_COLUMNS)
+    dataset = np.array(columns["dataset"], dtype=np.str_)
+    try:
+        tables = {name: _table(columns, np.flatnonzero(dataset == name)) for name in dict.fromkeys(columns["dataset"])}
+    except (ValueError, KeyError) as error:
+        raise UserError(f"{path} is damaged ({error}). Run the command again.") from error
+    for name in dict.fromkeys(predictions.dataset.tolist()):
+        ids = predictions.id[predictions.dataset == name]
+        missing = np.setdiff1d(ids, tables[name].id if name in tables else [])
+        if len(missing):
+            raise UserError(
+                f"{path} is damaged ({len(missing)} patches of {name} are missing, first: {missing[0]}). "
+                "Run the command again."
+            )
+    return tables
+
+
+def _table(columns: Mapping[str, Sequence[str]], rows: NDArray[np.intp]) -> Samples:
+    of = {name: [columns[name][row] for row in rows] for name in SAMPLE_COLUMNS}
+    votes = [[_VOTE[letter] for letter in cell] for cell in of["votes"]]
+    return make_samples(
+        of["id"],
+        [int(label) for label in of["label"]],
+        sha256=of["sha256"],
+        group=of["group"],
+        split=of["split"],
+        votes=np.array(votes, dtype=np.int8).reshape(len(rows), -1),
+        domain=of["domain"],
+    )
+
+
+def _samples_of(predictions: Predictions, dataset: str) -> Samples:
+    """What predictions alone tell: no votes, domains or digests."""
+    of = predictions.select(predictions.dataset == dataset)
+    _, first = np.unique(of.id, return_index=True)
+    of = of.select(np.sort(first))
+    return make_samples(of.id.tolist(), of.label.tolist(), sha256=[""] * len(of.id), group=of.group.tolist())
+
+
+def _read_columns(folder: Path, name: str, expected: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
+    """The columns of a CSV file of a run, as text; the file must be the one that the run wrote."""
+    path = folder / name
+    try:
+        content = path.read_bytes()
+        text = content.decode()
+    except FileNotFoundError as error:
+        raise UserError(f"{path} is missing: the run is incomplete. Run the command again.") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is damaged ({error}). Run the command again.") from error
+    reader = csv.reader(io.StringIO(text, newline=""))
+    header = tuple(next(reader, ()))
+    if header != expected:
+        raise UserError(f"{path}: found columns {', '.join(header) or 'none'}, expected {', '.join(expected)}.")
+    try:
+        rows = list(reader)
+        columns: dict[str, tuple[str, ...]] = dict.fromkeys(expected, ())
+        if rows:
+            columns = dict(zip(expected, zip(*rows, strict=True), strict=True))
+    except (ValueError, csv.Error) as error:
+        raise UserError(f"{path} is damaged ({error}). Run the command again.") from error
+    try:
+        written = json.loads((folder / "run.json").read_text(encoding="utf-8")).get("sha256", {}).get(name)
+    except (OSError, ValueError, AttributeError):
+        written = None  # `read_run` says what is wrong with it
+    if written not in (None, hashlib.sha256(content).hexdigest()):
+        raise UserError(
+            f"{path} is not the file that the run wrote: its SHA-256 differs from the one in run.json. "
+            "Restore it, or run the command again."
+        )
+    return columns
 
 
 def _json(value: Mapping[str, Any]) -> bytes:
-    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
+    return (json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
 
 
-def _predictions_csv(predictions: Predictions) -> str:
+def _predictions_csv(predictions: Predictions) -> bytes:
     columns = (
         predictions.dataset.tolist(),
         predictions.id.tolist(),
@@ -310,8 +384,27 @@ def _predictions_csv(predictions: Predictions) -> str:
         [f"{value:.9g}" for value in predictions.logit.tolist()],  # 9 digits give a float32 back exactly
         [f"{value:.6f}" for value in predictions.probability.tolist()],
     )
+    return _csv(COLUMNS, zip(*columns, strict=True))
+
+
+def _samples_csv(predictions: Predictions, tables: Mapping[str, Samples]) -> bytes:
+    letter = {vote: letter for letter, vote in _VOTE.items()}
+
+    def rows() -> Iterator[tuple[str, ...]]:
+        for name in dict.fromkeys(predictions.dataset.tolist()):
+            table = tables[name]
+            table = table.select(np.isin(table.id, predictions.id[predictions.dataset == name]))
+            votes = ["".join(letter[vote] for vote in row) for row in table.votes.tolist()]
+            columns = (table.id, table.label, table.group, table.split, votes, table.domain, table.sha256)
+            for row in zip(*columns, strict=True):
+                yield (name, *map(str, row))
+
+    return _csv(SAMPLE_COLUMNS, rows())
+
+
+def _csv(header: Sequence[str], rows: Iterable[Sequence[object]]) -> bytes:
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
-    writer.writerow(COLUMNS)
-    writer.writerows(zip(*columns, strict=True))
-    return file.getvalue()
+    writer.writerow(header)
+    writer.writerows(rows)
+    return file.getvalue().encode()

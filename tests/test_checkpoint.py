@@ -272,6 +272,7 @@ def test_a_training_killed_after_any_epoch_ends_as_if_it_had_not_been(
         "run.json",
         "predictions.csv",
         "metrics.json",
+        "samples.csv",
     }
 
 

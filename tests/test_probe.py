@@ -10,10 +10,11 @@ from features.folds import grouped_folds
 from features.samples import Samples, make_samples
 from features.store import FeatureStore
 from probe import protocol
+from probe.evidence import evaluate
 from probe.metrics import auroc
 from probe.protocol import ProbeOptions, fit_exact, probe_store
 from probe.report import leaderboard, published
-from probe.results import evaluate, read_predictions, read_run
+from probe.results import read_predictions, read_run
 
 WIDTH = 12
 
