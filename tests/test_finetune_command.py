@@ -140,6 +140,7 @@ def test_a_run_is_complete_and_leaves_nothing_else(run: Path) -> None:
         "run.json",
         "predictions.csv",
         "metrics.json",
+        "samples.csv",
         *(
             f"fold-{fold}/{name}"
             for fold in range(2)
