@@ -164,6 +164,11 @@ def is_at_hand(name: str, data: Path | None = None) -> bool:
     return folder is None or (folder / DATASETS[name].folder).is_dir()
 
 
+def local_data(data: Path | None = None) -> Path | None:
+    """The folder of the known datasets that is here already: the one given, MITOFM_DATA's, or an earlier download."""
+    return data or _default_data() or download.downloaded()
+
+
 def files_digest(ids: Iterable[str], sha256: Iterable[str]) -> str:
     """SHA-256 over the sorted lines `<sha256>  <id>`, which is what `sha256sum` prints of the files."""
     lines = sorted(f"{digest}  {id}\n" for digest, id in zip(sha256, ids, strict=True))
@@ -776,7 +781,7 @@ def table1(data: Path | None = None) -> list[DatasetSummary]:
     Args:
         data: as for `load_dataset`.
     """
-    folder = data or _default_data() or download.downloaded()
+    folder = local_data(data)
     return [_summary(name, folder) for name in DATASETS]
 
 

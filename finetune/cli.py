@@ -1,4 +1,4 @@
-"""fm-finetune and fm-predict: adapt backbones to patches, and apply a run to new ones."""
+"""fm-finetune, fm-predict and fm-report: adapt backbones to patches, apply a run to new ones, set runs side by side."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ from typing import Annotated, Any
 
 import typer
 
-from features.console import print_json, run, say, show
+from features.console import UserError, print_json, run, say, show
 
 finetune_app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 predict_app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+report_app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 # Options that may differ when a training is resumed: they say where and how to compute, not what.
 _COMPUTE = frozenset({"data", "weights", "device", "folds_at_once", "compile", "grad_checkpointing", "merge"})
@@ -123,7 +124,7 @@ def finetune(
     if as_json:
         print_json({"runs": [str(folder)], "results": [record]})
         return
-    from probe.report import leaderboard, training_table
+    from probe.tables import leaderboard, training_table
 
     show(training_table(record), leaderboard([record]))
     say(f"run written to {folder}/")
@@ -201,6 +202,55 @@ def predict(
     )
 
 
+@report_app.command(
+    help="fm-report: set runs side by side in one page, with intervals, tests and the patches themselves."
+)
+def report(
+    named: Annotated[
+        list[Path] | None, typer.Argument(metavar="[RUN]…", help="Folders of runs. Default: all in the runs folder.")
+    ] = None,
+    runs: Annotated[Path, typer.Option(help="The folder of all runs.")] = Path("runs"),
+    out: Annotated[
+        Path | None, typer.Option(help="The file to write. Default: report.html; tables go to the terminal.")
+    ] = None,
+    format: Annotated[str, typer.Option(help="html, or markdown or latex: tables that drop into a paper.")] = "html",
+    folds: Annotated[str | None, typer.Option(help="First digits of a fold digest: only runs on those folds.")] = None,
+    data: Annotated[
+        Path | None, typer.Option(envvar="MITOFM_DATA", show_envvar=False, help="Folder of the known datasets.")
+    ] = None,
+    store: Annotated[
+        Path | None, typer.Option(help="Feature store of the embedding map. Default: the one that was probed.")
+    ] = None,
+    replicates: Annotated[int, typer.Option(help="Resamples that intervals and tests are drawn from.")] = 10_000,
+    seed: Annotated[int, typer.Option(help="Seed of the resamples.")] = 42,
+    as_json: Annotated[bool, typer.Option("--json", help="Every figure as one JSON object on stdout.")] = False,
+) -> None:
+    if format not in ("html", "markdown", "latex"):
+        raise UserError(f"unknown format {format!r}: use html, markdown or latex.")
+    from finetune.report import make_report, write_report
+    from probe.evidence import Resampling, as_dict
+
+    text, found, _ = make_report(
+        runs,
+        named=named or (),
+        folds=folds,
+        format=format,  # type: ignore[arg-type]
+        data=data,
+        store=store,
+        how=Resampling(replicates=replicates, seed=seed),
+    )
+    for note in found.notes:
+        say(f"note: {note}")
+    if out is not None or format == "html":
+        place = out or Path("report.html")
+        write_report(text, place)
+        say(f"{place}: {len(found.labels)} runs on {len(found.sets)} sets, {len(text.encode()) / 1e6:.1f} MB")
+    elif not as_json:
+        print(text, end="")
+    if as_json:
+        print_json(as_dict(found))
+
+
 def main() -> None:
     """Entry point of `fm-finetune`."""
     run(finetune_app)
@@ -209,3 +259,8 @@ def main() -> None:
 def predict_main() -> None:
     """Entry point of `fm-predict`."""
     run(predict_app)
+
+
+def report_main() -> None:
+    """Entry point of `fm-report`."""
+    run(report_app)

@@ -31,13 +31,24 @@ def probe(
     recipe: Annotated[
         str, typer.Option(help="exact: logistic regression, strength chosen inside training data. paper: the paper's.")
     ] = "exact",
-    seed: Annotated[int, typer.Option(help="Seed of the folds, and of the paper recipe's training.")] = 42,
+    seed: Annotated[
+        int,
+        typer.Option(
+            min=0, max=2**32 - 1, help="Seed of the folds, of the learning curve, and of the paper recipe's training."
+        ),
+    ] = 42,
+    fractions: Annotated[
+        str | None,
+        typer.Option(help="Learning curve: shares of the training slides, comma-separated, e.g. 0.1,0.25,0.5,1."),
+    ] = None,
     runs: Annotated[Path, typer.Option(help="Where run folders go.")] = Path("runs"),
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
 ) -> None:
     if recipe not in ("exact", "paper"):
         raise UserError(f"unknown recipe {recipe!r}: use exact or paper.")
     from features.store import FeatureStore
+    from probe.curve import curve_tables, parse_fractions, read_curve, summarise
+    from probe.evidence import as_dict
     from probe.protocol import ProbeOptions, probe_store
     from probe.results import read_run
 
@@ -49,6 +60,7 @@ def probe(
         pooling=pooling,
         recipe="paper" if recipe == "paper" else "exact",
         seed=seed,
+        fractions=parse_fractions(fractions) if fractions is not None else (),
     )
     folders = probe_store(
         FeatureStore.open(store), names(model) if model is not None else None, options=options, runs=runs
@@ -62,14 +74,27 @@ def probe(
                     f"{candidate['n_not_converged']} of {candidate['n_fits']} fits did not reach the tolerance "
                     f"(largest gradient {candidate['max_gradient']:.1e})."
                 )
+        curve = record.get("learning_curve", {})
+        if curve.get("n_not_converged"):
+            say(
+                f"{record['model']}, learning curve: {curve['n_not_converged']} of {curve['n_fits']} fits did not "
+                f"reach the tolerance (largest gradient {curve['max_gradient']:.1e})."
+            )
+    curves = {
+        f"{record['model']} ({record['view']}, {record['pooling']})": read_curve(folder)
+        for folder, record in zip(folders, records, strict=True)
+    }
     if as_json:
+        for record, points in zip(records, curves.values(), strict=True):
+            if points:
+                record["learning_curve"]["sets"] = as_dict(summarise(points))
         print_json({"runs": [str(folder) for folder in folders], "results": records})
         return
-    from probe.report import candidates_table, leaderboard
+    from probe.tables import candidates_table, leaderboard
 
     if any(len(record["candidates"]) > 1 for record in records):
         show(candidates_table(records))
-    show(leaderboard(records))
+    show(leaderboard(records), *curve_tables(curves))
     say(f"{len(folders)} run{'s' * (len(folders) != 1)} written to {runs}/")
 
 

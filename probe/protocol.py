@@ -8,6 +8,8 @@ price of half its fits. So
 - the strength of fold f is chosen by grouped validation within fold f's training rows;
 - view and pooling are chosen by the mean validation AUROC over folds;
 - held-out rows and other datasets choose nothing.
+
+A learning curve (`probe.curve`) is the same fits again of the chosen candidate, each on fewer slides.
 """
 
 from __future__ import annotations
@@ -22,12 +24,13 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from features.console import UserError, nearest
-from features.folds import SEED, Folds, grouped_folds
+from features.console import UserError, nearest, progress
+from features.folds import SEED, Folds, effective_groups, grouped_folds
 from features.samples import TEST, Samples
 from features.store import Entry, FeatureStore
+from probe.curve import CURVE_FILE, DRAWS, CurvePoint, Subset, checked_fractions, curve_csv, curve_points, draw_subsets
 from probe.evidence import evaluate
-from probe.logistic import fit_logistic, predict_logits
+from probe.logistic import Fits, fit_logistic, predict_logits
 from probe.metrics import auroc, balanced_accuracy, balanced_log_loss
 from probe.results import VALIDATION, Predictions, concatenate, predictions_of, write_run
 from probe.sgd import PaperRecipe, fit_paper_probe
@@ -51,7 +54,8 @@ class ProbeOptions:
         view: one view, or None to choose among those in the store.
         pooling: "card", "cls", "mean", "center", "cls+mean", or None to choose.
         recipe: "exact" (`fit_exact`) or "paper" (`fit_paper`, the paper's folds, the card's embedding of `full`).
-        seed: of the folds, and of the paper recipe's training.
+        seed: of the folds, of the paper recipe's training, and of the learning curve's draws.
+        fractions: of the training slides, in (0, 1], for a learning curve of the chosen candidate; none for no curve.
     """
 
     cv: int = 5
@@ -61,6 +65,7 @@ class ProbeOptions:
     pooling: str | None = None
     recipe: Recipe = "exact"
     seed: int = SEED
+    fractions: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,8 +92,14 @@ def probe_store(
 
     Raises:
         UserError: if a dataset or model is not in the store or its embeddings are incomplete, if datasets were
-            embedded differently, or if the training split cannot be cut into folds.
+            embedded differently, if the training split cannot be cut into folds, or if a learning curve is asked for
+            with the paper's recipe or a fraction that cannot be trained on.
     """
+    checked_fractions(options.fractions)
+    if options.fractions and options.recipe == "paper":
+        raise UserError(
+            "--fractions needs --recipe exact: the paper's probe has no learning curve here. Leave one out."
+        )
     tables = {name: store.samples(name) for name in store.datasets()}
     train = _train_dataset(store, tables, options)
     table = tables[train]
@@ -104,8 +115,11 @@ def probe_store(
             )
     if not found:
         raise UserError(f"{store.path} has no embeddings of {train}. Run: fm-extract --dataset {train}")
+    subsets = _subsets(table.select(rows), folds, options)
     return [
-        _probe_model(store, tables, model, train=train, rows=rows, folds=folds, options=options, runs=runs)
+        _probe_model(
+            store, tables, model, train=train, rows=rows, folds=folds, subsets=subsets, options=options, runs=runs
+        )
         for model in models or found
     ]
 
@@ -124,34 +138,93 @@ def fit_exact(
     Raises:
         UserError: with fewer than three folds, which leave nothing to nest; and as `fit_logistic` does.
     """
-    n_folds, fold = folds.n_folds, folds.fold
-    if n_folds < 3:
-        raise UserError(f"choosing a strength within each training set needs at least 3 folds, got {n_folds}: --cv 3.")
-    pairs = list(combinations(range(n_folds), 2))
-    masks = np.stack([fold != f for f in range(n_folds)] + [(fold != f) & (fold != g) for f, g in pairs])
+    fold, left_out = folds.fold, _left_out(folds.n_folds)
+    masks = np.stack([~np.isin(fold, held) for held in left_out])
     fits = fit_logistic(X, y, masks=masks, strengths=np.asarray(strengths))
-
-    # inner[f, s]: mean balanced log loss on each other fold g of the fit that saw neither f nor g.
-    inner = np.zeros((n_folds, len(strengths)))
-    for p, (f, g) in enumerate(pairs, start=n_folds):
-        inner[f] += balanced_log_loss(y[fold == g], fits.logits[fold == g, p])
-        inner[g] += balanced_log_loss(y[fold == f], fits.logits[fold == f, p])
-    chosen = inner.argmin(axis=1)  # (F,)
-    each = np.arange(n_folds)
+    chosen, record = _choose_strengths(fits, y, fold, masks=masks, left_out=left_out, strengths=strengths)
+    each = np.arange(folds.n_folds)
     return Probe(
         coef=fits.coef[each, chosen],
         intercept=fits.intercept[each, chosen],
         validation_logit=fits.logits[np.arange(len(y)), fold, chosen[fold]],
-        record={
-            "strengths": list(strengths),
-            "chosen_strength": [strengths[s] for s in chosen],
-            "at_edge": bool(np.isin(chosen, (0, len(strengths) - 1)).any()),
-            "inner_loss": np.round(inner / (n_folds - 1), 5).tolist(),
-            "max_gradient": float(fits.gradient_norm.max()),
-            "n_not_converged": int((~fits.converged).sum()),
-            "n_fits": int(fits.converged.size),
-        },
+        record=record,
     )
+
+
+def fit_subset(
+    X: NDArray[np.floating],
+    y: NDArray[np.integer],
+    folds: Folds,
+    subset: Subset,
+    *,
+    strengths: Sequence[float] = STRENGTHS,
+) -> Probe:
+    """`fit_exact` on a share of the slides: as many columns, over no more rows than any of its fits trains on.
+
+    Args:
+        X, y, folds, strengths: as for `fit_exact`.
+        subset: of `draw_subsets`, its masks in the order of `_left_out`.
+    """
+    fold, left_out, used = folds.fold, _left_out(folds.n_folds), subset.masks.any(axis=0)
+    masks = subset.masks[:, used]
+    fits = fit_logistic(X[used], y[used], masks=masks, strengths=np.asarray(strengths))
+    chosen, record = _choose_strengths(fits, y[used], fold[used], masks=masks, left_out=left_out, strengths=strengths)
+    each = np.arange(folds.n_folds)
+    coef, intercept = fits.coef[each, chosen], fits.intercept[each, chosen]
+    logits = predict_logits(X, coef, intercept)  # (n, F)
+    return Probe(coef, intercept, validation_logit=logits[np.arange(len(y)), fold], record=record)
+
+
+def _left_out(n_folds: int) -> list[tuple[int, ...]]:
+    """The folds that each fit leaves out: each one, then each two."""
+    if n_folds < 3:
+        raise UserError(f"choosing a strength within each training set needs at least 3 folds, got {n_folds}: --cv 3.")
+    return [(f,) for f in range(n_folds)] + list(combinations(range(n_folds), 2))
+
+
+def _choose_strengths(
+    fits: Fits,
+    y: NDArray[np.integer],
+    fold: NDArray[np.intp],
+    *,
+    masks: NDArray[np.bool_],
+    left_out: Sequence[tuple[int, ...]],
+    strengths: Sequence[float],
+) -> tuple[NDArray[np.intp], dict[str, Any]]:
+    """Each fold's strength, chosen within its own training rows, and how the fits went.
+
+    The fit that leaves out f and g is judged for f on those rows of g that f trains on, and the other way round; for
+    f alone, where g has only one class there, it says nothing.
+
+    Args:
+        fits: of `masks` and `strengths`.
+        y, fold: (n,) labels, and where each row validates.
+        masks: (m, n) the rows that each fit trains on.
+        left_out: (m) the folds that it leaves out, in the order of `_left_out`.
+        strengths: (S,) values of C.
+
+    Returns:
+        (F,) the place of the chosen strength, and the record of a `Probe`.
+    """
+    n_folds = sum(len(held) == 1 for held in left_out)
+    # inner[f, s]: mean balanced log loss on each other fold g of the fit that saw neither f nor g.
+    inner, judges = np.zeros((n_folds, len(strengths))), np.zeros(n_folds, dtype=np.intp)
+    for m, held in enumerate(left_out[n_folds:], start=n_folds):
+        for f, g in (held, held[::-1]):
+            rows = masks[f] & (fold == g)
+            if len(np.unique(y[rows])) == 2:
+                inner[f] += balanced_log_loss(y[rows], fits.logits[rows, m])
+                judges[f] += 1
+    chosen = inner.argmin(axis=1)  # (F,)
+    return chosen, {
+        "strengths": list(strengths),
+        "chosen_strength": [strengths[s] for s in chosen],
+        "at_edge": bool(np.isin(chosen, (0, len(strengths) - 1)).any()),
+        "inner_loss": np.round(inner / judges[:, None], 5).tolist(),
+        "max_gradient": float(fits.gradient_norm.max()),
+        "n_not_converged": int((~fits.converged).sum()),
+        "n_fits": int(fits.converged.size),
+    }
 
 
 def fit_paper(X: NDArray[np.floating], y: NDArray[np.integer], folds: Folds, *, seed: int) -> Probe:
@@ -271,6 +344,7 @@ def _probe_model(
     train: str,
     rows: NDArray[np.intp],
     folds: Folds,
+    subsets: Sequence[Subset],
     options: ProbeOptions,
     runs: Path,
 ) -> Path:
@@ -300,13 +374,22 @@ def _probe_model(
     assert best is not None  # _candidates raises rather than return none
     _, probe, entry, pooling = best
 
-    parts = [predictions_of(train, table.select(rows), split=VALIDATION, fold=folds.fold, logit=probe.validation_logit)]
+    curve = _fit_curve(store, train, entry, pooling, rows, y, folds=folds, subsets=subsets, whole=probe)
+    points: list[CurvePoint] = []
+    parts = [_validation(train, table.select(rows), folds, probe)]
+    for subset, part in curve:
+        predictions = _validation(train, table.select(rows), folds, part)
+        points += curve_points(subset, y, part.record["chosen_strength"], predictions)
     fingerprints = {train: entry.fingerprint}
     for name in [train, *tests]:
         samples = tables[name]
         held_out = np.flatnonzero(samples.split == TEST) if name == train else np.arange(len(samples))
         if len(held_out):
-            parts.append(_score(store, name, samples, held_out, model, entry.view, pooling, probe))
+            X = store.read(name, model, entry.view, pooling, rows=held_out)
+            parts.append(_score(X, name, samples.select(held_out), probe))
+            for subset, part in curve:
+                predictions = _score(X, name, samples.select(held_out), part)
+                points += curve_points(subset, y, part.record["chosen_strength"], predictions)
         fingerprints[name] = next(e.fingerprint for e in store.entries(name, model) if e.view == entry.view)
     run = {
         "kind": "probe",
@@ -327,6 +410,14 @@ def _probe_model(
         "table_digests": {name: store.dataset_attrs(name)["table_digest"] for name in [train, *tests]},
         "candidates": tried,
     }
+    if curve:
+        more = [part.record for _, part in curve if part is not probe]
+        run["learning_curve"] = {
+            "draws": DRAWS,
+            "n_fits": sum(record["n_fits"] for record in more),
+            "n_not_converged": sum(record["n_not_converged"] for record in more),
+            "max_gradient": max((record["max_gradient"] for record in more), default=0.0),
+        }
     predictions = concatenate(parts)
     return write_run(
         runs,
@@ -336,19 +427,56 @@ def _probe_model(
         metrics=evaluate(predictions),
         weights={"coef": probe.coef, "intercept": probe.intercept},
         seconds=time.perf_counter() - started,
+        files={CURVE_FILE: curve_csv(points)} if curve else None,
     )
 
 
-def _score(
+def _subsets(samples: Samples, folds: Folds, options: ProbeOptions) -> tuple[Subset, ...]:
+    """What the learning curve of every model trains on; `samples` is the training split."""
+    if not options.fractions:
+        return ()
+    return draw_subsets(
+        samples.label,
+        folds.fold,
+        effective_groups(samples),
+        left_out=_left_out(folds.n_folds),
+        fractions=options.fractions,
+        seed=options.seed,
+    )
+
+
+def _fit_curve(
     store: FeatureStore,
-    name: str,
-    samples: Samples,
-    rows: NDArray[np.intp],
-    model: str,
-    view: str,
+    train: str,
+    entry: Entry,
     pooling: str,
-    probe: Probe,
-) -> Predictions:
-    X = store.read(name, model, view, pooling, rows=rows)
+    rows: NDArray[np.intp],
+    y: NDArray[np.integer],
+    *,
+    folds: Folds,
+    subsets: Sequence[Subset],
+    whole: Probe,
+) -> list[tuple[Subset, Probe]]:
+    """Every subset's probes of the chosen candidate; fraction 1 is the run's own, `whole`.
+
+    A batch per fraction and draw, not one for all: over the rows of that subset alone it takes a share of the time,
+    and none is larger than the run's own.
+    """
+    if not subsets:
+        return []
+    X = store.read(train, entry.model, entry.view, pooling, rows=rows)
+    curve = []
+    with progress(f"learning curve {entry.model}", len(subsets), "subsets") as advance:
+        for subset in subsets:
+            curve.append((subset, whole if subset.fraction == 1 else fit_subset(X, y, folds, subset)))
+            advance(1)
+    return curve
+
+
+def _validation(name: str, samples: Samples, folds: Folds, probe: Probe) -> Predictions:
+    return predictions_of(name, samples, split=VALIDATION, fold=folds.fold, logit=probe.validation_logit)
+
+
+def _score(X: NDArray[np.floating], name: str, samples: Samples, probe: Probe) -> Predictions:
     logits = predict_logits(X, probe.coef, probe.intercept)  # (m, F)
-    return predictions_of(name, samples.select(rows), split=TEST, fold=np.arange(logits.shape[1]), logit=logits)
+    return predictions_of(name, samples, split=TEST, fold=np.arange(logits.shape[1]), logit=logits)

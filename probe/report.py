@@ -1,123 +1,433 @@
-"""How are runs laid beside each other? One table shaped like the paper's Table 3, published figures next to ours."""
+"""What do runs say together? One comparison per test set, computed from run folders alone.
+
+    folders -> read_runs -> collect -> Report -> probe.page (HTML), probe.tables (Markdown, LaTeX)
+
+Runs stand in one report only if they were trained on the same folds: a model that saw other slides cannot be set beside
+them. All runs on a set are judged on the same patches and the same resamples (`probe.evidence`).
+"""
 
 from __future__ import annotations
 
-import csv
+import os
+import time
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from functools import cache
-from importlib.resources import files
-from typing import TYPE_CHECKING, Any
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
-from probe.results import VALIDATION
+import numpy as np
+from numpy.typing import NDArray
 
-if TYPE_CHECKING:
-    from rich.table import Table
+from features.console import UserError, nearest, progress
+from features.samples import MISSING_VOTE, Samples, audit
+from probe.curve import CurvePoint, read_curve
+from probe.evidence import (
+    Comparison,
+    DomainView,
+    Ensemble,
+    RaterView,
+    Resampling,
+    by_agreement,
+    by_domain,
+    compare,
+    ensemble,
+    rows_of,
+)
+from probe.metrics import ECE_BINS, scores
+from probe.results import VALIDATION, Predictions, read_predictions, read_run, read_samples
 
-SOURCES = {"table-3": "paper, Table 3", "re-run": "authors' re-run"}
-_FIGURES = ("balanced_accuracy", "auroc")
+_NEEDED = (
+    "id",
+    "created",
+    "kind",
+    "model",
+    "method",
+    "train",
+    "view",
+    "pooling",
+    "options",
+    "folds",
+    "versions",
+    "cost",
+)
+_NOT_TELLING = frozenset({"view", "pooling", "fractions", "test"})  # the outcome is told, or the run is no other for it
+_DIGITS = 8  # of a digest, in names and messages
+_POINTS = 400  # at most, of a drawn curve
 
 
-@cache
-def published() -> tuple[dict[str, str], ...]:
-    """Published figures: source, date, model, method, dataset, balanced_accuracy, auroc, each with its std if given.
+@dataclass(frozen=True, eq=False)
+class Run:
+    """A run, read.
 
-    Source: Table 3 of Banerjee et al. 2025 (arXiv 2506.21444v1), and the authors' later re-run in the notebooks of the
-    AMi-Br_Benchmark repository (commit 3acf4dad). Means over five fold models on the same test images.
+    Attributes:
+        folder: where it is.
+        label: its name in tables: model and method, and what tells it from others of the same.
+        record: its run.json, with metrics.json under `metrics`.
+        predictions: all of them.
+        tables: dataset to the patch table of what was predicted.
+        curve: its learning curve; empty if it has none.
     """
-    with files("probe").joinpath("data/published.csv").open(encoding="utf-8") as file:
-        return tuple(csv.DictReader(file))
+
+    folder: Path
+    label: str
+    record: dict[str, Any]
+    predictions: Predictions
+    tables: dict[str, Samples]
+    curve: tuple[CurvePoint, ...]
 
 
-def leaderboard(runs: Sequence[Mapping[str, Any]]) -> Table:
-    """Runs (as `probe.results.read_run` gives them) as a table: mean ± std over fold models on every set.
+@dataclass(frozen=True)
+class FoldFigure:
+    """A figure of every fold model at threshold 0.5: each, mean and population standard deviation, as in the paper."""
 
-    Below each run stand the published figures for the same model and method, where there are any.
+    mean: float
+    std: float
+    each: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Confusion:
+    """Patches by label and prediction at the run's threshold."""
+
+    tp: int
+    fn: int
+    fp: int
+    tn: int
+
+
+@dataclass(frozen=True)
+class Curves:
+    """What is drawn of one run on one set.
+
+    Attributes:
+        roc: (false positive rate, true positive rate) from (0, 0) to (1, 1).
+        precision_recall: (recall, precision) from the lowest threshold to the highest.
+        calibration: (mean probability, observed rate, patches) of every bin of the calibration error that is not empty.
     """
-    from rich.table import Table
 
-    sets = list(dict.fromkeys(name for run in runs for name in run["metrics"]["sets"]))
-    table = Table(title="Mean ± std over fold models; threshold 0.5", title_style="bold", header_style="bold")
-    table.add_column("Model")
-    table.add_column("View, pooling")
-    for name in sets:
-        dataset, split = name.rsplit("/", 1)
-        title = f"{dataset}\n{'validation' if split == VALIDATION else 'test'}"
-        table.add_column(f"{title}\nbal. acc.", justify="right")
-        table.add_column(f"{title}\nAUROC", justify="right")
-    for run in runs:
-        cells = []
-        for name in sets:
-            figures = run["metrics"]["sets"].get(name)
-            cells += [_cell(figures["folds"][figure]) if figures else "" for figure in _FIGURES]
-        table.add_row(f"{run['model']} ({run['method']})", f"{run['view']}, {run['pooling']}", *cells)
-        for source, title in SOURCES.items():
-            rows = {
-                row["dataset"]: row
-                for row in published()
-                if (row["source"], row["model"], row["method"]) == (source, run["model"], run["method"])
-            }
-            if rows and run["train"] == "ami-br":
-                table.add_row(f"  {title}", "full, card", *_published_cells(sets, rows), style="dim")
-        table.add_section()
-    return table
+    roc: tuple[tuple[float, float], ...]
+    precision_recall: tuple[tuple[float, float], ...]
+    calibration: tuple[tuple[float, float, int], ...]
 
 
-def candidates_table(runs: Sequence[Mapping[str, Any]]) -> Table:
-    """What each run chose its view and pooling from: validation figures on training data, the choice marked."""
-    from rich.table import Table
+@dataclass(frozen=True)
+class OnSet:
+    """All runs on one set; every mapping is by run label.
 
-    table = Table(title="Chosen by cross-validation on training data", title_style="bold", header_style="bold")
-    for column in ("Model", "View", "Pooling", "Validation AUROC", "Validation bal. acc.", "C per fold", ""):
-        table.add_column(column, justify="right" if column.startswith("Validation") else "left")
-    for run in runs:
-        for candidate in run["candidates"]:
-            chosen = (candidate["view"], candidate["pooling"]) == (run["view"], run["pooling"])
-            table.add_row(
-                run["model"],
-                candidate["view"],
-                candidate["pooling"],
-                f"{candidate['validation_auroc']:.4f}",
-                f"{candidate['validation_balanced_accuracy']:.4f}",
-                " ".join(f"{c:g}" for c in candidate.get("chosen_strength", ())),
-                "chosen" if chosen else "",
-                style="bold" if chosen else "dim",
-            )
-        table.add_section()
-    return table
+    Attributes:
+        dataset, split: which set; split "validation" holds out-of-fold predictions.
+        n, n_positive: patches.
+        n_identical: sets of byte-identical patches among them.
+        comparison: figures with intervals, differences, ranks.
+        folds: figure to what the fold models reach.
+        confusion, curves: of the ensemble.
+        raters: by agreement of the raters; empty without two raters.
+        domains: by domain; empty without two domains.
+        missing: runs without predictions here.
+    """
+
+    dataset: str
+    split: str
+    n: int
+    n_positive: int
+    n_identical: int
+    comparison: Comparison
+    folds: dict[str, dict[str, FoldFigure]]
+    confusion: dict[str, Confusion]
+    curves: dict[str, Curves]
+    raters: dict[str, RaterView]
+    domains: dict[str, DomainView]
+    missing: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        return f"{self.dataset}/{self.split}"
+
+    @property
+    def title(self) -> str:
+        return f"{self.dataset}, {'out of fold' if self.split == VALIDATION else self.split}"
 
 
-def training_table(run: Mapping[str, Any]) -> Table:
-    """How a fine-tuned run's folds trained: epochs, the one that was kept, and its validation figures."""
-    from rich.table import Table
+@dataclass(frozen=True)
+class Report:
+    """Everything that is tabulated or drawn.
 
-    table = Table(title="Training: the epoch kept per fold", title_style="bold", header_style="bold")
-    columns = ("Fold", "Epochs", "Kept", "Loss", "Validation bal. acc.", "Validation AUROC", "Learning rate")
-    for column in columns:
-        table.add_column(column, justify="right")
-    for fold, (history, kept) in enumerate(zip(run["history"], run["best_epoch"], strict=True)):
-        best = history[kept]
-        table.add_row(
-            str(fold),
-            str(len(history)),
-            str(kept + 1),
-            f"{best['loss']:.4f}",
-            f"{best['balanced_accuracy']:.4f}",
-            f"{best['auroc']:.4f}",
-            f"{best['learning_rate']:.1e}",
+    Attributes:
+        created: when, in UTC.
+        version: of mitofm.
+        labels: of the runs, by date.
+        train: the dataset that all runs were trained on.
+        fold_digest, n_folds: of the assignment that all runs share.
+        how: of the resampling.
+        sets: the test sets, that of the training dataset first, then the out-of-fold predictions.
+        notes: what a reader must know: sets that runs lack, identical patches, what was left out.
+    """
+
+    created: str
+    version: str
+    labels: tuple[str, ...]
+    train: str
+    fold_digest: str
+    n_folds: int
+    how: Resampling
+    sets: tuple[OnSet, ...]
+    notes: tuple[str, ...]
+
+
+# ------------------------------------------------------------------------------------------------------------- reading
+
+
+def read_runs(runs: Path, *, named: Sequence[Path] = (), folds: str | None = None) -> tuple[list[Run], list[str]]:
+    """Runs that were trained on the same folds, by date, and notes on what was left out.
+
+    Args:
+        runs: the folder of all runs.
+        named: folders of runs; all in `runs` if there are none.
+        folds: the first digits of a fold digest; only runs on those folds are taken.
+
+    Raises:
+        UserError: no runs, damaged ones, or runs of different folds.
+    """
+    folders, notes = (list(named), []) if named else _folders(runs)
+    records = [(folder, _read_record(folder)) for folder in dict.fromkeys(folders)]
+    by_folds: dict[str, list[tuple[Path, dict[str, Any]]]] = defaultdict(list)
+    for folder, record in sorted(records, key=lambda found: (found[1]["created"], found[1]["id"])):
+        by_folds[str(record["folds"]["digest"])].append((folder, record))
+    chosen = [digest for digest in by_folds if folds is None or digest.startswith(folds)]
+    if not chosen:
+        known = [digest[:_DIGITS] for digest in by_folds]
+        raise UserError(f"no run has folds {folds}.{nearest(str(folds), known)} The runs have {', '.join(known)}.")
+    if len(chosen) > 1:
+        raise UserError(_different_folds({digest: by_folds[digest] for digest in chosen}))
+    left = sum(map(len, by_folds.values())) - len(by_folds[chosen[0]])
+    if left:
+        notes.append(
+            f"{left} run{'s' * (left > 1)} on other folds left out: different folds are never tabulated together."
         )
-    return table
+    kept = by_folds[chosen[0]]
+    labels = labels_of([record for _, record in kept])
+    return [_read(folder, record, label) for (folder, record), label in zip(kept, labels, strict=True)], notes
 
 
-def _cell(figure: Mapping[str, Any]) -> str:
-    return f"{figure['mean']:.4f} ± {figure['std']:.4f}"
+def _folders(runs: Path) -> tuple[list[Path], list[str]]:
+    if not runs.is_dir():
+        raise UserError(
+            f"{runs} does not exist. Expected the folder of all runs; make one with fm-probe or fm-finetune."
+        )
+    below = sorted(path for path in runs.iterdir() if path.is_dir() and not path.name.startswith("."))
+    found = [path for path in below if (path / "run.json").exists()]
+    unfinished = [path for path in below if (path / "training.json").exists() and path not in found]
+    notes = [f"{path.name} has not finished and is left out: fm-finetune --resume {path}" for path in unfinished]
+    if not found:
+        hint = f" {notes[0]}." if notes else " Make one with fm-probe or fm-finetune."
+        raise UserError(f"{runs} holds no finished run.{hint}")
+    return found, notes
 
 
-def _published_cells(sets: Sequence[str], rows: Mapping[str, Mapping[str, str]]) -> list[str]:
-    cells = []
-    for name in sets:
-        dataset, split = name.rsplit("/", 1)
-        row = rows.get(dataset) if split != VALIDATION else None
-        for figure in _FIGURES:
-            std = f" ± {row[f'{figure}_std']}" if row and row[f"{figure}_std"] else ""
-            cells.append(f"{row[figure]}{std}" if row else "")
-    return cells
+def _read_record(folder: Path) -> dict[str, Any]:
+    record = read_run(folder)
+    missing = [name for name in _NEEDED if name not in record] or [
+        f"folds.{name}" for name in ("n", "digest") if name not in record["folds"]
+    ]
+    if missing:
+        raise UserError(f"{folder}/run.json lacks {', '.join(missing)}: it is damaged. Run the command again.")
+    return record
+
+
+def _different_folds(by_folds: Mapping[str, Sequence[tuple[Path, Mapping[str, Any]]]]) -> str:
+    lines = [
+        f"  {digest[:_DIGITS]}: {found[0][1]['train']}, {found[0][1]['folds']['n']} folds, "
+        f"{len(found)} run{'s' * (len(found) > 1)} ({', '.join(folder.name for folder, _ in found[:3])}"
+        f"{', ...' if len(found) > 3 else ''})"
+        for digest, found in by_folds.items()
+    ]
+    first = next(iter(by_folds))[:_DIGITS]
+    return (
+        f"these runs were trained on {len(by_folds)} different fold assignments, and are never tabulated together:\n"
+        + "\n".join(lines)
+        + f"\nReport one of them, for instance: fm-report --folds {first}"
+    )
+
+
+def _read(folder: Path, record: dict[str, Any], label: str) -> Run:
+    predictions = read_predictions(folder)
+    held = {dataset for dataset, _ in predictions.sets()}
+    expected = [record["train"], *record.get("test", ())]
+    missing = [name for name in expected if name not in held]
+    if missing:
+        raise UserError(
+            f"{folder} says that it was scored on {', '.join(missing)}, but its predictions.csv has only "
+            f"{', '.join(sorted(held)) or 'none'}. Restore the file, or run the command again."
+        )
+    return Run(folder, label, record, predictions, read_samples(folder, predictions), read_curve(folder))
+
+
+def labels_of(records: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A distinct name for every run: model and method; then the options in which namesakes differ; then their ids."""
+    labels = [f"{record['model']} {record['method']}" for record in records]
+    for label in [label for label, count in Counter(labels).items() if count > 1]:
+        namesakes = [row for row, other in enumerate(labels) if other == label]
+        facts = [_facts(records[row]) for row in namesakes]
+        telling = [name for name in facts[0] if any(name in fact and fact[name] != facts[0][name] for fact in facts)]
+        for row, fact in zip(namesakes, facts, strict=True):
+            labels[row] = " ".join([label, *(_shown(name, fact[name]) for name in telling if name in fact)])
+    repeated = {label for label, count in Counter(labels).items() if count > 1}
+    return [
+        f"{label} #{str(record['id']).rpartition('-')[2]}" if label in repeated else label
+        for label, record in zip(labels, records, strict=True)
+    ]
+
+
+def _facts(record: Mapping[str, Any]) -> dict[str, Any]:
+    """What may tell a run from its namesakes: what came out of choosing, then what was asked for."""
+    asked = {name: value for name, value in record["options"].items() if name not in _NOT_TELLING}
+    nested = {inner: value for outer in asked.values() if isinstance(outer, dict) for inner, value in outer.items()}
+    return {
+        "view": record["view"],
+        "pooling": record["pooling"],
+        **nested,
+        **{name: value for name, value in asked.items() if not isinstance(value, dict)},
+    }
+
+
+def _shown(name: str, value: Any) -> str:
+    return str(value) if name in ("view", "pooling", "recipe") else f"{name}={'default' if value is None else value}"
+
+
+# ---------------------------------------------------------------------------------------------------------- collecting
+
+
+def collect(runs: Sequence[Run], notes: Sequence[str] = (), *, how: Resampling = Resampling()) -> Report:
+    """Compare runs on every set that any of them has.
+
+    Args:
+        runs: of `read_runs`.
+        notes: to begin with.
+        how: of the resampling.
+
+    Raises:
+        UserError: if runs disagree on a set's patches, labels or slides.
+    """
+    from importlib.metadata import version
+
+    train = str(runs[0].record["train"])
+    names = dict.fromkeys(pair for run in runs for pair in run.predictions.sets())
+    ordered = sorted(names, key=lambda pair: (pair[1] == VALIDATION, pair[0] != train))
+    with progress("compare", len(ordered), unit="sets") as advance, ThreadPoolExecutor(os.cpu_count()) as pool:
+
+        def on_set(pair: tuple[str, str]) -> OnSet:
+            found = _on_set(runs, *pair, how)
+            advance(1)
+            return found
+
+        sets = list(pool.map(on_set, ordered))
+    said = list(notes)
+    for on in sets:
+        said += [
+            f"{label} was not scored on {on.dataset}: run it again with --test {on.dataset}." for label in on.missing
+        ]
+        if on.n_identical:
+            said.append(
+                f"{on.title} holds {on.n_identical} sets of byte-identical patches; they count as separate patches."
+            )
+    return Report(
+        created=time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
+        version=version("mitofm"),
+        labels=tuple(run.label for run in runs),
+        train=train,
+        fold_digest=str(runs[0].record["folds"]["digest"]),
+        n_folds=int(runs[0].record["folds"]["n"]),
+        how=how,
+        sets=tuple(sets),
+        notes=tuple(dict.fromkeys(said)),
+    )
+
+
+def _on_set(runs: Sequence[Run], dataset: str, split: str, how: Resampling) -> OnSet:
+    having = [run for run in runs if (dataset, split) in run.predictions.sets()]
+    judged = {run.label: _ensemble(run, dataset, split) for run in having}
+    comparison = compare(judged, how=how)  # refuses runs of different patches
+    table = _fullest([run.tables[dataset] for run in having])
+    tables = {label: table.select(rows_of(on, table.id)) for label, on in judged.items()}  # in each run's own order
+    first = next(iter(tables.values()))
+    rated = ((first.votes != MISSING_VOTE).sum(axis=1) >= 2).any()
+    return OnSet(
+        dataset=dataset,
+        split=split,
+        n=len(first),
+        n_positive=int((first.label == 1).sum()),
+        n_identical=len(audit(first).duplicates),
+        comparison=comparison,
+        folds={run.label: _fold_figures(run.predictions, dataset, split) for run in having},
+        confusion={label: _confusion(on) for label, on in judged.items()},
+        curves={label: _curves(on) for label, on in judged.items()},
+        raters={label: by_agreement(on, tables[label].votes, how=how) for label, on in judged.items() if rated},
+        domains={
+            label: by_domain(on, tables[label].domain, how=how)
+            for label, on in judged.items()
+            if len(set(first.domain.tolist()) - {""}) >= 2
+        },
+        missing=tuple(run.label for run in runs if run not in having),
+    )
+
+
+def _fullest(tables: Sequence[Samples]) -> Samples:
+    """The patch table that knows most; runs without a samples.csv know least."""
+    return max(tables, key=lambda table: (table.votes.shape[1], (table.domain != "").sum(), (table.sha256 != "").sum()))
+
+
+def _ensemble(run: Run, dataset: str, split: str) -> Ensemble:
+    try:
+        return ensemble(run.predictions, dataset, split)
+    except UserError as error:
+        raise UserError(f"{run.folder}: {error}") from error
+
+
+def _fold_figures(predictions: Predictions, dataset: str, split: str) -> dict[str, FoldFigure]:
+    part = predictions.select((predictions.dataset == dataset) & (predictions.split == split))
+    per_fold = [
+        scores(part.label[part.fold == fold], part.probability[part.fold == fold]) for fold in np.unique(part.fold)
+    ]
+    return {
+        name: FoldFigure(
+            float(np.mean([figures[name] for figures in per_fold])),
+            float(np.std([figures[name] for figures in per_fold])),
+            tuple(figures[name] for figures in per_fold),
+        )
+        for name in per_fold[0]
+    }
+
+
+def _confusion(on: Ensemble) -> Confusion:
+    y, predicted = on.label == 1, on.probability >= on.threshold
+    return Confusion(
+        tp=int((y & predicted).sum()),
+        fn=int((y & ~predicted).sum()),
+        fp=int((~y & predicted).sum()),
+        tn=int((~y & ~predicted).sum()),
+    )
+
+
+def _curves(on: Ensemble) -> Curves:
+    y, p = on.label == 1, on.probability
+    order = np.argsort(-p, kind="stable")
+    last_of_tie = np.append(np.diff(p[order]) != 0, True)  # equal scores enter together
+    tp, n = np.cumsum(y[order])[last_of_tie], np.flatnonzero(last_of_tie) + 1
+    n_positive, n_negative = max(1, int(y.sum())), max(1, int((~y).sum()))
+    bins = np.minimum((p * ECE_BINS).astype(np.intp), ECE_BINS - 1)
+    count = np.bincount(bins, minlength=ECE_BINS)
+    filled = np.flatnonzero(count)
+    mean, rate = (np.bincount(bins, weights=values, minlength=ECE_BINS)[filled] / count[filled] for values in (p, y))
+    return Curves(
+        roc=((0.0, 0.0), *_thinned((n - tp) / n_negative, tp / n_positive)),
+        precision_recall=_thinned(tp / n_positive, tp / n),
+        calibration=tuple(zip(mean.tolist(), rate.tolist(), count[filled].tolist(), strict=True)),
+    )
+
+
+def _thinned(x: NDArray[np.float64], y: NDArray[np.float64]) -> tuple[tuple[float, float], ...]:
+    """The points of a curve, at most `_POINTS` of them, both ends kept."""
+    rows = np.unique(np.linspace(0, len(x) - 1, min(len(x), _POINTS)).astype(np.intp))
+    return tuple(zip(x[rows].tolist(), y[rows].tolist(), strict=True))

@@ -6,9 +6,10 @@ A run is a folder `runs/<id>/`. `run.json` is written last: a folder without it 
     predictions.csv  dataset, id, label, group, split, fold, logit, probability: every prediction of every fold's model
     samples.csv      the rows of the patch tables that were predicted: votes, domains and digests beside the above
     metrics.json     figures computed from predictions.csv by probe.evidence
+    learning_curve.csv  figures of probes fitted to fewer slides, where they were asked for
     *.safetensors    the weights; of a fine-tuned run in a folder per fold
 
-Tables, intervals and plots are computed from these files alone. run.json holds the SHA-256 of both CSV files.
+Tables, intervals and plots are computed from these files alone. run.json holds the SHA-256 of the CSV files.
 """
 
 from __future__ import annotations
@@ -155,9 +156,9 @@ def write_run(
             half.mkdir(parents=True)
             whole = save({name: np.ascontiguousarray(array) for name, array in weights.items()})
             write_file(half / "weights.safetensors", [whole])
-            for name, content in (files or {}).items():
-                write_file(half / name, [content])
-            finish_run(half, run, predictions, tables=tables, metrics=metrics, run_id=run_id, seconds=seconds)
+            finish_run(
+                half, run, predictions, tables=tables, metrics=metrics, run_id=run_id, seconds=seconds, files=files
+            )
             move_folder(half, runs / run_id)
     except BaseException:
         shutil.rmtree(half, ignore_errors=True)
@@ -174,22 +175,24 @@ def finish_run(
     metrics: Mapping[str, Any],
     run_id: str,
     seconds: float,
+    files: Mapping[str, bytes] | None = None,
 ) -> None:
     """Add to a folder that holds a run's weights what makes it a run; `run.json` comes last. See `write_run`.
 
     Raises:
         OSError: if the folder cannot be written.
     """
-    files = {
+    contents = {
         "predictions.csv": _predictions_csv(predictions),
         "samples.csv": _samples_csv(predictions, tables),
+        **(files or {}),
     }
     record = {
         "format": RUN_FORMAT,
         "id": run_id,
         "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         **run,
-        "sha256": {name: hashlib.sha256(content).hexdigest() for name, content in files.items()},
+        "sha256": {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()},
         "versions": versions(),
         "cost": {
             **run.get("cost", {}),
@@ -197,7 +200,7 @@ def finish_run(
             "peak_memory_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
         },
     }
-    for name, content in files.items():
+    for name, content in contents.items():
         write_file(folder / name, [content])
     write_file(folder / "metrics.json", [_json(metrics)])
     write_file(folder / "run.json", [_json(record)])
@@ -263,7 +266,7 @@ def read_predictions(folder: Path) -> Predictions:
         UserError: if the file is missing, is not the one that the run wrote, lacks a column, or holds a malformed row.
     """
     path = folder / "predictions.csv"
-    columns = _read_columns(folder, path.name, COLUMNS)
+    columns = read_columns(folder, path.name, COLUMNS)
     try:
         predictions = Predictions(
             dataset=np.array(columns["dataset"], dtype=np.str_),
@@ -297,7 +300,7 @@ def read_samples(folder: Path, predictions: Predictions) -> dict[str, Samples]:
     path = folder / "samples.csv"
     if not path.exists():
         return {name: _samples_of(predictions, name) for name in dict.fromkeys(predictions.dataset.tolist())}
-    columns = _read_columns(folder, path.name, SAMPLE_COLUMNS)
+    columns = read_columns(folder, path.name, SAMPLE_COLUMNS)
     dataset = np.array(columns["dataset"], dtype=np.str_)
     try:
         tables = {name: _table(columns, np.flatnonzero(dataset == name)) for name in dict.fromkeys(columns["dataset"])}
@@ -336,8 +339,17 @@ def _samples_of(predictions: Predictions, dataset: str) -> Samples:
     return make_samples(of.id.tolist(), of.label.tolist(), sha256=[""] * len(of.id), group=of.group.tolist())
 
 
-def _read_columns(folder: Path, name: str, expected: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
-    """The columns of a CSV file of a run, as text; the file must be the one that the run wrote."""
+def read_columns(folder: Path, name: str, expected: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
+    """The columns of a CSV file of a run, as text.
+
+    Args:
+        folder: of the run.
+        name: of the file.
+        expected: the columns, in order.
+
+    Raises:
+        UserError: if the file is missing, has other columns or ragged rows, or is not the one that the run wrote.
+    """
     path = folder / name
     try:
         content = path.read_bytes()

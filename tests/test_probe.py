@@ -13,8 +13,8 @@ from probe import protocol
 from probe.evidence import evaluate
 from probe.metrics import auroc
 from probe.protocol import ProbeOptions, fit_exact, probe_store
-from probe.report import leaderboard, published
 from probe.results import read_predictions, read_run
+from probe.tables import leaderboard, published
 
 WIDTH = 12
 

@@ -1,0 +1,119 @@
+"""How do runs, patches and embeddings come together in one page? Here, because only this layer may see all three.
+
+What the page says is computed from run folders by `probe.report`; patches and the feature store add pictures and the
+map, as far as they are at hand and still what the runs saw. No patches are downloaded for a report.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from extract.datasets import DATASETS, PatchDataset, load_dataset, local_data
+from features.console import UserError, say
+from features.files import write_file, writing
+from probe.evidence import Resampling
+from probe.gallery import Pixels, embedding_maps, make_thumbnails, open_store, shown
+from probe.page import html
+from probe.report import Report, Run, collect, read_runs
+from probe.tables import grids, latex, markdown
+
+Format = Literal["html", "markdown", "latex"]
+
+
+def make_report(
+    runs: Path,
+    *,
+    named: Sequence[Path] = (),
+    folds: str | None = None,
+    format: Format = "html",
+    data: Path | None = None,
+    store: Path | None = None,
+    how: Resampling = Resampling(),
+) -> tuple[str, Report, list[Run]]:
+    """Compare runs.
+
+    Args:
+        runs: the folder of all runs.
+        named: folders of runs, instead of all.
+        folds: the first digits of a fold digest: only runs on those folds.
+        format: "html" for the page; "markdown" or "latex" for its two main tables.
+        data: the folder of the known datasets.
+        store: the feature store that the map is drawn from; None for the one that runs were probed from.
+        how: of the resampling.
+
+    Returns:
+        The text, what it tells, and the runs.
+
+    Raises:
+        UserError: no runs, damaged ones, runs of different folds, or of different patches.
+    """
+    read, notes = read_runs(runs, named=named, folds=folds)
+    report = collect(read, notes, how=how)
+    if format != "html":
+        table = markdown if format == "markdown" else latex
+        return "\n".join(table(grid) for grid in grids(report, read)), report, read
+    patches = shown(report, read)
+    opened = open_store(read, store)
+    thumbnails = make_thumbnails(patches, report, _pixels(report, read, data))
+    maps = embedding_maps(patches, report, read, opened) if opened else []
+    return html(report, read, patches=patches, thumbnails=thumbnails, maps=maps), report, read
+
+
+def write_report(text: str, out: Path) -> None:
+    """Write the page, whole or not at all.
+
+    Raises:
+        UserError: if it cannot be written.
+    """
+    with writing(out.parent):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        write_file(out, [text.encode()])
+
+
+def _pixels(report: Report, runs: Sequence[Run], data: Path | None) -> dict[str, Pixels]:
+    """What reads the patches of every dataset that is at hand and has not changed since the runs."""
+    found = {}
+    for dataset in dict.fromkeys(on.dataset for on in report.sets):
+        run = next(run for run in runs if dataset in run.tables)
+        try:
+            patches = _patches(dataset, run.record, data)
+        except UserError as error:
+            say(f"No pictures of {dataset}: {error}")
+            continue
+        if patches is not None:
+            found[dataset] = _reader(patches)
+    return found
+
+
+def _patches(dataset: str, record: dict[str, Any], data: Path | None) -> PatchDataset | None:
+    if record_of := DATASETS.get(dataset):
+        here = local_data(data)
+        if record_of.folder and here is None:
+            say(f"No pictures of {dataset}: give the folder of the datasets with --data.")
+            return None
+        patches = load_dataset(dataset, data=here)
+    else:
+        where = record.get("sources", {}).get(dataset, "")
+        if not Path(where).is_absolute() or not Path(where).exists():
+            say(f"No pictures of {dataset}: {where or 'where they lie'} is not {'there' if where else 'known'}.")
+            return None
+        patches = load_dataset(where, positive=record["label_names"][1])
+    expected = record.get("table_digests", {}).get(dataset)
+    if patches.samples.table_digest != expected:
+        say(f"No pictures of {dataset}: the patches at hand are not those of {record['id']}.")
+        return None
+    return patches
+
+
+def _reader(patches: PatchDataset) -> Pixels:
+    row = {id: row for row, id in enumerate(patches.samples.id.tolist())}
+
+    def read(id: str) -> NDArray[np.uint8]:
+        return patches.decode(row[id])
+
+    return read

@@ -1,0 +1,221 @@
+"""How do figures look? SVG drawn by hand: it follows the page's light or dark theme, prints, and needs no script.
+
+Lines are told apart by dash and number as well as by colour; the style sheet gives class `s0` .. `s7` both. A plotting
+library's SVG carries style attributes, which the page's content policy forbids.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from markupsafe import Markup
+
+N_STYLES = 8
+_ROW = 26  # height of a row of the interval plot
+_LABEL = 250  # width of its labels
+_PANEL = 300  # width of a panel
+_GAP = 34
+_SIDE = 300  # of a square plot
+_MARGIN = 44
+_MOST_LETTERS = 40
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of the interval plot; for every panel a value, its ends, and what else is marked.
+
+    Attributes:
+        label: the run.
+        style: number of its line style.
+        value, low, high: per panel; NaN where there is none.
+        folds: per panel, what each fold model reaches.
+        published: per panel, (source, value) of published figures.
+    """
+
+    label: str
+    style: int
+    value: Sequence[float]
+    low: Sequence[float]
+    high: Sequence[float]
+    folds: Sequence[Sequence[float]]
+    published: Sequence[Sequence[tuple[str, float]]]
+
+
+@dataclass(frozen=True)
+class Line:
+    """A line of a square plot: (x, y) points, a label, and what a pointer on it says."""
+
+    label: str
+    style: int
+    points: Sequence[tuple[float, float]]
+    said: str
+    spread: Sequence[float] = ()  # above and below every point
+
+
+def intervals(panels: Sequence[str], rows: Sequence[Row], *, title: str) -> Markup:
+    """Values with their intervals, a panel per figure, a row per run."""
+    height = _ROW * len(rows)
+    width = _LABEL + len(panels) * (_PANEL + _GAP)
+    body = [
+        _text(_LABEL - 12, 30 + _ROW * (number + 0.5), _short(row.label), "label end", row.label)
+        for number, row in enumerate(rows)
+    ]
+    for panel, name in enumerate(panels):
+        seen = [
+            value
+            for row in rows
+            for value in (
+                *(row.value[panel], row.low[panel], row.high[panel], *row.folds[panel]),
+                *(value for _, value in row.published[panel]),
+            )
+            if math.isfinite(value)
+        ]
+        ticks = _ticks(min(seen, default=0.0), max(seen, default=1.0))
+        left = _LABEL + panel * (_PANEL + _GAP)
+        scale = _Scale(ticks[0], ticks[-1], left, left + _PANEL)
+        body.append(_text(left + _PANEL / 2, 14, name, "head"))
+        for tick in ticks:
+            body.append(_line(scale(tick), 24, scale(tick), 30 + height, "grid"))
+            body.append(_text(scale(tick), 46 + height, f"{tick:.2f}".lstrip("0") or "0", "tick"))
+        for number, row in enumerate(rows):
+            body += _marks(row, panel, scale, 30 + _ROW * (number + 0.5))
+    return _svg(width, height + 56, title, body)
+
+
+def _marks(row: Row, panel: int, scale: _Scale, y: float) -> Iterator[Markup]:
+    for value in row.folds[panel]:
+        if math.isfinite(value):
+            yield _line(scale(value), y - 6, scale(value), y + 6, "fold")
+    low, high, value = row.low[panel], row.high[panel], row.value[panel]
+    said = f"{row.label}: {value:.3f} ({low:.3f} to {high:.3f})"
+    if math.isfinite(low):
+        yield Markup('<g class="s{}">{}</g>').format(row.style, _line(scale(low), y, scale(high), y, "interval", said))
+    if math.isfinite(value):
+        yield Markup('<circle class="dot s{}" cx="{:.1f}" cy="{:.1f}" r="4.5"><title>{}</title></circle>').format(
+            row.style, scale(value), y, said
+        )
+    for source, published in row.published[panel]:
+        shape = "M0-5L5 0L0 5L-5 0Z" if source == "table-3" else "M-4-4H4V4H-4Z"
+        yield Markup(
+            '<path class="published" transform="translate({:.1f} {:.1f})" d="{}"><title>{}</title></path>'
+        ).format(scale(published), y, shape, f"{row.label}, {source}: {published:.4f}")
+
+
+def square(
+    lines: Sequence[Line], *, title: str, x: str, y: str, diagonal: bool = False, level: float | None = None
+) -> Markup:
+    """Curves in the unit square; `diagonal` and `level` are what chance or perfect calibration gives."""
+    across, up = _Scale(0, 1, _MARGIN, _MARGIN + _SIDE), _Scale(0, 1, 12 + _SIDE, 12)
+    body = list(_axes(across, up, [0, 0.2, 0.4, 0.6, 0.8, 1], [0, 0.2, 0.4, 0.6, 0.8, 1], x, y))
+    if diagonal:
+        body.append(_line(across(0), up(0), across(1), up(1), "chance"))
+    if level is not None:
+        body.append(_line(across(0), up(level), across(1), up(level), "chance"))
+    body += [_curve(line, across, up) for line in lines]
+    return _svg(_MARGIN + _SIDE + 14, _SIDE + 54, title, body)
+
+
+def reliability(bins: Sequence[tuple[float, float, int]], *, title: str, style: int) -> Markup:
+    """Observed rate over mean probability; a circle's area is its bin's number of patches."""
+    across, up = _Scale(0, 1, _MARGIN, _MARGIN + 190), _Scale(0, 1, 202, 12)
+    body = list(_axes(across, up, [0, 0.5, 1], [0, 0.5, 1], "mean probability", "observed rate"))
+    body.append(_line(across(0), up(0), across(1), up(1), "chance"))
+    most = max((count for _, _, count in bins), default=1)
+    for mean, rate, count in bins:
+        said = f"{count:,} patches: probability {mean:.2f}, observed {rate:.2f}"
+        body.append(
+            Markup('<circle class="bin s{}" cx="{:.1f}" cy="{:.1f}" r="{:.1f}"><title>{}</title></circle>').format(
+                style, across(mean), up(rate), 3 + 8 * math.sqrt(count / most), said
+            )
+        )
+    return _svg(_MARGIN + 204, 244, title, body)
+
+
+def over_slides(lines: Sequence[Line], *, title: str, y: str) -> Markup:
+    """Learning curves: a figure over the number of training slides."""
+    xs = [x for line in lines for x, _ in line.points]
+    ys = [
+        y + sign * spread
+        for line in lines
+        for (_, y), spread in zip(line.points, line.spread, strict=True)
+        for sign in (-1, 1)
+    ]
+    ticks = _ticks(min(ys), max(ys))
+    across, up = _Scale(0, max(xs) * 1.05, _MARGIN, _MARGIN + _SIDE), _Scale(ticks[0], ticks[-1], 12 + _SIDE, 12)
+    step = max(1, round(max(xs) / 5, -1)) if max(xs) >= 25 else 5
+    slides = [step * number for number in range(int(max(xs) * 1.05 / step) + 1)]
+    body = list(_axes(across, up, slides, ticks, "training slides", y))
+    for line in lines:
+        for (at, value), spread in zip(line.points, line.spread, strict=True):
+            bar = _line(across(at), up(value - spread), across(at), up(value + spread), "thin")
+            dot = Markup('<circle class="dot s{}" cx="{:.1f}" cy="{:.1f}" r="3"/>').format(
+                line.style, across(at), up(value)
+            )
+            body += [Markup('<g class="s{}">{}</g>').format(line.style, bar), dot]
+        body.append(_curve(line, across, up))
+    return _svg(_MARGIN + _SIDE + 14, _SIDE + 54, title, body)
+
+
+@dataclass(frozen=True)
+class _Scale:
+    """A value's place in pixels."""
+
+    low: float
+    high: float
+    start: float
+    end: float
+
+    def __call__(self, value: float) -> float:
+        return self.start + (value - self.low) / (self.high - self.low) * (self.end - self.start)
+
+
+def _ticks(low: float, high: float) -> list[float]:
+    """Round values from below `low` to above `high`, four to eight of them."""
+    step = next(step for step in (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0) if (high - low) / step <= 6 or step == 1)
+    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    return [round(step * number, 2) for number in range(first, max(last, first + 1) + 1)]
+
+
+def _axes(
+    across: _Scale, up: _Scale, x_ticks: Sequence[float], y_ticks: Sequence[float], x: str, y: str
+) -> Iterator[Markup]:
+    for tick in x_ticks:
+        yield _line(across(tick), up.start, across(tick), up.end, "grid")
+        yield _text(across(tick), up.start + 16, f"{tick:g}", "tick")
+    for tick in y_ticks:
+        yield _line(across.start, up(tick), across.end, up(tick), "grid")
+        yield _text(across.start - 6, up(tick), f"{tick:g}", "tick end")
+    yield _text((across.start + across.end) / 2, up.start + 34, x, "axis")
+    middle = (up.start + up.end) / 2
+    yield Markup('<text class="axis" transform="translate(11 {:.1f}) rotate(-90)">{}</text>').format(middle, y)
+
+
+def _curve(line: Line, across: _Scale, up: _Scale) -> Markup:
+    d = " ".join(f"{across(x):.1f},{up(y):.1f}" for x, y in line.points)
+    return Markup('<polyline class="curve s{}" points="{}"><title>{}</title></polyline>').format(
+        line.style, d, line.said
+    )
+
+
+def _line(x1: float, y1: float, x2: float, y2: float, name: str, said: str = "") -> Markup:
+    title = Markup("<title>{}</title>").format(said) if said else Markup()
+    return Markup('<line class="{}" x1="{:.1f}" y1="{:.1f}" x2="{:.1f}" y2="{:.1f}">{}</line>').format(
+        name, x1, y1, x2, y2, title
+    )
+
+
+def _text(x: float, y: float, text: str, name: str, said: str = "") -> Markup:
+    title = Markup("<title>{}</title>").format(said) if said and said != text else Markup()
+    return Markup('<text class="{}" x="{:.1f}" y="{:.1f}">{}{}</text>').format(name, x, y, text, title)
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= _MOST_LETTERS else text[: _MOST_LETTERS - 1] + "…"
+
+
+def _svg(width: float, height: float, title: str, body: Sequence[Markup]) -> Markup:
+    return Markup(
+        '<svg viewBox="0 0 {:.0f} {:.0f}" width="{:.0f}" height="{:.0f}" role="img" aria-label="{}">{}</svg>'
+    ).format(width, height, width, height, title, Markup("").join(body))

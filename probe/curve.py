@@ -1,0 +1,388 @@
+"""Would more slides help? Every fold's model again, trained on a share of its slides: a learning curve.
+
+Subsets are of whole slides and nested: a draw is one seeded permutation of the slides, and a fraction q takes the first
+ceil(q n) of the n that are left when the held-out folds are taken out. They follow from the patch table, the folds and
+the seed, so every model of a store trains on the same ones, and where curves cross, backbones differ and not the draws.
+
+Choosing the strength is part of learning from few slides. Where folds f and g are held out, the permutation is that of
+the draw, so one fit serves both, as in `probe.protocol`; but fold f judges it on those rows of g alone that f's own
+subset holds: a label that the subset does not have judges nothing.
+
+A slide here is what a fold never cuts (`features.folds.effective_groups`): a patch without a slide counts as one.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import astuple, dataclass, fields
+from fractions import Fraction
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from features.console import UserError
+from probe.metrics import scores
+from probe.results import Predictions, read_columns
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+CURVE_FILE = "learning_curve.csv"
+DRAWS = 3  # permutations per fraction below 1: with five folds, fifteen models
+_THOUSAND = 1000  # a fraction that works is named in thousandths
+_FIGURES = ("balanced_accuracy", "auroc")
+
+
+@dataclass(frozen=True, eq=False)
+class Subset:
+    """The slides that one fraction and draw leave to train on; m counts the combinations of held-out folds.
+
+    Attributes:
+        fraction: of the slides, in (0, 1].
+        draw: which permutation, from 0; fraction 1 has but one.
+        masks: (m, n) bool; the rows to train on.
+        n_slides: (m,) int; how many slides these are of.
+    """
+
+    fraction: float
+    draw: int
+    masks: NDArray[np.bool_]
+    n_slides: NDArray[np.intp]
+
+
+@dataclass(frozen=True)
+class CurvePoint:
+    """One fold's model on one set: a row of learning_curve.csv.
+
+    Attributes:
+        fraction, draw, fold: which model.
+        n_slides, n_patches, n_positive: what it trained on.
+        strength: the C chosen within that.
+        dataset, split: what it is judged on; of split "validation", the rows of its held-out fold.
+        balanced_accuracy, auroc: at threshold 0.5; NaN where the set lacks a class.
+    """
+
+    fraction: float
+    draw: int
+    fold: int
+    n_slides: int
+    n_patches: int
+    n_positive: int
+    strength: float
+    dataset: str
+    split: str
+    balanced_accuracy: float
+    auroc: float
+
+
+@dataclass(frozen=True)
+class CurveSummary:
+    """A fraction on one set, over all folds and draws: means, and population standard deviations of the figures.
+
+    Attributes:
+        dataset, split, fraction: of the points.
+        n_models: how many there are, folds times draws.
+        n_slides, n_patches, n_positive: what they trained on, mean.
+        balanced_accuracy, balanced_accuracy_std, auroc, auroc_std: NaN where a point's figure is.
+    """
+
+    dataset: str
+    split: str
+    fraction: float
+    n_models: int
+    n_slides: float
+    n_patches: float
+    n_positive: float
+    balanced_accuracy: float
+    balanced_accuracy_std: float
+    auroc: float
+    auroc_std: float
+
+
+def parse_fractions(text: str) -> tuple[float, ...]:
+    """A comma-separated option as distinct fractions, ascending.
+
+    Raises:
+        UserError: if there is none, or one is no number or not in (0, 1].
+    """
+    values = []
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        try:
+            values.append(float(part))
+        except ValueError:
+            raise UserError(
+                f"--fractions: {part!r} is no number. Give shares of the training slides, such as 0.1,0.25,0.5,1."
+            ) from None
+    if not values:
+        raise UserError("--fractions names none. Give shares of the training slides, such as 0.1,0.25,0.5,1.")
+    return checked_fractions(values)
+
+
+def checked_fractions(values: Iterable[float]) -> tuple[float, ...]:
+    """Distinct fractions, ascending.
+
+    Raises:
+        UserError: if one is not in (0, 1].
+    """
+    found = tuple(sorted(set(values)))
+    for value in found:
+        if not 0 < value <= 1:
+            raise UserError(
+                f"--fractions: {value:g} is no share of the training slides; expected more than 0 and at most 1, "
+                "such as 0.1,0.25,0.5,1."
+            )
+    return found
+
+
+def draw_subsets(
+    label: NDArray[np.integer],
+    fold: NDArray[np.intp],
+    slide: NDArray[np.intp],
+    *,
+    left_out: Sequence[tuple[int, ...]],
+    fractions: Sequence[float],
+    seed: int,
+) -> tuple[Subset, ...]:
+    """The subsets of every fraction and draw, in this order.
+
+    Args:
+        label: (n,) 0 or 1, of the training split.
+        fold: (n,) the fold in which each row validates.
+        slide: (n,) numbers of what is never cut.
+        left_out: (m) the held-out folds of every fit: one, or two where the strength is chosen.
+        fractions: of the slides, ascending.
+        seed: of the permutations.
+
+    Raises:
+        UserError: if a fraction is not in (0, 1], or so small that a fit lacks a class, or that a fold has none to
+            choose its strength on: one of the others in which its subset has both classes.
+    """
+    fractions = checked_fractions(fractions)
+    subsets = []
+    smallest = 0  # the fraction that is enough for every fit, in thousandths
+    short = ""  # what the first one that is not lacks
+    for draw in range(DRAWS):
+        places = [_places(slide, ~np.isin(fold, held), seed=(seed, draw)) for held in left_out]
+        for q in fractions:
+            if draw > 0 and q == 1:
+                continue
+            taken = [math.ceil(Fraction(str(q)) * n) for _, n in places]  # exact: 0.07 of 100 is 7, never 8
+            for held, (place, n), k in zip(left_out, places, taken, strict=True):
+                needed = _needed(place, n, label, fold, held)
+                # ceil(q n) slides are enough from q above (needed - 1) / n on.
+                smallest = max(smallest, (needed - 1) * _THOUSAND // n + 1)
+                if k < needed and not short:
+                    short = _too_few(q, draw, held, k, n)
+            masks = np.stack([place < k for (place, _), k in zip(places, taken, strict=True)])
+            subsets.append(Subset(q, draw, masks, np.array(taken, dtype=np.intp)))
+    if short:
+        raise UserError(f"{short} The smallest fraction that works is {smallest / _THOUSAND:g}.")
+    return tuple(sorted(subsets, key=lambda subset: (subset.fraction, subset.draw)))
+
+
+def curve_points(
+    subset: Subset, label: NDArray[np.integer], strength: Sequence[float], predictions: Predictions
+) -> list[CurvePoint]:
+    """What the models of one subset reach on the sets that they predict.
+
+    Args:
+        subset: its first F masks leave out one fold each, in order.
+        label: (n,) 0 or 1, of the training split.
+        strength: (F,) the C of every fold.
+        predictions: of every fold's model.
+    """
+    points = []
+    for dataset, split in predictions.sets():
+        part = predictions.select((predictions.dataset == dataset) & (predictions.split == split))
+        probability = part.probability
+        for f, C in enumerate(strength):
+            figures = scores(part.label[part.fold == f], probability[part.fold == f])
+            points.append(
+                CurvePoint(
+                    fraction=subset.fraction,
+                    draw=subset.draw,
+                    fold=f,
+                    n_slides=int(subset.n_slides[f]),
+                    n_patches=int(subset.masks[f].sum()),
+                    n_positive=int((subset.masks[f] & (label == 1)).sum()),
+                    strength=float(C),
+                    dataset=dataset,
+                    split=split,
+                    **{name: figures[name] for name in _FIGURES},
+                )
+            )
+    return points
+
+
+def curve_csv(points: Iterable[CurvePoint]) -> bytes:
+    """The content of learning_curve.csv; a figure that does not exist is an empty cell."""
+    file = io.StringIO()
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerow(field.name for field in fields(CurvePoint))
+    for point in sorted(points, key=lambda point: (point.fraction, point.draw, point.fold)):
+        cells = astuple(point)
+        writer.writerow("" if isinstance(value, float) and math.isnan(value) else value for value in cells)
+    return file.getvalue().encode()
+
+
+def read_curve(folder: Path) -> tuple[CurvePoint, ...]:
+    """A run's learning curve; empty if it has none.
+
+    Raises:
+        UserError: if the file is not the one that the run wrote, or holds a malformed or impossible value.
+    """
+    path = folder / CURVE_FILE
+    if not path.exists():
+        return ()
+    columns = read_columns(folder, CURVE_FILE, tuple(field.name for field in fields(CurvePoint)))
+    points = []
+    for line, row in enumerate(zip(*columns.values(), strict=True), start=2):
+        try:
+            points.append(_point(row))
+        except ValueError as error:
+            raise UserError(f"{path} is damaged (line {line}: {error}). Run fm-probe again.") from None
+    return tuple(points)
+
+
+def summarise(points: Iterable[CurvePoint]) -> tuple[CurveSummary, ...]:
+    """Every set's fractions, ascending, over all folds and draws; sets in order of appearance."""
+    of: dict[tuple[str, str], dict[float, list[CurvePoint]]] = {}
+    for point in points:
+        of.setdefault((point.dataset, point.split), {}).setdefault(point.fraction, []).append(point)
+    return tuple(
+        _summary(dataset, split, fraction, of[dataset, split][fraction])
+        for dataset, split in of
+        for fraction in sorted(of[dataset, split])
+    )
+
+
+def curve_tables(curves: Mapping[str, Sequence[CurvePoint]]) -> list[Table]:
+    """A table per set: by run (named by the keys) and fraction, what was trained on and what it reached."""
+    from rich.table import Table
+
+    tables: dict[tuple[str, str], Table] = {}
+    for name, points in curves.items():
+        previous: tuple[str, str] | None = None
+        for row in summarise(points):
+            key = (row.dataset, row.split)
+            if key not in tables:
+                title = f"Learning curve, {row.dataset}/{row.split}: mean ± std over folds and draws; threshold 0.5"
+                tables[key] = Table(title=title, title_style="bold", header_style="bold")
+                tables[key].add_column("Model")
+                for column in ("Fraction", "Slides", "Patches", "AUROC", "Bal. acc."):
+                    tables[key].add_column(column, justify="right")
+            if key != previous:
+                tables[key].add_section()
+            tables[key].add_row(
+                name if key != previous else "",
+                f"{row.fraction:g}",
+                f"{row.n_slides:,.0f}",
+                f"{row.n_patches:,.0f}",
+                _cell(row.auroc, row.auroc_std),
+                _cell(row.balanced_accuracy, row.balanced_accuracy_std),
+            )
+            previous = key
+    return list(tables.values())
+
+
+def _places(slide: NDArray[np.intp], left: NDArray[np.bool_], *, seed: tuple[int, int]) -> tuple[NDArray[np.intp], int]:
+    """(n,) the place of each row's slide in the permutation of those with a row left, and how many these are.
+
+    Rows that are held out come after all of them.
+    """
+    n_slides = int(slide.max()) + 1
+    rank = np.empty(n_slides, dtype=np.intp)
+    # RandomState, not Generator: its permutations are guaranteed never to change.
+    rank[np.random.RandomState(seed).permutation(n_slides)] = np.arange(n_slides)
+    _, place = np.unique(rank[slide[left]], return_inverse=True)
+    n_left = int(place.max()) + 1
+    places = np.full(len(slide), n_left, dtype=np.intp)
+    places[left] = place
+    return places, n_left
+
+
+def _needed(
+    place: NDArray[np.intp], n_left: int, label: NDArray[np.integer], fold: NDArray[np.intp], held: tuple[int, ...]
+) -> int:
+    """How many slides, first ones first, it takes to fit with these folds held out.
+
+    Both classes; for a single fold even within one of the others, to choose the strength on.
+    """
+
+    def both(rows: NDArray[np.bool_]) -> int:
+        return max(int(place[rows & (label == value)].min(initial=n_left)) for value in (0, 1)) + 1
+
+    if len(held) > 1:
+        return both(place < n_left)
+    return min(both(fold == g) for g in np.unique(fold) if g not in held)
+
+
+def _too_few(fraction: float, draw: int, held: tuple[int, ...], taken: int, n_left: int) -> str:
+    where = f"fold{'s' * (len(held) > 1)} {' and '.join(map(str, held))}"
+    lack = "of one class only" if len(held) > 1 else "and no other fold has both classes in them, to choose C on"
+    return (
+        f"--fractions: {fraction:g} is too small. With {where} held out it leaves {taken} of {n_left} slides to train "
+        f"on (draw {draw}), {lack}."
+    )
+
+
+def _point(row: Sequence[str]) -> CurvePoint:
+    if len(row) != len(fields(CurvePoint)):
+        raise ValueError(f"{len(row)} cells, expected {len(fields(CurvePoint))}")
+    fraction, draw, fold, n_slides, n_patches, n_positive, strength, dataset, split, *figures = row
+    accuracy, area = (float(cell) if cell else math.nan for cell in figures)
+    point = CurvePoint(
+        fraction=float(fraction),
+        draw=int(draw),
+        fold=int(fold),
+        n_slides=int(n_slides),
+        n_patches=int(n_patches),
+        n_positive=int(n_positive),
+        strength=float(strength),
+        dataset=dataset,
+        split=split,
+        balanced_accuracy=accuracy,
+        auroc=area,
+    )
+    if not 0 < point.fraction <= 1:
+        raise ValueError(f"the fraction is {point.fraction:g}")
+    if min(point.draw, point.fold) < 0 or not 0 < point.n_slides <= point.n_patches:
+        raise ValueError("impossible numbers")
+    if not 0 < point.n_positive < point.n_patches or not 0 < point.strength < math.inf:
+        raise ValueError("impossible numbers")
+    for name in _FIGURES:
+        value = getattr(point, name)
+        if not (0 <= value <= 1 or math.isnan(value)):
+            raise ValueError(f"{name} is {value:g}")
+    return point
+
+
+def _summary(dataset: str, split: str, fraction: float, points: Sequence[CurvePoint]) -> CurveSummary:
+    def mean(name: str) -> float:
+        return float(np.mean([getattr(point, name) for point in points]))
+
+    def std(name: str) -> float:
+        return float(np.std([getattr(point, name) for point in points]))
+
+    return CurveSummary(
+        dataset=dataset,
+        split=split,
+        fraction=fraction,
+        n_models=len(points),
+        n_slides=mean("n_slides"),
+        n_patches=mean("n_patches"),
+        n_positive=mean("n_positive"),
+        balanced_accuracy=mean("balanced_accuracy"),
+        balanced_accuracy_std=std("balanced_accuracy"),
+        auroc=mean("auroc"),
+        auroc_std=std("auroc"),
+    )
+
+
+def _cell(mean: float, std: float) -> str:
+    return "none" if math.isnan(mean) else f"{mean:.4f} ± {std:.4f}"

@@ -1,0 +1,359 @@
+"use strict";
+// Sorting, theme, map and gallery. Everything comes from the two JSON elements of the page; text is only ever set as text.
+const data = JSON.parse(document.getElementById("data").textContent);
+const n = data.id.length;
+const css = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
+const make = (tag, text, name) => {
+  const element = document.createElement(tag);
+  if (text !== undefined) element.textContent = text;
+  if (name) element.className = name;
+  return element;
+};
+
+// ---------------------------------------------------------------------------------------------------------------- theme
+const theme = document.getElementById("theme");
+const prefersDark = matchMedia("(prefers-color-scheme: dark)");
+const isDark = () => (document.documentElement.dataset.theme ?? (prefersDark.matches ? "dark" : "light")) === "dark";
+const redraws = [];
+const themed = () => {
+  theme.textContent = isDark() ? "Light" : "Dark";
+  theme.setAttribute("aria-label", `Switch to the ${isDark() ? "light" : "dark"} theme`);
+  for (const redraw of redraws) redraw();
+};
+theme.hidden = false;
+theme.addEventListener("click", () => {
+  document.documentElement.dataset.theme = isDark() ? "light" : "dark";
+  themed();
+});
+prefersDark.addEventListener("change", themed);
+
+// -------------------------------------------------------------------------------------------------------------- sorting
+for (const table of document.querySelectorAll("table.sortable")) {
+  const headings = [...table.tHead.rows[table.tHead.rows.length - 1].cells];
+  headings.forEach((heading, column) => {
+    const button = make("button");
+    button.type = "button";
+    button.append(...heading.childNodes);
+    heading.append(button);
+    heading.classList.add("sorts");
+    button.addEventListener("click", () => {
+      const descending = heading.getAttribute("aria-sort") !== "descending";
+      headings.forEach((other) => other.removeAttribute("aria-sort"));
+      heading.setAttribute("aria-sort", descending ? "descending" : "ascending");
+      const key = (row) => {
+        const cell = row.cells[column];
+        const value = cell.dataset.value;
+        return value === undefined ? cell.textContent.trim() : value === "" || value === "nan" ? -Infinity : Number(value);
+      };
+      const compare = (a, b) => (typeof a === "string" ? a.localeCompare(b) : a - b);
+      const rows = [...table.tBodies[0].rows].sort((a, b) => (descending ? -1 : 1) * compare(key(a), key(b)));
+      table.tBodies[0].append(...rows);
+    });
+  });
+}
+
+// ----------------------------------------------------------------------------------------------------------- thumbnails
+const { size, side, sheets, place } = data.thumbnails;
+const decoded = new Map(); // sheet number to a promise of its image
+const sheetOf = (number) => {
+  if (!decoded.has(number)) {
+    const image = new Image();
+    image.src = `data:image/webp;base64,${sheets[number]}`;
+    decoded.set(number, image.decode().then(() => image));
+  }
+  return decoded.get(number);
+};
+const drawPatch = async (canvas, row) => {
+  const at = place[row];
+  canvas.dataset.row = row;
+  if (at < 0) return;
+  const image = await sheetOf(Math.floor(at / (side * side)));
+  if (canvas.dataset.row !== String(row)) return; // another patch was asked for meanwhile
+  const inSheet = at % (side * side);
+  const context = canvas.getContext("2d");
+  context.imageSmoothingQuality = "high";
+  context.drawImage(image, (inSheet % side) * size, Math.floor(inSheet / side) * size, size, size, 0, 0, canvas.width, canvas.height);
+};
+
+// -------------------------------------------------------------------------------------------------------------- patches
+const votesOf = (row) => data.votes[data.vote[row]];
+const dissent = (row) => {
+  const given = [...votesOf(row)].filter((vote) => vote !== "-");
+  const positive = given.filter((vote) => vote === "1").length;
+  return given.length < 2 ? 0 : Math.min(positive, given.length - positive) / given.length;
+};
+const thresholdOf = (run, row) => data.thresholds[run][data.on[row]];
+const saysPositive = (run, row) => data.probability[run][row] >= thresholdOf(run, row);
+const has = (run, row) => data.probability[run][row] !== null;
+const outcome = (run, row) => {
+  if (!has(run, row)) return "none";
+  const positive = saysPositive(run, row);
+  return positive === (data.label[row] === 1) ? "right" : positive ? "alarm" : "missed";
+};
+const OUTCOMES = {
+  right: "✓ correct", missed: `✗ missed ${data.names[1]}`, alarm: `✗ false ${data.names[1]}`, none: "not scored",
+};
+// How far beyond the threshold a mistake lies, as a share of the way; below zero for what is right.
+const wrongness = (run, row) => {
+  if (!has(run, row)) return -2;
+  const p = data.probability[run][row];
+  const t = thresholdOf(run, row);
+  const beyond = p >= t ? (p - t) / Math.max(1 - t, 1e-9) : (t - p) / Math.max(t, 1e-9);
+  return outcome(run, row) === "right" ? -beyond : beyond;
+};
+const spread = (row) => {
+  const scores = data.runs.map((_, run) => data.probability[run][row]).filter((p) => p !== null);
+  return scores.length < 2 ? 0 : Math.max(...scores) - Math.min(...scores);
+};
+const describe = (row) => {
+  const lines = [`label ${data.names[data.label[row]]}`];
+  const votes = [...votesOf(row)].filter((vote) => vote !== "-");
+  if (votes.length) lines[0] += `, votes ${votes.filter((vote) => vote === "1").length}/${votes.length}`;
+  const from = [data.groups[data.group[row]], data.domains[data.domain[row]]].filter(Boolean);
+  if (from.length) lines.push(from.join(", "));
+  return lines;
+};
+const scoresOf = (row) => data.runs.map((run, k) => (has(k, row) ? `${run} ${data.probability[k][row].toFixed(3)}` : "")).filter(Boolean);
+
+// -------------------------------------------------------------------------------------------------------------- gallery
+const PAGE = 48;
+const filters = document.getElementById("filters");
+const tiles = document.getElementById("tiles");
+const count = document.getElementById("count");
+const more = document.getElementById("more");
+let found = [];
+let shown = 0;
+
+data.domains.map((name, k) => [name, k]).filter(([name]) => name).sort().forEach(([name, k]) => {
+  const option = make("option", name);
+  option.value = k;
+  filters.elements.domain.append(option);
+});
+for (const [name, empty] of [["domain", data.domains.every((d) => !d)], ["agreement", data.votes.every((v) => v.length < 2)]]) {
+  filters.elements[name].disabled = empty;
+}
+
+const tileOf = (row, run) => {
+  const tile = make("figure", undefined, `tile ${outcome(run, row) === "right" ? "right" : "wrong"}`);
+  const canvas = make("canvas");
+  canvas.width = canvas.height = Math.max(size, 1);
+  canvas.setAttribute("role", "img");
+  canvas.setAttribute("aria-label", `Patch ${data.id[row]}`);
+  const caption = make("figcaption");
+  const p = data.probability[run][row];
+  caption.append(make("div", `${OUTCOMES[outcome(run, row)]}${p === null ? "" : ` ${p.toFixed(3)}`}`, "outcome"));
+  for (const line of describe(row)) caption.append(make("div", line));
+  caption.append(make("div", data.id[row], "ends"), make("div", data.sets[data.on[row]].title, "ends"));
+  tile.title = [data.id[row], ...scoresOf(row)].join("\n");
+  tile.append(canvas, caption);
+  drawPatch(canvas, row);
+  return tile;
+};
+
+const showMore = () => {
+  const run = Number(filters.elements.run.value);
+  const next = found.slice(shown, shown + PAGE);
+  tiles.append(...next.map((row) => tileOf(row, run)));
+  shown += next.length;
+  more.hidden = shown >= found.length;
+  more.textContent = `Show ${Math.min(PAGE, found.length - shown)} more`;
+  count.textContent = `${shown.toLocaleString("en")} of ${found.length.toLocaleString("en")} patches`;
+};
+
+const filter = () => {
+  const wanted = Object.fromEntries(new FormData(filters));
+  const run = Number(wanted.run);
+  const text = (wanted.search ?? "").trim().toLowerCase();
+  found = [];
+  for (let row = 0; row < n; row += 1) {
+    const is = outcome(run, row);
+    if (wanted.set ? data.on[row] !== Number(wanted.set) : data.sets[data.on[row]].validation && data.sets.length > 1) continue;
+    if (wanted.label && data.label[row] !== Number(wanted.label)) continue;
+    if (wanted.outcome === "wrong" ? is !== "missed" && is !== "alarm" : wanted.outcome && is !== wanted.outcome) continue;
+    if (wanted.agreement === "disputed" && dissent(row) === 0) continue;
+    if (wanted.agreement === "unanimous" && (dissent(row) > 0 || votesOf(row).length < 2)) continue;
+    if (wanted.domain && data.domain[row] !== Number(wanted.domain)) continue;
+    if (text && !`${data.id[row]} ${data.groups[data.group[row]]}`.toLowerCase().includes(text)) continue;
+    found.push(row);
+  }
+  const keys = {
+    wrong: (row) => wrongness(run, row), disputed: (row) => dissent(row) + wrongness(run, row) / 100, differ: spread,
+    high: (row) => data.probability[run][row] ?? -1, low: (row) => -(data.probability[run][row] ?? 2),
+  };
+  const key = new Map(found.map((row) => [row, keys[wanted.order](row)]));
+  found.sort((a, b) => key.get(b) - key.get(a) || a - b);
+  shown = 0;
+  tiles.replaceChildren();
+  showMore();
+};
+filters.addEventListener("input", filter);
+filters.addEventListener("submit", (event) => event.preventDefault());
+more.addEventListener("click", () => {
+  const first = tiles.children.length;
+  showMore();
+  tiles.children[first]?.scrollIntoView({ block: "nearest" });
+});
+filter();
+
+// ------------------------------------------------------------------------------------------------------------------ map
+const canvas = document.getElementById("canvas");
+if (canvas) {
+  const controls = document.getElementById("map-controls");
+  const point = document.getElementById("point");
+  const legend = document.getElementById("map-legend");
+  const chosen = controls.elements;
+  const context = canvas.getContext("2d");
+  const MARGIN = 14;
+  let places = []; // [row, x, y] of every drawn patch
+  let current = -1; // index into places
+
+  const fillAxes = () => {
+    const map = data.maps[Number(chosen.map.value)];
+    for (const [k, select] of [chosen.x, chosen.y].entries()) {
+      select.replaceChildren(...map.explained.map((share, component) => {
+        const option = make("option", `component ${component + 1} (${(100 * share).toFixed(1)} %)`);
+        option.value = component;
+        return option;
+      }));
+      select.value = Math.min(k, map.explained.length - 1);
+    }
+  };
+
+  // Shape says the same as colour, so that the map reads without it.
+  const draw = (to, shape, x, y, colour, filled = true) => {
+    to.beginPath();
+    if (shape === 0) to.arc(x, y, 3.2, 0, 2 * Math.PI);
+    else if (shape === 1) { to.moveTo(x, y - 4.2); to.lineTo(x + 4, y + 3.2); to.lineTo(x - 4, y + 3.2); to.closePath(); }
+    else if (shape === 2) to.rect(x - 3, y - 3, 6, 6);
+    else { to.moveTo(x - 3.4, y - 3.4); to.lineTo(x + 3.4, y + 3.4); to.moveTo(x + 3.4, y - 3.4); to.lineTo(x - 3.4, y + 3.4); }
+    if (shape === 3) { to.strokeStyle = colour; to.lineWidth = 1.6; to.stroke(); }
+    else if (filled) { to.fillStyle = colour; to.fill(); }
+    else { to.strokeStyle = colour; to.lineWidth = 1.2; to.stroke(); }
+  };
+
+  const looks = () => {
+    const run = Number(chosen.run.value);
+    const colours = [0, 1, 2, 3, 4, 5, 6, 7].map((k) => css(`--s${k}`));
+    switch (chosen.colour.value) {
+      case "outcome":
+        return {
+          of: (row) => ({ right: [0, css("--soft")], missed: [1, css("--s1")], alarm: [2, css("--s4")], none: [3, css("--rule")] })[outcome(run, row)],
+          legend: [["correct", 0, css("--soft")], [`missed ${data.names[1]}`, 1, css("--s1")], [`false ${data.names[1]}`, 2, css("--s4")]],
+        };
+      case "probability": {
+        const shade = (p) => `hsl(${220 - 195 * p} 75% ${isDark() ? 62 : 45}%)`;
+        return {
+          of: (row) => (has(run, row) ? [data.label[row] ? 1 : 0, shade(data.probability[run][row])] : [3, css("--rule")]),
+          legend: [[`${data.names[0]}, probability 0`, 0, shade(0)], ["probability 0.5", 0, shade(0.5)], [`${data.names[1]}, probability 1`, 1, shade(1)]],
+        };
+      }
+      case "set":
+        return {
+          of: (row) => [data.on[row] % 4, colours[data.on[row] % 8]],
+          legend: data.sets.map((set, k) => [set.title, k % 4, colours[k % 8]]),
+        };
+      default:
+        return {
+          of: (row) => (data.label[row] ? [1, css("--s1")] : [0, css("--s0")]),
+          legend: [[data.names[0], 0, css("--s0")], [data.names[1], 1, css("--s1")]],
+        };
+    }
+  };
+
+  const redraw = () => {
+    const ratio = window.devicePixelRatio || 1;
+    const [width, height] = [760, 520];
+    canvas.width = width * ratio;
+    canvas.height = height * ratio;
+    context.setTransform(ratio, 0, 0, ratio, 0, 0);
+    context.clearRect(0, 0, width, height);
+    const components = data.maps[Number(chosen.map.value)].components;
+    const [xs, ys] = [components[Number(chosen.x.value)], components[Number(chosen.y.value)]];
+    const only = chosen.set.value;
+    const look = looks();
+    places = [];
+    const drawn = [];
+    context.globalAlpha = 0.7;
+    for (let row = 0; row < n; row += 1) {
+      if (xs[row] === null || (only && data.on[row] !== Number(only))) continue;
+      const x = MARGIN + (xs[row] / 1000) * (width - 2 * MARGIN);
+      const y = height - MARGIN - (ys[row] / 1000) * (height - 2 * MARGIN);
+      places.push([row, x, y]);
+      drawn.push([...look.of(row), x, y]);
+    }
+    drawn.sort((a, b) => a[0] - b[0]); // discs, the common case, below the other shapes
+    for (const [shape, colour, x, y] of drawn) draw(context, shape, x, y, colour);
+    context.globalAlpha = 1;
+    legend.replaceChildren(...look.legend.map(([text, shape, colour]) => {
+      const item = make("li");
+      const sign = make("canvas");
+      sign.width = sign.height = 14;
+      draw(sign.getContext("2d"), shape, 7, 7, colour);
+      item.append(sign, text);
+      return item;
+    }));
+    mark();
+  };
+
+  const mark = () => {
+    if (current < 0 || current >= places.length) return;
+    const [, x, y] = places[current];
+    context.beginPath();
+    context.arc(x, y, 7, 0, 2 * Math.PI);
+    context.strokeStyle = css("--ink");
+    context.lineWidth = 2;
+    context.stroke();
+  };
+
+  const select = (index) => {
+    if (index === current || index < 0) return;
+    current = index;
+    redraw();
+    const row = places[index][0];
+    const picture = make("canvas");
+    picture.width = picture.height = Math.max(size, 1) * 2;
+    drawPatch(picture, row);
+    const lines = [data.id[row], data.sets[data.on[row]].title, ...describe(row), ...scoresOf(row)];
+    point.replaceChildren(...(place[row] >= 0 ? [picture] : []), ...lines.map((line) => make("div", line)));
+  };
+
+  const nearest = (x, y, accept = () => true) => {
+    let [best, at] = [Infinity, -1];
+    places.forEach(([, px, py], index) => {
+      const distance = (px - x) ** 2 + (py - y) ** 2;
+      if (distance < best && accept(px, py, index)) [best, at] = [distance, index];
+    });
+    return [at, best];
+  };
+
+  canvas.addEventListener("pointermove", (event) => {
+    const box = canvas.getBoundingClientRect();
+    const [at, distance] = nearest(((event.clientX - box.left) / box.width) * 760, ((event.clientY - box.top) / box.height) * 520);
+    if (distance < 200) select(at);
+  });
+  canvas.addEventListener("keydown", (event) => {
+    const ways = { ArrowRight: [1, 0], ArrowLeft: [-1, 0], ArrowDown: [0, 1], ArrowUp: [0, -1] };
+    if (!(event.key in ways)) return;
+    event.preventDefault();
+    if (current < 0) { select(nearest(380, 260)[0]); return; }
+    const [dx, dy] = ways[event.key];
+    const [, x, y] = places[current];
+    // The nearest patch within 45 degrees of that way.
+    const [at] = nearest(x, y, (px, py, index) => {
+      const along = (px - x) * dx + (py - y) * dy;
+      const across = Math.abs((px - x) * dy) + Math.abs((py - y) * dx);
+      return index !== current && along > 0 && across <= along;
+    });
+    select(at);
+  });
+  controls.addEventListener("input", (event) => {
+    if (event.target === chosen.map) fillAxes();
+    current = -1;
+    redraw();
+  });
+  controls.addEventListener("submit", (event) => event.preventDefault());
+  fillAxes();
+  redraws.push(redraw);
+  redraw();
+}
+themed();
