@@ -16,6 +16,7 @@ demo: $(STAMP)
 	$(BIN)/fm-extract --store $(DEMO)/embeddings.zarr --view full,center64
 	$(BIN)/fm-probe --cv 5 --store $(DEMO)/embeddings.zarr --runs $(DEMO)/runs
 	$(BIN)/fm-finetune --lora-rank 8 --epochs 4 --runs $(DEMO)/runs
+	$(BIN)/fm-report --runs $(DEMO)/runs --out $(DEMO)/report.html
 
 test: $(STAMP)
 	$(BIN)/ruff format --check .

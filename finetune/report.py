@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from extract.datasets import DATASETS, PatchDataset, load_dataset, local_data
+from extract.registry import BACKBONES
 from features.console import UserError, say
 from features.files import write_file, writing
 from probe.evidence import Resampling
@@ -61,7 +62,9 @@ def make_report(
     opened = open_store(read, store)
     thumbnails = make_thumbnails(patches, report, _pixels(report, read, data))
     maps = embedding_maps(patches, report, read, opened) if opened else []
-    return html(report, read, patches=patches, thumbnails=thumbnails, maps=maps), report, read
+    sizes = {name: backbone.n_parameters for name, backbone in BACKBONES.items()}
+    page = html(report, read, patches=patches, thumbnails=thumbnails, maps=maps, sizes=sizes)
+    return page, report, read
 
 
 def write_report(text: str, out: Path) -> None:

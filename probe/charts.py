@@ -14,10 +14,10 @@ from markupsafe import Markup
 
 N_STYLES = 8
 _ROW = 26  # height of a row of the interval plot
-_LABEL = 250  # width of its labels
-_PANEL = 300  # width of a panel
+_LABEL = 290  # width of its labels
+_PANEL = 400  # width of a panel
 _GAP = 34
-_SIDE = 300  # of a square plot
+_SIDE = 320  # of a square plot
 _MARGIN = 44
 _MOST_LETTERS = 40
 

@@ -90,11 +90,11 @@ def probe(
                 record["learning_curve"]["sets"] = as_dict(summarise(points))
         print_json({"runs": [str(folder) for folder in folders], "results": records})
         return
-    from probe.tables import candidates_table, leaderboard
+    from probe.tables import candidates_table, result_tables
 
     if any(len(record["candidates"]) > 1 for record in records):
         show(candidates_table(records))
-    show(leaderboard(records), *curve_tables(curves))
+    show(*result_tables(records), *curve_tables(curves))
     say(f"{len(folders)} run{'s' * (len(folders) != 1)} written to {runs}/")
 
 

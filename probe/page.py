@@ -45,7 +45,13 @@ _MANY = 8  # runs in one square plot; more are drawn apart by method
 
 
 def html(
-    report: Report, runs: Sequence[Run], *, patches: Shown, thumbnails: Thumbnails, maps: Sequence[EmbeddingMap]
+    report: Report,
+    runs: Sequence[Run],
+    *,
+    patches: Shown,
+    thumbnails: Thumbnails,
+    maps: Sequence[EmbeddingMap],
+    sizes: Mapping[str, int],
 ) -> str:
     """The page.
 
@@ -55,6 +61,7 @@ def html(
         patches: those of the gallery and the map.
         thumbnails: their pictures, as far as there are any.
         maps: their places, as far as there are any.
+        sizes: model to the parameters of its backbone, as far as they are known.
     """
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
@@ -65,7 +72,7 @@ def html(
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"figure": _figure, "signed": _signed, "p": _p_value, "json": _json}
+    environment.filters |= {"figure": _figure, "signed": _signed, "p": _p_value, "json": _json, "count": _count}
     folder = files("probe").joinpath("data")
     style, script = (folder.joinpath(name).read_text(encoding="utf-8") for name in ("report.css", "report.js"))
     names = _label_names(runs)
@@ -83,7 +90,7 @@ def html(
         figures=NAMES,
         compared=COMPARED,
         sources=SOURCES,
-        views=[_view(on, runs) for on in report.sets],
+        views=[_view(on, runs, sizes) for on in report.sets],
         learning=_learning(report, runs),
         provenance=[_provenance(run) for run in runs],
         thumbnails=thumbnails,
@@ -116,6 +123,12 @@ def _p_value(value: float) -> str:
     return "–" if math.isnan(value) else "< .001" if value < 0.001 else f"{value:.3f}"
 
 
+def _count(value: float | None) -> str:
+    if value is None:
+        return "–"
+    return f"{value / 1e6:,.1f} M" if value >= 1e6 else f"{value:,.0f}"
+
+
 def _label_names(runs: Sequence[Run]) -> tuple[str, str]:
     found = [tuple(run.record.get("label_names", ("0", "1"))) for run in runs]
     return (str(found[0][0]), str(found[0][1]))
@@ -124,10 +137,10 @@ def _label_names(runs: Sequence[Run]) -> tuple[str, str]:
 # ------------------------------------------------------------------------------------------------------------- sections
 
 
-def _view(on: OnSet, runs: Sequence[Run]) -> dict[str, Any]:
+def _view(on: OnSet, runs: Sequence[Run], sizes: Mapping[str, int]) -> dict[str, Any]:
     """Everything of one set."""
     having = [(number, run) for number, run in enumerate(runs) if run.label not in on.missing]
-    board = _board(on, [run for _, run in having])
+    board = _board(on, [run for _, run in having], sizes)
     return {
         "on": on,
         "judgement": next(iter(on.comparison.judgements.values())),
@@ -148,7 +161,7 @@ def _view(on: OnSet, runs: Sequence[Run]) -> dict[str, Any]:
     }
 
 
-def _board(on: OnSet, runs: Sequence[Run]) -> list[dict[str, Any]]:
+def _board(on: OnSet, runs: Sequence[Run], sizes: Mapping[str, int]) -> list[dict[str, Any]]:
     """The leaderboard's rows, best AUROC first."""
     rows = [
         {
@@ -157,7 +170,7 @@ def _board(on: OnSet, runs: Sequence[Run]) -> list[dict[str, Any]]:
             "folds": on.folds[run.label],
             "ranks": {figure: on.comparison.ranks[figure][run.label] for figure in COMPARED},
             "published": {name: _published_of(run, on, name) for name in COMPARED},
-            "cost": _cost(run),
+            "cost": _cost(run) | {"n_parameters": sizes.get(run.record["model"])},
         }
         for run in runs
     ]
@@ -171,7 +184,6 @@ def _cost(run: Run) -> dict[str, Any]:
         "images_per_second": cost.get("images_per_second"),
         "peak_memory_mb": cost.get("peak_device_memory_mb", cost.get("peak_memory_mb")),
         "n_trained": run.record.get("n_trained", _n_of_probe(run)),
-        "device": cost.get("device_name", cost.get("device", "cpu")),
     }
 
 

@@ -87,6 +87,12 @@ def leaderboard(runs: Sequence[Mapping[str, Any]]) -> Table:
     return table
 
 
+def result_tables(runs: Sequence[Mapping[str, Any]]) -> list[Table]:
+    """What a command prints of its runs: fold models, and the ensembles where there is a test set."""
+    ensembles = ensemble_table(runs)
+    return [leaderboard(runs), *([ensembles] if ensembles else [])]
+
+
 def ensemble_table(runs: Sequence[Mapping[str, Any]]) -> Table | None:
     """The fold ensemble of every run on the test sets, with intervals; None where no run has a test set."""
     from rich.table import Table
