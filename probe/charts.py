@@ -31,7 +31,7 @@ class Row:
         style: number of its line style.
         value, low, high: per panel; NaN where there is none.
         folds: per panel, what each fold model reaches.
-        published: per panel, (source, value) of published figures.
+        published: per panel, (source, value, what a pointer on it says) of published figures.
     """
 
     label: str
@@ -40,7 +40,7 @@ class Row:
     low: Sequence[float]
     high: Sequence[float]
     folds: Sequence[Sequence[float]]
-    published: Sequence[Sequence[tuple[str, float]]]
+    published: Sequence[Sequence[tuple[str, float, str]]]
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ def intervals(panels: Sequence[str], rows: Sequence[Row], *, title: str) -> Mark
             for row in rows
             for value in (
                 *(row.value[panel], row.low[panel], row.high[panel], *row.folds[panel]),
-                *(value for _, value in row.published[panel]),
+                *(value for _, value, _ in row.published[panel]),
             )
             if math.isfinite(value)
         ]
@@ -96,11 +96,11 @@ def _marks(row: Row, panel: int, scale: _Scale, y: float) -> Iterator[Markup]:
         yield Markup('<circle class="dot s{}" cx="{:.1f}" cy="{:.1f}" r="4.5"><title>{}</title></circle>').format(
             row.style, scale(value), y, said
         )
-    for source, published in row.published[panel]:
+    for source, published, said in row.published[panel]:
         shape = "M0-5L5 0L0 5L-5 0Z" if source == "table-3" else "M-4-4H4V4H-4Z"
         yield Markup(
             '<path class="published" transform="translate({:.1f} {:.1f})" d="{}"><title>{}</title></path>'
-        ).format(scale(published), y, shape, f"{row.label}, {source}: {published:.4f}")
+        ).format(scale(published), y, shape, said)
 
 
 def square(

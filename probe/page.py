@@ -28,7 +28,7 @@ from probe.gallery import EmbeddingMap, Shown, Thumbnails
 from probe.metrics import NAMES
 from probe.report import OnSet, Report, Run
 from probe.results import VALIDATION
-from probe.tables import SOURCES, PublishedFigure, published, published_for
+from probe.tables import SOURCES, TRAINED_ON, PublishedFigure, published, published_for
 
 TITLES = {
     "balanced_accuracy": "Balanced accuracy",
@@ -211,14 +211,49 @@ def _intervals(on: OnSet, having: Sequence[tuple[int, Run]]) -> Markup:
                 high=[figures[name].high for name in COMPARED],
                 folds=[on.folds[run.label][name].each for name in COMPARED],
                 published=[
-                    [(one.source, one.mean) for one in _published_of(run, on, name).values() if one]
+                    [
+                        (one.source, one.mean, f"{run.label}, {SOURCES[one.source]}: {one.mean:.4f}")
+                        for one in _published_of(run, on, name).values()
+                        if one
+                    ]
                     for name in COMPARED
                 ],
             )
         )
     rows.sort(key=lambda row: -row.value[1])
+    rows += [_everything_published(on, source) for source in SOURCES if _is_published(on, [run for _, run in having])]
     title = f"{on.title}: ensembles with {_percent(on)} intervals"
     return charts.intervals([TITLES[name] for name in COMPARED], rows, title=title)
+
+
+def _is_published(on: OnSet, runs: Sequence[Run]) -> bool:
+    """Whether others published figures on this test set, of models trained on the same data."""
+    return (
+        on.split != VALIDATION
+        and runs[0].record["train"] == TRAINED_ON
+        and any(row["dataset"] == on.dataset for row in published())
+    )
+
+
+def _everything_published(on: OnSet, source: str) -> Row:
+    """A row of the interval plot with every published model."""
+    rows = [row for row in published() if (row["dataset"], row["source"]) == (on.dataset, source)]
+    nothing = [math.nan] * len(COMPARED)
+    return Row(
+        label=f"published: {SOURCES[source]}",
+        style=0,
+        value=nothing,
+        low=nothing,
+        high=nothing,
+        folds=[()] * len(COMPARED),
+        published=[
+            [
+                (source, float(row[name]), f"{row['model']} {row['method']}, {SOURCES[source]}: {row[name]}")
+                for row in rows
+            ]
+            for name in COMPARED
+        ],
+    )
 
 
 def _published_of(run: Run, on: OnSet, figure: str) -> dict[str, PublishedFigure | None]:
@@ -287,7 +322,7 @@ def _squares(on: OnSet, having: Sequence[tuple[int, Run]]) -> list[dict[str, Any
 
 def _published(on: OnSet, runs: Sequence[Run]) -> list[dict[str, Any]]:
     """Every published model on this set, both sources side by side, and by how much our best run of the kind is off."""
-    if on.split == VALIDATION or not any(run.record["train"] == "ami-br" for run in runs):
+    if not _is_published(on, runs):
         return []
     rows: dict[tuple[str, str], dict[str, Any]] = {}
     for row in published():

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 SOURCES = {"table-3": "paper, Table 3", "re-run": "authors' re-run"}
 FIGURES = {"balanced_accuracy": "bal. acc.", "auroc": "AUROC"}  # those that were published, in print
-_PAPER = "ami-br"  # what the published models were trained on
+TRAINED_ON = "ami-br"  # what the published models were trained on
 
 
 @cache
@@ -48,7 +48,7 @@ def published_for(record: Mapping[str, Any], dataset: str, figure: str) -> tuple
     return tuple(
         PublishedFigure(row["source"], float(row[figure]), float(std) if (std := row[f"{figure}_std"]) else None)
         for row in published()
-        if record["train"] == _PAPER
+        if record["train"] == TRAINED_ON
         and (row["model"], row["method"], row["dataset"]) == (record["model"], record["method"], dataset)
     )
 
@@ -81,7 +81,7 @@ def leaderboard(runs: Sequence[Mapping[str, Any]]) -> Table:
                 for row in published()
                 if (row["source"], row["model"], row["method"]) == (source, run["model"], run["method"])
             }
-            if rows and run["train"] == _PAPER:
+            if rows and run["train"] == TRAINED_ON:
                 table.add_row(f"  {title}", "full, card", *_published_cells(sets, rows), style="dim")
         table.add_section()
     return table
