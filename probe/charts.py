@@ -18,7 +18,7 @@ _LABEL = 290  # width of its labels
 _PANEL = 400  # width of a panel
 _GAP = 34
 _SIDE = 320  # of a square plot
-_MARGIN = 44
+_MARGIN = 56
 _MOST_LETTERS = 40
 
 

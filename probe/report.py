@@ -54,7 +54,7 @@ _NEEDED = (
 )
 _NOT_TELLING = frozenset({"view", "pooling", "fractions", "test"})  # the outcome is told, or the run is no other for it
 _DIGITS = 8  # of a digest, in names and messages
-_POINTS = 400  # at most, of a drawn curve
+_POINTS = 250  # at most, of a drawn curve
 
 
 @dataclass(frozen=True, eq=False)
