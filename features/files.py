@@ -28,6 +28,8 @@ _CANNOT_WRITE = {
     errno.EROFS: "choose a writable place",
     errno.EACCES: "choose a writable place",
     errno.EPERM: "choose a writable place",
+    errno.ENOTDIR: "choose a folder",
+    errno.EEXIST: "choose a folder",
 }
 
 

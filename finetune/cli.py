@@ -244,7 +244,11 @@ def report(
     if out is not None or format == "html":
         place = out or Path("report.html")
         write_report(text, place)
-        say(f"{place}: {len(found.labels)} runs on {len(found.sets)} sets, {len(text.encode()) / 1e6:.1f} MB")
+        n_runs, n_sets = len(found.labels), len(found.sets)
+        say(
+            f"{place}: {n_runs} run{'s' * (n_runs > 1)} on {n_sets} set{'s' * (n_sets > 1)}, "
+            f"{len(text.encode()) / 1e6:.1f} MB"
+        )
     elif not as_json:
         print(text, end="")
     if as_json:

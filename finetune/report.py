@@ -73,6 +73,8 @@ def write_report(text: str, out: Path) -> None:
     Raises:
         UserError: if it cannot be written.
     """
+    if out.is_dir():
+        raise UserError(f"cannot write to {out}: it is a folder. Name a file, such as {out / 'report.html'}.")
     with writing(out.parent):
         out.parent.mkdir(parents=True, exist_ok=True)
         write_file(out, [text.encode()])
@@ -105,7 +107,8 @@ def _patches(dataset: str, record: dict[str, Any], data: Path | None) -> PatchDa
         if not Path(where).is_absolute() or not Path(where).exists():
             say(f"No pictures of {dataset}: {where or 'where they lie'} is not {'there' if where else 'known'}.")
             return None
-        patches = load_dataset(where, positive=record["label_names"][1])
+        names = record.get("label_names")
+        patches = load_dataset(where, positive=names[1] if names else None)
     expected = record.get("table_digests", {}).get(dataset)
     if patches.samples.table_digest != expected:
         say(f"No pictures of {dataset}: the patches at hand are not those of {record['id']}.")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from markupsafe import Markup
 
@@ -89,7 +89,7 @@ def _marks(row: Row, panel: int, scale: _Scale, y: float) -> Iterator[Markup]:
         if math.isfinite(value):
             yield _line(scale(value), y - 6, scale(value), y + 6, "fold")
     low, high, value = row.low[panel], row.high[panel], row.value[panel]
-    said = f"{row.label}: {value:.3f} ({low:.3f} to {high:.3f})"
+    said = f"{row.label}: {value:.3f}" + (f" ({low:.3f} to {high:.3f})" if math.isfinite(low) else "")
     if math.isfinite(low):
         yield Markup('<g class="s{}">{}</g>').format(row.style, _line(scale(low), y, scale(high), y, "interval", said))
     if math.isfinite(value):
@@ -134,7 +134,8 @@ def reliability(bins: Sequence[tuple[float, float, int]], *, title: str, style: 
 
 
 def over_slides(lines: Sequence[Line], *, title: str, y: str) -> Markup:
-    """Learning curves: a figure over the number of training slides."""
+    """Learning curves: a figure over the number of training slides; points without a figure are left out."""
+    lines = [_defined(line) for line in lines]
     xs = [x for line in lines for x, _ in line.points]
     ys = [
         y + sign * spread
@@ -142,10 +143,10 @@ def over_slides(lines: Sequence[Line], *, title: str, y: str) -> Markup:
         for (_, y), spread in zip(line.points, line.spread, strict=True)
         for sign in (-1, 1)
     ]
-    ticks = _ticks(min(ys), max(ys))
-    across, up = _Scale(0, max(xs) * 1.05, _MARGIN, _MARGIN + _SIDE), _Scale(ticks[0], ticks[-1], 12 + _SIDE, 12)
-    step = max(1, round(max(xs) / 5, -1)) if max(xs) >= 25 else 5
-    slides = [step * number for number in range(int(max(xs) * 1.05 / step) + 1)]
+    ticks, most = _ticks(min(ys, default=0.0), max(ys, default=1.0)), max(xs, default=1.0)
+    across, up = _Scale(0, most * 1.05, _MARGIN, _MARGIN + _SIDE), _Scale(ticks[0], ticks[-1], 12 + _SIDE, 12)
+    step = max(1, round(most / 5, -1)) if most >= 25 else 5
+    slides = [step * number for number in range(int(most * 1.05 / step) + 1)]
     body = list(_axes(across, up, slides, ticks, "training slides", y))
     for line in lines:
         for (at, value), spread in zip(line.points, line.spread, strict=True):
@@ -156,6 +157,11 @@ def over_slides(lines: Sequence[Line], *, title: str, y: str) -> Markup:
             body += [Markup('<g class="s{}">{}</g>').format(line.style, bar), dot]
         body.append(_curve(line, across, up))
     return _svg(_MARGIN + _SIDE + 14, _SIDE + 54, title, body)
+
+
+def _defined(line: Line) -> Line:
+    kept = [(point, spread) for point, spread in zip(line.points, line.spread, strict=True) if math.isfinite(point[1])]
+    return replace(line, points=[point for point, _ in kept], spread=[spread for _, spread in kept])
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from features.console import UserError, progress
 from features.samples import MISSING_VOTE
 from features.store import FeatureStore
 from probe.evidence import ensemble
-from probe.report import Report, Run
+from probe.report import Report, Run, fullest
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -127,7 +127,7 @@ def shown(report: Report, runs: Sequence[Run]) -> Shown:
                 probability[row, order] = other.probability[np.argsort(other.id, kind="stable")]
         rows = _kept(first.label, probability, len(first) if total <= MOST else MOST * len(first) // total)
         left_out.append(len(first) - len(rows))
-        table = max((run.tables[on.dataset] for run in having), key=lambda table: table.votes.size)
+        table = fullest([run.tables[on.dataset] for run in having])
         place = {id: row for row, id in enumerate(table.id.tolist())}
         of = table.select(np.array([place[id] for id in first.id[rows].tolist()], dtype=np.intp))
         votes += ["".join("-" if vote == MISSING_VOTE else str(vote) for vote in row) for row in of.votes.tolist()]
@@ -217,19 +217,20 @@ def embedding_maps(patches: Shown, report: Report, runs: Sequence[Run], store: F
     """One map per backbone, view and pooling that was probed and that the store still holds as it was."""
     from sklearn.decomposition import PCA
 
-    wanted = {
-        (str(run.record["model"]), str(run.record["view"]), str(run.record["pooling"])): run
-        for run in runs
-        if run.record["kind"] == "probe"
-    }
+    wanted: dict[tuple[str, str, str], list[Run]] = {}
+    for run in runs:
+        if run.record["kind"] == "probe":
+            key = (str(run.record["model"]), str(run.record["view"]), str(run.record["pooling"]))
+            wanted.setdefault(key, []).append(run)
     datasets = list(dict.fromkeys(on.dataset for on in report.sets))
     maps = []
-    for (model, view, pooling), run in wanted.items():
+    for (model, view, pooling), probed in wanted.items():
         found, at = [], []
         for dataset in datasets:
             entries = store.entries(dataset, model) if dataset in store.datasets() else []
             entry = next((entry for entry in entries if entry.view == view and entry.complete), None)
-            if entry is None or entry.fingerprint != run.record.get("fingerprints", {}).get(dataset):
+            seen = {run.record.get("fingerprints", {}).get(dataset) for run in probed}
+            if entry is None or entry.fingerprint not in seen:
                 continue
             place = {id: row for row, id in enumerate(store.samples(dataset).id.tolist())}
             of = np.flatnonzero(np.isin(patches.on, _sets_of(report, dataset)))
@@ -239,6 +240,8 @@ def embedding_maps(patches: Shown, report: Report, runs: Sequence[Run], store: F
         if not found:
             continue
         X = np.concatenate(found)  # (m, d)
+        if not np.ptp(X, axis=0).any():
+            continue  # one point is no map
         fitted = X[np.random.default_rng(_SEED).permutation(len(X))[:_MOST_FITTED]]
         pca = PCA(min(_COMPONENTS, *fitted.shape), svd_solver="randomized", random_state=_SEED).fit(fitted)
         coordinates = np.full((len(patches.on), pca.n_components_), np.nan)

@@ -11,15 +11,17 @@ import base64
 import hashlib
 import json
 import math
+import re
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from importlib.resources import files
+from pathlib import PurePath
 from typing import Any
 
-import numpy as np
 from markupsafe import Markup
 
+from features.console import printable
 from probe import charts
 from probe.charts import N_STYLES, Line, Row
 from probe.curve import summarise
@@ -42,6 +44,8 @@ TITLES = {
     "ece": "ECE",
 }
 _MANY = 8  # runs in one square plot; more are drawn apart by method
+# Control characters, and those that turn the direction of what follows a name.
+_UNSEEN = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 
 
 def html(
@@ -72,11 +76,18 @@ def html(
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"figure": _figure, "signed": _signed, "p": _p_value, "json": _json, "count": _count}
+    environment.filters |= {
+        "figure": _figure,
+        "signed": _signed,
+        "p": _p_value,
+        "json": _json,
+        "count": _count,
+        "share": _share,
+    }
     folder = files("probe").joinpath("data")
     style, script = (folder.joinpath(name).read_text(encoding="utf-8") for name in ("report.css", "report.js"))
     names = _label_names(runs)
-    return environment.get_template("report.html").render(
+    page = environment.get_template("report.html").render(
         report=report,
         runs=runs,
         style=Markup(style),
@@ -100,6 +111,7 @@ def html(
         everything=_figures_record(report),
         data=_data(report, runs, patches, thumbnails, maps, names),
     )
+    return _UNSEEN.sub(lambda found: printable(found[0]), page)
 
 
 def _digest(text: str) -> str:
@@ -112,11 +124,15 @@ def _json(value: Any) -> Markup:
 
 
 def _figure(value: float | None, digits: int = 3) -> str:
-    return "–" if value is None or math.isnan(value) else f"{value:.{digits}f}"
+    return "–" if value is None or not math.isfinite(value) else f"{value:.{digits}f}"
 
 
 def _signed(value: float, digits: int = 3) -> str:
     return "–" if math.isnan(value) else f"{value:+.{digits}f}".replace("-", "−")
+
+
+def _share(value: float) -> str:
+    return "" if math.isnan(value) else f"{value:.0%}"
 
 
 def _p_value(value: float) -> str:
@@ -189,13 +205,13 @@ def _cost(run: Run) -> dict[str, Any]:
 
 def _n_of_probe(run: Run) -> int | None:
     """Numbers that a fold's probe trains: one per feature and one more."""
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
 
-    path = run.folder / "weights.safetensors"
-    if not path.exists():
-        return None
-    with safe_open(path, framework="numpy") as file:
-        return int(file.get_slice("coef").get_shape()[1]) + 1 if "coef" in file.keys() else None  # noqa: SIM118
+    try:
+        with safe_open(run.folder / "weights.safetensors", framework="numpy") as file:
+            return int(file.get_slice("coef").get_shape()[1]) + 1 if "coef" in file.keys() else None  # noqa: SIM118
+    except (OSError, SafetensorError):
+        return None  # no figure depends on it
 
 
 def _intervals(on: OnSet, having: Sequence[tuple[int, Run]]) -> Markup:
@@ -273,7 +289,7 @@ def _matrix(on: OnSet, name: str) -> list[tuple[str, list[Difference | None]]]:
         if (first, second) in of:
             return of[first, second]
         one = of[second, first]
-        return replace(one, value=-one.value, low=-one.high, high=-one.low)
+        return replace(one, value=0.0 - one.value, low=0.0 - one.high, high=0.0 - one.low)  # no -0.0
 
     return [(first, [cell(first, second) for second in labels]) for first in labels]
 
@@ -293,6 +309,8 @@ def _squares(on: OnSet, having: Sequence[tuple[int, Run]]) -> list[dict[str, Any
         for number, run in mine:
             figures = on.comparison.judgements[run.label].figures
             for kind, figure in (("roc", "auroc"), ("precision_recall", "average_precision")):
+                if math.isnan(figures[figure].value):
+                    continue  # without both classes there is no curve
                 points = getattr(on.curves[run.label], kind)
                 said = f"{run.label}: {TITLES[figure]} {figures[figure].value:.3f}"
                 lines[kind].append(Line(run.label, number % N_STYLES, points, said))
@@ -410,9 +428,10 @@ def _provenance(run: Run) -> dict[str, Any]:
 
 
 def commands(record: Mapping[str, Any]) -> list[str]:
-    """The command lines that would make a run again, datasets by the names they had."""
-    options = dict(record["options"])
-    sets = ",".join(dict.fromkeys([record["train"], *record.get("test", ())]))
+    """The command lines that would make a run again, datasets of one's own by where they lay."""
+    options, sources = dict(record["options"]), record.get("sources", {})
+    names = dict.fromkeys([record["train"], *record.get("test", ())])
+    sets = ",".join(str(sources[name]) if PurePath(sources.get(name, "")).is_absolute() else name for name in names)
     if record["kind"] == "probe":
         steps = [
             ["fm-extract", "--model", record["model"], "--dataset", sets, "--view", record["view"]],
@@ -429,7 +448,7 @@ def commands(record: Mapping[str, Any]) -> list[str]:
 def _flags(options: Mapping[str, Any]) -> list[str]:
     flags = []
     for name, value in options.items():
-        if value is None or value == []:
+        if value is None or (value == [] and name != "test"):  # an empty --test is: none but the training set's own
             continue
         text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
         flags += [f"--{name.replace('_', '-')}", text]
@@ -475,11 +494,20 @@ def _data(
         "votes": votes,
         "vote": vote,
         "probability": [
-            [None if np.isnan(value) else round(value, 4) for value in row] for row in patches.probability.tolist()
+            [_rounded(value, of[on]) for value, on in zip(row, patches.on.tolist(), strict=True)]
+            for row, of in zip(patches.probability.tolist(), thresholds, strict=True)
         ],
         "thumbnails": thumbnails.record(),
         "maps": [one.record() for one in maps],
     }
+
+
+def _rounded(value: float, threshold: float | None) -> float | None:
+    """Four digits, unless they would lie on the other side of the threshold."""
+    if threshold is None or math.isnan(value):
+        return None
+    short = round(value, 4)
+    return short if (short >= threshold) == (value >= threshold) else value
 
 
 def _threshold(on: OnSet, label: str) -> float | None:

@@ -103,7 +103,7 @@ class Curves:
 
     Attributes:
         roc: (false positive rate, true positive rate) from (0, 0) to (1, 1).
-        precision_recall: (recall, precision) from the lowest threshold to the highest.
+        precision_recall: (recall, precision) from the highest threshold to the lowest.
         calibration: (mean probability, observed rate, patches) of every bin of the calibration error that is not empty.
     """
 
@@ -191,7 +191,14 @@ def read_runs(runs: Path, *, named: Sequence[Path] = (), folds: str | None = Non
         UserError: no runs, damaged ones, or runs of different folds.
     """
     folders, notes = (list(named), []) if named else _folders(runs)
-    records = [(folder, _read_record(folder)) for folder in dict.fromkeys(folders)]
+    records: list[tuple[Path, dict[str, Any]]] = []
+    of_id: dict[str, Path] = {}
+    for folder in dict.fromkeys(folders):
+        record = _read_record(folder)
+        if (same := of_id.setdefault(str(record["id"]), folder)) is folder:
+            records.append((folder, record))
+        else:
+            notes.append(f"{folder} is the same run as {same} and is left out.")
     by_folds: dict[str, list[tuple[Path, dict[str, Any]]]] = defaultdict(list)
     for folder, record in sorted(records, key=lambda found: (found[1]["created"], found[1]["id"])):
         by_folds[str(record["folds"]["digest"])].append((folder, record))
@@ -214,7 +221,8 @@ def read_runs(runs: Path, *, named: Sequence[Path] = (), folds: str | None = Non
 def _folders(runs: Path) -> tuple[list[Path], list[str]]:
     if not runs.is_dir():
         raise UserError(
-            f"{runs} does not exist. Expected the folder of all runs; make one with fm-probe or fm-finetune."
+            f"{runs} {'is not a folder' if runs.exists() else 'does not exist'}. Expected the folder of all runs; "
+            "make one with fm-probe or fm-finetune."
         )
     below = sorted(path for path in runs.iterdir() if path.is_dir() and not path.name.startswith("."))
     found = [path for path in below if (path / "run.json").exists()]
@@ -270,14 +278,17 @@ def labels_of(records: Sequence[Mapping[str, Any]]) -> list[str]:
     for label in [label for label, count in Counter(labels).items() if count > 1]:
         namesakes = [row for row, other in enumerate(labels) if other == label]
         facts = [_facts(records[row]) for row in namesakes]
-        telling = [name for name in facts[0] if any(name in fact and fact[name] != facts[0][name] for fact in facts)]
+        known = dict.fromkeys(name for fact in facts for name in fact)
+        telling = [name for name in known if len({str(fact.get(name, "")) for fact in facts}) > 1]
         for row, fact in zip(namesakes, facts, strict=True):
             labels[row] = " ".join([label, *(_shown(name, fact[name]) for name in telling if name in fact)])
-    repeated = {label for label, count in Counter(labels).items() if count > 1}
-    return [
-        f"{label} #{str(record['id']).rpartition('-')[2]}" if label in repeated else label
-        for label, record in zip(labels, records, strict=True)
-    ]
+    for part in (2, 0):  # the last digits of the id; all of it where these are the same
+        repeated = {label for label, count in Counter(labels).items() if count > 1}
+        labels = [
+            f"{label} #{str(record['id']).rpartition('-')[2] if part else record['id']}" if label in repeated else label
+            for label, record in zip(labels, records, strict=True)
+        ]
+    return labels
 
 
 def _facts(record: Mapping[str, Any]) -> dict[str, Any]:
@@ -349,7 +360,7 @@ def _on_set(runs: Sequence[Run], dataset: str, split: str, how: Resampling) -> O
     having = [run for run in runs if (dataset, split) in run.predictions.sets()]
     judged = {run.label: _ensemble(run, dataset, split) for run in having}
     comparison = compare(judged, how=how)  # refuses runs of different patches
-    table = _fullest([run.tables[dataset] for run in having])
+    table = fullest([run.tables[dataset] for run in having])
     tables = {label: table.select(rows_of(on, table.id)) for label, on in judged.items()}  # in each run's own order
     first = next(iter(tables.values()))
     rated = ((first.votes != MISSING_VOTE).sum(axis=1) >= 2).any()
@@ -373,7 +384,7 @@ def _on_set(runs: Sequence[Run], dataset: str, split: str, how: Resampling) -> O
     )
 
 
-def _fullest(tables: Sequence[Samples]) -> Samples:
+def fullest(tables: Sequence[Samples]) -> Samples:
     """The patch table that knows most; runs without a samples.csv know least."""
     return max(tables, key=lambda table: (table.votes.shape[1], (table.domain != "").sum(), (table.sha256 != "").sum()))
 

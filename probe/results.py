@@ -224,9 +224,12 @@ def read_run(folder: Path) -> dict[str, Any]:
         UserError: if the folder is no run, or one of a newer format.
     """
     try:
-        record = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-        record["metrics"] = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
+        record, metrics = (
+            json.loads((folder / name).read_text(encoding="utf-8")) for name in ("run.json", "metrics.json")
+        )
+        if not isinstance(record, dict) or not isinstance(metrics, dict):
+            raise ValueError("expected a JSON object")
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise UserError(
             f"{folder} is not a finished run: {Path(error.filename).name} is missing. Expected a folder written "
             "by fm-probe or fm-finetune; an interrupted training goes on with fm-finetune --resume."
@@ -238,7 +241,7 @@ def read_run(folder: Path) -> dict[str, Any]:
             f"{folder} is a run of format {record.get('format')}; this version reads format {RUN_FORMAT}. "
             "Update mitofm, or run the command again."
         )
-    return dict(record)
+    return record | {"metrics": metrics}
 
 
 def read_weights(folder: Path) -> dict[str, NDArray[Any]]:
@@ -278,10 +281,13 @@ def read_predictions(folder: Path) -> Predictions:
             logit=np.array(columns["logit"], dtype=np.float32),
         )
         written = np.array(columns["probability"], dtype=np.float64)
-    except ValueError as error:
+    except (ValueError, OverflowError) as error:
         raise UserError(f"{path} is damaged ({error}). Run the command again.") from error
     if not np.isin(predictions.label, (0, 1)).all():
         raise UserError(f"{path} is damaged (a label is neither 0 nor 1). Run the command again.")
+    undefined = np.flatnonzero(~np.isfinite(predictions.logit))
+    if len(undefined):
+        raise UserError(f"{path}: the logit of line {undefined[0] + 2} is no number. Run the command again.")
     off = np.flatnonzero(~(np.abs(predictions.probability - written) < _ROUNDED))
     if len(off):
         raise UserError(
@@ -304,7 +310,7 @@ def read_samples(folder: Path, predictions: Predictions) -> dict[str, Samples]:
     dataset = np.array(columns["dataset"], dtype=np.str_)
     try:
         tables = {name: _table(columns, np.flatnonzero(dataset == name)) for name in dict.fromkeys(columns["dataset"])}
-    except (ValueError, KeyError) as error:
+    except (ValueError, KeyError, UserError) as error:  # the last of a table that contradicts itself
         raise UserError(f"{path} is damaged ({error}). Run the command again.") from error
     for name in dict.fromkeys(predictions.dataset.tolist()):
         ids = predictions.id[predictions.dataset == name]
@@ -359,10 +365,10 @@ def read_columns(folder: Path, name: str, expected: tuple[str, ...]) -> dict[str
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is damaged ({error}). Run the command again.") from error
     reader = csv.reader(io.StringIO(text, newline=""))
-    header = tuple(next(reader, ()))
-    if header != expected:
-        raise UserError(f"{path}: found columns {', '.join(header) or 'none'}, expected {', '.join(expected)}.")
     try:
+        header = tuple(next(reader, ()))
+        if header != expected:
+            raise UserError(f"{path}: found columns {', '.join(header) or 'none'}, expected {', '.join(expected)}.")
         rows = list(reader)
         columns: dict[str, tuple[str, ...]] = dict.fromkeys(expected, ())
         if rows:

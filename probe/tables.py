@@ -11,6 +11,7 @@ from functools import cache
 from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 
+from features.console import printable
 from probe.results import VALIDATION
 
 if TYPE_CHECKING:
@@ -351,13 +352,14 @@ _LATEX = {
     ">": r"\textgreater{}",
     "±": r"$\pm$",
     "–": "--",
-    "[": "{[}",  # after a line's end it would be taken for an argument
+    "[": "{[}",  # after a line's end these two would be taken for its arguments
+    "*": "{*}",
 }
 
 
 def _latex_text(text: str) -> str:
-    return "".join(_LATEX.get(letter, letter) for letter in text)
+    return "".join(_LATEX.get(letter, letter) for letter in printable(text))
 
 
 def _markdown_text(text: str) -> str:
-    return re.sub(r"([\\`*_{}\[\]<>|#])", r"\\\1", text)
+    return re.sub(r"([\\`*_{}\[\]<>|#&~$])", r"\\\1", printable(text))

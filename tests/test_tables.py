@@ -1,0 +1,358 @@
+"""Are tables for a paper whole, escaped, and right: ours beside what was published, the best in bold?"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+from test_results import TABLES, made_run, patches, predicted
+
+from probe.evidence import Resampling, ensemble, evaluate, judge
+from probe.report import Report, Run, collect, read_runs
+from probe.results import VALIDATION, read_predictions, read_run
+from probe.tables import Cell, Grid, ensemble_table, grids, latex, markdown, published, published_for, result_tables
+
+QUICK = Resampling(replicates=200)
+HOSTILE = (
+    "</script><script>alert(1)</script>",
+    '"><img src=x onerror=alert(1)>',
+    "{{ 7*7 }}",
+    "../..",
+    "a|b",
+    "first\nsecond\n\nthird",
+    "\x1b[31mred",
+    "\u202egnp.exe",
+    "*[b]*",
+    "--# 1",
+    r"50 % & $5 #1 _x_ {y} ~z^2 \input{/etc/passwd} <t>",
+)
+
+
+def collected(runs: Path) -> tuple[Report, list[Run]]:
+    read, notes = read_runs(runs)
+    return collect(read, notes, how=QUICK), read
+
+
+def two_runs(runs: Path, **record: object) -> tuple[Report, list[Run]]:
+    made_run(runs, "uni", signal=0.6, **record)
+    made_run(runs, "virchow", signal=0.3, seed=1, **record)
+    return collected(runs)
+
+
+def pipe_cells(line: str) -> list[str]:
+    """The cells of a row of a pipe table."""
+    assert line.startswith("| ")
+    assert line.endswith(" |")
+    return [cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]]
+
+
+def printed(value: float) -> str:
+    return re.sub("^0", "", f"{value:.3f}")
+
+
+# --- grids ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_grid_says_what_the_evidence_says(tmp_path):
+    report, runs = two_runs(tmp_path)
+    folds, ensembles = grids(report, runs)
+    assert folds.groups == ensembles.groups
+    assert folds.groups == ("ami-br, test (n = 24)", "atnorm-br, test (n = 24)", "atnorm-md, test (n = 48)")
+    ours = [row for row in folds.rows if not row[2]]
+    for run, (name, cells, _), (other, judged, _) in zip(runs, ours, ensembles.rows, strict=True):
+        assert name == other == run.label
+        recorded = evaluate(run.predictions, how=QUICK)["sets"]
+        for k, dataset in enumerate(("ami-br", "atnorm-br", "atnorm-md")):
+            one = judge(ensemble(run.predictions, dataset, "test"), how=QUICK)
+            for j, figure in enumerate(("balanced_accuracy", "auroc")):
+                of = recorded[f"{dataset}/test"]["folds"][figure]
+                cell = cells[2 * k + j]
+                assert (cell.value, cell.aside) == (printed(of["mean"]), f"± {printed(of['std'])}")
+                cell, interval = judged[2 * k + j], one.figures[figure]
+                assert cell.value == printed(interval.value)
+                assert cell.aside == f"[{printed(interval.low)}, {printed(interval.high)}]"
+
+
+def test_the_caption_says_what_was_resampled(tmp_path):
+    report, runs = two_runs(tmp_path)
+    folds, ensembles = grids(report, runs)
+    assert "3 fold models trained on ami-br" in folds.caption
+    assert "95% cluster-bootstrap intervals" in ensembles.caption
+    assert "ami-br, test: 6 slides; atnorm-br, test: 24 samples; atnorm-md, test: 12 slides" in ensembles.caption
+
+
+def test_the_best_of_every_column_is_marked_and_all_of_a_tie(tmp_path):
+    for model in ("uni", "conch"):  # equals
+        made_run(tmp_path, model, signal=1.2)
+    made_run(tmp_path, "virchow", signal=0.0, seed=1)
+    for grid in grids(*collected(tmp_path)):
+        ours = [cells for _, cells, others in grid.rows if not others]
+        for column in zip(*ours, strict=True):
+            best = max(cell.value for cell in column)
+            assert [cell.best for cell in column] == [cell.value == best for cell in column]
+            assert column[0].best == column[1].best
+        assert not any(cell.best for _, cells, others in grid.rows if others for cell in cells)
+    assert "**" in markdown(grid)
+
+
+def test_a_set_that_a_run_lacks_has_dashes(tmp_path):
+    made_run(tmp_path, "uni")
+    made_run(tmp_path, "virchow", tables={name: TABLES[name] for name in ("ami-br", "atnorm-br")}, seed=1)
+    report, runs = collected(tmp_path)
+    assert [on.missing for on in report.sets] == [(), (), ("virchow probe",), ()]
+    for grid in grids(report, runs):
+        (cells,) = (cells for name, cells, _ in grid.rows if name == "virchow probe")
+        assert [cell.value == "–" for cell in cells] == [False] * 4 + [True] * 2
+        assert not any(cell.best for cell in cells[4:])
+        (whole,) = (cells for name, cells, _ in grid.rows if name == "uni probe")
+        assert all(cell.best for cell in whole[4:])
+
+
+def test_out_of_fold_figures_are_tabulated_where_there_is_no_test_set(tmp_path):
+    tables = {"mine": patches("mine", 36, test_from=36)}
+    made_run(tmp_path, tables=tables, train="mine")
+    report, runs = collected(tmp_path)
+    for grid in grids(report, runs):
+        assert grid.groups == ("mine, out of fold (n = 36)",)
+        assert all(cell.value != "–" for cell in grid.rows[0][1])
+    assert ensemble_table([read_run(run.folder) for run in runs]) is None
+
+
+def test_figures_that_do_not_exist_are_dashes(tmp_path):
+    alone = patches("alone", 24)
+    alone = alone.select(alone.label == 0)
+    tables = {"mine": patches("mine", 36, test_from=36), "alone": alone}
+    made_run(tmp_path, tables=tables, train="mine")
+    for grid in grids(*collected(tmp_path)):
+        assert [(cell.value, cell.best) for cell in grid.rows[0][1]] == [("–", False)] * 2
+        assert "nan" not in markdown(grid) + latex(grid)
+
+
+# --- what was published -----------------------------------------------------------------------------------------------
+
+TABLE_3 = {"ami-br": (0.6477, 0.7171), "atnorm-br": (0.6217, 0.6774), "atnorm-md": (0.5715, 0.6241)}
+RE_RUN = {"ami-br": (0.6339, 0.6949), "atnorm-br": (0.6406, 0.7028), "atnorm-md": (0.5510, 0.5892)}
+
+
+def test_uni_s_linear_probe_was_published_twice():
+    for source, of in (("table-3", TABLE_3), ("re-run", RE_RUN)):
+        for dataset, values in of.items():
+            for figure, value in zip(("balanced_accuracy", "auroc"), values, strict=True):
+                found = published_for({"train": "ami-br", "model": "uni", "method": "probe"}, dataset, figure)
+                assert [one.mean for one in found if one.source == source] == [value]
+
+
+def test_what_was_published_stands_below_the_run_that_it_is_of(tmp_path):
+    folds, ensembles = grids(*two_runs(tmp_path))
+    names = [name for name, _, _ in folds.rows]
+    assert names == [
+        "uni probe",
+        "uni probe: paper, Table 3",
+        "uni probe: authors' re-run",
+        "virchow probe",
+        "virchow probe: paper, Table 3",
+        "virchow probe: authors' re-run",
+    ]
+    assert [others for *_, others in folds.rows] == [False, True, True] * 2
+    for row, of in ((1, TABLE_3), (2, RE_RUN)):
+        assert [cell.value for cell in folds.rows[row][1]] == [printed(v) for pair in of.values() for v in pair]
+    assert folds.rows[1][1][0].aside == "± .011"
+    assert folds.rows[2][1][0].aside == ""
+    assert not any(others for *_, others in ensembles.rows)
+    assert "| *uni probe: paper, Table 3* | .648 ± .011 | .717 ± .008 |" in markdown(folds)
+    assert "\\quad\\textit{uni probe: authors' re-run} & .634 & .695 &" in latex(folds)
+
+
+@pytest.mark.parametrize("change", ["train", "model", "method"])
+def test_nothing_published_stands_beside_anything_else(change, tmp_path):
+    if change == "train":
+        tables = {"other": TABLES["ami-br"], "ami-br": TABLES["ami-br"], "atnorm-br": TABLES["atnorm-br"]}
+        tables["ami-br"] = patches("ami-br", 24)
+        made_run(tmp_path, "uni", tables=tables, train="other")
+    else:
+        made_run(tmp_path, **{"model": "uni"} | {change: "nobody's"})
+    report, runs = collected(tmp_path)
+    for grid in grids(report, runs):
+        assert not any(others for *_, others in grid.rows)
+        for text in (markdown(grid), latex(grid)):
+            assert "Table 3" not in text
+            assert "re-run" not in text
+
+
+def test_published_figures_are_shares_of_known_sources():
+    for row in published():
+        assert row["source"] in ("table-3", "re-run")
+        assert all(0.4 < float(row[figure]) < 1 for figure in ("balanced_accuracy", "auroc"))
+    keys = [(row["source"], row["model"], row["method"], row["dataset"]) for row in published()]
+    assert len(keys) == len(set(keys))
+
+
+# --- markdown ---------------------------------------------------------------------------------------------------------
+
+
+def test_every_markdown_row_has_the_same_cells(tmp_path):
+    for grid in grids(*two_runs(tmp_path)):
+        caption, blank, *lines, last = markdown(grid).split("\n")
+        assert caption.startswith(("Mean ± standard deviation", "Ensemble of 3 fold models"))
+        assert (blank, last) == ("", "")
+        assert len(lines) == 2 + len(grid.rows)
+        assert {len(pipe_cells(line)) for line in (lines[0], *lines[2:])} == {7}
+        assert lines[1] == "|---|" + "|".join(["--:"] * 6) + "|"
+
+
+def hostile(*, others: bool = False) -> Grid:
+    """Every name twice: as a run and as a heading."""
+    cells = tuple(Cell(".500", "[.400, .600]", best=k == 0) for k in range(2 * len(HOSTILE)))
+    return Grid("A caption of " + ", ".join(HOSTILE), HOSTILE, tuple((name, cells, others) for name in HOSTILE))
+
+
+def test_names_cannot_break_a_markdown_table():
+    caption, blank, head, rule, *rows, last = markdown(hostile()).split("\n")
+    assert (blank, last) == ("", "")
+    assert len(rows) == len(HOSTILE)
+    assert {len(pipe_cells(line)) for line in (head, *rows)} == {1 + 2 * len(HOSTILE)}
+    assert len(rule.strip("|").split("|")) == 1 + 2 * len(HOSTILE)
+    for line in (caption, head, *rows):
+        plain = re.sub(r"\\.", "", line).replace("**.500**", "")
+        assert not re.search(r"[<>*_`\[\]#&~$]", plain.replace("[.400, .600]", "")), line
+        assert all(letter.isprintable() for letter in line)
+
+
+def test_markdown_is_read_as_it_was_meant():
+    markdown_it = pytest.importorskip("markdown_it", reason="markdown-it-py comes with rich")
+    html = markdown_it.MarkdownIt("commonmark").enable("table").render(markdown(hostile()))
+    assert html.count("<table>") == 1
+    assert html.count("<tr>") == 1 + len(HOSTILE)
+    assert not re.search(r"<(script|img|em|a|h\d)\b", html)
+    for name in HOSTILE:
+        if name.isprintable():
+            escaped = name.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;").replace('"', "&quot;")
+            assert f"<td>{escaped}</td>" in html
+
+
+# --- LaTeX ------------------------------------------------------------------------------------------------------------
+
+
+def depth(text: str) -> int:
+    """Open braces less closed ones, which must never be fewer than none."""
+    level = 0
+    for brace in re.findall(r"(?<!\\)[{}]", text):
+        level += 1 if brace == "{" else -1
+        assert level >= 0, text
+    return level
+
+
+def test_every_latex_row_has_the_same_columns(tmp_path):
+    for grid in grids(*two_runs(tmp_path)):
+        text = latex(grid)
+        assert depth(text) == 0
+        assert "\\begin{tabular}{lrrrrrr}" in text
+        assert "\\cmidrule(lr){2-3}\\cmidrule(lr){4-5}\\cmidrule(lr){6-7}" in text
+        body = text.split("\\midrule\n")[1].split("\\bottomrule")[0]
+        rows = body.strip().split("\n")
+        assert len(rows) == len(grid.rows)
+        assert all(row.endswith(" \\\\") and row.count(" & ") == 6 for row in rows)
+        assert ("\\quad\\textit{uni probe: paper, Table 3}" in body) == ("standard deviation" in grid.caption)
+        assert "\\textbf{." in body
+        assert "±" not in text
+        for begun in ("table", "tabular"):
+            assert text.count(f"\\begin{{{begun}}}") == text.count(f"\\end{{{begun}}}") == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "escaped"),
+    [
+        ("a & b", r"a \& b"),
+        ("50 %", r"50 \%"),
+        ("$x$", r"\$x\$"),
+        ("#1", r"\#1"),
+        ("a_b", r"a\_b"),
+        ("{a}", r"\{a\}"),
+        ("~", r"\textasciitilde{}"),
+        ("^", r"\textasciicircum{}"),
+        ("\\", r"\textbackslash{}"),
+        ("<a>", r"\textless{}a\textgreater{}"),
+        (r"\input{x}", r"\textbackslash{}input\{x\}"),
+        ("[1]", "{[}1]"),
+        ("*", "{*}"),
+    ],
+)
+def test_latex_s_own_letters_are_escaped(text, escaped):
+    grid = Grid(text, (text,), ((text, (Cell(text, text), Cell(text, best=True)), False),))
+    made = latex(grid)
+    assert f"\\caption{{{escaped}}}" in made
+    assert f"\\multicolumn{{2}}{{c}}{{{escaped}}}" in made
+    assert f"\n{escaped} & {escaped} {{\\scriptsize {escaped}}} & \\textbf{{{escaped}}} \\\\\n" in made
+
+
+def test_names_cannot_break_a_latex_table():
+    for others in (False, True):
+        text = latex(hostile(others=others))
+        assert depth(text) == 0
+        assert not re.search(r"(?<!\\)[%$#_~^]", text.replace(r"$\pm$", ""))
+        body = text.split("\\midrule\n")[1].split("\n\\bottomrule")[0].split("\n")
+        assert len(body) == len(HOSTILE)
+        assert all(len(re.findall(r"(?<!\\)&", row)) == 2 * len(HOSTILE) for row in body)
+        assert all(letter.isprintable() or letter == "\n" for letter in text)
+
+
+def test_latex_compiles(tmp_path):
+    if not shutil.which("pdflatex"):
+        pytest.skip("no pdflatex (apt-get install texlive-latex-extra)")
+    made_run(tmp_path / "runs", "uni")
+    tables = [*grids(*collected(tmp_path / "runs")), hostile(), hostile(others=True)]
+    lines = ["\\documentclass{article}", "\\usepackage{booktabs}", "\\begin{document}", *map(latex, tables)]
+    (tmp_path / "t.tex").write_text("\n".join([*lines, "\\end{document}"]))
+    done = subprocess.run(
+        ["pdflatex", "-halt-on-error", "-no-shell-escape", "t.tex"], cwd=tmp_path, capture_output=True, check=False
+    )
+    assert done.returncode == 0, done.stdout.decode(errors="replace")[-2000:]
+
+
+# --- on a terminal ----------------------------------------------------------------------------------------------------
+
+
+def shown(*records: dict) -> str:
+    console = Console(width=240, markup=False, highlight=False)
+    with console.capture() as capture:
+        for table in result_tables(records):
+            console.print(table)
+    return capture.get()
+
+
+def with_metrics(folder: Path) -> dict:
+    return read_run(folder) | {"metrics": evaluate(read_predictions(folder), how=QUICK)}
+
+
+def test_ensembles_are_shown_with_their_intervals(tmp_path):
+    first, second = (
+        with_metrics(made_run(tmp_path, "uni")),
+        with_metrics(made_run(tmp_path, "virchow", seed=1, tables={"ami-br": TABLES["ami-br"]})),
+    )
+    text = shown(first, second)
+    for record in (first, second):
+        assert f"{record['metrics']['threshold']:.3f}" in text
+        for name, of in record["metrics"]["sets"].items():
+            assert f"{of['folds']['auroc']['mean']:.4f} ± {of['folds']['auroc']['std']:.4f}" in text
+            if not name.endswith(VALIDATION):
+                low, high = of["intervals"]["figures"]["auroc"]
+                assert f"{of['ensemble']['auroc']:.4f} ({low:.3f}–{high:.3f})" in text
+    assert "95% intervals" in text
+    for heading in ("6 slides", "24 samples", "12 slides"):
+        assert heading in text
+    assert "nan" not in text
+
+
+def test_figures_that_do_not_exist_are_dashes_on_a_terminal(tmp_path):
+    alone = patches("alone", 24)
+    tables = {"mine": patches("mine", 36, test_from=36), "alone": alone.select(alone.label == 0)}
+    record = with_metrics(
+        made_run(tmp_path, tables=tables, train="mine", predictions=predicted(tables, "mine", signal=2))
+    )
+    text = shown(record)
+    assert "None" not in text
+    assert "–" in text
