@@ -18,8 +18,8 @@ from extract.registry import BACKBONES
 from features.console import UserError, say
 from features.files import write_file, writing
 from probe.evidence import Resampling
-from probe.gallery import Pixels, embedding_maps, make_thumbnails, open_store, shown
-from probe.page import html
+from probe.gallery import PAGE_BYTES, Pixels, embedding_maps, make_thumbnails, open_store, shown
+from probe.page import html, with_thumbnails
 from probe.report import Report, Run, collect, read_runs
 from probe.tables import grids, latex, markdown
 
@@ -60,11 +60,12 @@ def make_report(
         return "\n".join(table(grid) for grid in grids(report, read)), report, read
     patches = shown(report, read)
     opened = open_store(read, store)
-    thumbnails = make_thumbnails(patches, report, _pixels(report, read, data))
     maps = embedding_maps(patches, report, read, opened) if opened else []
     sizes = {name: backbone.n_parameters for name, backbone in BACKBONES.items()}
-    page = html(report, read, patches=patches, thumbnails=thumbnails, maps=maps, sizes=sizes)
-    return page, report, read
+    pixels = _pixels(report, read, data)
+    page = html(report, read, patches=patches, maps=maps, sizes=sizes, has_pictures=bool(pixels))
+    thumbnails = make_thumbnails(patches, report, pixels, budget=PAGE_BYTES - len(page.encode()))
+    return with_thumbnails(page, thumbnails), report, read
 
 
 def write_report(text: str, out: Path) -> None:

@@ -1,7 +1,7 @@
 """Which patches does a report show, what does it know of each, and how do thousands of thumbnails fit into one page?
 
 Thumbnails travel in sheets of `_SIDE` x `_SIDE`, as WebP: one header for 256 pictures, and one picture for a browser to
-decode when the first of them is looked at. Their size is the largest that keeps all of them under `BUDGET`.
+decode when the first of them is looked at. Their size is the largest that keeps the page under `PAGE_BYTES`.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
 MOST = 8_000  # patches in a page
-BUDGET = 7_500_000  # bytes of all thumbnails in the page, in base64
+PAGE_BYTES = 9_000_000  # of a page with its thumbnails, unless they are at their smallest
 _SIDE = 16
 _SIZES = (128, 112, 96, 80, 72, 64, 56, 48, 40, 32)  # pixels
 _QUALITY = 60
@@ -145,16 +145,14 @@ def _kept(label: NDArray[np.int8], probability: NDArray[np.float64], most: int) 
     return np.sort(np.concatenate([worst[: most // 2], others]))
 
 
-def make_thumbnails(
-    patches: Shown, report: Report, pixels: Mapping[str, Pixels], *, budget: int = BUDGET
-) -> Thumbnails:
+def make_thumbnails(patches: Shown, report: Report, pixels: Mapping[str, Pixels], *, budget: int) -> Thumbnails:
     """Sheets of pictures of the patches.
 
     Args:
         patches: of `shown`.
         report: whose sets they belong to.
         pixels: dataset to what reads a patch by its id; patches of other datasets have no picture.
-        budget: bytes in base64.
+        budget: bytes that they may take in the page, in base64.
     """
     datasets = [on.dataset for on in report.sets]
     rows = np.flatnonzero([datasets[on] in pixels for on in patches.on])

@@ -43,6 +43,7 @@ TITLES = {
     "brier": "Brier",
     "ece": "ECE",
 }
+_PICTURES = Markup("<!--pictures-->")  # no name can be taken for it: the template escapes them
 _MANY = 8  # runs in one square plot; more are drawn apart by method
 # Control characters, and those that turn the direction of what follows a name.
 _UNSEEN = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
@@ -53,19 +54,19 @@ def html(
     runs: Sequence[Run],
     *,
     patches: Shown,
-    thumbnails: Thumbnails,
     maps: Sequence[EmbeddingMap],
     sizes: Mapping[str, int],
+    has_pictures: bool,
 ) -> str:
-    """The page.
+    """The page, with a place for pictures; `with_thumbnails` fills it.
 
     Args:
         report: of `probe.report.collect`.
         runs: the same runs.
         patches: those of the gallery and the map.
-        thumbnails: their pictures, as far as there are any.
         maps: their places, as far as there are any.
         sizes: model to the parameters of its backbone, as far as they are known.
+        has_pictures: whether there will be any; the page says so where there are none.
     """
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
@@ -104,14 +105,20 @@ def html(
         views=[_view(on, runs, sizes) for on in report.sets],
         learning=_learning(report, runs),
         provenance=[_provenance(run) for run in runs],
-        thumbnails=thumbnails,
+        pictures=_PICTURES,
+        has_pictures=has_pictures,
         maps=maps,
         n_left_out=sum(patches.n_left_out),
         n_shown=len(patches.id),
         everything=_figures_record(report),
-        data=_data(report, runs, patches, thumbnails, maps, names),
+        data=_data(report, runs, patches, maps, names),
     )
     return _UNSEEN.sub(lambda found: printable(found[0]), page)
+
+
+def with_thumbnails(page: str, thumbnails: Thumbnails) -> str:
+    """The page of `html` with pictures, which are made last, so that they can fill what room is left."""
+    return page.replace(_PICTURES, _json(thumbnails.record()), 1)
 
 
 def _digest(text: str) -> str:
@@ -470,7 +477,6 @@ def _data(
     report: Report,
     runs: Sequence[Run],
     patches: Shown,
-    thumbnails: Thumbnails,
     maps: Sequence[EmbeddingMap],
     names: tuple[str, str],
 ) -> dict[str, Any]:
@@ -497,7 +503,6 @@ def _data(
             [_rounded(value, of[on]) for value, on in zip(row, patches.on.tolist(), strict=True)]
             for row, of in zip(patches.probability.tolist(), thresholds, strict=True)
         ],
-        "thumbnails": thumbnails.record(),
         "maps": [one.record() for one in maps],
     }
 

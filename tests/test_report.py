@@ -46,7 +46,7 @@ from finetune.report import make_report
 from probe import gallery
 from probe.curve import CurvePoint, curve_csv
 from probe.evidence import COMPARED, Resampling, as_dict, compare, ensemble
-from probe.gallery import Shown, embedding_maps, make_thumbnails, open_store, shown
+from probe.gallery import PAGE_BYTES, Shown, embedding_maps, make_thumbnails, open_store, shown
 from probe.page import commands
 from probe.report import collect, labels_of, read_runs
 from probe.results import VALIDATION, Predictions, concatenate, predictions_of, read_predictions
@@ -570,7 +570,7 @@ def check_page(page: str) -> Element:
     (style,) = root.all("style")
     scripts = list(root.all("script"))
     code = [one for one in scripts if one.attributes.get("type") != "application/json"]
-    assert (len(scripts), len(code)) == (3, 1)
+    assert (len(scripts), len(code)) == (4, 1)
     for rule, element in (("style-src", style), ("script-src", code[0])):
         digest = base64.b64encode(hashlib.sha256(element.text.encode()).digest()).decode()
         assert rules[rule] == f"'sha256-{digest}'"
@@ -906,7 +906,7 @@ def test_every_thumbnail_is_of_its_own_patch():
     def flat(id: str) -> np.ndarray:
         return np.full((32, 32, 3), colour_of(id), dtype=np.uint8)
 
-    thumbnails = make_thumbnails(found, report, {"a": flat, "b": flat})
+    thumbnails = make_thumbnails(found, report, {"a": flat, "b": flat}, budget=PAGE_BYTES)
     assert thumbnails.size == 32
     assert len(thumbnails.sheets) == 2
     assert (thumbnails.place < 0).tolist() == (found.on == 1).tolist()
@@ -943,7 +943,7 @@ def test_the_middle_of_a_patch_that_is_not_square_is_shown(shape):
         pixels[top : top + 64, left : left + 64] = (200, 30, 30)
         return pixels
 
-    thumbnails = make_thumbnails(found, report, {"a": framed})
+    thumbnails = make_thumbnails(found, report, {"a": framed}, budget=PAGE_BYTES)
     assert thumbnails.size == 64
     for row in range(4):
         assert np.abs(drawn(thumbnails, row)[8:-8, 8:-8] - (200, 30, 30)).max() < 25
@@ -951,7 +951,7 @@ def test_the_middle_of_a_patch_that_is_not_square_is_shown(shape):
 
 def test_no_patches_at_hand_are_no_thumbnails():
     found, report = of_patches(3, "a")
-    thumbnails = make_thumbnails(found, report, {})
+    thumbnails = make_thumbnails(found, report, {}, budget=PAGE_BYTES)
     assert (thumbnails.sheets, thumbnails.place.tolist()) == ((), [-1, -1, -1])
 
 
@@ -986,9 +986,10 @@ def test_the_patches_that_the_runs_saw_are_shown(own_patches, tmp_path, capsys):
     check_page(page)
     assert "No pictures" not in capsys.readouterr().err
     data = embedded(page, "data")
-    sheets = tuple(base64.b64decode(sheet) for sheet in data["thumbnails"]["sheets"])
-    thumbnails = gallery.Thumbnails(data["thumbnails"]["size"], sheets, np.array(data["thumbnails"]["place"]))
-    assert data["thumbnails"]["side"] == 16
+    pictures = embedded(page, "thumbnails")
+    sheets = tuple(base64.b64decode(sheet) for sheet in pictures["sheets"])
+    thumbnails = gallery.Thumbnails(pictures["size"], sheets, np.array(pictures["place"]))
+    assert pictures["side"] == 16
     for row, id in enumerate(data["id"]):
         mean = drawn(thumbnails, row)[8:-8, 8:-8].mean(axis=(0, 1))
         assert np.abs(mean - colour_of(id.removesuffix(".png"))).max() < 8
@@ -1008,8 +1009,8 @@ def test_other_patches_than_the_runs_saw_are_not_shown(change, own_patches, tmp_
     page = page_of(tmp_path / "runs")
     root = check_page(page)
     assert capsys.readouterr().err.count("No pictures of own: ") == 1
-    assert embedded(page, "data")["thumbnails"]["sheets"] == []
-    assert set(embedded(page, "data")["thumbnails"]["place"]) == {-1}
+    assert embedded(page, "thumbnails")["sheets"] == []
+    assert set(embedded(page, "thumbnails")["place"]) == {-1}
     assert "The patches themselves are not at hand" in root.text
 
 

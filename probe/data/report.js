@@ -1,5 +1,5 @@
 "use strict";
-// Sorting, theme, map and gallery. Everything comes from the two JSON elements of the page; text is only ever set as text.
+// Sorting, theme, map and gallery. Everything comes from the JSON elements of the page; text is only ever set as text.
 const data = JSON.parse(document.getElementById("data").textContent);
 const n = data.id.length;
 const css = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
@@ -12,6 +12,8 @@ const make = (tag, text, name) => {
 
 // ---------------------------------------------------------------------------------------------------------------- theme
 const theme = document.getElementById("theme");
+// A control without the script would be a dead one: it stays hidden until there is something behind it.
+const reveal = (...elements) => elements.forEach((element) => { element.hidden = false; });
 const prefersDark = matchMedia("(prefers-color-scheme: dark)");
 const isDark = () => (document.documentElement.dataset.theme ?? (prefersDark.matches ? "dark" : "light")) === "dark";
 const redraws = [];
@@ -20,12 +22,24 @@ const themed = () => {
   theme.setAttribute("aria-label", `Switch to the ${isDark() ? "light" : "dark"} theme`);
   for (const redraw of redraws) redraw();
 };
-theme.hidden = false;
+reveal(theme);
 theme.addEventListener("click", () => {
   document.documentElement.dataset.theme = isDark() ? "light" : "dark";
   themed();
 });
 prefersDark.addEventListener("change", themed);
+// Paper is white, and a canvas keeps the colours that it was drawn in.
+let onScreen;
+addEventListener("beforeprint", () => {
+  onScreen = document.documentElement.dataset.theme;
+  document.documentElement.dataset.theme = "light";
+  themed();
+});
+addEventListener("afterprint", () => {
+  if (onScreen) document.documentElement.dataset.theme = onScreen;
+  else delete document.documentElement.dataset.theme;
+  themed();
+});
 
 // -------------------------------------------------------------------------------------------------------------- sorting
 for (const table of document.querySelectorAll("table.sortable")) {
@@ -36,24 +50,27 @@ for (const table of document.querySelectorAll("table.sortable")) {
     button.append(...heading.childNodes);
     heading.append(button);
     heading.classList.add("sorts");
-    button.addEventListener("click", () => {
+    heading.addEventListener("click", () => { // the whole cell: the button's own click arrives here too
       const descending = heading.getAttribute("aria-sort") !== "descending";
       headings.forEach((other) => other.removeAttribute("aria-sort"));
       heading.setAttribute("aria-sort", descending ? "descending" : "ascending");
       const key = (row) => {
         const cell = row.cells[column];
         const value = cell.dataset.value;
-        return value === undefined ? cell.textContent.trim() : value === "" || value === "nan" ? -Infinity : Number(value);
+        return value === undefined ? cell.textContent.trim() : value === "" || value === "nan" ? null : Number(value);
       };
-      const compare = (a, b) => (typeof a === "string" ? a.localeCompare(b) : a - b);
-      const rows = [...table.tBodies[0].rows].sort((a, b) => (descending ? -1 : 1) * compare(key(a), key(b)));
+      const compare = (a, b) => {
+        if (a === null || b === null) return (a === null) - (b === null); // what is missing stands last either way
+        return (descending ? -1 : 1) * (typeof a === "string" ? a.localeCompare(b, "en", { numeric: true }) : a - b);
+      };
+      const rows = [...table.tBodies[0].rows].sort((a, b) => compare(key(a), key(b)));
       table.tBodies[0].append(...rows);
     });
   });
 }
 
 // ----------------------------------------------------------------------------------------------------------- thumbnails
-const { size, side, sheets, place } = data.thumbnails;
+const { size, side, sheets, place } = JSON.parse(document.getElementById("thumbnails").textContent);
 const decoded = new Map(); // sheet number to a promise of its image
 const sheetOf = (number) => {
   if (!decoded.has(number)) {
@@ -118,6 +135,7 @@ const scoresOf = (row) => data.runs.map((run, k) => (has(k, row) ? `${run} ${dat
 // -------------------------------------------------------------------------------------------------------------- gallery
 const PAGE = 48;
 const filters = document.getElementById("filters");
+reveal(filters);
 const tiles = document.getElementById("tiles");
 const count = document.getElementById("count");
 const more = document.getElementById("more");
@@ -134,14 +152,15 @@ for (const [name, empty] of [["domain", data.domains.every((d) => !d)], ["agreem
 }
 
 const tileOf = (row, run) => {
-  const tile = make("figure", undefined, `tile ${outcome(run, row) === "right" ? "right" : "wrong"}`);
+  const is = outcome(run, row);
+  const tile = make("figure", undefined, `tile ${is === "right" || is === "none" ? is : "wrong"}`);
   const canvas = make("canvas");
   canvas.width = canvas.height = Math.max(size, 1);
   canvas.setAttribute("role", "img");
   canvas.setAttribute("aria-label", `Patch ${data.id[row]}`);
   const caption = make("figcaption");
   const p = data.probability[run][row];
-  caption.append(make("div", `${OUTCOMES[outcome(run, row)]}${p === null ? "" : ` ${p.toFixed(3)}`}`, "outcome"));
+  caption.append(make("div", `${OUTCOMES[is]}${p === null ? "" : ` ${p.toFixed(3)}`}`, "outcome"));
   for (const line of describe(row)) caption.append(make("div", line));
   caption.append(make("div", data.id[row], "ends"), make("div", data.sets[data.on[row]].title, "ends"));
   tile.title = [data.id[row], ...scoresOf(row)].join("\n");
@@ -204,6 +223,9 @@ if (canvas) {
   const chosen = controls.elements;
   const context = canvas.getContext("2d");
   const MARGIN = 14;
+  const HINT = "Point at a patch.";
+  reveal(controls, canvas.parentElement);
+  point.textContent = HINT;
   let places = []; // [row, x, y] of every drawn patch
   let current = -1; // index into places
 
@@ -326,11 +348,13 @@ if (canvas) {
     return [at, best];
   };
 
-  canvas.addEventListener("pointermove", (event) => {
+  const pointAt = (event) => {
     const box = canvas.getBoundingClientRect();
     const [at, distance] = nearest(((event.clientX - box.left) / box.width) * 760, ((event.clientY - box.top) / box.height) * 520);
     if (distance < 200) select(at);
-  });
+  };
+  canvas.addEventListener("pointermove", pointAt);
+  canvas.addEventListener("pointerdown", pointAt); // a finger does not hover
   canvas.addEventListener("keydown", (event) => {
     const ways = { ArrowRight: [1, 0], ArrowLeft: [-1, 0], ArrowDown: [0, 1], ArrowUp: [0, -1] };
     if (!(event.key in ways)) return;
@@ -349,6 +373,7 @@ if (canvas) {
   controls.addEventListener("input", (event) => {
     if (event.target === chosen.map) fillAxes();
     current = -1;
+    point.textContent = HINT;
     redraw();
   });
   controls.addEventListener("submit", (event) => event.preventDefault());
