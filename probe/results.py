@@ -370,6 +370,9 @@ def read_columns(folder: Path, name: str, expected: tuple[str, ...]) -> dict[str
         if header != expected:
             raise UserError(f"{path}: found columns {', '.join(header) or 'none'}, expected {', '.join(expected)}.")
         rows = list(reader)
+        ragged = next((line for line, row in enumerate(rows, start=2) if len(row) != len(expected)), None)
+        if ragged:
+            raise ValueError(f"row {ragged} has {len(rows[ragged - 2])} cells of {len(expected)}")
         columns: dict[str, tuple[str, ...]] = dict.fromkeys(expected, ())
         if rows:
             columns = dict(zip(expected, zip(*rows, strict=True), strict=True))
