@@ -23,7 +23,7 @@ else
 fi
 
 apt() {
-    timeout 900 $sudo env DEBIAN_FRONTEND=noninteractive apt-get -qq -o Acquire::Retries=1 -o Acquire::http::Timeout=20 "$@" >&2
+    timeout 240 $sudo env DEBIAN_FRONTEND=noninteractive apt-get -qq -o Acquire::Retries=1 -o Acquire::http::Timeout=20 "$@" >&2
 }
 
 echo "installing chromium for the browser tests of the report (290 MB)" >&2
