@@ -51,16 +51,22 @@ def say(message: str) -> None:
 
 
 def print_json(value: dict[str, Any]) -> None:
-    """The one JSON object that `--json` promises, on stdout."""
-    print(json.dumps(value, indent=2, ensure_ascii=False))
+    """The one JSON object that `--json` promises, on stdout; what could drive a terminal stands as \\u escapes."""
+    text = json.dumps(value, indent=2, ensure_ascii=False)
+    print("".join(c if c.isprintable() or c == "\n" else json.dumps(c)[1:-1] for c in text))
 
 
 def show(*tables: Table) -> None:
     """Tables on stdout, as wide as the terminal; in a pipe or file as wide as they need."""
     from rich.console import Console
+    from rich.text import Text
 
-    # Names are data, never markup.
-    console = Console(width=None if sys.stdout.isatty() else _PIPE_WIDTH, markup=False, highlight=False)
+    class Plain(Console):
+        def render_str(self, text: str, **options: Any) -> Text:
+            """Names are data: neither markup nor control characters."""
+            return super().render_str("\n".join(map(printable, text.split("\n"))), **options)
+
+    console = Plain(width=None if sys.stdout.isatty() else _PIPE_WIDTH, markup=False, highlight=False)
     for table in tables:
         console.print(table)
 
@@ -98,20 +104,20 @@ def progress(description: str, total: int, unit: str = "images") -> Iterator[Adv
             return Text("" if speed is None else f"{speed:,.0f} {unit}/s")
 
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),  # file names are no markup
         BarColumn(),
         MofNCompleteColumn(),
         Rate(),
         TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
+        TextColumn("{task.fields[note]}", markup=False),
     )
     with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task(description, total=total, note="")
+        task = bar.add_task(printable(description), total=total, note="")
 
         def advance(n: int, note: str | None = None) -> None:
             bar.advance(task, n)
             if note is not None:
-                bar.update(task, note=note)
+                bar.update(task, note=printable(note))
 
         yield advance
 

@@ -20,6 +20,7 @@ from pathlib import Path
 from features.console import UserError
 
 PARTIAL = ".partial"
+_KEPT_OF_NAME = 50  # characters, of up to four bytes each: with the rest of a temporary name below 255 bytes
 
 _CANNOT_WRITE = {
     errno.ENOSPC: "free some space",
@@ -30,6 +31,7 @@ _CANNOT_WRITE = {
     errno.EPERM: "choose a writable place",
     errno.ENOTDIR: "choose a folder",
     errno.EEXIST: "choose a folder",
+    errno.ENAMETOOLONG: "choose a shorter name",
 }
 
 
@@ -68,8 +70,8 @@ def new_file(path: Path) -> Iterator[Path]:
 
 
 def temporary_name(path: Path) -> Path:
-    """A name beside `path` that nobody else uses."""
-    return path.with_name(f".{path.name}.{uuid.uuid4().hex}{PARTIAL}")
+    """A name beside `path` that nobody else uses, and no longer than a file system takes."""
+    return path.with_name(f".{path.name[:_KEPT_OF_NAME]}.{uuid.uuid4().hex}{PARTIAL}")
 
 
 def flush(path: Path) -> None:

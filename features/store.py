@@ -53,6 +53,7 @@ from features.samples import Samples
 
 FORMAT = "mitofm-features"
 FORMAT_VERSION = 1
+_DIGEST = "attributes_digest"
 _MOST_MAPPED = 256  # blocks; a process may usually have 1,024 files open
 _OVERWRITE = "write this entry anew with --overwrite"
 _AGAIN = "run fm-extract for this dataset again"
@@ -700,6 +701,7 @@ def _read_entry(folder: Path) -> Entry:
         sound = (
             entry.fingerprint == fingerprint(entry.parts)
             and folder.parts[-3:] == (store_key(entry.dataset), store_key(entry.model), store_key(entry.view))
+            and all(store_key(name) == name for name in poolings)  # each names a folder below this one
             and set(entry.card_pooling.split("+")) <= set(poolings)
             and entry.n_rows > 0
             and MIN_ROWS_PER_BLOCK <= entry.rows_per_block <= MAX_ROWS_PER_BLOCK
@@ -723,11 +725,15 @@ def _check_metadata(folder: Path, expected: dict[str, Any], remedy: str) -> None
 
 
 def _attributes(folder: Path) -> dict[str, Any]:
-    """The attributes of a group."""
-    document = _read_json(folder / "zarr.json", "restore it from a copy, or remove this folder and compute it again")
+    """The attributes of a group, checked against their digest where they have one."""
+    remedy = "restore it from a copy, or remove this folder and compute it again"
+    document = _read_json(folder / "zarr.json", remedy)
     attributes = document.get("attributes", {})
     if document.get("zarr_format") != 3 or document.get("node_type") != "group" or not isinstance(attributes, dict):
         raise _damaged(folder, "this is not a Zarr v3 group", "restore it from a copy, or use another --store")
+    written = attributes.pop(_DIGEST, None)  # stores of older versions have none
+    if written not in (None, fingerprint(attributes)):
+        raise _damaged(folder, "its attributes do not match their digest", remedy)
     return attributes
 
 
@@ -741,7 +747,7 @@ def _groups(folder: Path) -> list[Path]:
 def _read_json(path: Path, remedy: str) -> dict[str, Any]:
     try:
         document = json.loads(path.read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise _damaged(path.parent, f"zarr.json is not JSON ({error})", remedy) from error
     except OSError as error:
         raise _damaged(path.parent, f"zarr.json cannot be read ({error.strerror})", remedy) from error
@@ -805,7 +811,8 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = ""
 
 
 def _write_group(folder: Path, attributes: dict[str, Any]) -> None:
-    _write_json(folder / "zarr.json", group_metadata(attributes))
+    # Of labels' names, the source or the batch size nothing else would tell that a bit has flipped.
+    _write_json(folder / "zarr.json", group_metadata(attributes | {_DIGEST: fingerprint(attributes)}))
 
 
 def _write_json(path: Path, document: Mapping[str, Any]) -> None:

@@ -358,6 +358,7 @@ def test_what_is_no_store_is_refused(tmp_path: Path) -> None:
 def test_a_newer_format_is_refused_with_what_to_do(empty: FeatureStore) -> None:
     document = json.loads((empty.path / "zarr.json").read_text())
     document["attributes"]["format_version"] = 2
+    del document["attributes"]["attributes_digest"]
     (empty.path / "zarr.json").write_text(json.dumps(document))
     with pytest.raises(UserError, match=r"format 2.*Upgrade"):
         FeatureStore.open(empty.path)
@@ -520,6 +521,31 @@ def test_no_damage_to_any_metadata_or_table_file_goes_unseen_or_ends_in_a_traceb
             except UserError:
                 pass
         path.write_bytes(data)
+
+
+def test_a_changed_attribute_is_refused_and_a_store_without_digests_is_read(empty: FeatureStore) -> None:
+    path = empty.path / "ami-br" / "zarr.json"
+    whole = path.read_text()
+    path.write_text(whole.replace("somewhere", "somewhera"))
+    with pytest.raises(UserError, match="attributes do not match their digest"):
+        empty.samples("ami-br")
+    document = json.loads(whole)
+    del document["attributes"]["attributes_digest"]
+    path.write_text(json.dumps(document))
+    assert empty.dataset_attrs("ami-br")["source"] == "somewhere"
+    assert empty.verify() == []
+
+
+@pytest.mark.parametrize("pooling", ["../../../elsewhere", "\x1b[2J", "/tmp"])
+def test_a_pooling_that_names_no_folder_of_its_own_is_refused(full: FeatureStore, pooling: str) -> None:
+    path = next(full.path.glob("ami-br/*/*/zarr.json"))
+    document = json.loads(path.read_text())
+    document["attributes"]["poolings"].append({"name": pooling, "width": 4})
+    del document["attributes"]["attributes_digest"]
+    path.write_text(json.dumps(document))
+    with pytest.raises(UserError, match="its attributes"):
+        full.entries()
+    assert len(full.verify()) == 1
 
 
 # Interruption.
