@@ -232,7 +232,8 @@ def read_checkpoint(path: Path) -> StateDict:
         ) from None
     while isinstance(content, dict) and (wrapper := next((key for key in _WRAPPERS if key in content), None)):
         content = content[wrapper]
-    state = {str(name): value for name, value in content.items() if isinstance(value, Tensor)} if content else {}
+    named = content.items() if isinstance(content, dict) else ()
+    state = {str(name): value for name, value in named if isinstance(value, Tensor)}
     if not state:
         raise UserError(f"{path}: holds no tensors, so no weights.")
     for prefix in _PREFIXES:

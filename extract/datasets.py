@@ -10,6 +10,7 @@ import csv
 import hashlib
 import os
 import re
+import stat
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -431,7 +432,7 @@ def load_patches(path: Path) -> Patches:
         missing = [
             f"line {line}: {name or '(empty)'}"
             for (line, _), name in zip(rows, names, strict=True)
-            if not (path.parent / name).is_file()
+            if not _is_file(path.parent / name)
         ]
         if missing or not names:
             found = f"{len(missing)} of {len(names)} files do not exist ({_first(missing)})" if names else "no rows"
@@ -518,7 +519,7 @@ def _from_csv(table: Path, positive: str | None) -> PatchDataset:
     if "split" in cells:
         unknown = [row for row, split in enumerate(cells["split"]) if split not in (TRAIN, TEST, "")]
         refuse(unknown, "an unknown split", f"A split is '{TRAIN}', '{TEST}' or empty (folds are made from '{TRAIN}').")
-    missing = [row for row, path in enumerate(paths) if not path.is_file()]
+    missing = [row for row, path in enumerate(paths) if not _is_file(path)]
     refuse(missing, "a file that does not exist", f"Paths are relative to {table.parent.resolve()}.")
 
     label, label_names = _labels(cells["label"], positive, table)
@@ -645,6 +646,13 @@ def _class_files(folder: Path, classes: Sequence[str]) -> list[_File]:
     return sorted(files, key=lambda file: _natural(file.id))
 
 
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # a name longer than a file system takes
+        return False
+
+
 def _ignored(entry: Path) -> bool:
     return entry.name.startswith(".") or entry.name in _SYSTEM_FILES
 
@@ -664,6 +672,11 @@ def _hash_files(paths: Sequence[Path], title: str) -> tuple[list[str], int]:
 
     def check(path: Path) -> tuple[str, int, str | None]:
         try:
+            status = path.stat()
+            if not stat.S_ISREG(status.st_mode):  # a pipe or a device might never end
+                return "", 0, "not a regular file"
+            if status.st_size > images.MAX_BYTES:
+                return "", 0, f"{status.st_size:,} bytes are too many for a patch"
             data = path.read_bytes()
         except OSError as error:
             return "", 0, str(error.strerror)

@@ -19,6 +19,7 @@ from features.console import UserError
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp"})
 ACCEPTED = "8-bit RGB, grey or palette images without transparency (PNG, JPEG, TIFF, BMP or WebP)"
 MAX_PIXELS = 4096 * 4096  # a patch of 1 mm at 0.25 um/px; beyond it, this is a slide or a decompression bomb
+MAX_BYTES = 1 << 28  # of a file: four times what that many pixels take uncompressed, with transparency
 
 _FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "WEBP")
 _OPAQUE_MODES = {"RGB", "L", "P", "1"}

@@ -33,7 +33,7 @@ from finetune.protocol import (
 )
 from finetune.train import Machine
 from probe.logistic import predict_logits
-from probe.results import read_run, read_weights
+from probe.results import check_weights, read_run, read_weights
 
 COLUMNS = ("source", "id", "probability", "predicted", "spread")
 _BATCH = {"cpu": 8, "cuda": 64}  # images per forward pass of a frozen backbone
@@ -71,6 +71,7 @@ def predict_paths(
         UserError: no run, a backbone that cannot be had as it was, patches that cannot be read, or a full disk.
     """
     record = read_run(run)
+    check_weights(run, record)
     place = find_device(device)
     backbone = find_backbone(record["model"])
     loaded = fetch_weights(backbone, weights=weights)

@@ -419,7 +419,7 @@ def _provenance(run: Run) -> dict[str, Any]:
         ("folds", f"{record['folds']['n']}: {record['folds'].get('source', '')}, digest {record['folds']['digest']}"),
         *((f"embedding of {name}", str(digest)) for name, digest in record.get("fingerprints", {}).items()),
         *((f"table of {name}", str(digest)) for name, digest in record.get("table_digests", {}).items()),
-        *((name, str(digest)) for name, digest in record.get("sha256", {}).items()),
+        *((name, str(digest)) for name, digest in record.get("sha256", {}).items() if "/" not in name),
         ("versions", ", ".join(f"{name} {version}" for name, version in record["versions"].items())),
         ("cost", ", ".join(f"{name} {value}" for name, value in record["cost"].items())),
     ]

@@ -9,7 +9,8 @@ A run is a folder `runs/<id>/`. `run.json` is written last: a folder without it 
     learning_curve.csv  figures of probes fitted to fewer slides, where they were asked for
     *.safetensors    the weights; of a fine-tuned run in a folder per fold
 
-Tables, intervals and plots are computed from these files alone. run.json holds the SHA-256 of the CSV files.
+Tables, intervals and plots are computed from these files alone. run.json holds the SHA-256 of every file, and under its
+own name that of what it says itself.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from features.console import UserError
-from features.files import move_folder, write_file, writing
+from features.files import PARTIAL, move_folder, write_file, writing
 from features.samples import MISSING_VOTE, Samples, make_samples
 from features.store import store_key
 from probe.metrics import THRESHOLD, best_threshold
@@ -187,12 +188,14 @@ def finish_run(
         "samples.csv": _samples_csv(predictions, tables),
         **(files or {}),
     }
-    record = {
+    contents["metrics.json"] = _json(metrics)
+    digests = {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
+    record: dict[str, Any] = {
         "format": RUN_FORMAT,
         "id": run_id,
         "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         **run,
-        "sha256": {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()},
+        "sha256": digests | {path.relative_to(folder).as_posix(): _digest(path) for path in _weight_files(folder)},
         "versions": versions(),
         "cost": {
             **run.get("cost", {}),
@@ -200,9 +203,9 @@ def finish_run(
             "peak_memory_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
         },
     }
+    record["sha256"]["run.json"] = _own_digest(record)
     for name, content in contents.items():
         write_file(folder / name, [content])
-    write_file(folder / "metrics.json", [_json(metrics)])
     write_file(folder / "run.json", [_json(record)])
 
 
@@ -221,12 +224,11 @@ def read_run(folder: Path) -> dict[str, Any]:
     """A run's run.json with its metrics under `metrics`.
 
     Raises:
-        UserError: if the folder is no run, or one of a newer format.
+        UserError: if the folder is no run, one of a newer format, or not as it was written.
     """
     try:
-        record, metrics = (
-            json.loads((folder / name).read_text(encoding="utf-8")) for name in ("run.json", "metrics.json")
-        )
+        contents = {name: (folder / name).read_bytes() for name in ("run.json", "metrics.json")}
+        record, metrics = (json.loads(content.decode()) for content in contents.values())
         if not isinstance(record, dict) or not isinstance(metrics, dict):
             raise ValueError("expected a JSON object")
     except (FileNotFoundError, NotADirectoryError) as error:
@@ -234,14 +236,35 @@ def read_run(folder: Path) -> dict[str, Any]:
             f"{folder} is not a finished run: {Path(error.filename).name} is missing. Expected a folder written "
             "by fm-probe or fm-finetune; an interrupted training goes on with fm-finetune --resume."
         ) from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{folder}: run.json or metrics.json is damaged ({error}). Run the command again.") from error
     if record.get("format") != RUN_FORMAT:
         raise UserError(
             f"{folder} is a run of format {record.get('format')}; this version reads format {RUN_FORMAT}. "
             "Update mitofm, or run the command again."
         )
+    written = _written(record)
+    if written.get("run.json") not in (None, _own_digest(record)):
+        raise _not_as_written(folder / "run.json")
+    if written.get("metrics.json") not in (None, hashlib.sha256(contents["metrics.json"]).hexdigest()):
+        raise _not_as_written(folder / "metrics.json")
     return record | {"metrics": metrics}
+
+
+def check_weights(folder: Path, record: Mapping[str, Any]) -> None:
+    """Compare a run's weights with their digests; runs of older versions have none.
+
+    Args:
+        folder: of the run.
+        record: its run.json.
+
+    Raises:
+        UserError: if a file is not the one that the run wrote.
+    """
+    written = _written(record)
+    for path in _weight_files(folder):
+        if written.get(path.relative_to(folder).as_posix()) not in (None, _digest(path)):
+            raise _not_as_written(path)
 
 
 def read_weights(folder: Path) -> dict[str, NDArray[Any]]:
@@ -379,15 +402,43 @@ def read_columns(folder: Path, name: str, expected: tuple[str, ...]) -> dict[str
     except (ValueError, csv.Error) as error:
         raise UserError(f"{path} is damaged ({error}). Run the command again.") from error
     try:
-        written = json.loads((folder / "run.json").read_text(encoding="utf-8")).get("sha256", {}).get(name)
-    except (OSError, ValueError, AttributeError):
+        written = _written(json.loads((folder / "run.json").read_text(encoding="utf-8"))).get(name)
+    except (OSError, ValueError, AttributeError, RecursionError):
         written = None  # `read_run` says what is wrong with it
     if written not in (None, hashlib.sha256(content).hexdigest()):
-        raise UserError(
-            f"{path} is not the file that the run wrote: its SHA-256 differs from the one in run.json. "
-            "Restore it, or run the command again."
-        )
+        raise _not_as_written(path)
     return columns
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """The weights of a probe, or all that the fold folders of a fine-tuned run hold."""
+    found = (folder / "weights.safetensors", *folder.glob("fold-*/*"))
+    return sorted(path for path in found if path.is_file() and not path.name.endswith(PARTIAL))
+
+
+def _written(record: Mapping[str, Any]) -> Mapping[str, Any]:
+    """File name to SHA-256, as run.json has it."""
+    found = record.get("sha256")
+    return found if isinstance(found, dict) else {}
+
+
+def _own_digest(record: Mapping[str, Any]) -> str:
+    """SHA-256 of the canonical JSON of a record without this digest."""
+    digests = {name: digest for name, digest in _written(record).items() if name != "run.json"}
+    text = json.dumps(dict(record) | {"sha256": digests}, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _not_as_written(path: Path) -> UserError:
+    return UserError(
+        f"{path} is not the file that the run wrote: its SHA-256 differs from the one in run.json. "
+        "Restore it, or run the command again."
+    )
 
 
 def _json(value: Mapping[str, Any]) -> bytes:

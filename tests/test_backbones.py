@@ -251,9 +251,10 @@ def test_damaged_files_and_pickled_code_are_refused(tmp_path: Path) -> None:
     torch.save({"state_dict": Path("/")}, tmp_path / "code.pth")
     with pytest.raises(UserError, match="not a readable weights file"):
         read_checkpoint(tmp_path / "code.pth")
-    torch.save({"epoch": 3}, tmp_path / "none.pth")
-    with pytest.raises(UserError, match="holds no tensors"):
-        read_checkpoint(tmp_path / "none.pth")
+    for content in ({"epoch": 3}, [torch.zeros(2)], torch.zeros(2), "text", {}, None):
+        torch.save(content, tmp_path / "none.pth")
+        with pytest.raises(UserError, match="holds no tensors"):
+            read_checkpoint(tmp_path / "none.pth")
 
 
 def test_older_swin_names_load(file: Path) -> None:

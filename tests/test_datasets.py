@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import csv
 import hashlib
+import os
 import struct
 import threading
 import zlib
@@ -18,7 +19,7 @@ import pytest
 from PIL import Image
 
 from extract import datasets, images
-from extract.datasets import DATASETS, binary_labels, load_dataset, table1
+from extract.datasets import DATASETS, binary_labels, load_dataset, load_patches, table1
 from features.console import UserError
 from features.samples import audit
 
@@ -356,6 +357,27 @@ def test_a_wrong_csv_is_one_message_naming_the_line(
 ) -> None:
     with pytest.raises(UserError, match=message):
         load_dataset(str(write_csv(patches / "t.csv", *rows)))
+
+
+@pytest.mark.parametrize("path", ["x" * 300, "x/" * 3000 + "y", "a\0b", "x" * 100_000])
+def test_a_path_that_no_file_system_takes_is_a_file_that_does_not_exist(patches: Path, path: str) -> None:
+    table = write_csv(patches / "t.csv", ("path", "label"), ("png/0.png", "a"), (path, "b"))
+    for load in (lambda: load_dataset(str(table)), lambda: load_patches(table)):
+        with pytest.raises(UserError, match="not exist"):
+            load()
+
+
+def test_a_pipe_or_a_device_or_a_huge_file_is_no_patch(two_classes: Path, tmp_path: Path) -> None:
+    other = two_classes / "Normal" / "other.png"
+    for make, said in (
+        (lambda: os.mkfifo(other), "not a regular file"),
+        (lambda: other.symlink_to("/dev/zero"), "not a regular file"),
+        (lambda: os.truncate(os.open(other, os.O_CREAT | os.O_WRONLY), 1 << 40), "bytes are too many for a patch"),
+    ):
+        make()
+        with pytest.raises(UserError, match=said):
+            load_dataset(str(two_classes))
+        other.unlink()
 
 
 def test_a_csv_that_is_no_text_is_refused(tmp_path: Path) -> None:

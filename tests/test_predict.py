@@ -128,10 +128,11 @@ def test_other_weights_are_refused_by_name(runs, table, tmp_path):
 
 
 def altered(run: Path, to: Path, **parts) -> Path:
-    """A copy of a run whose record says something else."""
+    """A copy of a run whose record says something else, and has no digests, as those of older versions."""
     shutil.copytree(run, to)
     record = json.loads((to / "run.json").read_text())
     record["embedding"] |= parts
+    del record["sha256"]
     (to / "run.json").write_text(json.dumps(record))
     return to
 
@@ -174,6 +175,20 @@ def test_a_damaged_adapter_is_named(damage, runs, table, weights, tmp_path):
         path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(UserError, match=r"fold-1/adapter_model\.safetensors: (no such file|not a whole)"):
         predict_paths(run, [table], out=tmp_path / "out.csv", weights=weights)
+
+
+@pytest.mark.parametrize("kind", ["probe", "lora", "head"])
+def test_any_flipped_bit_of_the_weights_is_refused_by_name(kind, runs, table, weights, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(runs[kind], run)
+    paths = [path for path in run.rglob("*") if path.suffix == ".safetensors" or "fold-" in str(path.parent)]
+    for path in paths:
+        whole = path.read_bytes()
+        path.write_bytes(whole[:-9] + bytes([whole[-9] ^ 1]) + whole[-8:])
+        with pytest.raises(UserError, match=rf"{path.name} is not the file that the run wrote"):
+            predict_paths(run, [table], out=tmp_path / "out.csv", weights=weights)
+        path.write_bytes(whole)
+    assert paths
 
 
 def test_an_unfinished_run_says_how_to_go_on(tmp_path):

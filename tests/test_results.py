@@ -18,6 +18,7 @@ from probe.results import (
     SAMPLE_COLUMNS,
     VALIDATION,
     Predictions,
+    check_weights,
     concatenate,
     predictions_of,
     read_predictions,
@@ -122,9 +123,11 @@ def made_run(
 
 
 def edit_record(folder: Path, **changes: Any) -> None:
-    """Change what a run's run.json says; None takes a key out."""
+    """Change what a run's run.json says, as if it had been written so; None takes a key out."""
     record = json.loads((folder / "run.json").read_text()) | changes
     kept = {name: value for name, value in record.items() if changes.get(name, "") is not None}
+    if "sha256" in kept:
+        kept["sha256"].pop("run.json", None)
     (folder / "run.json").write_text(json.dumps(kept))
 
 
@@ -234,6 +237,29 @@ def test_a_change_that_makes_sense_in_itself_is_refused_too(tmp_path):
     ):
         with pytest.raises(UserError, match=rf"{name} is not the file that the run wrote: its SHA-256 differs"):
             read()
+
+
+def test_a_changed_record_metric_or_weight_is_refused_by_name(tmp_path):
+    folder = made_run(tmp_path)
+    check_weights(folder, read_run(folder))
+    for name, old, new in (
+        ("run.json", b'"Normal"', b'"Formal"'),
+        ("run.json", b'"seed": 42', b'"seed": 43'),
+        ("metrics.json", b"0.5", b"0.7"),
+        ("weights.safetensors", b"\0\0\0\0", b"\0\0\0\1"),
+    ):
+        whole = (folder / name).read_bytes()
+        (folder / name).write_bytes(whole[::-1].replace(old[::-1], new[::-1], 1)[::-1])
+        with pytest.raises(UserError, match=rf"{name} is not the file that the run wrote"):
+            check_weights(folder, read_run(folder))
+        (folder / name).write_bytes(whole)
+    check_weights(folder, read_run(folder))
+
+
+def test_weights_outside_the_folder_are_never_looked_at(tmp_path):
+    folder = made_run(tmp_path)
+    edit_record(folder, sha256={"../../secret": "0", "/etc/passwd": "0"})
+    check_weights(folder, read_run(folder))
 
 
 def unsigned(tmp_path: Path) -> Path:
