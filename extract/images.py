@@ -7,6 +7,7 @@ to 8, CMYK inverted, a transparent pixel turned black) is refused instead.
 from __future__ import annotations
 
 import struct
+import warnings
 import zlib
 from io import BytesIO
 
@@ -27,6 +28,8 @@ _ALPHA_MODES = {"RGBA", "LA", "PA"}
 _TIFF_BITS_PER_SAMPLE = 258
 # What Pillow and its codecs raise on damaged bytes, besides OSError.
 _DAMAGE = (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, struct.error, zlib.error)
+# What it only warns of is read or refused here, in our own words.
+warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
 _BOMB = (Image.DecompressionBombError, Image.DecompressionBombWarning)
 
 

@@ -7,6 +7,7 @@ message with exit status 1; progress bars appear on a terminal only, so a pipe o
 from __future__ import annotations
 
 import difflib
+import errno
 import json
 import os
 import signal
@@ -135,6 +136,10 @@ def run(app: typer.Typer) -> None:
         app()
     except UserError as error:
         _fail(str(error))
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            raise
+        _fail(f"{error.filename}: this name is longer than a file system takes. Give the name of what is there.")
     except Interrupted:
         _fail("interrupted. Everything finished so far is kept: run the same command again to finish the rest.")
 

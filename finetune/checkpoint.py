@@ -7,6 +7,7 @@ rate and early stopping follow from the history, and the random numbers of an ep
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -63,10 +64,11 @@ def save_state(folder: Path, state: State) -> None:
         "format": FORMAT,
         "folds": state.folds,
         "n_steps": state.n_steps,
-        "history": state.history,
+        "history": {str(fold): history for fold, history in state.history.items()},
         "seconds": state.seconds,
         "n_images": state.n_images,
     }
+    described["sha256"] = _digest(described, tensors)
     with writing(folder, then=GO_ON):
         write_file(folder / CHECKPOINT_FILE, [safetensors.torch.save(tensors, {"state": json.dumps(described)})])
 
@@ -82,6 +84,8 @@ def load_state(folder: Path, device: torch.device) -> State | None:
         with safetensors.safe_open(path, "pt", device=str(device)) as file:
             described = json.loads(file.metadata()["state"])
             tensors = {name: file.get_tensor(name) for name in ("values", "best", "moments")}
+        if described.pop("sha256", None) not in (None, _digest(described, tensors)):
+            raise ValueError("its digest does not match")
         return State(
             **tensors,
             folds=tuple(described["folds"]),
@@ -94,3 +98,11 @@ def load_state(folder: Path, device: torch.device) -> State | None:
         return None
     except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path} is damaged ({error}). Delete it to train from the start, with --resume.") from error
+
+
+def _digest(described: dict[str, Any], tensors: dict[str, Tensor]) -> str:
+    """SHA-256 over all that a checkpoint says; a flipped bit would otherwise train on unseen."""
+    digest = hashlib.sha256(json.dumps(described, sort_keys=True).encode())
+    for name in sorted(tensors):
+        digest.update(tensors[name].cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
@@ -33,7 +31,7 @@ from finetune.protocol import (
 )
 from finetune.train import Machine
 from probe.logistic import predict_logits
-from probe.results import check_weights, read_run, read_weights
+from probe.results import check_weights, csv_bytes, read_run, read_weights
 
 COLUMNS = ("source", "id", "probability", "predicted", "spread")
 _BATCH = {"cpu": 8, "cuda": 64}  # images per forward pass of a frozen backbone
@@ -88,7 +86,7 @@ def predict_paths(
     names = record.get("label_names", ["0", "1"])  # runs before fm-predict did not keep them
     with writing(out.parent):
         out.parent.mkdir(parents=True, exist_ok=True)
-        write_file(out, [_table(every, probability, limit, names).encode()])
+        write_file(out, [_table(every, probability, limit, names)])
     means = np.concatenate([each.mean(axis=1) for each in probability])
     return {
         "out": str(out),
@@ -186,13 +184,12 @@ def _finetuned_judge(
 
 def _table(
     every: Sequence[Patches], probability: Sequence[NDArray[np.float64]], threshold: float, names: Sequence[str]
-) -> str:
-    file = io.StringIO()
-    writer = csv.writer(file, lineterminator="\n")
-    writer.writerow([*COLUMNS, *(f"fold_{fold}" for fold in range(probability[0].shape[1]))])
+) -> bytes:
+    header = (*COLUMNS, *(f"fold_{fold}" for fold in range(probability[0].shape[1])))
+    rows = []
     for patches, each in zip(every, probability, strict=True):
         for id, folds in zip(patches.id, each, strict=True):
             mean = folds.mean()
             row = (f"{mean:.6f}", names[int(mean >= threshold)], f"{folds.std():.6f}")
-            writer.writerow([patches.source, id, *row, *(f"{value:.6f}" for value in folds)])
-    return file.getvalue()
+            rows.append((patches.source, id, *row, *(f"{value:.6f}" for value in folds)))
+    return csv_bytes(header, rows)

@@ -210,7 +210,8 @@ def finetune(options: FinetuneOptions, *, compute: ComputeOptions, runs: Path) -
     }
     with writing(runs):
         folder.mkdir(parents=True)
-        write_file(folder / START_FILE, [json.dumps(record, indent=2).encode()])
+        whole = record | {"sha256": fingerprint(record)}
+        write_file(folder / START_FILE, [json.dumps(whole, indent=2).encode()])
     return _train_and_finish(setup, folder, network)
 
 
@@ -597,12 +598,14 @@ def _read_start(folder: Path) -> dict[str, Any]:
         found = record["format"]
         if found == FORMAT and not record.keys() >= {"identity", "compute", "versions"}:
             raise KeyError("identity")
+        if record.pop("sha256", None) not in (None, fingerprint(record)) and found == FORMAT:
+            raise ValueError("its digest does not match")
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(
             f"{folder} is no interrupted training: it has no {START_FILE}. Expected a folder that fm-finetune made "
             f"below its --runs.{nearest(folder.name, _trainings(folder.parent))}"
         ) from None
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{path} is damaged ({error}). Start a new run.") from None
     if found != FORMAT:
         raise UserError(

@@ -456,7 +456,7 @@ def _predictions_csv(predictions: Predictions) -> bytes:
         [f"{value:.9g}" for value in predictions.logit.tolist()],  # 9 digits give a float32 back exactly
         [f"{value:.6f}" for value in predictions.probability.tolist()],
     )
-    return _csv(COLUMNS, zip(*columns, strict=True))
+    return csv_bytes(COLUMNS, zip(*columns, strict=True))
 
 
 def _samples_csv(predictions: Predictions, tables: Mapping[str, Samples]) -> bytes:
@@ -471,12 +471,23 @@ def _samples_csv(predictions: Predictions, tables: Mapping[str, Samples]) -> byt
             for row in zip(*columns, strict=True):
                 yield (name, *map(str, row))
 
-    return _csv(SAMPLE_COLUMNS, rows())
+    return csv_bytes(SAMPLE_COLUMNS, rows())
 
 
-def _csv(header: Sequence[str], rows: Iterable[Sequence[object]]) -> bytes:
-    file = io.StringIO()
-    writer = csv.writer(file, lineterminator="\n")
+class _Lines:
+    """What a csv.writer writes to: lines that end in a bare line feed."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def write(self, line: str) -> None:
+        self.lines.append(line.removesuffix("\r\n") + "\n")
+
+
+def csv_bytes(header: Sequence[str], rows: Iterable[Sequence[object]]) -> bytes:
+    """A CSV file that gives every cell back, whatever characters it holds."""
+    out = _Lines()
+    writer = csv.writer(out, lineterminator="\r\n")  # told "\n", Python before 3.13 leaves a lone "\r" unquoted
     writer.writerow(header)
     writer.writerows(rows)
-    return file.getvalue().encode()
+    return "".join(out.lines).encode()

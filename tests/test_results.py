@@ -27,7 +27,20 @@ from probe.results import (
     write_run,
 )
 
-ODD = ("a,b", 'c "d"', "e\nf", "g\r\nh", "Größe ✓ 漢字", "<i>&amp;", " spaces ", "{{ 7*7 }}", "../..", "\u202egnp")
+ODD = (
+    "a,b",
+    "\r",
+    "i\rj",
+    'c "d"',
+    "e\nf",
+    "g\r\nh",
+    "Größe ✓ 漢字",
+    "<i>&amp;",
+    " spaces ",
+    "{{ 7*7 }}",
+    "../..",
+    "\u202egnp",
+)
 
 
 def patches(
