@@ -92,6 +92,21 @@ def move_folder(new: Path, place: Path) -> None:
     flush(place.parent)
 
 
+def place_folder(new: Path, place: Path) -> None:
+    """Put a folder in its place in one step, or remove it if another one is there by then: the first one stays.
+
+    This needs no lock: of several folders renamed to one name at the same moment, one succeeds.
+    """
+    flush(new)
+    try:
+        new.rename(place)
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
+        shutil.rmtree(new)
+    flush(place.parent)
+
+
 def discard_folder(folder: Path) -> None:
     """Remove a folder; its name goes first, in one step."""
     aside = temporary_name(folder)
@@ -109,14 +124,26 @@ def sweep(folder: Path) -> None:
             path.unlink(missing_ok=True)
 
 
+def sweep_below(folder: Path) -> None:
+    """Sweep a folder and those right below it."""
+    for place in (folder, *filter(Path.is_dir, folder.iterdir())):
+        sweep(place)
+
+
 @contextmanager
-def only_writer(folder: Path) -> Iterator[None]:
-    """Wait until no other process is inside this block for the same folder (where the file system has locks)."""
+def only_writer(folder: Path) -> Iterator[bool]:
+    """Wait until no other process is inside this block for the same folder (where the file system has locks).
+
+    Yields:
+        Whether there is a lock. Without one nobody knows whose the unfinished files are, and they must stay.
+    """
     descriptor = os.open(folder, os.O_RDONLY)
+    locked = False
     try:
         with suppress(OSError):
             fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
+            locked = True
+        yield locked
     finally:
         os.close(descriptor)
 
@@ -124,15 +151,15 @@ def only_writer(folder: Path) -> Iterator[None]:
 class Use:
     """A folder in use by this object, together with other users; given up when the object goes.
 
-    Whoever finds nobody else there first sweeps the folder and those right below it.
+    Whoever finds nobody else there first sweeps the folder and those right below it, unless it is shared: the locks of
+    some clusters' file systems hold on one machine only.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, shared: bool = False) -> None:
         descriptor = os.open(folder, os.O_RDONLY)
         weakref.finalize(self, os.close, descriptor)
-        if _lock(descriptor, fcntl.LOCK_EX):
-            for place in (folder, *filter(Path.is_dir, folder.iterdir())):
-                sweep(place)
+        if not shared and _lock(descriptor, fcntl.LOCK_EX):
+            sweep_below(folder)
         _lock(descriptor, fcntl.LOCK_SH)
 
 

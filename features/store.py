@@ -32,7 +32,9 @@ from features.files import (
     in_use,
     move_folder,
     only_writer,
+    place_folder,
     sweep,
+    sweep_below,
     temporary_name,
     write_file,
     writing,
@@ -221,7 +223,10 @@ class FeatureStore:
             UserError: as `open`; if something else lies there; or if the place cannot be written.
         """
         if not (path / "zarr.json").exists():
-            if path.exists() and (not path.is_dir() or any(not p.name.endswith(PARTIAL) for p in path.iterdir())):
+            strange = path.exists() and (
+                not path.is_dir() or any(not p.name.endswith(PARTIAL) for p in path.iterdir())
+            )
+            if strange and not (path / "zarr.json").exists():  # another process may just have made the store
                 raise UserError(f"{path} exists but is not a feature store. Name another --store; nothing was changed.")
             with writing(path):
                 path.mkdir(parents=True, exist_ok=True)
@@ -267,7 +272,9 @@ class FeatureStore:
             raise _damaged(folder, "the patch table does not match its digest", _AGAIN)
         return samples
 
-    def put_samples(self, dataset: str, samples: Samples, *, attrs: Mapping[str, Any], overwrite: bool = False) -> bool:
+    def put_samples(
+        self, dataset: str, samples: Samples, *, attrs: Mapping[str, Any], overwrite: bool = False, shared: bool = False
+    ) -> bool:
         """Record a dataset's patch table. The same table twice is no work.
 
         Args:
@@ -275,6 +282,7 @@ class FeatureStore:
             samples: the table; its row order is that of every embedding of this dataset.
             attrs: what else to record about the dataset, as JSON values.
             overwrite: whether to discard this dataset, with all its embeddings, if its images have changed.
+            shared: whether other machines may be doing the same at this moment, see `begin`.
 
         Returns:
             Whether a table of the same images, but with other labels, groups, splits, votes or domains, was replaced.
@@ -292,11 +300,20 @@ class FeatureStore:
             "images_digest": samples.images_digest,
             "table_digest": samples.table_digest,
         }
-        with writing(self.path), only_writer(self.path):
-            sweep(self.path)
+        with writing(self.path), only_writer(self.path) as locked:
+            if locked and not shared:
+                sweep(self.path)
+            if not folder.exists():
+                new = temporary_name(folder)
+                new.mkdir()
+                _write_samples(new / "samples", samples)
+                _write_group(new, attributes)
+                place_folder(new, folder)
             if (folder / "zarr.json").exists():
                 stored = self.dataset_attrs(dataset)
                 if stored.get("images_digest") == attributes["images_digest"]:
+                    if locked and not shared:
+                        sweep(folder)
                     return self._update_table(folder, samples, stored, attributes)
                 if not overwrite:
                     raise UserError(
@@ -314,7 +331,6 @@ class FeatureStore:
         return False
 
     def _update_table(self, folder: Path, samples: Samples, stored: dict[str, Any], attributes: dict[str, Any]) -> bool:
-        sweep(folder)
         if stored.get("table_digest") == attributes["table_digest"]:
             with suppress(UserError):  # a damaged table, or one whose replacement was cut short, is written anew
                 self.samples(attributes["name"])
@@ -349,6 +365,8 @@ class FeatureStore:
         parts: Mapping[str, Any],
         overwrite: bool = False,
         imported: bool = False,
+        batch_size: int | None = None,
+        shared: bool = False,
     ) -> Writer:
         """Start to write an entry, or go on with one that was interrupted.
 
@@ -361,6 +379,10 @@ class FeatureStore:
             parts: everything that decides the numbers, as JSON values.
             overwrite: whether to discard what another fingerprint, or this one, has left.
             imported: whether the embeddings were computed elsewhere.
+            batch_size: images per forward pass, recorded if the entry is new; one that is there keeps its own.
+            shared: whether other machines may be doing the same at this moment. Then nothing unfinished is swept up.
+                Of several that make the entry at once the first wins, and all go on with what it recorded; for that
+                no lock is needed.
 
         Raises:
             UserError: if embeddings of another fingerprint are in the way, another process is writing while they shall
@@ -377,17 +399,18 @@ class FeatureStore:
             parts=dict(parts),
             n_rows=n_rows,
             rows_per_block=rows_per_block(n_rows),
-            batch_size=None,
+            batch_size=batch_size,
             imported=imported,
             n_done=0,
             folder=self._folder(dataset, model, view),
         )
-        with writing(self.path), only_writer(self.path):
+        with writing(self.path), only_writer(self.path) as locked:
+            replaced = entry.folder.exists()  # asked first: a folder that appears from now on is whole, and stays
             if overwrite or not (entry.folder / "zarr.json").exists():
-                _create_entry(entry)
+                _create_entry(entry, replaced=replaced, swept=locked and not shared)
             stored = _read_entry(entry.folder)
             _refuse_other(stored, entry)
-            return Writer(stored, self.samples(dataset).id)
+            return Writer(stored, self.samples(dataset).id, shared=shared)
 
     def read(
         self,
@@ -584,12 +607,12 @@ class FeatureStore:
 class Writer:
     """An entry being written, block by block. Several processes may share an entry if they write different blocks."""
 
-    def __init__(self, entry: Entry, ids: NDArray[np.str_]) -> None:
+    def __init__(self, entry: Entry, ids: NDArray[np.str_], *, shared: bool = False) -> None:
         self.entry = entry
         self._ids = ids
         for pooling in entry.poolings:
             _check_array(entry, pooling)
-        self._use = Use(entry.folder)  # many may write blocks, but nobody may sweep or replace the folder meanwhile
+        self._use = Use(entry.folder, shared=shared)  # many may write blocks, but nobody may sweep or replace the folder meanwhile
 
     def missing(self) -> list[range]:
         """The rows of every block that is not there now; its number is `rows.start // entry.rows_per_block`."""
@@ -625,6 +648,11 @@ class Writer:
             # In declared order, each safely on the disk before the next: the last one there means all are.
             for name, values in halves.items():
                 write_file(self.entry.block_path(name, block), encode_block(values, self.entry.grid(name)))
+
+    def sweep(self) -> None:
+        """Remove what killed writers have left, once every block is there and nobody has anything to write."""
+        if not self.entry.missing():
+            sweep_below(self.entry.folder)
 
     def set_batch_size(self, n: int) -> None:
         """Record the images per forward pass, so that a resumed run uses the same."""
@@ -662,8 +690,8 @@ def _read_samples(folder: Path, n_samples: int, n_raters: int) -> Samples:
     return Samples(**columns)
 
 
-def _create_entry(entry: Entry) -> None:
-    """Make an entry's folder with no block in it, in place of one that may be there; all of it appears at once."""
+def _create_entry(entry: Entry, *, replaced: bool, swept: bool) -> None:
+    """Make an entry's folder with no block in it, all of it at once, in place of one to be `replaced`."""
     for name, width in entry.poolings.items():
         if store_key(name) != name or "+" in name or name == "card" or width < 1:
             raise ValueError(f"{entry.name}: {name!r} of width {width} cannot be a pooling")
@@ -671,11 +699,12 @@ def _create_entry(entry: Entry) -> None:
         raise ValueError(f"{entry.name}: card pooling {entry.card_pooling!r} is not made of {list(entry.poolings)}")
     model = entry.folder.parent
     model.mkdir(exist_ok=True)
-    sweep(model)
+    if swept:
+        sweep(model)
     if not (model / "zarr.json").exists():
         _write_group(model, {"model": entry.model})
         flush(model.parent)
-    if entry.folder.exists() and in_use(entry.folder):
+    if replaced and in_use(entry.folder):
         raise _busy(entry.folder)
     new = temporary_name(entry.folder)
     new.mkdir()
@@ -684,7 +713,10 @@ def _create_entry(entry: Entry) -> None:
         _write_json(new / name / "zarr.json", entry.grid(name).metadata())
     attributes = asdict(entry) | {"poolings": [{"name": n, "width": w} for n, w in entry.poolings.items()]}
     _write_group(new, {name: attributes[name] for name in _STORED})
-    move_folder(new, entry.folder)
+    if replaced:
+        move_folder(new, entry.folder)
+    else:
+        place_folder(new, entry.folder)
 
 
 # What is done is seen in the files, and where they lie is not theirs to say.
