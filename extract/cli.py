@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from features.console import UserError, print_json, run, say, show
+from features.console import UserError, no_progress, print_json, run, say, show
 
 if TYPE_CHECKING:
     from extract.datasets import DatasetSummary
@@ -51,6 +51,14 @@ def extract(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace embeddings that were computed otherwise.")
     ] = False,
+    shard: Annotated[
+        str | None,
+        typer.Option(help="I/N: embed the I-th of N shares, from 0. Default: what torchrun or SLURM say, else all."),
+    ] = None,
+    engine: Annotated[str, typer.Option(help="local, or ray: a pool of Ray actors, one per GPU.")] = "local",
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Ray actors. Default: one per GPU, else one per four processors.")
+    ] = None,
     list_models: Annotated[bool, typer.Option("--list-models", help="Show every model and stop.")] = False,
     list_datasets: Annotated[
         bool, typer.Option("--list-datasets", help="Show every dataset (Table 1) and stop.")
@@ -64,6 +72,7 @@ def extract(
     from extract.backbones import find_backbone
     from extract.datasets import load_dataset
     from extract.embed import ExtractOptions, extract_dataset
+    from extract.ranks import find_share
     from extract.views import parse_view
     from features.samples import audit
     from features.store import FeatureStore
@@ -77,15 +86,33 @@ def extract(
     )
     for text in options.views:
         parse_view(text)
+    share = find_share(shard)
+    if engine not in ("local", "ray"):
+        raise UserError(f"unknown engine {engine!r}: use local or ray.")
+    if engine == "ray" and share.shared:
+        raise UserError("--engine ray deals the work out by itself: start it once, not by --shard, torchrun or SLURM.")
+    if engine != "ray" and workers is not None:
+        raise UserError("--workers is for --engine ray; for several processes without Ray see --shard.")
+    if share.local_rank:
+        no_progress()
     # Every mistake in a name is found before the first patch is read.
     backbones = [find_backbone(name) for name in _names(model, "--model")]
+    if share.n_ranks > 1 and not share.local_rank:
+        say(f"This is rank {share.rank} of {share.n_ranks}: it embeds its share of the blocks. --shard 0/1 takes all.")
     summaries = []
     for name in _names(dataset, "--dataset"):
         patches = load_dataset(name, data=data, positive=positive)
-        for line in audit(patches.samples).lines():
+        for line in audit(patches.samples).lines() if not share.local_rank else ():
             say(f"{patches.name}: {line}.")
         target = FeatureStore.open_or_create(store)
-        for summary in extract_dataset(patches, backbones, store=target, options=options, weights=weights):
+        if engine == "ray":
+            from extract.pool import Work, embed_by_ray
+
+            work = Work.here(name, [backbone.name for backbone in backbones], store, data, positive, weights, options)
+            done = embed_by_ray(work, n_actors=workers)
+        else:
+            done = extract_dataset(patches, backbones, store=target, options=options, weights=weights, share=share)
+        for summary in done:
             say(summary.line())
             summaries.append(summary)
     if as_json:
@@ -171,3 +198,7 @@ def _show_lists(models: bool, datasets: bool, data: Path | None, as_json: bool) 
 def main() -> None:
     """Entry point of `fm-extract`."""
     run(app)
+
+
+if __name__ == "__main__":  # torchrun -m extract.cli
+    main()

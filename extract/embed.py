@@ -3,11 +3,14 @@
 Three stages run at once: a few threads decode the next patches, the main thread runs the networks, one thread writes
 whole blocks to the store. Nothing but the store remembers what is done, so an interrupted run continues where the
 store ends. The images of a forward pass depend only on the row number and the recorded batch size, never on where a run
-was interrupted: a resumed store equals an uninterrupted one bit for bit.
+was interrupted: a resumed store equals an uninterrupted one bit for bit. Nor do they depend on who computes them: several
+processes, on one machine or many, each take their share of whole steps (extract/ranks.py), and what they must agree on
+(precision, batch size) is what the store recorded when the first of them made the entry.
 """
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections import deque
@@ -26,8 +29,10 @@ from torch import Tensor, nn
 from extract.backbones import Backbone, Weights, build_model, check_input_size, fetch_weights, pooling_widths
 from extract.datasets import Decode, PatchDataset
 from extract.hardware import choose_precision, embed_batch, find_device, largest_batch, out_of_memory, settle
+from extract.ranks import Share
 from extract.views import Transform, View, make_transform, parse_view
 from features.console import UserError, progress, say
+from features.layout import rows_per_block
 from features.store import Entry, FeatureStore, Writer, fingerprint
 
 _CALIBRATION_PATCHES = 8
@@ -57,7 +62,10 @@ class ExtractOptions:
 
 @dataclass(frozen=True)
 class Summary:
-    """What one (model, view) took, and how it was computed. Seconds run from the first decode to the last write."""
+    """What one (model, view) took, and how it was computed. Seconds run from the first decode to the last write.
+
+    `n_new` rows are what this process embedded; `n_missing` blocks, of all of them, were in nobody's store at its end.
+    """
 
     dataset: str
     model: str
@@ -70,25 +78,37 @@ class Summary:
     batch_size: int | None
     device: str
     fingerprint: str
+    rank: int = 0
+    n_ranks: int = 1
+    n_missing: int = 0
 
     def line(self) -> str:
-        """The summary as one sentence."""
+        """The summary as one sentence; a rank's also says whether all of it is there now."""
         head = f"{self.dataset} / {self.model} / {self.view}: "
-        if not self.n_new:
-            return head + f"all {self.n_rows:,} patches were already in the store"
-        return head + (
-            f"{self.n_new:,} of {self.n_rows:,} patches in {self.seconds:.1f} s "
-            f"({self.images_per_second:,.0f} images/s, {self.precision} on {self.device}, batch {self.batch_size})"
-        )
+        if self.n_ranks > 1:
+            head = f"rank {self.rank} of {self.n_ranks}: {head}"
+        if self.n_new:
+            done = (
+                f"{self.n_new:,} of {self.n_rows:,} patches in {self.seconds:.1f} s "
+                f"({self.images_per_second:,.0f} images/s, {self.precision} on {self.device}, batch {self.batch_size})"
+            )
+        elif self.n_ranks > 1 and self.n_missing:
+            done = "nothing left to do in this share"
+        else:
+            done = f"all {self.n_rows:,} patches were already in the store"
+        if self.n_missing:
+            return f"{head}{done}; not complete yet: the other ranks have {self.n_missing:,} blocks to go"
+        return f"{head}{done}; complete" if self.n_ranks > 1 and self.n_new else head + done
 
 
 @dataclass(frozen=True)
 class _Task:
-    """What one call of `extract_dataset` works on."""
+    """What one call of `prepare` works on."""
 
     dataset: PatchDataset
     store: FeatureStore
     options: ExtractOptions
+    share: Share
     device: torch.device
     first: list[NDArray[np.uint8]]  # a few patches to settle networks and precision on
 
@@ -104,11 +124,24 @@ class _Job:
     precision: str
     batch_size: int
     writer: Writer
-    todo: list[range]  # row ranges of whole forward batches that hold a missing block
+    share: Share
 
     @property
     def step(self) -> int:
-        return max(self.batch_size, self.writer.entry.rows_per_block)
+        return _step(self.writer.entry, self.batch_size)
+
+    def todo(self) -> list[range]:
+        """Row ranges of whole forward batches that hold a missing block and are this share's."""
+        return _todo(self.writer.entry, self.batch_size, self.share)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Networks loaded, places in the store claimed: ready to embed."""
+
+    task: _Task
+    jobs: list[_Job]
+    entries: dict[tuple[str, str], Entry]  # by model and view, in the order asked for; not up to date
 
 
 def extract_dataset(
@@ -118,6 +151,7 @@ def extract_dataset(
     store: FeatureStore,
     options: ExtractOptions = ExtractOptions(),
     weights: Path | None = None,
+    share: Share = Share(),
 ) -> list[Summary]:
     """Embed every patch of `dataset` by every backbone in every view, and write all poolings to the store.
 
@@ -129,6 +163,7 @@ def extract_dataset(
         store: where the embeddings go.
         options: device, views, precision, batch size.
         weights: a local checkpoint instead of the hub's; one backbone only.
+        share: which part of the work is this process's.
 
     Returns:
         One summary per (backbone, view), in that order.
@@ -137,56 +172,85 @@ def extract_dataset(
         UserError: if embeddings of another fingerprint are in the way, weights cannot be had or do not fit, a patch
             cannot be decoded, an embedding is not finite, or the disk is full. Finished blocks are kept.
     """
+    prepared = prepare(dataset, backbones, store=store, options=options, weights=weights, share=share)
+    started = time.perf_counter()
+    new_rows = embed_rows(prepared)
+    return summaries(prepared, new_rows, seconds=time.perf_counter() - started)
+
+
+def prepare(
+    dataset: PatchDataset,
+    backbones: Sequence[Backbone],
+    *,
+    store: FeatureStore,
+    options: ExtractOptions = ExtractOptions(),
+    weights: Path | None = None,
+    share: Share = Share(),
+) -> Prepared:
+    """All of `extract_dataset` that comes before the first embedding; see there."""
     if weights is not None and len(backbones) != 1:
         raise UserError(f"--weights names one file, but {len(backbones)} models were asked for: give one --model.")
-    device = find_device(options.device)
+    if options.overwrite and share.shared:
+        raise UserError(
+            "--overwrite is for one process: of several, each would discard what those before it have written. "
+            "Start it alone with --shard 0/1, stop it at its first images, then start all without --overwrite."
+        )
+    device = find_device(options.device, local_rank=share.local_rank if share.shared else None)
     views = [parse_view(text) for text in dict.fromkeys(options.views)]
-    if store.put_samples(dataset.name, dataset.samples, attrs=_dataset_attrs(dataset), overwrite=options.overwrite):
+    attrs = _dataset_attrs(dataset)
+    if store.put_samples(
+        dataset.name, dataset.samples, attrs=attrs, overwrite=options.overwrite, shared=share.shared
+    ):
         say(f"{dataset.name}: same patches, but labels, groups or splits have changed; the store's table was updated.")
 
     first = [dataset.decode(row) for row in range(min(_CALIBRATION_PATCHES, len(dataset.samples)))]
-    task = _Task(dataset, store, options, device, first)
+    task = _Task(dataset, store, options, share, device, first)
     jobs: list[_Job] = []
-    finished: dict[tuple[str, str], Entry] = {}
+    entries: dict[tuple[str, str], Entry] = {}
     for backbone in backbones:
         loaded = fetch_weights(backbone, weights=weights)
         todo = []
         for view in views:
-            entry = _complete_entry(task, backbone, loaded, view)
+            entry = _finished_entry(task, backbone, loaded, view)
             if entry is None:
                 todo.append(view)
             else:
-                finished[backbone.name, view.name] = entry
+                entries[backbone.name, view.name] = entry
         if todo:
             model = build_model(backbone, loaded, dynamic=any(view.input_size for view in todo))
             model = settle(model, device, example=make_transform(backbone, todo[0])(first, device))
             jobs += [_prepare(task, backbone, loaded, model, view) for view in todo]
+    entries |= {(job.backbone.name, job.view.name): job.writer.entry for job in jobs}
+    names = [(backbone.name, view.name) for backbone in backbones for view in views]
+    return Prepared(task, jobs, {name: entries[name] for name in names})
 
-    started = time.perf_counter()
-    new_rows = _run(dataset, jobs, device)
-    seconds = time.perf_counter() - started
-    entries = {(job.backbone.name, job.view.name): job.writer.entry for job in jobs} | finished
-    summaries = []
-    for backbone in backbones:
-        for view in views:
-            key = (backbone.name, view.name)
-            entry, n_new = entries[key], new_rows.get(key, 0)
-            summaries.append(
-                Summary(
-                    dataset=dataset.name,
-                    model=backbone.name,
-                    view=view.name,
-                    n_rows=entry.n_rows,
-                    n_new=n_new,
-                    seconds=seconds,
-                    images_per_second=n_new / seconds,
-                    precision=str(entry.parts["precision"]),
-                    batch_size=entry.batch_size,
-                    device=device.type,
-                    fingerprint=entry.fingerprint,
-                )
+
+def summaries(prepared: Prepared, new_rows: Mapping[tuple[str, str], int], *, seconds: float) -> list[Summary]:
+    """What became of each (model, view), after `new_rows` of it were embedded in `seconds`."""
+    task = prepared.task
+    written = {(job.backbone.name, job.view.name): job.writer.entry for job in prepared.jobs}
+    found = []
+    for (model, view), entry in (prepared.entries | written).items():
+        n_new = new_rows.get((model, view), 0)
+        found.append(
+            Summary(
+                dataset=task.dataset.name,
+                model=model,
+                view=view,
+                n_rows=entry.n_rows,
+                n_new=n_new,
+                seconds=seconds,
+                images_per_second=n_new / seconds,
+                precision=str(entry.parts["precision"]),
+                batch_size=entry.batch_size,
+                device=task.device.type,
+                fingerprint=entry.fingerprint,
+                rank=task.share.rank,
+                n_ranks=task.share.n_ranks,
+                n_missing=len(entry.missing()),
             )
-    return summaries
+        )
+    return found
 
 
 def fingerprint_parts(
@@ -228,23 +292,41 @@ def _dataset_attrs(dataset: PatchDataset) -> dict[str, Any]:
     }
 
 
-def _complete_entry(task: _Task, backbone: Backbone, weights: Weights, view: View) -> Entry | None:
-    """The store's entry if it is complete and computed just as asked: then no network need be built."""
-    for entry in task.store.entries(task.dataset.name, backbone.name):
-        if entry.view != view.name or not entry.complete:
-            continue
-        asked = task.options.precision
-        precision = asked if asked != "auto" else str(entry.parts.get("precision"))
-        parts = fingerprint_parts(task.dataset, backbone, weights, view, precision=precision, device=task.device)
-        parts["poolings"] = entry.parts.get("poolings")
-        if fingerprint(parts) == entry.fingerprint:
-            return entry
-    return None
+def _step(entry: Entry, batch_size: int) -> int:
+    """How many rows make a step: whole blocks and whole forward batches."""
+    return max(batch_size, entry.rows_per_block)
+
+
+def _todo(entry: Entry, batch_size: int, share: Share) -> list[range]:
+    step = _step(entry, batch_size)
+    # Steps are numbered from the first row on, missing or not, so that all ranks number them alike at any time.
+    numbers = sorted({block * entry.rows_per_block // step for block in entry.missing()})
+    return [range(k * step, min((k + 1) * step, entry.n_rows)) for k in numbers if share.owns(k)]
+
+
+def _stored_entry(task: _Task, backbone: Backbone, view: View) -> Entry | None:
+    entries = task.store.entries(task.dataset.name, backbone.name)
+    return next((entry for entry in entries if entry.view == view.name), None)
+
+
+def _finished_entry(task: _Task, backbone: Backbone, weights: Weights, view: View) -> Entry | None:
+    """The store's entry if this share of it is there, computed just as asked: then no network need be built."""
+    entry = _stored_entry(task, backbone, view)
+    if entry is None:
+        return None
+    if not entry.complete and (entry.batch_size is None or _todo(entry, entry.batch_size, task.share)):
+        return None
+    asked = task.options.precision
+    precision = asked if asked != "auto" else str(entry.parts.get("precision"))
+    parts = fingerprint_parts(task.dataset, backbone, weights, view, precision=precision, device=task.device)
+    parts["poolings"] = entry.parts.get("poolings")
+    return entry if fingerprint(parts) == entry.fingerprint else None
 
 
 def _settled_precision(task: _Task, backbone: Backbone, weights: Weights, view: View) -> str | None:
     """What `auto` chose before for this network and view: an interrupted run, and all datasets of a store, agree."""
-    for entry in task.store.entries(model=backbone.name):
+    entries = task.store.entries(model=backbone.name)
+    for entry in sorted(entries, key=lambda entry: entry.dataset != task.dataset.name):  # its own first
         parts = entry.parts
         same = parts.get("weights_sha256") == weights.sha256 and parts.get("device") == task.device.type
         if same and entry.view == view.name:
@@ -253,7 +335,7 @@ def _settled_precision(task: _Task, backbone: Backbone, weights: Weights, view: 
 
 
 def _prepare(task: _Task, backbone: Backbone, weights: Weights, model: nn.Module, view: View) -> _Job:
-    """Claim the view's place in the store, and settle precision and batch size."""
+    """Claim the view's place in the store, and settle precision and batch size: whoever makes the entry decides."""
     dataset, options, device = task.dataset, task.options, task.device
     transform = make_transform(backbone, view)
     check_input_size(model, backbone, transform.input_size)
@@ -263,18 +345,9 @@ def _prepare(task: _Task, backbone: Backbone, weights: Weights, model: nn.Module
         precision = _settled_precision(task, backbone, weights, view) or precision
     precision = choose_precision(precision, backbone, model, example)
     widths = pooling_widths(model, backbone)
-    parts = fingerprint_parts(dataset, backbone, weights, view, precision=precision, device=device)
-    writer = task.store.begin(
-        dataset.name,
-        backbone.name,
-        view.name,
-        poolings=widths,
-        card_pooling=backbone.card_pooling,
-        parts=parts | {"poolings": dict(widths)},
-        overwrite=options.overwrite,
-    )
-    rows_per_block = writer.entry.rows_per_block
-    batch_size = options.batch_size or writer.entry.batch_size
+
+    stored = None if options.overwrite else _stored_entry(task, backbone, view)
+    batch_size = options.batch_size or (stored.batch_size if stored else None)
     if batch_size is None and device.type == "cpu":
         batch_size = _CPU_BATCH
     elif batch_size is None:
@@ -283,33 +356,87 @@ def _prepare(task: _Task, backbone: Backbone, weights: Weights, model: nn.Module
             embed_batch(model, backbone, example[:1].expand(n, -1, -1, -1), precision=precision)
 
         batch_size = largest_batch(forward)
-    if batch_size > rows_per_block:
-        batch_size -= batch_size % rows_per_block  # whole blocks per batch
-    writer.set_batch_size(batch_size)
-    job = _Job(backbone, view, model, transform, precision, batch_size, writer, [])
-    n_rows = len(dataset.samples)
-    starts = sorted({rows.start // job.step * job.step for rows in writer.missing()})
-    job.todo = [range(start, min(start + job.step, n_rows)) for start in starts]
-    return job
+    batch_size = _whole_blocks(batch_size, rows_per_block(len(dataset.samples)))
+
+    def begin(precision: str) -> Writer:
+        parts = fingerprint_parts(dataset, backbone, weights, view, precision=precision, device=device)
+        return task.store.begin(
+            dataset.name,
+            backbone.name,
+            view.name,
+            poolings=widths,
+            card_pooling=backbone.card_pooling,
+            parts=parts | {"poolings": dict(widths)},
+            overwrite=options.overwrite,
+            batch_size=batch_size,
+            shared=task.share.shared,
+        )
+
+    try:
+        writer = begin(precision)
+    except UserError:
+        # Another rank may have made the entry since we looked, on a machine where `auto` means something else.
+        decided = _settled_precision(task, backbone, weights, view) if options.precision == "auto" else None
+        if decided in (None, precision):
+            raise
+        precision = str(decided)
+        writer = begin(precision)
+    recorded = writer.entry.batch_size
+    if recorded is not None and recorded != batch_size:
+        if options.batch_size is None:
+            batch_size = recorded
+        elif task.share.shared:
+            raise UserError(
+                f"{writer.entry.name} was begun with batches of {recorded}, now --batch-size says {batch_size}: ranks "
+                "must agree, or the last bits differ from block to block. Leave --batch-size out to go on as begun."
+            )
+    if recorded != batch_size:
+        writer.set_batch_size(batch_size)
+    return _Job(backbone, view, model, transform, precision, batch_size, writer, task.share)
 
 
-def _run(dataset: PatchDataset, jobs: list[_Job], device: torch.device) -> dict[tuple[str, str], int]:
-    """Work through all jobs, unit by unit of rows; returns the rows newly embedded per (model, view)."""
-    n_rows = len(dataset.samples)
-    unit = max((job.step for job in jobs), default=1)
-    starts = sorted({rows.start // unit * unit for job in jobs for rows in job.todo})
-    units = [range(start, min(start + unit, n_rows)) for start in starts]
+def _whole_blocks(batch_size: int, rows_per_block: int) -> int:
+    """A batch of at most as many images, of whole blocks if it is larger than one."""
+    return batch_size - batch_size % rows_per_block if batch_size > rows_per_block else batch_size
+
+
+def units(prepared: Prepared) -> list[range]:
+    """Row ranges that can be embedded one without the other: whole steps of every job that has any there to do."""
+    unit = math.lcm(*(job.step for job in prepared.jobs))
+    found: dict[int, range] = {}
+    for job in prepared.jobs:
+        for step in job.todo():
+            known = found.setdefault(step.start // unit, step)
+            found[step.start // unit] = range(min(known.start, step.start), max(known.stop, step.stop))
+    return [found[number] for number in sorted(found)]
+
+
+def embed_rows(prepared: Prepared, within: Sequence[range] | None = None) -> dict[tuple[str, str], int]:
+    """Work through all jobs, unit by unit of rows, and write what they give.
+
+    Args:
+        prepared: networks and places.
+        within: only these of `units`.
+
+    Returns:
+        How many rows were newly embedded, per (model, view).
+    """
+    dataset, jobs, device = prepared.task.dataset, prepared.jobs, prepared.task.device
+    wanted = units(prepared)
+    if within is not None:
+        wanted = [rows for rows in wanted if any(rows.start in part for part in within)]
+    todo = [(job, [step for step in job.todo() if any(step.start in rows for rows in wanted)]) for job in jobs]
     new_rows: dict[tuple[str, str], int] = {}
-    total = sum(len(rows) for job in jobs for rows in job.todo)
+    total = sum(len(step) for _, steps in todo for step in steps)
     with (
         ThreadPoolExecutor(1, thread_name_prefix="write") as writers,
         progress(f"{dataset.name}", total) as advance,
-        closing(decoded(dataset.decode, units)) as ready,
+        closing(decoded(dataset.decode, wanted)) as ready,
     ):
         writing: deque[Future[None]] = deque()
         for rows, patches in ready:
-            for job in jobs:
-                for step in (step for step in job.todo if step.start in rows):
+            for job, steps in todo:
+                for step in (step for step in steps if step.start in rows):
                     batch = patches[step.start - rows.start : step.stop - rows.start]
                     poolings = _forward(job, batch, device)
                     writing.append(writers.submit(_write, job.writer, step, poolings))
@@ -320,6 +447,9 @@ def _run(dataset: PatchDataset, jobs: list[_Job], device: torch.device) -> dict[
                     advance(len(step))
         while writing:
             writing.popleft().result()
+    if prepared.task.share.shared:
+        for job in jobs:
+            job.writer.sweep()
     return new_rows
 
 
@@ -364,7 +494,14 @@ def _forward(job: _Job, patches: Sequence[NDArray[np.uint8]], device: torch.devi
                     "Close other programs there, use a smaller model, or --device cpu."
                 ) from error
             torch.cuda.empty_cache()
-            job.batch_size //= 2
+            if job.share.shared:
+                raise UserError(
+                    f"{job.backbone.name}: batches of {job.batch_size}, which all ranks share, do not fit in the memory "
+                    f"of {device}. Finished blocks are kept. Close other programs there or leave this machine to "
+                    "others: the same command elsewhere does the rest. Or begin another --store with a smaller "
+                    "--batch-size."
+                ) from error
+            job.batch_size = _whole_blocks(job.batch_size // 2, job.writer.entry.rows_per_block)
             job.writer.set_batch_size(job.batch_size)
             say(f"{job.backbone.name}: out of memory on {device}; going on with batches of {job.batch_size}.")
 

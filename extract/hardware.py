@@ -22,12 +22,19 @@ MAX_BATCH = 1024
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def find_device(name: str) -> torch.device:
+def find_device(name: str, *, local_rank: int | None = None) -> torch.device:
     """The torch device of an option: "auto" takes the first GPU, else the CPU.
+
+    Args:
+        name: "auto", "cpu", "cuda" or "cuda:N".
+        local_rank: which of this machine's processes asks: "auto" and "cuda" deal the GPUs out by it. A process that
+            was given one GPU of its own sees no other, whatever its number.
 
     Raises:
         UserError: if the device does not exist here.
     """
+    if name in ("auto", "cuda") and local_rank is not None and torch.cuda.is_available():
+        return torch.device("cuda", local_rank % torch.cuda.device_count())
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

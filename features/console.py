@@ -24,6 +24,7 @@ _PIPE_WIDTH = 240
 # Rounds of a waiting OpenMP thread before it sleeps. Without a limit, two-thread products beside any other busy process
 # take up to fifty times as long (docs/decisions/solver.md); torch reads it when it is loaded.
 _SPIN_COUNT = "10000"
+_bars = True
 
 
 class Advance(Protocol):
@@ -77,6 +78,12 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
+def no_progress() -> None:
+    """No progress bars from this process: another one draws its own on the same terminal."""
+    global _bars
+    _bars = False
+
+
 @contextmanager
 def progress(description: str, total: int, unit: str = "images") -> Iterator[Advance]:
     """A progress bar with rate and time left on a terminal's stderr; nothing at all elsewhere.
@@ -84,7 +91,7 @@ def progress(description: str, total: int, unit: str = "images") -> Iterator[Adv
     Yields:
         `advance(n)`, to be called after every `n` finished units; safe to call from any thread.
     """
-    if not sys.stderr.isatty():
+    if not (_bars and sys.stderr.isatty()):
         yield lambda n, note=None: None
         return
     from rich.console import Console

@@ -646,8 +646,13 @@ class Writer:
         }
         with writing(self.entry.folder):
             # In declared order, each safely on the disk before the next: the last one there means all are.
-            for name, values in halves.items():
-                write_file(self.entry.block_path(name, block), encode_block(values, self.entry.grid(name)))
+            try:
+                for name, values in halves.items():
+                    write_file(self.entry.block_path(name, block), encode_block(values, self.entry.grid(name)))
+            except FileNotFoundError:
+                if self.entry.missing():
+                    raise
+                # Somebody else was at the same block, finished the entry, and swept this unfinished file up.
 
     def sweep(self) -> None:
         """Remove what killed writers have left, once every block is there and nobody has anything to write."""
