@@ -3,9 +3,9 @@
 Three stages run at once: a few threads decode the next patches, the main thread runs the networks, one thread writes
 whole blocks to the store. Nothing but the store remembers what is done, so an interrupted run continues where the
 store ends. The images of a forward pass depend only on the row number and the recorded batch size, never on where a run
-was interrupted: a resumed store equals an uninterrupted one bit for bit. Nor do they depend on who computes them: several
-processes, on one machine or many, each take their share of whole steps (extract/ranks.py), and what they must agree on
-(precision, batch size) is what the store recorded when the first of them made the entry.
+was interrupted: a resumed store equals an uninterrupted one bit for bit. Nor do they depend on who computes them:
+several processes, on one machine or many, take their shares of whole steps (extract/ranks.py), and what they must agree
+on (precision, batch size) is what the first of them recorded in the store when it made the entry.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ class Summary:
         else:
             done = f"all {self.n_rows:,} patches were already in the store"
         if self.n_missing:
-            return f"{head}{done}; not complete yet: the other ranks have {self.n_missing:,} blocks to go"
+            return f"{head}{done}; not complete yet, {self.n_missing:,} blocks are left to other ranks"
         return f"{head}{done}; complete" if self.n_ranks > 1 and self.n_new else head + done
 
 
@@ -198,9 +198,7 @@ def prepare(
     device = find_device(options.device, local_rank=share.local_rank if share.shared else None)
     views = [parse_view(text) for text in dict.fromkeys(options.views)]
     attrs = _dataset_attrs(dataset)
-    if store.put_samples(
-        dataset.name, dataset.samples, attrs=attrs, overwrite=options.overwrite, shared=share.shared
-    ):
+    if store.put_samples(dataset.name, dataset.samples, attrs=attrs, overwrite=options.overwrite, shared=share.shared):
         say(f"{dataset.name}: same patches, but labels, groups or splits have changed; the store's table was updated.")
 
     first = [dataset.decode(row) for row in range(min(_CALIBRATION_PATCHES, len(dataset.samples)))]
@@ -496,9 +494,9 @@ def _forward(job: _Job, patches: Sequence[NDArray[np.uint8]], device: torch.devi
             torch.cuda.empty_cache()
             if job.share.shared:
                 raise UserError(
-                    f"{job.backbone.name}: batches of {job.batch_size}, which all ranks share, do not fit in the memory "
-                    f"of {device}. Finished blocks are kept. Close other programs there or leave this machine to "
-                    "others: the same command elsewhere does the rest. Or begin another --store with a smaller "
+                    f"{job.backbone.name}: batches of {job.batch_size}, which all ranks share, do not fit in the "
+                    f"memory of {device}. Finished blocks are kept. Close other programs there or leave this machine "
+                    "to others: the same command elsewhere does the rest. Or begin another --store with a smaller "
                     "--batch-size."
                 ) from error
             job.batch_size = _whole_blocks(job.batch_size // 2, job.writer.entry.rows_per_block)

@@ -77,7 +77,9 @@ def find_share(shard: str | None = None, environment: Mapping[str, str] = os.env
             )
         rank, n_ranks = element * n_ranks + rank, n_elements * n_ranks
     if not 0 <= rank < n_ranks:
-        raise UserError(f"the environment says rank {rank} of {n_ranks}: expected 0 to {n_ranks - 1}. Give --shard I/N.")
+        raise UserError(
+            f"the environment says rank {rank} of {n_ranks}: expected 0 to {n_ranks - 1}. Give --shard I/N."
+        )
     return Share(rank, n_ranks, local, shared=n_ranks > 1 or array)
 
 
@@ -92,4 +94,6 @@ class _Numbers:
         try:
             return int(text or "")
         except ValueError:
-            raise UserError(f"the environment variable {name} is {text!r}, expected a number. Give --shard I/N.") from None
+            raise UserError(
+                f"the environment variable {name} is {text!r}, expected a number. Give --shard I/N."
+            ) from None

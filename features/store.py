@@ -223,9 +223,7 @@ class FeatureStore:
             UserError: as `open`; if something else lies there; or if the place cannot be written.
         """
         if not (path / "zarr.json").exists():
-            strange = path.exists() and (
-                not path.is_dir() or any(not p.name.endswith(PARTIAL) for p in path.iterdir())
-            )
+            strange = path.exists() and (not path.is_dir() or any(not p.name.endswith(PARTIAL) for p in path.iterdir()))
             if strange and not (path / "zarr.json").exists():  # another process may just have made the store
                 raise UserError(f"{path} exists but is not a feature store. Name another --store; nothing was changed.")
             with writing(path):
@@ -612,7 +610,9 @@ class Writer:
         self._ids = ids
         for pooling in entry.poolings:
             _check_array(entry, pooling)
-        self._use = Use(entry.folder, shared=shared)  # many may write blocks, but nobody may sweep or replace the folder meanwhile
+        self._use = Use(
+            entry.folder, shared=shared
+        )  # many may write blocks, but nobody may sweep or replace the folder meanwhile
 
     def missing(self) -> list[range]:
         """The rows of every block that is not there now; its number is `rows.start // entry.rows_per_block`."""
