@@ -89,6 +89,10 @@ def extract(
     share = find_share(shard)
     if engine not in ("local", "ray"):
         raise UserError(f"unknown engine {engine!r}: use local or ray.")
+    if engine == "ray":
+        from extract.pool import Work, embed_by_ray, find_ray
+
+        find_ray()
     if engine == "ray" and share.shared:
         raise UserError("--engine ray deals the work out by itself: start it once, not by --shard, torchrun or SLURM.")
     if engine != "ray" and workers is not None:
@@ -106,8 +110,6 @@ def extract(
             say(f"{patches.name}: {line}.")
         target = FeatureStore.open_or_create(store)
         if engine == "ray":
-            from extract.pool import Work, embed_by_ray
-
             work = Work.here(name, [backbone.name for backbone in backbones], store, data, positive, weights, options)
             done = embed_by_ray(work, n_actors=workers)
         else:

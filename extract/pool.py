@@ -111,7 +111,7 @@ def embed_by_ray(work: Work, *, n_actors: int | None = None) -> list[Summary]:
     Raises:
         UserError: if Ray is not installed or its cluster does not answer; if actors keep dying; as `extract_dataset`.
     """
-    ray = _ray()
+    ray = find_ray()
     on_sigterm = signal.getsignal(signal.SIGTERM)
     try:
         pool = _connected_pool(ray, work, n_actors)
@@ -209,7 +209,8 @@ class _Pool:
         self._hire()
 
 
-def _ray() -> Any:
+def find_ray() -> Any:
+    """The module, or a UserError."""
     try:
         return importlib.import_module("ray")
     except ImportError as error:

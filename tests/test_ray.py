@@ -59,6 +59,7 @@ def test_without_ray_there_is_one_message(patches, weights, tmp_path):  # noqa: 
     assert done.stderr.count("error:") == 1
 
 
+@needs_ray
 def test_ray_deals_out_by_itself(patches, weights, tmp_path):  # noqa: F811
     arguments = [*options(patches, weights, tmp_path / "s.zarr"), "--shard", "0/2"]
     done = run("-m", "extract.cli", *arguments)
