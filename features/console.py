@@ -24,7 +24,7 @@ _PIPE_WIDTH = 240
 # Rounds of a waiting OpenMP thread before it sleeps. Without a limit, two-thread products beside any other busy process
 # take up to fifty times as long (docs/decisions/solver.md); torch reads it when it is loaded.
 _SPIN_COUNT = "10000"
-_bars = True
+_bars, _quiet = True, False
 
 
 class Advance(Protocol):
@@ -47,19 +47,31 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f" Did you mean {' or '.join(close)}?" if close else ""
 
 
+def quieten(quiet: bool) -> None:
+    """Say and show nothing from now on, or again: of several processes of one command only one speaks."""
+    global _quiet
+    _quiet = quiet
+
+
 def say(message: str) -> None:
     """One message on stderr; a hostile file name in it cannot drive the terminal."""
+    if _quiet:
+        return
     print("\n".join(map(printable, message.split("\n"))), file=sys.stderr, flush=True)
 
 
 def print_json(value: dict[str, Any]) -> None:
     """The one JSON object that `--json` promises, on stdout; what could drive a terminal stands as \\u escapes."""
+    if _quiet:
+        return
     text = json.dumps(value, indent=2, ensure_ascii=False)
     print("".join(c if c.isprintable() or c == "\n" else json.dumps(c)[1:-1] for c in text))
 
 
 def show(*tables: Table) -> None:
     """Tables on stdout, as wide as the terminal; in a pipe or file as wide as they need."""
+    if _quiet:
+        return
     from rich.console import Console
     from rich.text import Text
 
@@ -91,7 +103,7 @@ def progress(description: str, total: int, unit: str = "images") -> Iterator[Adv
     Yields:
         `advance(n)`, to be called after every `n` finished units; safe to call from any thread.
     """
-    if not (_bars and sys.stderr.isatty()):
+    if _quiet or not (_bars and sys.stderr.isatty()):
         yield lambda n, note=None: None
         return
     from rich.console import Console

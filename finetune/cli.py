@@ -78,48 +78,53 @@ def finetune(
 ) -> None:
     from finetune import protocol
     from finetune.lora import LoraOptions
+    from finetune.ranks import joined
     from probe.results import read_run
 
-    options = protocol.FinetuneOptions(
-        model=model,
-        train=train,
-        test=_names(test),
-        method=method,  # type: ignore[arg-type]
-        recipe=recipe,
-        lora=LoraOptions(rank=lora_rank, alpha=lora_alpha, dropout=lora_dropout, targets=lora_targets),
-        view=view,
-        cv=cv,
-        epochs=epochs,
-        batch_size=batch_size,
-        learning_rate=learning_rate,
-        seed=seed,
-        precision=precision,
-        positive=positive,
-    )
-    compute = protocol.ComputeOptions(
-        data=data,
-        weights=weights,
-        device=device,
-        folds_at_once=folds_at_once,
-        compile=compile,
-        grad_checkpointing=grad_checkpointing,
-        merge=merge,
-    )
-    if dry_run:
-        _show_plan(options, compute, as_json)
-        return
-    if resume is None:
-        folder = protocol.finetune(options, compute=compute, runs=runs)
-    else:
-        given = _given(context)
-        folder = protocol.resume(
-            resume,
-            given={
-                name: protocol.flat(options)[name]
-                for name in (parameter.replace("lora_", "lora.") for parameter in given - _COMPUTE - _ELSEWHERE)
-            },
-            compute={name: getattr(compute, name) for name in given & _COMPUTE},
+    with joined() as ranks:
+        options = protocol.FinetuneOptions(
+            model=model,
+            train=train,
+            test=_names(test),
+            method=method,  # type: ignore[arg-type]
+            recipe=recipe,
+            lora=LoraOptions(rank=lora_rank, alpha=lora_alpha, dropout=lora_dropout, targets=lora_targets),
+            view=view,
+            cv=cv,
+            epochs=epochs,
+            batch_size=batch_size,
+            learning_rate=learning_rate,
+            seed=seed,
+            precision=precision,
+            positive=positive,
         )
+        compute = protocol.ComputeOptions(
+            data=data,
+            weights=weights,
+            device=device,
+            folds_at_once=folds_at_once,
+            compile=compile,
+            grad_checkpointing=grad_checkpointing,
+            merge=merge,
+        )
+        if dry_run:
+            _show_plan(options, compute, as_json)
+            return
+        if resume is None:
+            folder = protocol.finetune(options, compute=compute, runs=runs, ranks=ranks)
+        else:
+            given = _given(context)
+            folder = protocol.resume(
+                resume,
+                given={
+                    name: protocol.flat(options)[name]
+                    for name in (parameter.replace("lora_", "lora.") for parameter in given - _COMPUTE - _ELSEWHERE)
+                },
+                compute={name: getattr(compute, name) for name in given & _COMPUTE},
+                ranks=ranks,
+            )
+    if not ranks.first:
+        return
     record = read_run(folder)
     if as_json:
         print_json({"runs": [str(folder)], "results": [record]})
@@ -268,3 +273,7 @@ def predict_main() -> None:
 def report_main() -> None:
     """Entry point of `fm-report`."""
     run(report_app)
+
+
+if __name__ == "__main__":  # torchrun -m finetune.cli
+    main()

@@ -6,7 +6,7 @@ of all active folds, fold after fold: the frozen product sees them together, the
 batched product. B starts at zero, so at step 0 the model is the frozen one, to the bit.
 
 Dropout costs no memory: a fold's mask depends on (seed, fold, layer, step) alone and is drawn again in the backward
-pass. So no fold's training depends on which others run beside it.
+pass. So no fold's training depends on which others run beside it, nor on how many processes share its batch.
 
 On disk an adapter is what `peft` writes and reads: `adapter_config.json` beside `adapter_model.safetensors`.
 """
@@ -171,19 +171,25 @@ def _describe(module: nn.Module) -> str:
 # ------------------------------------------------------------------------------------------------------------ training
 
 
-def select_folds(model: nn.Module, folds: Sequence[int], *, step: int | None = None) -> None:
+WHOLE = (0, 1, 1)  # first, held, total: which of a fold's batch this process holds
+
+
+def select_folds(
+    model: nn.Module, folds: Sequence[int], *, step: int | None = None, part: tuple[int, int, int] = WHOLE
+) -> None:
     """Say which folds the next batches hold, until said again.
 
     Args:
         model: with adapters.
         folds: the active folds; a batch holds the same number of images of each, fold after fold in this order.
         step: any number that names a training step: dropout masks follow from it. None switches dropout off.
+        part: the next batches hold `held` images of each fold, from the `first` on, of `total` whose masks are drawn.
     """
     adapted = [module for _, module in adapters(model)]
     index = torch.tensor(list(folds), device=adapted[0].A.device)
     keys = None if step is None else torch.tensor([seed_of(adapted[0].seed, fold, step) for fold in folds])
     for module in adapted:
-        module.folds, module.index, module.keys = tuple(folds), index, keys
+        module.folds, module.index, module.keys, module.part = tuple(folds), index, keys, part
 
 
 def adapters(model: nn.Module) -> Iterator[tuple[str, StackedLora]]:
@@ -236,6 +242,7 @@ class StackedLora(nn.Module):
         self.folds = tuple(range(len(generators)))
         self.index = torch.arange(len(generators), device=weight.device)
         self.keys: Tensor | None = None  # (n_active,) seeds of this step's masks; None: no dropout
+        self.part = WHOLE
 
     @property
     def weight(self) -> Tensor:
@@ -262,7 +269,7 @@ class StackedLora(nn.Module):
         if images:
             x = x.permute(0, 2, 3, 1)  # of channels_last images a contiguous view
         y: Tensor = _AdaptedLinear.apply(
-            x, self.base.weight, self.base.bias, A, B, scale, self.keys, self.layer, threshold
+            x, self.base.weight, self.base.bias, A, B, scale, self.keys, self.layer, threshold, self.part
         )
         return y.permute(0, 3, 1, 2) if images else y
 
@@ -286,6 +293,7 @@ class _AdaptedLinear(torch.autograd.Function):
         keys: Tensor | None,  # (f,)
         layer: int,
         threshold: int,
+        part: tuple[int, int, int],
     ) -> Tensor:
         n_folds, dtype = len(A), x.dtype
         with torch.autocast(x.device.type, enabled=False):
@@ -296,11 +304,11 @@ class _AdaptedLinear(torch.autograd.Function):
                 y = F.linear(x, weight.to(dtype), bias)
             kept = _rows(x, n_folds)
             if threshold and keys is not None:
-                kept = kept * keep_mask(kept, keys, layer=layer, threshold=threshold)
+                kept = kept * _mask(kept, keys, layer, threshold, part)
             projected = torch.bmm(kept, A.to(dtype).mT)  # (f, t, rank)
             y = _rows(y, n_folds).baddbmm_(projected, B.to(dtype).mT, alpha=scale).view(y.shape)
         ctx.save_for_backward(x, projected, weight, A, B, keys)
-        ctx.scale, ctx.layer, ctx.threshold = scale, layer, threshold
+        ctx.scale, ctx.layer, ctx.threshold, ctx.part = scale, layer, threshold, part
         return y
 
     @staticmethod
@@ -318,7 +326,7 @@ class _AdaptedLinear(torch.autograd.Function):
                 # Shaped after the gradient: torch.compile would take a mask shaped after the input for the forward
                 # pass's own, and keep that one.
                 like = kept if grad_rows is None else grad_rows
-                mask = keep_mask(like, keys, layer=ctx.layer, threshold=ctx.threshold)
+                mask = _mask(like, keys, ctx.layer, ctx.threshold, ctx.part)
                 kept = kept * mask
             grad_A = torch.bmm(grad_projected.mT, kept).to(A.dtype) * ctx.scale
             grad_B = torch.bmm(grad.mT, projected).to(B.dtype) * ctx.scale
@@ -328,7 +336,7 @@ class _AdaptedLinear(torch.autograd.Function):
                 else:
                     grad_rows.addcmul_(torch.bmm(grad_projected, A.to(dtype)), mask, value=ctx.scale)
             grad_x = None if grad_rows is None else grad_rows.view(x.shape)
-        return grad_x, None, None, grad_A, grad_B, None, None, None, None
+        return grad_x, None, None, grad_A, grad_B, None, None, None, None, None
 
 
 def _rows(x: Tensor, n_folds: int) -> Tensor:
@@ -346,7 +354,9 @@ def drop_threshold(dropout: float) -> int:
 
 # An operator of its own, so that torch.compile calls it instead of tracing into numpy.
 @torch.library.custom_op("mitofm::keep_mask", mutates_args=())
-def keep_mask(like: Tensor, keys: Tensor, *, layer: int, threshold: int) -> Tensor:
+def keep_mask(
+    like: Tensor, keys: Tensor, *, layer: int, threshold: int, first: int = 0, held: int = 1, total: int = 1
+) -> Tensor:
     """The dropout mask of one layer in one step: 1 keeps, with probability 1 - threshold / 256, and 0 drops.
 
     One random byte per element is compared with the threshold: on a CPU twenty times as fast as drawing numbers.
@@ -356,17 +366,29 @@ def keep_mask(like: Tensor, keys: Tensor, *, layer: int, threshold: int) -> Tens
         keys: (f,) seed of each fold's step; the mask of a fold follows from its key and the layer alone.
         layer: position of the layer in the network.
         threshold: from `drop_threshold`.
+        first, held, total: the t rows are of `held` images of a fold, the `first` and those after it of `total`. The
+            mask of all is drawn, and theirs returned.
     """
     mask = torch.empty_like(like, memory_format=torch.contiguous_format)
     for key, own in zip(keys.tolist(), mask.flatten(1), strict=True):
+        each = len(own) // held
+        drawn = _random_bytes(seed_of(key, layer), each * total, like.device)[each * first : each * (first + held)]
         # Compared straight into the wanted dtype: a mask of booleans would have to be cast, several times slower.
-        torch.ge(_random_bytes(seed_of(key, layer), len(own), like.device), threshold, out=own)
+        torch.ge(drawn, threshold, out=own)
     return mask
 
 
 @keep_mask.register_fake
-def _(like: Tensor, keys: Tensor, *, layer: int, threshold: int) -> Tensor:
+def _(
+    like: Tensor, keys: Tensor, *, layer: int, threshold: int, first: int = 0, held: int = 1, total: int = 1
+) -> Tensor:
     return torch.empty_like(like, memory_format=torch.contiguous_format)
+
+
+def _mask(like: Tensor, keys: Tensor, layer: int, threshold: int, part: tuple[int, int, int]) -> Tensor:
+    first, held, total = part
+    mask: Tensor = keep_mask(like, keys, layer=layer, threshold=threshold, first=first, held=held, total=total)
+    return mask
 
 
 def _random_bytes(seed: int, n: int, device: torch.device) -> Tensor:

@@ -26,6 +26,7 @@ from extract.backbones import Backbone, embed, pooling_widths
 from features.console import UserError
 from features.files import write_file, writing
 from finetune.lora import (
+    WHOLE,
     LoraOptions,
     add_adapters,
     classifier_name,
@@ -38,6 +39,7 @@ from finetune.lora import (
     select_folds,
     trainable,
 )
+from finetune.ranks import Ranks, share_norms
 
 Method = Literal["lora", "full", "head"]
 METHODS: tuple[Method, ...] = ("lora", "full", "head")
@@ -59,6 +61,8 @@ class Network(nn.Module):
         weight, bias: (n_rows, 2, d) and (n_rows, 2) classifiers.
         values: (n_rows, p) all that training changes: trained parameters first, then running statistics.
         gradients: (n_rows, p_trained), filled by `gather_gradients`.
+        part: which of each fold's batch a training step holds; see `finetune.lora.select_folds`.
+        n_shared_norms: batch norms whose passes wait for other processes.
     """
 
     def __init__(
@@ -87,6 +91,7 @@ class Network(nn.Module):
         """
         super().__init__()
         self._twins: list[Network] = []
+        self.part, self.n_shared_norms = WHOLE, 0
         if list(folds) != list(range(len(folds))) and (method == "lora" or len(folds) != 1):
             raise ValueError(f"{method} cannot hold the folds {list(folds)} at once")
         if method == "full" and len(folds) != 1:
@@ -150,6 +155,18 @@ class Network(nn.Module):
         if self.method == "lora" and precision == "bf16":
             lower_frozen(self.model, torch.bfloat16)
 
+    def share_batches(self, ranks: Ranks, batch_size: int) -> None:
+        """Let training steps hold this process's share of each fold's batch; batch norms that learn see all of it.
+
+        Raises:
+            UserError: a batch norm of an unknown kind.
+        """
+        self.forget_twins()
+        own = ranks.share(batch_size)
+        self.part = (own.start, own.stop - own.start, batch_size)
+        if self.method == "full" and ranks.size > 1:
+            self.n_shared_norms += share_norms(self.model, ranks)
+
     def compile_backbone(self) -> None:
         """Have torch.compile translate the backbone's forward and backward pass; the first step takes minutes."""
         model: Any = self.model
@@ -189,7 +206,7 @@ class Network(nn.Module):
             (f, b, 2) in the type of the classifiers, float32.
         """
         if self.method == "lora":
-            select_folds(self.model, folds, step=step)
+            select_folds(self.model, folds, step=step, part=self.part)
         elif self.method == "full":
             self.model.train(step is not None)
         features = embed(self.model, self.backbone, images)[self.pooling].to(self.weight.dtype)  # (f * b, d)

@@ -10,7 +10,7 @@ import json
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -41,6 +41,7 @@ from features.store import differences, fingerprint
 from finetune.checkpoint import CHECKPOINT_FILE, FORMAT, GO_ON, START_FILE, State, load_state, save_state
 from finetune.lora import LoraOptions
 from finetune.network import METHODS, Method, Network
+from finetune.ranks import ALONE, Lost, Ranks
 from finetune.recipes import RECIPES, Recipe, best_epoch, recipe_for
 from finetune.train import (
     EVALUATION_BATCH,
@@ -167,6 +168,7 @@ class Setup:
     transform: Transform
     precision: str
     device: torch.device
+    ranks: Ranks
 
     @property
     def rounds(self) -> list[tuple[int, ...]]:
@@ -192,43 +194,85 @@ class Setup:
         }
 
 
-def finetune(options: FinetuneOptions, *, compute: ComputeOptions, runs: Path) -> Path:
+def finetune(options: FinetuneOptions, *, compute: ComputeOptions, runs: Path, ranks: Ranks = ALONE) -> Path:
     """Train a backbone on patches, fold by fold, and write a run; returns its folder.
+
+    Of processes that train together, each calls it with its own `ranks`. Where torchrun has started them anew, they go
+    on with the run of its first start.
 
     Raises:
         UserError: names that lead nowhere, data or weights that cannot be had, targets that match nothing, folds that
             lack a class, a full disk, memory running out, or a loss that is not finite.
     """
-    setup = prepare(options, compute)
-    folder = runs / new_run_id("finetune", setup.backbone.name)
+    setup = prepare(options, compute, ranks)
+    _meet(setup)
     network = new_network(setup, setup.rounds[0])  # refuses targets before there is a folder
+    folder = Path(ranks.told("folder", lambda: str(_begun_before(setup, runs) or _begin(setup, runs))))
+    return _train_and_finish(setup, folder, network)
+
+
+def _begin(setup: Setup, runs: Path) -> Path:
+    """A new run's folder, with what resuming has to know."""
+    folder = runs / new_run_id("finetune", setup.backbone.name)
     record = {
         "format": FORMAT,
         "identity": setup.identity(),
-        "compute": compute.record(),
+        "compute": setup.compute.record(),
         "versions": versions(),
     }
+    if setup.ranks.launch is not None:
+        record["launch"] = setup.ranks.launch
     with writing(runs):
         folder.mkdir(parents=True)
         whole = record | {"sha256": fingerprint(record)}
         write_file(folder / START_FILE, [json.dumps(whole, indent=2).encode()])
-    return _train_and_finish(setup, folder, network)
+    return folder
 
 
-def resume(folder: Path, *, given: Mapping[str, Any], compute: Mapping[str, Any]) -> Path:
+def _begun_before(setup: Setup, runs: Path) -> Path | None:
+    """The unfinished run that this very launch of torchrun began before a process ended and all were started anew."""
+    if not setup.ranks.restarted:
+        return None
+    for start in sorted(runs.glob(f"*/{START_FILE}"), key=lambda path: path.stat().st_mtime, reverse=True):
+        with suppress(UserError):
+            record = _read_start(start.parent)
+            if record.get("launch") == setup.ranks.launch and record["identity"] == setup.identity():
+                return start.parent
+    return None
+
+
+def _meet(setup: Setup) -> None:
+    """Make sure that all processes train the same, and connect them.
+
+    Raises:
+        UserError: they do not, or a batch has fewer patches than there are processes.
+    """
+    if setup.recipe.batch_size < setup.ranks.size:
+        raise UserError(
+            f"{setup.recipe.batch_size} patches per fold and step cannot be shared by {setup.ranks.size} processes: "
+            "start fewer, or train with a larger --batch-size."
+        )
+    packages = {name: version for name, version in versions().items() if name != "platform"}
+    setup.ranks.agree("setup", setup.identity() | {"versions": packages})
+    setup.ranks.connect(setup.device)
+
+
+def resume(folder: Path, *, given: Mapping[str, Any], compute: Mapping[str, Any], ranks: Ranks = ALONE) -> Path:
     """Go on with an interrupted training; the result is the one it would have had.
 
     Args:
         folder: of the run.
         given: training options that the user gave again, nested names joined by dots; they must equal the run's own.
         compute: computing options that the user gave; they replace the run's own.
+        ranks: of this process, as in `finetune`; their number may be another than before.
 
     Raises:
         UserError: no training, other options, or data, weights or splits that have changed since; and as `finetune`.
     """
     if (folder / "run.json").exists():
         say(f"{folder} has finished already.")
-        _clear_up(folder)
+        if ranks.first:
+            _clear_up(folder)
         return folder
     record = _read_start(folder)
     options = options_of(record["identity"]["options"])
@@ -239,7 +283,7 @@ def resume(folder: Path, *, given: Mapping[str, Any], compute: Mapping[str, Any]
             f"{folder} was started with other options: found {', '.join(differing)}. Resume it without them, or start "
             "a new run."
         )
-    setup = prepare(options, replace(ComputeOptions.of_record(record["compute"]), **compute))
+    setup = prepare(options, replace(ComputeOptions.of_record(record["compute"]), **compute), ranks)
     differing = [f"{key} was {was} and is {now}" for key, was, now in differences(record["identity"], setup.identity())]
     if differing:
         raise UserError(
@@ -248,16 +292,17 @@ def resume(folder: Path, *, given: Mapping[str, Any], compute: Mapping[str, Any]
         )
     if record["versions"] != versions():
         say("Package versions have changed since the start: the result may differ in its last digits.")
+    _meet(setup)
     return _train_and_finish(setup, folder, new_network(setup, setup.rounds[0]))
 
 
-def prepare(options: FinetuneOptions, compute: ComputeOptions) -> Setup:
+def prepare(options: FinetuneOptions, compute: ComputeOptions, ranks: Ranks = ALONE) -> Setup:
     """Find and check everything that a training needs.
 
     Raises:
         UserError: see `finetune`.
     """
-    device = find_device(compute.device)
+    device = find_device(ranks.device(compute.device))
     backbone = find_backbone(options.model)
     recipe = options.resolved(backbone)
     view = options.resolved_view(backbone)
@@ -292,6 +337,7 @@ def prepare(options: FinetuneOptions, compute: ComputeOptions) -> Setup:
         transform=transform_of(backbone, view, recipe.statistics),
         precision=choose_precision(options.precision, backbone, device),
         device=device,
+        ranks=ranks,
     )
 
 
@@ -342,13 +388,16 @@ def _train_and_finish(setup: Setup, folder: Path, network: Network) -> Path:
         _train(setup, folder, network)
     except Interrupted:
         raise UserError(f"interrupted. Finished epochs are kept; go on with: fm-finetune --resume {folder}") from None
+    except Lost as error:
+        raise UserError(f"{error} Finished epochs are kept; go on with: fm-finetune --resume {folder}") from error
     return folder
 
 
 def _train(setup: Setup, folder: Path, network: Network) -> None:
     """Train every round that has not finished, save each fold's best epoch, judge them all, and complete the run."""
     at_once = setup.compute.folds_at_once or default_folds_at_once(setup.device, setup.folds.n_folds)
-    machine = Machine(setup.device, setup.precision, min(at_once, len(setup.rounds[0])))
+    ranks = setup.ranks
+    machine = Machine(setup.device, setup.precision, min(at_once, len(setup.rounds[0])), ranks)
     if setup.device.type == "cuda":
         _compute_reproducibly()
     data = TrainingSet(
@@ -358,6 +407,7 @@ def _train(setup: Setup, folder: Path, network: Network) -> None:
         transform=setup.transform,
     )
     state = load_state(folder, setup.device)
+    ranks.agree("checkpoint", {"n_steps": None if state is None else [state.folds, state.n_steps, state.n_images]})
     first = 0 if state is None else setup.rounds.index(state.folds)
     size = setup.recipe.batch_size
     total = setup.recipe.epochs * sum(-(-n // size) * size for n in setup.folds.training.sum(axis=1).tolist())
@@ -377,18 +427,22 @@ def _train(setup: Setup, folder: Path, network: Network) -> None:
                 state=state,
                 seed=setup.options.seed,
                 machine=machine,
-                save=lambda state: save_state(folder, state),
+                save=lambda state: save_state(folder, state) if ranks.first else None,
                 advance=advance,
             )
             network.values.copy_(state.best)
-            for fold in folds:
-                network.save_fold(fold_folder(folder, fold), fold)
+            if ranks.first:
+                for fold in folds:
+                    network.save_fold(fold_folder(folder, fold), fold)
     assert state is not None  # there is at least one round
-    if setup.compute.merge:
+    if setup.compute.merge and ranks.first:
         _merge_folds(setup, folder)
+    ranks.wait("weights")
     started = time.perf_counter()
     predictions = concatenate(list(_judge(setup, folder, data, machine)))
     seconds = state.seconds + time.perf_counter() - started
+    if not ranks.first:
+        return
     with writing(folder, then=GO_ON):
         record = _record(setup, network, state, machine)
         finish_run(
@@ -460,8 +514,9 @@ def patch_logits(
 ) -> NDArray[np.float32]:
     """Logits (len(rows), n_folds) of patches, each under the weights of all of the network's folds."""
     size = EVALUATION_BATCH[machine.device.type]
-    units = [rows[start : start + size].tolist() for start in range(0, len(rows), size)]
-    found = []
+    own = rows[machine.ranks.share(len(rows))]
+    units = [own[start : start + size].tolist() for start in range(0, len(own), size)]
+    found = [np.empty((0, len(network.folds)), dtype=np.float32)]
     with closing(decoded(decode, units)) as ready:
         for unit, batch in ready:
             pixels = transform.resized(batch, machine.device)
@@ -472,8 +527,8 @@ def patch_logits(
 
             each = machine.each(network, network.folds, logits_of)
             found.append(torch.cat(each).T.cpu().numpy())  # (b, f)
-            advance(len(unit) * len(network.folds))
-    return np.concatenate(found)
+            advance(len(unit) * len(network.folds) * machine.ranks.size)
+    return machine.ranks.gathered(np.concatenate(found), len(rows), machine.device)
 
 
 def _record(setup: Setup, network: Network, state: State, machine: Machine) -> dict[str, Any]:
@@ -485,6 +540,7 @@ def _record(setup: Setup, network: Network, state: State, machine: Machine) -> d
         "training_images": state.n_images,
         "images_per_second": round(state.n_images / max(state.seconds, 1e-9), 2),
         "folds_at_once": machine.folds_at_once,
+        "processes": machine.ranks.size,
     }
     if setup.device.type == "cuda":
         cost["device_name"] = torch.cuda.get_device_name(setup.device)

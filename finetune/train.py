@@ -5,6 +5,8 @@ its class frequencies; the batches are augmented and normalised there, pass the 
 optimiser moves its own row. After an epoch each fold is judged on its held-out slides; a fold that has not improved for
 long leaves. The random numbers of an epoch follow from (seed, fold, epoch), so a fold's training depends neither on the
 folds beside it nor on interruptions.
+
+Several processes may share the batches (`finetune.ranks`): each takes its rows of the very same draws.
 """
 
 from __future__ import annotations
@@ -31,6 +33,7 @@ from finetune.augment import augment, draw
 from finetune.checkpoint import State
 from finetune.lora import seed_of
 from finetune.network import Network
+from finetune.ranks import ALONE, Ranks
 from finetune.recipes import Recipe, best_epoch, learning_rate, stopped
 from probe.metrics import auroc, balanced_accuracy
 
@@ -69,11 +72,13 @@ class Machine:
         device: of the network.
         precision: "fp32" or "bf16" (autocast).
         folds_at_once: how many folds share a forward pass; halved when memory runs out.
+        ranks: the processes that share the batches.
     """
 
     device: torch.device
     precision: str
     folds_at_once: int
+    ranks: Ranks = ALONE
 
     def autocast(self) -> AbstractContextManager[Any]:
         """The precision as a context."""
@@ -153,7 +158,10 @@ def train(
     Raises:
         UserError: a loss that is not finite, or memory running out with a single fold and checkpointed gradients.
     """
+    ranks = machine.ranks
+    network.share_batches(ranks, recipe.batch_size)
     network.values.copy_(state.values)
+    ranks.follow_first_(network.values)  # should another processor have drawn another last bit
     state.values = network.values
     optimizers = {
         fold: _optimizer(row, recipe, state.moments[at], state.n_steps[at])
@@ -172,6 +180,7 @@ def train(
             step = epoch * 2**20 + batch
             for fold, loss in _backward(network, data, recipe, plans, folds, batch, step=step, machine=machine).items():
                 losses[fold] += loss
+            ranks.sum_(network.gradients)
             for fold in folds:
                 rate = learning_rate(state.history[fold], recipe, batch=batch, n_batches=plans[fold].n_batches)
                 optimizers[fold].param_groups[0]["lr"] = rate
@@ -180,7 +189,9 @@ def train(
             advance(len(folds) * recipe.batch_size)
             state.n_images += len(folds) * recipe.batch_size
 
-        mean_loss = {fold: float(losses[fold]) / plans[fold].n_batches for fold in active}
+        total = torch.stack([losses[fold] for fold in active])
+        ranks.sum_(total)
+        mean_loss = {fold: loss / plans[fold].n_batches for fold, loss in zip(active, total.tolist(), strict=True)}
         _require_finite(mean_loss, epoch, recipe)
         logits = validation_logits(network, data, active, machine=machine)
         _require_finite({fold: float(np.abs(own).max()) for fold, own in logits.items()}, epoch, recipe)
@@ -215,9 +226,12 @@ def validation_logits(
 ) -> dict[int, NDArray[np.float32]]:
     """Each fold's logit (Atypical minus Normal) of its own held-out rows, in their order."""
     size = EVALUATION_BATCH[machine.device.type]
+    held_out = {fold: np.flatnonzero(data.folds.fold == fold) for fold in folds}
+    share = {fold: rows[machine.ranks.share(len(rows))] for fold, rows in held_out.items()}
 
     def logits_of(network: Network, group: list[int]) -> dict[int, NDArray[np.float32]]:
-        held = [np.flatnonzero(data.folds.fold == fold) for fold in group]
+        # A process that got no row of a small fold judges any.
+        held = [share[fold] if len(share[fold]) else held_out[fold][:1] for fold in group]
         longest = max(map(len, held))
         # All folds of a pass hold equally many images: shorter ones repeat their last.
         padded = torch.from_numpy(np.stack([np.pad(own, (0, longest - len(own)), mode="edge") for own in held]))
@@ -226,9 +240,10 @@ def validation_logits(
             for rows in torch.split(padded, size, dim=1)
         ]
         together = torch.cat(parts, dim=1).cpu().numpy()  # (f, longest)
-        return {fold: own[: len(rows)] for fold, own, rows in zip(group, together, held, strict=True)}
+        return {fold: own[: len(share[fold])] for fold, own in zip(group, together, strict=True)}
 
-    return _joined(machine.each(network, folds, logits_of))
+    found = _joined(machine.each(network, folds, logits_of))
+    return {fold: machine.ranks.gathered(found[fold], len(held_out[fold]), machine.device) for fold in folds}
 
 
 @torch.inference_mode()
@@ -304,16 +319,22 @@ def _backward(
     step: int,
     machine: Machine,
 ) -> dict[int, Tensor]:
-    """Fill the network's gradients from one batch of each fold; returns the mean loss of each."""
+    """Fill the network's gradients from this process's share of one batch of each fold.
+
+    Returns:
+        The share's part of each fold's mean loss; like the gradients, it has to be summed over all processes.
+    """
     statistics = network.values[:, network.n_trained :]
+    own = machine.ranks.share(recipe.batch_size)
 
     def losses_of(network: Network, group: list[int]) -> dict[int, Tensor]:
-        images, label = _images(data, recipe, [plans[fold] for fold in group], batch, machine.device)
+        images, label = _images(data, recipe, [plans[fold] for fold in group], batch, own, machine.device)
         with machine.autocast():
             logits = network(images, group, step=step)  # (f, b, 2)
         each = F.cross_entropy(logits.flatten(0, 1), label, reduction="none").view(len(group), -1).mean(dim=1)
+        each = each * ((own.stop - own.start) / recipe.batch_size)  # by 1, to the bit, in a single process
         after = statistics.clone()
-        each.sum().backward()  # type: ignore[no-untyped-call]
+        each.sum().backward()
         statistics.copy_(after)  # activations computed again have moved them again
         return dict(zip(group, each.detach(), strict=True))
 
@@ -336,12 +357,16 @@ def _joined(parts: Sequence[dict[int, Found]]) -> dict[int, Found]:
 
 
 def _images(
-    data: TrainingSet, recipe: Recipe, plans: Sequence[_Plan], batch: int, device: torch.device
+    data: TrainingSet, recipe: Recipe, plans: Sequence[_Plan], batch: int, own: slice, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """One batch of each fold, fold after fold: augmented, normalised images (f * b, 3, s, s), and labels (f * b,)."""
-    rows = torch.cat([plan.rows[batch] for plan in plans])
+    """The `own` rows of one batch of each fold, fold after fold.
+
+    Returns:
+        Augmented, normalised images (f * b, 3, s, s), and labels (f * b,).
+    """
+    rows = torch.cat([plan.rows[batch, own] for plan in plans])
     pixels = data.take(rows).to(device, non_blocking=True)
-    draws = [plan.draws[batch] for plan in plans if plan.draws is not None]
+    draws = [plan.draws[batch, own] for plan in plans if plan.draws is not None]
     if recipe.augment is not None:
         changed = augment(pixels / 255, torch.cat(draws).to(device), size=pixels.shape[-1], options=recipe.augment)
         pixels = changed * 255
@@ -352,6 +377,12 @@ def _images(
 def _save_memory(network: Network, machine: Machine, recipe: Recipe, error: RuntimeError) -> None:
     """Make the next attempt need less memory, or give up."""
     torch.cuda.empty_cache()
+    if network.n_shared_norms:
+        raise UserError(  # the others wait inside a pass that cannot be begun again
+            f"{network.backbone.name}: a share of {recipe.batch_size} images does not fit in the memory of "
+            f"{machine.device}. The last checkpoint is kept: go on with --resume and --grad-checkpointing, or with "
+            "more processes."
+        ) from error
     if machine.folds_at_once > 1:
         machine.folds_at_once = -(-machine.folds_at_once // 2)
         say(f"out of memory on {machine.device}; going on with {machine.folds_at_once} folds at once.")

@@ -45,7 +45,7 @@ import finetune.cli
 import finetune.predict
 import finetune.report
 import probe.cli
-import probe.protocol  # noqa: F401 - imported before any fork, so that none has to
+import probe.protocol  # imported before any fork, so that none has to
 from extract import demo, images
 from extract.datasets import load_dataset, load_patches
 from features.console import UserError

@@ -1,0 +1,118 @@
+"""What does one of several processes do in test_ddp.py? Started by torchrun.
+
+`train FOLDER` trains the cases below and the first process writes what became of each. `finetune RANK STEP ...` is
+fm-finetune whose process RANK kills itself in its STEP-th step, unless torchrun has started it again; step 0 never comes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from test_network import CNN, VIT, tiny_network
+from test_train import CPU, DROPPING, N_FOLDS, PLATEAU, RECIPE, SEED, nothing, patches
+from torch import Tensor
+
+from extract.backbones import Backbone
+from finetune import train as training
+from finetune.checkpoint import State
+from finetune.network import Method
+from finetune.ranks import ALONE, Ranks, joined
+from finetune.recipes import Recipe
+from finetune.train import Machine, new_state, train
+
+
+@dataclass(frozen=True)
+class Case:
+    """One small training, with dropout (of adapters) and augmentation."""
+
+    method: Method
+    backbone: Backbone = VIT
+    dtype: torch.dtype = torch.float64
+    recipe: Recipe = replace(RECIPE, epochs=2)
+    folds_at_once: int = N_FOLDS
+
+
+CASES = {
+    "lora": Case("lora"),
+    "lora, plateau, fold by fold": Case("lora", recipe=replace(PLATEAU, epochs=3, patience=2), folds_at_once=1),
+    "lora in float32": Case("lora", dtype=torch.float32),
+    "lora of convolutions": Case("lora", CNN),
+    "head": Case("head"),
+    "full": Case("full"),
+    "full with batch norms": Case("full", CNN),
+    "full with batch norms in float32": Case("full", CNN, dtype=torch.float32),
+}
+
+
+def outcome(case: Case, ranks: Ranks = ALONE) -> State:
+    """The state after a case's last epoch."""
+    network = tiny_network(case.method, case.backbone, lora=DROPPING, dtype=case.dtype)
+    state = new_state(network)
+    train(
+        network,
+        patches(torch.uint8 if case.dtype == torch.float32 else case.dtype),
+        case.recipe,
+        state=state,
+        seed=SEED,
+        machine=Machine(CPU, "fp32", case.folds_at_once, ranks),
+        save=nothing,
+        advance=nothing,
+    )
+    return state
+
+
+def exact_embed(model: Any, backbone: object, images: Tensor) -> dict[str, Tensor]:
+    """Features in float64, which extraction rounds to float32: then only the order of sums is left to differ."""
+    features = model.forward_features(images)
+    return {"cls": features[:, 0]} if features.ndim == 3 else {"pooled": model.forward_head(features, True)}
+
+
+def _train(folder: Path) -> None:
+    from finetune import network
+
+    network.embed = exact_embed  # type: ignore[assignment]
+    with joined() as ranks:
+        device = torch.device("cpu")
+        ranks.connect(device)
+        for name, case in CASES.items():
+            state = outcome(case, ranks)
+            tensors = {kind: getattr(state, kind).contiguous() for kind in ("values", "best", "moments")}
+            same = tensors["values"].clone()
+            ranks.follow_first_(same)
+            assert torch.equal(same, tensors["values"]), f"process {ranks.rank} has other values: {name}"
+            if ranks.first:
+                described = {"history": state.history, "n_steps": state.n_steps, "n_images": state.n_images}
+                save_file(tensors, folder / f"{name}.safetensors", {"state": json.dumps(described)})
+
+
+def _finetune(rank: int, step: int, arguments: list[str]) -> None:
+    backward, left = training._backward, step
+
+    def killed(*given: Any, **named: Any) -> Any:
+        nonlocal left
+        left -= 1
+        if left == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return backward(*given, **named)
+
+    if int(os.environ["RANK"]) == rank and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+        training._backward = killed
+    from finetune import cli
+
+    sys.argv = ["fm-finetune", *arguments]
+    cli.main()
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "train":
+        _train(Path(sys.argv[2]))
+    else:
+        _finetune(int(sys.argv[2]), int(sys.argv[3]), sys.argv[4:])
