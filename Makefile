@@ -1,10 +1,11 @@
 # make demo: a first run on drawn patches.  make test: every check.  make bench: speed, as ratios.
+# make torture: kills, flipped bits, full disks, hostile files.
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 DEMO ?= demo
 
-.PHONY: demo test browser bench clean
+.PHONY: demo test browser bench torture clean
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("mitofm needs Python 3.11 or newer, found " + sys.version.split()[0] + ": make PYTHON=python3.11")'
@@ -36,6 +37,9 @@ bench: $(STAMP)
 	$(BIN)/python tests/bench_extract.py
 	$(BIN)/python tests/bench_lora.py
 	$(BIN)/python tests/bench_lora_gpu.py
+
+torture: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python tests/torture.py
 
 clean:
 	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache test-artefacts $(DEMO) dist

@@ -30,6 +30,7 @@ _TIFF_BITS_PER_SAMPLE = 258
 _DAMAGE = (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, struct.error, zlib.error)
 # What it only warns of is read or refused here, in our own words.
 warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 _BOMB = (Image.DecompressionBombError, Image.DecompressionBombWarning)
 
 
