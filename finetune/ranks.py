@@ -13,6 +13,7 @@ import os
 import signal
 import socket
 import time
+import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -101,7 +102,8 @@ class Ranks:
         if self.store is None:
             return make()
         if self.first:
-            self._call(lambda store: store.set(name, make()))
+            made = make()
+            self._call(lambda store: store.set(name, made))
         return self._heard(name).decode()
 
     def agree(self, name: str, own: Mapping[str, Any]) -> None:
@@ -249,13 +251,47 @@ def _found() -> Ranks:
     try:
         store, rank, size = next(rendezvous("env://", timeout=_PATIENCE))
         local_rank = int(given.get("LOCAL_RANK", "0"))
+        generation = _generation(store, rank, size)
     except (ValueError, RuntimeError) as error:
         described = ", ".join(f"{name}={given[name]}" for name in needed)
         raise UserError(
             f"the processes of this training cannot find each other by {described} ({error}). Start them with "
             "torchrun, or unset these variables to train in a single process."
         ) from error
-    return Ranks(rank, size, local_rank, PrefixStore("mitofm", store), launch, restarted)
+    return Ranks(rank, size, local_rank, PrefixStore(generation, store), launch, restarted)
+
+
+def _generation(store: Store, rank: int, size: int) -> str:
+    """A name for all processes that are alive now.
+
+    torchrun's store outlives them: after a restart it still holds the words of those that have ended, and on several
+    machines not even the number of restarts is the same. So the first process answers whoever is there until all have
+    heard the new name.
+    """
+    until = time.monotonic() + _PATIENCE.total_seconds()
+
+    def wait() -> None:
+        if time.monotonic() > until:
+            raise RuntimeError("not all have come")
+        time.sleep(_POLL)
+
+    if rank > 0:
+        own = uuid.uuid4().hex
+        store.set(f"hello {rank}", own)
+        while not store.check([f"welcome {own}"]):
+            wait()
+        name: str = store.get(f"welcome {own}").decode()
+        store.set(f"{name} here {rank}", "")
+        return name
+    name = f"generation {store.add('generation', 1)}"
+    missing = set(range(1, size))
+    while missing:
+        for each in [each for each in missing if store.check([f"hello {each}"])]:
+            store.set(f"welcome {store.get(f'hello {each}').decode()}", name)
+        missing = {each for each in missing if not store.check([f"{name} here {each}"])}
+        if missing:
+            wait()
+    return name
 
 
 def _interrupt_once(signum: int, frame: object) -> None:

@@ -1,7 +1,7 @@
 """What does one of several processes do in test_ddp.py? Started by torchrun.
 
 `train FOLDER` trains the cases below and the first process writes what became of each. `finetune RANK STEP ...` is
-fm-finetune whose process RANK kills itself in its STEP-th step, unless torchrun has started it again; step 0 never comes.
+fm-finetune whose process RANK kills itself in its STEP-th step, unless torchrun has started it again; the first is 1.
 """
 
 from __future__ import annotations
@@ -28,6 +28,8 @@ from finetune.ranks import ALONE, Ranks, joined
 from finetune.recipes import Recipe
 from finetune.train import Machine, new_state, train
 
+TWO_EPOCHS = replace(RECIPE, epochs=2)
+
 
 @dataclass(frozen=True)
 class Case:
@@ -36,7 +38,7 @@ class Case:
     method: Method
     backbone: Backbone = VIT
     dtype: torch.dtype = torch.float64
-    recipe: Recipe = replace(RECIPE, epochs=2)
+    recipe: Recipe = TWO_EPOCHS
     folds_at_once: int = N_FOLDS
 
 

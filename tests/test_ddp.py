@@ -1,0 +1,417 @@
+"""Do several processes end with what a single one would have trained, whichever of them dies on the way?"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ddp_worker import CASES, exact_embed
+from ddp_worker import outcome as trained_alone
+from safetensors import safe_open
+from test_checkpoint import CPU, assert_same_outcome, outcome
+from test_finetune_command import SMALL, write_patches, write_weights
+from test_network import CNN, LORA, VIT, backbone_model, images, tiny_network
+from timm.layers.norm_act import BatchNormAct2d
+from torch import nn
+from torch.distributed import HashStore, PrefixStore
+
+from features import console
+from features.console import UserError
+from finetune import protocol
+from finetune.checkpoint import CHECKPOINT_FILE, START_FILE, load_state
+from finetune.lora import keep_mask
+from finetune.protocol import ComputeOptions, FinetuneOptions, resume
+from finetune.ranks import ALONE, Lost, Ranks, SharedNorm, _generation, joined, share_norms
+
+WORKER = Path(__file__).with_name("ddp_worker.py")
+OPTIONS = (*SMALL, "--model", "timm/test_vit", "--weights", "vit.safetensors", "--train", "patches.csv")
+FILES = {
+    "run.json",
+    "predictions.csv",
+    "metrics.json",
+    "samples.csv",
+    *(f"fold-{fold}/{name}" for fold in range(2) for name in ("adapter_config.json", "adapter_model.safetensors")),
+}
+# Differences of the order in which sums are formed, after some steps of Adam. Batch norms form many more.
+TIGHT = {"rtol": 1e-8, "atol": 1e-9}
+NORMS = {"rtol": 1e-6, "atol": 1e-7}
+
+
+def torchrun(n: int, cwd: Path, *arguments: object, restarts: int = 0) -> subprocess.CompletedProcess[str]:
+    """Some processes on this machine, connected by gloo."""
+    launcher = ("torch.distributed.run", "--standalone", "--nproc-per-node", n, "--max-restarts", restarts)
+    return subprocess.run(
+        [sys.executable, "-m", *map(str, (*launcher, *arguments))],
+        cwd=cwd,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+def own_words(done: subprocess.CompletedProcess[str]) -> list[str]:
+    """Lines on stderr that are not torchrun's."""
+    return [line for line in done.stderr.splitlines() if line.startswith(("error:", "runs/", "run written"))]
+
+
+# --------------------------------------------------------------------------------------------------- the same training
+
+
+@pytest.fixture(scope="module")
+def alone() -> dict[str, Any]:
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("finetune.network.embed", exact_embed)
+        return {name: trained_alone(case) for name, case in CASES.items()}
+
+
+@pytest.mark.parametrize("n", [2, 3])  # of batches of four images
+def test_processes_train_what_a_single_one_does(tmp_path: Path, alone: dict[str, Any], n: int) -> None:
+    done = torchrun(n, tmp_path, WORKER, "train", tmp_path)
+    assert done.returncode == 0, done.stderr
+    for name, case in CASES.items():
+        expected = alone[name]
+        label = partial("{}, {}: {}".format, name)
+        with safe_open(tmp_path / f"{name}.safetensors", "pt") as file:
+            found = {kind: file.get_tensor(kind) for kind in ("values", "best", "moments")}
+            described = json.loads(file.metadata()["state"])
+        assert described["n_steps"] == expected.n_steps, name
+        assert described["n_images"] == expected.n_images, name
+        if name == "full with batch norms in float32":
+            # Adam turns the last digit of a gradient near zero into a step: judged by what float32 itself changes.
+            rounding = (expected.values - alone["full with batch norms"].values).abs().mean()
+            assert (found["values"] - expected.values).abs().mean() < rounding / 3
+            continue
+        exact = case.dtype == torch.float64
+        close = {"rtol": 1e-4, "atol": 1e-5} if not exact else NORMS if case.backbone is CNN else TIGHT
+        for kind, tensor in found.items():
+            torch.testing.assert_close(tensor, getattr(expected, kind), **close, msg=partial(label, kind))
+        for fold, history in expected.history.items():
+            for epoch, other in zip(history, described["history"][str(fold)], strict=True):
+                assert other == pytest.approx(epoch, rel=1e-4), name
+
+
+def test_shares_are_all_rows_in_order_and_differ_by_one_at_most() -> None:
+    for size in (1, 2, 3, 7):
+        for n in (0, 1, 6, 7, 20):
+            shares = [list(range(n))[Ranks(rank, size).share(n)] for rank in range(size)]
+            assert list(chain.from_iterable(shares)) == list(range(n))
+            assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+def test_the_masks_of_shares_make_up_the_mask_of_the_batch() -> None:
+    keys, tokens, width = torch.tensor([11, 12]), 3, 5
+    whole = keep_mask(torch.empty(2, 7 * tokens, width), keys, layer=4, threshold=77)
+    parts = [
+        keep_mask(torch.empty(2, held * tokens, width), keys, layer=4, threshold=77, first=first, held=held, total=7)
+        for first, held in ((0, 2), (2, 4), (6, 1))
+    ]
+    assert torch.equal(torch.cat(parts, dim=1), whole)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", [nn.BatchNorm1d, nn.BatchNorm2d, BatchNormAct2d])
+def test_a_shared_norm_of_one_process_is_the_norm(kind: type[nn.BatchNorm2d], dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    shape = (6, 3) if kind is nn.BatchNorm1d else (6, 3, 4, 5)
+    norms = [kind(3).to(torch.float64 if dtype == torch.float64 else torch.float32) for _ in range(2)]
+    for norm in norms:
+        nn.init.uniform_(norm.weight, generator=torch.Generator().manual_seed(1))
+    model = nn.Sequential(norms[1])
+    assert share_norms(model, ALONE) == 1
+    assert list(model.state_dict()) == [f"0.{name}" for name in norms[0].state_dict()]
+    x = torch.randn(*shape).add(3).to(dtype)
+    weights = torch.randn(*shape).to(dtype)
+    close = {"rtol": 1e-10, "atol": 1e-10} if dtype == torch.float64 else {"rtol": 1e-4, "atol": 1e-5}
+    close = {"rtol": 2e-2, "atol": 2e-2} if dtype == torch.bfloat16 else close
+    for _ in range(2):
+        results = []
+        for norm in (norms[0], model):
+            given = x.clone().requires_grad_()
+            y = norm(given)
+            assert y.dtype == dtype
+            (y * weights).sum().backward()
+            results.append((y.detach(), given.grad))
+        for expected, found in zip(*results, strict=True):
+            torch.testing.assert_close(found, expected, **close)
+    for (name, expected), found in zip(norms[0].named_parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(found.grad, expected.grad, **close, msg=name)
+    for name in ("running_mean", "running_var"):
+        torch.testing.assert_close(getattr(model[0], name), getattr(norms[0], name), **close)
+    torch.testing.assert_close(model.eval()(x), norms[0].eval()(x), **close)
+
+
+def test_a_norm_of_another_kind_is_refused() -> None:
+    class Own(nn.BatchNorm2d):
+        pass
+
+    with pytest.raises(UserError, match=r"norm of its own kind \(1, Own\).*--method lora"):
+        share_norms(nn.Sequential(nn.Identity(), Own(3)), Ranks(0, 2))
+
+
+def test_only_norms_that_learn_are_shared() -> None:
+    for method, backbone, n in (("lora", CNN, 0), ("head", CNN, 0), ("full", VIT, 0), ("full", CNN, None)):
+        network = tiny_network(method, backbone, lora=LORA)  # type: ignore[arg-type]
+        before = {name: tensor.clone() for name, tensor in network.model.state_dict().items()}
+        network.share_batches(Ranks(0, 2), 4)
+        found = sum(isinstance(module, SharedNorm) for module in network.modules())
+        expected = sum(isinstance(module, nn.BatchNorm2d) for module in backbone_model(backbone).modules())
+        assert found == network.n_shared_norms == (expected if n is None else n)
+        assert list(network.model.state_dict()) == list(before)
+        with torch.no_grad():
+            assert torch.isfinite(network(images(len(network.folds)), network.folds)).all()
+
+
+# --------------------------------------------------------------------------------------------------------- the command
+
+
+@pytest.fixture(scope="module")
+def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("material")
+    write_patches(folder)
+    write_weights(folder / "vit.safetensors", "test_vit")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def undisturbed(material: Path) -> tuple[Path, subprocess.CompletedProcess[str]]:
+    """The folder of a run of two processes, and what they said."""
+    done = torchrun(2, material, "-m", "finetune.cli", *OPTIONS, "--runs", "runs/undisturbed", "--json")
+    assert done.returncode == 0, done.stderr
+    (folder,) = (material / "runs" / "undisturbed").iterdir()
+    return folder, done
+
+
+@pytest.fixture(scope="module")
+def interrupted(material: Path) -> tuple[Path, subprocess.CompletedProcess[str]]:
+    """The folder of a run whose second process was killed in the second epoch, and what was said."""
+    done = torchrun(2, material, WORKER, "finetune", 1, 4, *OPTIONS, "--runs", "runs/interrupted")
+    assert done.returncode != 0
+    (folder,) = (material / "runs" / "interrupted").iterdir()
+    return folder, done
+
+
+def assert_alike(found: dict[str, Any], expected: dict[str, Any]) -> None:
+    """The same run, but for rounding."""
+    assert found.keys() == expected.keys()
+    assert (found["best_epoch"], found["n_images"]) == (expected["best_epoch"], expected["n_images"])
+    for own, other in zip(found["history"], expected["history"], strict=True):
+        for epoch, same in zip(own, other, strict=True):
+            assert epoch == pytest.approx(same, rel=1e-4)
+    for name in (name for name in expected if name.endswith(".safetensors")):
+        (_, left), (_, right) = found[name], expected[name]
+        for key in right:
+            ours, theirs = (torch.frombuffer(bytearray(each[key]), dtype=torch.float32) for each in (left, right))
+            torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5)
+
+
+def test_the_first_process_alone_writes_and_speaks(undisturbed: tuple[Path, Any], material: Path) -> None:
+    folder, done = undisturbed
+    assert {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()} == FILES
+    found = json.loads(done.stdout)
+    assert found["results"][0]["cost"]["processes"] == 2
+    assert [words.split(":")[0] for words in own_words(done)] == [found["runs"][0]]
+    assert "\r" not in done.stderr
+
+
+def test_a_run_of_two_processes_is_the_run_of_one(undisturbed: tuple[Path, Any], material: Path) -> None:
+    runs = material / "runs" / "alone"
+    with pytest.MonkeyPatch.context() as patched:
+        patched.chdir(material)
+        folder = protocol.finetune(small_options(), compute=small_compute(), runs=runs)
+    assert_alike(outcome(undisturbed[0]), outcome(folder))
+
+
+def test_a_killed_process_ends_the_others_with_one_message(interrupted: tuple[Path, Any]) -> None:
+    folder, done = interrupted
+    start, message = own_words(done)
+    assert "training" in start
+    assert message.startswith("error: another process of this training has ended")
+    assert message.endswith(f"--resume runs/interrupted/{folder.name}")
+    assert "finetune/" not in done.stderr.replace("runs/interrupted/finetune", ""), "no traceback of ours"
+    assert {path.name for path in folder.iterdir()} == {CHECKPOINT_FILE, START_FILE}
+    state = load_state(folder, CPU)
+    assert state is not None
+    assert [len(history) for history in state.history.values()] == [1, 1]
+
+
+def test_two_processes_resume_to_the_same_bits_and_one_up_to_rounding(
+    interrupted: tuple[Path, Any], undisturbed: tuple[Path, Any], material: Path
+) -> None:
+    expected = outcome(undisturbed[0])
+    for place in ("by-one", "by-two"):
+        shutil.copytree(interrupted[0], material / "runs" / place / interrupted[0].name)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.chdir(material)
+        alone = resume(Path("runs/by-one") / interrupted[0].name, given={}, compute={})
+        assert_alike(outcome(alone.absolute()), expected)
+    by_two = Path("runs/by-two") / interrupted[0].name
+    done = torchrun(2, material, "-m", "finetune.cli", "--resume", by_two)
+    assert done.returncode == 0, done.stderr
+    assert_same_outcome(outcome(material / by_two), expected)
+
+
+def test_two_processes_resume_what_one_has_begun(material: Path, undisturbed: tuple[Path, Any]) -> None:
+    save = protocol.save_state
+
+    def save_and_die(*given: Any) -> None:
+        save(*given)
+        raise UserError("killed")
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.chdir(material)
+        patched.setattr(protocol, "save_state", save_and_die)
+        with pytest.raises(UserError, match="killed"):
+            protocol.finetune(small_options(), compute=small_compute(), runs=Path("runs/begun"))
+    (folder,) = (material / "runs" / "begun").iterdir()
+    done = torchrun(2, material, "-m", "finetune.cli", "--resume", folder)
+    assert done.returncode == 0, done.stderr
+    assert_alike(outcome(folder), outcome(undisturbed[0]))
+
+
+def test_torchrun_starts_a_training_again_that_goes_on(undisturbed: tuple[Path, Any], material: Path) -> None:
+    done = torchrun(2, material, WORKER, "finetune", 0, 4, *OPTIONS, "--runs", "runs/restarted", restarts=1)
+    assert done.returncode == 0, done.stderr
+    (folder,) = (material / "runs" / "restarted").iterdir()  # one
+    assert_same_outcome(outcome(folder), outcome(undisturbed[0]))
+    assert [words.split(" ")[0] for words in own_words(done)] == [
+        f"runs/restarted/{folder.name}:",
+        "error:",
+        f"runs/restarted/{folder.name}:",
+        "run",
+    ]
+
+
+def small_options() -> FinetuneOptions:
+    return FinetuneOptions(
+        model="timm/test_vit",
+        train="patches.csv",
+        test=(),
+        view="full@32",
+        cv=2,
+        epochs=2,
+        batch_size=4,
+        precision="fp32",
+    )
+
+
+def small_compute() -> ComputeOptions:
+    return ComputeOptions(weights=Path("vit.safetensors"))
+
+
+# ----------------------------------------------------------------------------------------------------- who and on what
+
+
+def test_without_torchrun_a_process_is_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID"):
+        monkeypatch.delenv(name, raising=False)
+    with joined() as ranks:
+        assert (ranks.rank, ranks.size, ranks.launch, ranks.restarted) == (0, 1, None, False)
+        assert ranks.told("name", lambda: "made") == "made"
+        ranks.agree("what", {})
+        ranks.wait("here")
+        one = torch.ones(3)
+        ranks.sum_(one)
+        assert one.tolist() == [1, 1, 1]
+
+
+def test_a_single_process_of_torchrun_is_alone_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    given |= {"TORCHELASTIC_RUN_ID": "none", "TORCHELASTIC_RESTART_COUNT": "2"}
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    with joined() as ranks:
+        assert ranks.size == 1
+        assert ranks.restarted
+        assert str(ranks.launch).endswith(f":{os.getppid()}")
+
+
+def test_processes_that_cannot_find_each_other_are_told_what_was_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "many"}
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=r"cannot find each other by RANK=0.*MASTER_PORT=many.*torchrun"), joined():
+        pass
+
+
+def side_by_side(store: HashStore, work: Callable[[Ranks], Any], *, size: int = 3) -> list[Any]:
+    """What each of some processes, here threads, returns or raises."""
+
+    def one(rank: int) -> Any:
+        try:
+            generation = _generation(store, rank, size)
+            return work(Ranks(rank, size, rank, PrefixStore(generation, store)))
+        except UserError as error:
+            return error
+
+    with ThreadPoolExecutor(size) as pool:
+        return list(pool.map(one, range(size)))
+
+
+def test_all_hear_the_first_and_none_hears_those_before_a_restart() -> None:
+    store = HashStore()
+    for word in ("one", "two"):
+        found = side_by_side(store, lambda ranks, word=word: ranks.told("word", lambda: f"{word} {ranks.rank}"))
+        assert found == [f"{word} 0"] * 3
+
+
+def test_a_process_that_differs_is_named_and_ends_all_with_one_message() -> None:
+    def work(ranks: Ranks) -> Any:
+        try:
+            ranks.agree("setup", {"backbone": {"precision": "fp32" if ranks.rank == 2 else "bf16"}, "seed": 1})
+        except UserError as error:
+            return ranks.speaks(), type(error), str(error)
+        return None
+
+    found = side_by_side(HashStore(), work)
+    assert [spoke for spoke, *_ in found] == [False, False, True]
+    assert [kind for _, kind, _ in found] == [Lost, Lost, UserError]
+    assert 'process 2 of 3 differs from process 0: backbone.precision is "fp32" instead of "bf16"' in found[2][2]
+
+
+def test_a_batch_smaller_than_the_processes_is_refused(material: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(material)
+    with pytest.raises(UserError, match="4 patches per fold and step cannot be shared by 5 processes"):
+        protocol.finetune(small_options(), compute=small_compute(), runs=Path("runs/none"), ranks=Ranks(0, 5))
+    assert not Path("runs/none").exists()
+
+
+def test_each_process_takes_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert [Ranks(rank, 4, rank % 2).device("auto") for rank in range(4)] == ["cuda:0", "cuda:1", "cuda:0", "cuda:1"]
+    assert Ranks(1, 2, 1).device("cuda") == "cuda:1"
+    assert Ranks(1, 2, 1).device("cpu") == "cpu"
+    assert ALONE.device("cuda:1") == "cuda:1"
+    with pytest.raises(UserError, match=r"number 3 of its machine, where torch sees 2 GPUs.*--device cpu"):
+        Ranks(2, 3, 2).device("auto")
+    with pytest.raises(UserError, match="'cuda:1' was asked for, for all of 2 processes"):
+        Ranks(0, 2, 0).device("cuda:1")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert Ranks(1, 2, 1).device("auto") == "auto"
+
+
+def test_a_quiet_process_says_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    console.quieten(True)
+    try:
+        console.say("words")
+        console.show()
+        console.print_json({"a": math.pi})
+    finally:
+        console.quieten(False)
+    assert capsys.readouterr() == ("", "")
+    console.say("words")
+    assert capsys.readouterr().err == "words\n"
