@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -9,12 +10,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from features.console import UserError, no_progress, print_json, run, say, show
+from features.console import UserError, no_progress, print_json, printable, run, say, show
 
 if TYPE_CHECKING:
     from extract.datasets import DatasetSummary
+    from extract.doctor import Examination
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+doctor_app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
 @app.command(help=__doc__)
@@ -197,9 +200,77 @@ def _show_lists(models: bool, datasets: bool, data: Path | None, as_json: bool) 
     show(*tables)
 
 
+@doctor_app.command(help="fm-doctor: can this machine do what is asked of it, and if not, what mends it?")
+def doctor(
+    model: Annotated[
+        str | None, typer.Option(help="Models, comma-separated, that must be had here. Default: a look at every one.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N; a GPU that is named must be there.")] = "auto",
+    data: Annotated[
+        Path | None, typer.Option(help="Folder laid out like AMi-Br_Benchmark. Default: $MITOFM_DATA, else a download.")
+    ] = None,
+    store: Annotated[
+        Path | None, typer.Option(help="A feature store that must be there. Default: embeddings.zarr, if there is one.")
+    ] = None,
+    runs: Annotated[Path, typer.Option(help="The folder of all runs.")] = Path("runs"),
+    verify: Annotated[bool, typer.Option("--verify", help="Read every byte of the patches and of the store.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
+) -> None:
+    # huggingface_hub reads it when it is imported. Its own ten seconds are for downloads, not for a look.
+    os.environ.setdefault("HF_HUB_ETAG_TIMEOUT", "4")
+
+    from extract.doctor import DoctorOptions, examine
+
+    models = _names(model, "--model") if model is not None else ()
+    found = examine(DoctorOptions(models, device, data, store, runs, verify))
+    if as_json:
+        print_json({"ok": not found.failed} | asdict(found))
+        raise typer.Exit(1 if found.failed else 0)
+    _show_examination(found, complete=model is None)
+
+
+def _show_examination(found: Examination, *, complete: bool) -> None:
+    from rich.table import Table
+
+    marks = {"ok": "ok", "note": "note", "fail": "FAIL"}
+    checks = Table(header_style="bold")
+    for column in ("", "", "", "Found"):
+        checks.add_column(column, no_wrap=column == "")
+    before = ""
+    for check in found.checks:
+        if check.group != before:
+            checks.add_section()
+        title = check.group if check.group != before else ""
+        checks.add_row(title, check.name, marks[check.status], printable(check.found))
+        before = check.group
+    models = Table(header_style="bold")
+    for column in ("Model", "", "Cached", "Gated", "Access"):
+        models.add_column(column, no_wrap=True)
+    for line in found.models:
+        cached = line.cached.split()[-1][:12] if line.cached else "–"  # a commit, or a package's version
+        models.add_row(line.name, marks[line.status], cached, "gated" if line.gated else "", line.access)
+    show(checks, models)
+    for check in found.checks:
+        if check.status == "note" and check.remedy:
+            print(printable(f"{check.name}: {check.remedy}"))
+    if complete and any(line.status == "note" for line in found.models):
+        print("`fm-doctor --model NAME` says what a model lacks.")
+    if found.failed:
+        raise UserError(
+            f"{len(found.failed)} of these cannot work as they are:\n"
+            + "\n".join(f"- {line.name}: {line.remedy}" for line in found.failed)
+        )
+    print("Everything that was asked for can work here.")
+
+
 def main() -> None:
     """Entry point of `fm-extract`."""
     run(app)
+
+
+def doctor_main() -> None:
+    """Entry point of `fm-doctor`."""
+    run(doctor_app)
 
 
 if __name__ == "__main__":  # torchrun -m extract.cli

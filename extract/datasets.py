@@ -170,6 +170,56 @@ def local_data(data: Path | None = None) -> Path | None:
     return data or _default_data() or download.downloaded()
 
 
+@dataclass(frozen=True)
+class DataVerdict:
+    """What was found of one dataset or table of a data folder.
+
+    Attributes:
+        what: the dataset's name, or the table's file name.
+        found: how many patches, or "as published"; otherwise how it differs.
+        published: whether it is the published one, as far as was looked.
+        usable: whether it is accepted as it is.
+    """
+
+    what: str
+    found: str
+    published: bool
+    usable: bool
+
+
+def check_data(data: Path, *, whole: bool = False) -> list[DataVerdict]:
+    """Compare what a data folder holds with the published files.
+
+    Args:
+        data: laid out like a clone of AMi-Br_Benchmark; datasets that are absent are left out.
+        whole: read and hash every patch. Otherwise tables are hashed, and patches counted and their sizes added up.
+    """
+    verdicts = []
+    for name, expected in (TABLE_SHA256 | {"AMI-BR.csv": AMI_BR_CSV_SHA256}).items():
+        if (data / name).is_file():
+            same = hashlib.sha256((data / name).read_bytes()).hexdigest() == expected
+            verdicts.append(DataVerdict(name, "as published" if same else "another SHA-256 than published", same, True))
+    for name, record in DATASETS.items():
+        if not record.folder or not (data / record.folder).is_dir():
+            continue
+        try:
+            files = _known_files(name, data)
+            paths = [file.path for file in files]
+            if whole:
+                difference = _difference(record, files, *_hash_files(paths, record.title))
+            else:
+                n_bytes = sum(path.stat().st_size for path in paths)
+                same = n_bytes == record.n_bytes
+                difference = None if same else f"{n_bytes:,} bytes, expected {record.n_bytes:,}"
+        except UserError as error:
+            verdicts.append(DataVerdict(name, str(error), False, False))
+            continue
+        looked = "every byte" if whole and record.digest else "number and size"
+        found = f"{len(files):,} patches, {difference or f'as published ({looked})'}"
+        verdicts.append(DataVerdict(name, found, difference is None, True))
+    return verdicts
+
+
 def files_digest(ids: Iterable[str], sha256: Iterable[str]) -> str:
     """SHA-256 over the sorted lines `<sha256>  <id>`, which is what `sha256sum` prints of the files."""
     lines = sorted(f"{digest}  {id}\n" for digest, id in zip(sha256, ids, strict=True))

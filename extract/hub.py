@@ -34,7 +34,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from huggingface_hub.utils import get_session, hf_raise_for_status  # type: ignore[attr-defined]
+from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status  # type: ignore[attr-defined]
 from huggingface_hub.utils import logging as hub_logging
 
 from features.console import UserError, progress, say
@@ -43,6 +43,12 @@ from features.console import UserError, progress, say
 # the transport's errors in each of them, and the rest are OSErrors.
 _TRANSPORT_ERROR: type[Exception] = HfHubHTTPError.__bases__[0]
 _DOWNLOAD_ERRORS: tuple[type[Exception], ...] = (_TRANSPORT_ERROR, OSError, EntryNotFoundError, RuntimeError)
+
+TOKEN_REJECTED = (
+    "The hub rejected your token (401): it is mistyped, expired or revoked. Create a new one on "
+    "https://huggingface.co/settings/tokens and pass it in HF_TOKEN, or run `hf auth login`. "
+    "A repository that is not gated needs none: unset HF_TOKEN or run `hf auth logout`."
+)
 
 
 @dataclass(frozen=True)
@@ -92,6 +98,46 @@ def fetch_file(repo: str, filename: str, *, revision: str, licence: str = "") ->
     return HubFile(path, _commit(path, filename))
 
 
+def endpoint() -> str:
+    """The hub's address, without a password."""
+    return re.sub(r"//[^/@]*@", "//", constants.ENDPOINT)
+
+
+def refuse_malformed_token() -> None:
+    """Raise UserError for a token that no hub can have given out."""
+    token = get_token()
+    if token is not None and not re.fullmatch(r"[!-~]+", token):
+        # Sent anyway, it would come back inside the transport's error message.
+        raise UserError(
+            "The hub token holds characters that no token has (a space, a line break or a typographic quote, copied "
+            "along with it?). Set HF_TOKEN to the bare token, or run `hf auth login`."
+        )
+
+
+def check_hub() -> bool | None:
+    """Ask the hub whether it is there and, where there is a token, whether it takes that.
+
+    Returns:
+        Whether the token is taken; None where there is none.
+
+    Raises:
+        UserError: out of reach or out of order.
+    """
+    has_token = get_token() is not None
+    url = f"{constants.ENDPOINT}/api/whoami-v2" if has_token else constants.ENDPOINT
+    try:
+        with _quiet():
+            response = get_session().get(url, headers=build_hf_headers(), timeout=constants.HF_HUB_ETAG_TIMEOUT)
+    except _DOWNLOAD_ERRORS as error:
+        raise UserError(
+            f"{endpoint()} could not be asked ({type(error).__name__}). Check the connection, HF_ENDPOINT and any "
+            "proxy; what is in the cache works without the hub, at once with HF_HUB_OFFLINE=1."
+        ) from None
+    if response.status_code == 429 or response.status_code >= 500:
+        raise UserError(f"{endpoint()} answers {response.status_code}: try again in a few minutes.")
+    return response.status_code != 401 if has_token else None
+
+
 def check_access(repo: str, filename: str, *, revision: str, licence: str = "") -> None:
     """Ask the hub, once and without downloading, whether `fetch_file` could have this file.
 
@@ -131,7 +177,7 @@ def sha256_of(path: Path) -> str:
 
 
 def _ask(repo: str, filename: str, revision: str) -> None:
-    _refuse_malformed_token()
+    refuse_malformed_token()
     with _quiet():
         _say_busy_at_once()
         get_hf_file_metadata(hf_hub_url(repo, filename, revision=revision), timeout=constants.HF_HUB_ETAG_TIMEOUT)
@@ -172,16 +218,6 @@ def _cached(repo: str, filename: str, revision: str) -> Path | None:
 def _commit(path: Path, filename: str) -> str:
     """The commit in `<cache>/models--org--name/snapshots/<commit>/<filename>`."""
     return path.parents[filename.count("/")].name
-
-
-def _refuse_malformed_token() -> None:
-    token = get_token()
-    if token is not None and not re.fullmatch(r"[!-~]+", token):
-        # Sent anyway, it would come back inside the transport's error message.
-        raise UserError(
-            "The hub token holds characters that no token has (a space, a line break or a typographic quote, copied "
-            "along with it?). Set HF_TOKEN to the bare token, or run `hf auth login`."
-        )
 
 
 def _is_about_the_disk(error: Exception) -> bool:
@@ -226,11 +262,7 @@ def _explain(error: Exception, repo: str, filename: str, revision: str, licence:
         hint = "" if get_token() else " If it is private, pass a token in HF_TOKEN or run `hf auth login`."
         message = f"The hub has no repository '{repo}' that you may read. Check the name on {page}.{hint}"
     elif status == 401:
-        message = (
-            "The hub rejected your token (401): it is mistyped, expired or revoked. Create a new one on "
-            "https://huggingface.co/settings/tokens and pass it in HF_TOKEN, or run `hf auth login`. "
-            "A repository that is not gated needs none: unset HF_TOKEN or run `hf auth logout`."
-        )
+        message = TOKEN_REJECTED
     elif status == 403:
         message = (
             f"The hub refused {repo} (403): your token lacks the permission. Open {page}, check that you may see its "
@@ -254,11 +286,7 @@ def _explain(error: Exception, repo: str, filename: str, revision: str, licence:
         )
     else:
         message = (
-            f"{repo}/{filename} is not cached and could not be fetched from {_without_password(constants.ENDPOINT)} "
+            f"{repo}/{filename} is not cached and could not be fetched from {endpoint()} "
             f"({type(error).__name__}). Check the connection, HF_ENDPOINT and any proxy, then run again. {local}"
         )
     raise UserError(message) from None
-
-
-def _without_password(url: str) -> str:
-    return re.sub(r"//[^/@]*@", "//", url)

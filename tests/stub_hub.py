@@ -106,6 +106,9 @@ class StubHub:
         return f"http://127.0.0.1:{self._server.server_port}"
 
     def answer(self, path: str, token: str) -> tuple[int, dict[str, str], bytes]:
+        if path in ("/", "/api/whoami-v2"):
+            welcome = path == "/" or token in KNOWN_TOKENS
+            return (200, {}, b"{}") if welcome else (401, {}, b"")
         match = re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path)
         if match is None:
             return 404, {}, b""

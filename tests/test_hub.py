@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
-import huggingface_hub.utils
 import pytest
 from huggingface_hub import constants
 from stub_hub import COMMIT, StubHub, StubRepo
@@ -24,26 +23,6 @@ from features.console import UserError
 WEIGHTS = b"not really weights, but bytes are bytes"
 OTHER_COMMIT = COMMIT[::-1]
 Point = Callable[[str], None]
-
-
-@pytest.fixture
-def point(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Point]:
-    """Points huggingface_hub at an endpoint, with an empty cache and without a token."""
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_OIDC_RESOURCE"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_TELEMETRY", True)
-
-    def to(url: str) -> None:
-        huggingface_hub.utils.close_session()
-        monkeypatch.setattr(constants, "ENDPOINT", url)
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}")
-
-    yield to
-    huggingface_hub.utils.close_session()
 
 
 @pytest.fixture

@@ -1,0 +1,424 @@
+"""Can this machine do what is asked of it, and what mends it where it cannot?
+
+Nothing is downloaded and nothing is written. Questions to the hub are answered within seconds or counted as
+unanswered, so the answer comes on a train, behind a proxy and on a cluster's compute node as well.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import queue
+import re
+import shutil
+import subprocess
+import sys
+import threading
+import time
+import warnings
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from importlib import metadata
+from pathlib import Path
+from typing import Literal, TypeVar
+
+import torch
+from huggingface_hub import constants, get_token
+
+from extract import download, hub
+from extract.backbones import BACKBONES, Backbone, fetch_weights, find_backbone, weight_files
+from extract.datasets import DATA_VARIABLE, check_data, local_data
+from extract.hardware import find_device, has_bf16
+from features.console import Advance, UserError, progress
+from features.store import FeatureStore
+
+Status = Literal["ok", "note", "fail"]
+Access = Literal["granted", "not granted", "not asked", "not needed"]
+Answer = TypeVar("Answer")
+
+_HUB_SECONDS = 8.0  # for the first question; a resolver or proxy may take longer than any timeout of a request
+_MODELS_SECONDS = 15.0  # for the questions about all models together
+_AT_ONCE = 8  # questions
+_FEW_BYTES = 1_000_000_000  # free space worth a word
+DEFAULT_STORE = Path("embeddings.zarr")
+_SHOWN = 5  # how many of many damaged blocks are named
+
+
+@dataclass(frozen=True)
+class DoctorOptions:
+    """What is asked for. What is None was not asked for: its absence is no failure.
+
+    Attributes:
+        models: names as `--model` of fm-extract takes them; empty for every registered one.
+        device: "auto", "cpu", "cuda" or "cuda:N".
+        data: folder laid out like AMi-Br_Benchmark.
+        store: feature store.
+        runs: folder of runs.
+        verify: read every byte of patches and store.
+    """
+
+    models: tuple[str, ...] = ()
+    device: str = "auto"
+    data: Path | None = None
+    store: Path | None = None
+    runs: Path = Path("runs")
+    verify: bool = False
+
+
+@dataclass(frozen=True)
+class Check:
+    """One line: "ok"; "note", a lack that nothing asked for needs; or "fail", with what mends it."""
+
+    group: Literal["machine", "disk", "data", "store", "hub"]
+    name: str
+    status: Status
+    found: str
+    remedy: str = ""
+
+
+@dataclass(frozen=True)
+class ModelCheck:
+    """Whether one model can be had here.
+
+    Attributes:
+        name: as it was asked for.
+        status: "ok": it is here, or can be downloaded; otherwise "fail" where it was asked for by name, else "note".
+        repository: "organisation/name"; empty for the embedded one.
+        cached: the commit of the weights in the cache (a package's version for the embedded one), or None.
+        gated: whether access has to be requested.
+        access: whether the hub would let it be downloaded.
+        remedy: what mends it.
+    """
+
+    name: str
+    status: Status
+    repository: str
+    cached: str | None
+    gated: bool
+    access: Access
+    remedy: str = ""
+
+
+@dataclass(frozen=True)
+class Examination:
+    """All that was found."""
+
+    checks: list[Check]
+    models: list[ModelCheck]
+
+    @property
+    def failed(self) -> list[Check | ModelCheck]:
+        """What was asked for and cannot work."""
+        lines: list[Check | ModelCheck] = [*self.checks, *self.models]
+        return [line for line in lines if line.status == "fail"]
+
+
+def examine(options: DoctorOptions) -> Examination:
+    """Look at the machine, the disk, data, store, hub and models."""
+    hub_checks, reachable = _hub()
+    checks = [*_machine(options.device), *_disk(options), *_data(options), *_store(options), *hub_checks]
+    return Examination(checks, _models(options.models, reachable=reachable))
+
+
+# --- the machine ------------------------------------------------------------------------------------------------------
+
+
+def _machine(device: str) -> list[Check]:
+    build = f"for CUDA {torch.version.cuda}" if torch.version.cuda else "for CPUs only"
+    packages = ", ".join(f"{name} {metadata.version(name)}" for name in ("timm", "huggingface_hub", "zarr"))
+    python = f"{platform.python_version()} on {platform.system()} {platform.machine()} ({sys.prefix})"
+    n_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    cpu = torch.device("cpu")
+    return [
+        Check("machine", "Python", "ok", python),
+        Check("machine", "torch", "ok", f"{torch.__version__}, built {build}"),
+        Check("machine", "packages", "ok", packages),
+        Check("machine", "processor", "ok", f"{n_cores} cores, bf16 {'in hardware' if has_bf16(cpu) else 'not there'}"),
+        Check("machine", "memory", "ok", _memory()),
+        *_gpus(device),
+    ]
+
+
+def _memory() -> str:
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    meminfo = Path("/proc/meminfo")
+    available = re.search(r"MemAvailable:\s+(\d+) kB", meminfo.read_text()) if meminfo.exists() else None
+    free = f"{_gigabytes(int(available[1]) * 1024)} free of " if available else ""
+    return f"{free}{_gigabytes(total)}{_memory_limit(total)}"
+
+
+def _memory_limit(total: int) -> str:
+    """What a container or a cluster's job may use of it."""
+    limit = Path("/sys/fs/cgroup/memory.max")
+    text = limit.read_text().strip() if limit.is_file() else "max"
+    return f"; at most {_gigabytes(int(text))} here" if text.isdigit() and int(text) < total else ""
+
+
+def _gpus(device: str) -> list[Check]:
+    asked: Status = "fail" if device.startswith("cuda") else "note"
+    installed = _nvidia_smi()
+    with warnings.catch_warnings(record=True) as caught:  # torch says in a warning why it cannot use a GPU
+        warnings.simplefilter("always")
+        available = torch.cuda.is_available()
+    if available:
+        checks = [_gpu(index, installed) for index in range(torch.cuda.device_count())]
+    else:
+        reason = str(caught[0].message).split("(Triggered")[0].strip() if caught else ""
+        remedy = ""
+        if installed and torch.version.cuda is None:
+            remedy = (
+                f"nvidia-smi lists {installed[0]}, but this torch is built for CPUs only: install one built for CUDA "
+                "(pytorch.org has the command), or work with --device cpu."
+            )
+        elif installed or asked == "fail":
+            remedy = reason or (
+                f"nvidia-smi lists {installed[0]}, but torch sees no GPU: look at CUDA_VISIBLE_DEVICES, or update the "
+                "driver."
+                if installed
+                else "This machine has no NVIDIA GPU and driver: run on one that has, or with --device cpu."
+            )
+        checks = [Check("machine", "GPU", asked, "none that torch can use", remedy)]
+    try:
+        find_device(device)
+    except UserError as error:
+        if asked == "note" or available:
+            checks.append(Check("machine", "device", "fail", f"{device!r} is not here", str(error)))
+    return checks
+
+
+def _gpu(index: int, installed: list[str]) -> Check:
+    name = f"GPU {index}"
+    try:
+        free, total = torch.cuda.mem_get_info(index)
+        bf16 = "bf16" if has_bf16(torch.device("cuda", index)) else "no bf16"
+    except RuntimeError as error:
+        remedy = "Another process may hold it, or its driver may need a restart: look at nvidia-smi."
+        return Check("machine", name, "fail", f"cannot be used: {str(error).splitlines()[0]}", remedy)
+    driver = installed[0].rpartition(", ")[2] if installed else "unknown"
+    memory = f"{_gigabytes(free)} free of {_gigabytes(total)}"
+    return Check("machine", name, "ok", f"{torch.cuda.get_device_name(index)}, {memory}, {bf16}, driver {driver}")
+
+
+def _nvidia_smi() -> list[str]:
+    """Name and driver version of every installed GPU, whether torch can use it or not."""
+    command = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=5)
+    except (OSError, subprocess.TimeoutExpired):
+        return []
+    return done.stdout.splitlines() if done.returncode == 0 else []
+
+
+# --- disk, data, store ------------------------------------------------------------------------------------------------
+
+
+def _disk(options: DoctorOptions) -> list[Check]:
+    return [
+        _place("store", options.store or DEFAULT_STORE, "--store"),
+        _place("runs", options.runs, "--runs"),
+        _place("weights", Path(constants.HF_HUB_CACHE), "HF_HOME"),
+        _place("downloads", download.cache_folder(), "MITOFM_CACHE"),
+    ]
+
+
+def _place(name: str, path: Path, choose: str) -> Check:
+    there = _nearest_folder(path)
+    free = f"{path}: {_gigabytes(shutil.disk_usage(there).free)} free"
+    if not os.access(there, os.W_OK | os.X_OK):
+        remedy = f"Permit writing to {there}, or choose another place with {choose}."
+        if path.exists() and name != "runs":
+            return Check("disk", name, "note", f"{free}, read-only: what is there can be used, no more added", remedy)
+        return Check("disk", name, "fail", f"{free}, not writable", remedy)
+    if shutil.disk_usage(there).free < _FEW_BYTES:
+        return Check("disk", name, "note", free, f"Make room in {there}, or choose another place with {choose}.")
+    return Check("disk", name, "ok", free)
+
+
+def _nearest_folder(path: Path) -> Path:
+    return next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.is_dir())
+
+
+def _data(options: DoctorOptions) -> list[Check]:
+    folder = local_data(options.data)
+    if folder is None:
+        found = f"none here: public datasets are downloaded (215 MB) when first used, unless {DATA_VARIABLE} names them"
+        return [Check("data", "folder", "note", found)]
+    verdicts = check_data(folder, whole=options.verify)
+    if not any(verdict.what in ("ami-br", "atnorm-br", "atnorm-md") for verdict in verdicts):
+        found = "no dataset in it" if folder.is_dir() else "there is no such folder"
+        remedy = (
+            "Expected a clone of AMi-Br_Benchmark (folders AMi-Br, AtNorM-Br, AtNorM-MD and two CSV files). Give its "
+            f"path with --data or {DATA_VARIABLE}, or leave both out to download it."
+        )
+        return [Check("data", "folder", "fail", f"{folder}: {found}", remedy)]
+    checks = [Check("data", "folder", "ok", str(folder))]
+    for verdict in verdicts:
+        if not verdict.usable:
+            checks.append(Check("data", verdict.what, "fail", "cannot be used", verdict.found))
+        elif not verdict.published:
+            remedy = "It is used as it is; restore the published files to compare with published figures."
+            checks.append(Check("data", verdict.what, "note", verdict.found, remedy))
+        else:
+            checks.append(Check("data", verdict.what, "ok", verdict.found))
+    return checks
+
+
+def _store(options: DoctorOptions) -> list[Check]:
+    path = options.store or DEFAULT_STORE
+    if options.store is None and not path.exists():
+        return [Check("store", str(path), "note", "none yet: fm-extract makes it")]
+    try:
+        store = FeatureStore.open(path)
+        names = store.datasets()
+        for name in names:
+            store.samples(name)
+        entries = store.entries()
+        problems = [problem.what for problem in store.verify()] if options.verify else []
+    except UserError as error:
+        return [Check("store", str(path), "fail", "cannot be used", str(error))]
+    n_unfinished = sum(not entry.complete for entry in entries)
+    found = f"{_count(len(names), 'dataset')}, {_count(len(entries), 'set')} of embeddings"
+    if problems:
+        remedy = "\n".join(problems[:_SHOWN]) + f"\n… and {len(problems) - _SHOWN} more" * (len(problems) > _SHOWN)
+        return [Check("store", str(path), "fail", f"{found}, {len(problems)} of its parts damaged", remedy)]
+    if n_unfinished:
+        remedy = "The same fm-extract command finishes what was interrupted."
+        return [Check("store", str(path), "note", f"{found}, {n_unfinished} unfinished", remedy)]
+    return [Check("store", str(path), "ok", f"{found}, {'every byte sound' if options.verify else 'complete'}")]
+
+
+# --- the hub and its models -------------------------------------------------------------------------------------------
+
+
+def _hub() -> tuple[list[Check], bool]:
+    """What hub and token are like, and whether it is worth asking about models."""
+    where = hub.endpoint()
+    has_token = get_token() is not None
+    none = "none: gated models need one, in HF_TOKEN or by `hf auth login`"
+    token = Check("hub", "token", "ok" if has_token else "note", "present" if has_token else none)
+    if constants.HF_HUB_OFFLINE:
+        return [
+            Check("hub", "hub", "note", f"{where} not asked: HF_HUB_OFFLINE is set, the cache is all"),
+            token,
+        ], False
+    try:
+        hub.refuse_malformed_token()
+    except UserError as error:
+        return [Check("hub", "token", "fail", "present, but cannot be sent", str(error))], False
+    begun = time.perf_counter()
+    answer = _answers({"hub": hub.check_hub}, within=_HUB_SECONDS)["hub"]
+    seconds = f"{time.perf_counter() - begun:.1f} s"
+    if isinstance(answer, Exception):
+        return [Check("hub", "hub", "note", f"{where} did not answer ({seconds})", str(answer)), token], False
+    if answer is False:
+        token = Check("hub", "token", "fail", "present, but rejected by the hub", hub.TOKEN_REJECTED)
+    elif answer:
+        token = Check("hub", "token", "ok", "present, taken by the hub")
+    return [Check("hub", "hub", "ok", f"{where} answers ({seconds})"), token], True
+
+
+def _models(names: tuple[str, ...], *, reachable: bool) -> list[ModelCheck]:
+    # A hf-hub: name is read from its repository's config.json; every other is known without the hub.
+    records: dict[str, Callable[[], Backbone]] = {name: partial(find_backbone, name) for name in names or BACKBONES}
+    found = _answers(records, within=_HUB_SECONDS)
+    backbones = {name: record for name, record in found.items() if isinstance(record, Backbone)}
+    questions = {name: partial(_ask_for, record) for name, record in backbones.items() if record.hub_id and reachable}
+    with progress("asking the hub", len(questions), unit="models") as advance:
+        access = _answers(questions, within=_MODELS_SECONDS, advance=advance)
+    failed: Status = "fail" if names else "note"
+    return [
+        _model(name, record, access, failed)
+        if isinstance(record, Backbone)
+        else ModelCheck(name, "fail", "", None, False, "not granted", str(record))
+        for name, record in found.items()
+    ]
+
+
+def _model(name: str, backbone: Backbone, access: Mapping[str, Exception | None], failed: Status) -> ModelCheck:
+    if not backbone.hub_id:
+        try:
+            fetch_weights(backbone)
+        except UserError as error:
+            return ModelCheck(name, failed, "", None, False, "not needed", str(error))
+        return ModelCheck(name, "ok", "", backbone.revision, False, "not needed")
+    cached = next(filter(None, (_cached(backbone, file) for file in weight_files(backbone))), None)
+    line = partial(ModelCheck, name, repository=backbone.hub_id, cached=cached, gated=backbone.gated)
+    answer = access.get(name)
+    granted: Access = "not asked" if name not in access else "granted" if answer is None else "not granted"
+    if cached:
+        return line(status="ok", access=granted)
+    if granted == "not asked":
+        remedy = (
+            f"{backbone.hub_id} is not in the cache {constants.HF_HUB_CACHE}, and the hub was not asked for it. "
+            "Connect (see the hub's line), or pass a local file with --weights PATH."
+        )
+        return line(status=failed, access=granted, remedy=remedy)
+    if granted == "not granted":
+        return line(status=failed, access=granted, remedy=str(answer))
+    needed = 4 * backbone.n_parameters
+    free = shutil.disk_usage(_nearest_folder(Path(constants.HF_HUB_CACHE))).free
+    if needed > free:
+        remedy = (
+            f"Its weights take about {_gigabytes(needed)}, and {constants.HF_HUB_CACHE} has {_gigabytes(free)} free. "
+            "Make room, or point HF_HOME at another disk."
+        )
+        return line(status=failed, access=granted, remedy=remedy)
+    return line(status="ok", access=granted)
+
+
+def _cached(backbone: Backbone, file: str) -> str | None:
+    return hub.cached_commit(backbone.hub_id, file, revision=backbone.revision)
+
+
+def _ask_for(backbone: Backbone) -> None:
+    *others, last = weight_files(backbone)
+    ask = partial(hub.check_access, backbone.hub_id, revision=backbone.revision, licence=backbone.licence)
+    for file in others:
+        with suppress(hub.MissingFile):
+            return ask(file)
+    return ask(last)
+
+
+def _answers(
+    questions: Mapping[str, Callable[[], Answer]], *, within: float, advance: Advance = lambda n, note=None: None
+) -> dict[str, Answer | UserError]:
+    """Answers in the order of the questions; a UserError where that was the answer, or where none came in time."""
+    answers: dict[str, Answer | UserError] = {}
+    waiting = queue.SimpleQueue[str]()
+    for name in questions:
+        waiting.put(name)
+    finished = queue.SimpleQueue[str]()
+
+    def work() -> None:
+        with suppress(queue.Empty):
+            while True:
+                name = waiting.get_nowait()
+                try:
+                    answers[name] = questions[name]()
+                except UserError as error:
+                    answers[name] = error
+                finished.put(name)
+
+    # Daemons: a thread that waits for a name server cannot be stopped, and must not hold up the exit.
+    for _ in range(min(_AT_ONCE, len(questions))):
+        threading.Thread(target=work, daemon=True).start()
+    deadline = time.monotonic() + within
+    with suppress(queue.Empty):
+        for _ in questions:
+            finished.get(timeout=max(0.0, deadline - time.monotonic()))
+            advance(1)
+    silence = UserError(
+        f"{hub.endpoint()} gave no answer in {within:.0f} seconds. Check the connection, name resolution, HF_ENDPOINT "
+        "and any proxy; what is in the cache works without the hub, at once with HF_HUB_OFFLINE=1."
+    )
+    return {name: answers.get(name, silence) for name in questions}
+
+
+def _gigabytes(n_bytes: int) -> str:
+    return f"{n_bytes / 1e9:,.1f} GB"
+
+
+def _count(n: int, what: str) -> str:
+    return f"{n:,} {what}{'s' * (n != 1)}"
