@@ -1,11 +1,14 @@
 """How do patches become embeddings? Decode, forward and write, overlapped; every model and view from one decode.
 
 Three stages run at once: a few threads decode the next patches, the main thread runs the networks, one thread writes
-whole blocks to the store. Nothing but the store remembers what is done, so an interrupted run continues where the
-store ends. The images of a forward pass depend only on the row number and the recorded batch size, never on where a run
-was interrupted: a resumed store equals an uninterrupted one bit for bit. Nor do they depend on who computes them:
-several processes, on one machine or many, take their shares of whole steps (extract/ranks.py), and what they must agree
-on (precision, batch size) is what the first of them recorded in the store when it made the entry.
+whole blocks to the store. On a CPU, batches run side by side, a thread each: a busy core then holds up one batch, not
+all, and the last bits of an embedding do not depend on the number of threads.
+
+Nothing but the store remembers what is done, so an interrupted run continues where the store ends. The images of a
+forward pass depend only on the row number and the recorded batch size, never on where a run was interrupted: a
+resumed store equals an uninterrupted one bit for bit. Nor do they depend on who computes them: several processes, on
+one machine or many, take their shares of whole steps (extract/ranks.py), and what they must agree on (precision,
+batch size) is what the first of them recorded in the store when it made the entry.
 """
 
 from __future__ import annotations
@@ -14,9 +17,9 @@ import math
 import os
 import time
 from collections import deque
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -430,13 +433,14 @@ def embed_rows(prepared: Prepared, within: Sequence[range] | None = None) -> dic
         ThreadPoolExecutor(1, thread_name_prefix="write") as writers,
         progress(f"{dataset.name}", total) as advance,
         closing(decoded(dataset.decode, wanted)) as ready,
+        _side_by_side(device) as map_batches,
     ):
         writing: deque[Future[None]] = deque()
         for rows, patches in ready:
             for job, steps in todo:
                 for step in (step for step in steps if step.start in rows):
                     batch = patches[step.start - rows.start : step.stop - rows.start]
-                    poolings = _forward(job, batch, device)
+                    poolings = _forward(job, batch, device, map_batches)
                     writing.append(writers.submit(_write, job.writer, step, poolings))
                     if len(writing) > _UNITS_AHEAD:
                         writing.popleft().result()
@@ -469,19 +473,35 @@ def decoded(decode: Decode, units: Sequence[Rows]) -> Generator[tuple[Rows, list
             raise
 
 
-def _forward(job: _Job, patches: Sequence[NDArray[np.uint8]], device: torch.device) -> dict[str, Tensor]:
+@contextmanager
+def _side_by_side(device: torch.device) -> Iterator[Callable[..., Iterator[Any]]]:
+    """A `map` over batches: on a CPU, as many at once as torch has threads."""
+    if device.type != "cpu":
+        yield map
+        return
+    n_threads = torch.get_num_threads()
+    try:
+        with ThreadPoolExecutor(n_threads, "forward", initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            yield pool.map
+    finally:
+        torch.set_num_threads(n_threads)  # each thread's own, but also what later threads begin with
+
+
+def _forward(
+    job: _Job,
+    patches: Sequence[NDArray[np.uint8]],
+    device: torch.device,
+    map_batches: Callable[..., Iterator[dict[str, Tensor]]],
+) -> dict[str, Tensor]:
     """Embed a step batch by batch. Memory running out halves the batch instead of ending the run."""
+
+    def embed_from(start: int) -> dict[str, Tensor]:
+        batch = job.transform(patches[start : start + job.batch_size], device)
+        return embed_batch(job.model, job.backbone, batch, precision=job.precision)
+
     while True:
         try:
-            outputs = [
-                embed_batch(
-                    job.model,
-                    job.backbone,
-                    job.transform(patches[start : start + job.batch_size], device),
-                    precision=job.precision,
-                )
-                for start in range(0, len(patches), job.batch_size)
-            ]
+            outputs = list(map_batches(embed_from, range(0, len(patches), job.batch_size)))
             return {name: torch.cat([output[name] for output in outputs]) for name in outputs[0]}
         except RuntimeError as error:
             if not out_of_memory(error):

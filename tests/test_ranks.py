@@ -185,6 +185,19 @@ def test_other_ranks_finish_what_some_left(patches, weights, alone, tmp_path):
     assert [summary.n_new for summary in again] == [0, 0]
 
 
+def test_the_number_of_threads_makes_no_difference(patches, weights, alone, tmp_path):
+    """torchrun allows each of its ranks one thread."""
+    n_threads = torch.get_num_threads()
+    try:
+        for n in (1, 3):
+            torch.set_num_threads(n)
+            run(patches, weights, tmp_path / f"{n}.zarr")
+            assert torch.get_num_threads() == n
+            assert content(tmp_path / f"{n}.zarr") == alone
+    finally:
+        torch.set_num_threads(n_threads)
+
+
 def test_batches_of_several_blocks_stay_whole(patches, weights, tmp_path):
     run(patches, weights, tmp_path / "a.zarr", batch_size=200)  # 192
     for rank in (1, 0):
