@@ -225,11 +225,11 @@ def joined() -> Iterator[Ranks]:
         yield ranks
         return
     quieten(not ranks.first)
-    for each in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(each, _interrupt_once)
+    _heed_signals(_interrupt_once)
     try:
         yield ranks
     except (UserError, Interrupted):
+        _heed_signals(signal.SIG_IGN)  # torchrun ends all when one has ended, and nothing is to cut off the message
         quieten(not ranks.speaks())
         raise
     if dist.is_initialized():
@@ -294,10 +294,14 @@ def _generation(store: Store, rank: int, size: int) -> str:
     return name
 
 
-def _interrupt_once(signum: int, frame: object) -> None:
-    """torchrun signals what the terminal has signalled before: the second would cut off the message about the first."""
+def _heed_signals(how: Any) -> None:
     for each in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(each, signal.SIG_IGN)
+        signal.signal(each, how)
+
+
+def _interrupt_once(signum: int, frame: object) -> None:
+    """torchrun signals what the terminal has signalled before: the second must not disturb what follows the first."""
+    _heed_signals(signal.SIG_IGN)
     raise Interrupted
 
 

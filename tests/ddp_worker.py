@@ -40,6 +40,7 @@ class Case:
     dtype: torch.dtype = torch.float64
     recipe: Recipe = TWO_EPOCHS
     folds_at_once: int = N_FOLDS
+    checkpoint_gradients: bool = False
 
 
 CASES = {
@@ -50,6 +51,7 @@ CASES = {
     "head": Case("head"),
     "full": Case("full"),
     "full with batch norms": Case("full", CNN),
+    "full with batch norms, twice": Case("full", CNN, checkpoint_gradients=True),
     "full with batch norms in float32": Case("full", CNN, dtype=torch.float32),
 }
 
@@ -57,6 +59,8 @@ CASES = {
 def outcome(case: Case, ranks: Ranks = ALONE) -> State:
     """The state after a case's last epoch."""
     network = tiny_network(case.method, case.backbone, lora=DROPPING, dtype=case.dtype)
+    if case.checkpoint_gradients:
+        assert training.checkpoint_gradients(network)
     state = new_state(network)
     train(
         network,
