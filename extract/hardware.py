@@ -16,37 +16,11 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from extract.backbones import Backbone, embed
 from features.console import UserError
+from features.device import find_device as find_device
 
 MIN_COSINE = 0.9999  # bf16 embeddings may stand for fp32 ones from this cosine on
 MAX_BATCH = 1024
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-def find_device(name: str, *, local_rank: int | None = None) -> torch.device:
-    """The torch device of an option: "auto" takes the first GPU, else the CPU.
-
-    Args:
-        name: "auto", "cpu", "cuda" or "cuda:N".
-        local_rank: which of this machine's processes asks: "auto" and "cuda" deal the GPUs out by it. A process that
-            was given one GPU of its own sees no other, whatever its number.
-
-    Raises:
-        UserError: if the device does not exist here.
-    """
-    if name in ("auto", "cuda") and local_rank is not None and torch.cuda.is_available():
-        return torch.device("cuda", local_rank % torch.cuda.device_count())
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise UserError(f"unknown device {name!r}: use auto, cpu, cuda or cuda:N.") from error
-    n_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if device.type == "cuda" and (device.index or 0) >= n_gpus:
-        raise UserError(f"device {name!r} was asked for, but torch sees {n_gpus} GPUs here. Use --device cpu or auto.")
-    if device.type not in ("cpu", "cuda"):
-        raise UserError(f"device {name!r} is not supported: use auto, cpu, cuda or cuda:N.")
-    return device
 
 
 def settle(model: nn.Module, device: torch.device, *, example: Tensor) -> nn.Module:

@@ -42,6 +42,7 @@ from features.files import (
 from features.layout import (
     MAX_ROWS_PER_BLOCK,
     MIN_ROWS_PER_BLOCK,
+    ROWS_PER_CHUNK,
     STRING_COLUMNS,
     Grid,
     column_metadata,
@@ -57,6 +58,7 @@ FORMAT = "mitofm-features"
 FORMAT_VERSION = 1
 _DIGEST = "attributes_digest"
 _MOST_MAPPED = 256  # blocks; a process may usually have 1,024 files open
+_MOST_KEPT = 2**30  # bytes of an array whose blocks stay mapped: pages of a mapped file count as the process's memory
 _OVERWRITE = "write this entry anew with --overwrite"
 _AGAIN = "run fm-extract for this dataset again"
 
@@ -434,6 +436,18 @@ class FeatureStore:
         Raises:
             UserError: if there is no such entry or pooling, if it is not complete, or if a checksum fails.
         """
+        return self.embeddings(dataset, model, view, pooling, rows=rows).read()
+
+    def embeddings(
+        self,
+        dataset: str,
+        model: str,
+        view: str,
+        pooling: str = "card",
+        *,
+        rows: NDArray[np.intp] | NDArray[np.bool_] | None = None,
+    ) -> Embeddings:
+        """The same embeddings, not read yet. Args and raises: as `read`, but for the checksums."""
         entry = self._entry(dataset, model, view)
         if not entry.complete:
             missing = [f"{rows.start}–{rows.stop - 1}" for rows in map(entry.rows, entry.missing())]
@@ -446,11 +460,10 @@ class FeatureStore:
                     f"{entry.name} has no pooling {name!r}; it has {', '.join(entry.poolings)} (and card = "
                     f"{entry.card_pooling}).{nearest(name, entry.poolings)}"
                 )
-        parts = [self._read_all(entry, n) if rows is None else self._read_some(entry, n, rows) for n in names]
-        return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)
+            _check_array(entry, name)
+        return Embeddings(self, entry, tuple(names), None if rows is None else np.arange(entry.n_rows)[rows])
 
     def _read_all(self, entry: Entry, pooling: str) -> NDArray[np.float16]:
-        _check_array(entry, pooling)
         grid = entry.grid(pooling)
         embeddings = np.empty((grid.n_rows, grid.width), np.float16)
         for block in range(entry.n_blocks):
@@ -460,10 +473,8 @@ class FeatureStore:
                 part[:] = chunk[: len(part)]
         return embeddings
 
-    def _read_some(self, entry: Entry, pooling: str, rows: NDArray[np.intp] | NDArray[np.bool_]) -> NDArray[np.float16]:
-        _check_array(entry, pooling)
+    def _read_some(self, entry: Entry, pooling: str, indices: NDArray[np.intp]) -> NDArray[np.float16]:
         grid = entry.grid(pooling)
-        indices = np.arange(grid.n_rows)[rows]  # masks become indices, and what lies outside is an IndexError
         embeddings = np.empty((len(indices), grid.width), np.float16)
         # A row is copied as one element of many bytes: twice as fast as number by number.
         row_type = f"V{2 * grid.width}"
@@ -498,7 +509,8 @@ class FeatureStore:
         self._verified.add(known_as)
         if len(self._mapped) >= _MOST_MAPPED:
             self._mapped.clear()
-        self._mapped[known_as] = chunks
+        if entry.n_rows * entry.poolings[pooling] * 2 <= _MOST_KEPT:
+            self._mapped[known_as] = chunks
         return chunks
 
     def verify(self, dataset: str | None = None, model: str | None = None) -> list[Problem]:
@@ -600,6 +612,76 @@ class FeatureStore:
             path for folder in self._dataset_folders(dataset) for path in _groups(folder) if path.name != "samples"
         ]
         return [view for model in models for view in _groups(model)]
+
+
+@dataclass(frozen=True, eq=False)
+class Embeddings:
+    """Rows of one entry that stay in the store until they are asked for: (n, d) float16, finite.
+
+    Attributes:
+        store, entry, poolings: where they are; poolings are joined side by side.
+        rows: (n,) which rows of the entry; None for all of them.
+    """
+
+    store: FeatureStore
+    entry: Entry
+    poolings: tuple[str, ...]
+    rows: NDArray[np.intp] | None
+
+    def __len__(self) -> int:
+        return self.entry.n_rows if self.rows is None else len(self.rows)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return len(self), sum(self.entry.poolings[name] for name in self.poolings)
+
+    def select(self, rows: NDArray[np.intp] | NDArray[np.bool_]) -> Embeddings:
+        """Some of these rows, by number in the order given or by mask."""
+        own = np.arange(len(self)) if self.rows is None else self.rows
+        return replace(self, rows=own[rows])
+
+    def read(self) -> NDArray[np.float16]:
+        """All of them, in memory.
+
+        Raises:
+            UserError: if a checksum fails.
+        """
+        parts = [
+            self.store._read_all(self.entry, name)
+            if self.rows is None
+            else self.store._read_some(self.entry, name, self.rows)
+            for name in self.poolings
+        ]
+        return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)
+
+    def blocks(self) -> Iterator[tuple[slice, NDArray[np.float16]]]:
+        """All of them in order, a few thousand at a time: which of the n they are, and their embeddings.
+
+        Whole chunks come as they are mapped, without a copy, and are no longer in memory once let go.
+
+        Raises:
+            UserError: if a checksum fails.
+            ValueError: if the rows are not in ascending order.
+        """
+        n, size = len(self), min(self.entry.rows_per_block, ROWS_PER_CHUNK)
+        if self.rows is None:
+            bounds = [*range(0, n, size), n]
+        else:
+            if (np.diff(self.rows) <= 0).any():
+                raise ValueError(f"{self.entry.name}: blocks can be read of rows in ascending order only")
+            bounds = np.searchsorted(self.rows, np.arange(0, self.entry.n_rows + size, size)).tolist()
+        for start, stop in pairwise(bounds):
+            if start < stop:
+                parts = [self._within(name, start, stop) for name in self.poolings]
+                yield slice(start, stop), parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)
+
+    def _within(self, pooling: str, start: int, stop: int) -> NDArray[np.float16]:
+        """Rows `start` to `stop` of these, which lie in one chunk."""
+        rows = np.arange(start, stop) if self.rows is None else self.rows[start:stop]
+        block, inside = np.divmod(rows, self.entry.rows_per_block)
+        chunk, row = np.divmod(inside, ROWS_PER_CHUNK)
+        whole: NDArray[np.float16] = self.store._chunks(self.entry, pooling, int(block[0]))[int(chunk[0])]
+        return whole[row[0] : row[-1] + 1] if row[-1] - row[0] + 1 == len(row) else whole[row]
 
 
 class Writer:

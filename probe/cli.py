@@ -41,6 +41,7 @@ def probe(
         str | None,
         typer.Option(help="Learning curve: shares of the training slides, comma-separated, e.g. 0.1,0.25,0.5,1."),
     ] = None,
+    device: Annotated[str, typer.Option(help="Where to fit: auto, cpu, cuda or cuda:N.")] = "auto",
     runs: Annotated[Path, typer.Option(help="Where run folders go.")] = Path("runs"),
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
 ) -> None:
@@ -61,6 +62,7 @@ def probe(
         recipe="paper" if recipe == "paper" else "exact",
         seed=seed,
         fractions=parse_fractions(fractions) if fractions is not None else (),
+        device=device,
     )
     folders = probe_store(
         FeatureStore.open(store), names(model) if model is not None else None, options=options, runs=runs

@@ -30,7 +30,8 @@ ch. 5), in which every column takes its own steps. Four ideas make it fast:
    Convergence is declared on a float32 gradient alone.
 4. A column leaves the batch as soon as it has converged.
 
-Measured choices and figures: docs/decisions/solver.md.
+Where the rows do not fit into memory, `probe.stream` solves the same problem. Measured choices and figures:
+docs/decisions/solver.md.
 """
 
 from __future__ import annotations
@@ -44,6 +45,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from features.console import UserError
+from features.store import Embeddings
 
 RANK = 96  # eigenvectors in the preconditioner; twice as many save hardly a step
 OVERSAMPLE = 32  # vectors of the subspace iteration beyond these: its last ones are poor
@@ -102,15 +104,15 @@ def fit_logistic(
             not positive, or a fold whose training rows have one class only.
     """
     C = np.asarray(strengths, dtype=np.float64)
-    _check(X, y, masks=masks, strengths=C)
+    check(X.shape, y, masks=masks, strengths=C)
     F, S, (n, d) = len(masks), len(C), X.shape
     data = _prepare(X, y, masks=masks, device=torch.device(device))
-    basis = _leading_curvature(data)
+    basis = leading_curvature(data)
 
     # Column k = f * S + s. All start at zero, where the strengths of a fold do not differ yet: F evaluations serve.
     fold = torch.arange(F, device=data.X.device).repeat_interleave(S)
     ridge = torch.from_numpy(1 / (masks.sum(axis=1)[:, None] * C)).to(data.X).reshape(-1, 1)  # (K, 1): 1 / (C n_f)
-    start = _evaluate(data, torch.arange(F, device=fold.device), ridge[::S], data.X.new_zeros(F, d + 1))
+    start = evaluate(data, torch.arange(F, device=fold.device), ridge[::S], data.X.new_zeros(F, d + 1))
     columns = start.keep(fold)
     columns.ridge = ridge
 
@@ -136,39 +138,55 @@ def fit_logistic(
             break
         target = (now * (0 if factor is data.X else REFINEMENT)).clamp_min(max(0.5 * tol, FLOOR))
         budget = max_iter - n_iter[unfinished]
-        theta_reached, steps = _descend(data, factor, basis, columns, target=target, budget=budget)
+        theta_reached, steps = descend(data, factor, basis, columns, target=target, budget=budget)
         n_iter[unfinished] += steps
-        columns = _evaluate(data, fold[unfinished], columns.ridge, theta_reached)
+        columns = evaluate(data, fold[unfinished], columns.ridge, theta_reached)
 
+    return as_given(data, fold, theta, logits=logits, norm=norm, n_iter=n_iter, tol=tol)
+
+
+def as_given(
+    data: Standardised, fold: Tensor, theta: Tensor, *, logits: Tensor, norm: Tensor, n_iter: Tensor, tol: float
+) -> Fits:
+    """What `fit_logistic` returns, of the solution theta (F * S, d + 1) in the folds' standardised spaces."""
+    F, d = data.mean.shape
     coef = theta[:, :d] * data.inv_std[fold] / data.scale
     # float64: with embeddings far off centre the intercept is a small difference of large sums.
     origin = (data.centre.double() + data.mean.double() * data.scale)[fold]  # (K, d): the fold's mean, as given
-    intercept = theta[:, d] - _dot(coef.double(), origin)
-    gradient_norm = norm.double().cpu().numpy().reshape(F, S)
+    intercept = theta[:, d] - dot(coef.double(), origin)
+    gradient_norm = norm.double().cpu().numpy().reshape(F, -1)
     return Fits(
-        coef=coef.cpu().numpy().reshape(F, S, d),
-        intercept=intercept.cpu().numpy().reshape(F, S),
-        logits=logits.cpu().numpy().reshape(F, S, n).transpose(2, 0, 1),
+        coef=coef.cpu().numpy().reshape(F, -1, d),
+        intercept=intercept.cpu().numpy().reshape(F, -1),
+        logits=logits.cpu().numpy().reshape(F, -1, logits.shape[1]).transpose(2, 0, 1),
         gradient_norm=gradient_norm,
-        n_iter=n_iter.cpu().numpy().reshape(F, S),
+        n_iter=n_iter.cpu().numpy().reshape(F, -1),
         converged=gradient_norm <= tol,
     )
 
 
 def predict_logits(
-    X: NDArray[np.floating], coef: NDArray[np.float32], intercept: NDArray[np.float64]
+    X: NDArray[np.floating] | Embeddings, coef: NDArray[np.float32], intercept: NDArray[np.float64]
 ) -> NDArray[np.float32]:
-    """Logits (m, ...) float32 of new rows X (m, d) under coefficients (..., d) and intercepts (...) of a fit."""
-    logits = X.astype(np.float32) @ coef.reshape(-1, X.shape[1]).T + intercept.reshape(-1)
-    return logits.reshape(len(X), *intercept.shape).astype(np.float32)
+    """Logits (m, ...) float32 of new rows X (m, d) under coefficients (..., d) and intercepts (...) of a fit.
+
+    Rows that are still in a store are read block by block.
+    """
+    m, d = X.shape
+    W, offset = coef.reshape(-1, d).T, intercept.reshape(-1)
+    logits = np.empty((m, len(offset)), dtype=np.float32)
+    for rows, block in [(slice(m), X)] if isinstance(X, np.ndarray) else X.blocks():
+        logits[rows] = block.astype(np.float32) @ W + offset
+    return logits.reshape(m, *intercept.shape)
 
 
-def _check(
-    X: NDArray[np.floating], y: NDArray[np.integer], *, masks: NDArray[np.bool_], strengths: NDArray[np.float64]
+def check(
+    shape: tuple[int, ...], y: NDArray[np.integer], *, masks: NDArray[np.bool_], strengths: NDArray[np.float64]
 ) -> None:
-    if X.ndim != 2 or y.shape != (len(X),) or masks.ndim != 2 or masks.shape[1] != len(X):
+    """Refuse what `fit_logistic` refuses, but for the embeddings' numbers, of which only the shape is looked at."""
+    if len(shape) != 2 or y.shape != shape[:1] or masks.ndim != 2 or masks.shape[1:] != shape[:1]:
         raise UserError(
-            f"the probe was given embeddings {X.shape}, labels {y.shape} and fold masks {masks.shape}; "
+            f"the probe was given embeddings {shape}, labels {y.shape} and fold masks {masks.shape}; "
             "expected (n, d), (n,) and (folds, n) with one n. Select the same rows for all three."
         )
     if not np.isin(y, (0, 1)).all():
@@ -186,7 +204,7 @@ def _check(
 
 
 @dataclass(frozen=True, eq=False)
-class _Data:
+class Standardised:
     """What all columns share: X centred and scaled over all rows, and what is left to do so for each fold's own."""
 
     X: Tensor  # (n, d) float32
@@ -201,7 +219,7 @@ class _Data:
 
 def _prepare(
     X: NDArray[np.floating], y: NDArray[np.integer], *, masks: NDArray[np.bool_], device: torch.device
-) -> _Data:
+) -> Standardised:
     n, d = X.shape
     A = torch.from_numpy(X.astype(np.float32)).to(device)  # a copy, to be standardised in place
     label = torch.from_numpy(y.astype(np.float32)).to(device)
@@ -233,25 +251,32 @@ def _prepare(
             values = A[:, j][mask[f] > 0].double()
             constant = (values == values[0]).all(dim=0)
             variance[f, j] = torch.where(constant, 0.0, values.var(dim=0, correction=0)).float()
-    # Divided by next to nothing, a feature that all but never varies in training would rule the rows where it does.
-    std = variance.clamp_min(0).sqrt() * scale
-    negligible = std <= NEGLIGIBLE * std.square().mean(dim=1, keepdim=True).sqrt()
-    inv_std = torch.where(negligible, torch.inf, variance).rsqrt()
+    inv_std = inverse_std(variance, scale)
 
     positives = mask @ label[:, None]  # (F, 1)
     weight = mask * torch.where(label > 0, 0.5 / positives, 0.5 / (size - positives))
-    fast = A.bfloat16() if _multiplies_bfloat16(device) else A
-    return _Data(A, fast, centre, scale, mean, inv_std, weight, label)
+    fast = A.bfloat16() if multiplies_bfloat16(device) else A
+    return Standardised(A, fast, centre, scale, mean, inv_std, weight, label)
 
 
-def _multiplies_bfloat16(device: torch.device) -> bool:
+def inverse_std(variance: Tensor, scale: Tensor) -> Tensor:
+    """(F, d) inverse standard deviations in units of `scale` (d,), of variances in its square; 0 for constants.
+
+    Divided by next to nothing, a feature that all but never varies in training would rule the rows where it does.
+    """
+    std = variance.clamp_min(0).sqrt() * scale
+    negligible = std <= NEGLIGIBLE * std.square().mean(dim=1, keepdim=True).sqrt()
+    return torch.where(negligible, torch.inf, variance).rsqrt()
+
+
+def multiplies_bfloat16(device: torch.device) -> bool:
     """Whether bfloat16 products run in hardware; emulated ones are slower than float32."""
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     return device.type == "cpu" and bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
-def _leading_curvature(data: _Data) -> tuple[Tensor, Tensor]:
+def leading_curvature(data: Standardised) -> tuple[Tensor, Tensor]:
     """Leading eigenvalues (r,), ascending, and eigenvectors (r, d) of X^T diag(weight) X / 4, by subspace iteration.
 
     Weights are the folds' average; a tall X is thinned to evenly spaced rows, as a preconditioner need not be exact.
@@ -276,7 +301,7 @@ def _leading_curvature(data: _Data) -> tuple[Tensor, Tensor]:
 
 
 @dataclass(eq=False)
-class _Columns:
+class Columns:
     """The columns still being solved, one per row of every tensor, at the point `theta`."""
 
     ridge: Tensor  # (K, 1) 1 / (C n_f)
@@ -289,14 +314,14 @@ class _Columns:
     curvature: Tensor  # (K, n) weight * p (1 - p): the second
     gradient: Tensor  # (K, d + 1)
 
-    def keep(self, rows: Tensor) -> _Columns:
-        return _Columns(**{field.name: getattr(self, field.name)[rows] for field in fields(self)})
+    def keep(self, rows: Tensor) -> Columns:
+        return Columns(**{field.name: getattr(self, field.name)[rows] for field in fields(self)})
 
 
 def _times(X: Tensor, mean: Tensor, inv_std: Tensor, step: Tensor) -> Tensor:
     """Logits (K, n) of coefficients and intercepts (K, d + 1), in the precision of X."""
     W = (step[:, :-1] * inv_std).to(X.dtype)
-    offset = step[:, -1] - _dot(W.float(), mean)
+    offset = step[:, -1] - dot(W.float(), mean)
     return (W @ X.T).float() + offset[:, None]
 
 
@@ -307,7 +332,7 @@ def _transposed_times(X: Tensor, mean: Tensor, inv_std: Tensor, residual: Tensor
     return torch.cat([(product - total * mean) * inv_std, total], dim=1)
 
 
-def _dot(a: Tensor, b: Tensor) -> Tensor:
+def dot(a: Tensor, b: Tensor) -> Tensor:
     return (a * b).sum(dim=1)
 
 
@@ -326,17 +351,17 @@ def _derivatives(weight: Tensor, label: Tensor, logits: Tensor) -> tuple[Tensor,
     return residual, curvature
 
 
-def _evaluate(data: _Data, fold: Tensor, ridge: Tensor, theta: Tensor) -> _Columns:
+def evaluate(data: Standardised, fold: Tensor, ridge: Tensor, theta: Tensor) -> Columns:
     """Logits, residuals and gradients at theta (K, d + 1) in float32."""
     mean, inv_std, weight = data.mean[fold], data.inv_std[fold], data.weight[fold]
     logits = _times(data.X, mean, inv_std, theta)
     residual, curvature = _derivatives(weight, data.label, logits)
     gradient = _transposed_times(data.X, mean, inv_std, residual) + _penalty(ridge, theta)
-    return _Columns(ridge, mean, inv_std, weight, theta, logits, residual, curvature, gradient)
+    return Columns(ridge, mean, inv_std, weight, theta, logits, residual, curvature, gradient)
 
 
-def _descend(
-    data: _Data, X: Tensor, basis: tuple[Tensor, Tensor], columns: _Columns, *, target: Tensor, budget: Tensor
+def descend(
+    data: Standardised, X: Tensor, basis: tuple[Tensor, Tensor], columns: Columns, *, target: Tensor, budget: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Preconditioned conjugate gradients until each column's gradient (largest component) is at its target.
 
@@ -350,17 +375,17 @@ def _descend(
     while len(row):
         preconditioned = _precondition(basis, c.ridge, c.gradient)
         # Never negative, and 0 where it is 0 / 0: in the first step.
-        beta = torch.nan_to_num(_dot(preconditioned, change) / _dot(direction, change), 0.0, 0.0, 0.0).clamp_min(0)
+        beta = torch.nan_to_num(dot(preconditioned, change) / dot(direction, change), 0.0, 0.0, 0.0).clamp_min(0)
         direction = beta[:, None] * direction - preconditioned
-        slope = _dot(c.gradient, direction)
+        slope = dot(c.gradient, direction)
         uphill = slope > 0
         if uphill.any():
             direction[uphill] = -preconditioned[uphill]
-            slope = _dot(c.gradient, direction)
+            slope = dot(c.gradient, direction)
 
         shift = _times(X, c.mean, c.inv_std, direction)
         penalty = _penalty(c.ridge, direction)
-        t, residual, c.curvature = _line_search(c, data.label, shift, slope=slope, stiffening=_dot(direction, penalty))
+        t, residual, c.curvature = _line_search(c, data.label, shift, slope=slope, stiffening=dot(direction, penalty))
         change = _transposed_times(X, c.mean, c.inv_std, residual - c.residual) + t * penalty
         c.residual = residual
         c.logits = torch.addcmul(c.logits, t, shift)
@@ -386,7 +411,7 @@ def _precondition(basis: tuple[Tensor, Tensor], ridge: Tensor, gradient: Tensor)
 
 
 def _line_search(
-    c: _Columns, label: Tensor, shift: Tensor, *, slope: Tensor, stiffening: Tensor
+    c: Columns, label: Tensor, shift: Tensor, *, slope: Tensor, stiffening: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Each column's minimum along logits + t * shift, by Newton's method kept inside a bracket.
 
@@ -398,17 +423,17 @@ def _line_search(
         t (K, 1), and the residual and curvature (K, n) there.
     """
     squared = shift * shift
-    following = -slope / (_dot(c.curvature, squared) + stiffening)
+    following = -slope / (dot(c.curvature, squared) + stiffening)
     low, high = torch.zeros_like(slope), torch.full_like(slope, torch.inf)
     for _ in range(40):  # two are usual; a bracket that halves 40 times is as narrow as float32 can tell
         t = following
         residual, curvature = _derivatives(c.weight, label, torch.addcmul(c.logits, t[:, None], shift))
-        now = slope + _dot(residual - c.residual, shift) + t * stiffening
+        now = slope + dot(residual - c.residual, shift) + t * stiffening
         far = now.abs() > SLOPE * slope.abs()
         if not far.any():
             break
         low, high = torch.where(now < 0, t, low), torch.where(now < 0, high, t)
-        newton = t - now / (_dot(curvature, squared) + stiffening)
+        newton = t - now / (dot(curvature, squared) + stiffening)
         halved = torch.where(high.isinf(), 2 * t, (low + high) / 2)
         following = torch.where(far, torch.where((newton > low) & (newton < high), newton, halved), t)
     return t[:, None], residual, curvature

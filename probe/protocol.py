@@ -9,7 +9,8 @@ price of half its fits. So
 - view and pooling are chosen by the mean validation AUROC over folds;
 - held-out rows and other datasets choose nothing.
 
-A learning curve (`probe.curve`) is the same fits again of the chosen candidate, each on fewer slides.
+A learning curve (`probe.curve`) is the same fits again of the chosen candidate, each on fewer slides. Embeddings that
+do not fit into memory (`probe.stream.BUDGET`) stay in the store and are read block by block.
 """
 
 from __future__ import annotations
@@ -25,15 +26,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from features.console import UserError, nearest, progress
+from features.device import find_device
 from features.folds import SEED, Folds, effective_groups, grouped_folds
 from features.samples import TEST, Samples
-from features.store import Entry, FeatureStore
+from features.store import Embeddings, Entry, FeatureStore
 from probe.curve import CURVE_FILE, DRAWS, CurvePoint, Subset, checked_fractions, curve_csv, curve_points, draw_subsets
 from probe.evidence import evaluate
 from probe.logistic import Fits, fit_logistic, predict_logits
 from probe.metrics import auroc, balanced_accuracy, balanced_log_loss
 from probe.results import VALIDATION, Predictions, concatenate, predictions_of, write_run
 from probe.sgd import PaperRecipe, fit_paper_probe
+from probe.stream import fit_streamed, fits_in_memory
 
 Recipe = Literal["exact", "paper"]
 # Inverse L2 strengths C, half a decade apart: from "only the mean direction" to "nearly unpenalised" on
@@ -56,6 +59,8 @@ class ProbeOptions:
         recipe: "exact" (`fit_exact`) or "paper" (`fit_paper`, the paper's folds, the card's embedding of `full`).
         seed: of the folds, of the paper recipe's training, and of the learning curve's draws.
         fractions: of the training slides, in (0, 1], for a learning curve of the chosen candidate; none for no curve.
+        device: where to fit: "auto", "cpu", "cuda" or "cuda:N"; the paper's recipe, whose products are tiny, stays on
+            the processor.
     """
 
     cv: int = 5
@@ -66,6 +71,7 @@ class ProbeOptions:
     recipe: Recipe = "exact"
     seed: int = SEED
     fractions: tuple[float, ...] = ()
+    device: str = "auto"
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,10 +98,11 @@ def probe_store(
 
     Raises:
         UserError: if a dataset or model is not in the store or its embeddings are incomplete, if datasets were
-            embedded differently, if the training split cannot be cut into folds, or if a learning curve is asked for
-            with the paper's recipe or a fraction that cannot be trained on.
+            embedded differently, if the training split cannot be cut into folds, if a learning curve is asked for
+            with the paper's recipe or a fraction that cannot be trained on, or if the device does not exist here.
     """
     checked_fractions(options.fractions)
+    device = str(find_device(options.device))
     if options.fractions and options.recipe == "paper":
         raise UserError(
             "--fractions needs --recipe exact: the paper's probe has no learning curve here. Leave one out."
@@ -118,29 +125,44 @@ def probe_store(
     subsets = _subsets(table.select(rows), folds, options)
     return [
         _probe_model(
-            store, tables, model, train=train, rows=rows, folds=folds, subsets=subsets, options=options, runs=runs
+            store,
+            tables,
+            model,
+            train=train,
+            rows=rows,
+            folds=folds,
+            subsets=subsets,
+            options=options,
+            device=device,
+            runs=runs,
         )
         for model in models or found
     ]
 
 
 def fit_exact(
-    X: NDArray[np.floating], y: NDArray[np.integer], folds: Folds, *, strengths: Sequence[float] = STRENGTHS
+    X: NDArray[np.floating] | Embeddings,
+    y: NDArray[np.integer],
+    folds: Folds,
+    *,
+    strengths: Sequence[float] = STRENGTHS,
+    device: str = "cpu",
 ) -> Probe:
     """Nested, grouped cross-validation of an L2-regularised logistic regression, as one batched solve.
 
     Args:
-        X: (n, d) embeddings of the training split.
+        X: (n, d) embeddings of the training split, in memory or still in the store.
         y: (n,) labels, 0 or 1.
         folds: which row validates where.
         strengths: (S,) values of C to choose from, per fold.
+        device: where to compute, as torch names it.
 
     Raises:
         UserError: with fewer than three folds, which leave nothing to nest; and as `fit_logistic` does.
     """
     fold, left_out = folds.fold, _left_out(folds.n_folds)
     masks = np.stack([~np.isin(fold, held) for held in left_out])
-    fits = fit_logistic(X, y, masks=masks, strengths=np.asarray(strengths))
+    fits = _fit(X, y, masks=masks, strengths=strengths, device=device)
     chosen, record = _choose_strengths(fits, y, fold, masks=masks, left_out=left_out, strengths=strengths)
     each = np.arange(folds.n_folds)
     return Probe(
@@ -151,28 +173,49 @@ def fit_exact(
     )
 
 
+def _fit(
+    X: NDArray[np.floating] | Embeddings,
+    y: NDArray[np.integer],
+    *,
+    masks: NDArray[np.bool_],
+    strengths: Sequence[float],
+    device: str,
+) -> Fits:
+    if isinstance(X, np.ndarray):
+        return fit_logistic(X, y, masks=masks, strengths=strengths, device=device)
+    return fit_streamed(X, y, masks=masks, strengths=strengths, device=device)
+
+
 def fit_subset(
-    X: NDArray[np.floating],
+    X: NDArray[np.floating] | Embeddings,
     y: NDArray[np.integer],
     folds: Folds,
     subset: Subset,
     *,
     strengths: Sequence[float] = STRENGTHS,
+    device: str = "cpu",
 ) -> Probe:
     """`fit_exact` on a share of the slides: as many columns, over no more rows than any of its fits trains on.
 
     Args:
-        X, y, folds, strengths: as for `fit_exact`.
+        X, y, folds, strengths, device: as for `fit_exact`.
         subset: of `draw_subsets`, its masks in the order of `_left_out`.
     """
-    fold, left_out, used = folds.fold, _left_out(folds.n_folds), subset.masks.any(axis=0)
+    fold, left_out, used = folds.fold, _left_out(folds.n_folds), np.flatnonzero(subset.masks.any(axis=0))
     masks = subset.masks[:, used]
-    fits = fit_logistic(X[used], y[used], masks=masks, strengths=np.asarray(strengths))
+    some = X[used] if isinstance(X, np.ndarray) else _loaded(X.select(used), folds.n_folds)
+    fits = _fit(some, y[used], masks=masks, strengths=strengths, device=device)
     chosen, record = _choose_strengths(fits, y[used], fold[used], masks=masks, left_out=left_out, strengths=strengths)
     each = np.arange(folds.n_folds)
     coef, intercept = fits.coef[each, chosen], fits.intercept[each, chosen]
     logits = predict_logits(X, coef, intercept)  # (n, F)
     return Probe(coef, intercept, validation_logit=logits[np.arange(len(y)), fold], record=record)
+
+
+def _loaded(stored: Embeddings, n_folds: int) -> NDArray[np.float16] | Embeddings:
+    """The embeddings in memory, if all fits of them fit there too."""
+    n_columns = n_folds * (n_folds + 1) // 2 * len(STRENGTHS)
+    return stored.read() if fits_in_memory(stored.shape, n_columns) else stored
 
 
 def _left_out(n_folds: int) -> list[tuple[int, ...]]:
@@ -346,6 +389,7 @@ def _probe_model(
     folds: Folds,
     subsets: Sequence[Subset],
     options: ProbeOptions,
+    device: str,
     runs: Path,
 ) -> Path:
     started = time.perf_counter()
@@ -355,8 +399,11 @@ def _probe_model(
     tried: list[dict[str, Any]] = []
     best: tuple[float, Probe, Entry, str] | None = None
     for entry, pooling in _candidates(store, model, train, tests, options):
-        X = store.read(train, model, entry.view, pooling, rows=rows)
-        probe = fit_paper(X, y, folds, seed=options.seed) if options.recipe == "paper" else fit_exact(X, y, folds)
+        stored = store.embeddings(train, model, entry.view, pooling, rows=rows)
+        if options.recipe == "paper":
+            probe = fit_paper(stored.read(), y, folds, seed=options.seed)
+        else:
+            probe = fit_exact(_loaded(stored, folds.n_folds), y, folds, device=device)
         per_fold = [
             (
                 auroc(y[held], probe.validation_logit[held]),
@@ -374,7 +421,7 @@ def _probe_model(
     assert best is not None  # _candidates raises rather than return none
     _, probe, entry, pooling = best
 
-    curve = _fit_curve(store, train, entry, pooling, rows, y, folds=folds, subsets=subsets, whole=probe)
+    curve = _fit_curve(store, train, entry, pooling, rows, y, folds=folds, subsets=subsets, whole=probe, device=device)
     points: list[CurvePoint] = []
     parts = [_validation(train, table.select(rows), folds, probe)]
     for subset, part in curve:
@@ -385,7 +432,7 @@ def _probe_model(
         samples = tables[name]
         held_out = np.flatnonzero(samples.split == TEST) if name == train else np.arange(len(samples))
         if len(held_out):
-            X = store.read(name, model, entry.view, pooling, rows=held_out)
+            X = _loaded(store.embeddings(name, model, entry.view, pooling, rows=held_out), folds.n_folds)
             parts.append(_score(X, name, samples.select(held_out), probe))
             for subset, part in curve:
                 predictions = _score(X, name, samples.select(held_out), part)
@@ -409,6 +456,7 @@ def _probe_model(
         "folds": {"n": folds.n_folds, "source": folds.source, "digest": folds.digest, "seed": options.seed},
         "table_digests": {name: store.dataset_attrs(name)["table_digest"] for name in [train, *tests]},
         "candidates": tried,
+        "cost": {"device": device},
     }
     if curve:
         more = [part.record for _, part in curve if part is not probe]
@@ -456,6 +504,7 @@ def _fit_curve(
     folds: Folds,
     subsets: Sequence[Subset],
     whole: Probe,
+    device: str,
 ) -> list[tuple[Subset, Probe]]:
     """Every subset's probes of the chosen candidate; fraction 1 is the run's own, `whole`.
 
@@ -464,11 +513,11 @@ def _fit_curve(
     """
     if not subsets:
         return []
-    X = store.read(train, entry.model, entry.view, pooling, rows=rows)
+    X = _loaded(store.embeddings(train, entry.model, entry.view, pooling, rows=rows), folds.n_folds)
     curve = []
     with progress(f"learning curve {entry.model}", len(subsets), "subsets") as advance:
         for subset in subsets:
-            curve.append((subset, whole if subset.fraction == 1 else fit_subset(X, y, folds, subset)))
+            curve.append((subset, whole if subset.fraction == 1 else fit_subset(X, y, folds, subset, device=device)))
             advance(1)
     return curve
 
@@ -477,6 +526,6 @@ def _validation(name: str, samples: Samples, folds: Folds, probe: Probe) -> Pred
     return predictions_of(name, samples, split=VALIDATION, fold=folds.fold, logit=probe.validation_logit)
 
 
-def _score(X: NDArray[np.floating], name: str, samples: Samples, probe: Probe) -> Predictions:
+def _score(X: NDArray[np.floating] | Embeddings, name: str, samples: Samples, probe: Probe) -> Predictions:
     logits = predict_logits(X, probe.coef, probe.intercept)  # (m, F)
     return predictions_of(name, samples, split=TEST, fold=np.arange(logits.shape[1]), logit=logits)

@@ -1,0 +1,345 @@
+"""How are all folds and strengths solved where the rows do not fit into memory?
+
+The problem and its optimum are those of `probe.logistic`; the rows stay in the store and pass by in blocks. A step of
+its conjugate gradients would take one pass for the direction's logits and one for the gradient, forty times over, and
+n numbers per column in between. Here a step takes one pass, and nine or so are enough:
+
+1. A sample stands in for all rows. Where rows are many and features few, the loss over some ten thousand rows has
+   nearly the curvature of the loss over all. So `logistic.descend` runs on the sample, in memory, but starts from the
+   gradient over *all* rows: from theta_0, it minimises
+
+       loss_sample(theta) + (gradient_all(theta_0) - gradient_sample(theta_0)) . theta,
+
+   which leaves theta_0 where it is only if that is the optimum over all rows (DANE: Shamir, Srebro & Zhang 2014;
+   statistical preconditioning: Hendrikx et al. 2020). The sample decides how many passes it takes, not where they lead.
+2. What the sample has wrong of the curvature, the last steps know: they enter as in L-BFGS (Nocedal & Wright 2006,
+   ch. 7), with the descent on the sample in place of the scaled identity. It halves the passes.
+3. The sample holds as many rows of either class, as the loss weighs them, and prefers rows far from the mean: a rare
+   kind of row bends the loss more than its number says. Weights undo both.
+4. A step that ends uphill, as steeply as it began downhill, is taken back and tried shorter. Convergence is declared on
+   the float32 gradient over all rows alone, summed in float64.
+
+Measured choices and figures: docs/decisions/solver.md.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from features.console import UserError, progress
+from features.store import Embeddings
+from probe.logistic import (
+    FLOOR,
+    Columns,
+    Fits,
+    Standardised,
+    as_given,
+    check,
+    descend,
+    dot,
+    evaluate,
+    inverse_std,
+    leading_curvature,
+    multiplies_bfloat16,
+)
+
+BUDGET = 4 * 2**30  # bytes that a solve may take
+ROWS_PER_FEATURE = 40  # of the sample: with half as many it takes half as many passes again
+FIRST_ROWS = 8192  # enough for a centre and a scale to start from
+PIECE = 512  # rows multiplied at a time on a processor: 3 MB in float32, which stay in its cache
+START = 1e-2  # gradient to which the sample alone is solved first: its optimum is no nearer to that of all rows
+FALL = 0.1  # of the gradient in one descent on the sample, which resembles all rows no better than that
+MEMORY = 5  # steps whose change of the gradient is remembered
+TOO_FAR = 0.9  # of the slope at its start, upwards, is where a step has gained nothing
+MAX_PASSES = 60  # after which a column is given back as it is
+MAX_STEPS = 500  # of one descent on the sample
+
+
+def bytes_per_row(d: int, n_columns: int) -> int:
+    """What `fit_logistic` holds per row: embeddings in float16, float32 and bfloat16, and ten numbers per column."""
+    return 8 * d + 40 * n_columns
+
+
+def fits_in_memory(shape: tuple[int, int], n_columns: int) -> bool:
+    """Whether `fit_logistic` of (n, d) float16 embeddings stays within `BUDGET`."""
+    return shape[0] * bytes_per_row(shape[1], n_columns) <= BUDGET
+
+
+def fit_streamed(
+    X: Embeddings,
+    y: NDArray[np.integer],
+    *,
+    masks: NDArray[np.bool_],
+    strengths: Sequence[float] | NDArray[np.floating],
+    tol: float = 1e-6,
+    device: str = "cpu",
+    sample: int | None = None,
+) -> Fits:
+    """`fit_logistic` of embeddings in a store: the same optimum, in memory for `sample` rows and for the logits.
+
+    Args:
+        X: (n, d), in ascending order of rows.
+        y, masks, strengths, tol, device: as for `fit_logistic`.
+        sample: how many rows stand in for all; by default `ROWS_PER_FEATURE` per feature, in half of `BUDGET`.
+
+    Raises:
+        UserError: as `fit_logistic`; or if a checksum of the store fails.
+    """
+    C = np.asarray(strengths, dtype=np.float64)
+    check(X.shape, y, masks=masks, strengths=C)
+    F, S, (n, d) = len(masks), len(C), X.shape
+    size = sample or min(ROWS_PER_FEATURE * d, BUDGET // 2 // bytes_per_row(d, F * S))
+    with progress("probe", F * S, unit="fits") as advance:
+        rows, data = _sampled(_rows(X, y, masks=masks, device=torch.device(device)), size=size)
+        basis = leading_curvature(data)
+        # Column k = f * S + s. All start at zero.
+        fold = torch.arange(F, device=rows.device).repeat_interleave(S)
+        ridge = torch.from_numpy(1 / (masks.sum(axis=1)[:, None] * C)).to(data.X).reshape(-1, 1)  # (K, 1): 1 / (C n_f)
+        columns = evaluate(data, fold, ridge, data.X.new_zeros(F * S, d + 1))
+        step, n_iter = descend(
+            data,
+            data.fast,
+            basis,
+            columns,
+            target=torch.full((F * S,), max(START, tol), device=rows.device),
+            budget=torch.full((F * S,), MAX_STEPS, device=rows.device),
+        )
+
+        logits = torch.empty(F * S, n)  # off the device: with the labels, all here that grows with n
+        theta, gradient = torch.zeros_like(step), torch.zeros_like(step)  # the point reached, and the one there
+        norm = torch.full((F * S,), torch.inf, device=rows.device)
+        unfinished = torch.arange(F * S, device=rows.device)
+        pairs: deque[_Pair] = deque(maxlen=MEMORY)
+        for k in range(MAX_PASSES):
+            u = unfinished
+            ahead = _gradient(rows, data, fold[u], ridge[u], theta[u] + step[u], logits, u)
+            slope, slope_ahead = dot(gradient[u], step[u]), dot(ahead, step[u])
+            taken = slope_ahead <= TOO_FAR * slope.abs() if k else torch.ones_like(slope, dtype=torch.bool)
+            # Too far: to where the slope, taken as linear, is zero.
+            step[u[~taken]] *= (slope / (slope - slope_ahead)).clamp(0.1, 0.9)[~taken, None]
+            u = u[taken]
+            if k:
+                pairs.append(_pair(u, step[u], ahead[taken] - gradient[u], like=theta))
+            theta[u] += step[u]
+            gradient[u] = ahead[taken]
+            norm[u] = gradient[u].abs().amax(dim=1)
+            going_on = norm[unfinished] > tol
+            advance(int((~going_on).sum()), note=f"{k + 1} passes, gradient {float(norm.max()):.0e}")
+            unfinished = unfinished[going_on]
+            if not len(unfinished):
+                break
+            u = u[norm[u] > tol]
+            columns = evaluate(data, fold[u], ridge[u], theta[u])
+            columns.gradient = gradient[u]
+            step[u], steps = _direction(data, basis, columns, [pair.of(u) for pair in pairs], tol=tol)
+            n_iter[u] += steps
+        if len(unfinished):  # given up: logits are those of a point ahead
+            u = unfinished
+            _gradient(rows, data, fold[u], ridge[u], theta[u], logits, u)
+    return as_given(data, fold, theta, logits=logits, norm=norm, n_iter=n_iter, tol=tol)
+
+
+@dataclass(frozen=True, eq=False)
+class _Pair:
+    """A step of all columns, what it changed in their gradients, and the inverse of the two's product."""
+
+    step: Tensor  # (K, d + 1)
+    change: Tensor  # (K, d + 1)
+    scale: Tensor  # (K, 1); 0 for columns that took no such step
+
+    def of(self, which: Tensor) -> _Pair:
+        return _Pair(self.step[which], self.change[which], self.scale[which])
+
+
+def _pair(which: Tensor, step: Tensor, change: Tensor, *, like: Tensor) -> _Pair:
+    """Of the columns `which`, (k, d + 1) each, within all of them."""
+    product = dot(step, change)[:, None]  # positive, as the loss is convex, but for rounding
+    pair = _Pair(torch.zeros_like(like), torch.zeros_like(like), torch.zeros_like(like[:, :1]))
+    pair.step[which], pair.change[which] = step, change
+    pair.scale[which] = torch.where(product > 0, 1 / product, 0)
+    return pair
+
+
+def _direction(
+    data: Standardised,
+    basis: tuple[Tensor, Tensor],
+    columns: Columns,
+    pairs: Sequence[_Pair],
+    *,
+    tol: float,
+) -> tuple[Tensor, Tensor]:
+    """The L-BFGS direction (K, d + 1), in which a descent on the sample solves with the Hessian; and its steps (K,)."""
+    shares = []
+    columns.gradient = columns.gradient.clone()
+    for pair in reversed(pairs):
+        shares.append(pair.scale * dot(pair.step, columns.gradient)[:, None])
+        columns.gradient -= shares[-1] * pair.change
+    target = (FALL * columns.gradient.abs().amax(dim=1)).clamp_min(max(0.1 * tol, FLOOR))
+    start, budget = columns.theta, torch.full((len(target),), MAX_STEPS, device=target.device)
+    reached, steps = descend(data, data.fast, basis, columns, target=target, budget=budget)
+    step = reached - start
+    for pair, share in zip(pairs, reversed(shares), strict=True):
+        step -= (share + pair.scale * dot(pair.change, step)[:, None]) * pair.step
+    return step, steps
+
+
+@dataclass(frozen=True, eq=False)
+class _Rows:
+    """All rows, and how they are standardised and weighed."""
+
+    X: Embeddings  # (n, d)
+    label: Tensor  # (n,) 0.0 or 1.0
+    mask: Tensor  # (F, n) bool
+    class_weight: Tensor  # (F, 2) what a negative and a positive weigh: half, divided by the fold's rows of that class
+    centre: Tensor  # (d,) of all rows, or near it
+    scale: Tensor  # (d,) likewise
+
+    @property
+    def device(self) -> torch.device:
+        return self.label.device
+
+    def weight(self, rows: slice) -> Tensor:
+        """(F, b) as in `Standardised`."""
+        negative, positive = self.class_weight[:, :1], self.class_weight[:, 1:]
+        return torch.where(self.label[rows] > 0, positive, negative) * self.mask[:, rows]
+
+    def standardise(self, embeddings: Tensor) -> Tensor:
+        """(b, d) float16 on the device, as float32 about the centre in units of the scale."""
+        return embeddings.float().sub_(self.centre).div_(self.scale)
+
+    def pieces(self) -> Iterator[tuple[slice, Tensor]]:
+        """One pass over the store: which rows, and their standardised embeddings (b, d)."""
+        pinned = self.device.type == "cuda"  # the next block is copied there while this one is multiplied
+        for rows, block in self.X.blocks():
+            size = len(block) if pinned else PIECE
+            for first in range(0, len(block), size):
+                part = block[first : first + size]
+                held = torch.empty(part.shape, dtype=torch.float16, pin_memory=pinned)
+                held.numpy()[:] = part
+                start = rows.start + first
+                yield slice(start, start + len(part)), self.standardise(held.to(self.device, non_blocking=True))
+
+
+def _rows(X: Embeddings, y: NDArray[np.integer], *, masks: NDArray[np.bool_], device: torch.device) -> _Rows:
+    positives = masks @ (y == 1).astype(np.float64)  # (F,)
+    class_weight = np.stack([0.5 / (masks.sum(axis=1) - positives), 0.5 / positives], axis=1)
+    first = torch.from_numpy(X.select(np.arange(0, len(X), -(-len(X) // FIRST_ROWS))).read()).to(device).float()
+    std = first.std(dim=0, correction=0)
+    # What hardly varies in these few rows may do so in others, and must not be blown up there.
+    least = 0.01 * float(std.square().mean().sqrt()) or 1.0
+    return _Rows(
+        X,
+        label=torch.from_numpy(y.astype(np.float32)).to(device),
+        mask=torch.from_numpy(masks).to(device),
+        class_weight=torch.from_numpy(class_weight.astype(np.float32)).to(device),
+        centre=first.mean(dim=0),
+        scale=std.clamp_min(least),
+    )
+
+
+def _sampled(rows: _Rows, *, size: int) -> tuple[_Rows, Standardised]:
+    """The rows with the centre and scale of all of them, and the sample; means and deviations take one pass."""
+    (F, n), d = rows.mask.shape, rows.X.shape[1]
+    mask = torch.cat([rows.mask, torch.ones_like(rows.mask[:1])])  # each fold's rows and, last, all
+    count = mask.sum(dim=1, keepdim=True)
+    sums, squares = (torch.zeros(F + 1, d, dtype=torch.float64, device=rows.device) for _ in range(2))
+    length = torch.zeros(n, device=rows.device)  # squared
+    for at, A in rows.pieces():
+        within, squared = mask[:, at].float(), A.square()
+        sums += within @ A
+        squares += within @ squared
+        length[at] = squared.sum(dim=1)
+    if not bool(torch.isfinite(squares).all()):
+        raise UserError("the embeddings hold NaN or infinity; a probe needs finite numbers. Extract them again.")
+    mean, mean_square = sums / count, squares / count
+    variance = _mended(rows, mask, mean, mean_square)
+
+    std = torch.where(variance[-1] > 0, variance[-1].sqrt(), 1.0)  # of all rows, in units of the scale so far
+    centre, scale = rows.centre + mean[-1] * rows.scale, std * rows.scale
+    rows = replace(rows, centre=centre.float(), scale=scale.float())
+    inv_std = inverse_std((variance[:-1] / std**2).float(), rows.scale)
+
+    chosen, times = _draw(rows.label.cpu().numpy(), length.cpu().numpy(), size)
+    A = rows.standardise(torch.from_numpy(rows.X.select(chosen).read()).to(rows.device))
+    label = rows.label[chosen]
+    of_classes = (rows.mask[:, chosen] * torch.from_numpy(times).to(A) * of_class for of_class in (label, 1 - label))
+    positive, negative = (0.5 * weight / weight.sum(dim=1, keepdim=True) for weight in of_classes)
+    fast = A.bfloat16() if multiplies_bfloat16(rows.device) else A
+    fold_mean = ((mean[:-1] - mean[-1]) / std).float()
+    return rows, Standardised(A, fast, rows.centre, rows.scale, fold_mean, inv_std, positive + negative, label)
+
+
+def _mended(rows: _Rows, mask: Tensor, mean: Tensor, mean_square: Tensor) -> Tensor:
+    """Variances (F, d) of the rows of each mask, from the moments (F, d); small differences of these are made anew.
+
+    A feature that is constant on a fold's rows has a variance of 0 there, not one of rounding.
+    """
+    variance = mean_square - mean**2
+    doubtful = variance < 0.5 * mean_square
+    features = torch.nonzero(doubtful.any(dim=0))[:, 0]
+    if not len(features):
+        return variance
+    centre = mean[:, features]
+    squares = torch.zeros_like(centre)
+    low, high = torch.full_like(centre, torch.inf), torch.full_like(centre, -torch.inf)
+    for at, A in rows.pieces():
+        values = A[:, features].double()
+        for f, within in enumerate(mask[:, at]):
+            own = values[within]
+            if len(own):
+                squares[f] += (own - centre[f]).square().sum(dim=0)
+                low[f], high[f] = torch.minimum(low[f], own.amin(dim=0)), torch.maximum(high[f], own.amax(dim=0))
+    exact = torch.where(low == high, 0.0, squares / mask.sum(dim=1, keepdim=True))
+    variance[:, features] = torch.where(doubtful[:, features], exact, variance[:, features])
+    return variance
+
+
+def _draw(
+    label: NDArray[np.float32], length: NDArray[np.float32], size: int
+) -> tuple[NDArray[np.intp], NDArray[np.float64]]:
+    """Which rows stand in for all, ascending, and how many of all each stands for.
+
+    As many of either class, all of one that is small; half of them evenly over the table, half by squared length.
+    """
+    found = []
+    smaller, larger = sorted((np.flatnonzero(label == value) for value in (0, 1)), key=len)
+    for of_class, wanted in ((smaller, size // 2), (larger, size - min(size // 2, len(smaller)))):
+        if len(of_class) <= wanted:
+            found.append((of_class, np.ones(len(of_class))))
+            continue
+        part = length[of_class].astype(np.float64)
+        share = 0.5 / len(of_class) + 0.5 * part / part.sum() if part.any() else np.full(len(part), 1 / len(part))
+        # Systematic: at even steps of the cumulated shares, so that no stretch of the table is left out.
+        steps = (np.arange(wanted) + 0.5) / wanted
+        picked, hits = np.unique(np.searchsorted(np.cumsum(share), steps), return_counts=True)
+        found.append((of_class[picked], hits / (wanted * share[picked])))
+    chosen = np.concatenate([rows for rows, _ in found])
+    order = np.argsort(chosen)
+    return chosen[order], np.concatenate([times for _, times in found])[order]
+
+
+def _gradient(
+    rows: _Rows, data: Standardised, fold: Tensor, ridge: Tensor, theta: Tensor, logits: Tensor, which: Tensor
+) -> Tensor:
+    """Gradients (K, d + 1) over all rows at theta (K, d + 1), in one pass; the logits go to `logits[which]`."""
+    mean, inv_std = data.mean[fold], data.inv_std[fold]
+    W = theta[:, :-1] * inv_std
+    offset = (theta[:, -1] - dot(W, mean))[:, None]
+    product = torch.zeros(W.shape, dtype=torch.float64, device=W.device)
+    total = torch.zeros(len(W), 1, dtype=torch.float64, device=W.device)
+    which = which.cpu()
+    for at, A in rows.pieces():
+        Z = torch.addmm(offset, W, A.T)
+        logits[which, at] = Z.cpu()
+        residual = rows.weight(at)[fold] * (torch.sigmoid(Z) - rows.label[at])
+        product += residual @ A
+        total += residual.sum(dim=1, keepdim=True)
+    by_coef = ((product - total * mean) * inv_std).float() + ridge * theta[:, :-1]
+    return torch.cat([by_coef, total.float()], dim=1)

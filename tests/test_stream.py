@@ -1,0 +1,149 @@
+"""Does a probe whose rows stay in the store find what one in memory finds?"""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from features.console import UserError
+from features.samples import make_samples
+from features.store import Embeddings, FeatureStore
+from probe import protocol, stream
+from probe.logistic import Fits, fit_logistic, predict_logits
+from probe.stream import fit_streamed
+from tests.test_logistic import embeddings, five_folds
+
+STRENGTHS = np.logspace(-4, 0, 4)
+EXACT = 1e-4  # of the logits' spread: what two solutions to a gradient of 1e-6 may differ by
+
+
+def stored(tmp_path, X: NDArray[np.floating], y: NDArray[np.integer]) -> Embeddings:
+    """The embeddings in a store of 64 rows per block and more."""
+    n = len(X)
+    samples = make_samples([f"{row:06}" for row in range(n)], y.tolist(), sha256=[""] * n)
+    store = FeatureStore.open_or_create(tmp_path / "store.zarr")
+    store.put_samples("data", samples, attrs={})
+    writer = store.begin("data", "model", "full", poolings={"cls": X.shape[1]}, card_pooling="cls", parts={})
+    for block, rows in writer.missing_within(range(n)):
+        writer.write(block, {"cls": X[rows.start : rows.stop]})
+    return store.embeddings("data", "model", "full")
+
+
+def assert_same(found: Fits, expected: Fits, *, atol: float = EXACT) -> None:
+    assert found.converged.all()
+    assert expected.converged.all()
+    spread = np.maximum(expected.logits.std(axis=0), 1e-2)
+    assert (np.abs(found.logits - expected.logits).max(axis=0) / spread).max() < atol
+
+
+@pytest.fixture
+def problem(tmp_path) -> tuple[Embeddings, NDArray[np.int64], NDArray[np.bool_]]:
+    X, y = embeddings(3000, 24)
+    return stored(tmp_path, X, y), y, five_folds(3000)
+
+
+def test_the_optimum_is_that_of_the_solver_in_memory_whatever_the_sample(problem):
+    X, y, masks = problem
+    expected = fit_logistic(X.read(), y, masks=masks, strengths=STRENGTHS)
+    for sample in (300, 1000):
+        assert_same(fit_streamed(X, y, masks=masks, strengths=STRENGTHS, sample=sample), expected)
+
+
+def test_the_sample_may_be_all_rows(problem):
+    X, y, masks = problem
+    expected = fit_logistic(X.read(), y, masks=masks, strengths=STRENGTHS)
+    assert_same(fit_streamed(X, y, masks=masks, strengths=STRENGTHS), expected)
+
+
+def test_logits_are_those_of_the_returned_coefficients(problem):
+    X, y, masks = problem
+    fits = fit_streamed(X, y, masks=masks, strengths=STRENGTHS, sample=400)
+    np.testing.assert_allclose(predict_logits(X.read(), fits.coef, fits.intercept), fits.logits, atol=1e-4)
+
+
+def test_rows_of_a_kind_that_the_sample_hardly_holds_count(tmp_path):
+    """Ten rows light up a feature that is dead elsewhere, and another only in one fold's own rows."""
+    X, y = embeddings(3000, 24)
+    X[:, 5] = 0
+    X[100:2000:190, 5] = 3
+    X[:, 6] = np.where(np.arange(3000) % 5 == 2, X[:, 6], 0.7)
+    X[:, 7] = 1.25
+    X = X.astype(np.float16)
+    masks = five_folds(3000)
+    expected = fit_logistic(X, y, masks=masks, strengths=STRENGTHS)
+    found = fit_streamed(stored(tmp_path, X, y), y, masks=masks, strengths=STRENGTHS, sample=300)
+    assert_same(found, expected)
+    assert (found.coef[2, :, 6] == 0).all()
+    assert (found.coef[:, :, 7] == 0).all()
+
+
+def test_a_rare_class_is_in_the_sample_whole(tmp_path):
+    X, y = embeddings(3000, 12)
+    y[np.flatnonzero(y == 1)[40:]] = 0
+    masks = five_folds(3000)
+    expected = fit_logistic(X.astype(np.float16), y, masks=masks, strengths=STRENGTHS)
+    assert_same(fit_streamed(stored(tmp_path, X, y), y, masks=masks, strengths=STRENGTHS, sample=400), expected)
+    chosen, times = stream._draw(y.astype(np.float32), np.ones(3000, np.float32), 400)
+    assert y[chosen].sum() == 40
+    assert (times[y[chosen] == 1] == 1).all()
+    assert times.sum() == pytest.approx(3000, rel=0.02)
+
+
+def test_a_step_too_far_is_taken_back(problem, monkeypatch):
+    """A sample of far too few rows has the curvature wrong by factors; shorter steps lead home all the same."""
+    X, y, masks = problem
+    monkeypatch.setattr(stream, "MAX_PASSES", 200)
+    expected = fit_logistic(X.read(), y, masks=masks[:2], strengths=STRENGTHS)
+    assert_same(fit_streamed(X, y, masks=masks[:2], strengths=STRENGTHS, sample=90), expected)
+
+
+def test_what_has_not_converged_is_reported_with_its_own_logits(problem, monkeypatch):
+    X, y, masks = problem
+    monkeypatch.setattr(stream, "MAX_PASSES", 2)
+    fits = fit_streamed(X, y, masks=masks, strengths=STRENGTHS, sample=300)
+    assert not fits.converged.all()
+    assert (fits.gradient_norm[~fits.converged] > 1e-6).all()
+    np.testing.assert_allclose(predict_logits(X.read(), fits.coef, fits.intercept), fits.logits, atol=1e-4)
+
+
+def test_a_fold_without_a_class_is_refused(problem):
+    X, y, masks = problem
+    with pytest.raises(UserError, match="only class 0"):
+        fit_streamed(X, y, masks=masks & (y == 0), strengths=STRENGTHS)
+
+
+def test_rows_in_a_store_are_predicted_as_in_memory(problem):
+    X, _, _ = problem
+    rng = np.random.default_rng(0)
+    coef, intercept = rng.standard_normal((5, 24)).astype(np.float32), rng.standard_normal(5)
+    some = X.select(np.arange(len(X)) % 3 == 0)
+    expected = predict_logits(some.read(), coef, intercept)
+    np.testing.assert_allclose(predict_logits(some, coef, intercept), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_blocks_are_all_rows_once_in_order(tmp_path):
+    X, y = embeddings(1000, 6)
+    whole = stored(tmp_path, X, y)
+    for chosen in (whole, whole.select(np.arange(0, 1000, 7)), whole.select(np.arange(1000) > 990)):
+        found = np.full(chosen.shape, np.nan, np.float16)
+        for rows, block in chosen.blocks():
+            assert np.isnan(found[rows]).all()
+            found[rows] = block
+        np.testing.assert_array_equal(found, chosen.read())
+    with pytest.raises(ValueError, match="ascending"):
+        list(whole.select(np.array([3, 1])).blocks())
+
+
+def test_a_store_beyond_the_budget_is_streamed_and_judged_the_same(problem, monkeypatch):
+    from features.folds import Folds
+
+    X, y, _ = problem
+    folds = Folds(fold=np.arange(3000) % 5, n_folds=5, source="here", digest="")
+    here = protocol.fit_exact(X.read(), y, folds)
+    assert isinstance(protocol._loaded(X, 5), np.ndarray)
+    monkeypatch.setattr(stream, "BUDGET", 2**23)
+    assert protocol._loaded(X, 5) is X
+    there = protocol.fit_exact(X, y, folds)
+    assert there.record["chosen_strength"] == here.record["chosen_strength"]
+    np.testing.assert_allclose(there.validation_logit, here.validation_logit, atol=1e-3)
