@@ -35,7 +35,7 @@ def extract(
         Path | None,
         typer.Option(help="Folder laid out like AMi-Br_Benchmark. Default: $MITOFM_DATA, else download."),
     ] = None,
-    store: Annotated[Path, typer.Option(help="The feature store.")] = Path("embeddings.zarr"),
+    store: Annotated[str, typer.Option(help="The feature store: a folder, or s3://bucket/prefix.")] = "embeddings.zarr",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     view: Annotated[
         str,
@@ -121,7 +121,7 @@ def extract(
             say(summary.line())
             summaries.append(summary)
     if as_json:
-        print_json({"store": str(store), "embeddings": [asdict(summary) for summary in summaries]})
+        print_json({"store": store, "embeddings": [asdict(summary) for summary in summaries]})
 
 
 def _names(text: str, option: str) -> tuple[str, ...]:

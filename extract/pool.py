@@ -43,7 +43,7 @@ class Work:
     folder: Path
     dataset: str
     models: tuple[str, ...]
-    store: Path
+    store: str
     data: Path | None
     positive: str | None
     weights: Path | None
@@ -54,7 +54,7 @@ class Work:
         cls,
         dataset: str,
         models: Sequence[str],
-        store: Path,
+        store: str,
         data: Path | None,
         positive: str | None,
         weights: Path | None,

@@ -20,14 +20,14 @@ app = typer.Typer(
     help="Look into a feature store, check it, and exchange embeddings with other tools.",
 )
 
-Store = Annotated[Path, typer.Option("--store", help="The feature store.")]
+Store = Annotated[str, typer.Option("--store", help="The feature store: a folder, or s3://bucket/prefix.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, and nothing else there.")]
 Dataset = Annotated[str, typer.Option("--dataset", help="Name of the dataset.")]
 Model = Annotated[str, typer.Option("--model", help="Name of the model.")]
 View = Annotated[str, typer.Option("--view", help="Name of the view.")]
 OnlyDataset = Annotated[str | None, typer.Option("--dataset", help="Only this dataset.")]
 OnlyModel = Annotated[str | None, typer.Option("--model", help="Only this model.")]
-DEFAULT_STORE = Path("embeddings.zarr")
+DEFAULT_STORE = "embeddings.zarr"
 
 
 @app.command()

@@ -1,20 +1,19 @@
 """Where do embeddings live, and when is one of them there, whole and right?
 
 A Zarr v3 store (docs/store-format.md is its specification). Every array has its final shape from the start and is
-written in blocks of whole rows, each once. zarr itself writes and reads the patch table; the blocks of embeddings are
-plain files (raw float16 and a checksum), written and read here directly: the writer can then flush them to the disk in
-a safe order, and the reader maps them into memory. Any Zarr reader opens them.
+written in blocks of whole rows, each once. zarr itself encodes and decodes the patch table; the blocks of embeddings
+are plain files (raw float16 and a checksum), made and read here directly: the writer can then put them in their place
+in a safe order, and the reader maps them into memory. Any Zarr reader opens them. Whether files lie in a folder or in
+a bucket is for `features.place` to know.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import mmap
 import re
-from collections.abc import Iterator, Mapping
-from contextlib import suppress
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -22,23 +21,11 @@ from typing import Any
 import numpy as np
 import zarr
 from numpy.typing import NDArray
+from zarr.abc.buffer import Buffer
+from zarr.buffer import cpu
+from zarr.storage import MemoryStore
 
 from features.console import Advance, UserError, nearest, progress
-from features.files import (
-    PARTIAL,
-    Use,
-    discard_folder,
-    flush,
-    in_use,
-    move_folder,
-    only_writer,
-    place_folder,
-    sweep,
-    sweep_below,
-    temporary_name,
-    write_file,
-    writing,
-)
 from features.layout import (
     MAX_ROWS_PER_BLOCK,
     MIN_ROWS_PER_BLOCK,
@@ -52,13 +39,15 @@ from features.layout import (
     not_finite,
     rows_per_block,
 )
+from features.place import METADATA, Fetched, Place, PlaceError, find_place
 from features.samples import Samples
 
 FORMAT = "mitofm-features"
 FORMAT_VERSION = 1
 _DIGEST = "attributes_digest"
-_MOST_MAPPED = 256  # blocks; a process may usually have 1,024 files open
-_MOST_KEPT = 2**30  # bytes of an array whose blocks stay mapped: pages of a mapped file count as the process's memory
+_MOST_KEPT = 256  # blocks; a process may usually have 1,024 files open
+# Of blocks that are held in memory; and of an array whose blocks stay mapped: pages of a mapped file count as memory.
+_MOST_BYTES = 2**30
 _OVERWRITE = "write this entry anew with --overwrite"
 _AGAIN = "run fm-extract for this dataset again"
 
@@ -124,7 +113,7 @@ class Entry:
         batch_size: images per forward pass, where recorded; no part of the fingerprint.
         imported: whether the embeddings were computed elsewhere.
         n_done: blocks that were there when this record was made.
-        folder: where it lies.
+        place, key: where it lies.
     """
 
     dataset: str
@@ -139,7 +128,8 @@ class Entry:
     batch_size: int | None
     imported: bool
     n_done: int
-    folder: Path
+    place: Place
+    key: str
 
     @property
     def n_blocks(self) -> int:
@@ -153,6 +143,11 @@ class Entry:
     def name(self) -> str:
         return f"{self.dataset}/{self.model}/{self.view}"
 
+    @property
+    def folder(self) -> Path | str:
+        """Where it lies, as messages say it."""
+        return self.place.path(self.key)
+
     def rows(self, block: int) -> range:
         """The rows of a block."""
         start = block * self.rows_per_block
@@ -162,19 +157,26 @@ class Entry:
         """How the array of a pooling is cut up."""
         return Grid(self.n_rows, self.poolings[pooling], self.rows_per_block)
 
-    def block_path(self, pooling: str, block: int) -> Path:
+    def block_key(self, pooling: str, block: int) -> str:
+        """The key of a block's file."""
+        return f"{self.key}/{pooling}/{_block_name(block)}"
+
+    def block_path(self, pooling: str, block: int) -> Path | str:
         """The file of a block."""
-        return Path(f"{self.folder}/{pooling}/c.{block}.0")
+        return self.place.path(self.block_key(pooling, block))
 
     def missing(self) -> list[int]:
         """The blocks that are not there now: those without a file of the last pooling."""
-        last = self.folder / list(self.poolings)[-1]
-        there = {path.name for path in last.glob("c.*.0")}
-        return [block for block in range(self.n_blocks) if f"c.{block}.0" not in there]
+        there = set(self.place.names(f"{self.key}/{list(self.poolings)[-1]}"))
+        return [block for block in range(self.n_blocks) if _block_name(block) not in there]
 
     def size(self) -> int:
-        """Bytes on the disk."""
-        return sum(path.stat().st_size for path in self.folder.rglob("*") if path.is_file())
+        """Bytes where it lies."""
+        return self.place.size(self.key)
+
+
+def _block_name(block: int) -> str:
+    return f"c.{block}.0"
 
 
 @dataclass(frozen=True)
@@ -190,53 +192,63 @@ class Problem:
 class FeatureStore:
     """An open feature store. Build one with `FeatureStore.open` or `FeatureStore.open_or_create`."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        # A file is known by device, inode and time of change: one that is replaced is another file.
-        self._verified: set[tuple[int, int, int]] = set()  # checksums have held
-        self._mapped: dict[tuple[int, int, int], NDArray[np.float16]] = {}  # each holds a file descriptor
+    def __init__(self, place: Place) -> None:
+        self.place = place
+        self._verified: set[Hashable] = set()  # versions of blocks whose checksums have held
+        self._kept: dict[Hashable, NDArray[np.float16]] = {}  # each holds a file descriptor, or memory:
+        self._bytes = 0
+
+    @property
+    def path(self) -> Path | str:
+        """A folder's path, or a bucket's address."""
+        return self.place.root
 
     @classmethod
-    def open(cls, path: Path) -> FeatureStore:
-        """Open a store that exists.
+    def open(cls, where: Path | str) -> FeatureStore:
+        """Open a store that exists: a folder, or `s3://bucket/prefix`.
 
         Raises:
-            UserError: if there is none, it is something else, or a newer version wrote it.
+            UserError: if there is none, it is something else, a newer version wrote it, or it cannot be reached.
         """
-        if not (path / "zarr.json").is_file():
-            what = "is not a feature store (it has no zarr.json)" if path.exists() else "does not exist"
-            raise UserError(f"{path} {what}. Run fm-extract first, or name the store with --store.")
-        attributes = _attributes(path)
+        return cls._open(find_place(where))
+
+    @classmethod
+    def _open(cls, place: Place) -> FeatureStore:
+        if not place.exists(METADATA):
+            what = "is not a feature store (it has no zarr.json)" if place.exists("") else "does not exist"
+            raise UserError(f"{place.root} {what}. Run fm-extract first, or name the store with --store.")
+        attributes = _attributes(place, "")
         if attributes.get("format") != FORMAT:
-            raise UserError(f"{path} is a Zarr group, but not a mitofm feature store. Name another --store.")
+            raise UserError(f"{place.root} is a Zarr group, but not a mitofm feature store. Name another --store.")
         version = attributes.get("format_version")
         if not isinstance(version, int) or version > FORMAT_VERSION:
             raise UserError(
-                f"{path} was written in store format {version}; this mitofm reads formats up to {FORMAT_VERSION}. "
-                "Upgrade mitofm (pip install --upgrade mitofm), or use another --store."
+                f"{place.root} was written in store format {version}; this mitofm reads formats up to "
+                f"{FORMAT_VERSION}. Upgrade mitofm (pip install --upgrade mitofm), or use another --store."
             )
-        return cls(path)
+        return cls(place)
 
     @classmethod
-    def open_or_create(cls, path: Path) -> FeatureStore:
+    def open_or_create(cls, where: Path | str) -> FeatureStore:
         """Open a store, or make an empty one where nothing is.
 
         Raises:
             UserError: as `open`; if something else lies there; or if the place cannot be written.
         """
-        if not (path / "zarr.json").exists():
-            strange = path.exists() and (not path.is_dir() or any(not p.name.endswith(PARTIAL) for p in path.iterdir()))
-            if strange and not (path / "zarr.json").exists():  # another process may just have made the store
-                raise UserError(f"{path} exists but is not a feature store. Name another --store; nothing was changed.")
-            with writing(path):
-                path.mkdir(parents=True, exist_ok=True)
-                _write_group(path, {"format": FORMAT, "format_version": FORMAT_VERSION})
-                flush(path.parent)
-        return cls.open(path)
+        place = find_place(where)
+        if not place.exists(METADATA):
+            if not place.vacant() and not place.exists(METADATA):  # another process may just have made the store
+                raise UserError(
+                    f"{place.root} exists but is not a feature store. Name another --store; nothing was changed."
+                )
+            with place.writing(""):
+                place.make()
+                _write_group(place, "", {"format": FORMAT, "format_version": FORMAT_VERSION})
+        return cls._open(place)
 
     def datasets(self) -> list[str]:
         """The true names of all datasets."""
-        return [str(_attributes(folder).get("name")) for folder in _groups(self.path)]
+        return self.place.each(lambda key: str(_attributes(self.place, key).get("name")), self.place.groups(""))
 
     def dataset_attrs(self, dataset: str) -> dict[str, Any]:
         """A dataset's attributes: its name, digests, counts, and what its maker recorded about it.
@@ -244,18 +256,18 @@ class FeatureStore:
         Raises:
             UserError: if the store has no such dataset, or its metadata are damaged.
         """
-        folder = self.path / store_key(dataset)
-        if not (folder / "zarr.json").exists():
+        key = store_key(dataset)
+        if not self.place.exists(f"{key}/{METADATA}"):
             known = self.datasets()
             raise UserError(
                 f"{self.path} has no dataset {dataset!r}; it has: {', '.join(known) or 'none'}."
                 f"{nearest(dataset, known)} Run fm-extract --dataset {dataset} first."
             )
-        attributes = _attributes(folder)
+        attributes = _attributes(self.place, key)
         if attributes.get("name") != dataset:
             raise UserError(
-                f"{folder} holds the dataset {attributes.get('name')!r}, not {dataset!r}: names that differ only in "
-                "special characters cannot share a store. Rename one, or use another --store."
+                f"{self.place.path(key)} holds the dataset {attributes.get('name')!r}, not {dataset!r}: names that "
+                "differ only in special characters cannot share a store. Rename one, or use another --store."
             )
         return attributes
 
@@ -266,10 +278,11 @@ class FeatureStore:
             UserError: if the store has no such dataset, or the table is damaged.
         """
         attributes = self.dataset_attrs(dataset)
-        folder = self.path / store_key(dataset) / "samples"
-        samples = _read_samples(folder, int(attributes.get("n_samples", 0)), int(attributes.get("n_raters", 0)))
+        key = f"{store_key(dataset)}/samples"
+        n_samples, n_raters = (int(attributes.get(name, 0)) for name in ("n_samples", "n_raters"))
+        samples = _read_samples(self.place, key, n_samples, n_raters)
         if samples.table_digest != attributes.get("table_digest"):
-            raise _damaged(folder, "the patch table does not match its digest", _AGAIN)
+            raise _damaged(self.place.path(key), "the patch table does not match its digest", _AGAIN)
         return samples
 
     def put_samples(
@@ -292,7 +305,7 @@ class FeatureStore:
         """
         if len(samples) == 0:
             raise UserError(f"dataset {dataset!r} has no patches: there is nothing to store.")
-        folder = self.path / store_key(dataset)
+        key = store_key(dataset)
         attributes = dict(attrs) | {
             "name": dataset,
             "n_samples": len(samples),
@@ -300,21 +313,19 @@ class FeatureStore:
             "images_digest": samples.images_digest,
             "table_digest": samples.table_digest,
         }
-        with writing(self.path), only_writer(self.path) as locked:
+        table = {f"samples/{name}": data for name, data in _encode_samples(samples).items()}
+        files = table | {METADATA: [_group(attributes)]}
+        with self.place.alone() as locked:
             if locked and not shared:
-                sweep(self.path)
-            if not folder.exists():
-                new = temporary_name(folder)
-                new.mkdir()
-                _write_samples(new / "samples", samples)
-                _write_group(new, attributes)
-                place_folder(new, folder)
-            if (folder / "zarr.json").exists():
+                self.place.sweep("")
+            if not self.place.has_folder(key):
+                self.place.add_folder(key, files)
+            if self.place.exists(f"{key}/{METADATA}"):
                 stored = self.dataset_attrs(dataset)
                 if stored.get("images_digest") == attributes["images_digest"]:
                     if locked and not shared:
-                        sweep(folder)
-                    return self._update_table(folder, samples, stored, attributes)
+                        self.place.sweep(key)
+                    return self._update_table(key, samples, stored, attributes)
                 if not overwrite:
                     raise UserError(
                         f"{self.path} already has a dataset {dataset!r} of other images: {stored.get('n_samples')} "
@@ -322,24 +333,23 @@ class FeatureStore:
                         f"{attributes['images_digest']}. Use another --store, or --overwrite to discard the stored "
                         "dataset and all its embeddings."
                     )
-                self._discard(folder)
-            new = temporary_name(folder)
-            new.mkdir()
-            _write_samples(new / "samples", samples)
-            _write_group(new, attributes)
-            move_folder(new, folder)
+                self._discard(key)
+            self.place.replace_folder(key, files)
         return False
 
-    def _update_table(self, folder: Path, samples: Samples, stored: dict[str, Any], attributes: dict[str, Any]) -> bool:
+    def _update_table(self, key: str, samples: Samples, stored: dict[str, Any], attributes: dict[str, Any]) -> bool:
         if stored.get("table_digest") == attributes["table_digest"]:
-            with suppress(UserError):  # a damaged table, or one whose replacement was cut short, is written anew
+            try:
                 self.samples(attributes["name"])
+            except PlaceError:
+                raise
+            except UserError:
+                pass  # a damaged table, or one whose replacement was cut short, is written anew
+            else:
                 return False
         # Attributes first: whoever reads in between finds a table that does not match its digest, never a wrong one.
-        _write_group(folder, attributes)
-        new = temporary_name(folder / "samples")
-        _write_samples(new, samples)
-        move_folder(new, folder / "samples")
+        _write_group(self.place, key, attributes)
+        self.place.replace_folder(f"{key}/samples", _encode_samples(samples))
         return True
 
     def entries(self, dataset: str | None = None, model: str | None = None) -> list[Entry]:
@@ -348,11 +358,8 @@ class FeatureStore:
         Raises:
             UserError: if an entry's metadata are damaged.
         """
-        return [
-            entry
-            for folder in self._entry_folders(dataset)
-            if (entry := _read_entry(folder)) and model in (None, entry.model)
-        ]
+        found = self.place.each(lambda key: _read_entry(self.place, key), self._entry_keys(dataset, model))
+        return [entry for entry in found if model in (None, entry.model)]
 
     def begin(
         self,
@@ -402,13 +409,14 @@ class FeatureStore:
             batch_size=batch_size,
             imported=imported,
             n_done=0,
-            folder=self._folder(dataset, model, view),
+            place=self.place,
+            key=_entry_key(dataset, model, view),
         )
-        with writing(self.path), only_writer(self.path) as locked:
-            replaced = entry.folder.exists()  # asked first: a folder that appears from now on is whole, and stays
-            if overwrite or not (entry.folder / "zarr.json").exists():
+        with self.place.alone() as locked:
+            replaced = self.place.has_folder(entry.key)  # asked first: one that appears from now on is whole, and stays
+            if overwrite or not self.place.exists(f"{entry.key}/{METADATA}"):
                 _create_entry(entry, replaced=replaced, swept=locked and not shared)
-            stored = _read_entry(entry.folder)
+            stored = _read_entry(self.place, entry.key)
             _refuse_other(stored, entry)
             return Writer(stored, self.samples(dataset).id, shared=shared)
 
@@ -466,8 +474,8 @@ class FeatureStore:
     def _read_all(self, entry: Entry, pooling: str) -> NDArray[np.float16]:
         grid = entry.grid(pooling)
         embeddings = np.empty((grid.n_rows, grid.width), np.float16)
-        for block in range(entry.n_blocks):
-            for k, chunk in enumerate(self._chunks(entry, pooling, block)):
+        for block, chunks in self._blocks(entry, pooling, range(entry.n_blocks)):
+            for k, chunk in enumerate(chunks):
                 start = block * grid.rows_per_block + k * grid.rows_per_chunk
                 part = embeddings[start : start + grid.rows_per_chunk]
                 part[:] = chunk[: len(part)]
@@ -483,35 +491,49 @@ class FeatureStore:
         order = np.argsort(blocks, kind="stable")
         chunk, row = np.divmod(inside[order], grid.rows_per_chunk)
         bounds = np.searchsorted(blocks[order], np.arange(entry.n_blocks + 1)).tolist()
-        for block, (start, stop) in enumerate(pairwise(bounds)):
-            if start < stop:
-                rows_of_bytes = self._chunks(entry, pooling, block).view(row_type)[..., 0]
-                targets[order[start:stop]] = rows_of_bytes[chunk[start:stop], row[start:stop]]
+        touched = [block for block, (start, stop) in enumerate(pairwise(bounds)) if start < stop]
+        for block, chunks in self._blocks(entry, pooling, touched):
+            start, stop = bounds[block], bounds[block + 1]
+            rows_of_bytes = chunks.view(row_type)[..., 0]
+            targets[order[start:stop]] = rows_of_bytes[chunk[start:stop], row[start:stop]]
         return embeddings
 
-    def _chunks(self, entry: Entry, pooling: str, block: int) -> NDArray[np.float16]:
-        """A block's chunks, mapped into memory, once their checksums have held: (chunks, rows per chunk, width)."""
-        path = entry.block_path(pooling, block)
+    def _blocks(self, entry: Entry, pooling: str, blocks: Sequence[int]) -> Iterator[tuple[int, NDArray[np.float16]]]:
+        """Number and chunks of some blocks, mapped into memory or fetched, once their checksums have held."""
+        for block, fetched in self._fetch(entry, pooling, blocks):
+            yield block, self._chunks(entry, pooling, block, fetched)
+
+    def _fetch(self, entry: Entry, pooling: str, blocks: Sequence[int]) -> Iterator[tuple[int, Callable[[], Fetched]]]:
+        if self._is_full():
+            self._forget()  # now, not in between: what was kept when fetching began must still be there later
+        names = [_block_name(block) for block in blocks]
+        return zip(blocks, self.place.fetch(f"{entry.key}/{pooling}", names, self._kept.__contains__), strict=True)
+
+    def _chunks(self, entry: Entry, pooling: str, block: int, fetched: Callable[[], Fetched]) -> NDArray[np.float16]:
+        """A block's chunks once their checksums have held: (chunks, rows per chunk, width)."""
         try:
-            status = path.stat()
-            known_as = (status.st_dev, status.st_ino, status.st_mtime_ns)
-            if known_as in self._mapped:
-                return self._mapped[known_as]
-            with path.open("rb") as file:
-                data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if status.st_size else b""
+            version, data = fetched()
         except OSError as error:
             raise _bad_block(entry, pooling, block, f"cannot be read ({error.strerror})") from error
-        check = known_as not in self._verified
+        if data is None:
+            return self._kept[version]
         try:
+            check = version not in self._verified
             chunks = decode_block(data, len(entry.rows(block)), entry.grid(pooling), check=check)
         except ValueError as error:
             raise _bad_block(entry, pooling, block, str(error)) from error
-        self._verified.add(known_as)
-        if len(self._mapped) >= _MOST_MAPPED:
-            self._mapped.clear()
-        if entry.n_rows * entry.poolings[pooling] * 2 <= _MOST_KEPT:
-            self._mapped[known_as] = chunks
+        self._verified.add(version)
+        if not self._is_full() and entry.n_rows * entry.poolings[pooling] * 2 <= _MOST_BYTES:
+            self._kept[version] = chunks
+            self._bytes += len(data) if isinstance(data, bytes) else 0
         return chunks
+
+    def _is_full(self) -> bool:
+        return len(self._kept) >= _MOST_KEPT or self._bytes >= _MOST_BYTES
+
+    def _forget(self) -> None:
+        self._kept.clear()
+        self._bytes = 0
 
     def verify(self, dataset: str | None = None, model: str | None = None) -> list[Problem]:
         """Look at every byte: tables against their digests, blocks against their checksums, numbers for NaN.
@@ -520,22 +542,26 @@ class FeatureStore:
             dataset, model: only these.
         """
         problems: list[Problem] = []
-        for folder in self._dataset_folders(dataset):
+        for key in self._dataset_keys(dataset):
             try:
-                self.samples(dataset or str(_attributes(folder).get("name")))
+                self.samples(dataset or str(_attributes(self.place, key).get("name")))
+            except PlaceError:
+                raise
             except UserError as error:
-                problems.append(Problem(folder.name, None, None, str(error)))
+                problems.append(Problem(key, None, None, str(error)))
         entries = []
-        for folder in self._entry_folders(dataset):
+        for key in self._entry_keys(dataset, model):
             try:
-                entry = _read_entry(folder)
+                entry = _read_entry(self.place, key)
+            except PlaceError:
+                raise
             except UserError as error:
-                problems.append(Problem(folder.relative_to(self.path).as_posix(), None, None, str(error)))
+                problems.append(Problem(key, None, None, str(error)))
                 continue
             if model in (None, entry.model):
                 entries.append(entry)
         self._verified.clear()
-        self._mapped.clear()
+        self._forget()
         total = sum(entry.n_done * len(entry.poolings) for entry in entries)
         with progress("verify", total, unit="blocks") as advance:
             for entry in entries:
@@ -549,15 +575,21 @@ class FeatureStore:
         where = f"{entry.name}/{pooling}"
         try:
             _check_array(entry, pooling)
+        except PlaceError:
+            raise
         except UserError as error:
             yield Problem(where, None, None, str(error))
             return
-        for block in sorted(set(range(entry.n_blocks)).difference(entry.missing())):
+        there = sorted(set(range(entry.n_blocks)).difference(entry.missing()))
+        for block, fetched in self._fetch(entry, pooling, there):
             rows = entry.rows(block)
             try:
-                embeddings = self._chunks(entry, pooling, block).reshape(-1, entry.poolings[pooling])[: len(rows)]
+                chunks = self._chunks(entry, pooling, block, fetched)
+                embeddings = chunks.reshape(-1, entry.poolings[pooling])[: len(rows)]
                 if not_finite(embeddings).any():
                     raise _bad_block(entry, pooling, block, "holds NaN or infinity")
+            except PlaceError:
+                raise
             except UserError as error:
                 yield Problem(where, block, (rows.start, rows.stop - 1), str(error))
             advance(1)
@@ -569,21 +601,19 @@ class FeatureStore:
             UserError: if there is no such thing, or another process is writing to it.
         """
         self.dataset_attrs(dataset)
-        folder = self.path.joinpath(*(store_key(name) for name in (dataset, model, view) if name is not None))
-        with writing(self.path), only_writer(self.path):
-            if not (folder / "zarr.json").exists():
+        key = "/".join(store_key(name) for name in (dataset, model, view) if name is not None)
+        with self.place.alone():
+            if not self.place.exists(f"{key}/{METADATA}"):
                 raise UserError(f"{self.path} has no {'/'.join(filter(None, (dataset, model, view)))}.")
-            self._discard(folder)
+            self._discard(key)
 
-    def _discard(self, folder: Path) -> None:
-        for zarr_json in folder.rglob("zarr.json"):
-            if in_use(zarr_json.parent):
-                raise _busy(zarr_json.parent)
-        discard_folder(folder)
+    def _discard(self, key: str) -> None:
+        _refuse_in_use(self.place, key)
+        self.place.remove_folder(key)
 
     def _entry(self, dataset: str, model: str, view: str) -> Entry:
-        folder = self._folder(dataset, model, view)
-        if not (folder / "zarr.json").exists():
+        key = _entry_key(dataset, model, view)
+        if not self.place.exists(f"{key}/{METADATA}"):
             self.dataset_attrs(dataset)
             there = [f"{entry.model}/{entry.view}" for entry in self.entries(dataset)]
             raise UserError(
@@ -591,27 +621,31 @@ class FeatureStore:
                 f"{', '.join(there) or 'none'}.{nearest(f'{model}/{view}', there)} "
                 f"Run fm-extract --dataset {dataset} --model {model} --view {view} first."
             )
-        entry = _read_entry(folder)
+        entry = _read_entry(self.place, key)
         if (entry.dataset, entry.model, entry.view) != (dataset, model, view):
             raise UserError(
-                f"{folder} holds {entry.name}, not {dataset}/{model}/{view}: names that differ only in special "
+                f"{entry.folder} holds {entry.name}, not {dataset}/{model}/{view}: names that differ only in special "
                 "characters cannot share a store. Use another --store."
             )
         return entry
 
-    def _folder(self, dataset: str, model: str, view: str) -> Path:
-        if store_key(model) == "samples":
-            raise UserError("a model cannot be called 'samples': that is the name of the patch table.")
-        return self.path / store_key(dataset) / store_key(model) / store_key(view)
+    def _dataset_keys(self, dataset: str | None) -> list[str]:
+        return self.place.groups("") if dataset is None else [store_key(dataset)]
 
-    def _dataset_folders(self, dataset: str | None) -> list[Path]:
-        return _groups(self.path) if dataset is None else [self.path / store_key(dataset)]
-
-    def _entry_folders(self, dataset: str | None) -> list[Path]:
+    def _entry_keys(self, dataset: str | None, model: str | None) -> list[str]:
         models = [
-            path for folder in self._dataset_folders(dataset) for path in _groups(folder) if path.name != "samples"
+            key
+            for found in self.place.each(self.place.groups, self._dataset_keys(dataset))
+            for key in found
+            if (name := key.rpartition("/")[2]) != "samples" and (model is None or name == store_key(model))
         ]
-        return [view for model in models for view in _groups(model)]
+        return [key for found in self.place.each(self.place.groups, models) for key in found]
+
+
+def _entry_key(dataset: str, model: str, view: str) -> str:
+    if store_key(model) == "samples":
+        raise UserError("a model cannot be called 'samples': that is the name of the patch table.")
+    return "/".join(map(store_key, (dataset, model, view)))
 
 
 @dataclass(frozen=True, eq=False)
@@ -670,17 +704,22 @@ class Embeddings:
             if (np.diff(self.rows) <= 0).any():
                 raise ValueError(f"{self.entry.name}: blocks can be read of rows in ascending order only")
             bounds = np.searchsorted(self.rows, np.arange(0, self.entry.n_rows + size, size)).tolist()
+        held: dict[str, tuple[int, NDArray[np.float16]]] = {}  # the block that the last chunk was of
         for start, stop in pairwise(bounds):
             if start < stop:
-                parts = [self._within(name, start, stop) for name in self.poolings]
+                parts = [self._within(name, start, stop, held) for name in self.poolings]
                 yield slice(start, stop), parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)
 
-    def _within(self, pooling: str, start: int, stop: int) -> NDArray[np.float16]:
+    def _within(
+        self, pooling: str, start: int, stop: int, held: dict[str, tuple[int, NDArray[np.float16]]]
+    ) -> NDArray[np.float16]:
         """Rows `start` to `stop` of these, which lie in one chunk."""
         rows = np.arange(start, stop) if self.rows is None else self.rows[start:stop]
         block, inside = np.divmod(rows, self.entry.rows_per_block)
         chunk, row = np.divmod(inside, ROWS_PER_CHUNK)
-        whole: NDArray[np.float16] = self.store._chunks(self.entry, pooling, int(block[0]))[int(chunk[0])]
+        if pooling not in held or held[pooling][0] != block[0]:
+            (held[pooling],) = self.store._blocks(self.entry, pooling, [int(block[0])])
+        whole: NDArray[np.float16] = held[pooling][1][int(chunk[0])]
         return whole[row[0] : row[-1] + 1] if row[-1] - row[0] + 1 == len(row) else whole[row]
 
 
@@ -692,9 +731,8 @@ class Writer:
         self._ids = ids
         for pooling in entry.poolings:
             _check_array(entry, pooling)
-        self._use = Use(
-            entry.folder, shared=shared
-        )  # many may write blocks, but nobody may sweep or replace the folder meanwhile
+        # Many may write blocks, but nobody may sweep or replace the folder meanwhile.
+        self._use = entry.place.use(entry.key, shared=shared)
 
     def missing(self) -> list[range]:
         """The rows of every block that is not there now; its number is `rows.start // entry.rows_per_block`."""
@@ -726,55 +764,84 @@ class Writer:
             name: to_float16(embeddings[name], f"{self.entry.name}/{name}", ids=ids, first_row=rows.start)
             for name in shapes
         }
-        with writing(self.entry.folder):
-            # In declared order, each safely on the disk before the next: the last one there means all are.
+        entry = self.entry
+        self._require_own()
+        with entry.place.writing(entry.key):
+            # In declared order, each safely in its place before the next: the last one there means all are.
             try:
                 for name, values in halves.items():
-                    write_file(self.entry.block_path(name, block), encode_block(values, self.entry.grid(name)))
+                    entry.place.write(entry.block_key(name, block), encode_block(values, entry.grid(name)))
             except FileNotFoundError:
-                if self.entry.missing():
+                if entry.missing():
                     raise
                 # Somebody else was at the same block, finished the entry, and swept this unfinished file up.
+        try:
+            self._require_own()
+        except UserError:
+            entry.place.delete(entry.block_key(list(entry.poolings)[-1], block))
+            raise
+
+    def _require_own(self) -> None:
+        """Where nothing keeps others from replacing the entry, see whether one has."""
+        if self.entry.place.guarded:
+            return
+        try:
+            stored = _attributes(self.entry.place, self.entry.key).get("fingerprint")
+        except PlaceError:
+            raise
+        except UserError:
+            stored = None
+        if stored != self.entry.fingerprint:
+            raise UserError(
+                f"{self.entry.folder} was removed or replaced by another process while this one was writing to it: "
+                "this one stops. Let one of them finish, or use another --store."
+            )
 
     def sweep(self) -> None:
         """Remove what killed writers have left, once every block is there and nobody has anything to write."""
         if not self.entry.missing():
-            sweep_below(self.entry.folder)
+            self.entry.place.sweep_below(self.entry.key)
 
     def set_batch_size(self, n: int) -> None:
         """Record the images per forward pass, so that a resumed run uses the same."""
-        folder = self.entry.folder
-        with writing(folder):
-            _write_group(folder, _attributes(folder) | {"batch_size": n})
+        self._require_own()
+        place, key = self.entry.place, self.entry.key
+        with place.writing(key):
+            _write_group(place, key, _attributes(place, key) | {"batch_size": n})
         self.entry = replace(self.entry, batch_size=n)
 
 
-def _write_samples(folder: Path, samples: Samples) -> None:
-    folder.mkdir()
-    _write_group(folder, {})
+def _encode_samples(samples: Samples) -> dict[str, list[bytes]]:
+    """The files of a patch table."""
+    files = {METADATA: [_group({})]}
     for name, metadata in column_metadata(len(samples), samples.votes.shape[1]).items():
-        (folder / name).mkdir()
-        _write_json(folder / name / "zarr.json", metadata)
+        column: dict[str, Buffer] = {METADATA: cpu.Buffer.from_bytes(_as_json(metadata))}
         # Even a column of nothing but fill values gets its chunk: an absent one is then always damage.
         with zarr.config.set({"array.write_empty_chunks": True}):
-            zarr.open_array(folder / name, mode="r+")[...] = getattr(samples, name)
-        for path in (folder / name).iterdir():
-            flush(path)
-        flush(folder / name)
-    flush(folder)
+            zarr.open_array(MemoryStore(column), mode="r+")[...] = getattr(samples, name)
+        files |= {f"{name}/{file}": [content.to_bytes()] for file, content in column.items()}
+    return files
 
 
-def _read_samples(folder: Path, n_samples: int, n_raters: int) -> Samples:
-    _attributes(folder)
-    columns: dict[str, Any] = {"votes": np.empty((n_samples, 0), np.int8)}
-    for name, metadata in column_metadata(n_samples, n_raters).items():
-        _check_metadata(folder / name, metadata, _AGAIN)
+def _read_samples(place: Place, key: str, n_samples: int, n_raters: int) -> Samples:
+    _attributes(place, key)
+    metadata = column_metadata(n_samples, n_raters)
+
+    def read(name: str) -> NDArray[Any]:
+        column = f"{key}/{name}"
+        stored: dict[str, Buffer] = {
+            METADATA: cpu.Buffer.from_bytes(_as_json(_check_metadata(place, column, metadata[name], _AGAIN)))
+        }
+        chunk = "c" + ".0" * len(metadata[name]["shape"])
         try:
-            values = np.asarray(zarr.open_array(folder / name, mode="r")[...])
+            stored[chunk] = cpu.Buffer.from_bytes(place.read(f"{column}/{chunk}"))
+            values = np.asarray(zarr.open_array(MemoryStore(stored), mode="r")[...])
         except (ValueError, OSError) as error:
-            raise _damaged(folder / name, str(error), _AGAIN) from error
-        columns[name] = values.astype(object).astype(np.str_) if name in STRING_COLUMNS else values
-    return Samples(**columns)
+            raise _damaged(place.path(column), str(error), _AGAIN) from error
+        return values.astype(object).astype(np.str_) if name in STRING_COLUMNS else values
+
+    columns: dict[str, Any] = {"votes": np.empty((n_samples, 0), np.int8)}
+    return Samples(**columns | dict(zip(metadata, place.each(read, metadata), strict=True)))
 
 
 def _create_entry(entry: Entry, *, replaced: bool, swept: bool) -> None:
@@ -784,101 +851,90 @@ def _create_entry(entry: Entry, *, replaced: bool, swept: bool) -> None:
             raise ValueError(f"{entry.name}: {name!r} of width {width} cannot be a pooling")
     if not set(entry.card_pooling.split("+")) <= set(entry.poolings):
         raise ValueError(f"{entry.name}: card pooling {entry.card_pooling!r} is not made of {list(entry.poolings)}")
-    model = entry.folder.parent
-    model.mkdir(exist_ok=True)
+    place = entry.place
+    model = entry.key.rpartition("/")[0]
+    place.make_folder(model)
     if swept:
-        sweep(model)
-    if not (model / "zarr.json").exists():
-        _write_group(model, {"model": entry.model})
-        flush(model.parent)
-    if replaced and in_use(entry.folder):
-        raise _busy(entry.folder)
-    new = temporary_name(entry.folder)
-    new.mkdir()
-    for name in entry.poolings:
-        (new / name).mkdir()
-        _write_json(new / name / "zarr.json", entry.grid(name).metadata())
-    attributes = asdict(entry) | {"poolings": [{"name": n, "width": w} for n, w in entry.poolings.items()]}
-    _write_group(new, {name: attributes[name] for name in _STORED})
+        place.sweep(model)
+    if not place.exists(f"{model}/{METADATA}"):
+        _write_group(place, model, {"model": entry.model})
     if replaced:
-        move_folder(new, entry.folder)
-    else:
-        place_folder(new, entry.folder)
+        _refuse_in_use(place, entry.key)
+    attributes = {name: getattr(entry, name) for name in _STORED}
+    attributes["poolings"] = [{"name": name, "width": width} for name, width in entry.poolings.items()]
+    files = {f"{name}/{METADATA}": [_as_json(entry.grid(name).metadata())] for name in entry.poolings}
+    make = place.replace_folder if replaced else place.add_folder
+    make(entry.key, files | {METADATA: [_group(attributes)]})
 
 
 # What is done is seen in the files, and where they lie is not theirs to say.
-_STORED = [field.name for field in fields(Entry) if field.name not in ("n_done", "folder")]
+_STORED = [field.name for field in fields(Entry) if field.name not in ("n_done", "place", "key")]
 
 
-def _read_entry(folder: Path) -> Entry:
-    _attributes(folder.parent)
-    attributes = _attributes(folder)
+def _read_entry(place: Place, key: str) -> Entry:
+    _attributes(place, key.rpartition("/")[0])
+    attributes = _attributes(place, key)
     try:
         stored = {name: attributes[name] for name in _STORED}
         poolings = {str(pooling["name"]): int(pooling["width"]) for pooling in stored["poolings"]}
-        entry = Entry(**(stored | {"poolings": poolings}), n_done=0, folder=folder)
+        entry = Entry(**(stored | {"poolings": poolings}), n_done=0, place=place, key=key)
         sound = (
             entry.fingerprint == fingerprint(entry.parts)
-            and folder.parts[-3:] == (store_key(entry.dataset), store_key(entry.model), store_key(entry.view))
+            and key == _entry_key(entry.dataset, entry.model, entry.view)
             and all(store_key(name) == name for name in poolings)  # each names a folder below this one
             and set(entry.card_pooling.split("+")) <= set(poolings)
             and entry.n_rows > 0
             and MIN_ROWS_PER_BLOCK <= entry.rows_per_block <= MAX_ROWS_PER_BLOCK
         )
     except (KeyError, TypeError, ValueError, AttributeError, UserError) as error:
-        raise _damaged(folder, f"its attributes do not describe an entry ({error!r})", _OVERWRITE) from error
+        raise _damaged(place.path(key), f"its attributes do not describe an entry ({error!r})", _OVERWRITE) from error
     if not sound:
-        raise _damaged(folder, "its attributes contradict each other", _OVERWRITE)
+        raise _damaged(place.path(key), "its attributes contradict each other", _OVERWRITE)
     return replace(entry, n_done=entry.n_blocks - len(entry.missing()))
 
 
 def _check_array(entry: Entry, pooling: str) -> None:
-    _check_metadata(entry.folder / pooling, entry.grid(pooling).metadata(), _OVERWRITE)
+    _check_metadata(entry.place, f"{entry.key}/{pooling}", entry.grid(pooling).metadata(), _OVERWRITE)
 
 
-def _check_metadata(folder: Path, expected: dict[str, Any], remedy: str) -> None:
-    document = _read_json(folder / "zarr.json", remedy)
-    for key, value in expected.items():
-        if document.get(key) != value:
-            raise _damaged(folder, f"{key} is {json.dumps(document.get(key))}, expected {json.dumps(value)}", remedy)
+def _check_metadata(place: Place, key: str, expected: dict[str, Any], remedy: str) -> dict[str, Any]:
+    document = _read_json(place, key, remedy)
+    for name, value in expected.items():
+        if document.get(name) != value:
+            found = f"{name} is {json.dumps(document.get(name))}, expected {json.dumps(value)}"
+            raise _damaged(place.path(key), found, remedy)
+    return document
 
 
-def _attributes(folder: Path) -> dict[str, Any]:
+def _attributes(place: Place, key: str) -> dict[str, Any]:
     """The attributes of a group, checked against their digest where they have one."""
     remedy = "restore it from a copy, or remove this folder and compute it again"
-    document = _read_json(folder / "zarr.json", remedy)
+    document = _read_json(place, key, remedy)
     attributes = document.get("attributes", {})
     if document.get("zarr_format") != 3 or document.get("node_type") != "group" or not isinstance(attributes, dict):
-        raise _damaged(folder, "this is not a Zarr v3 group", "restore it from a copy, or use another --store")
+        raise _damaged(place.path(key), "this is not a Zarr v3 group", "restore it from a copy, or use another --store")
     written = attributes.pop(_DIGEST, None)  # stores of older versions have none
     if written not in (None, fingerprint(attributes)):
-        raise _damaged(folder, "its attributes do not match their digest", remedy)
+        raise _damaged(place.path(key), "its attributes do not match their digest", remedy)
     return attributes
 
 
-def _groups(folder: Path) -> list[Path]:
-    """The groups right below a group, without those still being made."""
-    if not folder.is_dir():
-        return []
-    return sorted(path for path in folder.iterdir() if path.name[0] != "." and (path / "zarr.json").exists())
-
-
-def _read_json(path: Path, remedy: str) -> dict[str, Any]:
+def _read_json(place: Place, key: str, remedy: str) -> dict[str, Any]:
     try:
-        document = json.loads(path.read_bytes())
+        document = json.loads(place.read(f"{key}/{METADATA}" if key else METADATA))
     except (ValueError, RecursionError) as error:
-        raise _damaged(path.parent, f"zarr.json is not JSON ({error})", remedy) from error
+        raise _damaged(place.path(key), f"zarr.json is not JSON ({error})", remedy) from error
     except OSError as error:
-        raise _damaged(path.parent, f"zarr.json cannot be read ({error.strerror})", remedy) from error
+        raise _damaged(place.path(key), f"zarr.json cannot be read ({error.strerror})", remedy) from error
     if not isinstance(document, dict):
-        raise _damaged(path.parent, "zarr.json is not a JSON object", remedy)
+        raise _damaged(place.path(key), "zarr.json is not a JSON object", remedy)
     return document
 
 
 # Messages.
 
 
-def _damaged(folder: Path, what: str, remedy: str) -> UserError:
+def _damaged(folder: Path | str, what: str, remedy: str) -> UserError:
     return UserError(f"{folder} is damaged: {what}. To mend it, {remedy}.")
 
 
@@ -901,8 +957,10 @@ def _incomplete(entry: Entry) -> str:
     )
 
 
-def _busy(folder: Path) -> UserError:
-    return UserError(f"{folder} is being written: wait until its writer has finished, or stop it.")
+def _refuse_in_use(place: Place, key: str) -> None:
+    folder = place.in_use(key)
+    if folder is not None:
+        raise UserError(f"{folder} is being written: wait until its writer has finished, or stop it.")
 
 
 def _refuse_other(stored: Entry, asked: Entry) -> None:
@@ -929,10 +987,14 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = ""
             yield prefix.removeprefix("parts.") + key, json.dumps(was), json.dumps(now)
 
 
-def _write_group(folder: Path, attributes: dict[str, Any]) -> None:
+def _write_group(place: Place, key: str, attributes: dict[str, Any]) -> None:
+    place.write(f"{key}/{METADATA}" if key else METADATA, [_group(attributes)])
+
+
+def _group(attributes: dict[str, Any]) -> bytes:
     # Of labels' names, the source or the batch size nothing else would tell that a bit has flipped.
-    _write_json(folder / "zarr.json", group_metadata(attributes | {_DIGEST: fingerprint(attributes)}))
+    return _as_json(group_metadata(attributes | {_DIGEST: fingerprint(attributes)}))
 
 
-def _write_json(path: Path, document: Mapping[str, Any]) -> None:
-    write_file(path, [json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False).encode()])
+def _as_json(document: Mapping[str, Any]) -> bytes:
+    return json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False).encode()

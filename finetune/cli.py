@@ -224,7 +224,7 @@ def report(
         Path | None, typer.Option(envvar="MITOFM_DATA", show_envvar=False, help="Folder of the known datasets.")
     ] = None,
     store: Annotated[
-        Path | None, typer.Option(help="Feature store of the embedding map. Default: the one that was probed.")
+        str | None, typer.Option(help="Feature store of the embedding map. Default: the one that was probed.")
     ] = None,
     replicates: Annotated[int, typer.Option(help="Resamples that intervals and tests are drawn from.")] = 10_000,
     seed: Annotated[int, typer.Option(help="Seed of the resamples.")] = 42,

@@ -33,7 +33,7 @@ def make_report(
     folds: str | None = None,
     format: Format = "html",
     data: Path | None = None,
-    store: Path | None = None,
+    store: Path | str | None = None,
     how: Resampling = Resampling(),
 ) -> tuple[str, Report, list[Run]]:
     """Compare runs.

@@ -15,7 +15,7 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 @app.command(help=__doc__)
 def probe(
     cv: Annotated[int, typer.Option(help="Number of cross-validation folds; groups (slides) are never cut.")] = 5,
-    store: Annotated[Path, typer.Option(help="The feature store.")] = Path("embeddings.zarr"),
+    store: Annotated[str, typer.Option(help="The feature store: a folder, or s3://bucket/prefix.")] = "embeddings.zarr",
     model: Annotated[str | None, typer.Option(help="Models, comma-separated. Default: all in the store.")] = None,
     train: Annotated[
         str | None, typer.Option(help="Dataset to train on. Default: ami-br, or the store's only one.")

@@ -253,7 +253,7 @@ def _sets_of(report: Report, dataset: str) -> list[int]:
     return [index for index, on in enumerate(report.sets) if on.dataset == dataset]
 
 
-def open_store(runs: Sequence[Run], given: Path | None) -> FeatureStore | None:
+def open_store(runs: Sequence[Run], given: Path | str | None) -> FeatureStore | None:
     """The feature store given, else the one that the runs were probed from; None if there is none.
 
     Raises:
@@ -263,7 +263,7 @@ def open_store(runs: Sequence[Run], given: Path | None) -> FeatureStore | None:
         return FeatureStore.open(given)
     for path in dict.fromkeys(str(run.record["store"]) for run in runs if "store" in run.record):
         try:
-            return FeatureStore.open(Path(path))
+            return FeatureStore.open(path)
         except UserError:
             continue  # moved or deleted since: the page says that there is no map
     return None
