@@ -159,7 +159,7 @@ def find_place(where: Path | str) -> Place:
     text = str(where)
     if re.match(rf"({'|'.join(_SCHEMES)}):/(?!/)", text):
         raise UserError(
-            f"{text!r} has lost a slash: write {text.replace(':/', '://', 1)} (in Python as a string, not as a Path)."
+            "--store has lost a slash: write s3://bucket/prefix with two (in Python as a string, not as a Path)."
         )
     if "://" not in text:
         return Folder(Path(where))
@@ -318,7 +318,7 @@ class Bucket:
             return bool(self.names(""))
         try:
             with self._asking():
-                obstore.head(self.store, key)
+                obstore.get(self.store, key)  # not head: without a body, a refusal does not say why
         except FileNotFoundError:
             return False
         return True
