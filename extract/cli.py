@@ -210,7 +210,7 @@ def doctor(
         Path | None, typer.Option(help="Folder laid out like AMi-Br_Benchmark. Default: $MITOFM_DATA, else a download.")
     ] = None,
     store: Annotated[
-        Path | None, typer.Option(help="A feature store that must be there. Default: embeddings.zarr, if there is one.")
+        str | None, typer.Option(help="A feature store that must be there. Default: embeddings.zarr, if there is one.")
     ] = None,
     runs: Annotated[Path, typer.Option(help="The folder of all runs.")] = Path("runs"),
     verify: Annotated[bool, typer.Option("--verify", help="Read every byte of the patches and of the store.")] = False,

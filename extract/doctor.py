@@ -42,7 +42,7 @@ _HUB_SECONDS = 8.0  # for the first question; a resolver or proxy may take longe
 _MODELS_SECONDS = 15.0  # for the questions about all models together
 _AT_ONCE = 8  # questions
 _FEW_BYTES = 1_000_000_000  # free space worth a word
-DEFAULT_STORE = Path("embeddings.zarr")
+DEFAULT_STORE = "embeddings.zarr"
 _SHOWN = 5  # how many of many damaged blocks are named
 
 
@@ -54,7 +54,7 @@ class DoctorOptions:
         models: names as `--model` of fm-extract takes them; empty for every registered one.
         device: "auto", "cpu", "cuda" or "cuda:N".
         data: folder laid out like AMi-Br_Benchmark.
-        store: feature store.
+        store: feature store, a folder or `s3://bucket/prefix`.
         runs: folder of runs.
         verify: read every byte of patches and store.
     """
@@ -62,7 +62,7 @@ class DoctorOptions:
     models: tuple[str, ...] = ()
     device: str = "auto"
     data: Path | None = None
-    store: Path | None = None
+    store: Path | str | None = None
     runs: Path = Path("runs")
     verify: bool = False
 
@@ -215,8 +215,9 @@ def _nvidia_smi() -> list[str]:
 
 
 def _disk(options: DoctorOptions) -> list[Check]:
+    store = str(options.store or DEFAULT_STORE)
     return [
-        _place("store", options.store or DEFAULT_STORE, "--store"),
+        *(() if "://" in store else (_place("store", Path(store), "--store"),)),  # a bucket is on no disk
         _place("runs", options.runs, "--runs"),
         _place("weights", Path(constants.HF_HUB_CACHE), "HF_HOME"),
         _place("downloads", download.cache_folder(), "MITOFM_CACHE"),
@@ -267,7 +268,7 @@ def _data(options: DoctorOptions) -> list[Check]:
 
 def _store(options: DoctorOptions) -> list[Check]:
     path = options.store or DEFAULT_STORE
-    if options.store is None and not path.exists():
+    if options.store is None and not Path(path).exists():
         return [Check("store", str(path), "note", "none yet: fm-extract makes it")]
     try:
         store = FeatureStore.open(path)

@@ -337,6 +337,46 @@ def test_only_one_writer_at_a_time_changes_folders_and_a_killed_ones_lock_runs_o
     assert place._LOCK not in objects(url)
 
 
+@pytest.mark.parametrize("kind", ["folder", "bucket"])
+def test_the_first_of_several_to_add_a_folder_stays_and_needs_no_lock(
+    kind: str, url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    there = find_place(url if kind == "bucket" else tmp_path)
+    flush, content, others = place.flush, place.Bucket._put_content, []
+
+    def overtaken() -> None:
+        if not others:
+            others.append(None)
+            there.add_folder("a", {"x/zarr.json": [b"x"], "zarr.json": [b"first"]})
+
+    monkeypatch.setattr(place, "flush", lambda path: (overtaken(), flush(path)))
+    monkeypatch.setattr(place.Bucket, "_put_content", lambda *a: (overtaken(), content(*a)))
+    for _ in range(2):
+        there.add_folder("a", {"x/zarr.json": [b"x"], "zarr.json": [b"second"]})
+        assert others
+        assert there.read("a/zarr.json") == b"first"
+    assert sorted(there.names("")) == ["a"]
+    assert there.has_folder("a")
+    assert not there.has_folder("b")
+
+
+def test_what_a_killed_writer_left_of_a_folder_never_becomes_part_of_a_new_one(url: str) -> None:
+    there = find_place(url)
+    for key in ("a/cls/c.0.0", "a/cls/zarr.json", "ab/cls/c.0.0"):
+        there.write(key, [b"old"])
+    there.add_folder("a", {"cls/zarr.json": [b"new"], "zarr.json": [b"new"]})
+    assert objects(url) == {"a/cls/zarr.json": b"new", "a/zarr.json": b"new", "ab/cls/c.0.0": b"old"}
+
+
+def test_shares_in_any_order_and_without_locks_write_the_bucket_of_one(
+    patches: Path, weights: Path, local: dict[str, bytes], url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(place.Bucket, "_lock", lambda self, token: False)
+    for rank in (1, 0):
+        extract_app([*extraction(patches, weights, url), "--shard", f"{rank}/2"], standalone_mode=False)
+    assert objects(url) == local
+
+
 def test_a_writer_whose_entry_was_replaced_stops_and_takes_its_block_back(
     url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
