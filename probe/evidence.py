@@ -38,6 +38,8 @@ SMALLER_IS_BETTER = frozenset({"brier", "ece"})
 _UPWARD = frozenset({"ece"})  # sampling adds to it, and resampling once more: its interval holds the reflected one too
 _BLOCK = 2**17  # counts drawn at a time
 _MOST_LEFT_OUT = 5_000  # clusters; with more of them percentiles need no widening
+_MANY = 2**17  # patches: in a set of more, clusters are drawn in bundles
+_BUNDLES = 2**12  # of them; the standard error of a figure is then known to a hundredth
 _NORMAL = NormalDist()
 
 
@@ -320,8 +322,12 @@ def ensemble(predictions: Predictions, dataset: str, split: str) -> Ensemble:
     if not len(part.id):
         held = ", ".join(sorted(f"{a}/{b}" for a, b in predictions.sets())) or "none"
         raise UserError(f"this run has no predictions of {name}; it has: {held}. Run it again with --test {dataset}.")
-    ids, first, row, n_models = np.unique(part.id, return_index=True, return_inverse=True, return_counts=True)
-    if len(set(zip(row.tolist(), part.fold.tolist(), strict=True))) < len(row):
+    # A patch's fold models mostly stand together: a string per run of rows is compared, not one per row.
+    starts = np.flatnonzero(np.append(True, part.id[1:] != part.id[:-1]))
+    ids, first, row = np.unique(part.id[starts], return_index=True, return_inverse=True)
+    first, row = starts[first], np.repeat(row, np.diff(starts, append=len(part.id)))
+    n_models = np.bincount(row)
+    if np.bincount(row * (part.fold.max() + 1) + part.fold).max() > 1:
         raise UserError(f"predictions of {name}: a patch occurs twice for one fold. predictions.csv is damaged.")
     if n_models.min() < n_models.max():
         lacking = ids[np.argmin(n_models)]
@@ -371,16 +377,29 @@ def rows_of(judged: Ensemble, ids: NDArray[np.str_]) -> NDArray[np.intp]:
 
 @dataclass(frozen=True, eq=False)
 class _Clusters:
-    """What is drawn: cluster `index[i]` (of n) brings patch i."""
+    """What is drawn: cluster `index[i]` (of n) brings patch i.
+
+    In a set of very many patches each cluster may be a random bundle of several: a bootstrap of random groups (Wolter,
+    Introduction to Variance Estimation, 2007, ch. 2). Bundles of independent clusters are as independent, so intervals
+    are as wide, without a million draws per resample.
+
+    Attributes:
+        index: (patches,) cluster.
+        n: number of clusters drawn.
+        unit: what a cluster is, before bundling.
+        n_units: how many of those there are.
+        n_alone: patches that are clusters of their own for want of a slide.
+    """
 
     index: NDArray[np.intp]
     n: int
     unit: str
+    n_units: int
     n_alone: int
 
     @property
     def independent(self) -> bool:
-        return self.n == len(self.index)
+        return self.n_units == len(self.index)
 
 
 def _clusters(group: NDArray[np.str_]) -> _Clusters:
@@ -389,7 +408,11 @@ def _clusters(group: NDArray[np.str_]) -> _Clusters:
     index = index - (len(names) > 0 and names[0] == "")  # the empty name sorts first
     n_slides, n_alone = len(names) - int(not known.all()), int((~known).sum())
     index[~known] = n_slides + np.arange(n_alone)
-    return _Clusters(index, n_slides + n_alone, SLIDE if known.any() else SAMPLE, n_alone if known.any() else 0)
+    n = n_slides + n_alone
+    n_drawn = min(n, _BUNDLES) if len(group) > _MANY else n
+    if n_drawn < n:
+        index = (np.random.default_rng(0).permutation(n) % n_drawn)[index]
+    return _Clusters(index, n_drawn, SLIDE if known.any() else SAMPLE, n, n_alone if known.any() else 0)
 
 
 @dataclass(frozen=True, eq=False)
@@ -625,7 +648,7 @@ def _judgement(judged: Ensemble, clusters: _Clusters, figures: dict[str, Interva
         n=len(judged),
         n_positive=int((judged.label == 1).sum()),
         unit=clusters.unit,
-        n_clusters=clusters.n,
+        n_clusters=clusters.n_units,
         n_alone=clusters.n_alone,
         threshold=judged.threshold,
         level=how.level,

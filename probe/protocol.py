@@ -467,6 +467,7 @@ def _probe_model(
             "max_gradient": max((record["max_gradient"] for record in more), default=0.0),
         }
     predictions = concatenate(parts)
+    del parts
     return write_run(
         runs,
         run,

@@ -27,6 +27,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,7 @@ VALIDATION = "validation"  # the split name of out-of-fold predictions
 COLUMNS = ("dataset", "id", "label", "group", "split", "fold", "logit", "probability")
 SAMPLE_COLUMNS = ("dataset", "id", "label", "group", "split", "votes", "domain", "sha256")
 _VOTE = {"0": 0, "1": 1, "-": MISSING_VOTE}  # a rater's vote as a letter
+_ROWS = 2**16  # of a CSV file made at a time
 _ROUNDED = 1e-6  # predictions.csv gives a probability with six digits
 
 
@@ -69,16 +71,25 @@ class Predictions:
     @property
     def probability(self) -> NDArray[np.float64]:
         """(n,) sigmoid of the logit."""
-        logit = self.logit.astype(np.float64)
-        return np.asarray(np.exp(-np.logaddexp(0, -logit)))
+        return _sigmoid(self.logit)
 
     def sets(self) -> list[tuple[str, str]]:
         """The (dataset, split) pairs present, in order of appearance."""
-        return list(dict.fromkeys(zip(self.dataset.tolist(), self.split.tolist(), strict=True)))
+        new = (self.dataset[1:] != self.dataset[:-1]) | (self.split[1:] != self.split[:-1])
+        first = np.flatnonzero(np.append(len(self.id) > 0, new))
+        return list(dict.fromkeys(zip(self.dataset[first].tolist(), self.split[first].tolist(), strict=True)))
 
-    def select(self, rows: NDArray[np.bool_]) -> Predictions:
-        """The rows of a mask."""
-        return Predictions(**{name: getattr(self, name)[rows] for name in self.__dataclass_fields__})
+    def select(self, rows: NDArray[np.bool_] | NDArray[np.intp]) -> Predictions:
+        """The rows of a mask or an index array; without a copy where a mask's stand together, as those of a set do."""
+        chosen: NDArray[np.bool_] | NDArray[np.intp] | slice = rows
+        if rows.dtype == np.bool_ and len(rows):
+            together = slice(int(rows.argmax()), int(rows.argmax()) + int(rows.sum()))
+            chosen = together if rows[together].all() else rows
+        return Predictions(**{name: getattr(self, name)[chosen] for name in self.__dataclass_fields__})
+
+
+def _sigmoid(logit: NDArray[np.float32]) -> NDArray[np.float64]:
+    return np.asarray(np.exp(-np.logaddexp(0, -logit.astype(np.float64))))
 
 
 def predictions_of(
@@ -91,11 +102,11 @@ def predictions_of(
     else:
         rows = np.arange(len(samples))
     return Predictions(
-        dataset=np.full(len(rows), dataset),
+        dataset=np.broadcast_to(dataset, len(rows)),
         id=samples.id[rows],
         label=samples.label[rows],
         group=samples.group[rows],
-        split=np.full(len(rows), split),
+        split=np.broadcast_to(split, len(rows)),
         fold=np.asarray(fold),
         logit=np.asarray(logit, dtype=np.float32),
     )
@@ -183,13 +194,13 @@ def finish_run(
     Raises:
         OSError: if the folder cannot be written.
     """
-    contents = {
+    contents: dict[str, Iterable[bytes]] = {
         "predictions.csv": _predictions_csv(predictions),
         "samples.csv": _samples_csv(predictions, tables),
-        **(files or {}),
+        **{name: [content] for name, content in (files or {}).items()},
     }
-    contents["metrics.json"] = _json(metrics)
-    digests = {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
+    contents["metrics.json"] = [_json(metrics)]
+    digests = {name: _write(folder / name, pieces) for name, pieces in contents.items()}
     record: dict[str, Any] = {
         "format": RUN_FORMAT,
         "id": run_id,
@@ -204,8 +215,6 @@ def finish_run(
         },
     }
     record["sha256"]["run.json"] = _own_digest(record)
-    for name, content in contents.items():
-        write_file(folder / name, [content])
     write_file(folder / "run.json", [_json(record)])
 
 
@@ -445,33 +454,49 @@ def _json(value: Mapping[str, Any]) -> bytes:
     return (json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
 
 
-def _predictions_csv(predictions: Predictions) -> bytes:
-    columns = (
-        predictions.dataset.tolist(),
-        predictions.id.tolist(),
-        predictions.label.tolist(),
-        predictions.group.tolist(),
-        predictions.split.tolist(),
-        predictions.fold.tolist(),
-        [f"{value:.9g}" for value in predictions.logit.tolist()],  # 9 digits give a float32 back exactly
-        [f"{value:.6f}" for value in predictions.probability.tolist()],
-    )
-    return csv_bytes(COLUMNS, zip(*columns, strict=True))
+def _write(path: Path, pieces: Iterable[bytes]) -> str:
+    """Write a file whole; its SHA-256."""
+    digest = hashlib.sha256()
+
+    def counted() -> Iterator[bytes]:
+        for piece in pieces:
+            digest.update(piece)
+            yield piece
+
+    write_file(path, counted())
+    return digest.hexdigest()
 
 
-def _samples_csv(predictions: Predictions, tables: Mapping[str, Samples]) -> bytes:
+def _predictions_csv(predictions: Predictions) -> Iterator[bytes]:
+    for start in range(0, max(1, len(predictions.id)), _ROWS):
+        rows = slice(start, start + _ROWS)
+        columns = (
+            predictions.dataset[rows].tolist(),
+            predictions.id[rows].tolist(),
+            predictions.label[rows].tolist(),
+            predictions.group[rows].tolist(),
+            predictions.split[rows].tolist(),
+            predictions.fold[rows].tolist(),
+            [f"{value:.9g}" for value in predictions.logit[rows].tolist()],  # 9 digits give a float32 back exactly
+            [f"{value:.6f}" for value in _sigmoid(predictions.logit[rows]).tolist()],
+        )
+        yield csv_bytes(() if start else COLUMNS, zip(*columns, strict=True))
+
+
+def _samples_csv(predictions: Predictions, tables: Mapping[str, Samples]) -> Iterator[bytes]:
     letter = {vote: letter for letter, vote in _VOTE.items()}
-
-    def rows() -> Iterator[tuple[str, ...]]:
-        for name in dict.fromkeys(predictions.dataset.tolist()):
-            table = tables[name]
-            table = table.select(np.isin(table.id, predictions.id[predictions.dataset == name]))
-            votes = ["".join(letter[vote] for vote in row) for row in table.votes.tolist()]
-            columns = (table.id, table.label, table.group, table.split, votes, table.domain, table.sha256)
-            for row in zip(*columns, strict=True):
-                yield (name, *map(str, row))
-
-    return csv_bytes(SAMPLE_COLUMNS, rows())
+    yield csv_bytes(SAMPLE_COLUMNS, ())
+    for name in dict.fromkeys(dataset for dataset, _ in predictions.sets()):
+        table, ids = tables[name], predictions.id[predictions.dataset == name]
+        ids = ids[np.append(True, ids[1:] != ids[:-1])]  # a patch's fold models mostly stand together
+        if not np.array_equal(ids, table.id):
+            table = table.select(np.isin(table.id, ids))
+        for start in range(0, len(table), _ROWS):
+            rows = slice(start, start + _ROWS)
+            votes = ["".join(letter[vote] for vote in row) for row in table.votes[rows].tolist()]
+            columns = (table.id, table.label, table.group, table.split, None, table.domain, table.sha256)
+            listed = (votes if column is None else column[rows].tolist() for column in columns)
+            yield csv_bytes((), zip(repeat(name), *listed, strict=False))
 
 
 class _Lines:
@@ -485,9 +510,10 @@ class _Lines:
 
 
 def csv_bytes(header: Sequence[str], rows: Iterable[Sequence[object]]) -> bytes:
-    """A CSV file that gives every cell back, whatever characters it holds."""
+    """A CSV file that gives every cell back, whatever characters it holds; without a header, a further part of one."""
     out = _Lines()
     writer = csv.writer(out, lineterminator="\r\n")  # told "\n", Python before 3.13 leaves a lone "\r" unquoted
-    writer.writerow(header)
+    if header:
+        writer.writerow(header)
     writer.writerows(rows)
     return "".join(out.lines).encode()

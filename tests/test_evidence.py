@@ -271,6 +271,23 @@ def test_very_many_clusters_need_no_widening(monkeypatch):
     assert widened.low < plain.low < plain.high < widened.high
 
 
+def test_of_very_many_patches_bundles_are_drawn_and_intervals_stay_as_wide(monkeypatch):
+    rng = np.random.default_rng(1)
+    label = np.arange(3000) % 4 == 0
+    judged = patches(label, np.clip(0.3 + 0.2 * label + 0.2 * rng.standard_normal(3000), 0, 1))
+    how = Resampling(replicates=2000)
+    alone = judge(judged, how=how)
+    monkeypatch.setattr(evidence, "_MANY", 1000)
+    monkeypatch.setattr(evidence, "_BUNDLES", 500)
+    bundled = judge(judged, how=how)
+    assert (bundled.n_clusters, bundled.unit) == (3000, "sample")
+    assert evidence._clusters(judged.group).independent
+    for name, figure in bundled.figures.items():
+        expected = alone.figures[name]
+        assert figure.value == pytest.approx(expected.value, abs=1e-12)
+        assert figure.high - figure.low == pytest.approx(expected.high - expected.low, rel=0.15)
+
+
 def test_ten_thousand_replicates_take_well_under_two_seconds():
     rng = np.random.default_rng(0)
     label = np.arange(2107) % 10 == 0

@@ -101,6 +101,21 @@ def test_every_resample_equals_the_figures_of_its_repeated_rows(monkeypatch, blo
         assert {name: found[name][j] for name in metrics.NAMES} == pytest.approx(expected, abs=1e-12)
 
 
+def test_of_very_many_samples_resamples_are_rounded_and_the_figures_themselves_are_not(monkeypatch):
+    y, p = data(3, n=4000, decimals=6)
+    cluster, count = resamples(0, 200, len(y), replicates=200)
+    exact = metrics.resampled_scores(metrics.tally(y, p, cluster=cluster, n_clusters=200), count)
+    monkeypatch.setattr(metrics, "_MANY", 1000)
+    monkeypatch.setattr(metrics, "_STEPS", 500)
+    scores = metrics.scores(y, p)
+    assert scores["auroc"] == pytest.approx(sk.roc_auc_score(y, p), abs=1e-12)
+    assert scores["average_precision"] == pytest.approx(sk.average_precision_score(y, p), abs=1e-12)
+    rounded = metrics.resampled_scores(metrics.tally(y, p, cluster=cluster, n_clusters=200), count)
+    for name in metrics.NAMES:
+        expected, found = (np.quantile(values[name], [0.025, 0.975]) for values in (exact, rounded))
+        np.testing.assert_allclose(found, expected, atol=0.01 * (expected[1] - expected[0]))
+
+
 def test_only_the_figures_asked_for_are_given():
     y, p = data(2)
     tallied = metrics.tally(y, p, cluster=np.arange(len(y)), n_clusters=len(y))

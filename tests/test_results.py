@@ -13,6 +13,7 @@ import pytest
 
 from features.console import UserError
 from features.samples import Samples, make_samples
+from probe import results
 from probe.results import (
     COLUMNS,
     SAMPLE_COLUMNS,
@@ -380,3 +381,13 @@ def test_a_run_of_another_format_is_refused(tmp_path):
     edit_record(folder, format=2)
     with pytest.raises(UserError, match="is a run of format 2; this version reads format 1"):
         read_run(folder)
+
+
+def test_csv_files_made_in_pieces_are_the_same(tmp_path, monkeypatch):
+    whole = made_run(tmp_path / "whole")
+    monkeypatch.setattr(results, "_ROWS", 7)
+    pieces = made_run(tmp_path / "pieces")
+    for name in ("predictions.csv", "samples.csv"):
+        assert (pieces / name).read_bytes() == (whole / name).read_bytes()
+    assert read_run(pieces)["sha256"] == read_run(whole)["sha256"]
+    read_samples(pieces, read_predictions(pieces))

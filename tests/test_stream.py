@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from test_logistic import embeddings, five_folds
 
 from features.console import UserError
 from features.samples import make_samples
@@ -12,7 +13,6 @@ from features.store import Embeddings, FeatureStore
 from probe import protocol, stream
 from probe.logistic import Fits, fit_logistic, predict_logits
 from probe.stream import fit_streamed
-from tests.test_logistic import embeddings, five_folds
 
 STRENGTHS = np.logspace(-4, 0, 4)
 EXACT = 1e-4  # of the logits' spread: what two solutions to a gradient of 1e-6 may differ by
