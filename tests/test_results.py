@@ -389,5 +389,5 @@ def test_csv_files_made_in_pieces_are_the_same(tmp_path, monkeypatch):
     pieces = made_run(tmp_path / "pieces")
     for name in ("predictions.csv", "samples.csv"):
         assert (pieces / name).read_bytes() == (whole / name).read_bytes()
-    assert read_run(pieces)["sha256"] == read_run(whole)["sha256"]
+        assert read_run(pieces)["sha256"][name] == read_run(whole)["sha256"][name]
     read_samples(pieces, read_predictions(pieces))
