@@ -39,6 +39,7 @@ bench: $(STAMP)
 	$(BIN)/python tests/bench_lora_gpu.py
 
 torture: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow
 	OMP_NUM_THREADS=1 $(BIN)/python tests/torture.py
 
 clean:

@@ -78,7 +78,7 @@ def alone() -> dict[str, Any]:
         return {name: trained_alone(case) for name, case in CASES.items()}
 
 
-@pytest.mark.parametrize("n", [2, 3])  # of batches of four images
+@pytest.mark.parametrize("n", [2, pytest.param(3, marks=pytest.mark.slow)])  # of batches of four images
 def test_processes_train_what_a_single_one_does(tmp_path: Path, alone: dict[str, Any], n: int) -> None:
     done = torchrun(n, tmp_path, WORKER, "train", tmp_path)
     assert done.returncode == 0, done.stderr
@@ -249,6 +249,7 @@ def test_a_killed_process_ends_the_others_with_one_message(interrupted: tuple[Pa
     assert [len(history) for history in state.history.values()] == [1, 1]
 
 
+@pytest.mark.slow
 def test_two_processes_resume_to_the_same_bits_and_one_up_to_rounding(
     interrupted: tuple[Path, Any], undisturbed: tuple[Path, Any], material: Path
 ) -> None:
@@ -265,6 +266,7 @@ def test_two_processes_resume_to_the_same_bits_and_one_up_to_rounding(
     assert_same_outcome(outcome(material / by_two), expected)
 
 
+@pytest.mark.slow
 def test_two_processes_resume_what_one_has_begun(material: Path, undisturbed: tuple[Path, Any]) -> None:
     save = protocol.save_state
 
@@ -283,6 +285,7 @@ def test_two_processes_resume_what_one_has_begun(material: Path, undisturbed: tu
     assert_alike(outcome(folder), outcome(undisturbed[0]))
 
 
+@pytest.mark.slow
 def test_torchrun_starts_a_training_again_that_goes_on(undisturbed: tuple[Path, Any], material: Path) -> None:
     done = torchrun(2, material, WORKER, "finetune", 0, 4, *OPTIONS, "--runs", "runs/restarted", restarts=1)
     assert done.returncode == 0, done.stderr

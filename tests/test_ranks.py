@@ -310,6 +310,7 @@ def finish(process: subprocess.Popen[str]) -> str:
     return prose
 
 
+@pytest.mark.slow
 def test_an_array_on_a_file_system_without_locks(patches, weights, alone, tmp_path):
     options = command(patches, weights, tmp_path / "s.zarr")
     elements = [

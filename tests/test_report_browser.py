@@ -23,6 +23,7 @@ import numpy as np
 import pytest
 from conftest import REPOSITORY
 from PIL import Image
+from test_results import edit_record
 
 from extract.datasets import load_dataset
 from features.folds import grouped_folds
@@ -180,8 +181,7 @@ def made(tmp_path_factory) -> Made:
     tables["patches"] = replace(tables["patches"], votes=votes)
     folders = (*probes, adapted(runs, probes[0], tables["patches"]))
     for day, run in enumerate(folders, start=1):  # runs stand by date, and these are all of one second
-        record = json.loads((run / "run.json").read_text())
-        (run / "run.json").write_text(json.dumps(record | {"created": f"2025-01-0{day}T00:00:00Z"}))
+        edit_record(run, created=f"2025-01-0{day}T00:00:00Z")
     text, _, _ = make_report(runs, how=QUICK)
     page = folder / "report.html"
     write_report(text, page)
