@@ -63,8 +63,8 @@ MAX_STEPS = 500  # of one descent on the sample
 
 
 def bytes_per_row(d: int, n_columns: int) -> int:
-    """What `fit_logistic` holds per row: embeddings in float16, float32 and bfloat16, and ten numbers per column."""
-    return 8 * d + 40 * n_columns
+    """What `fit_logistic` holds per row: embeddings in float16, float32 and bfloat16, and thirty numbers per column."""
+    return 8 * d + 120 * n_columns
 
 
 def fits_in_memory(shape: tuple[int, int], n_columns: int) -> bool:

@@ -142,7 +142,7 @@ def test_a_store_beyond_the_budget_is_streamed_and_judged_the_same(problem, monk
     folds = Folds(fold=np.arange(3000) % 5, n_folds=5, source="here", digest="")
     here = protocol.fit_exact(X.read(), y, folds)
     assert isinstance(protocol._loaded(X, 5), np.ndarray)
-    monkeypatch.setattr(stream, "BUDGET", 2**23)
+    monkeypatch.setattr(stream, "BUDGET", 2**25)
     assert protocol._loaded(X, 5) is X
     there = protocol.fit_exact(X, y, folds)
     assert there.record["chosen_strength"] == here.record["chosen_strength"]
