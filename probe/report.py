@@ -237,7 +237,9 @@ def _folders(runs: Path) -> tuple[list[Path], list[str]]:
 def _read_record(folder: Path) -> dict[str, Any]:
     record = read_run(folder)
     missing = [name for name in _NEEDED if name not in record] or [
-        f"folds.{name}" for name in ("n", "digest") if name not in record["folds"]
+        f"folds.{name}"
+        for name in ("n", "digest")
+        if not isinstance(record["folds"], dict) or name not in record["folds"]
     ]
     if missing:
         raise UserError(f"{folder}/run.json lacks {', '.join(missing)}: it is damaged. Run the command again.")
