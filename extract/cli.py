@@ -75,7 +75,7 @@ def extract(
     from extract.backbones import find_backbone
     from extract.datasets import load_dataset
     from extract.embed import ExtractOptions, extract_dataset
-    from extract.ranks import find_share
+    from extract.shard import find_shard
     from extract.views import parse_view
     from features.samples import audit
     from features.store import FeatureStore
@@ -89,11 +89,11 @@ def extract(
     )
     for text in options.views:
         parse_view(text)
-    share = find_share(shard)
+    share = find_shard(shard)
     if engine not in ("local", "ray"):
         raise UserError(f"unknown engine {engine!r}: use local or ray.")
     if engine == "ray":
-        from extract.pool import Work, embed_by_ray, find_ray
+        from extract.ray_actors import Work, embed_by_ray, find_ray
 
         find_ray()
     if engine == "ray" and share.shared:

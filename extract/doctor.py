@@ -29,9 +29,9 @@ from huggingface_hub import constants, get_token
 
 from extract import download, hub
 from extract.backbones import BACKBONES, Backbone, fetch_weights, find_backbone, weight_files
+from extract.compute import find_device, has_bf16
 from extract.datasets import DATA_VARIABLE, check_data, local_data
-from extract.hardware import find_device, has_bf16
-from features.console import Advance, UserError, progress
+from features.console import ProgressCallback, UserError, progress
 from features.store import FeatureStore
 
 Status = Literal["ok", "note", "fail"]
@@ -383,7 +383,10 @@ def _ask_for(backbone: Backbone) -> None:
 
 
 def _answers(
-    questions: Mapping[str, Callable[[], Answer]], *, within: float, advance: Advance = lambda n, note=None: None
+    questions: Mapping[str, Callable[[], Answer]],
+    *,
+    within: float,
+    advance: ProgressCallback = lambda n, note=None: None,
 ) -> dict[str, Answer | UserError]:
     """Answers in the order of the questions; a UserError where that was the answer, or where none came in time."""
     answers: dict[str, Answer | UserError] = {}

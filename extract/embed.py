@@ -7,7 +7,7 @@ all, and the last bits of an embedding do not depend on the number of threads.
 Nothing but the store remembers what is done, so an interrupted run continues where the store ends. The images of a
 forward pass depend only on the row number and the recorded batch size, never on where a run was interrupted: a
 resumed store equals an uninterrupted one bit for bit. Nor do they depend on who computes them: several processes, on
-one machine or many, take their shares of whole steps (extract/ranks.py), and what they must agree on (precision,
+one machine or many, take their shares of whole steps (extract/shard.py), and what they must agree on (precision,
 batch size) is what the first of them recorded in the store when it made the entry.
 """
 
@@ -30,9 +30,16 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from extract.backbones import Backbone, Weights, build_model, check_input_size, fetch_weights, pooling_widths
+from extract.compute import (
+    choose_precision,
+    embed_batch,
+    find_device,
+    largest_batch,
+    optimize_for_inference,
+    out_of_memory,
+)
 from extract.datasets import Decode, PatchDataset
-from extract.hardware import choose_precision, embed_batch, find_device, largest_batch, out_of_memory, settle
-from extract.ranks import Share
+from extract.shard import Shard
 from extract.views import Transform, View, make_transform, parse_view
 from features.console import UserError, progress, say
 from features.layout import rows_per_block
@@ -111,7 +118,7 @@ class _Task:
     dataset: PatchDataset
     store: FeatureStore
     options: ExtractOptions
-    share: Share
+    share: Shard
     device: torch.device
     first: list[NDArray[np.uint8]]  # a few patches to settle networks and precision on
 
@@ -127,7 +134,7 @@ class _Job:
     precision: str
     batch_size: int
     writer: Writer
-    share: Share
+    share: Shard
 
     @property
     def step(self) -> int:
@@ -154,7 +161,7 @@ def extract_dataset(
     store: FeatureStore,
     options: ExtractOptions = ExtractOptions(),
     weights: Path | None = None,
-    share: Share = Share(),
+    share: Shard = Shard(),
 ) -> list[Summary]:
     """Embed every patch of `dataset` by every backbone in every view, and write all poolings to the store.
 
@@ -188,7 +195,7 @@ def prepare(
     store: FeatureStore,
     options: ExtractOptions = ExtractOptions(),
     weights: Path | None = None,
-    share: Share = Share(),
+    share: Shard = Shard(),
 ) -> Prepared:
     """All of `extract_dataset` that comes before the first embedding; see there."""
     if weights is not None and len(backbones) != 1:
@@ -219,7 +226,7 @@ def prepare(
                 entries[backbone.name, view.name] = entry
         if todo:
             model = build_model(backbone, loaded, dynamic=any(view.input_size for view in todo))
-            model = settle(model, device, example=make_transform(backbone, todo[0])(first, device))
+            model = optimize_for_inference(model, device, example=make_transform(backbone, todo[0])(first, device))
             jobs += [_prepare(task, backbone, loaded, model, view) for view in todo]
     entries |= {(job.backbone.name, job.view.name): job.writer.entry for job in jobs}
     names = [(backbone.name, view.name) for backbone in backbones for view in views]
@@ -298,7 +305,7 @@ def _step(entry: Entry, batch_size: int) -> int:
     return max(batch_size, entry.rows_per_block)
 
 
-def _todo(entry: Entry, batch_size: int, share: Share) -> list[range]:
+def _todo(entry: Entry, batch_size: int, share: Shard) -> list[range]:
     step = _step(entry, batch_size)
     # Steps are numbered from the first row on, missing or not, so that all ranks number them alike at any time.
     numbers = sorted({block * entry.rows_per_block // step for block in entry.missing()})

@@ -27,7 +27,7 @@ _SPIN_COUNT = "10000"
 _bars, _quiet = True, False
 
 
-class Advance(Protocol):
+class ProgressCallback(Protocol):
     """Moves a progress bar on by `n` finished units and may say beside it what is going on."""
 
     def __call__(self, n: int, note: str | None = None) -> None: ...
@@ -97,7 +97,7 @@ def no_progress() -> None:
 
 
 @contextmanager
-def progress(description: str, total: int, unit: str = "images") -> Iterator[Advance]:
+def progress(description: str, total: int, unit: str = "images") -> Iterator[ProgressCallback]:
     """A progress bar with rate and time left on a terminal's stderr; nothing at all elsewhere.
 
     Yields:

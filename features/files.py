@@ -36,8 +36,8 @@ _CANNOT_WRITE = {
 
 
 @contextmanager
-def writing(place: Path, *, then: str = "run the same command again") -> Iterator[None]:
-    """Turn the ways in which a disk refuses to be written into one message each, which ends with what to do `then`."""
+def writing(place: Path, *, remedy: str = "run the same command again") -> Iterator[None]:
+    """Turn a refusal of the disk into one message, which ends with what to do: `remedy`."""
     try:
         yield
     except OSError as error:
@@ -45,7 +45,7 @@ def writing(place: Path, *, then: str = "run the same command again") -> Iterato
             raise
         raise UserError(
             f"cannot write to {place}: {error.strerror}. Everything written so far is kept: "
-            f"{_CANNOT_WRITE[error.errno]}, then {then}."
+            f"{_CANNOT_WRITE[error.errno]}, then {remedy}."
         ) from error
 
 

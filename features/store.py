@@ -4,7 +4,7 @@ A Zarr v3 store (docs/store-format.md is its specification). Every array has its
 written in blocks of whole rows, each once. zarr itself encodes and decodes the patch table; the blocks of embeddings
 are plain files (raw float16 and a checksum), made and read here directly: the writer can then put them in their place
 in a safe order, and the reader maps them into memory. Any Zarr reader opens them. Whether files lie in a folder or in
-a bucket is for `features.place` to know.
+a bucket is for `features.storage` to know.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from zarr.abc.buffer import Buffer
 from zarr.buffer import cpu
 from zarr.storage import MemoryStore
 
-from features.console import Advance, UserError, nearest, progress
+from features.console import ProgressCallback, UserError, nearest, progress
 from features.layout import (
     MAX_ROWS_PER_BLOCK,
     MIN_ROWS_PER_BLOCK,
@@ -39,8 +39,8 @@ from features.layout import (
     not_finite,
     rows_per_block,
 )
-from features.place import METADATA, Fetched, Place, PlaceError, find_place
 from features.samples import Samples
+from features.storage import METADATA, Fetched, Storage, StorageError, find_storage
 
 FORMAT = "mitofm-features"
 FORMAT_VERSION = 1
@@ -128,7 +128,7 @@ class Entry:
     batch_size: int | None
     imported: bool
     n_done: int
-    place: Place
+    place: Storage
     key: str
 
     @property
@@ -192,7 +192,7 @@ class Problem:
 class FeatureStore:
     """An open feature store. Build one with `FeatureStore.open` or `FeatureStore.open_or_create`."""
 
-    def __init__(self, place: Place) -> None:
+    def __init__(self, place: Storage) -> None:
         self.place = place
         self._verified: set[Hashable] = set()  # versions of blocks whose checksums have held
         self._kept: dict[Hashable, NDArray[np.float16]] = {}  # each holds a file descriptor, or memory:
@@ -210,10 +210,10 @@ class FeatureStore:
         Raises:
             UserError: if there is none, it is something else, a newer version wrote it, or it cannot be reached.
         """
-        return cls._open(find_place(where))
+        return cls._open(find_storage(where))
 
     @classmethod
-    def _open(cls, place: Place) -> FeatureStore:
+    def _open(cls, place: Storage) -> FeatureStore:
         if not place.exists(METADATA):
             what = "is not a feature store (it has no zarr.json)" if place.exists("") else "does not exist"
             raise UserError(f"{place.root} {what}. Run fm-extract first, or name the store with --store.")
@@ -235,7 +235,7 @@ class FeatureStore:
         Raises:
             UserError: as `open`; if something else lies there; or if the place cannot be written.
         """
-        place = find_place(where)
+        place = find_storage(where)
         if not place.exists(METADATA):
             if not place.vacant() and not place.exists(METADATA):  # another process may just have made the store
                 raise UserError(
@@ -341,7 +341,7 @@ class FeatureStore:
         if stored.get("table_digest") == attributes["table_digest"]:
             try:
                 self.samples(attributes["name"])
-            except PlaceError:
+            except StorageError:
                 raise
             except UserError:
                 pass  # a damaged table, or one whose replacement was cut short, is written anew
@@ -545,7 +545,7 @@ class FeatureStore:
         for key in self._dataset_keys(dataset):
             try:
                 self.samples(dataset or str(_attributes(self.place, key).get("name")))
-            except PlaceError:
+            except StorageError:
                 raise
             except UserError as error:
                 problems.append(Problem(key, None, None, str(error)))
@@ -553,7 +553,7 @@ class FeatureStore:
         for key in self._entry_keys(dataset, model):
             try:
                 entry = _read_entry(self.place, key)
-            except PlaceError:
+            except StorageError:
                 raise
             except UserError as error:
                 problems.append(Problem(key, None, None, str(error)))
@@ -571,11 +571,11 @@ class FeatureStore:
                     problems += self._verify_array(entry, pooling, advance)
         return problems
 
-    def _verify_array(self, entry: Entry, pooling: str, advance: Advance) -> Iterator[Problem]:
+    def _verify_array(self, entry: Entry, pooling: str, advance: ProgressCallback) -> Iterator[Problem]:
         where = f"{entry.name}/{pooling}"
         try:
             _check_array(entry, pooling)
-        except PlaceError:
+        except StorageError:
             raise
         except UserError as error:
             yield Problem(where, None, None, str(error))
@@ -588,7 +588,7 @@ class FeatureStore:
                 embeddings = chunks.reshape(-1, entry.poolings[pooling])[: len(rows)]
                 if not_finite(embeddings).any():
                     raise _bad_block(entry, pooling, block, "holds NaN or infinity")
-            except PlaceError:
+            except StorageError:
                 raise
             except UserError as error:
                 yield Problem(where, block, (rows.start, rows.stop - 1), str(error))
@@ -787,7 +787,7 @@ class Writer:
             return
         try:
             stored = _attributes(self.entry.place, self.entry.key).get("fingerprint")
-        except PlaceError:
+        except StorageError:
             raise
         except UserError:
             stored = None
@@ -823,7 +823,7 @@ def _encode_samples(samples: Samples) -> dict[str, list[bytes]]:
     return files
 
 
-def _read_samples(place: Place, key: str, n_samples: int, n_raters: int) -> Samples:
+def _read_samples(place: Storage, key: str, n_samples: int, n_raters: int) -> Samples:
     _attributes(place, key)
     metadata = column_metadata(n_samples, n_raters)
 
@@ -871,7 +871,7 @@ def _create_entry(entry: Entry, *, replaced: bool, swept: bool) -> None:
 _STORED = [field.name for field in fields(Entry) if field.name not in ("n_done", "place", "key")]
 
 
-def _read_entry(place: Place, key: str) -> Entry:
+def _read_entry(place: Storage, key: str) -> Entry:
     _attributes(place, key.rpartition("/")[0])
     attributes = _attributes(place, key)
     try:
@@ -897,7 +897,7 @@ def _check_array(entry: Entry, pooling: str) -> None:
     _check_metadata(entry.place, f"{entry.key}/{pooling}", entry.grid(pooling).metadata(), _OVERWRITE)
 
 
-def _check_metadata(place: Place, key: str, expected: dict[str, Any], remedy: str) -> dict[str, Any]:
+def _check_metadata(place: Storage, key: str, expected: dict[str, Any], remedy: str) -> dict[str, Any]:
     document = _read_json(place, key, remedy)
     for name, value in expected.items():
         if document.get(name) != value:
@@ -906,7 +906,7 @@ def _check_metadata(place: Place, key: str, expected: dict[str, Any], remedy: st
     return document
 
 
-def _attributes(place: Place, key: str) -> dict[str, Any]:
+def _attributes(place: Storage, key: str) -> dict[str, Any]:
     """The attributes of a group, checked against their digest where they have one."""
     remedy = "restore it from a copy, or remove this folder and compute it again"
     document = _read_json(place, key, remedy)
@@ -919,7 +919,7 @@ def _attributes(place: Place, key: str) -> dict[str, Any]:
     return attributes
 
 
-def _read_json(place: Place, key: str, remedy: str) -> dict[str, Any]:
+def _read_json(place: Storage, key: str, remedy: str) -> dict[str, Any]:
     try:
         document = json.loads(place.read(f"{key}/{METADATA}" if key else METADATA))
     except (ValueError, RecursionError) as error:
@@ -957,7 +957,7 @@ def _incomplete(entry: Entry) -> str:
     )
 
 
-def _refuse_in_use(place: Place, key: str) -> None:
+def _refuse_in_use(place: Storage, key: str) -> None:
     folder = place.in_use(key)
     if folder is not None:
         raise UserError(f"{folder} is being written: wait until its writer has finished, or stop it.")
@@ -987,7 +987,7 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = ""
             yield prefix.removeprefix("parts.") + key, json.dumps(was), json.dumps(now)
 
 
-def _write_group(place: Place, key: str, attributes: dict[str, Any]) -> None:
+def _write_group(place: Storage, key: str, attributes: dict[str, Any]) -> None:
     place.write(f"{key}/{METADATA}" if key else METADATA, [_group(attributes)])
 
 

@@ -69,7 +69,7 @@ def save_state(folder: Path, state: State) -> None:
         "n_images": state.n_images,
     }
     described["sha256"] = _digest(described, tensors)
-    with writing(folder, then=GO_ON):
+    with writing(folder, remedy=GO_ON):
         write_file(folder / CHECKPOINT_FILE, [safetensors.torch.save(tensors, {"state": json.dumps(described)})])
 
 

@@ -78,8 +78,8 @@ def finetune(
 ) -> None:
     from finetune import protocol
     from finetune.lora import LoraOptions
-    from finetune.ranks import joined
-    from probe.results import read_run
+    from finetune.process_group import joined
+    from probe.runs import read_run
 
     with joined() as ranks:
         options = protocol.FinetuneOptions(

@@ -205,7 +205,7 @@ def trainable(model: nn.Module) -> list[Parameter]:
     return [parameter for _, module in adapters(model) for parameter in (module.A, module.B)]
 
 
-def lower_frozen(model: nn.Module, dtype: torch.dtype) -> None:
+def cast_frozen(model: nn.Module, dtype: torch.dtype) -> None:
     """Keep the frozen weights beside the adapters in the type that autocast multiplies them in.
 
     The products are the same to the bit, without a cast in every pass and with half the memory. What is merged
@@ -473,7 +473,7 @@ def save_adapter(model: nn.Module, folder: Path, *, fold: int, head: Mapping[str
         "fan_in_fan_out": False,
         "inference_mode": True,
     }
-    with writing(folder, then="save again"):
+    with writing(folder, remedy="save again"):
         folder.mkdir(parents=True, exist_ok=True)
         write_file(folder / WEIGHTS_FILE, [safetensors.torch.save(tensors, {"format": "pt"})])
         write_file(folder / CONFIG_FILE, [json.dumps(config, indent=2).encode()])

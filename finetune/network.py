@@ -29,9 +29,9 @@ from finetune.lora import (
     WHOLE,
     LoraOptions,
     add_adapters,
+    cast_frozen,
     classifier_name,
     load_adapter,
-    lower_frozen,
     merge,
     read_tensors,
     save_adapter,
@@ -39,7 +39,7 @@ from finetune.lora import (
     select_folds,
     trainable,
 )
-from finetune.ranks import Ranks, share_norms
+from finetune.process_group import ProcessGroup, synchronize_batch_norms
 
 Method = Literal["lora", "full", "head"]
 METHODS: tuple[Method, ...] = ("lora", "full", "head")
@@ -90,7 +90,7 @@ class Network(nn.Module):
             ValueError: folds that the method cannot hold at once.
         """
         super().__init__()
-        self._twins: list[Network] = []
+        self._replicas: list[Network] = []
         self.part, self.n_shared_norms = WHOLE, 0
         if list(folds) != list(range(len(folds))) and (method == "lora" or len(folds) != 1):
             raise ValueError(f"{method} cannot hold the folds {list(folds)} at once")
@@ -135,37 +135,37 @@ class Network(nn.Module):
             start = end
         self._trained = [tensor for tensor, _ in pieces[: len(stacked) + len(own)]]
 
-    def twins(self, n: int) -> list[Network]:
+    def replicas(self, n: int) -> list[Network]:
         """This network and others, n in all, that compute at the same time on the same tensors.
 
         Which folds a pass holds is written into the adapted modules, so threads need modules of their own. Gradients of
         all add up in the same place; where each works on other folds, in any order to the same bits.
         """
         shared = {id(tensor): tensor for tensor in (self.values, self.gradients, *self.parameters(), *self.buffers())}
-        while len(self._twins) < n - 1:
-            self._twins.append(copy.deepcopy(self, shared | {id(self._twins): []}))
-        return [self, *self._twins[: n - 1]]
+        while len(self._replicas) < n - 1:
+            self._replicas.append(copy.deepcopy(self, shared | {id(self._replicas): []}))
+        return [self, *self._replicas[: n - 1]]
 
-    def forget_twins(self) -> None:
+    def forget_replicas(self) -> None:
         """Before the modules change."""
-        self._twins.clear()
+        self._replicas.clear()
 
     def compute_in(self, precision: str) -> None:
         """Prepare for many passes in a precision, "fp32" or "bf16" (autocast). Afterwards nothing can be merged."""
         if self.method == "lora" and precision == "bf16":
-            lower_frozen(self.model, torch.bfloat16)
+            cast_frozen(self.model, torch.bfloat16)
 
-    def share_batches(self, ranks: Ranks, batch_size: int) -> None:
+    def share_batches(self, ranks: ProcessGroup, batch_size: int) -> None:
         """Let training steps hold this process's share of each fold's batch; batch norms that learn see all of it.
 
         Raises:
             UserError: a batch norm of an unknown kind.
         """
-        self.forget_twins()
+        self.forget_replicas()
         own = ranks.share(batch_size)
         self.part = (own.start, own.stop - own.start, batch_size)
         if self.method == "full" and ranks.size > 1:
-            self.n_shared_norms += share_norms(self.model, ranks)
+            self.n_shared_norms += synchronize_batch_norms(self.model, ranks)
 
     def compile_backbone(self) -> None:
         """Have torch.compile translate the backbone's forward and backward pass; the first step takes minutes."""
@@ -296,6 +296,6 @@ def _write_tensors(path: Path, tensors: dict[str, Tensor], timm: dict[str, Any] 
     """Write a file whose metadata says how timm builds the network: one key, as several would come in random order."""
     described = {"timm": json.dumps(timm)} if timm else {"format": "pt"}
     whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    with writing(path.parent, then="save again"):
+    with writing(path.parent, remedy="save again"):
         path.parent.mkdir(parents=True, exist_ok=True)
         write_file(path, [safetensors.torch.save(whole, described)])

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from extract.backbones import build_model, check_input_size, find_backbone
-from extract.hardware import find_device
+from extract.compute import find_device
 from extract.views import make_transform
 from finetune.lora import StackedLora, adapters
 from finetune.network import Network

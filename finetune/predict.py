@@ -12,11 +12,11 @@ import torch
 from numpy.typing import NDArray
 
 from extract.backbones import Backbone, Weights, build_model, fetch_weights, find_backbone
+from extract.compute import embed_batch, find_device, optimize_for_inference
 from extract.datasets import Patches, load_patches
 from extract.embed import backbone_parts, decoded
-from extract.hardware import embed_batch, find_device, settle
 from extract.views import View, parse_view
-from features.console import Advance, UserError, progress, say
+from features.console import ProgressCallback, UserError, progress, say
 from features.files import write_file, writing
 from features.store import differences, to_float16
 from finetune.network import Network
@@ -29,15 +29,15 @@ from finetune.protocol import (
     rounds_of,
     transform_of,
 )
-from finetune.train import Machine
+from finetune.train import Compute
 from probe.logistic import predict_logits
-from probe.results import check_weights, csv_bytes, read_run, read_weights
+from probe.runs import check_weights, csv_bytes, read_run, read_weights
 
 COLUMNS = ("source", "id", "probability", "predicted", "spread")
 _BATCH = {"cpu": 8, "cuda": 64}  # images per forward pass of a frozen backbone
 # Parts of a fingerprint that say where and on what numbers were computed, not which function computed them.
 _CIRCUMSTANCES = ("dataset_digest", "source_mpp", "poolings", "device", "revision")
-_Judge = Callable[[Patches, Advance], NDArray[np.float32]]  # patches to logits (n, n_folds)
+_Judge = Callable[[Patches, ProgressCallback], NDArray[np.float32]]  # patches to logits (n, n_folds)
 
 
 def predict_paths(
@@ -134,10 +134,10 @@ def _probe_judge(
     pooling = record["card_pooling"] if record["pooling"] == "card" else record["pooling"]
     model = build_model(backbone, loaded, dynamic=view.input_size is not None)
     example = torch.zeros(1, 3, transform.input_size, transform.input_size, device=device)
-    model = settle(model, device, example=example)
+    model = optimize_for_inference(model, device, example=example)
     precision, size = str(record["embedding"]["precision"]), _BATCH[device.type]
 
-    def judge(patches: Patches, advance: Advance) -> NDArray[np.float32]:
+    def judge(patches: Patches, advance: ProgressCallback) -> NDArray[np.float32]:
         units = [range(start, min(start + size, len(patches.id))) for start in range(0, len(patches.id), size)]
         found = []
         with closing(decoded(patches.decode, units)) as ready:
@@ -160,7 +160,7 @@ def _finetuned_judge(
     view = parse_view(record["view"])
     transform = transform_of(backbone, view, record["recipe"]["statistics"])
     n_folds = int(record["folds"]["n"])
-    machine = Machine(device, str(record["embedding"]["precision"]), default_folds_at_once(device, n_folds))
+    machine = Compute(device, str(record["embedding"]["precision"]), default_folds_at_once(device, n_folds))
     rounds = rounds_of(options, n_folds)
 
     def network_of(folds: tuple[int, ...]) -> Network:
@@ -171,7 +171,7 @@ def _finetuned_judge(
 
     shared = network_of(rounds[0]) if len(rounds) == 1 else None
 
-    def judge(patches: Patches, advance: Advance) -> NDArray[np.float32]:
+    def judge(patches: Patches, advance: ProgressCallback) -> NDArray[np.float32]:
         rows = np.arange(len(patches.id))
         each = [
             patch_logits(shared or network_of(folds), patches.decode, rows, transform, machine=machine, advance=advance)

@@ -28,12 +28,12 @@ from extract.backbones import (
     fetch_weights,
     find_backbone,
 )
+from extract.compute import find_device, has_bf16
 from extract.datasets import DATASETS, Decode, PatchDataset, is_at_hand, load_dataset
 from extract.embed import decoded, fingerprint_parts
-from extract.hardware import find_device, has_bf16
 from extract.registry import IMAGENET_MEAN, IMAGENET_STD
 from extract.views import Transform, View, make_transform, parse_view
-from features.console import Advance, Interrupted, UserError, nearest, progress, say
+from features.console import Interrupted, ProgressCallback, UserError, nearest, progress, say
 from features.files import sweep, write_file, writing
 from features.folds import SEED, Folds, grouped_folds
 from features.samples import TEST, audit
@@ -41,11 +41,11 @@ from features.store import differences, fingerprint
 from finetune.checkpoint import CHECKPOINT_FILE, FORMAT, GO_ON, START_FILE, State, load_state, save_state
 from finetune.lora import LoraOptions
 from finetune.network import METHODS, Method, Network
-from finetune.ranks import ALONE, Lost, Ranks
+from finetune.process_group import SINGLE_PROCESS, ProcessGroup, ProcessLostError
 from finetune.recipes import RECIPES, Recipe, best_epoch, recipe_for
 from finetune.train import (
     EVALUATION_BATCH,
-    Machine,
+    Compute,
     TrainingSet,
     checkpoint_gradients,
     network_logits,
@@ -54,7 +54,7 @@ from finetune.train import (
     validation_logits,
 )
 from probe.evidence import evaluate
-from probe.results import VALIDATION, Predictions, concatenate, finish_run, new_run_id, predictions_of, versions
+from probe.runs import VALIDATION, Predictions, concatenate, finish_run, new_run_id, predictions_of, versions
 
 _PREPARE_BATCH = 64  # patches decoded and resized together
 _MEMORY_SHARE = 0.3  # of a GPU's free memory that patches may fill
@@ -168,7 +168,7 @@ class Setup:
     transform: Transform
     precision: str
     device: torch.device
-    ranks: Ranks
+    ranks: ProcessGroup
 
     @property
     def rounds(self) -> list[tuple[int, ...]]:
@@ -194,7 +194,9 @@ class Setup:
         }
 
 
-def finetune(options: FinetuneOptions, *, compute: ComputeOptions, runs: Path, ranks: Ranks = ALONE) -> Path:
+def finetune(
+    options: FinetuneOptions, *, compute: ComputeOptions, runs: Path, ranks: ProcessGroup = SINGLE_PROCESS
+) -> Path:
     """Train a backbone on patches, fold by fold, and write a run; returns its folder.
 
     Of processes that train together, each calls it with its own `ranks`. Where torchrun has started them anew, they go
@@ -257,7 +259,9 @@ def _meet(setup: Setup) -> None:
     setup.ranks.connect(setup.device)
 
 
-def resume(folder: Path, *, given: Mapping[str, Any], compute: Mapping[str, Any], ranks: Ranks = ALONE) -> Path:
+def resume(
+    folder: Path, *, given: Mapping[str, Any], compute: Mapping[str, Any], ranks: ProcessGroup = SINGLE_PROCESS
+) -> Path:
     """Go on with an interrupted training; the result is the one it would have had.
 
     Args:
@@ -296,7 +300,7 @@ def resume(folder: Path, *, given: Mapping[str, Any], compute: Mapping[str, Any]
     return _train_and_finish(setup, folder, new_network(setup, setup.rounds[0]))
 
 
-def prepare(options: FinetuneOptions, compute: ComputeOptions, ranks: Ranks = ALONE) -> Setup:
+def prepare(options: FinetuneOptions, compute: ComputeOptions, ranks: ProcessGroup = SINGLE_PROCESS) -> Setup:
     """Find and check everything that a training needs.
 
     Raises:
@@ -388,7 +392,7 @@ def _train_and_finish(setup: Setup, folder: Path, network: Network) -> Path:
         _train(setup, folder, network)
     except Interrupted:
         raise UserError(f"interrupted. Finished epochs are kept; go on with: fm-finetune --resume {folder}") from None
-    except Lost as error:
+    except ProcessLostError as error:
         raise UserError(f"{error} Finished epochs are kept; go on with: fm-finetune --resume {folder}") from error
     return folder
 
@@ -397,7 +401,7 @@ def _train(setup: Setup, folder: Path, network: Network) -> None:
     """Train every round that has not finished, save each fold's best epoch, judge them all, and complete the run."""
     at_once = setup.compute.folds_at_once or default_folds_at_once(setup.device, setup.folds.n_folds)
     ranks = setup.ranks
-    machine = Machine(setup.device, setup.precision, min(at_once, len(setup.rounds[0])), ranks)
+    machine = Compute(setup.device, setup.precision, min(at_once, len(setup.rounds[0])), ranks)
     if setup.device.type == "cuda":
         _compute_reproducibly()
     data = TrainingSet(
@@ -443,7 +447,7 @@ def _train(setup: Setup, folder: Path, network: Network) -> None:
     seconds = state.seconds + time.perf_counter() - started
     if not ranks.first:
         return
-    with writing(folder, then=GO_ON):
+    with writing(folder, remedy=GO_ON):
         record = _record(setup, network, state, machine)
         finish_run(
             folder,
@@ -476,7 +480,7 @@ def _merge_folds(setup: Setup, folder: Path) -> None:
         network.save_merged(fold_folder(folder, fold), fold)
 
 
-def _judge(setup: Setup, folder: Path, data: TrainingSet, machine: Machine) -> Iterator[Predictions]:
+def _judge(setup: Setup, folder: Path, data: TrainingSet, machine: Compute) -> Iterator[Predictions]:
     """Held-out rows under their own fold's weights, and every test set under all folds', from the saved weights."""
     samples = setup.patches.samples
     sets = [(setup.patches, np.flatnonzero(samples.split == TEST))]
@@ -509,8 +513,8 @@ def patch_logits(
     rows: NDArray[np.intp],
     transform: Transform,
     *,
-    machine: Machine,
-    advance: Advance,
+    machine: Compute,
+    advance: ProgressCallback,
 ) -> NDArray[np.float32]:
     """Logits (len(rows), n_folds) of patches, each under the weights of all of the network's folds."""
     size = EVALUATION_BATCH[machine.device.type]
@@ -531,7 +535,7 @@ def patch_logits(
     return machine.ranks.gathered(np.concatenate(found), len(rows), machine.device)
 
 
-def _record(setup: Setup, network: Network, state: State, machine: Machine) -> dict[str, Any]:
+def _record(setup: Setup, network: Network, state: State, machine: Compute) -> dict[str, Any]:
     """What run.json says of a fine-tuned run."""
     patches = [setup.patches, *setup.tests]
     cost: dict[str, Any] = {

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from finetune.augment import AugmentOptions
-from probe.sgd import PaperRecipe
+from probe.paper import PaperRecipe
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,7 +6,7 @@ optimiser moves its own row. After an epoch each fold is judged on its held-out 
 long leaves. The random numbers of an epoch follow from (seed, fold, epoch), so a fold's training depends neither on the
 folds beside it nor on interruptions.
 
-Several processes may share the batches (`finetune.ranks`): each takes its rows of the very same draws.
+Several processes may share the batches (`finetune.process_group`): each takes its rows of the very same draws.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from extract.hardware import out_of_memory
+from extract.compute import out_of_memory
 from extract.views import Transform
-from features.console import Advance, UserError, say
+from features.console import ProgressCallback, UserError, say
 from features.folds import Folds
 from finetune.augment import augment, draw
 from finetune.checkpoint import State
 from finetune.lora import seed_of
 from finetune.network import Network
-from finetune.ranks import ALONE, Ranks
+from finetune.process_group import SINGLE_PROCESS, ProcessGroup
 from finetune.recipes import Recipe, best_epoch, learning_rate, stopped
 from probe.metrics import auroc, balanced_accuracy
 
@@ -65,7 +65,7 @@ class TrainingSet:
 
 
 @dataclass
-class Machine:
+class Compute:
     """How steps are computed; never what they compute, up to rounding.
 
     Attributes:
@@ -78,7 +78,7 @@ class Machine:
     device: torch.device
     precision: str
     folds_at_once: int
-    ranks: Ranks = ALONE
+    ranks: ProcessGroup = SINGLE_PROCESS
 
     def autocast(self) -> AbstractContextManager[Any]:
         """The precision as a context."""
@@ -96,7 +96,7 @@ class Machine:
         if n == 1:
             return [work(network, group) for group in groups]
         idle: SimpleQueue[Network] = SimpleQueue()
-        for twin in network.twins(n):
+        for twin in network.replicas(n):
             idle.put(twin)
 
         def one(group: list[int]) -> Found:
@@ -139,9 +139,9 @@ def train(
     *,
     state: State,
     seed: int,
-    machine: Machine,
+    machine: Compute,
     save: Callable[[State], None],
-    advance: Advance,
+    advance: ProgressCallback,
 ) -> None:
     """Train the network's folds until each has stopped; the best rows are then in `state.best`.
 
@@ -161,7 +161,7 @@ def train(
     ranks = machine.ranks
     network.share_batches(ranks, recipe.batch_size)
     network.values.copy_(state.values)
-    ranks.follow_first_(network.values)  # should another processor have drawn another last bit
+    ranks.broadcast_(network.values)  # should another processor have drawn another last bit
     state.values = network.values
     optimizers = {
         fold: _optimizer(row, recipe, state.moments[at], state.n_steps[at])
@@ -180,7 +180,7 @@ def train(
             step = epoch * 2**20 + batch
             for fold, loss in _backward(network, data, recipe, plans, folds, batch, step=step, machine=machine).items():
                 losses[fold] += loss
-            ranks.sum_(network.gradients)
+            ranks.all_reduce_(network.gradients)
             for fold in folds:
                 rate = learning_rate(state.history[fold], recipe, batch=batch, n_batches=plans[fold].n_batches)
                 optimizers[fold].param_groups[0]["lr"] = rate
@@ -190,7 +190,7 @@ def train(
             state.n_images += len(folds) * recipe.batch_size
 
         total = torch.stack([losses[fold] for fold in active])
-        ranks.sum_(total)
+        ranks.all_reduce_(total)
         mean_loss = {fold: loss / plans[fold].n_batches for fold, loss in zip(active, total.tolist(), strict=True)}
         _require_finite(mean_loss, epoch, recipe)
         logits = validation_logits(network, data, active, machine=machine)
@@ -222,7 +222,7 @@ def train(
 
 
 def validation_logits(
-    network: Network, data: TrainingSet, folds: Sequence[int], *, machine: Machine
+    network: Network, data: TrainingSet, folds: Sequence[int], *, machine: Compute
 ) -> dict[int, NDArray[np.float32]]:
     """Each fold's logit (Atypical minus Normal) of its own held-out rows, in their order."""
     size = EVALUATION_BATCH[machine.device.type]
@@ -248,7 +248,7 @@ def validation_logits(
 
 @torch.inference_mode()
 def network_logits(
-    network: Network, transform: Transform, pixels: Tensor, folds: Sequence[int], *, machine: Machine
+    network: Network, transform: Transform, pixels: Tensor, folds: Sequence[int], *, machine: Compute
 ) -> Tensor:
     """Logits (f, b), Atypical minus Normal, of pixels (f * b, 3, s, s), fold after fold, each under its own weights.
 
@@ -317,7 +317,7 @@ def _backward(
     batch: int,
     *,
     step: int,
-    machine: Machine,
+    machine: Compute,
 ) -> dict[int, Tensor]:
     """Fill the network's gradients from this process's share of one batch of each fold.
 
@@ -374,7 +374,7 @@ def _images(
     return images, data.label[rows.to(data.label.device)]
 
 
-def _save_memory(network: Network, machine: Machine, recipe: Recipe, error: RuntimeError) -> None:
+def _save_memory(network: Network, machine: Compute, recipe: Recipe, error: RuntimeError) -> None:
     """Make the next attempt need less memory, or give up."""
     torch.cuda.empty_cache()
     if network.n_shared_norms:
@@ -402,7 +402,7 @@ def checkpoint_gradients(network: Network) -> bool:
     if getattr(model, "grad_checkpointing", False) or not hasattr(model, "set_grad_checkpointing"):
         return False
     model.set_grad_checkpointing(True)
-    network.forget_twins()
+    network.forget_replicas()
     return True
 
 

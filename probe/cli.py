@@ -51,7 +51,7 @@ def probe(
     from probe.curve import curve_tables, parse_fractions, read_curve, summarise
     from probe.evidence import as_dict
     from probe.protocol import ProbeOptions, probe_store
-    from probe.results import read_run
+    from probe.runs import read_run
 
     options = ProbeOptions(
         cv=cv,

@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 
 from features.console import UserError
 from probe.metrics import scores
-from probe.results import Predictions, read_columns
+from probe.runs import Predictions, read_columns
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -29,7 +29,7 @@ from numpy.typing import ArrayLike, NDArray
 from features.console import UserError
 from features.samples import MISSING_VOTE
 from probe.metrics import NAMES, Tally, resampled_scores, scores, tally
-from probe.results import VALIDATION, Predictions, threshold_of
+from probe.runs import VALIDATION, Predictions, threshold_of
 
 SLIDE, SAMPLE = "slide", "sample"  # what is drawn
 COMPARED = ("balanced_accuracy", "auroc")  # the figures that differences, tests and ranks are of

@@ -41,7 +41,7 @@ Pixels = Callable[[str], NDArray[np.uint8]]  # patch id to (height, width, 3)
 
 
 @dataclass(frozen=True, eq=False)
-class Shown:
+class GalleryPatches:
     """The patches of a page, one row each, the sets in the report's order.
 
     Attributes:
@@ -70,7 +70,7 @@ class Thumbnails:
     Attributes:
         size: pixels of a thumbnail's side.
         sheets: WebP files of `_SIDE` rows and columns, the last one shorter.
-        place: (n,) which picture a row of `Shown` has, counted through all sheets; -1 for none.
+        place: (n,) which picture a row of `GalleryPatches` has, counted through all sheets; -1 for none.
     """
 
     size: int
@@ -94,7 +94,7 @@ class EmbeddingMap:
     Attributes:
         title: model, view and pooling.
         explained: (c,) share of the variance of each component.
-        coordinates: (n, c) of the rows of `Shown`; NaN where the store lacks a patch.
+        coordinates: (n, c) of the rows of `GalleryPatches`; NaN where the store lacks a patch.
     """
 
     title: str
@@ -109,7 +109,7 @@ class EmbeddingMap:
         return {"title": self.title, "explained": [round(share, 4) for share in self.explained], "components": rows}
 
 
-def shown(report: Report, runs: Sequence[Run]) -> Shown:
+def shown(report: Report, runs: Sequence[Run]) -> GalleryPatches:
     """The patches that a page shows: all of them, or of every set half the worst judged and half drawn at random."""
     total = sum(on.n for on in report.sets)
     parts: list[tuple[NDArray[Any], ...]] = []
@@ -133,7 +133,7 @@ def shown(report: Report, runs: Sequence[Run]) -> Shown:
         votes += ["".join("-" if vote == MISSING_VOTE else str(vote) for vote in row) for row in of.votes.tolist()]
         parts.append((np.full(len(rows), number), of.id, of.group, of.domain, of.label, probability[:, rows].T))
     index, id, group, domain, label, each = (np.concatenate(columns) for columns in zip(*parts, strict=True))
-    return Shown(index, id, group, domain, label, tuple(votes), each.T, tuple(left_out))
+    return GalleryPatches(index, id, group, domain, label, tuple(votes), each.T, tuple(left_out))
 
 
 def _kept(label: NDArray[np.int8], probability: NDArray[np.float64], most: int) -> NDArray[np.intp]:
@@ -145,7 +145,9 @@ def _kept(label: NDArray[np.int8], probability: NDArray[np.float64], most: int) 
     return np.sort(np.concatenate([worst[: most // 2], others]))
 
 
-def make_thumbnails(patches: Shown, report: Report, pixels: Mapping[str, Pixels], *, budget: int) -> Thumbnails:
+def make_thumbnails(
+    patches: GalleryPatches, report: Report, pixels: Mapping[str, Pixels], *, budget: int
+) -> Thumbnails:
     """Sheets of pictures of the patches.
 
     Args:
@@ -211,7 +213,9 @@ def _sheet(pictures: Sequence[Image.Image], size: int) -> bytes:
     return file.getvalue()
 
 
-def embedding_maps(patches: Shown, report: Report, runs: Sequence[Run], store: FeatureStore) -> list[EmbeddingMap]:
+def embedding_maps(
+    patches: GalleryPatches, report: Report, runs: Sequence[Run], store: FeatureStore
+) -> list[EmbeddingMap]:
     """One map per backbone, view and pooling that was probed and that the store still holds as it was."""
     from sklearn.decomposition import PCA
 

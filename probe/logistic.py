@@ -142,10 +142,10 @@ def fit_logistic(
         n_iter[unfinished] += steps
         columns = evaluate(data, fold[unfinished], columns.ridge, theta_reached)
 
-    return as_given(data, fold, theta, logits=logits, norm=norm, n_iter=n_iter, tol=tol)
+    return in_original_units(data, fold, theta, logits=logits, norm=norm, n_iter=n_iter, tol=tol)
 
 
-def as_given(
+def in_original_units(
     data: Standardised, fold: Tensor, theta: Tensor, *, logits: Tensor, norm: Tensor, n_iter: Tensor, tol: float
 ) -> Fits:
     """What `fit_logistic` returns, of the solution theta (F * S, d + 1) in the folds' standardised spaces."""

@@ -26,10 +26,10 @@ from probe import charts
 from probe.charts import N_STYLES, Line, Row
 from probe.curve import summarise
 from probe.evidence import COMPARED, Difference, as_dict
-from probe.gallery import EmbeddingMap, Shown, Thumbnails
+from probe.gallery import EmbeddingMap, GalleryPatches, Thumbnails
 from probe.metrics import NAMES
-from probe.report import OnSet, Report, Run
-from probe.results import VALIDATION
+from probe.report import Report, Run, SetReport
+from probe.runs import VALIDATION
 from probe.tables import SOURCES, TRAINED_ON, PublishedFigure, published, published_for
 
 TITLES = {
@@ -53,7 +53,7 @@ def html(
     report: Report,
     runs: Sequence[Run],
     *,
-    patches: Shown,
+    patches: GalleryPatches,
     maps: Sequence[EmbeddingMap],
     sizes: Mapping[str, int],
     has_pictures: bool,
@@ -160,7 +160,7 @@ def _label_names(runs: Sequence[Run]) -> tuple[str, str]:
 # ------------------------------------------------------------------------------------------------------------- sections
 
 
-def _view(on: OnSet, runs: Sequence[Run], sizes: Mapping[str, int]) -> dict[str, Any]:
+def _view(on: SetReport, runs: Sequence[Run], sizes: Mapping[str, int]) -> dict[str, Any]:
     """Everything of one set."""
     having = [(number, run) for number, run in enumerate(runs) if run.label not in on.missing]
     board = _board(on, [run for _, run in having], sizes)
@@ -184,7 +184,7 @@ def _view(on: OnSet, runs: Sequence[Run], sizes: Mapping[str, int]) -> dict[str,
     }
 
 
-def _board(on: OnSet, runs: Sequence[Run], sizes: Mapping[str, int]) -> list[dict[str, Any]]:
+def _board(on: SetReport, runs: Sequence[Run], sizes: Mapping[str, int]) -> list[dict[str, Any]]:
     """The leaderboard's rows, best AUROC first."""
     rows = [
         {
@@ -221,7 +221,7 @@ def _n_of_probe(run: Run) -> int | None:
         return None  # no figure depends on it
 
 
-def _intervals(on: OnSet, having: Sequence[tuple[int, Run]]) -> Markup:
+def _intervals(on: SetReport, having: Sequence[tuple[int, Run]]) -> Markup:
     rows = []
     for number, run in having:
         figures = on.comparison.judgements[run.label].figures
@@ -249,7 +249,7 @@ def _intervals(on: OnSet, having: Sequence[tuple[int, Run]]) -> Markup:
     return charts.intervals([TITLES[name] for name in COMPARED], rows, title=title)
 
 
-def _is_published(on: OnSet, runs: Sequence[Run]) -> bool:
+def _is_published(on: SetReport, runs: Sequence[Run]) -> bool:
     """Whether others published figures on this test set, of models trained on the same data."""
     return (
         on.split != VALIDATION
@@ -258,7 +258,7 @@ def _is_published(on: OnSet, runs: Sequence[Run]) -> bool:
     )
 
 
-def _everything_published(on: OnSet, source: str) -> Row:
+def _everything_published(on: SetReport, source: str) -> Row:
     """A row of the interval plot with every published model."""
     rows = [row for row in published() if (row["dataset"], row["source"]) == (on.dataset, source)]
     nothing = [math.nan] * len(COMPARED)
@@ -279,13 +279,13 @@ def _everything_published(on: OnSet, source: str) -> Row:
     )
 
 
-def _published_of(run: Run, on: OnSet, figure: str) -> dict[str, PublishedFigure | None]:
+def _published_of(run: Run, on: SetReport, figure: str) -> dict[str, PublishedFigure | None]:
     """Source to what it published of the run's model and method on this test set."""
     found = [] if on.split == VALIDATION else published_for(run.record, on.dataset, figure)
     return {source: next((one for one in found if one.source == source), None) for source in SOURCES}
 
 
-def _matrix(on: OnSet, name: str) -> list[tuple[str, list[Difference | None]]]:
+def _matrix(on: SetReport, name: str) -> list[tuple[str, list[Difference | None]]]:
     """Row minus column for every two runs; None where they are the same."""
     labels = list(on.comparison.judgements)
     of = {(pair.first, pair.second): pair.differences[name] for pair in on.comparison.pairs}
@@ -301,12 +301,12 @@ def _matrix(on: OnSet, name: str) -> list[tuple[str, list[Difference | None]]]:
     return [(first, [cell(first, second) for second in labels]) for first in labels]
 
 
-def _percent(on: OnSet) -> str:
+def _percent(on: SetReport) -> str:
     level = next(iter(on.comparison.judgements.values())).level
     return f"{level:.0%}"
 
 
-def _squares(on: OnSet, having: Sequence[tuple[int, Run]]) -> list[dict[str, Any]]:
+def _squares(on: SetReport, having: Sequence[tuple[int, Run]]) -> list[dict[str, Any]]:
     """ROC and precision-recall curves: all runs together, or apart by method where they are many."""
     methods = list(dict.fromkeys(run.record["method"] for _, run in having)) if len(having) > _MANY else [None]
     panels = []
@@ -345,7 +345,7 @@ def _squares(on: OnSet, having: Sequence[tuple[int, Run]]) -> list[dict[str, Any
     return panels
 
 
-def _published(on: OnSet, runs: Sequence[Run]) -> list[dict[str, Any]]:
+def _published(on: SetReport, runs: Sequence[Run]) -> list[dict[str, Any]]:
     """Every published model on this set, both sources side by side, and by how much our best run of the kind is off."""
     if not _is_published(on, runs):
         return []
@@ -406,7 +406,7 @@ def _learning(report: Report, runs: Sequence[Run]) -> list[dict[str, Any]]:
     return found
 
 
-def _pair(on: OnSet) -> tuple[str, str]:
+def _pair(on: SetReport) -> tuple[str, str]:
     return (on.dataset, on.split)
 
 
@@ -476,7 +476,7 @@ def _figures_record(report: Report) -> dict[str, Any]:
 def _data(
     report: Report,
     runs: Sequence[Run],
-    patches: Shown,
+    patches: GalleryPatches,
     maps: Sequence[EmbeddingMap],
     names: tuple[str, str],
 ) -> dict[str, Any]:
@@ -515,7 +515,7 @@ def _rounded(value: float, threshold: float | None) -> float | None:
     return short if (short >= threshold) == (value >= threshold) else value
 
 
-def _threshold(on: OnSet, label: str) -> float | None:
+def _threshold(on: SetReport, label: str) -> float | None:
     return None if label in on.missing else on.comparison.judgements[label].threshold
 
 

@@ -34,8 +34,8 @@ from probe.curve import CURVE_FILE, DRAWS, CurvePoint, Subset, checked_fractions
 from probe.evidence import evaluate
 from probe.logistic import Fits, fit_logistic, predict_logits
 from probe.metrics import auroc, balanced_accuracy, balanced_log_loss
-from probe.results import VALIDATION, Predictions, concatenate, predictions_of, write_run
-from probe.sgd import PaperRecipe, fit_paper_probe
+from probe.paper import PaperRecipe, fit_paper_probe
+from probe.runs import VALIDATION, Predictions, concatenate, predictions_of, write_run
 from probe.stream import fit_streamed, fits_in_memory
 
 Recipe = Literal["exact", "paper"]
@@ -271,7 +271,7 @@ def _choose_strengths(
 
 
 def fit_paper(X: NDArray[np.floating], y: NDArray[np.integer], folds: Folds, *, seed: int) -> Probe:
-    """The paper's own probe; see `probe.sgd`."""
+    """The paper's own probe; see `probe.paper`."""
     fit = fit_paper_probe(X, y, masks=folds.training, seed=seed)
     logits = X.astype(np.float32) @ fit.coef.T + fit.intercept  # (n, F)
     return Probe(

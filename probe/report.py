@@ -36,7 +36,7 @@ from probe.evidence import (
     rows_of,
 )
 from probe.metrics import ECE_BINS, scores
-from probe.results import VALIDATION, Predictions, read_predictions, read_run, read_samples
+from probe.runs import VALIDATION, Predictions, read_predictions, read_run, read_samples
 
 _NEEDED = (
     "id",
@@ -113,7 +113,7 @@ class Curves:
 
 
 @dataclass(frozen=True)
-class OnSet:
+class SetReport:
     """All runs on one set; every mapping is by run label.
 
     Attributes:
@@ -172,7 +172,7 @@ class Report:
     fold_digest: str
     n_folds: int
     how: Resampling
-    sets: tuple[OnSet, ...]
+    sets: tuple[SetReport, ...]
     notes: tuple[str, ...]
 
 
@@ -330,7 +330,7 @@ def collect(runs: Sequence[Run], notes: Sequence[str] = (), *, how: Resampling =
     ordered = sorted(names, key=lambda pair: (pair[1] == VALIDATION, pair[0] != train))
     with progress("compare", len(ordered), unit="sets") as advance, ThreadPoolExecutor(os.cpu_count()) as pool:
 
-        def on_set(pair: tuple[str, str]) -> OnSet:
+        def on_set(pair: tuple[str, str]) -> SetReport:
             found = _on_set(runs, *pair, how)
             advance(1)
             return found
@@ -358,7 +358,7 @@ def collect(runs: Sequence[Run], notes: Sequence[str] = (), *, how: Resampling =
     )
 
 
-def _on_set(runs: Sequence[Run], dataset: str, split: str, how: Resampling) -> OnSet:
+def _on_set(runs: Sequence[Run], dataset: str, split: str, how: Resampling) -> SetReport:
     having = [run for run in runs if (dataset, split) in run.predictions.sets()]
     judged = {run.label: _ensemble(run, dataset, split) for run in having}
     comparison = compare(judged, how=how)  # refuses runs of different patches
@@ -366,7 +366,7 @@ def _on_set(runs: Sequence[Run], dataset: str, split: str, how: Resampling) -> O
     tables = {label: table.select(rows_of(on, table.id)) for label, on in judged.items()}  # in each run's own order
     first = next(iter(tables.values()))
     rated = ((first.votes != MISSING_VOTE).sum(axis=1) >= 2).any()
-    return OnSet(
+    return SetReport(
         dataset=dataset,
         split=split,
         n=len(first),

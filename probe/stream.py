@@ -40,11 +40,11 @@ from probe.logistic import (
     Columns,
     Fits,
     Standardised,
-    as_given,
     check,
     descend,
     dot,
     evaluate,
+    in_original_units,
     inverse_std,
     leading_curvature,
     multiplies_bfloat16,
@@ -143,7 +143,7 @@ def fit_streamed(
         if len(unfinished):  # given up: logits are those of a point ahead
             u = unfinished
             _gradient(rows, data, fold[u], ridge[u], theta[u], logits, u)
-    return as_given(data, fold, theta, logits=logits, norm=norm, n_iter=n_iter, tol=tol)
+    return in_original_units(data, fold, theta, logits=logits, norm=norm, n_iter=n_iter, tol=tol)
 
 
 @dataclass(frozen=True, eq=False)

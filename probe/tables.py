@@ -12,7 +12,7 @@ from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 
 from features.console import printable
-from probe.results import VALIDATION
+from probe.runs import VALIDATION
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -55,7 +55,7 @@ def published_for(record: Mapping[str, Any], dataset: str, figure: str) -> tuple
 
 
 def leaderboard(runs: Sequence[Mapping[str, Any]]) -> Table:
-    """Runs (as `probe.results.read_run` gives them) as a table: mean ± std over fold models on every set.
+    """Runs (as `probe.runs.read_run` gives them) as a table: mean ± std over fold models on every set.
 
     Below each run stand the published figures for the same model and method, where there are any.
     """

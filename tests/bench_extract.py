@@ -21,9 +21,9 @@ from rich.table import Table
 from safetensors.torch import save_file
 
 from extract.backbones import Backbone, build_model, fetch_weights, find_backbone
+from extract.compute import choose_precision, embed_batch, optimize_for_inference
 from extract.datasets import PatchDataset, load_dataset
 from extract.embed import ExtractOptions, extract_dataset
-from extract.hardware import choose_precision, embed_batch, settle
 from extract.views import make_transform, parse_view
 from features.console import show
 from features.store import FeatureStore
@@ -76,7 +76,7 @@ def measure(name: str, title: str, dataset: PatchDataset, files: list[Path], rep
             save_file(build_model(backbone, None).state_dict(), weights)
         eager = build_model(backbone, fetch_weights(backbone, weights=weights))
         example = make_transform(backbone, parse_view("full"))([dataset.decode(row) for row in range(8)], CPU)
-        settled = settle(eager, CPU, example=example)
+        settled = optimize_for_inference(eager, CPU, example=example)
         precision = choose_precision("auto", backbone, settled, example)
         rounds = []
         for repeat in range(repeats + 1):

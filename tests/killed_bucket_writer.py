@@ -16,9 +16,9 @@ from typing import Any
 import obstore
 from killed_writer import judge, rewrite, write
 
-from features import place
+from features import storage
 
-place._LEASE = 0.2
+storage._LEASE = 0.2
 
 
 def killed(action: Callable[[Any], None], url: str, k: int) -> bool:
@@ -53,7 +53,7 @@ def killed(action: Callable[[Any], None], url: str, k: int) -> bool:
 
 def save(url: str) -> None:
     """All objects, to the file that the parent reads: it must not talk to the bucket itself, because it forks."""
-    store = place._connect(url)
+    store = storage._connect(url)
     for item in sorted(obstore.list(store).collect(), key=lambda item: item["path"]):
         print(item["path"], bytes(obstore.get(store, item["path"]).bytes()).hex(), file=SAVED)
     SAVED.flush()

@@ -24,7 +24,7 @@ from finetune.checkpoint import CHECKPOINT_FILE, FORMAT, START_FILE, State, load
 from finetune.lora import LoraOptions
 from finetune.network import Method
 from finetune.protocol import ComputeOptions, FinetuneOptions, finetune, resume
-from probe.results import read_predictions, read_run
+from probe.runs import read_predictions, read_run
 
 CPU = torch.device("cpu")
 

@@ -26,7 +26,7 @@ from probe.curve import (
 from probe.logistic import fit_logistic
 from probe.metrics import balanced_log_loss
 from probe.protocol import ProbeOptions, fit_exact, fit_subset, probe_store
-from probe.results import read_run
+from probe.runs import read_run
 
 WIDTH = 8
 N_FOLDS = 4

@@ -15,7 +15,7 @@ from features.console import UserError
 from probe import evidence
 from probe.evidence import COMPARED, Ensemble, Resampling, as_dict, compare, ensemble, evaluate, judge
 from probe.metrics import NAMES, best_threshold, scores
-from probe.results import Predictions
+from probe.runs import Predictions
 
 QUICK = Resampling(replicates=400)
 SIZES = np.array([1, 1, 1, 2, 2, 3, 4, 5, 6, 8, 10, 12, 15, 20, 30, 50])  # figures per slide: as skewed as AMi-Br's

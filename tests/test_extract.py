@@ -15,11 +15,11 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from extract import embed, hardware
+from extract import compute, embed
 from extract.backbones import build_model, find_backbone
+from extract.compute import choose_precision, embed_batch, largest_batch, optimize_for_inference
 from extract.datasets import load_dataset
 from extract.embed import ExtractOptions, extract_dataset
-from extract.hardware import choose_precision, embed_batch, largest_batch, settle
 from extract.views import make_transform, parse_view
 from features.console import UserError
 from features.store import FeatureStore
@@ -110,7 +110,7 @@ def test_several_models_share_one_decode(patches, weights, tmp_path, monkeypatch
     options = ExtractOptions(views=("full", "center16"), precision="fp32")
     extract_dataset(counting, backbones, store=store, options=options)
     assert len(store.entries()) == 4
-    assert len(decoded) == N + 8  # the first few once more, to settle the networks
+    assert len(decoded) == N + 8  # the first few once more, to prepare the networks
 
 
 def test_a_changed_label_updates_the_table_and_keeps_the_embeddings(patches, weights, tmp_path, capsys):
@@ -209,7 +209,7 @@ def test_auto_precision_keeps_bf16_only_where_it_changes_nothing(weights, monkey
     backbone = find_backbone(MODEL)
     model = build_model(backbone, None)
     images = torch.randn(4, 3, 160, 160)
-    monkeypatch.setattr(hardware, "has_bf16", lambda device: True)
+    monkeypatch.setattr(compute, "has_bf16", lambda device: True)
     cosine = min(
         float(torch.nn.functional.cosine_similarity(a, b).min())
         for a, b in zip(
@@ -218,12 +218,12 @@ def test_auto_precision_keeps_bf16_only_where_it_changes_nothing(weights, monkey
             strict=True,
         )
     )
-    monkeypatch.setattr(hardware, "MIN_COSINE", cosine - 1e-6)
+    monkeypatch.setattr(compute, "MIN_COSINE", cosine - 1e-6)
     assert choose_precision("auto", backbone, model, images) == "bf16"
-    monkeypatch.setattr(hardware, "MIN_COSINE", cosine + 1e-6)
+    monkeypatch.setattr(compute, "MIN_COSINE", cosine + 1e-6)
     assert choose_precision("auto", backbone, model, images) == "fp32"
-    monkeypatch.setattr(hardware, "has_bf16", lambda device: False)
-    monkeypatch.setattr(hardware, "MIN_COSINE", 0)
+    monkeypatch.setattr(compute, "has_bf16", lambda device: False)
+    monkeypatch.setattr(compute, "MIN_COSINE", 0)
     assert choose_precision("auto", backbone, model, images) == "fp32"
     with pytest.raises(UserError, match="fp16 is for GPUs"):
         choose_precision("fp16", backbone, model, images)
@@ -239,7 +239,7 @@ def test_settling_a_network_keeps_its_function(arch):
             torch.nn.init.uniform_(module.running_var, 0.5, 2)
             torch.nn.init.uniform_(module.weight, 0.5, 2)
     example = torch.randn(2, 3, 64, 64)
-    settled = settle(model, CPU, example=example)
+    settled = optimize_for_inference(model, CPU, example=example)
     assert not any(isinstance(module, torch.nn.BatchNorm2d) for module in settled.modules())
     with torch.inference_mode():
         torch.testing.assert_close(settled(example), model(example), rtol=1e-3, atol=1e-4)
@@ -259,7 +259,7 @@ def test_a_norm_that_does_not_follow_its_convolution_is_left_alone():
     model = NormFirst().eval()
     example = torch.randn(2, 3, 8, 8)
     with torch.inference_mode():
-        torch.testing.assert_close(settle(model, CPU, example=example)(example), model(example))
+        torch.testing.assert_close(optimize_for_inference(model, CPU, example=example)(example), model(example))
 
 
 def command(patches: Path, weights: Path, store: Path) -> list[str]:

@@ -27,7 +27,7 @@ from extract.views import make_transform, parse_view
 from features.console import UserError
 from finetune import cli, protocol
 from probe.evidence import evaluate
-from probe.results import read_predictions, read_run
+from probe.runs import read_predictions, read_run
 
 SMALL = ("--view", "full@32", "--cv", "2", "--epochs", "2", "--batch-size", "4", "--test", "", "--precision", "fp32")
 N_TRAIN, N_TEST = 12, 4

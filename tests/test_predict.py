@@ -22,7 +22,7 @@ from finetune.lora import LoraOptions
 from finetune.predict import predict_paths
 from finetune.protocol import ComputeOptions, FinetuneOptions, finetune
 from probe.protocol import ProbeOptions, probe_store
-from probe.results import read_predictions, read_run
+from probe.runs import read_predictions, read_run
 
 MODEL = "timm/test_vit"
 N = 48

@@ -13,7 +13,7 @@ from probe import protocol
 from probe.evidence import evaluate
 from probe.metrics import auroc
 from probe.protocol import ProbeOptions, fit_exact, probe_store
-from probe.results import read_predictions, read_run
+from probe.runs import read_predictions, read_run
 from probe.tables import leaderboard, published
 
 WIDTH = 12

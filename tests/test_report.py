@@ -46,10 +46,10 @@ from finetune.report import make_report
 from probe import gallery
 from probe.curve import CurvePoint, curve_csv
 from probe.evidence import COMPARED, Resampling, as_dict, compare, ensemble
-from probe.gallery import PAGE_BYTES, Shown, embedding_maps, make_thumbnails, open_store, shown
+from probe.gallery import PAGE_BYTES, GalleryPatches, embedding_maps, make_thumbnails, open_store, shown
 from probe.page import commands
 from probe.report import collect, labels_of, read_runs
-from probe.results import VALIDATION, Predictions, concatenate, predictions_of, read_predictions
+from probe.runs import VALIDATION, Predictions, concatenate, predictions_of, read_predictions
 
 QUICK = Resampling(replicates=200)
 OTHER_FOLDS = "beef" * 16
@@ -872,12 +872,14 @@ def test_a_patch_that_a_run_was_not_scored_on_has_no_probability(tmp_path):
     assert [t is None for t in data["thresholds"][1]] == [False, True, True, False]
 
 
-def of_patches(n: int, *datasets: str) -> tuple[Shown, Any]:
+def of_patches(n: int, *datasets: str) -> tuple[GalleryPatches, Any]:
     """n patches of every dataset, as the gallery shows them."""
     on = np.repeat(np.arange(len(datasets)), n)
     empty = np.full(len(on), "")
     ids = np.array([f"{k}" for k in range(len(on))])
-    found = Shown(on, ids, empty, empty, np.zeros(len(on), "i1"), ("",) * len(on), np.zeros((1, len(on))), (0,))
+    found = GalleryPatches(
+        on, ids, empty, empty, np.zeros(len(on), "i1"), ("",) * len(on), np.zeros((1, len(on))), (0,)
+    )
     return found, SimpleNamespace(sets=[SimpleNamespace(dataset=name) for name in datasets])
 
 

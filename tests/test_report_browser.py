@@ -35,7 +35,7 @@ from probe.gallery import EmbeddingMap, make_thumbnails, shown
 from probe.page import html, with_thumbnails
 from probe.protocol import ProbeOptions, probe_store
 from probe.report import collect, read_runs
-from probe.results import concatenate, predictions_of, read_predictions, read_run, threshold_of, write_run
+from probe.runs import concatenate, predictions_of, read_predictions, read_run, threshold_of, write_run
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page

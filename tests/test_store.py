@@ -234,7 +234,7 @@ def test_a_block_counts_as_done_only_with_its_last_pooling(
         original(path, pieces)
 
     writer = begin(empty)
-    monkeypatch.setattr("features.place.write_file", fail_at_the_last)
+    monkeypatch.setattr("features.storage.write_file", fail_at_the_last)
     with pytest.raises(UserError, match=r"No space left.*free some space.*same command again"):
         fill(writer, n_blocks=1)
     assert written == ["cls", "mean"]

@@ -13,7 +13,7 @@ from test_results import TABLES, made_run, patches, predicted
 
 from probe.evidence import Resampling, ensemble, evaluate, judge
 from probe.report import Report, Run, collect, read_runs
-from probe.results import VALIDATION, read_predictions, read_run
+from probe.runs import VALIDATION, read_predictions, read_run
 from probe.tables import Cell, Grid, ensemble_table, grids, latex, markdown, published, published_for, result_tables
 
 QUICK = Resampling(replicates=200)

@@ -26,7 +26,7 @@ from finetune.checkpoint import State
 from finetune.lora import LoraOptions
 from finetune.network import Method, Network
 from finetune.recipes import Recipe, best_epoch
-from finetune.train import Machine, TrainingSet, new_state, train, validation_logits
+from finetune.train import Compute, TrainingSet, new_state, train, validation_logits
 
 N_FOLDS = 3
 SEED = 42
@@ -96,7 +96,7 @@ def trained(
     state = new_state(network)
     for fold in set(network.folds) - set(network.folds if only is None else only):
         state.history[fold] = [{"balanced_accuracy": 0.5}] * recipe.epochs
-    machine = Machine(CPU, "fp32", at_once)
+    machine = Compute(CPU, "fp32", at_once)
     data = patches(network.values.dtype) if data is None else data
     train(network, data, recipe, state=state, seed=seed, machine=machine, save=save, advance=nothing)
     return state
@@ -406,7 +406,7 @@ def test_a_full_networks_kept_row_holds_the_running_statistics_of_its_best_epoch
 @pytest.mark.parametrize("at_once", [1, 2, 3])
 def test_every_fold_is_judged_on_its_own_patches_under_its_own_weights(at_once: int) -> None:
     network, data = stirred(tiny_network()), patches(torch.uint8)
-    found = validation_logits(network, data, range(N_FOLDS), machine=Machine(CPU, "fp32", at_once))
+    found = validation_logits(network, data, range(N_FOLDS), machine=Compute(CPU, "fp32", at_once))
     for fold, own in found.items():
         held_out = np.flatnonzero(data.folds.fold == fold)
         with torch.no_grad():
@@ -415,7 +415,7 @@ def test_every_fold_is_judged_on_its_own_patches_under_its_own_weights(at_once: 
 
 
 def test_validation_takes_any_number_of_patches_in_passes(monkeypatch: pytest.MonkeyPatch) -> None:
-    network, data, machine = stirred(tiny_network()), patches(torch.uint8), Machine(CPU, "fp32", N_FOLDS)
+    network, data, machine = stirred(tiny_network()), patches(torch.uint8), Compute(CPU, "fp32", N_FOLDS)
     expected = validation_logits(network, data, range(N_FOLDS), machine=machine)
     monkeypatch.setitem(training.EVALUATION_BATCH, "cpu", 5)
     found = validation_logits(network, data, range(N_FOLDS), machine=machine)
@@ -574,7 +574,7 @@ def test_a_repeated_step_of_full_training_moves_the_running_statistics_once(monk
 def test_autocast_trains_in_bf16_and_keeps_float32_values() -> None:
     network = tiny_network()
     state = new_state(network)
-    data, machine = patches(torch.uint8), Machine(CPU, "bf16", N_FOLDS)
+    data, machine = patches(torch.uint8), Compute(CPU, "bf16", N_FOLDS)
     train(network, data, RECIPE, state=state, seed=SEED, machine=machine, save=nothing, advance=nothing)
     assert state.values.dtype == state.moments.dtype == torch.float32
     exact = trained(tiny_network(), data=data)

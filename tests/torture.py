@@ -52,7 +52,7 @@ from features.console import UserError
 from features.store import FeatureStore
 from finetune import checkpoint, protocol
 from probe.curve import read_curve
-from probe.results import check_weights, read_predictions, read_run, read_samples, read_weights
+from probe.runs import check_weights, read_predictions, read_run, read_samples, read_weights
 
 Figures = dict[str, Any]
 

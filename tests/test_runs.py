@@ -13,8 +13,8 @@ import pytest
 
 from features.console import UserError
 from features.samples import Samples, make_samples
-from probe import results
-from probe.results import (
+from probe import runs as run_files
+from probe.runs import (
     COLUMNS,
     SAMPLE_COLUMNS,
     VALIDATION,
@@ -385,7 +385,7 @@ def test_a_run_of_another_format_is_refused(tmp_path):
 
 def test_csv_files_made_in_pieces_are_the_same(tmp_path, monkeypatch):
     whole = made_run(tmp_path / "whole")
-    monkeypatch.setattr(results, "_ROWS", 7)
+    monkeypatch.setattr(run_files, "_ROWS", 7)
     pieces = made_run(tmp_path / "pieces")
     for name in ("predictions.csv", "samples.csv"):
         assert (pieces / name).read_bytes() == (whole / name).read_bytes()

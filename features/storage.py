@@ -1,6 +1,6 @@
 """Where do a store's files lie: in a folder or in a bucket?
 
-A `Place` is all that the feature store asks of either. Keys are relative names joined by `/`; the empty key is the
+A `Storage` is all that the feature store asks of either. Keys are relative names joined by `/`; the empty key is the
 place itself. A folder's files are mapped into memory, flushed and renamed; a bucket's objects are put and fetched
 whole, several at once. On a bucket nothing can be renamed: there a folder that holds a zarr.json is there exactly when
 its zarr.json is, which is therefore put last and deleted first.
@@ -57,11 +57,11 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 
-class PlaceError(UserError):
+class StorageError(UserError):
     """The place itself refuses or does not answer: of its files nothing bad is known."""
 
 
-class Place(Protocol):
+class Storage(Protocol):
     """The files of one store."""
 
     @property
@@ -150,7 +150,7 @@ class Place(Protocol):
         """The function of every item, several at once where that is faster."""
 
 
-def find_place(where: Path | str) -> Place:
+def find_storage(where: Path | str) -> Storage:
     """The place that `--store` names: a folder's path, or `s3://bucket/prefix`, `gs://…`, `az://…`.
 
     Raises:
@@ -162,7 +162,7 @@ def find_place(where: Path | str) -> Place:
             "--store has lost a slash: write s3://bucket/prefix with two (in Python as a string, not as a Path)."
         )
     if "://" not in text:
-        return Folder(Path(where))
+        return LocalStorage(Path(where))
     expected = "expected a folder, or s3://bucket/prefix (also gs:// and az://)"
     try:
         url = urlsplit(text)
@@ -181,11 +181,11 @@ def find_place(where: Path | str) -> Place:
     if any(part in ("", ".", "..") for part in prefix.split("/") if prefix):
         raise UserError(f"{text} holds an empty part, '.' or '..'; {expected}.")
     root = f"{url.scheme}://{url.netloc}" + f"/{prefix}" * bool(prefix)
-    return Bucket(root, _connect(root))
+    return BucketStorage(root, _connect(root))
 
 
 @dataclass(frozen=True)
-class Folder:
+class LocalStorage:
     """A folder of this machine's file systems."""
 
     root: Path
@@ -298,10 +298,10 @@ class Folder:
 
 
 @dataclass(frozen=True)
-class Bucket:
+class BucketStorage:
     """A prefix of a bucket. Requests that fail for a passing reason are repeated by obstore itself.
 
-    Every method raises PlaceError if the bucket refuses, does not exist, or does not answer.
+    Every method raises StorageError if the bucket refuses, does not exist, or does not answer.
     """
 
     root: str
@@ -534,7 +534,7 @@ class Bucket:
             fault, remedy = _refusal(error, self.root)
             if fault is None:
                 raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), self.root) from None
-            raise PlaceError(
+            raise StorageError(
                 f"cannot {what} {self.root}: {fault}. Everything written so far is kept: {remedy}, then run the same "
                 "command again."
             ) from None

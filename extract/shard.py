@@ -15,7 +15,7 @@ from features.console import UserError
 
 
 @dataclass(frozen=True)
-class Share:
+class Shard:
     """One of `n_ranks` shares.
 
     Attributes:
@@ -39,7 +39,7 @@ class Share:
         return (unit + unit // self.n_ranks) % self.n_ranks == self.rank
 
 
-def find_share(shard: str | None = None, environment: Mapping[str, str] = os.environ) -> Share:
+def find_shard(shard: str | None = None, environment: Mapping[str, str] = os.environ) -> Shard:
     """This process's share: as `--shard` says, else as torchrun's and SLURM's variables say, else everything.
 
     An array element that runs several ranks (srun, torchrun) deals its own share out among them.
@@ -58,7 +58,7 @@ def find_share(shard: str | None = None, environment: Mapping[str, str] = os.env
         match = re.fullmatch(r"(\d+)/(\d+)", shard)
         if match is None or int(match[1]) >= int(match[2]):
             raise UserError(f"--shard {shard!r}: expected I/N, I from 0 to N-1, as in 0/4, 1/4, 2/4 and 3/4.")
-        return Share(int(match[1]), int(match[2]), local, shared=int(match[2]) > 1)
+        return Shard(int(match[1]), int(match[2]), local, shared=int(match[2]) > 1)
     rank, n_ranks = 0, 1
     if "RANK" in environment and "WORLD_SIZE" in environment:
         rank, n_ranks = number("RANK"), number("WORLD_SIZE")
@@ -80,7 +80,7 @@ def find_share(shard: str | None = None, environment: Mapping[str, str] = os.env
         raise UserError(
             f"the environment says rank {rank} of {n_ranks}: expected 0 to {n_ranks - 1}. Give --shard I/N."
         )
-    return Share(rank, n_ranks, local, shared=n_ranks > 1 or array)
+    return Shard(rank, n_ranks, local, shared=n_ranks > 1 or array)
 
 
 @dataclass(frozen=True)

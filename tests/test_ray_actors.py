@@ -11,7 +11,7 @@ from test_extract import content, patches, weights  # noqa: F401 - fixtures
 from test_extract import run as run_alone
 
 needs_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="Ray is not installed")
-KILLED_RANK = Path(__file__).with_name("killed_rank.py")
+KILLED_RANK = Path(__file__).with_name("killed_shard.py")
 
 
 def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:

@@ -17,8 +17,8 @@ from typing import Any
 
 import pytest
 import torch
-from ddp_worker import CASES, exact_embed
-from ddp_worker import outcome as trained_alone
+from process_group_worker import CASES, exact_embed
+from process_group_worker import outcome as trained_alone
 from safetensors import safe_open
 from test_checkpoint import CPU, assert_same_outcome, outcome
 from test_finetune_command import SMALL, write_patches, write_weights
@@ -32,10 +32,18 @@ from features.console import UserError
 from finetune import protocol
 from finetune.checkpoint import CHECKPOINT_FILE, START_FILE, load_state
 from finetune.lora import keep_mask
+from finetune.process_group import (
+    SINGLE_PROCESS,
+    ProcessGroup,
+    ProcessLostError,
+    SynchronizedBatchNorm,
+    _generation,
+    joined,
+    synchronize_batch_norms,
+)
 from finetune.protocol import ComputeOptions, FinetuneOptions, resume
-from finetune.ranks import ALONE, Lost, Ranks, SharedNorm, _generation, joined, share_norms
 
-WORKER = Path(__file__).with_name("ddp_worker.py")
+WORKER = Path(__file__).with_name("process_group_worker.py")
 OPTIONS = (*SMALL, "--model", "timm/test_vit", "--weights", "vit.safetensors", "--train", "patches.csv")
 FILES = {
     "run.json",
@@ -107,7 +115,7 @@ def test_processes_train_what_a_single_one_does(tmp_path: Path, alone: dict[str,
 def test_shares_are_all_rows_in_order_and_differ_by_one_at_most() -> None:
     for size in (1, 2, 3, 7):
         for n in (0, 1, 6, 7, 20):
-            shares = [list(range(n))[Ranks(rank, size).share(n)] for rank in range(size)]
+            shares = [list(range(n))[ProcessGroup(rank, size).share(n)] for rank in range(size)]
             assert list(chain.from_iterable(shares)) == list(range(n))
             assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
@@ -131,7 +139,7 @@ def test_a_shared_norm_of_one_process_is_the_norm(kind: type[nn.BatchNorm2d], dt
     for norm in norms:
         nn.init.uniform_(norm.weight, generator=torch.Generator().manual_seed(1))
     model = nn.Sequential(norms[1])
-    assert share_norms(model, ALONE) == 1
+    assert synchronize_batch_norms(model, SINGLE_PROCESS) == 1
     assert list(model.state_dict()) == [f"0.{name}" for name in norms[0].state_dict()]
     x = torch.randn(*shape).add(3).to(dtype)
     weights = torch.randn(*shape).to(dtype)
@@ -159,15 +167,15 @@ def test_a_norm_of_another_kind_is_refused() -> None:
         pass
 
     with pytest.raises(UserError, match=r"norm of its own kind \(1, Own\).*--method lora"):
-        share_norms(nn.Sequential(nn.Identity(), Own(3)), Ranks(0, 2))
+        synchronize_batch_norms(nn.Sequential(nn.Identity(), Own(3)), ProcessGroup(0, 2))
 
 
 def test_only_norms_that_learn_are_shared() -> None:
     for method, backbone, n in (("lora", CNN, 0), ("head", CNN, 0), ("full", VIT, 0), ("full", CNN, None)):
         network = tiny_network(method, backbone, lora=LORA)  # type: ignore[arg-type]
         before = {name: tensor.clone() for name, tensor in network.model.state_dict().items()}
-        network.share_batches(Ranks(0, 2), 4)
-        found = sum(isinstance(module, SharedNorm) for module in network.modules())
+        network.share_batches(ProcessGroup(0, 2), 4)
+        found = sum(isinstance(module, SynchronizedBatchNorm) for module in network.modules())
         expected = sum(isinstance(module, nn.BatchNorm2d) for module in backbone_model(backbone).modules())
         assert found == network.n_shared_norms == (expected if n is None else n)
         assert list(network.model.state_dict()) == list(before)
@@ -328,7 +336,7 @@ def test_without_torchrun_a_process_is_alone(monkeypatch: pytest.MonkeyPatch) ->
         ranks.agree("what", {})
         ranks.wait("here")
         one = torch.ones(3)
-        ranks.sum_(one)
+        ranks.all_reduce_(one)
         assert one.tolist() == [1, 1, 1]
 
 
@@ -351,13 +359,13 @@ def test_processes_that_cannot_find_each_other_are_told_what_was_set(monkeypatch
         pass
 
 
-def side_by_side(store: HashStore, work: Callable[[Ranks], Any], *, size: int = 3) -> list[Any]:
+def side_by_side(store: HashStore, work: Callable[[ProcessGroup], Any], *, size: int = 3) -> list[Any]:
     """What each of some processes, here threads, returns or raises."""
 
     def one(rank: int) -> Any:
         try:
             generation = _generation(store, rank, size)
-            return work(Ranks(rank, size, rank, PrefixStore(generation, store)))
+            return work(ProcessGroup(rank, size, rank, PrefixStore(generation, store)))
         except UserError as error:
             return error
 
@@ -373,7 +381,7 @@ def test_all_hear_the_first_and_none_hears_those_before_a_restart() -> None:
 
 
 def test_a_process_that_differs_is_named_and_ends_all_with_one_message() -> None:
-    def work(ranks: Ranks) -> Any:
+    def work(ranks: ProcessGroup) -> Any:
         try:
             ranks.agree("setup", {"backbone": {"precision": "fp32" if ranks.rank == 2 else "bf16"}, "seed": 1})
         except UserError as error:
@@ -382,30 +390,35 @@ def test_a_process_that_differs_is_named_and_ends_all_with_one_message() -> None
 
     found = side_by_side(HashStore(), work)
     assert [spoke for spoke, *_ in found] == [False, False, True]
-    assert [kind for _, kind, _ in found] == [Lost, Lost, UserError]
+    assert [kind for _, kind, _ in found] == [ProcessLostError, ProcessLostError, UserError]
     assert 'process 2 of 3 differs from process 0: backbone.precision is "fp32" instead of "bf16"' in found[2][2]
 
 
 def test_a_batch_smaller_than_the_processes_is_refused(material: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(material)
     with pytest.raises(UserError, match="4 patches per fold and step cannot be shared by 5 processes"):
-        protocol.finetune(small_options(), compute=small_compute(), runs=Path("runs/none"), ranks=Ranks(0, 5))
+        protocol.finetune(small_options(), compute=small_compute(), runs=Path("runs/none"), ranks=ProcessGroup(0, 5))
     assert not Path("runs/none").exists()
 
 
 def test_each_process_takes_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    assert [Ranks(rank, 4, rank % 2).device("auto") for rank in range(4)] == ["cuda:0", "cuda:1", "cuda:0", "cuda:1"]
-    assert Ranks(1, 2, 1).device("cuda") == "cuda:1"
-    assert Ranks(1, 2, 1).device("cpu") == "cpu"
-    assert ALONE.device("cuda:1") == "cuda:1"
+    assert [ProcessGroup(rank, 4, rank % 2).device("auto") for rank in range(4)] == [
+        "cuda:0",
+        "cuda:1",
+        "cuda:0",
+        "cuda:1",
+    ]
+    assert ProcessGroup(1, 2, 1).device("cuda") == "cuda:1"
+    assert ProcessGroup(1, 2, 1).device("cpu") == "cpu"
+    assert SINGLE_PROCESS.device("cuda:1") == "cuda:1"
     with pytest.raises(UserError, match=r"number 3 of its machine, where torch sees 2 GPUs.*--device cpu"):
-        Ranks(2, 3, 2).device("auto")
+        ProcessGroup(2, 3, 2).device("auto")
     with pytest.raises(UserError, match="'cuda:1' was asked for, for all of 2 processes"):
-        Ranks(0, 2, 0).device("cuda:1")
+        ProcessGroup(0, 2, 0).device("cuda:1")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert Ranks(1, 2, 1).device("auto") == "auto"
+    assert ProcessGroup(1, 2, 1).device("auto") == "auto"
 
 
 def test_a_quiet_process_says_nothing(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,6 +1,6 @@
 """fm-extract in a process, or a Ray actor, that kills itself in the midst of its work, once.
 
-    python killed_rank.py MARKER RANK BLOCKS [fm-extract's options]
+    python killed_shard.py MARKER RANK BLOCKS [fm-extract's options]
 
 Rank RANK dies by SIGKILL before it writes block number BLOCKS of its own (from 0), unless the file MARKER exists,
 which it makes first: started again, it lives. With RANK `actor`, the first Ray actor to get so far dies.
@@ -15,8 +15,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from extract import cli, pool
-from extract.ranks import find_share
+from extract import cli, ray_actors
+from extract.shard import find_shard
 from features.store import Writer
 
 
@@ -44,15 +44,15 @@ def main() -> None:
     sys.argv = ["fm-extract", *sys.argv[4:]]
     if rank == "actor":
 
-        class Mortal(pool.Embedder):
-            def prepare(self, work: pool.Work) -> Any:
-                import killed_rank
+        class Mortal(ray_actors.Embedder):
+            def prepare(self, work: ray_actors.Work) -> Any:
+                import killed_shard
 
-                killed_rank.die_once(marker, n_blocks)
+                killed_shard.die_once(marker, n_blocks)
                 return super().prepare(work)
 
-        pool.Embedder = Mortal  # type: ignore[misc]
-    elif find_share().rank == int(rank):
+        ray_actors.Embedder = Mortal  # type: ignore[misc]
+    elif find_shard().rank == int(rank):
         die_once(marker, n_blocks)
     cli.main()
 

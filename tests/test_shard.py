@@ -15,18 +15,18 @@ from PIL import Image
 from safetensors.torch import save_file
 from test_extract import MODEL, content
 
-from extract import embed, hardware
+from extract import compute, embed
 from extract.backbones import find_backbone
+from extract.compute import find_device
 from extract.datasets import load_dataset
 from extract.embed import ExtractOptions, extract_dataset
-from extract.hardware import find_device
-from extract.ranks import Share, find_share
+from extract.shard import Shard, find_shard
 from features.console import UserError
 from features.store import FeatureStore
 
 N = 330  # patches: six blocks, the last one short
 VIEWS = ("full@32", "center16@32")
-KILLED_RANK = Path(__file__).with_name("killed_rank.py")
+KILLED_RANK = Path(__file__).with_name("killed_shard.py")
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +50,7 @@ def weights(tmp_path_factory) -> Path:
     return path
 
 
-def run(patches: Path, weights: Path, path: Path, share: Share = Share(), **options):
+def run(patches: Path, weights: Path, path: Path, share: Shard = Shard(), **options):
     """What one rank does, in this process; returns its summaries."""
     return extract_dataset(
         load_dataset(str(patches)),
@@ -70,8 +70,8 @@ def alone(patches, weights, tmp_path_factory) -> dict[str, str]:
     return content(path)
 
 
-def rank_of(n_ranks: int, rank: int) -> Share:
-    return Share(rank, n_ranks, shared=n_ranks > 1)
+def rank_of(n_ranks: int, rank: int) -> Shard:
+    return Shard(rank, n_ranks, shared=n_ranks > 1)
 
 
 # ------------------------------------------------------------------------------------------------------- the deal
@@ -79,16 +79,16 @@ def rank_of(n_ranks: int, rank: int) -> Share:
 
 @pytest.mark.parametrize("n_ranks", [1, 2, 3, 8, 13])
 def test_every_unit_has_one_owner_and_every_rank_its_share(n_ranks):
-    owners = [[rank for rank in range(n_ranks) if Share(rank, n_ranks).owns(unit)] for unit in range(130)]
+    owners = [[rank for rank in range(n_ranks) if Shard(rank, n_ranks).owns(unit)] for unit in range(130)]
     assert all(len(found) == 1 for found in owners)
     counts = Counter(found[0] for found in owners)
     assert max(counts.values()) - min(counts[rank] for rank in range(n_ranks)) <= 1
 
 
 def test_what_one_of_eight_left_is_spread_over_fewer():
-    left = [unit for unit in range(128) if Share(3, 8).owns(unit)]
+    left = [unit for unit in range(128) if Shard(3, 8).owns(unit)]
     for n_ranks in (2, 4):
-        counts = Counter(rank for unit in left for rank in range(n_ranks) if Share(rank, n_ranks).owns(unit))
+        counts = Counter(rank for unit in left for rank in range(n_ranks) if Shard(rank, n_ranks).owns(unit))
         assert len(counts) == n_ranks
         assert max(counts.values()) <= 0.75 * len(left)
 
@@ -99,37 +99,37 @@ ARRAY = {"SLURM_ARRAY_TASK_COUNT": "4", "SLURM_ARRAY_TASK_MIN": "1"}
 @pytest.mark.parametrize(
     ("environment", "share"),
     [
-        ({}, Share()),
-        ({"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}, Share(3, 8, 1, True)),
-        ({"RANK": "0", "WORLD_SIZE": "1"}, Share()),
-        ({"SLURM_PROCID": "5", "SLURM_NTASKS": "8", "SLURM_LOCALID": "1"}, Share(5, 8, 1, True)),
+        ({}, Shard()),
+        ({"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}, Shard(3, 8, 1, True)),
+        ({"RANK": "0", "WORLD_SIZE": "1"}, Shard()),
+        ({"SLURM_PROCID": "5", "SLURM_NTASKS": "8", "SLURM_LOCALID": "1"}, Shard(5, 8, 1, True)),
         # The script of `sbatch --ntasks 8` is not the first of eight; what srun starts in it is.
-        ({"SLURM_JOB_ID": "7", "SLURM_PROCID": "0", "SLURM_NTASKS": "8", "SLURM_LOCALID": "0"}, Share()),
-        ({"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0", "SLURM_PROCID": "0", "SLURM_NTASKS": "8"}, Share(0, 8, 0, True)),
-        (ARRAY | {"SLURM_ARRAY_TASK_ID": "1"}, Share(0, 4, 0, True)),
-        (ARRAY | {"SLURM_ARRAY_TASK_ID": "4"}, Share(3, 4, 0, True)),
+        ({"SLURM_JOB_ID": "7", "SLURM_PROCID": "0", "SLURM_NTASKS": "8", "SLURM_LOCALID": "0"}, Shard()),
+        ({"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0", "SLURM_PROCID": "0", "SLURM_NTASKS": "8"}, Shard(0, 8, 0, True)),
+        (ARRAY | {"SLURM_ARRAY_TASK_ID": "1"}, Shard(0, 4, 0, True)),
+        (ARRAY | {"SLURM_ARRAY_TASK_ID": "4"}, Shard(3, 4, 0, True)),
         (
             {"SLURM_ARRAY_TASK_COUNT": "3", "SLURM_ARRAY_TASK_MIN": "0", "SLURM_ARRAY_TASK_STEP": "5"}
             | {"SLURM_ARRAY_TASK_ID": "10"},
-            Share(2, 3, 0, True),
+            Shard(2, 3, 0, True),
         ),
         # One element submitted again is alone, but others may still be at work.
-        ({"SLURM_ARRAY_TASK_ID": "3", "SLURM_ARRAY_TASK_COUNT": "1"}, Share(0, 1, 0, True)),
+        ({"SLURM_ARRAY_TASK_ID": "3", "SLURM_ARRAY_TASK_COUNT": "1"}, Shard(0, 1, 0, True)),
         # An element that runs several ranks deals its own share out.
         (
             ARRAY | {"SLURM_ARRAY_TASK_ID": "2", "RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"},
-            Share(3, 8, 1, True),
+            Shard(3, 8, 1, True),
         ),
     ],
 )
 def test_the_environment_tells_the_share(environment, share):
-    assert find_share(None, environment) == share
+    assert find_shard(None, environment) == share
 
 
 def test_shard_overrules_the_environment():
     environment = {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "3"}
-    assert find_share("1/2", environment) == Share(1, 2, 3, True)
-    assert find_share("0/1", environment) == Share(0, 1, 3, False)
+    assert find_shard("1/2", environment) == Shard(1, 2, 3, True)
+    assert find_shard("0/1", environment) == Shard(0, 1, 3, False)
 
 
 @pytest.mark.parametrize(
@@ -144,7 +144,7 @@ def test_shard_overrules_the_environment():
 )
 def test_no_share_is_one_message(shard, environment, message):
     with pytest.raises(UserError, match=message):
-        find_share(shard, environment)
+        find_shard(shard, environment)
 
 
 def test_the_local_rank_chooses_the_gpu(monkeypatch):
@@ -206,7 +206,7 @@ def test_batches_of_several_blocks_stay_whole(patches, weights, tmp_path):
 
 
 def test_entries_begun_with_other_batch_sizes_share_a_decode(patches, weights, tmp_path):
-    for path, shares in ((tmp_path / "a.zarr", [Share()]), (tmp_path / "b.zarr", [rank_of(2, 0), rank_of(2, 1)])):
+    for path, shares in ((tmp_path / "a.zarr", [Shard()]), (tmp_path / "b.zarr", [rank_of(2, 0), rank_of(2, 1)])):
         for view, batch_size in zip(VIEWS, (192, 128), strict=True):
             run(patches, weights, path, rank_of(9, 8), views=(view,), batch_size=batch_size)
         for share in shares:
@@ -226,10 +226,10 @@ def test_a_rank_whose_share_is_there_builds_no_network(patches, weights, tmp_pat
 
 def test_the_first_rank_decides_precision_and_batch_size_for_other_machines(patches, weights, tmp_path, monkeypatch):
     path = tmp_path / "s.zarr"
-    monkeypatch.setattr(hardware, "has_bf16", lambda device: True)
-    monkeypatch.setattr(hardware, "MIN_COSINE", 0)
+    monkeypatch.setattr(compute, "has_bf16", lambda device: True)
+    monkeypatch.setattr(compute, "MIN_COSINE", 0)
     first = run(patches, weights, path, rank_of(2, 0), precision="auto", batch_size=None)
-    monkeypatch.setattr(hardware, "has_bf16", lambda device: False)
+    monkeypatch.setattr(compute, "has_bf16", lambda device: False)
     monkeypatch.setattr(embed, "_CPU_BATCH", 16)
     second = run(patches, weights, path, rank_of(2, 1), precision="auto", batch_size=None)
     assert [(s.precision, s.batch_size) for s in first + second] == [("bf16", 8)] * 4
@@ -240,14 +240,14 @@ def test_whoever_comes_second_in_the_same_moment_follows_the_first(patches, weig
     """Both found nothing in the store; between one's look and its entry the other, on another machine, made its own."""
     path = tmp_path / "s.zarr"
     begin = FeatureStore.begin
-    monkeypatch.setattr(hardware, "MIN_COSINE", 0)
-    monkeypatch.setattr(hardware, "has_bf16", lambda device: False)
+    monkeypatch.setattr(compute, "MIN_COSINE", 0)
+    monkeypatch.setattr(compute, "has_bf16", lambda device: False)
 
     def overtaken(*arguments, **options):
         monkeypatch.setattr(FeatureStore, "begin", begin)
-        monkeypatch.setattr(hardware, "has_bf16", lambda device: True)
+        monkeypatch.setattr(compute, "has_bf16", lambda device: True)
         run(patches, weights, path, rank_of(2, 0), views=("full",), precision="auto", batch_size=16)
-        monkeypatch.setattr(hardware, "has_bf16", lambda device: False)
+        monkeypatch.setattr(compute, "has_bf16", lambda device: False)
         return begin(*arguments, **options)
 
     monkeypatch.setattr(FeatureStore, "begin", overtaken)

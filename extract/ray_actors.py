@@ -25,7 +25,7 @@ import torch
 from extract.backbones import find_backbone
 from extract.datasets import load_dataset, local_data
 from extract.embed import ExtractOptions, Prepared, Summary, embed_rows, prepare, summaries, units
-from extract.ranks import Share
+from extract.shard import Shard
 from features.console import UserError, progress, say
 from features.store import FeatureStore
 
@@ -89,7 +89,7 @@ class Embedder:
             store=FeatureStore.open_or_create(work.store),
             options=work.options,
             weights=work.weights,
-            share=Share(shared=True),
+            share=Shard(shared=True),
         )
         return units(self.prepared), summaries(self.prepared, {}, seconds=1)
 

@@ -28,14 +28,14 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from extract.cli import app as extract_app
-from features import console, place
+from features import console, storage
 from features.cli import app as store_app
 from features.console import UserError
-from features.place import Folder, find_place
 from features.samples import make_samples
+from features.storage import LocalStorage, find_storage
 from features.store import FeatureStore
 from probe.protocol import ProbeOptions, probe_store
-from probe.results import read_run
+from probe.runs import read_run
 
 obstore = pytest.importorskip("obstore", reason="needs obstore (pip install 'mitofm[s3]')")
 moto = pytest.importorskip("moto.server", reason="needs moto[server]")
@@ -76,7 +76,7 @@ def url() -> str:
 
 
 def objects(url: str) -> dict[str, bytes]:
-    store = place._connect(url)
+    store = storage._connect(url)
     paths = [item["path"] for item in obstore.list(store).collect()]
     return {path: bytes(obstore.get(store, path).bytes()) for path in paths}
 
@@ -103,7 +103,7 @@ def call(app: object, *arguments: object, capsys: pytest.CaptureFixture[str], mo
 
 @pytest.mark.parametrize("where", ["embeddings.zarr", "/data/s3/x", Path("a/b"), "c:d"])
 def test_a_path_is_a_folder(where: Path | str) -> None:
-    assert find_place(where) == Folder(Path(where))
+    assert find_storage(where) == LocalStorage(Path(where))
 
 
 @pytest.mark.parametrize(
@@ -121,7 +121,7 @@ def test_a_path_is_a_folder(where: Path | str) -> None:
 )
 def test_an_address_that_is_none_is_refused_without_what_may_be_a_secret(where: Path | str, message: str) -> None:
     with pytest.raises(UserError, match=re.escape(message)) as caught:
-        find_place(where)
+        find_storage(where)
     assert "planted" not in str(caught.value)
     assert KEY not in str(caught.value)
 
@@ -169,7 +169,7 @@ def test_extraction_to_a_bucket_gives_the_bytes_of_the_local_one(
     assert objects(url) == local
     store_app(["verify", "--store", url], standalone_mode=False)
     assert f"{url} is sound" in capsys.readouterr().err
-    opened = zarr.open(zarr.storage.ObjectStore(place._connect(url), read_only=True), mode="r")
+    opened = zarr.open(zarr.storage.ObjectStore(storage._connect(url), read_only=True), mode="r")
     entry = FeatureStore.open(url).entries()[0]
     assert opened[f"{entry.key}/cls"].shape == (N, entry.poolings["cls"])
     extract_app(extraction(patches, weights, url), standalone_mode=False)
@@ -224,8 +224,8 @@ def test_probes_of_a_bucket_are_those_of_a_folder_and_fetch_every_block_once(
             part = values[rows.start : rows.stop]
             writer.write(block, {"cls": part, "mean": part**2})
     fetched = []
-    read = place.Bucket.read
-    monkeypatch.setattr(place.Bucket, "read", lambda self, key: fetched.append(key) or read(self, key))
+    read = storage.BucketStorage.read
+    monkeypatch.setattr(storage.BucketStorage, "read", lambda self, key: fetched.append(key) or read(self, key))
     results = []
     for where in (url, tmp_path / "store"):
         (folder,) = probe_store(FeatureStore.open(where), options=ProbeOptions(), runs=tmp_path / "runs")
@@ -251,7 +251,7 @@ def test_embeddings_leave_a_bucket_and_come_into_one(url: str, tmp_path: Path) -
 
 
 def test_large_objects_travel_in_parts(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(place, "_MOST_PER_REQUEST", 5 * 2**20)
+    monkeypatch.setattr(storage, "_MOST_PER_REQUEST", 5 * 2**20)
     rng = np.random.default_rng(0)
     values = rng.standard_normal((64, 50_000)).astype(np.float16)  # 6.4 MB
     store = FeatureStore.open_or_create(url)
@@ -300,7 +300,7 @@ def test_remove_and_overwrite_leave_nothing_behind(url: str, tmp_path: Path) -> 
 
 
 def test_something_else_in_the_place_is_left_alone(url: str) -> None:
-    find_place(f"{url}/below").write("notes.txt", [b"mine"])
+    find_storage(f"{url}/below").write("notes.txt", [b"mine"])
     with pytest.raises(UserError, match=r"not a feature store \(it has no zarr"):
         FeatureStore.open(url)
     with pytest.raises(UserError, match="nothing was changed"):
@@ -314,12 +314,12 @@ def test_something_else_in_the_place_is_left_alone(url: str) -> None:
 def test_only_one_writer_at_a_time_changes_folders_and_a_killed_ones_lock_runs_out(
     url: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(place, "_LEASE", 0.3)
+    monkeypatch.setattr(storage, "_LEASE", 0.3)
     store = filled(url)
     inside = []
 
     def change(number: int) -> None:
-        with find_place(url).alone():
+        with find_storage(url).alone():
             inside.append(number)
             assert len(inside) == 1
             time.sleep(0.05)
@@ -330,27 +330,27 @@ def test_only_one_writer_at_a_time_changes_folders_and_a_killed_ones_lock_runs_o
         thread.start()
     for thread in threads:
         thread.join()
-    store.place.write(place._LOCK, [b"of one that was killed"])
+    store.place.write(storage._LOCK, [b"of one that was killed"])
     with store.place.alone():
-        assert store.place.read(place._LOCK) != b"of one that was killed"
+        assert store.place.read(storage._LOCK) != b"of one that was killed"
     assert "waiting for another writer" in capsys.readouterr().err
-    assert place._LOCK not in objects(url)
+    assert storage._LOCK not in objects(url)
 
 
 @pytest.mark.parametrize("kind", ["folder", "bucket"])
 def test_the_first_of_several_to_add_a_folder_stays_and_needs_no_lock(
     kind: str, url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    there = find_place(url if kind == "bucket" else tmp_path)
-    flush, content, others = place.flush, place.Bucket._put_content, []
+    there = find_storage(url if kind == "bucket" else tmp_path)
+    flush, content, others = storage.flush, storage.BucketStorage._put_content, []
 
     def overtaken() -> None:
         if not others:
             others.append(None)
             there.add_folder("a", {"x/zarr.json": [b"x"], "zarr.json": [b"first"]})
 
-    monkeypatch.setattr(place, "flush", lambda path: (overtaken(), flush(path)))
-    monkeypatch.setattr(place.Bucket, "_put_content", lambda *a: (overtaken(), content(*a)))
+    monkeypatch.setattr(storage, "flush", lambda path: (overtaken(), flush(path)))
+    monkeypatch.setattr(storage.BucketStorage, "_put_content", lambda *a: (overtaken(), content(*a)))
     for _ in range(2):
         there.add_folder("a", {"x/zarr.json": [b"x"], "zarr.json": [b"second"]})
         assert others
@@ -361,7 +361,7 @@ def test_the_first_of_several_to_add_a_folder_stays_and_needs_no_lock(
 
 
 def test_what_a_killed_writer_left_of_a_folder_never_becomes_part_of_a_new_one(url: str) -> None:
-    there = find_place(url)
+    there = find_storage(url)
     for key in ("a/cls/c.0.0", "a/cls/zarr.json", "ab/cls/c.0.0"):
         there.write(key, [b"old"])
     there.add_folder("a", {"cls/zarr.json": [b"new"], "zarr.json": [b"new"]})
@@ -371,7 +371,7 @@ def test_what_a_killed_writer_left_of_a_folder_never_becomes_part_of_a_new_one(u
 def test_shares_in_any_order_and_without_locks_write_the_bucket_of_one(
     patches: Path, weights: Path, local: dict[str, bytes], url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(place.Bucket, "_lock", lambda self, token: False)
+    monkeypatch.setattr(storage.BucketStorage, "_lock", lambda self, token: False)
     for rank in (1, 0):
         extract_app([*extraction(patches, weights, url), "--shard", f"{rank}/2"], standalone_mode=False)
     assert objects(url) == local
@@ -385,15 +385,15 @@ def test_a_writer_whose_entry_was_replaced_stops_and_takes_its_block_back(
     options = {"poolings": poolings, "card_pooling": "cls", "overwrite": True}
     slow = FeatureStore.open(url).begin("data", "model", "full", parts={"who": "slow"}, **options)
     block = dict.fromkeys(poolings, killed_writer.VALUES[:64])
-    put, others = place.Bucket.write, []
+    put, others = storage.BucketStorage.write, []
 
-    def overtaken(self: place.Bucket, key: str, pieces: place.Pieces) -> None:
+    def overtaken(self: storage.BucketStorage, key: str, pieces: storage.Pieces) -> None:
         if key.endswith("mean/c.0.0") and not others:
             others.append(None)
             others[0] = FeatureStore.open(url).begin("data", "model", "full", parts={"who": "fast"}, **options)
         put(self, key, pieces)
 
-    monkeypatch.setattr(place.Bucket, "write", overtaken)
+    monkeypatch.setattr(storage.BucketStorage, "write", overtaken)
     with pytest.raises(UserError, match="replaced by another process"):
         slow.write(0, block)
     assert others[0].entry.missing() == [0, 1, 2]
@@ -474,23 +474,23 @@ def test_a_network_that_stays_away_ends_in_one_message_and_the_same_command_goes
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(place, "_RETRIES", {"max_retries": 1})
+    monkeypatch.setattr(storage, "_RETRIES", {"max_retries": 1})
     proxy = Proxy(server, lambda number, n_bytes: False)
     monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
-    put, blocks = place.Bucket.write, []
+    put, blocks = storage.BucketStorage.write, []
 
-    def away(self: place.Bucket, key: str, pieces: place.Pieces) -> None:
+    def away(self: storage.BucketStorage, key: str, pieces: storage.Pieces) -> None:
         blocks.extend([key] * ("timm" in key and key.endswith(".0")))
         if len(blocks) == 5:
             proxy.judge = lambda number, n_bytes: True
         put(self, key, pieces)
 
-    monkeypatch.setattr(place.Bucket, "write", away)
+    monkeypatch.setattr(storage.BucketStorage, "write", away)
     printed = call(extract_app, *extraction(patches, weights, url), capsys=capsys, monkeypatch=monkeypatch)
     assert "does not answer. Everything written so far is kept: look at the network" in printed
     proxy.close()
     monkeypatch.setenv("AWS_ENDPOINT_URL", server)
-    left = {key: data for key, data in objects(url).items() if key != place._LOCK}
+    left = {key: data for key, data in objects(url).items() if key != storage._LOCK}
     assert left.items() < local.items()
     assert sum("timm" in key and key.endswith(".0") for key in left) == 4
     extract_app(extraction(patches, weights, url), standalone_mode=False)
@@ -546,7 +546,7 @@ def test_a_refusal_is_one_message_without_a_secret(
     weights: Path,
 ) -> None:
     handler = type("Handler", (Refusing,), {"status": status, "code": code})
-    monkeypatch.setattr(place, "_RETRIES", {"max_retries": 1})
+    monkeypatch.setattr(storage, "_RETRIES", {"max_retries": 1})
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as refusing:
         threading.Thread(target=refusing.serve_forever, daemon=True).start()
         monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{refusing.server_port}")

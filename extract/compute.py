@@ -23,7 +23,7 @@ MAX_BATCH = 1024
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def settle(model: nn.Module, device: torch.device, *, example: Tensor) -> nn.Module:
+def optimize_for_inference(model: nn.Module, device: torch.device, *, example: Tensor) -> nn.Module:
     """Move a frozen network to its device, convolutions in the layout and form that run fastest there.
 
     On CPUs a convolution is about twice as fast with channels last, and batch norms are folded into the convolutions

@@ -42,12 +42,12 @@ _POLL = 0.05  # seconds
 _KNOWN_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, BatchNormAct2d)
 
 
-class Lost(UserError):
+class ProcessLostError(UserError):
     """Another process of the training has ended."""
 
 
 @dataclass(frozen=True, eq=False)
-class Ranks:
+class ProcessGroup:
     """This process's place among those that train together; by default it is alone.
 
     Attributes:
@@ -143,7 +143,7 @@ class Ranks:
         until = time.monotonic() + _PATIENCE.total_seconds()
         while not self._call(lambda store: store.check([name])):
             if time.monotonic() > until or self._call(lambda store: store.check([_FAILED])):
-                raise Lost(_LOST)
+                raise ProcessLostError(_LOST)
             time.sleep(_POLL)
         found: bytes = self._call(lambda store: store.get(name))
         return found
@@ -153,7 +153,7 @@ class Ranks:
         try:
             return ask(self.store)
         except RuntimeError as error:
-            raise Lost(_LOST) from error
+            raise ProcessLostError(_LOST) from error
 
     # -------------------------------------------------------------------------------------------------------- sums
 
@@ -175,13 +175,13 @@ class Ranks:
                 timeout=_PATIENCE,
             )
 
-    def sum_(self, tensor: Tensor) -> None:
+    def all_reduce_(self, tensor: Tensor) -> None:
         """Replace a tensor by its sum over all processes, the same bits in each."""
         if self.store is not None:
             with _reaching():
                 dist.all_reduce(tensor)
 
-    def follow_first_(self, tensor: Tensor) -> None:
+    def broadcast_(self, tensor: Tensor) -> None:
         """Replace a tensor by the first process's."""
         if self.store is not None:
             with _reaching():
@@ -193,12 +193,12 @@ class Ranks:
             return own
         whole = torch.zeros(n, *own.shape[1:], device=device)
         whole[self.share(n)] = torch.from_numpy(own).to(device)
-        self.sum_(whole)
+        self.all_reduce_(whole)
         found: NDArray[np.float32] = whole.cpu().numpy()
         return found
 
 
-ALONE = Ranks()
+SINGLE_PROCESS = ProcessGroup()
 _FAILED = "failed"
 _LOST = "another process of this training has ended, or cannot be reached."
 
@@ -208,11 +208,11 @@ def _reaching() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        raise Lost(_LOST) from error
+        raise ProcessLostError(_LOST) from error
 
 
 @contextmanager
-def joined() -> Iterator[Ranks]:
+def joined() -> Iterator[ProcessGroup]:
     """This process's place among those that torchrun, or whatever sets the same variables, has started.
 
     Of all processes' failures only the first is told; the others follow from it.
@@ -236,7 +236,7 @@ def joined() -> Iterator[Ranks]:
         dist.destroy_process_group()
 
 
-def _found() -> Ranks:
+def _found() -> ProcessGroup:
     given = os.environ
     run = given.get("TORCHELASTIC_RUN_ID")
     # A run without a name is the one of this parent process.
@@ -244,7 +244,7 @@ def _found() -> Ranks:
     restarted = given.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
     needed = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     if any(name not in given for name in needed) or given["WORLD_SIZE"] == "1":
-        return Ranks(launch=launch, restarted=restarted)
+        return ProcessGroup(launch=launch, restarted=restarted)
     from torch.distributed.distributed_c10d import PrefixStore
     from torch.distributed.rendezvous import rendezvous
 
@@ -258,7 +258,7 @@ def _found() -> Ranks:
             f"the processes of this training cannot find each other by {described} ({error}). Start them with "
             "torchrun, or unset these variables to train in a single process."
         ) from error
-    return Ranks(rank, size, local_rank, PrefixStore(generation, store), launch, restarted)
+    return ProcessGroup(rank, size, local_rank, PrefixStore(generation, store), launch, restarted)
 
 
 def _generation(store: Store, rank: int, size: int) -> str:
@@ -308,7 +308,7 @@ def _interrupt_once(signum: int, frame: object) -> None:
 # --------------------------------------------------------------------------------------------------------- batch norms
 
 
-def share_norms(model: nn.Module, ranks: Ranks) -> int:
+def synchronize_batch_norms(model: nn.Module, ranks: ProcessGroup) -> int:
     """Have every batch norm of a model, in place, take its statistics of the whole batch; returns how many.
 
     Names and tensors stay. torch's own `SyncBatchNorm` needs a GPU, and this one is the same code on any device.
@@ -325,14 +325,14 @@ def share_norms(model: nn.Module, ranks: Ranks) -> int:
                 "--method lora."
             )
         parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, SharedNorm(module, ranks))
+        setattr(model.get_submodule(parent), child, SynchronizedBatchNorm(module, ranks))
     return len(norms)
 
 
-class SharedNorm(nn.Module):
+class SynchronizedBatchNorm(nn.Module):
     """A batch norm, with its activation where timm joins the two, whose batch is that of all processes."""
 
-    def __init__(self, own: _BatchNorm, ranks: Ranks) -> None:
+    def __init__(self, own: _BatchNorm, ranks: ProcessGroup) -> None:
         super().__init__()
         self.weight, self.bias = own.weight, own.bias
         for name, buffer in own.named_buffers(recurse=False):
@@ -356,14 +356,14 @@ class SharedNorm(nn.Module):
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _shared(self, x: Tensor, running_mean: Tensor, running_var: Tensor) -> Tensor:
-        y, mean, unbiased = _SharedNorm.apply(x, self.weight, self.bias, self.eps, self.ranks)
+        y, mean, unbiased = _SynchronizedBatchNorm.apply(x, self.weight, self.bias, self.eps, self.ranks)
         running_mean.mul_(1 - self.momentum).add_(mean, alpha=self.momentum)
         running_var.mul_(1 - self.momentum).add_(unbiased, alpha=self.momentum)
         shared: Tensor = y
         return shared
 
 
-class _SharedNorm(torch.autograd.Function):
+class _SynchronizedBatchNorm(torch.autograd.Function):
     """y = (x - mean) / sqrt(var + eps) * weight + bias, mean and var over the batches of all processes.
 
     Gradients of weight and bias are of this process's images alone, as all others are before they are summed.
@@ -371,7 +371,7 @@ class _SharedNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, ranks: Ranks
+        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, ranks: ProcessGroup
     ) -> tuple[Tensor, Tensor, Tensor]:
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         axes, shape = _axes(x)
@@ -380,7 +380,7 @@ class _SharedNorm(torch.autograd.Function):
         # (size, 2c + 1): every process fills its own row. Merged by means and squares about them, in float64.
         rows = torch.zeros(ranks.size, 2 * len(mean) + 1, dtype=torch.float64, device=x.device)
         rows[ranks.rank] = torch.cat([mean, var, mean.new_tensor([count])])
-        ranks.sum_(rows)
+        ranks.all_reduce_(rows)
         means, variances, counts = torch.split(rows, [len(mean), len(mean), 1], dim=1)
         total = counts.sum()
         together = (counts * means).sum(0) / total
@@ -403,7 +403,7 @@ class _SharedNorm(torch.autograd.Function):
         normed = (x.to(mean.dtype) - mean.view(shape)) * scale.view(shape)
         own = torch.stack([wide.sum(axes), (wide * normed).sum(axes)])  # (2, c)
         together = own.clone()
-        ctx.ranks.sum_(together)
+        ctx.ranks.all_reduce_(together)
         along, across = (together / ctx.total).unbind()
         gain = scale if weight is None else scale * weight
         grad_x = (wide - along.view(shape) - normed * across.view(shape)) * gain.view(shape)

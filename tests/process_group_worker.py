@@ -24,9 +24,9 @@ from extract.backbones import Backbone
 from finetune import train as training
 from finetune.checkpoint import State
 from finetune.network import Method
-from finetune.ranks import ALONE, Ranks, joined
+from finetune.process_group import SINGLE_PROCESS, ProcessGroup, joined
 from finetune.recipes import Recipe
-from finetune.train import Machine, new_state, train
+from finetune.train import Compute, new_state, train
 
 TWO_EPOCHS = replace(RECIPE, epochs=2)
 
@@ -56,7 +56,7 @@ CASES = {
 }
 
 
-def outcome(case: Case, ranks: Ranks = ALONE) -> State:
+def outcome(case: Case, ranks: ProcessGroup = SINGLE_PROCESS) -> State:
     """The state after a case's last epoch."""
     network = tiny_network(case.method, case.backbone, lora=DROPPING, dtype=case.dtype)
     if case.checkpoint_gradients:
@@ -68,7 +68,7 @@ def outcome(case: Case, ranks: Ranks = ALONE) -> State:
         case.recipe,
         state=state,
         seed=SEED,
-        machine=Machine(CPU, "fp32", case.folds_at_once, ranks),
+        machine=Compute(CPU, "fp32", case.folds_at_once, ranks),
         save=nothing,
         advance=nothing,
     )
@@ -92,7 +92,7 @@ def _train(folder: Path) -> None:
             state = outcome(case, ranks)
             tensors = {kind: getattr(state, kind).contiguous() for kind in ("values", "best", "moments")}
             same = tensors["values"].clone()
-            ranks.follow_first_(same)
+            ranks.broadcast_(same)
             assert torch.equal(same, tensors["values"]), f"process {ranks.rank} has other values: {name}"
             if ranks.first:
                 described = {"history": state.history, "n_steps": state.n_steps, "n_images": state.n_images}
