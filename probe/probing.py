@@ -154,7 +154,7 @@ def _probe_model(setup: _Setup, model: str, runs: Path) -> RunRecord:
         card_pooling=entry.card_pooling,
         label_names=(names[0], names[1]),
         sources={name: attrs.get("source", "") for name, attrs in attributes.items()},
-        fingerprints={name: store.entry(name, model=model, view=entry.view).fingerprint for name in experiment.tables},
+        fingerprints={name: _entry(store, name, entry).fingerprint for name in experiment.tables},
         embedding=entry.parts,
         folds=experiment.folds_record(),
         table_digests=experiment.table_digests,
@@ -171,6 +171,10 @@ def _probe_model(setup: _Setup, model: str, runs: Path) -> RunRecord:
         seconds=time.perf_counter() - started,
         files=files,
     )
+
+
+def _entry(store: FeatureStore, dataset: str, like: Entry) -> Entry:
+    return next(entry for entry in store.entries(dataset, like.model) if entry.view == like.view)
 
 
 # ------------------------------------------------------------------------------------------------------------- datasets

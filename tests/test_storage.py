@@ -25,7 +25,6 @@ import timm
 import torch
 import zarr
 from PIL import Image
-from probe.protocol import ProbeOptions, probe_store
 from safetensors.torch import save_file
 
 from extract.cli import app as extract_app
@@ -35,6 +34,7 @@ from features.console import UserError
 from features.samples import make_samples
 from features.storage import LocalStorage, find_storage
 from features.store import FeatureStore
+from probe.probing import ProbeOptions, probe_store
 from probe.runs import read_run
 
 obstore = pytest.importorskip("obstore", reason="needs obstore (pip install 'mitofm[s3]')")
@@ -228,9 +228,9 @@ def test_probes_of_a_bucket_are_those_of_a_folder_and_fetch_every_block_once(
     monkeypatch.setattr(storage.BucketStorage, "read", lambda self, key: fetched.append(key) or read(self, key))
     results = []
     for where in (url, tmp_path / "store"):
-        (folder,) = probe_store(FeatureStore.open(where), options=ProbeOptions(), runs=tmp_path / "runs")
+        (folder,) = probed(FeatureStore.open(where), options=ProbeOptions(), runs=tmp_path / "runs")
         results.append(read_run(folder))
-    assert [run["store"] for run in results] == [url, str(tmp_path / "store")]
+    assert [run.store for run in results] == [url, str(tmp_path / "store")]
     assert results[0]["metrics"] == results[1]["metrics"]
     blocks = [key for key in fetched if re.search(r"c\.\d+\.0$", key) and "samples" not in key]
     assert len(blocks) == len(set(blocks)) == 8

@@ -10,7 +10,7 @@ from test_logistic import embeddings, five_folds
 from features.console import UserError
 from features.samples import make_samples
 from features.store import Embeddings, FeatureStore
-from probe import protocol, stream
+from probe import linear, stream
 from probe.logistic import Fits, fit_logistic, predict_logits
 from probe.stream import fit_streamed
 
@@ -140,10 +140,10 @@ def test_a_store_beyond_the_budget_is_streamed_and_judged_the_same(problem, monk
 
     X, y, _ = problem
     folds = Folds(fold=np.arange(3000) % 5, n_folds=5, source="here", digest="")
-    here = protocol.fit_exact(X.read(), y, folds)
-    assert isinstance(protocol._loaded(X, 5), np.ndarray)
+    here = linear.fit_exact(X.read(), y, folds=folds)
+    assert isinstance(linear.in_memory(X, 5), np.ndarray)
     monkeypatch.setattr(stream, "BUDGET", 2**25)
-    assert protocol._loaded(X, 5) is X
-    there = protocol.fit_exact(X, y, folds)
+    assert linear.in_memory(X, 5) is X
+    there = linear.fit_exact(X, y, folds=folds)
     assert there.record["chosen_strength"] == here.record["chosen_strength"]
     np.testing.assert_allclose(there.validation_logit, here.validation_logit, atol=1e-3)
