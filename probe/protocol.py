@@ -25,11 +25,13 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from features.blocks import Embeddings
 from features.console import UserError, nearest, progress
 from features.device import find_device
+from features.entry import Entry
 from features.folds import SEED, Folds, effective_groups, grouped_folds
 from features.samples import TEST, Samples
-from features.store import Embeddings, Entry, FeatureStore
+from features.store import FeatureStore
 from probe.curve import CURVE_FILE, DRAWS, CurvePoint, Subset, checked_fractions, curve_csv, curve_points, draw_subsets
 from probe.evidence import evaluate
 from probe.logistic import Fits, fit_logistic, predict_logits
@@ -399,7 +401,7 @@ def _probe_model(
     tried: list[dict[str, Any]] = []
     best: tuple[float, Probe, Entry, str] | None = None
     for entry, pooling in _candidates(store, model, train, tests, options):
-        stored = store.embeddings(train, model, entry.view, pooling, rows=rows)
+        stored = store.embeddings(train, model=model, view=entry.view, pooling=pooling, rows=rows)
         if options.recipe == "paper":
             probe = fit_paper(stored.read(), y, folds, seed=options.seed)
         else:
@@ -432,12 +434,14 @@ def _probe_model(
         samples = tables[name]
         held_out = np.flatnonzero(samples.split == TEST) if name == train else np.arange(len(samples))
         if len(held_out):
-            X = _loaded(store.embeddings(name, model, entry.view, pooling, rows=held_out), folds.n_folds)
+            X = _loaded(
+                store.embeddings(name, model=model, view=entry.view, pooling=pooling, rows=held_out), folds.n_folds
+            )
             parts.append(_score(X, name, samples.select(held_out), probe))
             for subset, part in curve:
                 predictions = _score(X, name, samples.select(held_out), part)
                 points += curve_points(subset, y, part.record["chosen_strength"], predictions)
-        fingerprints[name] = next(e.fingerprint for e in store.entries(name, model) if e.view == entry.view)
+        fingerprints[name] = store.entry(name, model=model, view=entry.view).fingerprint
     run = {
         "kind": "probe",
         "model": model,
@@ -514,7 +518,7 @@ def _fit_curve(
     """
     if not subsets:
         return []
-    X = _loaded(store.embeddings(train, entry.model, entry.view, pooling, rows=rows), folds.n_folds)
+    X = _loaded(store.embeddings(train, model=entry.model, view=entry.view, pooling=pooling, rows=rows), folds.n_folds)
     curve = []
     with progress(f"learning curve {entry.model}", len(subsets), "subsets") as advance:
         for subset in subsets:

@@ -35,9 +35,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from features.console import UserError
+from features.entry import store_key
 from features.files import PARTIAL, move_folder, write_file, writing
 from features.samples import MISSING_VOTE, Samples, make_samples
-from features.store import store_key
 from probe.metrics import THRESHOLD, best_threshold
 
 RUN_FORMAT = 1
