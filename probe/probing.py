@@ -16,11 +16,13 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from features.blocks import Embeddings
 from features.console import UserError, nearest, progress
 from features.device import find_device
+from features.entry import Entry
 from features.folds import SEED, effective_groups
 from features.samples import TEST
-from features.store import Embeddings, Entry, FeatureStore
+from features.store import FeatureStore
 from probe.curve import CURVE_FILE, DRAWS, Subset, checked_fractions, curve_csv, curve_points, draw_subsets
 from probe.experiment import AMI_BR, Experiment, FoldLogits, make_experiment
 from probe.linear import Probe, fit_exact, fit_paper, fit_subset, held_out_folds, in_memory
@@ -154,7 +156,7 @@ def _probe_model(setup: _Setup, model: str, runs: Path) -> RunRecord:
         card_pooling=entry.card_pooling,
         label_names=(names[0], names[1]),
         sources={name: attrs.get("source", "") for name, attrs in attributes.items()},
-        fingerprints={name: _entry(store, name, entry).fingerprint for name in experiment.tables},
+        fingerprints={name: store.entry(name, model=model, view=entry.view).fingerprint for name in experiment.tables},
         embedding=entry.parts,
         folds=experiment.folds_record(),
         table_digests=experiment.table_digests,
@@ -171,10 +173,6 @@ def _probe_model(setup: _Setup, model: str, runs: Path) -> RunRecord:
         seconds=time.perf_counter() - started,
         files=files,
     )
-
-
-def _entry(store: FeatureStore, dataset: str, like: Entry) -> Entry:
-    return next(entry for entry in store.entries(dataset, like.model) if entry.view == like.view)
 
 
 # ------------------------------------------------------------------------------------------------------------- datasets

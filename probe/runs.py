@@ -33,9 +33,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from features.console import UserError
+from features.entry import store_key
 from features.files import PARTIAL, move_folder, write_file, writing
 from features.samples import Samples
-from features.store import store_key
 from probe.evidence import evaluate
 from probe.metrics import RunMetrics
 from probe.predictions import (

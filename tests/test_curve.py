@@ -74,11 +74,11 @@ def store(tmp_path) -> FeatureStore:
         store.put_samples(dataset, samples, attrs={})
         for model, signal in (("good", 0.9), ("poor", 0.2)):
             writer = store.begin(
-                dataset, model, "full", poolings={"cls": WIDTH}, card_pooling="cls", parts={"m": model}
+                dataset, model=model, view="full", poolings={"cls": WIDTH}, card_pooling="cls", parts={"m": model}
             )
             X = embeddings(samples, signal)
-            for block, rows in writer.missing_within(range(len(samples))):
-                writer.write(block, {"cls": X[rows.start : rows.stop]})
+            for rows in writer.missing():
+                writer.write(rows, {"cls": X[rows.start : rows.stop]})
     return store
 
 

@@ -49,14 +49,14 @@ def add(store: FeatureStore, dataset: str, samples: Samples, model: str, view: s
         arrays[pooling] = X
     writer = store.begin(
         dataset,
-        model,
-        view,
+        model=model,
+        view=view,
         poolings={"cls": WIDTH, "mean": WIDTH},
         card_pooling="cls",
         parts={"model": model, "view": view},
     )
-    for block, rows in writer.missing_within(range(len(samples))):
-        writer.write(block, {name: X[rows.start : rows.stop] for name, X in arrays.items()})
+    for rows in writer.missing():
+        writer.write(rows, {name: X[rows.start : rows.stop] for name, X in arrays.items()})
 
 
 @pytest.fixture
@@ -151,7 +151,7 @@ def test_saved_weights_give_the_saved_logits(store, tmp_path):
     (folder,) = probed(store, ["good"], options=ProbeOptions(), runs=tmp_path / "runs")
     run, predictions = read_run(folder), read_predictions(folder)
     weights = load_file(folder / "weights.safetensors")
-    X = store.read("atnorm-br", "good", run.view, run.pooling).astype(np.float32)
+    X = store.read("atnorm-br", model="good", view=run.view, pooling=run.pooling).astype(np.float32)
     expected = X @ weights["coef"][1] + weights["intercept"][1]
     part = predictions.select((predictions.dataset == "atnorm-br") & (predictions.fold == 1))
     np.testing.assert_allclose(part.logit, expected, rtol=1e-4, atol=1e-4)
@@ -170,11 +170,16 @@ def test_datasets_embedded_differently_are_never_compared(store, tmp_path):
     other = table(seed=2, split=False)
     store.put_samples("third", other, attrs={})
     writer = store.begin(
-        "third", "good", "full", poolings={"cls": WIDTH, "mean": WIDTH}, card_pooling="cls", parts={"precision": "bf16"}
+        "third",
+        model="good",
+        view="full",
+        poolings={"cls": WIDTH, "mean": WIDTH},
+        card_pooling="cls",
+        parts={"precision": "bf16"},
     )
     values = np.zeros((len(other), WIDTH))
-    for block, rows in writer.missing_within(range(len(other))):
-        writer.write(block, {"cls": values[rows.start : rows.stop], "mean": values[rows.start : rows.stop]})
+    for rows in writer.missing():
+        writer.write(rows, {"cls": values[rows.start : rows.stop], "mean": values[rows.start : rows.stop]})
     with pytest.raises(UserError, match=r"computed differently for ami-br and third: .*precision"):
         probed(store, ["good"], options=ProbeOptions(), runs=tmp_path / "runs")
     assert not (tmp_path / "runs").exists()
