@@ -153,7 +153,8 @@ class _Adam:
         self.parameters, self.recipe = parameters, recipe
         self.mean = [torch.zeros_like(p) for p in parameters]
         self.square = [torch.zeros_like(p) for p in parameters]
-        self.n_steps = torch.zeros(len(parameters[0]), 1, 1)
+        # float64: in float32, 1 - .999**t has lost half of its digits in the first steps.
+        self.n_steps = torch.zeros(len(parameters[0]), 1, 1, dtype=torch.float64)
 
     def step(self, folds: list[int], gradients: list[Tensor], rate: Tensor) -> None:
         beta1, beta2, eps = 0.9, 0.999, 1e-8
@@ -164,4 +165,5 @@ class _Adam:
             m = mean[folds] * beta1 + g * (1 - beta1)
             v = square[folds] * beta2 + g.square() * (1 - beta2)
             mean[folds], square[folds] = m, v
-            parameter[folds] -= rate[folds] / (1 - beta1**t) * m / ((v / (1 - beta2**t)).sqrt() + eps)
+            unbiased, unbiased_square = (1 - beta1**t).to(m), (1 - beta2**t).to(m)
+            parameter[folds] -= rate[folds] / unbiased * m / ((v / unbiased_square).sqrt() + eps)
