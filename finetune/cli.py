@@ -233,7 +233,8 @@ def report(
     if format not in ("html", "markdown", "latex"):
         raise UserError(f"unknown format {format!r}: use html, markdown or latex.")
     from finetune.report import make_report, write_report
-    from probe.evidence import Resampling, as_dict
+    from probe.metrics import as_dict
+    from probe.resample import Resampling
 
     text, found, _ = make_report(
         runs,
@@ -242,7 +243,7 @@ def report(
         format=format,  # type: ignore[arg-type]
         data=data,
         store=store,
-        how=Resampling(replicates=replicates, seed=seed),
+        resampling=Resampling(replicates=replicates, seed=seed),
     )
     for note in found.notes:
         say(f"note: {note}")

@@ -17,10 +17,10 @@ from extract.datasets import DATASETS, PatchDataset, load_dataset, local_data
 from extract.registry import BACKBONES
 from features.console import UserError, say
 from features.files import write_file, writing
-from probe.evidence import Resampling
 from probe.gallery import PAGE_BYTES, Pixels, embedding_maps, make_thumbnails, open_store, shown
 from probe.page import html, with_thumbnails
 from probe.report import Report, Run, collect, read_runs
+from probe.resample import Resampling
 from probe.tables import grids, latex, markdown
 
 Format = Literal["html", "markdown", "latex"]
@@ -34,7 +34,7 @@ def make_report(
     format: Format = "html",
     data: Path | None = None,
     store: Path | str | None = None,
-    how: Resampling = Resampling(),
+    resampling: Resampling = Resampling(),
 ) -> tuple[str, Report, list[Run]]:
     """Compare runs.
 
@@ -45,7 +45,7 @@ def make_report(
         format: "html" for the page; "markdown" or "latex" for its two main tables.
         data: the folder of the known datasets.
         store: the feature store that the map is drawn from; None for the one that runs were probed from.
-        how: of the resampling.
+        resampling: how resamples are drawn.
 
     Returns:
         The text, what it tells, and the runs.
@@ -54,7 +54,7 @@ def make_report(
         UserError: no runs, damaged ones, runs of different folds, or of different patches.
     """
     read, notes = read_runs(runs, named=named, folds=folds)
-    report = collect(read, notes, how=how)
+    report = collect(read, notes, resampling=resampling)
     if format != "html":
         table = markdown if format == "markdown" else latex
         return "\n".join(table(grid) for grid in grids(report, read)), report, read

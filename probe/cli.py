@@ -49,7 +49,7 @@ def probe(
         raise UserError(f"unknown recipe {recipe!r}: use exact or paper.")
     from features.store import FeatureStore
     from probe.curve import curve_tables, parse_fractions, read_curve, summarise
-    from probe.evidence import as_dict
+    from probe.metrics import as_dict
     from probe.protocol import ProbeOptions, probe_store
     from probe.runs import read_run
 

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from features.console import UserError, progress
 from features.samples import MISSING_VOTE
 from features.store import FeatureStore
-from probe.evidence import ensemble
+from probe.evidence import ensemble_of
 from probe.report import Report, Run, fullest
 
 if TYPE_CHECKING:
@@ -117,7 +117,7 @@ def shown(report: Report, runs: Sequence[Run]) -> GalleryPatches:
     left_out = []
     for number, on in enumerate(report.sets):
         having = [run for run in runs if run.label not in on.missing]
-        judged = {run.label: ensemble(run.predictions, on.dataset, on.split) for run in having}
+        judged = {run.label: ensemble_of(run.predictions, on.dataset, on.split) for run in having}
         first = judged[having[0].label]
         order = np.argsort(first.id, kind="stable")
         probability = np.full((len(runs), len(first)), np.nan)

@@ -25,11 +25,12 @@ from features.console import printable
 from probe import charts
 from probe.charts import N_STYLES, Line, Row
 from probe.curve import summarise
-from probe.evidence import COMPARED, Difference, as_dict
+from probe.evidence import COMPARED
 from probe.gallery import EmbeddingMap, GalleryPatches, Thumbnails
-from probe.metrics import NAMES
+from probe.metrics import NAMES, as_dict
 from probe.report import Report, Run, SetReport
 from probe.runs import VALIDATION
+from probe.significance import Difference
 from probe.tables import SOURCES, TRAINED_ON, PublishedFigure, published, published_for
 
 TITLES = {

@@ -13,7 +13,7 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,20 +23,11 @@ from numpy.typing import NDArray
 from features.console import UserError, nearest, progress
 from features.samples import MISSING_VOTE, Samples, audit
 from probe.curve import CurvePoint, read_curve
-from probe.evidence import (
-    Comparison,
-    DomainView,
-    Ensemble,
-    RaterView,
-    Resampling,
-    by_agreement,
-    by_domain,
-    compare,
-    ensemble,
-    fold_figures,
-    rows_of,
-)
+from probe.domains import DomainView, by_domain
+from probe.evidence import Comparison, Ensemble, compare, ensemble_of, fold_figures, rows_of
 from probe.metrics import ECE_BINS, FoldFigure
+from probe.raters import RaterView, by_agreement
+from probe.resample import Resampling
 from probe.runs import VALIDATION, Predictions, read_predictions, read_run, read_samples
 
 _NEEDED = (
@@ -152,7 +143,7 @@ class Report:
         labels: of the runs, by date.
         train: the dataset that all runs were trained on.
         fold_digest, n_folds: of the assignment that all runs share.
-        how: of the resampling.
+        resampling: of the resampling.
         sets: the test sets, that of the training dataset first, then the out-of-fold predictions.
         notes: what a reader must know: sets that runs lack, identical patches, what was left out.
     """
@@ -163,7 +154,7 @@ class Report:
     train: str
     fold_digest: str
     n_folds: int
-    how: Resampling
+    resampling: Resampling = field(metadata={"key": "how"})  # its name in --json and in the page
     sets: tuple[SetReport, ...]
     notes: tuple[str, ...]
 
@@ -304,13 +295,13 @@ def _shown(name: str, value: Any) -> str:
 # ---------------------------------------------------------------------------------------------------------- collecting
 
 
-def collect(runs: Sequence[Run], notes: Sequence[str] = (), *, how: Resampling = Resampling()) -> Report:
+def collect(runs: Sequence[Run], notes: Sequence[str] = (), *, resampling: Resampling = Resampling()) -> Report:
     """Compare runs on every set that any of them has.
 
     Args:
         runs: of `read_runs`.
         notes: to begin with.
-        how: of the resampling.
+        resampling: of the resampling.
 
     Raises:
         UserError: if runs disagree on a set's patches, labels or slides.
@@ -323,7 +314,7 @@ def collect(runs: Sequence[Run], notes: Sequence[str] = (), *, how: Resampling =
     with progress("compare", len(ordered), unit="sets") as advance, ThreadPoolExecutor(os.cpu_count()) as pool:
 
         def on_set(pair: tuple[str, str]) -> SetReport:
-            found = _on_set(runs, *pair, how)
+            found = _on_set(runs, *pair, resampling)
             advance(1)
             return found
 
@@ -344,16 +335,16 @@ def collect(runs: Sequence[Run], notes: Sequence[str] = (), *, how: Resampling =
         train=train,
         fold_digest=str(runs[0].record["folds"]["digest"]),
         n_folds=int(runs[0].record["folds"]["n"]),
-        how=how,
+        resampling=resampling,
         sets=tuple(sets),
         notes=tuple(dict.fromkeys(said)),
     )
 
 
-def _on_set(runs: Sequence[Run], dataset: str, split: str, how: Resampling) -> SetReport:
+def _on_set(runs: Sequence[Run], dataset: str, split: str, resampling: Resampling) -> SetReport:
     having = [run for run in runs if (dataset, split) in run.predictions.sets()]
     judged = {run.label: _ensemble(run, dataset, split) for run in having}
-    comparison = compare(judged, how=how)  # refuses runs of different patches
+    comparison = compare(judged, resampling=resampling)  # refuses runs of different patches
     table = fullest([run.tables[dataset] for run in having])
     tables = {label: table.select(rows_of(on, table.id)) for label, on in judged.items()}  # in each run's own order
     first = next(iter(tables.values()))
@@ -368,9 +359,11 @@ def _on_set(runs: Sequence[Run], dataset: str, split: str, how: Resampling) -> S
         folds={run.label: fold_figures(run.predictions, dataset, split) for run in having},
         confusion={label: _confusion(on) for label, on in judged.items()},
         curves={label: _curves(on) for label, on in judged.items()},
-        raters={label: by_agreement(on, tables[label].votes, how=how) for label, on in judged.items() if rated},
+        raters={
+            label: by_agreement(on, tables[label].votes, resampling=resampling) for label, on in judged.items() if rated
+        },
         domains={
-            label: by_domain(on, tables[label].domain, how=how)
+            label: by_domain(on, tables[label].domain, resampling=resampling)
             for label, on in judged.items()
             if len(set(first.domain.tolist()) - {""}) >= 2
         },
@@ -385,7 +378,7 @@ def fullest(tables: Sequence[Samples]) -> Samples:
 
 def _ensemble(run: Run, dataset: str, split: str) -> Ensemble:
     try:
-        return ensemble(run.predictions, dataset, split)
+        return ensemble_of(run.predictions, dataset, split)
     except UserError as error:
         raise UserError(f"{run.folder}: {error}") from error
 
