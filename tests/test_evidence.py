@@ -338,11 +338,11 @@ def test_beyond_all_resamples_the_tail_goes_on():
     """With 10,000 resamples, or with 100: many pairs can be told apart, and a demanding level finds no end."""
     rng = np.random.default_rng(0)
     for replicates in (100, 10_000):
-        spread = evidence._spread(0.1, 0.1 + 0.01 * rng.standard_normal(replicates), np.empty(0), 10_000)
-        assert 1e-30 < spread.p_of(0.0) < 1e-15
-        low, high = spread.at(1 - 1e-9)
+        spread = resample.make_spread(0.1, 0.1 + 0.01 * rng.standard_normal(replicates), np.empty(0), n_clusters=10_000)
+        assert 1e-30 < spread.p_value(0.0) < 1e-15
+        low, high = spread.ends(1 - 1e-9)
         assert (low, high) == pytest.approx((0.1 - 0.061, 0.1 + 0.061), abs=0.01)
-        assert spread.p_of(low) == pytest.approx(1e-9, rel=1e-3)
+        assert spread.p_value(low) == pytest.approx(1e-9, rel=1e-3)
 
 
 def test_a_clear_difference_is_found_and_its_sign_is_first_minus_second():
@@ -383,7 +383,7 @@ def test_a_run_does_not_differ_from_itself():
     judged = some_run()
     found = compare({"a": judged, "again": judged}, resampling=QUICK)
     for name in COMPARED:
-        assert found.pairs[0].differences[name] == evidence.Difference(0.0, 0.0, 0.0, 1.0, 1.0, 0)
+        assert found.pairs[0].differences[name] == significance.Difference(0.0, 0.0, 0.0, 1.0, 1.0, 0)
         assert found.ranks[name]["a"].value == found.ranks[name]["again"].value == 1
         assert found.ranks[name]["again"].share_first == 1
     test = compare({"a": by_patch(judged), "again": by_patch(judged)}, resampling=QUICK).pairs[0].delong
