@@ -21,8 +21,8 @@ from numpy.typing import NDArray
 
 from features.console import UserError
 from probe.metrics import NAMES, FoldFigure, Interval, Judgement, RunMetrics, SetMetrics, scores
+from probe.predictions import VALIDATION, Predictions, threshold_of
 from probe.resample import Clusters, Resampling, intervals, make_clusters, resample
-from probe.runs import VALIDATION, Predictions, threshold_of
 from probe.significance import DeLong, Difference, adjusted, delong_tests, difference
 from probe.tally import Tally, tally
 

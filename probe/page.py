@@ -29,7 +29,7 @@ from probe.evidence import COMPARED
 from probe.gallery import EmbeddingMap, GalleryPatches, Thumbnails
 from probe.metrics import NAMES, as_dict
 from probe.report import Report, Run, SetReport
-from probe.runs import VALIDATION
+from probe.predictions import VALIDATION
 from probe.significance import Difference
 from probe.tables import SOURCES, TRAINED_ON, PublishedFigure, published, published_for
 

@@ -28,7 +28,8 @@ from probe.evidence import Comparison, Ensemble, compare, ensemble_of, fold_figu
 from probe.metrics import ECE_BINS, FoldFigure
 from probe.raters import RaterView, by_agreement
 from probe.resample import Resampling
-from probe.runs import VALIDATION, Predictions, read_predictions, read_run, read_samples
+from probe.predictions import VALIDATION, Predictions
+from probe.runs import read_predictions, read_run, read_samples
 
 _NEEDED = (
     "id",
