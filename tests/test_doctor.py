@@ -231,12 +231,14 @@ def test_the_store(stub: StubHub, tmp_path: Path) -> None:
     opened = FeatureStore.open_or_create(path)
     table = make_samples([f"{i}.png" for i in range(n)], [i % 2 for i in range(n)], sha256=[str(i) for i in range(n)])
     opened.put_samples("patches", table, attrs={})
-    writer = opened.begin("patches", "uni", "full", poolings={"cls": 3}, card_pooling="cls", parts={"model": "uni"})
+    writer = opened.begin(
+        "patches", model="uni", view="full", poolings={"cls": 3}, card_pooling="cls", parts={"model": "uni"}
+    )
     blocks = writer.missing()
-    writer.write(0, {"cls": np.ones((len(blocks[0]), 3), np.float32)})
+    writer.write(blocks[0], {"cls": np.ones((len(blocks[0]), 3), np.float32)})
     line = store(path)
     assert (line.status, line.found) == ("note", "1 dataset, 1 set of embeddings, 1 unfinished")
-    writer.write(1, {"cls": np.ones((len(blocks[1]), 3), np.float32)})
+    writer.write(blocks[1], {"cls": np.ones((len(blocks[1]), 3), np.float32)})
     assert store(path, verify=True).found.endswith("every byte sound")
     block = writer.entry.block_path("cls", 1)
     block.write_bytes(block.read_bytes()[:-1] + b"?")

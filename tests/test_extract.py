@@ -88,7 +88,7 @@ def test_every_pooling_and_view_equals_a_plain_forward_pass(patches, weights, tm
             "center": cells[:, 3:7, 3:7].mean((1, 2)),
         }
         for pooling, values in expected.items():
-            found = store.read(dataset.name, MODEL, view, pooling)
+            found = store.read(dataset.name, model=MODEL, view=view, pooling=pooling)
             np.testing.assert_allclose(found, values.numpy(), rtol=2e-3, atol=2e-3, err_msg=f"{view} {pooling}")
 
 
@@ -147,7 +147,7 @@ def test_any_batch_size_gives_the_same_embeddings(patches, weights, tmp_path, ba
     for view in ("full", "center16"):
         name = load_dataset(str(patches)).name
         np.testing.assert_allclose(
-            store.read(name, MODEL, view), reference.read(name, MODEL, view), rtol=2e-3, atol=2e-3
+            store.read(name, model=MODEL, view=view), reference.read(name, model=MODEL, view=view), rtol=2e-3, atol=2e-3
         )
 
 

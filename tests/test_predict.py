@@ -21,7 +21,7 @@ from features.store import FeatureStore
 from finetune.lora import LoraOptions
 from finetune.predict import predict_paths
 from finetune.protocol import ComputeOptions, FinetuneOptions, finetune
-from probe.protocol import ProbeOptions, probe_store
+from probe.probing import ProbeOptions, probe_store
 from probe.runs import read_predictions, read_run
 
 MODEL = "timm/test_vit"
@@ -82,7 +82,7 @@ def test_a_run_repeats_its_own_test_predictions(kind, runs, table, weights, tmp_
     written = {row["id"]: row for row in rows_of(tmp_path / "out.csv")}
     assert list(written) == [f"{row:02}.png" for row in range(N)]  # labels and splits are not looked at
     own = read_predictions(runs[kind])
-    threshold = read_run(runs[kind])["metrics"]["threshold"]
+    threshold = read_run(runs[kind]).figures.threshold
     assert summary["threshold"] == threshold
     tested = own.select(own.split == "test")
     assert len(set(tested.id)) == 12
@@ -131,8 +131,8 @@ def altered(run: Path, to: Path, **parts) -> Path:
     """A copy of a run whose record says something else, and has no digests, as those of older versions."""
     shutil.copytree(run, to)
     record = json.loads((to / "run.json").read_text())
-    record["embedding"] |= parts
-    del record["sha256"]
+    record.embedding |= parts
+    del record.sha256
     (to / "run.json").write_text(json.dumps(record))
     return to
 
@@ -159,7 +159,7 @@ def test_a_run_from_another_device_is_used_with_a_note(runs, table, weights, tmp
 def test_imported_embeddings_are_refused(runs, table, weights, tmp_path):
     run = altered(runs["probe"], tmp_path / "run")
     record = json.loads((run / "run.json").read_text())
-    record["embedding"] = {"source": "theirs.npz"}
+    record.embedding = {"source": "theirs.npz"}
     (run / "run.json").write_text(json.dumps(record))
     with pytest.raises(UserError, match="imported embeddings"):
         predict_paths(run, [table], out=tmp_path / "out.csv", weights=weights)
