@@ -9,7 +9,8 @@ from sklearn.metrics import average_precision_score, roc_auc_score
 
 from probe.evidence import ensemble_of
 from probe.metrics import as_dict
-from probe.report import collect, read_runs
+from probe.report.collect import collect
+from probe.report.read import read_runs
 from probe.resample import Resampling
 
 shown = json.loads(re.search(r'id="figures">(.*?)</script>', Path(sys.argv[1]).read_text(encoding="utf-8"))[1])

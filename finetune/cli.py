@@ -129,7 +129,7 @@ def finetune(
     if as_json:
         print_json({"runs": [str(folder)], "results": [record]})
         return
-    from probe.tables import result_tables, training_table
+    from probe.report.terminal import result_tables, training_table
 
     show(training_table(record), *result_tables([record]))
     say(f"run written to {folder}/")

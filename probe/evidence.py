@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from html import escape
 from itertools import combinations
 
 import numpy as np
@@ -51,6 +52,13 @@ class Ensemble:
 
     def __len__(self) -> int:
         return len(self.id)
+
+    def __repr__(self) -> str:
+        n_positive = int((self.label == 1).sum())
+        return (
+            f"Ensemble({self.dataset}/{self.split}: {len(self):,} patches, {n_positive:,} positive, "
+            f"threshold {self.threshold:.3f})"
+        )
 
     def select(self, rows: NDArray[np.bool_] | NDArray[np.intp]) -> Ensemble:
         """Keep the rows of a mask, or those of an index array in its order."""
@@ -104,6 +112,19 @@ class Comparison:
     judgements: dict[str, Judgement]
     pairs: tuple[Pair, ...]
     ranks: dict[str, dict[str, Rank]]
+
+    def __repr__(self) -> str:
+        return f"Comparison({len(self.judgements)} runs: {', '.join(self.judgements)})"
+
+    def _repr_html_(self) -> str:
+        head = "".join(f"<th>{name.replace('_', ' ')}</th><th>rank</th>" for name in COMPARED)
+        rows = "".join(
+            f"<tr><td>{escape(run)}</td>"
+            + "".join(f"<td>{one.figures[name]}</td><td>{self.ranks[name][run].value}</td>" for name in COMPARED)
+            + "</tr>"
+            for run, one in self.judgements.items()
+        )
+        return f"<table><tr><th>run</th>{head}</tr>{rows}</table>"
 
 
 def ensemble_of(predictions: Predictions, dataset: str, split: str) -> Ensemble:

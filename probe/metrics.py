@@ -186,6 +186,9 @@ class Interval:
     high: float
     n_undefined: int | None = None
 
+    def __str__(self) -> str:
+        return f"{self.value:.3f}" + ("" if math.isnan(self.low) else f" ({self.low:.3f}–{self.high:.3f})")
+
 
 @dataclass(frozen=True)
 class FoldFigure:
@@ -224,6 +227,10 @@ class Judgement:
     level: float
     replicates: int
     figures: dict[str, Interval]
+
+    def __repr__(self) -> str:
+        figures = ", ".join(f"{name} {figure}" for name, figure in self.figures.items())
+        return f"Judgement({self.n:,} patches, {self.n_positive:,} positive, {self.n_clusters:,} {self.unit}s: {figures})"
 
 
 @dataclass(frozen=True)
