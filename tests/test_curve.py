@@ -152,9 +152,20 @@ def test_all_slides_are_the_runs_own_fit():
     (subset,) = subsets_of(samples, (1.0,))
     whole = fit_exact(X, samples.label, folds=folds, strengths=STRENGTHS)
     again = fit_subset(X, samples.label, folds, subset, strengths=STRENGTHS)
-    assert again.record == whole.record
-    np.testing.assert_array_equal(again.coef, whole.coef)
-    np.testing.assert_allclose(again.validation_logit, whole.validation_logit, atol=1e-5)
+    # Where a copy of the same rows lies in memory decides how products are cut up, so their last digits.
+    rounded = {"max_gradient", "inner_loss"}
+    assert {k: v for k, v in again.record.items() if k not in rounded} == {
+        k: v for k, v in whole.record.items() if k not in rounded
+    }
+    np.testing.assert_allclose(again.record["inner_loss"], whole.record["inner_loss"], rtol=0, atol=1e-4)
+    assert again.record["n_not_converged"] == 0
+    # Both end where no component of the mean loss's gradient exceeds 1e-6. Along the direction of the difference the
+    # loss curves by 1 / (C n) or more, so in standardised features, of spread 1 here, solutions are as near as this.
+    n_trained = len(samples) * (N_FOLDS - 1) / N_FOLDS
+    within = 2 * 1e-6 * math.sqrt(WIDTH + 1) * n_trained * np.array(whole.record["chosen_strength"])
+    assert within.max() < 1e-2
+    for fold, bound in enumerate(within):
+        np.testing.assert_allclose(again.coef[fold], whole.coef[fold], rtol=0, atol=2 * bound)
 
 
 def test_the_strength_is_chosen_on_the_subsets_labels_alone():

@@ -208,7 +208,7 @@ def test_the_largest_batch_leaves_room():
 def test_auto_precision_keeps_bf16_only_where_it_changes_nothing(weights, monkeypatch):
     backbone = find_backbone(MODEL)
     model = build_model(backbone, None)
-    images = torch.randn(4, 3, 160, 160)
+    images = torch.randn(4, 3, 160, 160, generator=torch.Generator().manual_seed(0))
     monkeypatch.setattr(compute, "has_bf16", lambda device: True)
     cosine = min(
         float(torch.nn.functional.cosine_similarity(a, b).min())
@@ -238,7 +238,7 @@ def test_settling_a_network_keeps_its_function(arch):
             torch.nn.init.uniform_(module.running_mean, -0.5, 0.5)
             torch.nn.init.uniform_(module.running_var, 0.5, 2)
             torch.nn.init.uniform_(module.weight, 0.5, 2)
-    example = torch.randn(2, 3, 64, 64)
+    example = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     settled = optimize_for_inference(model, CPU, example=example)
     assert not any(isinstance(module, torch.nn.BatchNorm2d) for module in settled.modules())
     with torch.inference_mode():
@@ -257,7 +257,7 @@ def test_a_norm_that_does_not_follow_its_convolution_is_left_alone():
             return self.conv(self.norm(x))  # registered in the other order
 
     model = NormFirst().eval()
-    example = torch.randn(2, 3, 8, 8)
+    example = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
         torch.testing.assert_close(optimize_for_inference(model, CPU, example=example)(example), model(example))
 
