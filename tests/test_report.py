@@ -45,10 +45,12 @@ from finetune.cli import report_main
 from finetune.report import make_report
 from probe import gallery
 from probe.curve import CurvePoint, curve_csv
-from probe.evidence import COMPARED, Resampling, as_dict, compare, ensemble
+from probe.evidence import COMPARED, compare, ensemble_of
 from probe.gallery import PAGE_BYTES, GalleryPatches, embedding_maps, make_thumbnails, open_store, shown
+from probe.metrics import as_dict
 from probe.page import commands
 from probe.report import collect, labels_of, read_runs
+from probe.resample import Resampling
 from probe.runs import VALIDATION, Predictions, concatenate, predictions_of, read_predictions
 
 QUICK = Resampling(replicates=200)
@@ -76,7 +78,7 @@ def two_runs(runs: Path, **record: Any) -> tuple[Path, Path]:
 
 def collected(runs: Path, **options: Any):
     read, notes = read_runs(runs, **options)
-    return collect(read, notes, how=QUICK), read
+    return collect(read, notes, resampling=QUICK), read
 
 
 # --- reading ----------------------------------------------------------------------------------------------------------
@@ -279,7 +281,7 @@ def test_figures_are_scikit_learn_s(tmp_path):
     report, runs = collected(tmp_path)
     assert [on.name for on in report.sets] == ["ami-br/test", "atnorm-br/test", "atnorm-md/test", "ami-br/validation"]
     for on, run in itertools.product(report.sets, runs):
-        judged = ensemble(run.predictions, on.dataset, on.split)
+        judged = ensemble_of(run.predictions, on.dataset, on.split)
         y, p, said = judged.label, judged.probability, judged.probability >= judged.threshold
         found = {name: one.value for name, one in on.comparison.judgements[run.label].figures.items()}
         assert found == pytest.approx(
@@ -319,7 +321,7 @@ def curves_of(logit: np.ndarray, label: np.ndarray, runs: Path):
     test = predictions_of("t", table, split="test", fold=np.array([0]), logit=logit[:, None])
     made_run(runs, tables=tables, train="mine", predictions=concatenate([parts, test]))
     report, (run,) = collected(runs)
-    return report.sets[0].curves[run.label], ensemble(run.predictions, "t", "test")
+    return report.sets[0].curves[run.label], ensemble_of(run.predictions, "t", "test")
 
 
 def test_the_area_under_the_drawn_curve_is_the_auroc_ties_included(tmp_path):
@@ -404,7 +406,7 @@ def test_patches_may_come_in_any_order(tmp_path):
     found = shown(report, runs)
     for run, probability in zip(runs, found.probability, strict=True):
         for k, on in enumerate(report.sets):
-            judged = ensemble(run.predictions, on.dataset, on.split)
+            judged = ensemble_of(run.predictions, on.dataset, on.split)
             of = dict(zip(judged.id.tolist(), judged.probability.tolist(), strict=True))
             rows = np.flatnonzero(found.on == k)
             assert probability[rows].tolist() == [of[id] for id in found.id[rows].tolist()]
@@ -506,7 +508,7 @@ class Tree(HTMLParser):
 
 
 def page_of(runs: Path, **options: Any) -> str:
-    return make_report(runs, how=QUICK, **options)[0]
+    return make_report(runs, resampling=QUICK, **options)[0]
 
 
 def embedded(page: str, name: str) -> Any:
@@ -650,8 +652,8 @@ def test_the_figures_are_those_of_the_predictions(tmp_path):
     labels = {folder: f"{json.loads((folder / 'run.json').read_text())['model']} probe" for folder in folders}
     assert figures["labels"] == [labels[folder] for folder in folders]
     for on in figures["sets"]:
-        judged = {labels[f]: ensemble(read_predictions(f), on["dataset"], on["split"]) for f in folders}
-        expected = compare(judged, how=QUICK)
+        judged = {labels[f]: ensemble_of(read_predictions(f), on["dataset"], on["split"]) for f in folders}
+        expected = compare(judged, resampling=QUICK)
         assert on["comparison"] == json.loads(json.dumps(as_dict(expected)))
         title = f"{on['dataset']}, {'out of fold' if on['split'] == VALIDATION else on['split']}"
         ranks = []
