@@ -78,10 +78,10 @@ def finetune(
 ) -> None:
     from finetune import protocol
     from finetune.lora import LoraOptions
-    from finetune.process_group import joined
+    from finetune.process_group import join_process_group
     from probe.runs import read_run
 
-    with joined() as ranks:
+    with join_process_group() as process_group:
         options = protocol.FinetuneOptions(
             model=model,
             train=train,
@@ -111,7 +111,7 @@ def finetune(
             _show_plan(options, compute, as_json)
             return
         if resume is None:
-            folder = protocol.finetune(options, compute=compute, runs=runs, ranks=ranks)
+            folder = protocol.finetune(options, compute=compute, runs=runs, process_group=process_group)
         else:
             given = _given(context)
             folder = protocol.resume(
@@ -121,9 +121,9 @@ def finetune(
                     for name in (parameter.replace("lora_", "lora.") for parameter in given - _COMPUTE - _ELSEWHERE)
                 },
                 compute={name: getattr(compute, name) for name in given & _COMPUTE},
-                ranks=ranks,
+                process_group=process_group,
             )
-    if not ranks.first:
+    if not process_group.is_first:
         return
     record = read_run(folder)
     if as_json:

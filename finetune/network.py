@@ -155,17 +155,17 @@ class Network(nn.Module):
         if self.method == "lora" and precision == "bf16":
             cast_frozen(self.model, torch.bfloat16)
 
-    def share_batches(self, ranks: ProcessGroup, batch_size: int) -> None:
+    def share_batches(self, process_group: ProcessGroup, batch_size: int) -> None:
         """Let training steps hold this process's share of each fold's batch; batch norms that learn see all of it.
 
         Raises:
             UserError: a batch norm of an unknown kind.
         """
         self.forget_replicas()
-        own = ranks.share(batch_size)
+        own = process_group.shard_rows(batch_size)
         self.part = (own.start, own.stop - own.start, batch_size)
-        if self.method == "full" and ranks.size > 1:
-            self.n_shared_norms += synchronize_batch_norms(self.model, ranks)
+        if self.method == "full" and process_group.world_size > 1:
+            self.n_shared_norms += synchronize_batch_norms(self.model, process_group)
 
     def compile_backbone(self) -> None:
         """Have torch.compile translate the backbone's forward and backward pass; the first step takes minutes."""

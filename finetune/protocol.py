@@ -168,7 +168,7 @@ class Setup:
     transform: Transform
     precision: str
     device: torch.device
-    ranks: ProcessGroup
+    process_group: ProcessGroup
 
     @property
     def rounds(self) -> list[tuple[int, ...]]:
@@ -195,21 +195,21 @@ class Setup:
 
 
 def finetune(
-    options: FinetuneOptions, *, compute: ComputeOptions, runs: Path, ranks: ProcessGroup = SINGLE_PROCESS
+    options: FinetuneOptions, *, compute: ComputeOptions, runs: Path, process_group: ProcessGroup = SINGLE_PROCESS
 ) -> Path:
     """Train a backbone on patches, fold by fold, and write a run; returns its folder.
 
-    Of processes that train together, each calls it with its own `ranks`. Where torchrun has started them anew, they go
+    Of processes that train together, each calls it with its own `process_group`. Where torchrun has started them anew, they go
     on with the run of its first start.
 
     Raises:
         UserError: names that lead nowhere, data or weights that cannot be had, targets that match nothing, folds that
             lack a class, a full disk, memory running out, or a loss that is not finite.
     """
-    setup = prepare(options, compute, ranks)
+    setup = prepare(options, compute, process_group)
     _meet(setup)
     network = new_network(setup, setup.rounds[0])  # refuses targets before there is a folder
-    folder = Path(ranks.told("folder", lambda: str(_begun_before(setup, runs) or _begin(setup, runs))))
+    folder = Path(process_group.broadcast("folder", lambda: str(_begun_before(setup, runs) or _begin(setup, runs))))
     return _train_and_finish(setup, folder, network)
 
 
@@ -222,8 +222,8 @@ def _begin(setup: Setup, runs: Path) -> Path:
         "compute": setup.compute.record(),
         "versions": versions(),
     }
-    if setup.ranks.launch is not None:
-        record["launch"] = setup.ranks.launch
+    if setup.process_group.launch is not None:
+        record["launch"] = setup.process_group.launch
     with writing(runs):
         folder.mkdir(parents=True)
         whole = record | {"sha256": fingerprint(record)}
@@ -233,12 +233,12 @@ def _begin(setup: Setup, runs: Path) -> Path:
 
 def _begun_before(setup: Setup, runs: Path) -> Path | None:
     """The unfinished run that this very launch of torchrun began before a process ended and all were started anew."""
-    if not setup.ranks.restarted:
+    if not setup.process_group.restarted:
         return None
     for start in sorted(runs.glob(f"*/{START_FILE}"), key=lambda path: path.stat().st_mtime, reverse=True):
         with suppress(UserError):
             record = _read_start(start.parent)
-            if record.get("launch") == setup.ranks.launch and record["identity"] == setup.identity():
+            if record.get("launch") == setup.process_group.launch and record["identity"] == setup.identity():
                 return start.parent
     return None
 
@@ -249,18 +249,18 @@ def _meet(setup: Setup) -> None:
     Raises:
         UserError: they do not, or a batch has fewer patches than there are processes.
     """
-    if setup.recipe.batch_size < setup.ranks.size:
+    if setup.recipe.batch_size < setup.process_group.world_size:
         raise UserError(
-            f"{setup.recipe.batch_size} patches per fold and step cannot be shared by {setup.ranks.size} processes: "
+            f"{setup.recipe.batch_size} patches per fold and step cannot be shared by {setup.process_group.world_size} processes: "
             "start fewer, or train with a larger --batch-size."
         )
     packages = {name: version for name, version in versions().items() if name != "platform"}
-    setup.ranks.agree("setup", setup.identity() | {"versions": packages})
-    setup.ranks.connect(setup.device)
+    setup.process_group.assert_same("setup", setup.identity() | {"versions": packages})
+    setup.process_group.connect(setup.device)
 
 
 def resume(
-    folder: Path, *, given: Mapping[str, Any], compute: Mapping[str, Any], ranks: ProcessGroup = SINGLE_PROCESS
+    folder: Path, *, given: Mapping[str, Any], compute: Mapping[str, Any], process_group: ProcessGroup = SINGLE_PROCESS
 ) -> Path:
     """Go on with an interrupted training; the result is the one it would have had.
 
@@ -268,14 +268,14 @@ def resume(
         folder: of the run.
         given: training options that the user gave again, nested names joined by dots; they must equal the run's own.
         compute: computing options that the user gave; they replace the run's own.
-        ranks: of this process, as in `finetune`; their number may be another than before.
+        process_group: of this process, as in `finetune`; their number may be another than before.
 
     Raises:
         UserError: no training, other options, or data, weights or splits that have changed since; and as `finetune`.
     """
     if (folder / "run.json").exists():
         say(f"{folder} has finished already.")
-        if ranks.first:
+        if process_group.is_first:
             _clear_up(folder)
         return folder
     record = _read_start(folder)
@@ -287,7 +287,7 @@ def resume(
             f"{folder} was started with other options: found {', '.join(differing)}. Resume it without them, or start "
             "a new run."
         )
-    setup = prepare(options, replace(ComputeOptions.of_record(record["compute"]), **compute), ranks)
+    setup = prepare(options, replace(ComputeOptions.of_record(record["compute"]), **compute), process_group)
     differing = [f"{key} was {was} and is {now}" for key, was, now in differences(record["identity"], setup.identity())]
     if differing:
         raise UserError(
@@ -300,13 +300,13 @@ def resume(
     return _train_and_finish(setup, folder, new_network(setup, setup.rounds[0]))
 
 
-def prepare(options: FinetuneOptions, compute: ComputeOptions, ranks: ProcessGroup = SINGLE_PROCESS) -> Setup:
+def prepare(options: FinetuneOptions, compute: ComputeOptions, process_group: ProcessGroup = SINGLE_PROCESS) -> Setup:
     """Find and check everything that a training needs.
 
     Raises:
         UserError: see `finetune`.
     """
-    device = find_device(ranks.device(compute.device))
+    device = find_device(process_group.device(compute.device))
     backbone = find_backbone(options.model)
     recipe = options.resolved(backbone)
     view = options.resolved_view(backbone)
@@ -341,7 +341,7 @@ def prepare(options: FinetuneOptions, compute: ComputeOptions, ranks: ProcessGro
         transform=transform_of(backbone, view, recipe.statistics),
         precision=choose_precision(options.precision, backbone, device),
         device=device,
-        ranks=ranks,
+        process_group=process_group,
     )
 
 
@@ -400,8 +400,8 @@ def _train_and_finish(setup: Setup, folder: Path, network: Network) -> Path:
 def _train(setup: Setup, folder: Path, network: Network) -> None:
     """Train every round that has not finished, save each fold's best epoch, judge them all, and complete the run."""
     at_once = setup.compute.folds_at_once or default_folds_at_once(setup.device, setup.folds.n_folds)
-    ranks = setup.ranks
-    machine = Compute(setup.device, setup.precision, min(at_once, len(setup.rounds[0])), ranks)
+    process_group = setup.process_group
+    machine = Compute(setup.device, setup.precision, min(at_once, len(setup.rounds[0])), process_group)
     if setup.device.type == "cuda":
         _compute_reproducibly()
     data = TrainingSet(
@@ -411,7 +411,9 @@ def _train(setup: Setup, folder: Path, network: Network) -> None:
         transform=setup.transform,
     )
     state = load_state(folder, setup.device)
-    ranks.agree("checkpoint", {"n_steps": None if state is None else [state.folds, state.n_steps, state.n_images]})
+    process_group.assert_same(
+        "checkpoint", {"n_steps": None if state is None else [state.folds, state.n_steps, state.n_images]}
+    )
     first = 0 if state is None else setup.rounds.index(state.folds)
     size = setup.recipe.batch_size
     total = setup.recipe.epochs * sum(-(-n // size) * size for n in setup.folds.training.sum(axis=1).tolist())
@@ -431,21 +433,21 @@ def _train(setup: Setup, folder: Path, network: Network) -> None:
                 state=state,
                 seed=setup.options.seed,
                 machine=machine,
-                save=lambda state: save_state(folder, state) if ranks.first else None,
+                save=lambda state: save_state(folder, state) if process_group.is_first else None,
                 advance=advance,
             )
             network.values.copy_(state.best)
-            if ranks.first:
+            if process_group.is_first:
                 for fold in folds:
                     network.save_fold(fold_folder(folder, fold), fold)
     assert state is not None  # there is at least one round
-    if setup.compute.merge and ranks.first:
+    if setup.compute.merge and process_group.is_first:
         _merge_folds(setup, folder)
-    ranks.wait("weights")
+    process_group.barrier("weights")
     started = time.perf_counter()
     predictions = concatenate(list(_judge(setup, folder, data, machine)))
     seconds = state.seconds + time.perf_counter() - started
-    if not ranks.first:
+    if not process_group.is_first:
         return
     with writing(folder, remedy=GO_ON):
         record = _record(setup, network, state, machine)
@@ -518,7 +520,7 @@ def patch_logits(
 ) -> NDArray[np.float32]:
     """Logits (len(rows), n_folds) of patches, each under the weights of all of the network's folds."""
     size = EVALUATION_BATCH[machine.device.type]
-    own = rows[machine.ranks.share(len(rows))]
+    own = rows[machine.process_group.shard_rows(len(rows))]
     units = [own[start : start + size].tolist() for start in range(0, len(own), size)]
     found = [np.empty((0, len(network.folds)), dtype=np.float32)]
     with closing(decoded(decode, units)) as ready:
@@ -531,8 +533,8 @@ def patch_logits(
 
             each = machine.each(network, network.folds, logits_of)
             found.append(torch.cat(each).T.cpu().numpy())  # (b, f)
-            advance(len(unit) * len(network.folds) * machine.ranks.size)
-    return machine.ranks.gathered(np.concatenate(found), len(rows), machine.device)
+            advance(len(unit) * len(network.folds) * machine.process_group.world_size)
+    return machine.process_group.all_gather(np.concatenate(found), len(rows), machine.device)
 
 
 def _record(setup: Setup, network: Network, state: State, machine: Compute) -> dict[str, Any]:
@@ -544,7 +546,7 @@ def _record(setup: Setup, network: Network, state: State, machine: Compute) -> d
         "training_images": state.n_images,
         "images_per_second": round(state.n_images / max(state.seconds, 1e-9), 2),
         "folds_at_once": machine.folds_at_once,
-        "processes": machine.ranks.size,
+        "processes": machine.process_group.world_size,
     }
     if setup.device.type == "cuda":
         cost["device_name"] = torch.cuda.get_device_name(setup.device)

@@ -72,13 +72,13 @@ class Compute:
         device: of the network.
         precision: "fp32" or "bf16" (autocast).
         folds_at_once: how many folds share a forward pass; halved when memory runs out.
-        ranks: the processes that share the batches.
+        process_group: the processes that share the batches.
     """
 
     device: torch.device
     precision: str
     folds_at_once: int
-    ranks: ProcessGroup = SINGLE_PROCESS
+    process_group: ProcessGroup = SINGLE_PROCESS
 
     def autocast(self) -> AbstractContextManager[Any]:
         """The precision as a context."""
@@ -158,10 +158,10 @@ def train(
     Raises:
         UserError: a loss that is not finite, or memory running out with a single fold and checkpointed gradients.
     """
-    ranks = machine.ranks
-    network.share_batches(ranks, recipe.batch_size)
+    process_group = machine.process_group
+    network.share_batches(process_group, recipe.batch_size)
     network.values.copy_(state.values)
-    ranks.broadcast_(network.values)  # should another processor have drawn another last bit
+    process_group.broadcast_(network.values)  # should another processor have drawn another last bit
     state.values = network.values
     optimizers = {
         fold: _optimizer(row, recipe, state.moments[at], state.n_steps[at])
@@ -180,7 +180,7 @@ def train(
             step = epoch * 2**20 + batch
             for fold, loss in _backward(network, data, recipe, plans, folds, batch, step=step, machine=machine).items():
                 losses[fold] += loss
-            ranks.all_reduce_(network.gradients)
+            process_group.all_reduce_(network.gradients)
             for fold in folds:
                 rate = learning_rate(state.history[fold], recipe, batch=batch, n_batches=plans[fold].n_batches)
                 optimizers[fold].param_groups[0]["lr"] = rate
@@ -190,7 +190,7 @@ def train(
             state.n_images += len(folds) * recipe.batch_size
 
         total = torch.stack([losses[fold] for fold in active])
-        ranks.all_reduce_(total)
+        process_group.all_reduce_(total)
         mean_loss = {fold: loss / plans[fold].n_batches for fold, loss in zip(active, total.tolist(), strict=True)}
         _require_finite(mean_loss, epoch, recipe)
         logits = validation_logits(network, data, active, machine=machine)
@@ -227,7 +227,7 @@ def validation_logits(
     """Each fold's logit (Atypical minus Normal) of its own held-out rows, in their order."""
     size = EVALUATION_BATCH[machine.device.type]
     held_out = {fold: np.flatnonzero(data.folds.fold == fold) for fold in folds}
-    share = {fold: rows[machine.ranks.share(len(rows))] for fold, rows in held_out.items()}
+    share = {fold: rows[machine.process_group.shard_rows(len(rows))] for fold, rows in held_out.items()}
 
     def logits_of(network: Network, group: list[int]) -> dict[int, NDArray[np.float32]]:
         # A process that got no row of a small fold judges any.
@@ -243,7 +243,7 @@ def validation_logits(
         return {fold: own[: len(share[fold])] for fold, own in zip(group, together, strict=True)}
 
     found = _joined(machine.each(network, folds, logits_of))
-    return {fold: machine.ranks.gathered(found[fold], len(held_out[fold]), machine.device) for fold in folds}
+    return {fold: machine.process_group.all_gather(found[fold], len(held_out[fold]), machine.device) for fold in folds}
 
 
 @torch.inference_mode()
@@ -325,7 +325,7 @@ def _backward(
         The share's part of each fold's mean loss; like the gradients, it has to be summed over all processes.
     """
     statistics = network.values[:, network.n_trained :]
-    own = machine.ranks.share(recipe.batch_size)
+    own = machine.process_group.shard_rows(recipe.batch_size)
 
     def losses_of(network: Network, group: list[int]) -> dict[int, Tensor]:
         images, label = _images(data, recipe, [plans[fold] for fold in group], batch, own, machine.device)

@@ -24,7 +24,7 @@ from extract.backbones import Backbone
 from finetune import train as training
 from finetune.checkpoint import State
 from finetune.network import Method
-from finetune.process_group import SINGLE_PROCESS, ProcessGroup, joined
+from finetune.process_group import SINGLE_PROCESS, ProcessGroup, join_process_group
 from finetune.recipes import Recipe
 from finetune.train import Compute, new_state, train
 
@@ -56,7 +56,7 @@ CASES = {
 }
 
 
-def outcome(case: Case, ranks: ProcessGroup = SINGLE_PROCESS) -> State:
+def outcome(case: Case, process_group: ProcessGroup = SINGLE_PROCESS) -> State:
     """The state after a case's last epoch."""
     network = tiny_network(case.method, case.backbone, lora=DROPPING, dtype=case.dtype)
     if case.checkpoint_gradients:
@@ -68,7 +68,7 @@ def outcome(case: Case, ranks: ProcessGroup = SINGLE_PROCESS) -> State:
         case.recipe,
         state=state,
         seed=SEED,
-        machine=Compute(CPU, "fp32", case.folds_at_once, ranks),
+        machine=Compute(CPU, "fp32", case.folds_at_once, process_group),
         save=nothing,
         advance=nothing,
     )
@@ -85,16 +85,16 @@ def _train(folder: Path) -> None:
     from finetune import network
 
     network.embed = exact_embed  # type: ignore[assignment]
-    with joined() as ranks:
+    with join_process_group() as process_group:
         device = torch.device("cpu")
-        ranks.connect(device)
+        process_group.connect(device)
         for name, case in CASES.items():
-            state = outcome(case, ranks)
+            state = outcome(case, process_group)
             tensors = {kind: getattr(state, kind).contiguous() for kind in ("values", "best", "moments")}
             same = tensors["values"].clone()
-            ranks.broadcast_(same)
-            assert torch.equal(same, tensors["values"]), f"process {ranks.rank} has other values: {name}"
-            if ranks.first:
+            process_group.broadcast_(same)
+            assert torch.equal(same, tensors["values"]), f"process {process_group.rank} has other values: {name}"
+            if process_group.is_first:
                 described = {"history": state.history, "n_steps": state.n_steps, "n_images": state.n_images}
                 save_file(tensors, folder / f"{name}.safetensors", {"state": json.dumps(described)})
 

@@ -38,7 +38,7 @@ from finetune.process_group import (
     ProcessLostError,
     SynchronizedBatchNorm,
     _generation,
-    joined,
+    join_process_group,
     synchronize_batch_norms,
 )
 from finetune.protocol import ComputeOptions, FinetuneOptions, resume
@@ -115,7 +115,7 @@ def test_processes_train_what_a_single_one_does(tmp_path: Path, alone: dict[str,
 def test_shares_are_all_rows_in_order_and_differ_by_one_at_most() -> None:
     for size in (1, 2, 3, 7):
         for n in (0, 1, 6, 7, 20):
-            shares = [list(range(n))[ProcessGroup(rank, size).share(n)] for rank in range(size)]
+            shares = [list(range(n))[ProcessGroup(rank, size).shard_rows(n)] for rank in range(size)]
             assert list(chain.from_iterable(shares)) == list(range(n))
             assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
@@ -330,13 +330,18 @@ def small_compute() -> ComputeOptions:
 def test_without_torchrun_a_process_is_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID"):
         monkeypatch.delenv(name, raising=False)
-    with joined() as ranks:
-        assert (ranks.rank, ranks.size, ranks.launch, ranks.restarted) == (0, 1, None, False)
-        assert ranks.told("name", lambda: "made") == "made"
-        ranks.agree("what", {})
-        ranks.wait("here")
+    with join_process_group() as process_group:
+        assert (process_group.rank, process_group.world_size, process_group.launch, process_group.restarted) == (
+            0,
+            1,
+            None,
+            False,
+        )
+        assert process_group.broadcast("name", lambda: "made") == "made"
+        process_group.assert_same("what", {})
+        process_group.barrier("here")
         one = torch.ones(3)
-        ranks.all_reduce_(one)
+        process_group.all_reduce_(one)
         assert one.tolist() == [1, 1, 1]
 
 
@@ -345,17 +350,20 @@ def test_a_single_process_of_torchrun_is_alone_too(monkeypatch: pytest.MonkeyPat
     given |= {"TORCHELASTIC_RUN_ID": "none", "TORCHELASTIC_RESTART_COUNT": "2"}
     for name, value in given.items():
         monkeypatch.setenv(name, value)
-    with joined() as ranks:
-        assert ranks.size == 1
-        assert ranks.restarted
-        assert str(ranks.launch).endswith(f":{os.getppid()}")
+    with join_process_group() as process_group:
+        assert process_group.world_size == 1
+        assert process_group.restarted
+        assert str(process_group.launch).endswith(f":{os.getppid()}")
 
 
 def test_processes_that_cannot_find_each_other_are_told_what_was_set(monkeypatch: pytest.MonkeyPatch) -> None:
     given = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "many"}
     for name, value in given.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(UserError, match=r"cannot find each other by RANK=0.*MASTER_PORT=many.*torchrun"), joined():
+    with (
+        pytest.raises(UserError, match=r"cannot find each other by RANK=0.*MASTER_PORT=many.*torchrun"),
+        join_process_group(),
+    ):
         pass
 
 
@@ -376,16 +384,21 @@ def side_by_side(store: HashStore, work: Callable[[ProcessGroup], Any], *, size:
 def test_all_hear_the_first_and_none_hears_those_before_a_restart() -> None:
     store = HashStore()
     for word in ("one", "two"):
-        found = side_by_side(store, lambda ranks, word=word: ranks.told("word", lambda: f"{word} {ranks.rank}"))
+        found = side_by_side(
+            store,
+            lambda process_group, word=word: process_group.broadcast("word", lambda: f"{word} {process_group.rank}"),
+        )
         assert found == [f"{word} 0"] * 3
 
 
 def test_a_process_that_differs_is_named_and_ends_all_with_one_message() -> None:
-    def work(ranks: ProcessGroup) -> Any:
+    def work(process_group: ProcessGroup) -> Any:
         try:
-            ranks.agree("setup", {"backbone": {"precision": "fp32" if ranks.rank == 2 else "bf16"}, "seed": 1})
+            process_group.assert_same(
+                "setup", {"backbone": {"precision": "fp32" if process_group.rank == 2 else "bf16"}, "seed": 1}
+            )
         except UserError as error:
-            return ranks.speaks(), type(error), str(error)
+            return process_group.fails_first(), type(error), str(error)
         return None
 
     found = side_by_side(HashStore(), work)
@@ -397,7 +410,9 @@ def test_a_process_that_differs_is_named_and_ends_all_with_one_message() -> None
 def test_a_batch_smaller_than_the_processes_is_refused(material: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(material)
     with pytest.raises(UserError, match="4 patches per fold and step cannot be shared by 5 processes"):
-        protocol.finetune(small_options(), compute=small_compute(), runs=Path("runs/none"), ranks=ProcessGroup(0, 5))
+        protocol.finetune(
+            small_options(), compute=small_compute(), runs=Path("runs/none"), process_group=ProcessGroup(0, 5)
+        )
     assert not Path("runs/none").exists()
 
 
