@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import copy
-import re
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,7 +14,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from extract.backbones import Backbone, embed
 from features.console import UserError
-from features.device import find_device as find_device
+from features.device import has_bf16, out_of_memory
 
 MIN_COSINE = 0.9999  # bf16 embeddings may stand for fp32 ones from this cosine on
 MAX_BATCH = 1024
@@ -98,14 +96,6 @@ def choose_precision(asked: str, backbone: Backbone, model: nn.Module, images: T
     return "bf16" if cosine >= MIN_COSINE else "fp32"
 
 
-def has_bf16(device: torch.device) -> bool:
-    """Whether the processor multiplies bf16 in hardware (else it is slower than fp32)."""
-    if device.type == "cuda":
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    cpuinfo = Path("/proc/cpuinfo")
-    return cpuinfo.exists() and bool(re.search(r"\b(avx512_bf16|amx_bf16)\b", cpuinfo.read_text()))
-
-
 def embed_batch(model: nn.Module, backbone: Backbone, images: Tensor, *, precision: str) -> dict[str, Tensor]:
     """One forward pass: (b, 3, h, w) float32 normalised images to every pooling, each (b, d) float32."""
     dtype = _AUTOCAST.get(precision)
@@ -138,8 +128,3 @@ def largest_batch(forward: Callable[[int], None], *, at_most: int = MAX_BATCH) -
     if not fits:
         raise UserError("not even one image fits in the device's memory: use a smaller model, or --device cpu.")
     return max(1, fits // 2)
-
-
-def out_of_memory(error: RuntimeError) -> bool:
-    """Whether a torch error means that memory ran out, on any device."""
-    return bool(isinstance(error, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)

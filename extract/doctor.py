@@ -29,9 +29,9 @@ from huggingface_hub import constants, get_token
 
 from extract import download, hub
 from extract.backbones import BACKBONES, Backbone, fetch_weights, find_backbone, weight_files
-from extract.compute import find_device, has_bf16
 from extract.datasets import DATA_VARIABLE, check_data, local_data
 from features.console import ProgressCallback, UserError, progress
+from features.device import find_device, has_bf16
 from features.store import FeatureStore
 
 Status = Literal["ok", "note", "fail"]

@@ -33,17 +33,17 @@ from extract.backbones import Backbone, Weights, build_model, check_input_size, 
 from extract.compute import (
     choose_precision,
     embed_batch,
-    find_device,
     largest_batch,
     optimize_for_inference,
-    out_of_memory,
 )
 from extract.datasets import Decode, PatchDataset
 from extract.shard import Shard
 from extract.views import Transform, View, make_transform, parse_view
 from features.console import UserError, progress, say
+from features.device import find_device, out_of_memory
+from features.fingerprint import fingerprint
 from features.layout import rows_per_block
-from features.store import Entry, FeatureStore, Writer, fingerprint
+from features.store import Entry, FeatureStore, Writer
 
 _CALIBRATION_PATCHES = 8
 _CPU_BATCH = 8  # larger batches leave the cache: a third slower for convolutions, no faster for transformers

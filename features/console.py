@@ -10,9 +10,10 @@ import difflib
 import errno
 import json
 import os
+import re
 import signal
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
@@ -154,13 +155,50 @@ def run(app: typer.Typer) -> None:
     try:
         app()
     except UserError as error:
-        _fail(str(error))
+        _fail(as_flags(str(error), _flags(app)))
     except OSError as error:
         if error.errno != errno.ENAMETOOLONG:
             raise
         _fail(f"{error.filename}: this name is longer than a file system takes. Give the name of what is there.")
     except Interrupted:
         _fail("interrupted. Everything finished so far is kept: run the same command again to finish the rest.")
+
+
+def as_flags(message: str, flags: Mapping[str, str]) -> str:
+    """Rewrite the arguments that a library's message names as the flags of a command.
+
+    >>> flags = {"device": "--device", "batch_size": "--batch-size", "overwrite": "--overwrite"}
+    >>> as_flags("Lower `batch_size`, use `device='cpu'`, or `overwrite=True`.", flags)
+    'Lower --batch-size, use --device cpu, or --overwrite.'
+
+    Args:
+        message: arguments stand in it in Python's form between backticks.
+        flags: parameter -> flag of the options that the command has. Other arguments stay as they are.
+    """
+
+    def flag(match: re.Match[str]) -> str:
+        name, value = match["name"], match["value"]
+        if name not in flags:
+            return match[0]
+        if value in (None, "True"):
+            return flags[name]
+        return f"{flags[name]} {value[1:-1] if value[0] in _QUOTES else value}"
+
+    return _ARGUMENT.sub(flag, message)
+
+
+_QUOTES = "'\""
+_ARGUMENT = re.compile(r"`(?P<name>[a-z_]+)(=(?P<value>'[^'`]*'|\"[^\"`]*\"|[\w.+-]+))?`")
+
+
+def _flags(app: typer.Typer) -> dict[str, str]:
+    """Parameter -> flag of every option of an application, of all its commands together."""
+    from typer.main import get_command
+
+    command = get_command(app)
+    commands = [command, *getattr(command, "commands", {}).values()]
+    options = [option for command in commands for option in command.params if option.param_type_name == "option"]
+    return {str(option.name): option.opts[0] for option in options}
 
 
 def _fail(message: str) -> NoReturn:

@@ -1,34 +1,77 @@
-"""Which device computes?"""
+"""Which device does a process compute on, and what can that device do?"""
 
 from __future__ import annotations
+
+import re
+from pathlib import Path
 
 import torch
 
 from features.console import UserError
 
+_CPUINFO = Path("/proc/cpuinfo")  # of Linux
 
-def find_device(name: str, *, local_rank: int | None = None) -> torch.device:
-    """The torch device of an option: "auto" takes the first GPU, else the CPU.
+
+def find_device(name: str, *, local_rank: int | None = None, n_processes: int = 1) -> torch.device:
+    """Find the torch device of an option: "auto" is a GPU if there is one, else the CPU.
+
+    With `local_rank`, "auto" and "cuda" give each process on a machine a GPU of its own. A process that sees one GPU
+    takes that one, whatever its rank: some launchers show every process only the GPU that is meant for it.
 
     Args:
         name: "auto", "cpu", "cuda" or "cuda:N".
-        local_rank: which of this machine's processes asks: "auto" and "cuda" deal the GPUs out by it. A process that
-            was given one GPU of its own sees no other, whatever its number.
+        local_rank: the number of this process among those on its machine, from 0; None if it is the only one.
+        n_processes: how many processes train together, each with the same `name`.
 
     Raises:
-        UserError: if the device does not exist here.
+        UserError: if the device does not exist here, there are fewer GPUs than processes, or one GPU is named for
+            several processes.
     """
-    if name in ("auto", "cuda") and local_rank is not None and torch.cuda.is_available():
-        return torch.device("cuda", local_rank % torch.cuda.device_count())
+    n_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if n_gpus else "cpu"
+    if name == "cuda" and local_rank is not None and n_gpus:
+        return torch.device("cuda", _gpu_of(local_rank, n_gpus))
     try:
         device = torch.device(name)
     except RuntimeError as error:
         raise UserError(f"unknown device {name!r}: use auto, cpu, cuda or cuda:N.") from error
-    n_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if device.type == "cuda" and (device.index or 0) >= n_gpus:
-        raise UserError(f"device {name!r} was asked for, but torch sees {n_gpus} GPUs here. Use --device cpu or auto.")
     if device.type not in ("cpu", "cuda"):
         raise UserError(f"device {name!r} is not supported: use auto, cpu, cuda or cuda:N.")
+    if device.index is not None and device.type == "cuda" and n_processes > 1:
+        raise UserError(
+            f"device {name!r} was asked for, for all of {n_processes} processes. Use auto or cuda, by which each "
+            "process takes a GPU of its own, or cpu."
+        )
+    if device.type == "cuda" and (device.index or 0) >= n_gpus:
+        raise UserError(
+            f"device {name!r} was asked for, but torch sees {n_gpus} GPUs here. Use `device='cpu'` or `device='auto'`."
+        )
     return device
+
+
+def _gpu_of(local_rank: int, n_gpus: int) -> int:
+    if n_gpus == 1:
+        return 0
+    if local_rank >= n_gpus:
+        raise UserError(
+            f"process {local_rank} of this machine (counted from 0) needs a GPU of its own, but torch sees {n_gpus} "
+            "GPUs. Start at most as many processes per machine as it has GPUs, or use `device='cpu'`."
+        )
+    return local_rank
+
+
+def has_bf16(device: torch.device) -> bool:
+    """Whether the processor multiplies bfloat16 in hardware; emulated products are slower than those of float32."""
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    # torch has no public function for it on CPUs.
+    checks = [getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")]
+    if all(checks):
+        return any(check() for check in checks if check is not None)
+    return _CPUINFO.exists() and bool(re.search(r"\b(avx512_bf16|amx_bf16)\b", _CPUINFO.read_text()))
+
+
+def out_of_memory(error: RuntimeError) -> bool:
+    """Whether a torch error means that memory ran out, on any device."""
+    return bool(isinstance(error, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)

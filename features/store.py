@@ -9,7 +9,6 @@ a bucket is for `features.storage` to know.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
@@ -26,6 +25,7 @@ from zarr.buffer import cpu
 from zarr.storage import MemoryStore
 
 from features.console import ProgressCallback, UserError, nearest, progress
+from features.fingerprint import differences, fingerprint
 from features.layout import (
     MAX_ROWS_PER_BLOCK,
     MIN_ROWS_PER_BLOCK,
@@ -64,12 +64,6 @@ def store_key(name: str) -> str:
     if key.startswith((".", "__")) or key == "zarr.json" or len(key.encode()) > 200:
         raise UserError(f"{name!r} cannot name anything in a feature store: use a plain name of at most 200 bytes.")
     return key
-
-
-def fingerprint(parts: Mapping[str, Any]) -> str:
-    """SHA-256 (hex) over the canonical JSON of everything that decides an embedding's numbers."""
-    text = json.dumps(parts, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def to_float16(
@@ -975,16 +969,6 @@ def _refuse_other(stored: Entry, asked: Entry) -> None:
             + "\n".join(f"  {name}: stored {was}, now {now}" for name, (was, now) in differing.items())
             + "\nUse another --store to keep both, or --overwrite to discard the stored one."
         )
-
-
-def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str, str]]:
-    """(name, old, new) of every value in which two records differ, nested names joined by dots, values as JSON."""
-    for key in sorted(old.keys() | new.keys()):
-        was, now = old.get(key, "(none)"), new.get(key, "(none)")
-        if isinstance(was, Mapping) and isinstance(now, Mapping):
-            yield from differences(was, now, f"{prefix}{key}.")
-        elif json.dumps(was) != json.dumps(now):
-            yield prefix.removeprefix("parts.") + key, json.dumps(was), json.dumps(now)
 
 
 def _write_group(place: Storage, key: str, attributes: dict[str, Any]) -> None:

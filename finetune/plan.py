@@ -13,8 +13,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from extract.backbones import build_model, check_input_size, find_backbone
-from extract.compute import find_device
 from extract.views import make_transform
+from features.device import find_device
 from finetune.lora import StackedLora, adapters
 from finetune.network import Network
 from finetune.protocol import ComputeOptions, FinetuneOptions, choose_precision, default_folds_at_once

@@ -12,13 +12,15 @@ import torch
 from numpy.typing import NDArray
 
 from extract.backbones import Backbone, Weights, build_model, fetch_weights, find_backbone
-from extract.compute import embed_batch, find_device, optimize_for_inference
+from extract.compute import embed_batch, optimize_for_inference
 from extract.datasets import Patches, load_patches
 from extract.embed import backbone_parts, decoded
 from extract.views import View, parse_view
 from features.console import ProgressCallback, UserError, progress, say
+from features.device import find_device
 from features.files import write_file, writing
-from features.store import differences, to_float16
+from features.fingerprint import differences
+from features.store import to_float16
 from finetune.network import Network
 from finetune.protocol import (
     build_network,

@@ -33,7 +33,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from features.console import Interrupted, UserError, quieten
-from features.store import differences
+from features.fingerprint import differences
 
 if TYPE_CHECKING:  # torch may have been built without torch.distributed
     from torch.distributed.distributed_c10d import Store

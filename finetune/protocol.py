@@ -28,16 +28,16 @@ from extract.backbones import (
     fetch_weights,
     find_backbone,
 )
-from extract.compute import find_device, has_bf16
 from extract.datasets import DATASETS, Decode, PatchDataset, is_at_hand, load_dataset
 from extract.embed import decoded, fingerprint_parts
 from extract.registry import IMAGENET_MEAN, IMAGENET_STD
 from extract.views import Transform, View, make_transform, parse_view
 from features.console import Interrupted, ProgressCallback, UserError, nearest, progress, say
+from features.device import find_device, has_bf16
 from features.files import sweep, write_file, writing
+from features.fingerprint import differences, fingerprint
 from features.folds import SEED, Folds, grouped_folds
 from features.samples import TEST, audit
-from features.store import differences, fingerprint
 from finetune.checkpoint import CHECKPOINT_FILE, FORMAT, GO_ON, START_FILE, State, load_state, save_state
 from finetune.lora import LoraOptions
 from finetune.network import METHODS, Method, Network

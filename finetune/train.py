@@ -25,9 +25,9 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from extract.compute import out_of_memory
 from extract.views import Transform
 from features.console import ProgressCallback, UserError, say
+from features.device import out_of_memory
 from features.folds import Folds
 from finetune.augment import augment, draw
 from finetune.checkpoint import State

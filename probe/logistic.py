@@ -45,6 +45,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from features.console import UserError
+from features.device import has_bf16
 from features.store import Embeddings
 
 RANK = 96  # eigenvectors in the preconditioner; twice as many save hardly a step
@@ -255,7 +256,7 @@ def _prepare(
 
     positives = mask @ label[:, None]  # (F, 1)
     weight = mask * torch.where(label > 0, 0.5 / positives, 0.5 / (size - positives))
-    fast = A.bfloat16() if multiplies_bfloat16(device) else A
+    fast = A.bfloat16() if has_bf16(device) else A
     return Standardised(A, fast, centre, scale, mean, inv_std, weight, label)
 
 
@@ -267,13 +268,6 @@ def inverse_std(variance: Tensor, scale: Tensor) -> Tensor:
     std = variance.clamp_min(0).sqrt() * scale
     negligible = std <= NEGLIGIBLE * std.square().mean(dim=1, keepdim=True).sqrt()
     return torch.where(negligible, torch.inf, variance).rsqrt()
-
-
-def multiplies_bfloat16(device: torch.device) -> bool:
-    """Whether bfloat16 products run in hardware; emulated ones are slower than float32."""
-    if device.type == "cuda":
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    return device.type == "cpu" and bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
 def leading_curvature(data: Standardised) -> tuple[Tensor, Tensor]:

@@ -38,7 +38,7 @@ from features.console import UserError
 from features.files import PARTIAL, move_folder, write_file, writing
 from features.samples import MISSING_VOTE, Samples, make_samples
 from features.store import store_key
-from probe.metrics import THRESHOLD, best_threshold
+from probe.metrics import THRESHOLD, RunMetrics, best_threshold
 
 RUN_FORMAT = 1
 VALIDATION = "validation"  # the split name of out-of-fold predictions
@@ -136,7 +136,7 @@ def write_run(
     predictions: Predictions,
     *,
     tables: Mapping[str, Samples],
-    metrics: Mapping[str, Any],
+    metrics: RunMetrics,
     weights: Mapping[str, NDArray[Any]],
     seconds: float,
     files: Mapping[str, bytes] | None = None,
@@ -184,7 +184,7 @@ def finish_run(
     predictions: Predictions,
     *,
     tables: Mapping[str, Samples],
-    metrics: Mapping[str, Any],
+    metrics: RunMetrics,
     run_id: str,
     seconds: float,
     files: Mapping[str, bytes] | None = None,
@@ -199,7 +199,7 @@ def finish_run(
         "samples.csv": _samples_csv(predictions, tables),
         **{name: [content] for name, content in (files or {}).items()},
     }
-    contents["metrics.json"] = [_json(metrics)]
+    contents["metrics.json"] = [_json(metrics.as_dict())]
     digests = {name: _write(folder / name, pieces) for name, pieces in contents.items()}
     record: dict[str, Any] = {
         "format": RUN_FORMAT,

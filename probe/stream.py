@@ -34,6 +34,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from features.console import UserError, progress
+from features.device import has_bf16
 from features.store import Embeddings
 from probe.logistic import (
     FLOOR,
@@ -47,7 +48,6 @@ from probe.logistic import (
     in_original_units,
     inverse_std,
     leading_curvature,
-    multiplies_bfloat16,
 )
 
 BUDGET = 4 * 2**30  # bytes that a solve may take
@@ -271,7 +271,7 @@ def _sampled(rows: _Rows, *, size: int) -> tuple[_Rows, Standardised]:
     label = rows.label[chosen]
     of_classes = (rows.mask[:, chosen] * torch.from_numpy(times).to(A) * of_class for of_class in (label, 1 - label))
     positive, negative = (0.5 * weight / weight.sum(dim=1, keepdim=True) for weight in of_classes)
-    fast = A.bfloat16() if multiplies_bfloat16(rows.device) else A
+    fast = A.bfloat16() if has_bf16(rows.device) else A
     fold_mean = ((mean[:-1] - mean[-1]) / std).float()
     return rows, Standardised(A, fast, rows.centre, rows.scale, fold_mean, inv_std, positive + negative, label)
 

@@ -234,7 +234,7 @@ def test_without_bfloat16_hardware_the_answer_is_the_same(monkeypatch):
     masks = five_folds(300)
     fits = {}
     for supported in (True, False):
-        monkeypatch.setattr(logistic, "multiplies_bfloat16", lambda device, supported=supported: supported)
+        monkeypatch.setattr(logistic, "has_bf16", lambda device, supported=supported: supported)
         fits[supported] = fit_logistic(X, y, masks=masks, strengths=STRENGTHS)
         assert fits[supported].converged.all()
     np.testing.assert_allclose(fits[True].logits, fits[False].logits, rtol=1e-3, atol=1e-3)

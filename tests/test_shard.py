@@ -17,11 +17,11 @@ from test_extract import MODEL, content
 
 from extract import compute, embed
 from extract.backbones import find_backbone
-from extract.compute import find_device
 from extract.datasets import load_dataset
 from extract.embed import ExtractOptions, extract_dataset
 from extract.shard import Shard, find_shard
 from features.console import UserError
+from features.device import find_device
 from features.store import FeatureStore
 
 N = 330  # patches: six blocks, the last one short
@@ -151,7 +151,8 @@ def test_the_local_rank_chooses_the_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     assert find_device("auto", local_rank=3) == torch.device("cuda:3")
-    assert find_device("cuda", local_rank=5) == torch.device("cuda:1")
+    with pytest.raises(UserError, match=r"process 5 of this machine .* sees 4 GPUs"):
+        find_device("cuda", local_rank=5)
     assert find_device("cuda:2", local_rank=0) == torch.device("cuda:2")
     assert find_device("cpu", local_rank=3) == torch.device("cpu")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)  # each task sees its own GPU alone

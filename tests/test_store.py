@@ -22,9 +22,10 @@ from zarr.codecs import BytesCodec, Crc32cCodec
 
 from features import files
 from features.console import UserError
+from features.fingerprint import fingerprint
 from features.layout import Grid, decode_block, encode_block
 from features.samples import Samples, make_samples
-from features.store import FeatureStore, Writer, fingerprint, rows_per_block, store_key
+from features.store import FeatureStore, Writer, rows_per_block, store_key
 
 N, WIDTH = 150, 4
 POOLINGS = {"cls": WIDTH, "mean": WIDTH}

@@ -1,0 +1,55 @@
+"""Which options do several commands share, and what do they mean?
+
+Each is the annotation of a parameter, whose default stands in the command: `device: DeviceOption = "auto"`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from features.console import UserError
+
+DEFAULT_STORE = "embeddings.zarr"
+DEFAULT_RUNS = Path("runs")
+
+StoreOption = Annotated[str, typer.Option("--store", help="The feature store: a folder, or s3://bucket/prefix.")]
+RunsOption = Annotated[Path, typer.Option("--runs", help="The folder of all runs.")]
+DataOption = Annotated[
+    Path | None,
+    typer.Option("--data", help="Folder laid out like AMi-Br_Benchmark. Default: $MITOFM_DATA, else download."),
+]
+WeightsOption = Annotated[
+    Path | None, typer.Option("--weights", help="A local checkpoint of the model instead of the hub's.")
+]
+PositiveOption = Annotated[
+    str | None, typer.Option("--positive", help="The class that counts as positive, for datasets of your own.")
+]
+DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")]
+CvOption = Annotated[int, typer.Option("--cv", help="Number of cross-validation folds; groups (slides) are never cut.")]
+SeedOption = Annotated[
+    int,
+    typer.Option("--seed", min=0, max=2**32 - 1, help="Seed of the folds and of everything that is drawn at random."),
+]
+OverwriteOption = Annotated[
+    bool, typer.Option("--overwrite", help="Replace embeddings that are there under the same names.")
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, and nothing else there.")]
+
+
+def parse_names(text: str, *, option: str | None = None) -> tuple[str, ...]:
+    """Split a comma-separated option into its names, each once, in order.
+
+    Args:
+        text: as the user wrote it.
+        option: the option's flag, if at least one name must be there.
+
+    Raises:
+        UserError: if `option` is given and there is no name.
+    """
+    names = tuple(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
+    if not names and option is not None:
+        raise UserError(f"{option} names nothing: found {text!r}, expected one or more names separated by commas.")
+    return names

@@ -1,0 +1,47 @@
+"""Does a command speak of its flags where the library speaks of arguments?"""
+
+from typing import Annotated
+
+import pytest
+import typer
+
+from features import console
+from features.console import UserError, as_flags
+from features.options import DeviceOption, parse_names
+
+FLAGS = {"device": "--device", "batch_size": "--batch-size", "as_json": "--json", "cv": "--cv"}
+
+
+@pytest.mark.parametrize(
+    ("message", "expected"),
+    [
+        ("use `device='cpu'`.", "use --device cpu."),
+        ('use `device="cuda:0"` or lower `batch_size`', "use --device cuda:0 or lower --batch-size"),
+        ("with `as_json=True`, `cv=5`", "with --json, --cv 5"),
+        ("`store.read('a')` and `threshold=0.5` stay", "`store.read('a')` and `threshold=0.5` stay"),
+        ("device='cpu' outside backticks", "device='cpu' outside backticks"),
+    ],
+)
+def test_arguments_in_messages_become_flags(message, expected):
+    assert as_flags(message, FLAGS) == expected
+
+
+def test_a_command_shows_a_mistake_in_its_own_flags(monkeypatch, capsys):
+    app = typer.Typer()
+
+    @app.command()
+    def compute(device: DeviceOption = "auto", as_json: Annotated[bool, typer.Option("--json")] = False) -> None:
+        raise UserError("no GPU: use `device='cpu'` or `as_json=True`, not `overwrite=True`.")
+
+    monkeypatch.setattr("sys.argv", ["compute"])
+    with pytest.raises(SystemExit) as end:
+        console.run(app)
+    assert end.value.code == 1
+    assert capsys.readouterr().err == "error: no GPU: use --device cpu or --json, not `overwrite=True`.\n"
+
+
+def test_names_are_split_at_commas_and_kept_once():
+    assert parse_names(" a, b,,a ") == ("a", "b")
+    assert parse_names(" , ") == ()
+    with pytest.raises(UserError, match="--model names nothing: found ' , '"):
+        parse_names(" , ", option="--model")
