@@ -31,7 +31,7 @@ from features.device import out_of_memory
 from features.folds import Folds
 from finetune.augment import augment, draw
 from finetune.checkpoint import State
-from finetune.lora import seed_of
+from finetune.dropout import seed_of
 from finetune.network import Network
 from finetune.process_group import SINGLE_PROCESS, ProcessGroup
 from finetune.recipes import Recipe, best_epoch, learning_rate, stopped
@@ -159,7 +159,7 @@ def train(
         UserError: a loss that is not finite, or memory running out with a single fold and checkpointed gradients.
     """
     process_group = machine.process_group
-    network.share_batches(process_group, recipe.batch_size)
+    network.shard_batches(process_group, recipe.batch_size)
     network.values.copy_(state.values)
     process_group.broadcast_(network.values)  # should another processor have drawn another last bit
     state.values = network.values
@@ -377,7 +377,7 @@ def _images(
 def _save_memory(network: Network, machine: Compute, recipe: Recipe, error: RuntimeError) -> None:
     """Make the next attempt need less memory, or give up."""
     torch.cuda.empty_cache()
-    if network.n_shared_norms:
+    if network.n_synchronized_norms:
         raise UserError(  # the others wait inside a pass that cannot be begun again
             f"{network.backbone.name}: a share of {recipe.batch_size} images does not fit in the memory of "
             f"{machine.device}. The last checkpoint is kept: go on with --resume and --grad-checkpointing, or with "

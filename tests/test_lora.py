@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from features.console import UserError
+from finetune.dropout import drop_threshold, keep_mask
 from finetune.lora import (
     FAMILY_TARGETS,
     TARGETS,
@@ -24,15 +25,10 @@ from finetune.lora import (
     adapters,
     add_adapters,
     default_targets,
-    drop_threshold,
-    keep_mask,
-    load_adapter,
-    merge,
-    read_options,
-    save_adapter,
     select_folds,
     trainable,
 )
+from finetune.weight_files import load_adapter, merge, read_options, save_adapter
 
 N_FOLDS = 3
 N = 2  # images per fold

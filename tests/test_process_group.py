@@ -31,7 +31,7 @@ from features import console
 from features.console import UserError
 from finetune import protocol
 from finetune.checkpoint import CHECKPOINT_FILE, START_FILE, load_state
-from finetune.lora import keep_mask
+from finetune.dropout import keep_mask
 from finetune.process_group import (
     SINGLE_PROCESS,
     ProcessGroup,
@@ -124,8 +124,8 @@ def test_the_masks_of_shares_make_up_the_mask_of_the_batch() -> None:
     keys, tokens, width = torch.tensor([11, 12]), 3, 5
     whole = keep_mask(torch.empty(2, 7 * tokens, width), keys, layer=4, threshold=77)
     parts = [
-        keep_mask(torch.empty(2, held * tokens, width), keys, layer=4, threshold=77, first=first, held=held, total=7)
-        for first, held in ((0, 2), (2, 4), (6, 1))
+        keep_mask(torch.empty(2, n * tokens, width), keys, layer=4, threshold=77, first=first, n=n, total=7)
+        for first, n in ((0, 2), (2, 4), (6, 1))
     ]
     assert torch.equal(torch.cat(parts, dim=1), whole)
 
@@ -174,10 +174,10 @@ def test_only_norms_that_learn_are_shared() -> None:
     for method, backbone, n in (("lora", CNN, 0), ("head", CNN, 0), ("full", VIT, 0), ("full", CNN, None)):
         network = tiny_network(method, backbone, lora=LORA)  # type: ignore[arg-type]
         before = {name: tensor.clone() for name, tensor in network.model.state_dict().items()}
-        network.share_batches(ProcessGroup(0, 2), 4)
+        network.shard_batches(ProcessGroup(0, 2), 4)
         found = sum(isinstance(module, SynchronizedBatchNorm) for module in network.modules())
         expected = sum(isinstance(module, nn.BatchNorm2d) for module in backbone_model(backbone).modules())
-        assert found == network.n_shared_norms == (expected if n is None else n)
+        assert found == network.n_synchronized_norms == (expected if n is None else n)
         assert list(network.model.state_dict()) == list(before)
         with torch.no_grad():
             assert torch.isfinite(network(images(len(network.folds)), network.folds)).all()
