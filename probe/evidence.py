@@ -39,7 +39,7 @@ from probe.metrics import (
     tally,
 )
 from probe.metrics import as_dict as as_dict
-from probe.runs import VALIDATION, Predictions, threshold_of
+from probe.predictions import VALIDATION, Predictions, threshold_of
 
 SLIDE, SAMPLE = "slide", "sample"  # what is drawn
 COMPARED = ("balanced_accuracy", "auroc")  # the figures that differences, tests and ranks are of

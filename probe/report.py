@@ -37,7 +37,8 @@ from probe.evidence import (
     rows_of,
 )
 from probe.metrics import ECE_BINS, FoldFigure
-from probe.runs import VALIDATION, Predictions, read_predictions, read_run, read_samples
+from probe.predictions import VALIDATION, Predictions
+from probe.runs import read_predictions, read_run, read_samples
 
 _NEEDED = (
     "id",

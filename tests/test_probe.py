@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+from probe.protocol import ProbeOptions, fit_exact, probe_store
 
 from features.console import UserError
 from features.folds import grouped_folds
@@ -12,7 +13,6 @@ from features.store import FeatureStore
 from probe import protocol
 from probe.evidence import evaluate
 from probe.metrics import auroc
-from probe.protocol import ProbeOptions, fit_exact, probe_store
 from probe.runs import read_predictions, read_run
 from probe.tables import leaderboard, published
 

@@ -23,6 +23,7 @@ import numpy as np
 import pytest
 from conftest import REPOSITORY
 from PIL import Image
+from probe.protocol import ProbeOptions, probe_store
 from test_runs import edit_record
 
 from extract.datasets import load_dataset
@@ -34,7 +35,6 @@ from probe.evidence import Resampling
 from probe.gallery import EmbeddingMap, make_thumbnails, shown
 from probe.metrics import RunMetrics
 from probe.page import html, with_thumbnails
-from probe.protocol import ProbeOptions, probe_store
 from probe.report import collect, read_runs
 from probe.runs import concatenate, predictions_of, read_predictions, read_run, threshold_of, write_run
 

@@ -25,6 +25,7 @@ import timm
 import torch
 import zarr
 from PIL import Image
+from probe.protocol import ProbeOptions, probe_store
 from safetensors.torch import save_file
 
 from extract.cli import app as extract_app
@@ -34,7 +35,6 @@ from features.console import UserError
 from features.samples import make_samples
 from features.storage import LocalStorage, find_storage
 from features.store import FeatureStore
-from probe.protocol import ProbeOptions, probe_store
 from probe.runs import read_run
 
 obstore = pytest.importorskip("obstore", reason="needs obstore (pip install 'mitofm[s3]')")
