@@ -50,10 +50,10 @@ class Compute:
     def map_passes(
         self, network: Network, folds: Sequence[int], work: Callable[[Network, list[int]], Result]
     ) -> list[Result]:
-        """Call `work` with the folds of every pass, and with the network or a replica of it; returns the results in order.
+        """Call `work` with the network, or a replica of it, and the folds of every pass; returns the results in order.
 
-        On a CPU passes run side by side, in as many threads as torch may use. The operations of one fold's batch are too
-        short to be divided among threads: where a core has other work to do, all threads would wait after every one.
+        On a CPU passes run side by side, in as many threads as torch may use. The operations of one fold's batch are
+        too short to be divided among threads: where a core is busy with other work, all would wait after every one.
         """
         passes = list(self.passes(folds))
         n_cores = torch.get_num_threads()
@@ -120,8 +120,8 @@ def save_memory(network: Network, compute: Compute, batch_size: int, error: Runt
     if network.n_synchronized_norms:
         raise UserError(  # the other processes wait inside a pass that cannot be repeated
             f"{network.backbone.name}: this process's part of {batch_size} images does not fit in the memory of "
-            f"{compute.device}. The last checkpoint is kept: go on with `resume` and `grad_checkpointing=True`, or with "
-            "more processes."
+            f"{compute.device}. The last checkpoint is kept: go on with `resume` and `grad_checkpointing=True`, or "
+            "with more processes."
         ) from error
     if compute.folds_at_once > 1:
         compute.folds_at_once = -(-compute.folds_at_once // 2)
@@ -131,7 +131,8 @@ def save_memory(network: Network, compute: Compute, batch_size: int, error: Runt
     else:
         raise UserError(
             f"{network.backbone.name}: {batch_size} images of one fold do not fit in the memory of {compute.device}. "
-            "The last checkpoint is kept: use a smaller `batch_size` or model in a new run, or free memory and `resume`."
+            "The last checkpoint is kept: use a smaller `batch_size` or model in a new run, or free memory and "
+            "`resume`."
         ) from error
 
 

@@ -62,9 +62,7 @@ def keep_mask(
 
 
 @keep_mask.register_fake
-def _(
-    like: Tensor, keys: Tensor, *, layer: int, threshold: int, first: int = 0, n: int = 1, total: int = 1
-) -> Tensor:
+def _(like: Tensor, keys: Tensor, *, layer: int, threshold: int, first: int = 0, n: int = 1, total: int = 1) -> Tensor:
     return torch.empty_like(like, memory_format=torch.contiguous_format)
 
 

@@ -92,7 +92,7 @@ class FinetuneOptions:
         return parse_view(self.view or RECIPES[self.recipe].view or backbone.finetune_view)
 
     def network_folds(self, n_folds: int) -> list[tuple[int, ...]]:
-        """The folds that each network holds: one network for all, or one per fold where all of the backbone is trained."""
+        """The folds that each network holds: one network for all folds, or one per fold for "full"."""
         return [(fold,) for fold in range(n_folds)] if self.method == "full" else [tuple(range(n_folds))]
 
 

@@ -74,29 +74,8 @@ class ProcessGroup:
         return self.rank == 0
 
     def shard_rows(self, n: int) -> slice:
-        """The rows of n that this process computes. Shards are contiguous, in order of rank, and differ by one row at most."""
+        """The rows of n that this process computes: contiguous, in order of rank, as many as others' or one more."""
         return slice(n * self.rank // self.world_size, n * (self.rank + 1) // self.world_size)
-
-    def device(self, asked: str) -> str:
-        """The name of this process's device: of several on a machine each takes a GPU of its own.
-
-        Raises:
-            UserError: fewer GPUs than processes, or one named for all of them.
-        """
-        if self.world_size == 1 or asked == "cpu" or (asked == "auto" and not torch.cuda.is_available()):
-            return asked
-        if asked not in ("auto", "cuda"):
-            raise UserError(
-                f"device {asked!r} was asked for, for all of {self.world_size} processes. Use auto or cuda, by which "
-                "each process takes a GPU of its own, or cpu."
-            )
-        if self.local_rank >= torch.cuda.device_count():
-            raise UserError(
-                f"process {self.rank} is number {self.local_rank + 1} of its machine, where torch sees "
-                f"{torch.cuda.device_count()} GPUs. Start at most as many processes per machine as it has GPUs, or use "
-                "--device cpu."
-            )
-        return f"cuda:{self.local_rank}"
 
     # ------------------------------------------------------------------------------------------------------- texts
 
@@ -129,8 +108,9 @@ class ProcessGroup:
         differing = [f"{key} is {here} instead of {first}" for key, first, here in differences(expected, value)]
         if differing:
             raise UserError(
-                f"process {self.rank} of {self.world_size} differs from process 0: {'; '.join(differing[:5])}. All need "
-                "the same command, packages, data and weights, the same kind of device, and a runs folder that all see."
+                f"process {self.rank} of {self.world_size} differs from process 0: {'; '.join(differing[:5])}. All "
+                "need the same command, packages, data and weights, the same kind of device, and a runs folder that "
+                "all see."
             )
         self.barrier(f"{name}, checked")
 
@@ -143,7 +123,7 @@ class ProcessGroup:
         self._read(f"{name}, all")
 
     def fails_first(self) -> bool:
-        """Record that this process has failed; returns whether it is the first to fail, whose message tells the cause."""
+        """Record that this process has failed; True if it is the first, whose message tells the cause."""
         try:
             return self.store is None or self.store.add(_FAILED, 1) == 1
         except RuntimeError:
@@ -167,7 +147,7 @@ class ProcessGroup:
     # ----------------------------------------------------------------------------------------------------- tensors
 
     def connect(self, device: torch.device) -> None:
-        """Connect all processes, through NCCL between GPUs and gloo between CPUs; needed before the first tensor is exchanged."""
+        """Connect all processes before the first tensor is exchanged: through NCCL between GPUs, gloo between CPUs."""
         if self.store is None:
             return
         if device.type == "cuda":
@@ -309,7 +289,7 @@ def _handle_signals(handler: Any) -> None:
 
 
 def _interrupt_once(signum: int, frame: object) -> None:
-    """Interrupt, and ignore what follows: torchrun repeats the terminal's signal, which would interrupt the cleaning up."""
+    """Interrupt, and ignore further signals: torchrun repeats the terminal's, which would disturb the cleaning up."""
     _handle_signals(signal.SIG_IGN)
     raise Interrupted
 
@@ -335,7 +315,7 @@ def synchronize_batch_norms(model: nn.Module, process_group: ProcessGroup) -> in
             raise UserError(
                 f"{type(model).__name__} has a batch norm of its own kind ({name}, {type(module).__name__}), whose "
                 "statistics over several processes are not known. Train the whole network in a single process, or use "
-                "--method lora."
+                "`method='lora'`."
             )
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, SynchronizedBatchNorm(module, process_group))

@@ -83,14 +83,17 @@ def copy_tensors(tensors: Mapping[str, Tensor], into: Mapping[str, Tensor], path
     """Copy tensors into those of the same names; all or none are changed.
 
     Raises:
-        UserError: names or shapes differ; `path` is the file that is blamed.
+        UserError: names or shapes differ; the message names the file `path`.
     """
-    wrong = [name for name in into if name not in tensors or tensors[name].shape != into[name].shape]
-    wrong += sorted(tensors.keys() - into.keys())
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    expected = {name: tuple(tensor.shape) for name, tensor in into.items()}
+    wrong = [name for name in expected | shapes if shapes.get(name) != expected.get(name)]
     if wrong:
+        name = wrong[0]
         raise UserError(
-            f"{path}: {len(wrong)} tensors are missing, unknown or of another shape (first: {wrong[0]}). Expected what "
-            "fm-finetune wrote for this model: restore the file, or train again."
+            f"{path}: {len(wrong)} tensors are missing, unknown or of another shape (first: {name}, found "
+            f"{shapes.get(name, 'none')}, expected {expected.get(name, 'none')}). Load it into the model, targets and "
+            "rank that it was trained with, restore the file, or train again."
         )
     for name, tensor in into.items():
         tensor.copy_(tensors[name])
@@ -201,21 +204,7 @@ def load_adapter(model: nn.Module, folder: Path, *, fold: int) -> dict[str, Tens
         factors[f"{_PEFT_PREFIX}{name}.lora_B.weight"] = module.B.data[fold]
     head_prefix = f"{_PEFT_PREFIX}{classifier_name(model)}."
     head = {key.removeprefix(head_prefix): tensors.pop(key) for key in list(tensors) if key.startswith(head_prefix)}
-    if tensors.keys() != factors.keys():
-        strange = sorted(tensors.keys() - factors.keys())
-        raise UserError(
-            f"{path}: {len(factors.keys() - tensors.keys())} tensors of this model's {len(factors)} are missing"
-            + (f" and {len(strange)} belong to none of its layers ({strange[0]})" if strange else "")
-            + ". Load it into the backbone and targets it was trained with."
-        )
-    for key, factor in factors.items():
-        if tensors[key].flatten(1).shape != factor.shape:
-            raise UserError(
-                f"{path}: {key} is {tuple(tensors[key].shape)}, expected {tuple(factor.shape)}. Load it into the "
-                "backbone and with the rank it was trained with."
-            )
-    for key, factor in factors.items():
-        factor.copy_(tensors[key].flatten(1))
+    copy_tensors({key: tensor.flatten(1) for key, tensor in tensors.items()}, factors, path)
     return head
 
 

@@ -31,6 +31,7 @@ from itertools import combinations
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from probe.protocol import STRENGTHS
 from rich.console import Console
 from rich.table import Table
 from sklearn.linear_model import LogisticRegression
@@ -39,7 +40,6 @@ from sklearn.preprocessing import StandardScaler
 from threadpoolctl import threadpool_limits
 
 from probe.logistic import fit_logistic
-from probe.protocol import STRENGTHS
 
 CORES = 2
 HARD_STRENGTHS = tuple(np.logspace(-4, 2, 10))  # up to hardly any penalty on separable classes

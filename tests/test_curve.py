@@ -6,6 +6,7 @@ from itertools import combinations
 
 import numpy as np
 import pytest
+from probe.protocol import ProbeOptions, fit_exact, fit_subset, probe_store
 from typer.testing import CliRunner
 
 from features.console import UserError
@@ -25,7 +26,6 @@ from probe.curve import (
 )
 from probe.logistic import fit_logistic
 from probe.metrics import balanced_log_loss
-from probe.protocol import ProbeOptions, fit_exact, fit_subset, probe_store
 from probe.runs import read_run
 
 WIDTH = 8

@@ -11,6 +11,7 @@ import pytest
 import timm
 import torch
 from PIL import Image
+from probe.probing import ProbeOptions, probe_store
 from safetensors.torch import save_file
 
 from extract.backbones import find_backbone
@@ -18,10 +19,10 @@ from extract.datasets import load_dataset, load_patches
 from extract.embed import ExtractOptions, extract_dataset
 from features.console import UserError
 from features.store import FeatureStore
+from finetune.finetune import finetune
 from finetune.lora import LoraOptions
+from finetune.options import ComputeOptions, FinetuneOptions
 from finetune.predict import predict_paths
-from finetune.protocol import ComputeOptions, FinetuneOptions, finetune
-from probe.protocol import ProbeOptions, probe_store
 from probe.runs import read_predictions, read_run
 
 MODEL = "timm/test_vit"
@@ -67,7 +68,7 @@ def runs(table: Path, weights: Path, tmp_path_factory) -> dict[str, Path]:
         options = FinetuneOptions(
             model=MODEL, train=str(table), method=method, cv=3, epochs=2, lora=LoraOptions(rank=2), precision="fp32"
         )
-        found[method] = finetune(options, compute=ComputeOptions(weights=weights), runs=place)
+        found[method] = finetune(options, compute_options=ComputeOptions(weights=weights), runs=place).folder
     return found
 
 
@@ -82,7 +83,7 @@ def test_a_run_repeats_its_own_test_predictions(kind, runs, table, weights, tmp_
     written = {row["id"]: row for row in rows_of(tmp_path / "out.csv")}
     assert list(written) == [f"{row:02}.png" for row in range(N)]  # labels and splits are not looked at
     own = read_predictions(runs[kind])
-    threshold = read_run(runs[kind])["metrics"]["threshold"]
+    threshold = read_run(runs[kind]).figures.threshold
     assert summary["threshold"] == threshold
     tested = own.select(own.split == "test")
     assert len(set(tested.id)) == 12

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -29,9 +30,11 @@ from torch.distributed import HashStore, PrefixStore
 
 from features import console
 from features.console import UserError
-from finetune import protocol
+from finetune import finetune as finetuning
 from finetune.checkpoint import CHECKPOINT_FILE, START_FILE, load_state
 from finetune.dropout import keep_mask
+from finetune.finetune import finetune, resume
+from finetune.options import ComputeOptions, FinetuneOptions
 from finetune.process_group import (
     SINGLE_PROCESS,
     ProcessGroup,
@@ -41,7 +44,6 @@ from finetune.process_group import (
     join_process_group,
     synchronize_batch_norms,
 )
-from finetune.protocol import ComputeOptions, FinetuneOptions, resume
 
 WORKER = Path(__file__).with_name("process_group_worker.py")
 OPTIONS = (*SMALL, "--model", "timm/test_vit", "--weights", "vit.safetensors", "--train", "patches.csv")
@@ -109,7 +111,7 @@ def test_processes_train_what_a_single_one_does(tmp_path: Path, alone: dict[str,
             torch.testing.assert_close(tensor, getattr(expected, kind), **close, msg=partial(label, kind))
         for fold, history in expected.history.items():
             for epoch, other in zip(history, described["history"][str(fold)], strict=True):
-                assert other == pytest.approx(epoch, rel=1e-4), name
+                assert other == pytest.approx(asdict(epoch), rel=1e-4), name
 
 
 def test_shares_are_all_rows_in_order_and_differ_by_one_at_most() -> None:
@@ -166,7 +168,7 @@ def test_a_norm_of_another_kind_is_refused() -> None:
     class Own(nn.BatchNorm2d):
         pass
 
-    with pytest.raises(UserError, match=r"norm of its own kind \(1, Own\).*--method lora"):
+    with pytest.raises(UserError, match=r"norm of its own kind \(1, Own\).*`method='lora'`"):
         synchronize_batch_norms(nn.Sequential(nn.Identity(), Own(3)), ProcessGroup(0, 2))
 
 
@@ -239,8 +241,10 @@ def test_a_run_of_two_processes_is_the_run_of_one(undisturbed: tuple[Path, Any],
     runs = material / "runs" / "alone"
     with pytest.MonkeyPatch.context() as patched:
         patched.chdir(material)
-        folder = protocol.finetune(small_options(), compute=small_compute(), runs=runs)
-    assert_alike(outcome(undisturbed[0]), outcome(folder))
+        run = finetune(small_options(), compute_options=small_compute(), runs=runs)
+    assert run is not None
+    assert run.folder is not None
+    assert_alike(outcome(undisturbed[0]), outcome(run.folder))
 
 
 def test_a_killed_process_ends_the_others_with_one_message(interrupted: tuple[Path, Any]) -> None:
@@ -266,7 +270,8 @@ def test_two_processes_resume_to_the_same_bits_and_one_up_to_rounding(
         shutil.copytree(interrupted[0], material / "runs" / place / interrupted[0].name)
     with pytest.MonkeyPatch.context() as patched:
         patched.chdir(material)
-        alone = resume(Path("runs/by-one") / interrupted[0].name, given={}, compute={})
+        alone = Path("runs/by-one") / interrupted[0].name
+        resume(alone)
         assert_alike(outcome(alone.absolute()), expected)
     by_two = Path("runs/by-two") / interrupted[0].name
     done = torchrun(2, material, "-m", "finetune.cli", "--resume", by_two)
@@ -276,7 +281,7 @@ def test_two_processes_resume_to_the_same_bits_and_one_up_to_rounding(
 
 @pytest.mark.slow
 def test_two_processes_resume_what_one_has_begun(material: Path, undisturbed: tuple[Path, Any]) -> None:
-    save = protocol.save_state
+    save = finetuning.save_state
 
     def save_and_die(*given: Any) -> None:
         save(*given)
@@ -284,9 +289,9 @@ def test_two_processes_resume_what_one_has_begun(material: Path, undisturbed: tu
 
     with pytest.MonkeyPatch.context() as patched:
         patched.chdir(material)
-        patched.setattr(protocol, "save_state", save_and_die)
+        patched.setattr(finetuning, "save_state", save_and_die)
         with pytest.raises(UserError, match="killed"):
-            protocol.finetune(small_options(), compute=small_compute(), runs=Path("runs/begun"))
+            finetune(small_options(), compute_options=small_compute(), runs=Path("runs/begun"))
     (folder,) = (material / "runs" / "begun").iterdir()
     done = torchrun(2, material, "-m", "finetune.cli", "--resume", folder)
     assert done.returncode == 0, done.stderr
@@ -410,30 +415,10 @@ def test_a_process_that_differs_is_named_and_ends_all_with_one_message() -> None
 def test_a_batch_smaller_than_the_processes_is_refused(material: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(material)
     with pytest.raises(UserError, match="4 patches per fold and step cannot be shared by 5 processes"):
-        protocol.finetune(
-            small_options(), compute=small_compute(), runs=Path("runs/none"), process_group=ProcessGroup(0, 5)
+        finetune(
+            small_options(), compute_options=small_compute(), runs=Path("runs/none"), process_group=ProcessGroup(0, 5)
         )
     assert not Path("runs/none").exists()
-
-
-def test_each_process_takes_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    assert [ProcessGroup(rank, 4, rank % 2).device("auto") for rank in range(4)] == [
-        "cuda:0",
-        "cuda:1",
-        "cuda:0",
-        "cuda:1",
-    ]
-    assert ProcessGroup(1, 2, 1).device("cuda") == "cuda:1"
-    assert ProcessGroup(1, 2, 1).device("cpu") == "cpu"
-    assert SINGLE_PROCESS.device("cuda:1") == "cuda:1"
-    with pytest.raises(UserError, match=r"number 3 of its machine, where torch sees 2 GPUs.*--device cpu"):
-        ProcessGroup(2, 3, 2).device("auto")
-    with pytest.raises(UserError, match="'cuda:1' was asked for, for all of 2 processes"):
-        ProcessGroup(0, 2, 0).device("cuda:1")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert ProcessGroup(1, 2, 1).device("auto") == "auto"
 
 
 def test_a_quiet_process_says_nothing(capsys: pytest.CaptureFixture[str]) -> None:
