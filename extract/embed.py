@@ -41,9 +41,11 @@ from extract.shard import Shard
 from extract.views import Transform, View, make_transform, parse_view
 from features.console import UserError, progress, say
 from features.device import find_device, out_of_memory
+from features.entry import Entry
 from features.fingerprint import fingerprint
 from features.layout import rows_per_block
-from features.store import Entry, FeatureStore, Writer
+from features.store import FeatureStore
+from features.writer import Writer
 
 _CALIBRATION_PATCHES = 8
 _CPU_BATCH = 8  # larger batches leave the cache: a third slower for convolutions, no faster for transformers
@@ -255,7 +257,7 @@ def summaries(prepared: Prepared, new_rows: Mapping[tuple[str, str], int], *, se
                 fingerprint=entry.fingerprint,
                 rank=task.share.rank,
                 n_ranks=task.share.n_ranks,
-                n_missing=len(entry.missing()),
+                n_missing=len(entry.missing_blocks()),
             )
         )
     return found
@@ -308,7 +310,7 @@ def _step(entry: Entry, batch_size: int) -> int:
 def _todo(entry: Entry, batch_size: int, share: Shard) -> list[range]:
     step = _step(entry, batch_size)
     # Steps are numbered from the first row on, missing or not, so that all ranks number them alike at any time.
-    numbers = sorted({block * entry.rows_per_block // step for block in entry.missing()})
+    numbers = sorted({block * entry.rows_per_block // step for block in entry.missing_blocks()})
     return [range(k * step, min((k + 1) * step, entry.n_rows)) for k in numbers if share.owns(k)]
 
 
@@ -370,8 +372,8 @@ def _prepare(task: _Task, backbone: Backbone, weights: Weights, model: nn.Module
         parts = fingerprint_parts(dataset, backbone, weights, view, precision=precision, device=device)
         return task.store.begin(
             dataset.name,
-            backbone.name,
-            view.name,
+            model=backbone.name,
+            view=view.name,
             poolings=widths,
             card_pooling=backbone.card_pooling,
             parts=parts | {"poolings": dict(widths)},
@@ -534,6 +536,6 @@ def _forward(
 def _write(writer: Writer, step: range, poolings: Mapping[str, Tensor]) -> None:
     """Write the missing blocks of a step; `.cpu()` waits here for the device, not in the main thread."""
     arrays = {name: values.cpu().numpy() for name, values in poolings.items()}
-    for block, rows in writer.missing_within(step):
+    for rows in writer.missing(step):
         part = slice(rows.start - step.start, rows.stop - step.start)
-        writer.write(block, {name: values[part] for name, values in arrays.items()})
+        writer.write(rows, {name: values[part] for name, values in arrays.items()})

@@ -145,7 +145,7 @@ class _Pool:
                 advance(self._wait())
         seconds = time.perf_counter() - started
         store = FeatureStore.open(self._work.store)
-        n_missing = {(entry.dataset, entry.model, entry.view): len(entry.missing()) for entry in store.entries()}
+        n_missing = {(entry.dataset, entry.model, entry.view): len(entry.missing_blocks()) for entry in store.entries()}
         return [
             replace(
                 blank,

@@ -17,11 +17,11 @@ from extract.compute import embed_batch, optimize_for_inference
 from extract.datasets import Patches, load_patches
 from extract.embed import backbone_parts, decoded
 from extract.views import parse_view
+from features.blocks import to_float16
 from features.console import ProgressCallback, UserError, progress, say
 from features.device import find_device
 from features.files import write_file, writing
 from features.fingerprint import differences
-from features.store import to_float16
 from finetune.compute import Compute
 from finetune.network import Network
 from finetune.options import ComputeOptions, FinetuneOptions

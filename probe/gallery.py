@@ -237,7 +237,7 @@ def embedding_maps(
             place = {id: row for row, id in enumerate(store.samples(dataset).id.tolist())}
             of = np.flatnonzero(np.isin(patches.on, _sets_of(report, dataset)))
             rows = np.array([place[id] for id in patches.id[of].tolist()], dtype=np.intp)
-            found.append(store.read(dataset, model, view, pooling, rows=rows).astype(np.float32))
+            found.append(store.read(dataset, model=model, view=view, pooling=pooling, rows=rows).astype(np.float32))
             at.append(of)
         if not found:
             continue

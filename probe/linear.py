@@ -17,9 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import expit
 
+from features.blocks import Embeddings
 from features.console import UserError
 from features.folds import Folds
-from features.store import Embeddings
 from probe.curve import Subset
 from probe.logistic import Fits, fit_logistic, predict_logits
 from probe.metrics import balanced_log_loss, best_threshold

@@ -16,11 +16,13 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from features.blocks import Embeddings
 from features.console import UserError, nearest, progress
 from features.device import find_device
+from features.entry import Entry
 from features.folds import SEED, effective_groups
 from features.samples import TEST
-from features.store import Embeddings, Entry, FeatureStore
+from features.store import FeatureStore
 from probe.curve import CURVE_FILE, DRAWS, Subset, checked_fractions, curve_csv, curve_points, draw_subsets
 from probe.experiment import AMI_BR, Experiment, FoldLogits, make_experiment
 from probe.linear import Probe, fit_exact, fit_paper, fit_subset, held_out_folds, in_memory

@@ -39,6 +39,7 @@ from sklearn.model_selection import StratifiedGroupKFold
 from sklearn.preprocessing import StandardScaler
 from threadpoolctl import threadpool_limits
 
+from probe.linear import STRENGTHS
 from probe.logistic import fit_logistic
 
 CORES = 2

@@ -36,12 +36,12 @@ def write(path: Path, scale: int = 1, label: int = 0) -> None:
     store.put_samples("data", table(label), attrs={})
     options = {"poolings": {"cls": WIDTH, "mean": WIDTH}, "card_pooling": "cls", "parts": {"scale": scale}}
     there = any(entry.parts != {"scale": scale} for entry in store.entries())
-    writer = store.begin("data", "model", "full", **options, overwrite=there)
+    writer = store.begin("data", model="model", view="full", **options, overwrite=there)
     if writer.entry.batch_size is None:
         writer.set_batch_size(8)
     for rows in writer.missing():
         part = scale * VALUES[rows.start : rows.stop]
-        writer.write(rows.start // writer.entry.rows_per_block, {"cls": part, "mean": -part})
+        writer.write(rows, {"cls": part, "mean": -part})
 
 
 def judge(path: Path) -> None:
@@ -51,7 +51,7 @@ def judge(path: Path) -> None:
         for name in store.datasets():
             assert len(store.samples(name)) == N
         for entry in store.entries():
-            np.testing.assert_array_equal(store.read("data", "model", "full"), entry.parts["scale"] * VALUES)
+            np.testing.assert_array_equal(store.read("data", model="model", view="full"), entry.parts["scale"] * VALUES)
     except UserError:
         pass
 

@@ -1,22 +1,29 @@
 """Is a store probed fairly: choices made on training data, groups whole, every figure recomputable?"""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
-from probe.protocol import ProbeOptions, fit_exact, probe_store
 
 from features.console import UserError
 from features.folds import grouped_folds
 from features.samples import Samples, make_samples
 from features.store import FeatureStore
-from probe import protocol
+from probe import experiment
 from probe.evidence import evaluate
+from probe.linear import fit_exact
 from probe.metrics import auroc
+from probe.probing import ProbeOptions, probe_store
 from probe.runs import read_predictions, read_run
 from probe.tables import leaderboard, published
 
 WIDTH = 12
+
+
+def probed(*arguments, **options) -> list[Path]:
+    """Probe a store; return the folders of the runs."""
+    return [run.folder for run in probe_store(*arguments, **options)]
 
 
 def table(n: int = 240, seed: int = 0, split: bool = True) -> Samples:
@@ -42,14 +49,14 @@ def add(store: FeatureStore, dataset: str, samples: Samples, model: str, view: s
         arrays[pooling] = X
     writer = store.begin(
         dataset,
-        model,
-        view,
+        model=model,
+        view=view,
         poolings={"cls": WIDTH, "mean": WIDTH},
         card_pooling="cls",
         parts={"model": model, "view": view},
     )
-    for block, rows in writer.missing_within(range(len(samples))):
-        writer.write(block, {name: X[rows.start : rows.stop] for name, X in arrays.items()})
+    for rows in writer.missing():
+        writer.write(rows, {name: X[rows.start : rows.stop] for name, X in arrays.items()})
 
 
 @pytest.fixture
@@ -64,42 +71,42 @@ def store(tmp_path) -> FeatureStore:
 
 
 def test_every_model_is_probed_and_the_better_one_scores_better(store, tmp_path):
-    folders = probe_store(store, options=ProbeOptions(), runs=tmp_path / "runs")
-    runs = {run["model"]: run for run in map(read_run, folders)}
+    folders = probed(store, options=ProbeOptions(), runs=tmp_path / "runs")
+    runs = {run.model: run for run in map(read_run, folders)}
     assert set(runs) == {"good", "poor"}
-    good = runs["good"]["metrics"]["sets"]
+    good = runs["good"].figures.sets
     assert set(good) == {"ami-br/validation", "ami-br/test", "atnorm-br/test"}
-    assert good["atnorm-br/test"]["folds"]["auroc"]["mean"] > 0.85
-    assert runs["poor"]["metrics"]["sets"]["ami-br/test"]["folds"]["auroc"]["mean"] < 0.75
+    assert good["atnorm-br/test"].folds["auroc"].mean > 0.85
+    assert runs["poor"].figures.sets["ami-br/test"].folds["auroc"].mean < 0.75
 
 
 def test_view_and_pooling_are_chosen_on_validation(store, tmp_path):
-    (folder,) = probe_store(store, ["good"], options=ProbeOptions(), runs=tmp_path / "runs")
+    (folder,) = probed(store, ["good"], options=ProbeOptions(), runs=tmp_path / "runs")
     run = read_run(folder)
-    assert (run["view"], run["pooling"]) == ("center64", "card")
-    assert len(run["candidates"]) == 4
-    assert max(run["candidates"], key=lambda c: c["validation_auroc"])["view"] == "center64"
+    assert (run.view, run.pooling) == ("center64", "card")
+    assert len(run.candidates) == 4
+    assert max(run.candidates, key=lambda c: c.validation_auroc).view == "center64"
 
 
 def test_a_given_view_and_pooling_are_kept(store, tmp_path):
     options = ProbeOptions(view="full", pooling="mean")
-    (folder,) = probe_store(store, ["good"], options=options, runs=tmp_path / "runs")
+    (folder,) = probed(store, ["good"], options=options, runs=tmp_path / "runs")
     run = read_run(folder)
-    assert (run["view"], run["pooling"], len(run["candidates"])) == ("full", "mean", 1)
+    assert (run.view, run.pooling, len(run.candidates)) == ("full", "mean", 1)
 
 
 def test_test_labels_choose_nothing(store, tmp_path):
-    before = read_run(probe_store(store, ["good"], options=ProbeOptions(), runs=tmp_path / "a")[0])
+    before = read_run(probed(store, ["good"], options=ProbeOptions(), runs=tmp_path / "a")[0])
     samples = store.samples("ami-br")
     flipped = samples.label.copy()
     flipped[samples.split == "test"] ^= 1
     columns = {name: getattr(samples, name) for name in Samples.__dataclass_fields__} | {"label": flipped}
     assert store.put_samples("ami-br", Samples(**columns), attrs={})
-    after = read_run(probe_store(store, ["good"], options=ProbeOptions(), runs=tmp_path / "b")[0])
-    assert after["candidates"] == before["candidates"]
-    assert after["folds"] == before["folds"]
-    assert after["metrics"]["sets"]["ami-br/validation"] == before["metrics"]["sets"]["ami-br/validation"]
-    assert after["metrics"]["sets"]["ami-br/test"] != before["metrics"]["sets"]["ami-br/test"]
+    after = read_run(probed(store, ["good"], options=ProbeOptions(), runs=tmp_path / "b")[0])
+    assert after.candidates == before.candidates
+    assert after.folds == before.folds
+    assert after.figures.sets["ami-br/validation"] == before.figures.sets["ami-br/validation"]
+    assert after.figures.sets["ami-br/test"] != before.figures.sets["ami-br/test"]
 
 
 def test_strength_is_chosen_as_a_plain_nested_loop_would():
@@ -114,7 +121,7 @@ def test_strength_is_chosen_as_a_plain_nested_loop_would():
     rng = np.random.default_rng(3)
     X = rng.standard_normal((160, 20)) + 0.5 * samples.label[:, None]
     strengths = (1e-3, 1e-2, 1e-1, 1.0)
-    probe = fit_exact(X.astype(np.float32), samples.label, folds, strengths=strengths)
+    probe = fit_exact(X.astype(np.float32), samples.label, folds=folds, strengths=strengths)
     for f in range(4):
         losses = np.zeros(len(strengths))
         for s, strength in enumerate(strengths):
@@ -125,53 +132,56 @@ def test_strength_is_chosen_as_a_plain_nested_loop_would():
                 ).fit(X[trains], samples.label[trains])
                 held = folds.fold == g
                 losses[s] += balanced_log_loss(samples.label[held], reference.decision_function(X[held])[:, None])[0]
-        assert probe.record["chosen_strength"][f] == strengths[int(losses.argmin())]
+        assert probe.fit.chosen_strength[f] == strengths[int(losses.argmin())]
 
 
 def test_metrics_follow_from_predictions_csv(store, tmp_path):
-    (folder,) = probe_store(store, ["good"], options=ProbeOptions(), runs=tmp_path / "runs")
+    (folder,) = probed(store, ["good"], options=ProbeOptions(), runs=tmp_path / "runs")
     predictions = read_predictions(folder)
     run = read_run(folder)
     recomputed = json.loads(json.dumps(evaluate(predictions).as_dict()))
-    assert recomputed == run["metrics"]
+    assert recomputed == run.figures
     part = predictions.select((predictions.dataset == "atnorm-br") & (predictions.fold == 2))
-    assert run["metrics"]["sets"]["atnorm-br/test"]["folds"]["auroc"]["each"][2] == pytest.approx(
-        auroc(part.label, part.logit)
-    )
+    assert run.figures.sets["atnorm-br/test"].folds["auroc"].each[2] == pytest.approx(auroc(part.label, part.logit))
 
 
 def test_saved_weights_give_the_saved_logits(store, tmp_path):
     from safetensors.numpy import load_file
 
-    (folder,) = probe_store(store, ["good"], options=ProbeOptions(), runs=tmp_path / "runs")
+    (folder,) = probed(store, ["good"], options=ProbeOptions(), runs=tmp_path / "runs")
     run, predictions = read_run(folder), read_predictions(folder)
     weights = load_file(folder / "weights.safetensors")
-    X = store.read("atnorm-br", "good", run["view"], run["pooling"]).astype(np.float32)
+    X = store.read("atnorm-br", model="good", view=run.view, pooling=run.pooling).astype(np.float32)
     expected = X @ weights["coef"][1] + weights["intercept"][1]
     part = predictions.select((predictions.dataset == "atnorm-br") & (predictions.fold == 1))
     np.testing.assert_allclose(part.logit, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_paper_recipe_probes_the_cards_embedding_of_the_full_view(store, tmp_path, monkeypatch):
-    monkeypatch.setattr(protocol, "_is_ami_br", lambda name: False)  # the table is not AMi-Br's
+    monkeypatch.setattr(experiment, "AMI_BR", "")  # the table is not AMi-Br's
     options = ProbeOptions(recipe="paper")
-    (folder,) = probe_store(store, ["good"], options=options, runs=tmp_path / "runs")
+    (folder,) = probed(store, ["good"], options=options, runs=tmp_path / "runs")
     run = read_run(folder)
-    assert (run["view"], run["pooling"]) == ("full", "card")
-    assert len(run["candidates"][0]["n_epochs"]) == 5
+    assert (run.view, run.pooling) == ("full", "card")
+    assert len(run.candidates[0].fit.n_epochs) == 5
 
 
 def test_datasets_embedded_differently_are_never_compared(store, tmp_path):
     other = table(seed=2, split=False)
     store.put_samples("third", other, attrs={})
     writer = store.begin(
-        "third", "good", "full", poolings={"cls": WIDTH, "mean": WIDTH}, card_pooling="cls", parts={"precision": "bf16"}
+        "third",
+        model="good",
+        view="full",
+        poolings={"cls": WIDTH, "mean": WIDTH},
+        card_pooling="cls",
+        parts={"precision": "bf16"},
     )
     values = np.zeros((len(other), WIDTH))
-    for block, rows in writer.missing_within(range(len(other))):
-        writer.write(block, {"cls": values[rows.start : rows.stop], "mean": values[rows.start : rows.stop]})
+    for rows in writer.missing():
+        writer.write(rows, {"cls": values[rows.start : rows.stop], "mean": values[rows.start : rows.stop]})
     with pytest.raises(UserError, match=r"computed differently for ami-br and third: .*precision"):
-        probe_store(store, ["good"], options=ProbeOptions(), runs=tmp_path / "runs")
+        probed(store, ["good"], options=ProbeOptions(), runs=tmp_path / "runs")
     assert not (tmp_path / "runs").exists()
 
 
@@ -189,11 +199,11 @@ def test_datasets_embedded_differently_are_never_compared(store, tmp_path):
 )
 def test_a_mistake_gets_one_clear_message(store, tmp_path, models, options, message):
     with pytest.raises(UserError, match=message):
-        probe_store(store, models, options=options, runs=tmp_path / "runs")
+        probed(store, models, options=options, runs=tmp_path / "runs")
 
 
 def test_a_damaged_run_is_named(store, tmp_path):
-    (folder,) = probe_store(store, ["poor"], options=ProbeOptions(), runs=tmp_path / "runs")
+    (folder,) = probed(store, ["poor"], options=ProbeOptions(), runs=tmp_path / "runs")
     (folder / "predictions.csv").write_text("dataset,id\n")
     with pytest.raises(UserError, match=r"predictions.csv: found columns dataset, id, expected"):
         read_predictions(folder)

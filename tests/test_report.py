@@ -1033,10 +1033,15 @@ def embed(store: FeatureStore, dataset: str, *, constant: bool = False, **parts:
     X = np.random.default_rng(len(table)).standard_normal((len(table), WIDTH)) * np.arange(WIDTH, 0, -1) ** 2
     X = np.ones_like(X) if constant else X
     writer = store.begin(
-        dataset, "uni", "full", poolings={"cls": WIDTH}, card_pooling="cls", parts={"dataset": dataset} | parts
+        dataset,
+        model="uni",
+        view="full",
+        poolings={"cls": WIDTH},
+        card_pooling="cls",
+        parts={"dataset": dataset} | parts,
     )
-    for block, rows in writer.missing_within(range(len(table))):
-        writer.write(block, {"cls": X[rows.start : rows.stop]})
+    for rows in writer.missing():
+        writer.write(rows, {"cls": X[rows.start : rows.stop]})
     return store.entries(dataset, "uni")[0].fingerprint
 
 
@@ -1058,7 +1063,7 @@ def test_a_map_is_the_principal_components_of_the_embeddings(store, tmp_path):
         if name in fingerprints:
             rows.append(row)
             at = TABLES[name].id.tolist().index(id)
-            X.append(store.read(name, "uni", "full", "cls", rows=np.array([at]))[0])
+            X.append(store.read(name, model="uni", view="full", pooling="cls", rows=np.array([at]))[0])
     reference = PCA(4, svd_solver="full").fit(np.array(X, dtype=np.float64))
     expected = reference.transform(np.array(X, dtype=np.float64))
     mine = one.coordinates[rows]

@@ -121,9 +121,11 @@ def embed(store: FeatureStore, dataset: str, model: str, samples: Samples, *, si
     """Embeddings that tell the classes apart, as far as the signal goes."""
     rng = np.random.default_rng(len(samples))
     X = rng.standard_normal((len(samples), 8)) + signal * samples.label[:, None]
-    writer = store.begin(dataset, model, "full", poolings={"pooled": 8}, card_pooling="pooled", parts={"model": model})
-    for block, rows in writer.missing_within(range(len(samples))):
-        writer.write(block, {"pooled": X[rows.start : rows.stop].astype(np.float32)})
+    writer = store.begin(
+        dataset, model=model, view="full", poolings={"pooled": 8}, card_pooling="pooled", parts={"model": model}
+    )
+    for rows in writer.missing():
+        writer.write(rows, {"pooled": X[rows.start : rows.stop].astype(np.float32)})
 
 
 def logit(p: float | np.ndarray) -> np.ndarray:

@@ -22,10 +22,12 @@ from zarr.codecs import BytesCodec, Crc32cCodec
 
 from features import files
 from features.console import UserError
+from features.entry import store_key
 from features.fingerprint import fingerprint
-from features.layout import Grid, decode_block, encode_block
+from features.layout import Grid, decode_block, encode_block, rows_per_block
 from features.samples import Samples, make_samples
-from features.store import FeatureStore, Writer, rows_per_block, store_key
+from features.store import FeatureStore
+from features.writer import Writer
 
 N, WIDTH = 150, 4
 POOLINGS = {"cls": WIDTH, "mean": WIDTH}
@@ -50,14 +52,14 @@ def embeddings(n: int = N, seed: int = 0) -> dict[str, np.ndarray]:
 
 def begin(store: FeatureStore, **changes: object) -> Writer:
     options = {"poolings": POOLINGS, "card_pooling": "cls+mean", "parts": PARTS} | changes
-    return store.begin("ami-br", "timm/x", "full", **options)  # type: ignore[arg-type]
+    return store.begin("ami-br", model="timm/x", view="full", **options)  # type: ignore[arg-type]
 
 
 def fill(writer: Writer, n_blocks: int | None = None, seed: int = 0) -> None:
     values = embeddings(writer.entry.n_rows, seed)
     for rows in writer.missing()[:n_blocks]:
         block = {name: array[rows.start : rows.stop] for name, array in values.items()}
-        writer.write(rows.start // writer.entry.rows_per_block, block)
+        writer.write(rows, block)
 
 
 @pytest.fixture
@@ -74,7 +76,7 @@ def full(empty: FeatureStore) -> FeatureStore:
 
 
 def read(store: FeatureStore, pooling: str = "card", **options: object) -> np.ndarray:
-    return FeatureStore.open(store.path).read("ami-br", "timm/x", "full", pooling, **options)  # type: ignore[arg-type]
+    return FeatureStore.open(store.path).read("ami-br", model="timm/x", view="full", pooling=pooling, **options)  # type: ignore[arg-type]
 
 
 # Names, fingerprints, block sizes.
@@ -137,7 +139,7 @@ def test_the_same_table_again_is_no_work_and_other_labels_update_it(full: Featur
 
 def test_other_images_under_the_same_name_are_refused_with_both_digests(full: FeatureStore) -> None:
     other = make_table(sha256=make_table().sha256[::-1])
-    with pytest.raises(UserError, match="--overwrite") as caught:
+    with pytest.raises(UserError, match="`overwrite=True`") as caught:
         full.put_samples("ami-br", other, attrs={})
     assert other.images_digest in str(caught.value)
     assert make_table().images_digest in str(caught.value)
@@ -204,9 +206,9 @@ def test_unknown_names_are_answered_with_the_known_ones(full: FeatureStore) -> N
     with pytest.raises(UserError, match="no pooling 'center'; it has cls, mean"):
         read(full, "center")
     with pytest.raises(UserError, match="it has: timm/x/full"):
-        full.read("ami-br", "timm/y", "full")
+        full.read("ami-br", model="timm/y", view="full")
     with pytest.raises(UserError, match=r"it has: ami-br\. Did you mean ami-br"):
-        full.read("ami-b", "timm/x", "full")
+        full.read("ami-b", model="timm/x", view="full")
 
 
 def test_an_interrupted_entry_goes_on_and_cannot_be_read_before(empty: FeatureStore) -> None:
@@ -215,8 +217,8 @@ def test_an_interrupted_entry_goes_on_and_cannot_be_read_before(empty: FeatureSt
         read(empty)
     writer = begin(empty)
     assert writer.missing() == [range(128, 150)]
-    assert writer.missing_within(range(64, 150)) == [(2, range(128, 150))]
-    assert writer.missing_within(range(0, 128)) == []
+    assert writer.missing(range(64, 150)) == [range(128, 150)]
+    assert writer.missing(range(0, 149)) == []
     fill(writer)
     assert writer.missing() == []
     assert len(read(empty)) == N
@@ -235,7 +237,7 @@ def test_a_block_counts_as_done_only_with_its_last_pooling(
         original(path, pieces)
 
     writer = begin(empty)
-    monkeypatch.setattr("features.storage.write_file", fail_at_the_last)
+    monkeypatch.setattr("features.storage_local.write_file", fail_at_the_last)
     with pytest.raises(UserError, match=r"No space left.*free some space.*same command again"):
         fill(writer, n_blocks=1)
     assert written == ["cls", "mean"]
@@ -283,21 +285,23 @@ def test_numbers_that_float16_cannot_hold_are_refused_by_name(empty: FeatureStor
     with pytest.raises(
         UserError, match=f"timm/x/full/mean: 1 embeddings are {re.escape(what)}.*row 69, Atypical/69-é.png"
     ):
-        begin(empty).write(1, block)
+        begin(empty).write(range(64, 128), block)
     assert len(begin(empty).missing()) == 3
 
 
 def test_blocks_of_another_shape_or_pooling_are_a_programming_error(empty: FeatureStore) -> None:
     values = embeddings()
     with pytest.raises(ValueError, match="expected"):
-        begin(empty).write(0, {"cls": values["cls"][:64]})
+        begin(empty).write(range(64), {"cls": values["cls"][:64]})
     with pytest.raises(ValueError, match="expected"):
-        begin(empty).write(2, {name: array[:64] for name, array in values.items()})
+        begin(empty).write(range(128, 150), {name: array[:64] for name, array in values.items()})
+    with pytest.raises(ValueError, match="not the rows of a block"):
+        begin(empty).write(range(32, 96), {name: array[32:96] for name, array in values.items()})
 
 
 def test_another_fingerprint_is_refused_with_both_values(full: FeatureStore) -> None:
     other = PARTS | {"precision": "bf16", "transform": {"size": 160}}
-    with pytest.raises(UserError, match="--overwrite") as caught:
+    with pytest.raises(UserError, match="`overwrite=True`") as caught:
         begin(full, parts=other)
     assert 'precision: stored "fp32", now "bf16"' in str(caught.value)
     assert "transform.size: stored 224, now 160" in str(caught.value)
@@ -333,8 +337,8 @@ def test_only_a_writer_that_is_alone_sweeps_or_overwrites(empty: FeatureStore) -
 
 def test_remove_takes_an_entry_a_model_or_a_dataset(full: FeatureStore) -> None:
     with pytest.raises(UserError, match="has no ami-br/timm/y"):
-        full.remove("ami-br", "timm/y")
-    full.remove("ami-br", "timm/x", "full")
+        full.remove("ami-br", model="timm/y")
+    full.remove("ami-br", model="timm/x", view="full")
     assert full.entries() == []
     full.remove("ami-br")
     assert full.datasets() == []
@@ -376,9 +380,9 @@ def test_the_archived_store_of_format_1_opens_and_gives_its_numbers(tmp_path: Pa
     (entry,) = store.entries()
     assert (entry.model, entry.view, entry.batch_size) == ("hf-hub:org/name@main", "center64", 8)
     expected = np.arange(100 * 6).reshape(100, 6) / 8
-    np.testing.assert_array_equal(store.read("ami-br", entry.model, "center64", "cls"), expected)
+    np.testing.assert_array_equal(store.read("ami-br", model=entry.model, view="center64", pooling="cls"), expected)
     np.testing.assert_array_equal(
-        store.read("ami-br", entry.model, "center64"), np.concatenate([expected, -expected], 1)
+        store.read("ami-br", model=entry.model, view="center64"), np.concatenate([expected, -expected], 1)
     )
 
 
@@ -461,7 +465,7 @@ def test_any_flipped_bit_of_a_block_is_found_and_the_block_named(full: FeatureSt
     for bit in range(0, 8 * len(data), 7):
         path.write_bytes(flipped(data, bit))
         with pytest.raises(UserError, match=named):
-            full.read("ami-br", "timm/x", "full", "cls", rows=np.array([100]))
+            full.read("ami-br", model="timm/x", view="full", pooling="cls", rows=np.array([100]))
     (problem,) = full.verify()
     assert (problem.where, problem.block, problem.rows) == ("ami-br/timm/x/full/cls", 1, (64, 127))
     path.write_bytes(data)
@@ -490,10 +494,10 @@ def test_a_lost_block_of_an_earlier_pooling_is_damage_and_mended_as_the_message_
 
 def test_a_block_that_changes_after_it_was_verified_is_verified_again(full: FeatureStore) -> None:
     path = full.entries()[0].block_path("cls", 0)
-    full.read("ami-br", "timm/x", "full")
+    full.read("ami-br", model="timm/x", view="full")
     path.write_bytes(flipped(path.read_bytes(), 77))
     with pytest.raises(UserError, match="block 0"):
-        full.read("ami-br", "timm/x", "full")
+        full.read("ami-br", model="timm/x", view="full")
 
 
 def test_verify_reports_what_is_missing_and_what_is_not_finite(empty: FeatureStore) -> None:

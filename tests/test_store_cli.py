@@ -39,10 +39,11 @@ def path(tmp_path: Path) -> Path:
     )
     store.put_samples("ami-br", table, attrs={})
     parts = {"model": "uni", "precision": "bf16"}
-    writer = store.begin("ami-br", "uni", "full", poolings={"cls": 3, "mean": 3}, card_pooling="cls+mean", parts=parts)
+    poolings = {"cls": 3, "mean": 3}
+    writer = store.begin("ami-br", model="uni", view="full", poolings=poolings, card_pooling="cls+mean", parts=parts)
     for rows in writer.missing():
         part = CLS[rows.start : rows.stop]
-        writer.write(rows.start // writer.entry.rows_per_block, {"cls": part, "mean": -part})
+        writer.write(rows, {"cls": part, "mean": -part})
     return store.path
 
 
@@ -111,7 +112,7 @@ def test_help_comes_without_the_heavy_imports() -> None:
 
 @pytest.mark.parametrize("pooling", ["card", "cls"])
 def test_hdf5_and_npz_leave_and_come_back_unchanged(path: Path, tmp_path: Path, pooling: str) -> None:
-    expected = FeatureStore.open(path).read("ami-br", "uni", "full", pooling)
+    expected = FeatureStore.open(path).read("ami-br", model="uni", view="full", pooling=pooling)
     for format, suffix in (("hdf5", "h5"), ("npz", "npz")):
         out = tmp_path / "new" / f"x.{suffix}"
         select = ("--store", path, "--dataset", "ami-br", "--model")
@@ -119,7 +120,7 @@ def test_hdf5_and_npz_leave_and_come_back_unchanged(path: Path, tmp_path: Path, 
         assert (said["n_rows"], said["width"]) == expected.shape
         said = as_json("import", out, *select, f"back-{suffix}")
         assert said["imported"] is True
-        back = FeatureStore.open(path).read("ami-br", f"back-{suffix}", "full")
+        back = FeatureStore.open(path).read("ami-br", model=f"back-{suffix}", view="full")
         np.testing.assert_array_equal(back, expected)
     assert FeatureStore.open(path).verify() == []
     assert [file.name for file in (tmp_path / "new").iterdir() if file.name.startswith(".")] == []
@@ -157,13 +158,13 @@ def test_a_csv_makes_a_new_dataset_in_a_new_store(tmp_path: Path) -> None:
     for _ in range(2):  # again is no harm
         call("import", tmp_path / "x.npy", "--dataset", "mine", "--model", "my model", *options)
     opened = FeatureStore.open(store)
-    np.testing.assert_array_equal(opened.read("mine", "my model", "full"), CLS)  # in the table's order
+    np.testing.assert_array_equal(opened.read("mine", model="my model", view="full"), CLS)  # in the table's order
     assert opened.samples("mine").group[7] == "s7"
     np.save(tmp_path / "x.npy", 2 * CLS)
-    with pytest.raises(UserError, match="--overwrite"):
+    with pytest.raises(UserError, match="`overwrite=True`"):
         call("import", tmp_path / "x.npy", "--dataset", "mine", "--model", "my model", *options)
     call("import", tmp_path / "x.npy", "--dataset", "mine", "--model", "my model", "--overwrite", *options)
-    assert opened.read("mine", "my model", "full")[0].tolist() == (2 * CLS[-1]).tolist()
+    assert opened.read("mine", model="my model", view="full")[0].tolist() == (2 * CLS[-1]).tolist()
 
 
 def test_rows_that_do_not_fit_are_named_and_nothing_is_imported(path: Path, tmp_path: Path) -> None:
@@ -193,7 +194,7 @@ def test_files_of_the_wrong_kind_are_refused(path: Path, tmp_path: Path) -> None
         ((tmp_path / "x.pt",), "give one of .npy, .npz"),
         ((tmp_path / "none.npz",), "cannot be read.*No such file"),
         ((tmp_path / "text.h5",), "cannot be read as .h5"),
-        ((tmp_path / "x.npy", "--ids", tmp_path / "header.csv"), "has the columns name; expected id"),
+        ((tmp_path / "x.npy", "--ids", tmp_path / "header.csv"), "lacks the column id; it has name"),
         ((tmp_path / "x.npy", "--table", tmp_path / "x.csv"), "label 'Atypical' is neither 0 nor 1"),
     ]:
         with pytest.raises(UserError, match=match):

@@ -343,7 +343,7 @@ def _whole_store(path: Path) -> object:
         },
         "entries": [asdict(entry) for entry in store.entries()],
         "values": [
-            zlib.crc32(store.read(entry.dataset, entry.model, entry.view, pooling).tobytes())
+            zlib.crc32(store.read(entry.dataset, model=entry.model, view=entry.view, pooling=pooling).tobytes())
             for entry in store.entries()
             for pooling in entry.poolings
         ],
