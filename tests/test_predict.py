@@ -63,7 +63,7 @@ def runs(table: Path, weights: Path, tmp_path_factory) -> dict[str, Path]:
         dataset, [find_backbone(MODEL)], store=store, options=ExtractOptions(precision="fp32"), weights=weights
     )
     (probe,) = probe_store(store, options=ProbeOptions(cv=3), runs=place)
-    found = {"probe": probe}
+    found = {"probe": probe.folder}
     for method in ("lora", "full", "head"):
         options = FinetuneOptions(
             model=MODEL, train=str(table), method=method, cv=3, epochs=2, lora=LoraOptions(rank=2), precision="fp32"
