@@ -162,7 +162,7 @@ def test_paper_recipe_probes_the_cards_embedding_of_the_full_view(store, tmp_pat
     (folder,) = probed(store, ["good"], options=options, runs=tmp_path / "runs")
     run = read_run(folder)
     assert (run.view, run.pooling) == ("full", "card")
-    assert len(run.candidates[0].fit.n_epochs) == 5
+    assert len(run.candidates[0].n_epochs) == 5
 
 
 def test_datasets_embedded_differently_are_never_compared(store, tmp_path):
