@@ -33,7 +33,8 @@ from finetune.protocol import (
 )
 from finetune.train import Compute
 from probe.logistic import predict_logits
-from probe.runs import check_weights, csv_bytes, read_run, read_weights
+from probe.predictions import csv_bytes
+from probe.runs import check_weights, read_run, read_weights
 
 COLUMNS = ("source", "id", "probability", "predicted", "spread")
 _BATCH = {"cpu": 8, "cuda": 64}  # images per forward pass of a frozen backbone

@@ -13,8 +13,6 @@ A slide here is what a fold never cuts (`features.folds.effective_groups`): a pa
 
 from __future__ import annotations
 
-import csv
-import io
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import astuple, dataclass, fields
@@ -27,7 +25,8 @@ from numpy.typing import NDArray
 
 from features.console import UserError
 from probe.metrics import scores
-from probe.runs import Predictions, read_columns
+from probe.predictions import Predictions, csv_bytes, parse_columns
+from probe.runs import read_checked
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -221,13 +220,9 @@ def curve_points(
 
 def curve_csv(points: Iterable[CurvePoint]) -> bytes:
     """The content of learning_curve.csv; a figure that does not exist is an empty cell."""
-    file = io.StringIO()
-    writer = csv.writer(file, lineterminator="\n")
-    writer.writerow(field.name for field in fields(CurvePoint))
-    for point in sorted(points, key=lambda point: (point.fraction, point.draw, point.fold)):
-        cells = astuple(point)
-        writer.writerow("" if isinstance(value, float) and math.isnan(value) else value for value in cells)
-    return file.getvalue().encode()
+    ordered = sorted(points, key=lambda point: (point.fraction, point.draw, point.fold))
+    rows = [["" if value != value else value for value in astuple(point)] for point in ordered]  # NaN is no number
+    return csv_bytes([field.name for field in fields(CurvePoint)], rows)
 
 
 def read_curve(folder: Path) -> tuple[CurvePoint, ...]:
@@ -236,16 +231,19 @@ def read_curve(folder: Path) -> tuple[CurvePoint, ...]:
     Raises:
         UserError: if the file is not the one that the run wrote, or holds a malformed or impossible value.
     """
-    path = folder / CURVE_FILE
-    if not path.exists():
+    if not (folder / CURVE_FILE).exists():
         return ()
-    columns = read_columns(folder, CURVE_FILE, tuple(field.name for field in fields(CurvePoint)))
+    return read_checked(folder, CURVE_FILE, parse=_parse_curve)
+
+
+def _parse_curve(text: str) -> tuple[CurvePoint, ...]:
+    columns = parse_columns(text, [field.name for field in fields(CurvePoint)])
     points = []
     for line, row in enumerate(zip(*columns.values(), strict=True), start=2):
         try:
             points.append(_point(row))
         except ValueError as error:
-            raise UserError(f"{path} is damaged (line {line}: {error}). Run fm-probe again.") from None
+            raise ValueError(f"line {line}: {error}") from None
     return tuple(points)
 
 

@@ -15,21 +15,31 @@ plain percentiles are too narrow; docs/decisions/evidence.md measures by how muc
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
 from statistics import NormalDist
-from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from features.console import UserError
 from features.samples import MISSING_VOTE
-from probe.metrics import NAMES, Tally, resampled_scores, scores, tally
-from probe.runs import VALIDATION, Predictions, threshold_of
+from probe.metrics import (
+    NAMES,
+    FoldFigure,
+    Interval,
+    Judgement,
+    RunMetrics,
+    SetMetrics,
+    Tally,
+    resampled_scores,
+    scores,
+    tally,
+)
+from probe.metrics import as_dict as as_dict
+from probe.predictions import VALIDATION, Predictions, threshold_of
 
 SLIDE, SAMPLE = "slide", "sample"  # what is drawn
 COMPARED = ("balanced_accuracy", "auroc")  # the figures that differences, tests and ranks are of
@@ -91,48 +101,6 @@ class Ensemble:
         """The rows of a mask, or those of an index array in its order."""
         columns = {name: getattr(self, name)[rows] for name in ("id", "label", "group", "probability")}
         return replace(self, **columns)
-
-
-@dataclass(frozen=True)
-class Interval:
-    """A figure and the interval around it.
-
-    Attributes:
-        value: the figure; NaN if it does not exist (see `probe.metrics.scores`).
-        low, high: ends of the interval; NaN where the data give none: fewer than two clusters, a class that a single
-            cluster holds, half of the resamples without a class, or a figure that no resample changes.
-        n_undefined: resamples that lack a class the figure needs; the interval is that of the others.
-    """
-
-    value: float
-    low: float
-    high: float
-    n_undefined: int
-
-
-@dataclass(frozen=True)
-class Judgement:
-    """Every figure of one run on one set.
-
-    Attributes:
-        n, n_positive: patches.
-        unit: what was resampled, "slide" or "sample".
-        n_clusters: how many of them.
-        n_alone: patches of unknown slide among known ones; each counts as a slide of its own.
-        threshold: as in `Ensemble`.
-        level, replicates: as in `Resampling`.
-        figures: name (`probe.metrics.NAMES`) to interval.
-    """
-
-    n: int
-    n_positive: int
-    unit: str
-    n_clusters: int
-    n_alone: int
-    threshold: float
-    level: float
-    replicates: int
-    figures: dict[str, Interval]
 
 
 @dataclass(frozen=True)
@@ -296,19 +264,6 @@ class DomainView:
     macro: dict[str, Interval]
     n_domains: dict[str, int]
     worst: dict[str, Worst | None]
-
-
-def as_dict(result: Any) -> Any:
-    """A result as plain JSON values: records as objects, tuples as lists, NaN and infinities as null."""
-    if dataclasses.is_dataclass(result):
-        return {field.name: as_dict(getattr(result, field.name)) for field in dataclasses.fields(result)}
-    if isinstance(result, Mapping):
-        return {str(key): as_dict(value) for key, value in result.items()}
-    if isinstance(result, tuple | list):
-        return [as_dict(value) for value in result]
-    if isinstance(result, float):
-        return result if math.isfinite(result) else None
-    return result
 
 
 def ensemble(predictions: Predictions, dataset: str, split: str) -> Ensemble:
@@ -591,46 +546,33 @@ def judge(judged: Ensemble, *, how: Resampling = Resampling()) -> Judgement:
     return _judgement(judged, clusters, _intervals(resampled, 0, clusters.n, how), how)
 
 
-def evaluate(predictions: Predictions, *, how: Resampling = Resampling()) -> dict[str, Any]:
-    """The figures of a run, from its predictions alone, as plain JSON values.
+def evaluate(predictions: Predictions, *, how: Resampling = Resampling()) -> RunMetrics:
+    """Compute the figures of a run from its predictions: those that metrics.json holds.
 
     Args:
         predictions: all of the run's.
         how: of the resampling.
-
-    Returns:
-        `threshold`: chosen on the out-of-fold predictions, for the ensemble. Per set, named "dataset/split":
-        n, n_positive; `folds`: every figure per fold model at threshold 0.5, with mean and population std (the
-        paper's view); and of test sets `ensemble`, the mean probability over folds judged at `threshold`, with its
-        `intervals` and what they were drawn from (see `Judgement`). A figure that does not exist is null.
     """
     sets = {}
     for dataset, split in predictions.sets():
-        part = predictions.select((predictions.dataset == dataset) & (predictions.split == split))
-        folds = np.unique(part.fold)
-        per_fold = [scores(part.label[part.fold == k], part.probability[part.fold == k]) for k in folds]
-        judged = ensemble(predictions, dataset, split)
-        figures: dict[str, Any] = {
-            "n": len(judged),
-            "n_positive": int((judged.label == 1).sum()),
-            "folds": {
-                name: {
-                    "mean": float(np.mean([figure[name] for figure in per_fold])),
-                    "std": float(np.std([figure[name] for figure in per_fold])),
-                    "each": [figure[name] for figure in per_fold],
-                }
-                for name in per_fold[0]
-            },
-        }
-        if split != VALIDATION:
-            judgement = judge(judged, how=how)
-            figures["ensemble"] = {name: interval.value for name, interval in judgement.figures.items()}
-            figures["intervals"] = {
-                **{name: getattr(judgement, name) for name in ("unit", "n_clusters", "n_alone", "level", "replicates")},
-                "figures": {name: [interval.low, interval.high] for name, interval in judgement.figures.items()},
-            }
-        sets[f"{dataset}/{split}"] = figures
-    return dict(as_dict({"threshold": threshold_of(predictions), "sets": sets}))
+        whole = ensemble(predictions, dataset, split)
+        sets[f"{dataset}/{split}"] = SetMetrics(
+            n=len(whole),
+            n_positive=int((whole.label == 1).sum()),
+            folds=fold_figures(predictions, dataset, split),
+            ensemble=judge(whole, how=how) if split != VALIDATION else None,
+        )
+    return RunMetrics(threshold_of(predictions), sets)
+
+
+def fold_figures(predictions: Predictions, dataset: str, split: str) -> dict[str, FoldFigure]:
+    """Compute every figure of every fold model on one set, at threshold 0.5 (the paper's view)."""
+    part = predictions.select((predictions.dataset == dataset) & (predictions.split == split))
+    per_fold = [
+        scores(part.label[part.fold == fold], part.probability[part.fold == fold]) for fold in np.unique(part.fold)
+    ]
+    values = {name: [figures[name] for figures in per_fold] for name in NAMES}
+    return {name: FoldFigure(float(np.mean(v)), float(np.std(v)), tuple(v)) for name, v in values.items()}
 
 
 def _tally(judged: Ensemble, clusters: _Clusters) -> Tally:

@@ -2,12 +2,18 @@
 
 Balanced accuracy, AUROC and average precision equal scikit-learn's definitions (ties included); they are written out
 here because every later figure resamples them by the thousand.
+
+The records at the end hold figures: `Interval`, `FoldFigure`, `Judgement` (one run on one set), and `RunMetrics`, which
+is what metrics.json holds.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import dataclasses
+import math
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -293,3 +299,169 @@ def balanced_log_loss(label: ArrayLike, logit: NDArray[np.floating]) -> NDArray[
 
 def _ratio(part: float, whole: float) -> float:
     return part / whole if whole else float("nan")
+
+
+# ------------------------------------------------------------------------------------------------- figures, recorded
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A figure and the interval around it.
+
+    Attributes:
+        value: the figure; NaN if it does not exist (see `scores`).
+        low, high: ends of the interval; NaN where the data give none: fewer than two clusters, a class that a single
+            cluster holds, half of the resamples without a class, or a figure that no resample changes.
+        n_undefined: resamples that lack a class the figure needs; the interval is that of the others. None if it was
+            read from metrics.json, which does not keep it.
+    """
+
+    value: float
+    low: float
+    high: float
+    n_undefined: int | None = None
+
+
+@dataclass(frozen=True)
+class FoldFigure:
+    """A figure of every fold model at threshold 0.5, as in the paper.
+
+    Attributes:
+        mean, std: over fold models; the standard deviation is that of a population.
+        each: the figure of every fold model.
+    """
+
+    mean: float
+    std: float
+    each: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """Every figure of one run's ensemble on one set.
+
+    Attributes:
+        n, n_positive: patches.
+        unit: what was resampled, "slide" or "sample".
+        n_clusters: how many of them.
+        n_alone: patches of unknown slide among known ones; each counts as one slide.
+        threshold: positive from this probability on.
+        level, replicates: of the resampling.
+        figures: name (`NAMES`) to interval.
+    """
+
+    n: int
+    n_positive: int
+    unit: str
+    n_clusters: int
+    n_alone: int
+    threshold: float
+    level: float
+    replicates: int
+    figures: dict[str, Interval]
+
+
+@dataclass(frozen=True)
+class SetMetrics:
+    """The figures of a run on one set.
+
+    Attributes:
+        n, n_positive: patches.
+        folds: name (`NAMES`) to what the fold models reach.
+        ensemble: of the ensemble; None for out-of-fold predictions, on which the threshold was chosen.
+    """
+
+    n: int
+    n_positive: int
+    folds: dict[str, FoldFigure]
+    ensemble: Judgement | None
+
+
+_SAMPLED = ("unit", "n_clusters", "n_alone", "level", "replicates")  # of a Judgement; how its intervals were made
+
+
+@dataclass(frozen=True)
+class RunMetrics:
+    """The figures of a run: what metrics.json holds.
+
+    Attributes:
+        threshold: of the ensemble, chosen on the out-of-fold predictions.
+        sets: "dataset/split" to its figures.
+    """
+
+    threshold: float
+    sets: dict[str, SetMetrics]
+
+    def as_dict(self) -> dict[str, Any]:
+        """The JSON object of metrics.json. A figure that does not exist is null."""
+        return dict(as_dict({"threshold": self.threshold, "sets": {k: _set_as_dict(v) for k, v in self.sets.items()}}))
+
+    @classmethod
+    def from_dict(cls, record: Mapping[str, Any]) -> RunMetrics:
+        """Read the JSON object of metrics.json.
+
+        Raises:
+            ValueError: if it lacks something, or holds something else than figures.
+        """
+        try:
+            threshold = float(record["threshold"])
+            sets = {str(name): _set_from_dict(one, threshold) for name, one in record["sets"].items()}
+        except KeyError as error:
+            raise ValueError(f"{error} is missing") from error
+        except (TypeError, AttributeError) as error:
+            raise ValueError(str(error)) from error
+        return cls(threshold, sets)
+
+
+def _set_as_dict(metrics: SetMetrics) -> dict[str, Any]:
+    record: dict[str, Any] = {"n": metrics.n, "n_positive": metrics.n_positive, "folds": metrics.folds}
+    if metrics.ensemble is not None:
+        figures = metrics.ensemble.figures
+        record["ensemble"] = {name: figure.value for name, figure in figures.items()}
+        record["intervals"] = {name: getattr(metrics.ensemble, name) for name in _SAMPLED} | {
+            "figures": {name: [figure.low, figure.high] for name, figure in figures.items()}
+        }
+    return record
+
+
+def _set_from_dict(record: Mapping[str, Any], threshold: float) -> SetMetrics:
+    n, n_positive = int(record["n"]), int(record["n_positive"])
+    folds = {
+        name: FoldFigure(_number(one["mean"]), _number(one["std"]), tuple(map(_number, one["each"])))
+        for name, one in record["folds"].items()
+    }
+    judgement = None
+    if "intervals" in record:  # runs of early versions have an ensemble without
+        sampled, ends = record["intervals"], record["intervals"]["figures"]
+        judgement = Judgement(
+            n=n,
+            n_positive=n_positive,
+            unit=str(sampled["unit"]),
+            n_clusters=int(sampled["n_clusters"]),
+            n_alone=int(sampled["n_alone"]),
+            threshold=threshold,
+            level=float(sampled["level"]),
+            replicates=int(sampled["replicates"]),
+            figures={
+                name: Interval(_number(value), _number(ends[name][0]), _number(ends[name][1]))
+                for name, value in record["ensemble"].items()
+            },
+        )
+    return SetMetrics(n, n_positive, folds, judgement)
+
+
+def _number(value: float | None) -> float:
+    return math.nan if value is None else float(value)
+
+
+def as_dict(result: Any) -> Any:
+    """Turn a result into plain JSON values: records to objects, tuples to lists, NaN and infinities to null."""
+    if dataclasses.is_dataclass(result):
+        return {field.name: as_dict(getattr(result, field.name)) for field in dataclasses.fields(result)}
+    if isinstance(result, Mapping):
+        return {str(key): as_dict(value) for key, value in result.items()}
+    if isinstance(result, tuple | list):
+        return [as_dict(value) for value in result]
+    if isinstance(result, float):
+        return result if math.isfinite(result) else None
+    return result

@@ -28,8 +28,8 @@ from probe.curve import summarise
 from probe.evidence import COMPARED, Difference, as_dict
 from probe.gallery import EmbeddingMap, GalleryPatches, Thumbnails
 from probe.metrics import NAMES
+from probe.predictions import VALIDATION
 from probe.report import Report, Run, SetReport
-from probe.runs import VALIDATION
 from probe.tables import SOURCES, TRAINED_ON, PublishedFigure, published, published_for
 
 TITLES = {

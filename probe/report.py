@@ -33,10 +33,12 @@ from probe.evidence import (
     by_domain,
     compare,
     ensemble,
+    fold_figures,
     rows_of,
 )
-from probe.metrics import ECE_BINS, scores
-from probe.runs import VALIDATION, Predictions, read_predictions, read_run, read_samples
+from probe.metrics import ECE_BINS, FoldFigure
+from probe.predictions import VALIDATION, Predictions
+from probe.runs import read_predictions, read_run, read_samples
 
 _NEEDED = (
     "id",
@@ -76,15 +78,6 @@ class Run:
     predictions: Predictions
     tables: dict[str, Samples]
     curve: tuple[CurvePoint, ...]
-
-
-@dataclass(frozen=True)
-class FoldFigure:
-    """A figure of every fold model at threshold 0.5: each, mean and population standard deviation, as in the paper."""
-
-    mean: float
-    std: float
-    each: tuple[float, ...]
 
 
 @dataclass(frozen=True)
@@ -373,7 +366,7 @@ def _on_set(runs: Sequence[Run], dataset: str, split: str, how: Resampling) -> S
         n_positive=int((first.label == 1).sum()),
         n_identical=len(audit(first).duplicates),
         comparison=comparison,
-        folds={run.label: _fold_figures(run.predictions, dataset, split) for run in having},
+        folds={run.label: fold_figures(run.predictions, dataset, split) for run in having},
         confusion={label: _confusion(on) for label, on in judged.items()},
         curves={label: _curves(on) for label, on in judged.items()},
         raters={label: by_agreement(on, tables[label].votes, how=how) for label, on in judged.items() if rated},
@@ -396,21 +389,6 @@ def _ensemble(run: Run, dataset: str, split: str) -> Ensemble:
         return ensemble(run.predictions, dataset, split)
     except UserError as error:
         raise UserError(f"{run.folder}: {error}") from error
-
-
-def _fold_figures(predictions: Predictions, dataset: str, split: str) -> dict[str, FoldFigure]:
-    part = predictions.select((predictions.dataset == dataset) & (predictions.split == split))
-    per_fold = [
-        scores(part.label[part.fold == fold], part.probability[part.fold == fold]) for fold in np.unique(part.fold)
-    ]
-    return {
-        name: FoldFigure(
-            float(np.mean([figures[name] for figures in per_fold])),
-            float(np.std([figures[name] for figures in per_fold])),
-            tuple(figures[name] for figures in per_fold),
-        )
-        for name in per_fold[0]
-    }
 
 
 def _confusion(on: Ensemble) -> Confusion:

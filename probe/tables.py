@@ -12,7 +12,7 @@ from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 
 from features.console import printable
-from probe.runs import VALIDATION
+from probe.predictions import VALIDATION
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -93,7 +93,7 @@ def test_an_ensemble_is_the_mean_over_fold_models_in_the_order_of_the_table():
 
 def test_the_figures_are_those_that_the_run_recorded():
     run = predictions()
-    recorded = evaluate(run)["sets"]["ami-br/test"]["ensemble"]
+    recorded = evaluate(run).as_dict()["sets"]["ami-br/test"]["ensemble"]
     figures = judge(ensemble(run, "ami-br", "test"), how=QUICK).figures
     assert {name: figure.value for name, figure in figures.items()} == pytest.approx(recorded, abs=1e-12)
 

@@ -1,5 +1,8 @@
 """Do the figures equal scikit-learn's, ties and absent classes included?"""
 
+import json
+import math
+
 import numpy as np
 import pytest
 from sklearn import metrics as sk
@@ -139,3 +142,26 @@ def test_a_resample_without_a_class_has_the_figures_that_need_none_of_it():
 
 def test_predictions_of_one_class_have_no_correlation():
     assert metrics.scores([0, 1, 1], [0.1, 0.2, 0.3])["mcc"] == 0
+
+
+def test_metrics_of_a_run_come_back_from_their_json():
+    interval = metrics.Interval(0.8, 0.7, 0.9)
+    undefined = metrics.Interval(math.nan, math.nan, math.nan)
+    ensemble = metrics.Judgement(9, 4, "slide", 3, 1, 0.4, 0.95, 1000, {"auroc": interval, "f1": undefined})
+    folds = {"auroc": metrics.FoldFigure(0.75, 0.05, (0.7, 0.8)), "f1": metrics.FoldFigure(math.nan, math.nan, (0.5,))}
+    written = metrics.RunMetrics(
+        0.4,
+        {"a/test": metrics.SetMetrics(9, 4, folds, ensemble), "a/validation": metrics.SetMetrics(5, 2, folds, None)},
+    ).as_dict()
+    assert list(written["sets"]["a/test"]) == ["n", "n_positive", "folds", "ensemble", "intervals"]
+    assert written["sets"]["a/test"]["ensemble"] == {"auroc": 0.8, "f1": None}
+    assert written["sets"]["a/test"]["intervals"]["figures"] == {"auroc": [0.7, 0.9], "f1": [None, None]}
+    read = metrics.RunMetrics.from_dict(json.loads(json.dumps(written)))
+    assert read.as_dict() == written
+    assert read.sets["a/test"].ensemble.threshold == 0.4
+    assert read.sets["a/test"].ensemble.figures["auroc"] == interval
+    assert read.sets["a/validation"].ensemble is None
+    del written["sets"]["a/test"]["n"]
+    for damaged in (written, {"sets": {}}, {"threshold": 0.5, "sets": []}, {"threshold": "a", "sets": {}}):
+        with pytest.raises(ValueError, match=r"is missing|no attribute|could not convert"):
+            metrics.RunMetrics.from_dict(damaged)

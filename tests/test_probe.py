@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+from probe.protocol import ProbeOptions, fit_exact, probe_store
 
 from features.console import UserError
 from features.folds import grouped_folds
@@ -12,7 +13,6 @@ from features.store import FeatureStore
 from probe import protocol
 from probe.evidence import evaluate
 from probe.metrics import auroc
-from probe.protocol import ProbeOptions, fit_exact, probe_store
 from probe.runs import read_predictions, read_run
 from probe.tables import leaderboard, published
 
@@ -132,7 +132,7 @@ def test_metrics_follow_from_predictions_csv(store, tmp_path):
     (folder,) = probe_store(store, ["good"], options=ProbeOptions(), runs=tmp_path / "runs")
     predictions = read_predictions(folder)
     run = read_run(folder)
-    recomputed = json.loads(json.dumps(evaluate(predictions)))
+    recomputed = json.loads(json.dumps(evaluate(predictions).as_dict()))
     assert recomputed == run["metrics"]
     part = predictions.select((predictions.dataset == "atnorm-br") & (predictions.fold == 2))
     assert run["metrics"]["sets"]["atnorm-br/test"]["folds"]["auroc"]["each"][2] == pytest.approx(

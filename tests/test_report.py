@@ -35,7 +35,7 @@ from sklearn.metrics import (
     recall_score,
     roc_auc_score,
 )
-from test_results import N_FOLDS, TABLES, edit_record, edit_row, made_run, patches, predicted
+from test_runs import N_FOLDS, TABLES, edit_record, edit_row, made_run, patches, predicted
 
 from extract.datasets import load_dataset
 from features.console import UserError

@@ -23,7 +23,8 @@ import numpy as np
 import pytest
 from conftest import REPOSITORY
 from PIL import Image
-from test_results import edit_record
+from probe.protocol import ProbeOptions, probe_store
+from test_runs import edit_record
 
 from extract.datasets import load_dataset
 from features.folds import grouped_folds
@@ -32,8 +33,8 @@ from features.store import FeatureStore
 from finetune.report import make_report, write_report
 from probe.evidence import Resampling
 from probe.gallery import EmbeddingMap, make_thumbnails, shown
+from probe.metrics import RunMetrics
 from probe.page import html, with_thumbnails
-from probe.protocol import ProbeOptions, probe_store
 from probe.report import collect, read_runs
 from probe.runs import concatenate, predictions_of, read_predictions, read_run, threshold_of, write_run
 
@@ -154,7 +155,9 @@ def adapted(runs: Path, like: Path, samples: Samples) -> Path:
         del record[written]
     record |= {"kind": "finetune", "method": "lora", "test": [], "options": {"cv": 3, "lora": {"rank": 8}, "epochs": 2}}
     record |= {"n_trained": 1234, "cost": {"images_per_second": 70.0}}
-    return write_run(runs, record, predictions, tables={"patches": samples}, metrics={}, weights={}, seconds=12.0)
+    return write_run(
+        runs, record, predictions, tables={"patches": samples}, metrics=RunMetrics(0.5, {}), weights={}, seconds=12.0
+    )
 
 
 @pytest.fixture(scope="module")
@@ -861,7 +864,7 @@ def large(tmp_path_factory) -> Path:
             record | {"model": model},
             predictions,
             tables={"many": samples},
-            metrics={},
+            metrics=RunMetrics(0.5, {}),
             weights={},
             seconds=1,
         )

@@ -14,6 +14,7 @@ import pytest
 from features.console import UserError
 from features.samples import Samples, make_samples
 from probe import runs as run_files
+from probe.metrics import RunMetrics
 from probe.runs import (
     COLUMNS,
     SAMPLE_COLUMNS,
@@ -129,7 +130,7 @@ def made_run(
         told | record,
         predicted(tables, train, signal=signal, seed=seed) if predictions is None else predictions,
         tables=tables,
-        metrics={"threshold": 0.5, "sets": {}},
+        metrics=RunMetrics(0.5, {}),
         weights={"coef": np.zeros((N_FOLDS, 8), dtype=np.float32), "intercept": np.zeros(N_FOLDS)},
         seconds=1.0,
         files=files,

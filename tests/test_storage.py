@@ -25,6 +25,7 @@ import timm
 import torch
 import zarr
 from PIL import Image
+from probe.protocol import ProbeOptions, probe_store
 from safetensors.torch import save_file
 
 from extract.cli import app as extract_app
@@ -36,7 +37,6 @@ from features.storage import find_groups, find_storage
 from features.storage_bucket import BucketStorage
 from features.storage_local import LocalStorage
 from features.store import FeatureStore
-from probe.protocol import ProbeOptions, probe_store
 from probe.runs import read_run
 
 obstore = pytest.importorskip("obstore", reason="needs obstore (pip install 'mitofm[s3]')")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
-from test_results import TABLES, made_run, patches, predicted
+from test_runs import TABLES, made_run, patches, predicted
 
 from probe.evidence import Resampling, ensemble, evaluate, judge
 from probe.report import Report, Run, collect, read_runs
@@ -65,13 +65,13 @@ def test_a_grid_says_what_the_evidence_says(tmp_path):
     ours = [row for row in folds.rows if not row[2]]
     for run, (name, cells, _), (other, judged, _) in zip(runs, ours, ensembles.rows, strict=True):
         assert name == other == run.label
-        recorded = evaluate(run.predictions, how=QUICK)["sets"]
+        recorded = evaluate(run.predictions, how=QUICK).sets
         for k, dataset in enumerate(("ami-br", "atnorm-br", "atnorm-md")):
             one = judge(ensemble(run.predictions, dataset, "test"), how=QUICK)
             for j, figure in enumerate(("balanced_accuracy", "auroc")):
-                of = recorded[f"{dataset}/test"]["folds"][figure]
+                of = recorded[f"{dataset}/test"].folds[figure]
                 cell = cells[2 * k + j]
-                assert (cell.value, cell.aside) == (printed(of["mean"]), f"± {printed(of['std'])}")
+                assert (cell.value, cell.aside) == (printed(of.mean), f"± {printed(of.std)}")
                 cell, interval = judged[2 * k + j], one.figures[figure]
                 assert cell.value == printed(interval.value)
                 assert cell.aside == f"[{printed(interval.low)}, {printed(interval.high)}]"
@@ -325,7 +325,7 @@ def shown(*records: dict) -> str:
 
 
 def with_metrics(folder: Path) -> dict:
-    return read_run(folder) | {"metrics": evaluate(read_predictions(folder), how=QUICK)}
+    return read_run(folder) | {"metrics": evaluate(read_predictions(folder), how=QUICK).as_dict()}
 
 
 def test_ensembles_are_shown_with_their_intervals(tmp_path):
