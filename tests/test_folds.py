@@ -121,3 +121,15 @@ def test_the_greedy_rule_is_as_even_as_scikit_learns():
 
 FROZEN_SIZES = [122, 109, 115, 117, 130]
 FROZEN_DIGEST = "9e5b2f94affbf5d368115e164b8d5c40ab1422a7a3915dac69e6f9b4d9fed3df"
+
+
+def test_folds_show_their_sizes_source_and_digest():
+    samples = make_samples([str(i) for i in range(7)], [0, 1] * 3 + [0], sha256=[""] * 7)
+    folds = grouped_folds(samples, 2, seed=1)
+    assert sorted(folds.sizes) == [3, 4]
+    assert repr(folds) == (
+        f"Folds(7 rows in 2 folds of {folds.sizes[0]}, {folds.sizes[1]}; greedy grouped stratified, seed 1; "
+        f"{folds.digest[:12]})"
+    )
+    page = folds._repr_html_()
+    assert f"<td>1</td><td>{folds.sizes[1]}</td><td>{folds.sizes[0]}</td>" in page

@@ -71,3 +71,13 @@ def test_rows_are_selected_in_every_column():
     picked = samples.select(np.array([3, 0]))
     assert picked.id.tolist() == ["d", "a"]
     assert picked.votes.tolist() == [[0, 0, 0], [1, 0, 0]]
+
+
+def test_a_table_shows_its_counts_and_in_a_notebook_its_first_rows_escaped():
+    table = make_samples(
+        ["<b>.png", "b.png"], [1, 0], sha256=["", ""], group=["slide", "slide"], split=["train", "test"]
+    )
+    assert repr(table) == "Samples(2 patches: 1 positive; 1 train, 1 test; 1 groups)"
+    page = table._repr_html_()
+    assert "<td>&lt;b&gt;.png</td><td>1</td><td>slide</td><td>train</td>" in page
+    assert "<b>" not in page
