@@ -115,10 +115,10 @@ def parse_fractions(text: str) -> tuple[float, ...]:
             values.append(float(part))
         except ValueError:
             raise UserError(
-                f"--fractions: {part!r} is no number. Give shares of the training slides, such as 0.1,0.25,0.5,1."
+                f"`fractions`: {part!r} is no number. Give shares of the training slides, such as 0.1,0.25,0.5,1."
             ) from None
     if not values:
-        raise UserError("--fractions names none. Give shares of the training slides, such as 0.1,0.25,0.5,1.")
+        raise UserError("`fractions` names none. Give shares of the training slides, such as 0.1,0.25,0.5,1.")
     return checked_fractions(values)
 
 
@@ -132,7 +132,7 @@ def checked_fractions(values: Iterable[float]) -> tuple[float, ...]:
     for value in found:
         if not 0 < value <= 1:
             raise UserError(
-                f"--fractions: {value:g} is no share of the training slides; expected more than 0 and at most 1, "
+                f"`fractions`: {value:g} is no share of the training slides; expected more than 0 and at most 1, "
                 "such as 0.1,0.25,0.5,1."
             )
     return found
@@ -324,7 +324,7 @@ def _too_few(fraction: float, draw: int, held: tuple[int, ...], taken: int, n_le
     where = f"fold{'s' * (len(held) > 1)} {' and '.join(map(str, held))}"
     lack = "of one class only" if len(held) > 1 else "and no other fold has both classes in them, to choose C on"
     return (
-        f"--fractions: {fraction:g} is too small. With {where} held out it leaves {taken} of {n_left} slides to train "
+        f"`fractions`: {fraction:g} is too small. With {where} held out it leaves {taken} of {n_left} slides to train "
         f"on (draw {draw}), {lack}."
     )
 

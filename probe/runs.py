@@ -266,6 +266,44 @@ class RunRecord:
                 record[name] = _plain(value)
         return record | ({} if self.metrics is None else {"metrics": self.metrics.as_dict()})
 
+    @classmethod
+    def from_json(cls, raw: Mapping[str, Any]) -> RunRecord:
+        """Make a record of the object of run.json. Runs of early versions lack some keys.
+
+        Raises:
+            KeyError, ValueError, TypeError: if the object describes no run.
+        """
+        kind, folds, names = raw["kind"], raw["folds"], raw.get("label_names", ("0", "1"))
+        if kind not in ("probe", "finetune"):
+            raise ValueError(f"the kind is {kind!r}, expected 'probe' or 'finetune'")
+        if not isinstance(folds, dict) or not {"n", "digest"} <= folds.keys():
+            raise ValueError("folds lacks n or digest")
+        strings: dict[str, Any] = {name: _expect(raw[name], str, name) for name in _REQUIRED_STRINGS}
+        return cls(
+            **strings,
+            kind=kind,
+            options=_mapping(raw, "options"),
+            store=raw.get("store"),
+            recipe=raw.get("recipe"),
+            test=tuple(map(str, raw.get("test", ()))),
+            card_pooling=str(raw.get("card_pooling", "")),
+            label_names=(str(names[0]), str(names[1])),
+            sources=_mapping(raw, "sources", {}),
+            adapted_modules=_optional_tuple(raw.get("adapted_modules")),
+            n_trained=raw.get("n_trained"),
+            fingerprints=_mapping(raw, "fingerprints", {}),
+            embedding=_mapping(raw, "embedding", {}),
+            folds=_known_fields(FoldsRecord, folds),
+            table_digests=_mapping(raw, "table_digests", {}),
+            candidates=_optional_tuple(raw.get("candidates"), _candidate),
+            learning_curve=_known_fields(CurveFits, raw["learning_curve"]) if "learning_curve" in raw else None,
+            best_epoch=_optional_tuple(raw.get("best_epoch")),
+            history=_optional_tuple(raw.get("history"), lambda fold: tuple(EpochRecord(**epoch) for epoch in fold)),
+            cost=_known_fields(Cost, _mapping(raw, "cost")),
+            versions=_mapping(raw, "versions"),
+            sha256=_digests(raw),
+        )
+
 
 _WRITTEN = [f.name for f in fields(RunRecord) if f.name not in ("metrics", "folder")]
 
@@ -303,6 +341,7 @@ def write_run(
     weights: Mapping[str, NDArray[Any]],
     seconds: float,
     files: Mapping[str, bytes] | None = None,
+    metrics: RunMetrics | None = None,
 ) -> RunRecord:
     """Write a new run's folder, whole or not at all.
 
@@ -314,6 +353,7 @@ def write_run(
         weights: name to array, saved as `weights.safetensors`.
         seconds: what the run took.
         files: name to content of whatever else the run keeps.
+        metrics: of the predictions; None to compute them.
 
     Returns:
         The run as it was written. The name of its folder is its id.
@@ -337,6 +377,7 @@ def write_run(
                 tables=tables,
                 seconds=seconds,
                 files=files,
+                metrics=metrics,
             )
             move_folder(unfinished, runs / run_id)
     except BaseException:
@@ -353,13 +394,14 @@ def finish_run(
     tables: Mapping[str, Samples],
     seconds: float,
     files: Mapping[str, bytes] | None = None,
+    metrics: RunMetrics | None = None,
 ) -> RunRecord:
     """Add to a folder that holds a run's weights what makes it a run; `run.json` comes last. See `write_run`.
 
     Raises:
         OSError: if the folder cannot be written.
     """
-    metrics = evaluate(predictions)
+    metrics = evaluate(predictions) if metrics is None else metrics
     contents: dict[str, Iterable[bytes]] = {
         "predictions.csv": predictions_csv(predictions),
         "samples.csv": samples_csv(predictions, tables),
@@ -438,7 +480,7 @@ def read_run(folder: Path) -> RunRecord:
     if digests.get("metrics.json") not in (None, hashlib.sha256(contents["metrics.json"]).hexdigest()):
         raise _not_as_written(folder / "metrics.json")
     metrics = _parsed(folder, "metrics.json", lambda: RunMetrics.from_dict(_json_object(contents["metrics.json"])))
-    return replace(_parsed(folder, "run.json", lambda: _record(raw)), metrics=metrics, folder=folder)
+    return replace(_parsed(folder, "run.json", lambda: RunRecord.from_json(raw)), metrics=metrics, folder=folder)
 
 
 def _json_object(content: bytes) -> dict[str, Any]:
@@ -456,46 +498,6 @@ def _parsed(folder: Path, name: str, parse: Callable[[], Parsed]) -> Parsed:
         raise UserError(f"{folder / name} lacks {error.args[0]}: it is damaged. Run the command again.") from error
     except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{folder / name} is damaged ({error}). Run the command again.") from error
-
-
-def _record(raw: Mapping[str, Any]) -> RunRecord:
-    """Make a record of the object of run.json. Runs of early versions lack some keys.
-
-    Raises:
-        KeyError, ValueError, TypeError: if the object is no record.
-    """
-    kind = raw["kind"]
-    if kind not in ("probe", "finetune"):
-        raise ValueError(f"the kind is {kind!r}, expected 'probe' or 'finetune'")
-    folds = raw["folds"]
-    if not isinstance(folds, dict) or not {"n", "digest"} <= folds.keys():
-        raise ValueError("folds lacks n or digest")
-    strings: dict[str, Any] = {name: _expect(raw[name], str, name) for name in _REQUIRED_STRINGS}
-    names = raw.get("label_names", ("0", "1"))
-    return RunRecord(
-        **strings,
-        kind=kind,
-        options=_mapping(raw, "options"),
-        store=raw.get("store"),
-        recipe=raw.get("recipe"),
-        test=tuple(map(str, raw.get("test", ()))),
-        card_pooling=str(raw.get("card_pooling", "")),
-        label_names=(str(names[0]), str(names[1])),
-        sources=_mapping(raw, "sources", {}),
-        adapted_modules=_optional_tuple(raw.get("adapted_modules")),
-        n_trained=raw.get("n_trained"),
-        fingerprints=_mapping(raw, "fingerprints", {}),
-        embedding=_mapping(raw, "embedding", {}),
-        folds=_known_fields(FoldsRecord, folds),
-        table_digests=_mapping(raw, "table_digests", {}),
-        candidates=_optional_tuple(raw.get("candidates"), _candidate),
-        learning_curve=_known_fields(CurveFits, raw["learning_curve"]) if "learning_curve" in raw else None,
-        best_epoch=_optional_tuple(raw.get("best_epoch")),
-        history=_optional_tuple(raw.get("history"), lambda fold: tuple(EpochRecord(**epoch) for epoch in fold)),
-        cost=_known_fields(Cost, _mapping(raw, "cost")),
-        versions=_mapping(raw, "versions"),
-        sha256=_digests(raw),
-    )
 
 
 _REQUIRED_STRINGS = ("id", "created", "model", "method", "train", "view", "pooling")

@@ -110,9 +110,10 @@ def test_without_a_hub_only_what_is_cached_can_be_had(
     monkeypatch.delenv("HF_TOKEN")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
     point(NOBODY)
-    start = time.perf_counter()
+    pauses: list[float] = []
+    monkeypatch.setattr(time, "sleep", pauses.append)
     found = examine(DoctorOptions(models=("uni", "kaiko-s16", "hf-hub:org/other")))
-    assert time.perf_counter() - start < 5
+    assert pauses == []
     here, absent, unknown = found.models
     assert (here.status, here.cached, here.access) == ("ok", UNI.revision, "not asked")
     assert (absent.status, absent.cached, absent.access) == ("fail", None, "not asked")
@@ -124,11 +125,10 @@ def test_without_a_hub_only_what_is_cached_can_be_had(
 
 def test_a_hub_that_never_answers_holds_nothing_up(stub: StubHub, monkeypatch: pytest.MonkeyPatch) -> None:
     never = threading.Event()
-    monkeypatch.setattr(hub, "check_hub", never.wait)  # as a name server that is away, which heeds no timeout
+    # As a name server that is away, which heeds no timeout. Whoever waits for it has its answer, and fails below.
+    monkeypatch.setattr(hub, "check_hub", lambda: never.wait(60))
     monkeypatch.setattr(doctor, "_HUB_SECONDS", 0.2)
-    start = time.perf_counter()
     found = examine(DoctorOptions(models=("efficientnet-lite0",)))
-    assert time.perf_counter() - start < 5
     assert "no answer" in check(found, "hub").remedy
     never.set()
 

@@ -11,7 +11,7 @@ from features.blocks import Embeddings
 from features.console import UserError
 from features.samples import make_samples
 from features.store import FeatureStore
-from probe import protocol, stream
+from probe import linear, stream
 from probe.logistic import Fits, fit_logistic, predict_logits
 from probe.stream import fit_streamed
 
@@ -141,10 +141,10 @@ def test_a_store_beyond_the_budget_is_streamed_and_judged_the_same(problem, monk
 
     X, y, _ = problem
     folds = Folds(fold=np.arange(3000) % 5, n_folds=5, source="here", digest="")
-    here = protocol.fit_exact(X.read(), y, folds)
-    assert isinstance(protocol._loaded(X, 5), np.ndarray)
+    here = linear.fit_exact(X.read(), y, folds=folds)
+    assert isinstance(linear.in_memory(X, 5), np.ndarray)
     monkeypatch.setattr(stream, "BUDGET", 2**25)
-    assert protocol._loaded(X, 5) is X
-    there = protocol.fit_exact(X, y, folds)
-    assert there.record["chosen_strength"] == here.record["chosen_strength"]
+    assert linear.in_memory(X, 5) is X
+    there = linear.fit_exact(X, y, folds=folds)
+    assert there.fit.chosen_strength == here.fit.chosen_strength
     np.testing.assert_allclose(there.validation_logit, here.validation_logit, atol=1e-3)

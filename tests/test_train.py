@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from scipy.stats import chi2
 from sklearn.metrics import balanced_accuracy_score, roc_auc_score
 from test_network import CNN, VIT, backbone_model, stirred, tiny_network
 from torch import Tensor, nn
@@ -20,13 +22,18 @@ from extract.registry import IMAGENET_MEAN, IMAGENET_STD
 from extract.views import Transform
 from features.console import UserError
 from features.folds import Folds
+from finetune import compute as computing
 from finetune import train as training
 from finetune.augment import AugmentOptions, augment
-from finetune.checkpoint import State
+from finetune.checkpoint import State, load_state, save_state
+from finetune.compute import Compute
 from finetune.lora import LoraOptions
 from finetune.network import Method, Network
-from finetune.recipes import Recipe, best_epoch
-from finetune.train import Compute, TrainingSet, new_state, train, validation_logits
+from finetune.recipes import Recipe
+from finetune.score import patch_logits
+from finetune.train import TrainingSet, new_state, train, validation_logits
+from probe.runs import EpochRecord
+from probe.schedule import best_epoch
 
 N_FOLDS = 3
 SEED = 42
@@ -95,10 +102,10 @@ def trained(
     """Train to the end; `only` some folds, the others being finished before they begin."""
     state = new_state(network)
     for fold in set(network.folds) - set(network.folds if only is None else only):
-        state.history[fold] = [{"balanced_accuracy": 0.5}] * recipe.epochs
-    machine = Compute(CPU, "fp32", at_once)
+        state.history[fold] = [EpochRecord(0.7, 0.5, 0.5, 0.0)] * recipe.epochs
+    compute = Compute(CPU, "fp32", at_once)
     data = patches(network.values.dtype) if data is None else data
-    train(network, data, recipe, state=state, seed=seed, machine=machine, save=save, advance=nothing)
+    train(network, data, recipe, state=state, seed=seed, compute=compute, save=save, advance=nothing)
     return state
 
 
@@ -123,7 +130,7 @@ def test_folds_trained_at_once_end_as_each_trained_alone(recipe: Recipe, lora: L
         torch.testing.assert_close(together.best[fold], alone.best[fold], **TIGHT)
         assert together.n_steps[fold] == alone.n_steps[fold]
         for one, other in zip(together.history[fold], alone.history[fold], strict=True):
-            assert one == pytest.approx(other, rel=1e-6)
+            assert astuple(one) == pytest.approx(astuple(other), rel=1e-6)
         others = [k for k in range(N_FOLDS) if k != fold]
         assert torch.equal(alone.values[others], start[others])
 
@@ -197,7 +204,7 @@ def test_a_stopped_fold_leaves_the_batch() -> None:
         at_its_end = saved[n - 1]
         assert torch.equal(together.values[fold], at_its_end.values[fold])
         assert torch.equal(together.moments[fold], at_its_end.moments[fold])
-        n_batches = training._plan(patches(), fold, recipe, seed=SEED, epoch=0).n_batches
+        n_batches = training.draw_epoch(patches(), fold, recipe, seed=SEED, epoch=0).n_batches
         assert together.n_steps[fold] == n * n_batches == sum(fold in folds for folds in seen)
         alone = trained(double(lora=DROPPING), recipe, only=[fold])
         assert len(alone.history[fold]) == n
@@ -248,7 +255,7 @@ def reference(network: Network, fold: int, recipe: Recipe) -> Reference:
     held_out, label = data.folds.fold == fold, data.label
     found = Reference({}, {}, [], [])
     for epoch in range(recipe.epochs):
-        plan = training._plan(data, fold, recipe, seed=SEED, epoch=epoch)
+        plan = training.draw_epoch(data, fold, recipe, seed=SEED, epoch=epoch)
         losses = []
         for batch, rows in enumerate(plan.rows):
             if recipe.schedule == "cosine":
@@ -296,10 +303,10 @@ def test_a_fold_ends_as_in_a_plain_loop(recipe: Recipe) -> None:
     state = trained(network, recipe)
     history = state.history[fold]
     for epoch, figures in zip(history, expected.figures, strict=True):
-        assert (epoch["loss"], epoch["balanced_accuracy"], epoch["auroc"]) == pytest.approx(figures, rel=1e-5)
+        assert (epoch.loss, epoch.balanced_accuracy, epoch.auroc) == pytest.approx(figures, rel=1e-5)
     n_batches = len(expected.rates) // len(history)
     midway = expected.rates[n_batches // 2 :: n_batches]
-    assert [epoch["learning_rate"] for epoch in history] == pytest.approx(midway)
+    assert [epoch.learning_rate for epoch in history] == pytest.approx(midway)
     if recipe.schedule == "plateau":
         assert len(set(expected.rates)) > 1, "the rate of this example must fall"
     for row, plain in ((state.values[fold], expected.values), (state.best[fold], expected.best)):
@@ -322,11 +329,11 @@ def test_full_training_ends_as_in_a_plain_loop() -> None:
         [*model.parameters(), *head.parameters()], lr=recipe.learning_rate, weight_decay=recipe.weight_decay
     )
     for epoch in range(recipe.epochs):
-        plan = training._plan(data, fold, recipe, seed=SEED, epoch=epoch)
+        plan = training.draw_epoch(data, fold, recipe, seed=SEED, epoch=epoch)
         assert plan.draws is not None
         model.train()
         for batch, (rows, draws) in enumerate(zip(plan.rows, plan.draws, strict=True)):
-            rate = training.learning_rate([{}] * epoch, recipe, batch=batch, n_batches=plan.n_batches)
+            rate = training.learning_rate([0.5] * epoch, recipe, batch=batch, n_batches=plan.n_batches)
             optimizer.param_groups[0]["lr"] = rate
             pixels = augment(data.pixels[rows] / 255, draws, size=32, options=AugmentOptions())
             loss = F.cross_entropy(head(model(TRANSFORM.normalise(255 * pixels))), data.label[rows])
@@ -347,7 +354,7 @@ def test_full_training_ends_as_in_a_plain_loop() -> None:
 def test_only_training_rows_are_drawn_and_classes_about_equally_often() -> None:
     data = patches(torch.uint8)
     for fold in range(N_FOLDS):
-        plans = [training._plan(data, fold, RECIPE, seed=SEED, epoch=epoch) for epoch in range(60)]
+        plans = [training.draw_epoch(data, fold, RECIPE, seed=SEED, epoch=epoch) for epoch in range(60)]
         drawn = torch.cat([plan.rows.flatten() for plan in plans])
         assert set(drawn.tolist()) == set(np.flatnonzero(data.folds.fold != fold).tolist())
         assert data.label[drawn].double().mean() == pytest.approx(0.5, abs=0.06)  # about four standard errors
@@ -361,18 +368,18 @@ def test_only_training_rows_are_drawn_and_classes_about_equally_often() -> None:
 def test_an_epoch_draws_as_many_patches_as_the_fold_trains_on_in_whole_batches() -> None:
     data = patches(torch.uint8)
     for fold, n_batches in enumerate([4, 4, 3]):  # of 15, 13 and 12 patches, four at a time
-        plan = training._plan(data, fold, RECIPE, seed=SEED, epoch=0)
+        plan = training.draw_epoch(data, fold, RECIPE, seed=SEED, epoch=0)
         assert plan.rows.shape == (n_batches, 4)
         assert plan.draws is not None
         assert plan.draws.shape[:2] == (n_batches, 4)
-    assert training._plan(data, 0, replace(RECIPE, augment=None), seed=SEED, epoch=0).draws is None
+    assert training.draw_epoch(data, 0, replace(RECIPE, augment=None), seed=SEED, epoch=0).draws is None
 
 
 def test_what_a_fold_sees_depends_on_seed_fold_and_epoch() -> None:
     data = patches(torch.uint8)
 
     def seen(fold: int, seed: int, epoch: int) -> tuple[Any, ...]:
-        plan = training._plan(data, fold, RECIPE, seed=seed, epoch=epoch)
+        plan = training.draw_epoch(data, fold, RECIPE, seed=seed, epoch=epoch)
         assert plan.draws is not None
         return (*plan.rows.flatten().tolist(), *plan.draws.flatten().tolist())
 
@@ -388,8 +395,8 @@ def test_the_kept_rows_are_those_of_the_best_epoch(method: Method) -> None:
         tiny_network(method), replace(RECIPE, epochs=6), save=lambda state: rows.append(state.values.clone())
     )
     for fold in range(N_FOLDS):
-        assert torch.equal(state.best[fold], rows[best_epoch(state.history[fold])][fold])
-    assert len({best_epoch(history) for history in state.history.values()} | {5}) > 1, "not all may be the last epoch"
+        assert torch.equal(state.best[fold], rows[best_epoch(state.scores(fold))][fold])
+    assert len({best_epoch(state.scores(fold)) for fold in state.history} | {5}) > 1, "not all may be the last epoch"
 
 
 def test_a_full_networks_kept_row_holds_the_running_statistics_of_its_best_epoch() -> None:
@@ -398,7 +405,7 @@ def test_a_full_networks_kept_row_holds_the_running_statistics_of_its_best_epoch
     # At this rate the later epochs only do harm.
     recipe = replace(RECIPE, epochs=5, learning_rate=0.3)
     state = trained(network, recipe, save=lambda state: rows.append(state.values.clone()))
-    best = best_epoch(state.history[1])
+    best = best_epoch(state.scores(1))
     assert best < 4, "the best epoch of this example must not be the last"
     assert torch.equal(state.best[0], rows[best][0])
 
@@ -406,7 +413,7 @@ def test_a_full_networks_kept_row_holds_the_running_statistics_of_its_best_epoch
 @pytest.mark.parametrize("at_once", [1, 2, 3])
 def test_every_fold_is_judged_on_its_own_patches_under_its_own_weights(at_once: int) -> None:
     network, data = stirred(tiny_network()), patches(torch.uint8)
-    found = validation_logits(network, data, range(N_FOLDS), machine=Compute(CPU, "fp32", at_once))
+    found = validation_logits(network, data, range(N_FOLDS), compute=Compute(CPU, "fp32", at_once))
     for fold, own in found.items():
         held_out = np.flatnonzero(data.folds.fold == fold)
         with torch.no_grad():
@@ -415,10 +422,10 @@ def test_every_fold_is_judged_on_its_own_patches_under_its_own_weights(at_once: 
 
 
 def test_validation_takes_any_number_of_patches_in_passes(monkeypatch: pytest.MonkeyPatch) -> None:
-    network, data, machine = stirred(tiny_network()), patches(torch.uint8), Compute(CPU, "fp32", N_FOLDS)
-    expected = validation_logits(network, data, range(N_FOLDS), machine=machine)
+    network, data, compute = stirred(tiny_network()), patches(torch.uint8), Compute(CPU, "fp32", N_FOLDS)
+    expected = validation_logits(network, data, range(N_FOLDS), compute=compute)
     monkeypatch.setitem(training.EVALUATION_BATCH, "cpu", 5)
-    found = validation_logits(network, data, range(N_FOLDS), machine=machine)
+    found = validation_logits(network, data, range(N_FOLDS), compute=compute)
     for fold, own in found.items():
         np.testing.assert_allclose(own, expected[fold], rtol=1e-4, atol=1e-6)
 
@@ -427,8 +434,8 @@ def test_training_learns_what_can_be_learned() -> None:
     data = patches(torch.uint8)
     data.pixels[data.label == 1] = 255 - data.pixels[data.label == 1] // 4
     state = trained(tiny_network(), replace(RECIPE, epochs=6, learning_rate=5e-3), data=data)
-    assert all(max(epoch["balanced_accuracy"] for epoch in history) > 0.9 for history in state.history.values())
-    assert all(history[-1]["loss"] < history[0]["loss"] for history in state.history.values())
+    assert all(max(state.scores(fold)) > 0.9 for fold in state.history)
+    assert all(history[-1].loss < history[0].loss for history in state.history.values())
 
 
 # -------------------------------------------------------------------------------------------------------- when it fails
@@ -442,7 +449,7 @@ def test_a_loss_that_is_not_finite_ends_training_with_fold_epoch_and_remedy() ->
         if len(saved) == 2:
             state.values[1].fill_(float("nan"))
 
-    message = r"fold 1 is not finite in epoch 3.*0\.02.*checkpoint of the epoch before.*--learning-rate.*fp32"
+    message = r"fold 1 is not finite in epoch 3.*0\.02.*checkpoint of the epoch before.*`learning_rate`.*fp32"
     with pytest.raises(UserError, match=message):
         trained(tiny_network(), save=save)
     assert len(saved) == 2
@@ -451,7 +458,7 @@ def test_a_loss_that_is_not_finite_ends_training_with_fold_epoch_and_remedy() ->
 def test_a_loss_that_is_not_finite_at_once_promises_no_checkpoint() -> None:
     network, saved = tiny_network(), []
     network.values[2].fill_(float("nan"))
-    with pytest.raises(UserError, match=r"fold 2 is not finite in epoch 1.*--learning-rate") as refusal:
+    with pytest.raises(UserError, match=r"fold 2 is not finite in epoch 1.*`learning_rate`") as refusal:
         trained(network, save=saved.append)
     assert "checkpoint" not in str(refusal.value)
     assert not saved
@@ -461,7 +468,7 @@ def test_weights_that_the_last_step_of_an_epoch_breaks_are_not_saved() -> None:
     network, saved = tiny_network(), []
     recipe = replace(RECIPE, epochs=1, augment=None)
     gather = network.gather_gradients
-    n_batches = training._plan(patches(), 0, recipe, seed=SEED, epoch=0).n_batches
+    n_batches = training.draw_epoch(patches(), 0, recipe, seed=SEED, epoch=0).n_batches
 
     def broken() -> None:
         gather()
@@ -530,7 +537,7 @@ def test_memory_that_cannot_hold_one_fold_checkpoints_gradients_and_changes_noth
 @pytest.mark.usefixtures("exact")
 def test_memory_that_holds_nothing_ends_training_with_a_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
     SmallMemory(monkeypatch, plain=0, checkpointed=0)
-    with pytest.raises(UserError, match=r"tiny-vit: 4 images of one fold.*cpu.*--batch-size.*--resume"):
+    with pytest.raises(UserError, match=r"tiny-vit: 4 images of one fold.*cpu.*`batch_size`.*`resume`"):
         trained(double())
 
 
@@ -548,7 +555,7 @@ def test_full_training_with_checkpointed_gradients_changes_nothing() -> None:
     recipe = replace(RECIPE, epochs=2)
     expected = trained(tiny_network("full", CNN, dtype=torch.float64), recipe)
     network = tiny_network("full", CNN, dtype=torch.float64)
-    assert training.checkpoint_gradients(network)
+    assert computing.checkpoint_gradients(network)
     found = trained(network, recipe)
     torch.testing.assert_close(found.values, expected.values, **TIGHT)
 
@@ -566,7 +573,7 @@ def test_a_repeated_step_of_full_training_moves_the_running_statistics_once(monk
 
     monkeypatch.setattr(training.F, "cross_entropy", short_of_memory_once)
     # Checkpointing, which would follow, is another test's.
-    monkeypatch.setattr(training, "checkpoint_gradients", lambda network: True)
+    monkeypatch.setattr(computing, "checkpoint_gradients", lambda network: True)
     found = trained(tiny_network("full", CNN, dtype=torch.float64), recipe)
     torch.testing.assert_close(found.values, expected.values, **TIGHT)
 
@@ -574,10 +581,218 @@ def test_a_repeated_step_of_full_training_moves_the_running_statistics_once(monk
 def test_autocast_trains_in_bf16_and_keeps_float32_values() -> None:
     network = tiny_network()
     state = new_state(network)
-    data, machine = patches(torch.uint8), Compute(CPU, "bf16", N_FOLDS)
-    train(network, data, RECIPE, state=state, seed=SEED, machine=machine, save=nothing, advance=nothing)
+    data, compute = patches(torch.uint8), Compute(CPU, "bf16", N_FOLDS)
+    train(network, data, RECIPE, state=state, seed=SEED, compute=compute, save=nothing, advance=nothing)
     assert state.values.dtype == state.moments.dtype == torch.float32
     exact = trained(tiny_network(), data=data)
-    losses = [[epoch["loss"] for epoch in each.history[0]] for each in (state, exact)]
+    losses = [[epoch.loss for epoch in each.history[0]] for each in (state, exact)]
     assert losses[0] != losses[1]
     np.testing.assert_allclose(*losses, rtol=0.1)
+
+
+# ----------------------------------------------------------------------------------- what the network is shown, by step
+
+
+@dataclass
+class GalleryPatches:
+    """One training step: its folds, their images (f, b, 3, 32, 32) in grey levels, and the logits (f, b, 2)."""
+
+    folds: tuple[int, ...]
+    images: Tensor
+    logits: Tensor
+
+
+def shown(network: Network, data: TrainingSet, recipe: Recipe, *, seed: int = SEED) -> list[list[GalleryPatches]]:
+    """All training steps, epoch by epoch, of a training whose every epoch runs."""
+    epochs: list[list[GalleryPatches]] = [[]]
+    mean, std = (torch.tensor(value).view(3, 1, 1) for value in (IMAGENET_MEAN, IMAGENET_STD))
+
+    def watch(_: nn.Module, given: tuple[Any, ...], options: dict[str, Any], logits: Tensor) -> None:
+        if logits.requires_grad:  # evaluation keeps no graph
+            pixels = 255 * (given[0] * std + mean)
+            epochs[-1].append(
+                GalleryPatches(tuple(given[1]), pixels.view(len(given[1]), -1, 3, 32, 32), logits.detach())
+            )
+
+    hook = network.register_forward_hook(watch, with_kwargs=True)
+    recipe = replace(recipe, patience=recipe.epochs)
+    trained(network, recipe, data=data, seed=seed, save=lambda _: epochs.append([]))
+    hook.remove()
+    return epochs[:-1]
+
+
+def numbered(fold: Sequence[int], label: Sequence[int]) -> TrainingSet:
+    """Patches of a single grey level each, which is the row's number."""
+    rows = torch.arange(len(fold), dtype=torch.float64)
+    return TrainingSet(
+        pixels=rows.view(-1, 1, 1, 1).expand(-1, 3, 32, 32).clone(),
+        label=torch.tensor(label),
+        folds=Folds(fold=np.array(fold), n_folds=N_FOLDS, source="by hand", digest=""),
+        transform=TRANSFORM,
+    )
+
+
+def rows_shown(data: TrainingSet, recipe: Recipe, *, seed: int = SEED) -> dict[int, list[list[list[int]]]]:
+    """The rows that each fold is shown: epoch by epoch, batch by batch."""
+    found: dict[int, list[list[list[int]]]] = {fold: [] for fold in range(N_FOLDS)}
+    for steps in shown(double("head"), data, replace(recipe, augment=None), seed=seed):
+        for fold, epochs in found.items():
+            mine = [step.images[step.folds.index(fold), :, 0, 0, 0] for step in steps if fold in step.folds]
+            epochs.append([batch.round().int().tolist() for batch in mine])
+    return found
+
+
+# Five, seven and eleven patches; positives are many in the first fold, few in the last.
+UNEVEN = numbered([0] * 5 + [1] * 7 + [2] * 11, [1, 1, 1, 1, 0] + [1, 1, 0, 0, 0, 0, 0] + [1] + [0] * 10)
+
+
+def test_a_fold_is_shown_its_own_training_rows_classes_equally_and_rows_of_a_class_equally() -> None:
+    n_epochs = 24
+    seen = rows_shown(UNEVEN, replace(RECIPE, epochs=n_epochs))
+    for fold, epochs in seen.items():
+        own = np.flatnonzero(UNEVEN.folds.fold != fold)
+        n_batches = int(np.ceil(len(own) / RECIPE.batch_size))
+        assert [[len(batch) for batch in epoch] for epoch in epochs] == [[4] * n_batches] * n_epochs
+        counts = np.bincount(np.array(epochs).flatten(), minlength=len(UNEVEN.label))
+        assert counts[UNEVEN.folds.fold == fold].sum() == 0
+        label = UNEVEN.label.numpy()[own]
+        # Either class is every second draw, each of its rows as likely as another.
+        expected = counts.sum() / 2 / np.bincount(label)[label]
+        statistic = ((counts[own] - expected) ** 2 / expected).sum()
+        assert statistic < chi2.isf(1e-6, len(own) - 1), f"fold {fold}: {counts}"
+
+
+def test_folds_epochs_and_seeds_draw_differently() -> None:
+    # Folds of one make: the n-th training row of each is of the same class, so equal random numbers would show.
+    data = numbered([0, 1, 2] * 4, [0] * 9 + [1] * 3)
+    recipe = replace(RECIPE, epochs=3, batch_size=3)
+    places = []
+    for seed in (1, 2):
+        for fold, epochs in rows_shown(data, recipe, seed=seed).items():
+            own = np.flatnonzero(data.folds.fold != fold)
+            places += [tuple(np.searchsorted(own, np.array(epoch).flatten())) for epoch in epochs]
+    assert len(set(places)) == len(places) == 2 * N_FOLDS * 3
+
+
+def test_every_image_is_changed_by_numbers_of_its_own() -> None:
+    data = numbered([0] * 5 + [1] * 7 + [2] * 11, UNEVEN.label.tolist())
+    data.pixels.fill_(100)
+    brightness = AugmentOptions(0, 0, 0, (1, 1), (1, 1), brightness=0.2, contrast=0, saturation=0, hue=0)
+    epochs = shown(double("head"), data, replace(RECIPE, augment=brightness))
+    levels = torch.cat([step.images.mean(dim=(2, 3, 4)).flatten() for steps in epochs for step in steps])
+    assert len(levels) == 4 * 4 * (5 + 4 + 3)  # epochs, batch, batches of 18, 16 and 12 training rows
+    # Numbers of 24 bits: two of 192 are the same with a probability of 0.001, four pairs never.
+    assert len(set(levels.tolist())) > len(levels) - 4
+    assert levels.min() >= 80 - 1e-6
+    assert levels.max() <= 120 + 1e-6
+    # Uniform from 80 to 120: variance 40^2 / 12, of the mean an n-th of it.
+    assert abs(levels.mean().item() - 100) < 5 * (40**2 / 12 / len(levels)) ** 0.5
+
+
+@pytest.mark.usefixtures("exact")
+def test_no_step_drops_what_another_has_dropped() -> None:
+    data = numbered([0] * 5 + [1] * 7 + [2] * 11, UNEVEN.label.tolist())
+    data.pixels.fill_(100)
+    recipe = replace(RECIPE, augment=None, learning_rate=1e-30, epochs=3)  # weights stay: only masks can differ
+    network = stirred(double(lora=DROPPING))
+    for row in network.values[1:]:
+        row.copy_(network.values[0])
+    logits = [own.flatten() for steps in shown(network, data, recipe) for step in steps for own in step.logits]
+    assert len(logits) == 3 * (5 + 4 + 3)
+    assert torch.pdist(torch.stack(logits)).min() > 1e-6
+
+
+@pytest.mark.usefixtures("exact")
+@pytest.mark.parametrize("recipe", [RECIPE, PLATEAU], ids=["adamw", "adam"])
+def test_a_fold_of_fewer_batches_than_others_ends_as_in_a_plain_loop(recipe: Recipe) -> None:
+    fold = 2
+    expected = reference(double(), fold, recipe)
+    network = double()
+    state = trained(network, recipe)
+    assert state.n_steps[fold] == len(expected.rates) < state.n_steps[0]
+    figures = [(epoch.loss, epoch.balanced_accuracy, epoch.auroc) for epoch in state.history[fold]]
+    for found, plain in zip(figures, expected.figures, strict=True):
+        assert found == pytest.approx(plain, rel=1e-5)
+    for name, value in of_row(network, state.values[fold].clone(), fold).items():
+        torch.testing.assert_close(value, expected.values[name], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.usefixtures("exact")
+def test_a_training_resumed_after_folds_have_stopped_ends_as_if_undisturbed(tmp_path: Path) -> None:
+    recipe = replace(PLATEAU, epochs=9, patience=2)
+    expected = trained(double(lora=DROPPING), recipe)
+    lengths = [len(expected.history[fold]) for fold in range(N_FOLDS)]
+    assert lengths[0] < max(lengths), "the first fold of this example must stop before another"
+
+    def save(state: State) -> None:
+        save_state(tmp_path, state)
+        if len(state.history[0]) == lengths[0]:
+            raise KeyboardInterrupt  # it has just stopped, others go on
+
+    with pytest.raises(KeyboardInterrupt):
+        trained(double(lora=DROPPING), recipe, save=save)
+    state = load_state(tmp_path, CPU)
+    assert state is not None
+    compute = Compute(CPU, "fp32", N_FOLDS)
+    options: dict[str, Any] = {"state": state, "seed": SEED, "compute": compute, "save": nothing, "advance": nothing}
+    train(double(lora=DROPPING), patches(torch.float64), recipe, **options)
+    for name in ("values", "best", "moments"):
+        torch.testing.assert_close(getattr(state, name), getattr(expected, name), **TIGHT)
+    assert (state.n_steps, state.n_images) == (expected.n_steps, expected.n_images)
+    for fold, history in expected.history.items():
+        for epoch, plain in zip(state.history[fold], history, strict=True):
+            assert astuple(epoch) == pytest.approx(astuple(plain), rel=1e-6)
+
+
+# --------------------------------------------------------------------------------------------------- passes of any size
+
+
+@pytest.mark.parametrize("at_once", [1, 2, 3])
+def test_patches_of_a_last_shorter_batch_get_the_logits_of_every_fold_in_order(at_once: int) -> None:
+    network, data = stirred(tiny_network()), patches(torch.uint8)
+    rows = np.array([3, 17, 0, 8, 5, 19, 2, 11, 4, 13, 6, 1, 18, 7, 9, 10, 12, 14, 16])  # 16 and 3 on a CPU
+    compute = Compute(CPU, "fp32", at_once)
+    found = patch_logits(
+        network,
+        lambda row: data.pixels[row].permute(1, 2, 0).numpy(),
+        rows,
+        TRANSFORM,
+        compute=compute,
+        advance=nothing,
+    )
+    assert found.shape == (len(rows), N_FOLDS)
+    for fold in range(N_FOLDS):
+        with torch.no_grad():
+            expected = network(TRANSFORM.normalise(data.pixels[rows]), [fold])[0]
+        np.testing.assert_allclose(found[:, fold], expected[:, 1] - expected[:, 0], rtol=1e-4, atol=1e-5)
+    assert np.abs(found - found[:, :1]).max() > 0.01, "folds must differ"
+
+
+def test_evaluation_that_runs_out_of_memory_halves_its_batch_and_changes_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    network, data, compute = stirred(tiny_network()), patches(torch.uint8), Compute(CPU, "fp32", N_FOLDS)
+    expected = validation_logits(network, data, range(N_FOLDS), compute=compute)  # eight images of each fold at once
+    forward, sizes = Network.forward, []
+
+    def limited(network: Network, images: Tensor, folds: Sequence[int], *, step: int | None = None) -> Tensor:
+        sizes.append(len(images) // len(folds))
+        if sizes[-1] > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3.14 GiB.")
+        return forward(network, images, folds, step=step)
+
+    monkeypatch.setattr(Network, "forward", limited)
+    found = validation_logits(network, data, range(N_FOLDS), compute=compute)
+    assert max(sizes) == 8
+    for fold, own in found.items():
+        np.testing.assert_allclose(own, expected[fold], rtol=1e-4, atol=1e-5)
+
+
+def test_evaluation_that_cannot_hold_an_image_of_each_fold_ends_with_a_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3.14 GiB.")
+
+    monkeypatch.setattr(Network, "forward", full)
+    network, data = tiny_network(), patches(torch.uint8)
+    with pytest.raises(UserError, match=r"one image of 3 folds does not fit.*`folds_at_once=1`"):
+        validation_logits(network, data, range(N_FOLDS), compute=Compute(CPU, "fp32", N_FOLDS))
