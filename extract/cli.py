@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -13,7 +12,6 @@ import typer
 from features.console import UserError, no_progress, print_json, printable, run, say, show
 
 if TYPE_CHECKING:
-    from extract.datasets import DatasetSummary
     from extract.doctor import Examination
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -157,7 +155,7 @@ def _show_lists(models: bool, datasets: bool, data: Path | None, as_json: bool) 
             )
         tables.append(table)
     if datasets:
-        from extract.datasets import table1
+        from extract.table1 import table1, table1_rows
 
         summaries = table1(data)
         found["datasets"] = [
@@ -168,31 +166,8 @@ def _show_lists(models: bool, datasets: bool, data: Path | None, as_json: bool) 
         table.add_column("")
         for summary in summaries:
             table.add_column(f"{summary.title}\n{summary.name}", justify="right")
-
-        def add(title: str, cell: Callable[[DatasetSummary], str]) -> None:
-            table.add_row(title, *(cell(summary) for summary in summaries))
-
-        add("Patches", lambda s: f"{s.n_total:,}")
-        add("Atypical", lambda s: f"{s.n_atypical:,}")
-        add("Normal", lambda s: f"{s.n_normal:,}")
-        add("Atypical rate", lambda s: f"{s.atypical_rate:.2%}")
-        add("Annotation", lambda s: s.annotation)
-        add("Expert agreement", lambda s: f"{s.agreement:.2%}" if s.agreement is not None else "–")
-        add("Slides", lambda s: f"{s.n_slides:,}" if s.n_slides else "unknown")
-        add("Domains", lambda s: "\n".join(f"{name} {n:,}" for name, n in (s.domains or {}).items()) or "–")
-        add("Source", lambda s: s.source)
-        add("Species", lambda s: s.species)
-        add(
-            "Identical patches",
-            lambda s: (
-                "–"
-                if s.n_duplicates is None
-                else f"{s.n_duplicates} in {s.n_duplicate_sets} sets, {s.n_conflicts} contradicting"
-                if s.n_duplicates
-                else "none"
-            ),
-        )
-        add("Computed from", lambda s: f"{s.basis}\n{s.note}".strip())
+        for title, cells in table1_rows(summaries):
+            table.add_row(title, *cells)
         tables.append(table)
     if as_json:
         print_json(found)

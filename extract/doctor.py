@@ -29,7 +29,8 @@ from huggingface_hub import constants, get_token
 
 from extract import download, hub
 from extract.backbones import BACKBONES, Backbone, fetch_weights, find_backbone, weight_files
-from extract.datasets import DATA_VARIABLE, check_data, local_data
+from extract.benchmark import DATA_VARIABLE, check_data
+from extract.datasets import local_data
 from features.console import ProgressCallback, UserError, progress
 from features.device import find_device, has_bf16
 from features.store import FeatureStore

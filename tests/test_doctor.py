@@ -15,7 +15,7 @@ from huggingface_hub import constants
 from PIL import Image
 from stub_hub import StubHub, StubRepo
 
-from extract import cli, datasets, doctor, hub
+from extract import benchmark, cli, doctor, hub
 from extract.doctor import Check, DoctorOptions, Examination, ModelCheck, examine
 from extract.registry import BACKBONES
 from features.console import UserError
@@ -173,13 +173,13 @@ def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     ids = [path.relative_to(folder / "AtNorM-Br").as_posix() for path in paths]
     digests = [hub.sha256_of(path) for path in paths]
     record = replace(
-        datasets.DATASETS["atnorm-br"],
+        benchmark.DATASETS["atnorm-br"],
         n_atypical=1,
         n_normal=2,
         n_bytes=sum(path.stat().st_size for path in paths),
-        digest=datasets.files_digest(ids, digests),
+        digest=benchmark.files_digest(ids, digests),
     )
-    monkeypatch.setitem(datasets.DATASETS, "atnorm-br", record)
+    monkeypatch.setitem(benchmark.DATASETS, "atnorm-br", record)
     return folder
 
 
