@@ -103,7 +103,7 @@ class ModelCheck:
 
 
 @dataclass(frozen=True)
-class Examination:
+class Diagnosis:
     """All that was found."""
 
     checks: list[Check]
@@ -116,11 +116,11 @@ class Examination:
         return [line for line in lines if line.status == "fail"]
 
 
-def examine(options: DoctorOptions) -> Examination:
+def diagnose(options: DoctorOptions) -> Diagnosis:
     """Look at the machine, the disk, data, store, hub and models."""
     hub_checks, reachable = _hub()
     checks = [*_machine(options.device), *_disk(options), *_data(options), *_store(options), *hub_checks]
-    return Examination(checks, _models(options.models, reachable=reachable))
+    return Diagnosis(checks, _models(options.models, reachable=reachable))
 
 
 # --- the machine ------------------------------------------------------------------------------------------------------

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -54,6 +55,10 @@ class DatasetSummary:
     @property
     def atypical_rate(self) -> float:
         return self.n_atypical / self.n_total
+
+    def as_json(self) -> dict[str, Any]:
+        """The summary as `--json` prints it."""
+        return asdict(self) | {"n_total": self.n_total, "atypical_rate": self.atypical_rate}
 
 
 def table1(data: Path | None = None) -> list[DatasetSummary]:

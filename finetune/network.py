@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
 
-from extract.backbones import Backbone, embed, pooling_widths
+from extract.backbones import Backbone, forward_poolings, pooling_widths
 from features.console import UserError
 from features.files import write_file, writing
 from finetune.lora import (
@@ -209,7 +209,7 @@ class Network(nn.Module):
             select_folds(self.model, folds, step=step, part=self.part)
         elif self.method == "full":
             self.model.train(step is not None)
-        features = embed(self.model, self.backbone, images)[self.pooling].to(self.weight.dtype)  # (f * b, d)
+        features = forward_poolings(self.model, self.backbone, images)[self.pooling].to(self.weight.dtype)  # (f * b, d)
         rows = [self.folds.index(fold) for fold in folds]
         with torch.autocast(images.device.type, enabled=False):
             return torch.baddbmm(

@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 from extract.backbones import Backbone, Weights, build_model, fetch_weights, find_backbone
 from extract.compute import embed_batch, optimize_for_inference
 from extract.datasets import Patches, load_patches
-from extract.embed import backbone_parts, decoded
+from extract.embed import decoded
+from extract.prepare import backbone_parts
 from extract.views import View, parse_view
 from features.console import ProgressCallback, UserError, progress, say
 from features.device import find_device
