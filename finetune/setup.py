@@ -22,7 +22,8 @@ from extract.backbones import (
     find_backbone,
 )
 from extract.datasets import DATASETS, PatchDataset, is_at_hand, load_dataset
-from extract.embed import decoded, fingerprint_parts
+from extract.embed import decoded
+from extract.prepare import fingerprint_parts
 from extract.registry import IMAGENET_MEAN, IMAGENET_STD
 from extract.views import Transform, View, make_transform
 from features.console import UserError, progress, say
