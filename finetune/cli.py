@@ -137,7 +137,7 @@ def finetune(
     if as_json:
         print_json({"runs": [str(run.folder)], "results": [run.as_json()]})
         return
-    from probe.tables import result_tables, training_table
+    from probe.report.terminal import result_tables, training_table
 
     show(training_table(run), *result_tables([run]))
     say(f"run written to {run.folder}/")
@@ -219,36 +219,37 @@ def report(
     ] = None,
     replicates: Annotated[int, typer.Option(help="Resamples that intervals and tests are drawn from.")] = 10_000,
     seed: Annotated[int, typer.Option(help="Seed of the resamples.")] = 42,
-    as_json: Annotated[bool, typer.Option("--json", help="Every figure as one JSON object on stdout.")] = False,
+    as_json: JsonOption = False,
 ) -> None:
     if format not in ("html", "markdown", "latex"):
         raise UserError(f"unknown format {format!r}: use html, markdown or latex.")
     from finetune.report import make_report, write_report
-    from probe.evidence import Resampling, as_dict
+    from probe.metrics import as_dict
+    from probe.resample import Resampling
 
-    text, found, _ = make_report(
+    text, figures, _ = make_report(
         runs,
         named=named or (),
         folds=folds,
         format=format,  # type: ignore[arg-type]
         data=data,
         store=store,
-        how=Resampling(replicates=replicates, seed=seed),
+        resampling=Resampling(replicates=replicates, seed=seed),
     )
-    for note in found.notes:
+    for note in figures.notes:
         say(f"note: {note}")
     if out is not None or format == "html":
-        place = out or Path("report.html")
-        write_report(text, place)
-        n_runs, n_sets = len(found.labels), len(found.sets)
+        path = out or Path("report.html")
+        write_report(text, path)
+        n_runs, n_sets = len(figures.labels), len(figures.sets)
         say(
-            f"{place}: {n_runs} run{'s' * (n_runs > 1)} on {n_sets} set{'s' * (n_sets > 1)}, "
+            f"{path}: {n_runs} run{'s' * (n_runs > 1)} on {n_sets} set{'s' * (n_sets > 1)}, "
             f"{len(text.encode()) / 1e6:.1f} MB"
         )
     elif not as_json:
         print(text, end="")
     if as_json:
-        print_json(as_dict(found))
+        print_json(as_dict(figures))
 
 
 def main() -> None:

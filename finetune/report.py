@@ -1,14 +1,15 @@
-"""How do runs, patches and embeddings come together in one page? Here, because only this layer may see all three.
+"""How do runs, patches and embeddings come together in one page?
 
-What the page says is computed from run folders by `probe.report`; patches and the feature store add pictures and the
-map, as far as they are at hand and still what the runs saw. No patches are downloaded for a report.
+`probe.report` computes the page's figures from run folders. Patches add pictures, and the feature store a map, as far as
+they are at hand and have not changed since the runs. No patches are downloaded for a report. This is done in this
+package because only it may import patches and runs together.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,11 +18,13 @@ from extract.datasets import DATASETS, PatchDataset, load_dataset, local_data
 from extract.registry import BACKBONES
 from features.console import UserError, say
 from features.files import write_file, writing
-from probe.evidence import Resampling
-from probe.gallery import PAGE_BYTES, Pixels, embedding_maps, make_thumbnails, open_store, shown
-from probe.page import html, with_thumbnails
-from probe.report import Report, Run, collect, read_runs
-from probe.tables import grids, latex, markdown
+from probe.report.collect import Report, collect
+from probe.report.gallery import PAGE_BYTES, Pixels, embedding_maps, make_thumbnails, open_store, select_patches
+from probe.report.page import html, with_thumbnails
+from probe.report.read import Run, read_runs
+from probe.report.tables import grids, latex, markdown
+from probe.resample import Resampling
+from probe.runs import RunRecord
 
 Format = Literal["html", "markdown", "latex"]
 
@@ -34,7 +37,7 @@ def make_report(
     format: Format = "html",
     data: Path | None = None,
     store: Path | str | None = None,
-    how: Resampling = Resampling(),
+    resampling: Resampling = Resampling(),
 ) -> tuple[str, Report, list[Run]]:
     """Compare runs.
 
@@ -45,20 +48,20 @@ def make_report(
         format: "html" for the page; "markdown" or "latex" for its two main tables.
         data: the folder of the known datasets.
         store: the feature store that the map is drawn from; None for the one that runs were probed from.
-        how: of the resampling.
+        resampling: how resamples are drawn.
 
     Returns:
-        The text, what it tells, and the runs.
+        The text, the figures in it, and the runs.
 
     Raises:
         UserError: no runs, damaged ones, runs of different folds, or of different patches.
     """
     read, notes = read_runs(runs, named=named, folds=folds)
-    report = collect(read, notes, how=how)
+    report = collect(read, notes, resampling=resampling)
     if format != "html":
         table = markdown if format == "markdown" else latex
         return "\n".join(table(grid) for grid in grids(report, read)), report, read
-    patches = shown(report, read)
+    patches = select_patches(report, read)
     opened = open_store(read, store)
     maps = embedding_maps(patches, report, read, opened) if opened else []
     sizes = {name: backbone.n_parameters for name, backbone in BACKBONES.items()}
@@ -82,39 +85,37 @@ def write_report(text: str, out: Path) -> None:
 
 
 def _pixels(report: Report, runs: Sequence[Run], data: Path | None) -> dict[str, Pixels]:
-    """What reads the patches of every dataset that is at hand and has not changed since the runs."""
-    found = {}
-    for dataset in dict.fromkeys(on.dataset for on in report.sets):
+    """Find how to read the patches of every dataset that is at hand and has not changed since the runs."""
+    pixels = {}
+    for dataset in dict.fromkeys(set_report.dataset for set_report in report.sets):
         run = next(run for run in runs if dataset in run.tables)
         try:
-            patches = _patches(dataset, run.record, data)
+            patches = _load_patches(dataset, run.record, data)
+            if patches.samples.table_digest != run.record.table_digests.get(dataset):
+                raise UserError(f"the patches at hand are not those of {run.record.id}.")
         except UserError as error:
             say(f"No pictures of {dataset}: {error}")
             continue
-        if patches is not None:
-            found[dataset] = _reader(patches)
-    return found
+        pixels[dataset] = _reader(patches)
+    return pixels
 
 
-def _patches(dataset: str, record: dict[str, Any], data: Path | None) -> PatchDataset | None:
-    if record_of := DATASETS.get(dataset):
-        here = local_data(data)
-        if record_of.folder and here is None:
-            say(f"No pictures of {dataset}: give the folder of the datasets with --data.")
-            return None
-        patches = load_dataset(dataset, data=here)
-    else:
-        where = record.get("sources", {}).get(dataset, "")
-        if not Path(where).is_absolute() or not Path(where).exists():
-            say(f"No pictures of {dataset}: {where or 'where they lie'} is not {'there' if where else 'known'}.")
-            return None
-        names = record.get("label_names")
-        patches = load_dataset(where, positive=names[1] if names else None)
-    expected = record.get("table_digests", {}).get(dataset)
-    if patches.samples.table_digest != expected:
-        say(f"No pictures of {dataset}: the patches at hand are not those of {record['id']}.")
-        return None
-    return patches
+def _load_patches(dataset: str, run: RunRecord, data: Path | None) -> PatchDataset:
+    """Load a dataset that a run names, without a download.
+
+    Raises:
+        UserError: it is not at hand.
+    """
+    if known := DATASETS.get(dataset):
+        folder = local_data(data)
+        if known.folder and folder is None:
+            raise UserError("give the folder of the datasets with --data.")
+        return load_dataset(dataset, data=folder)
+    source = run.sources.get(dataset, "")
+    if not Path(source).is_absolute() or not Path(source).exists():
+        raise UserError(f"{source or 'where they lie'} is not {'there' if source else 'known'}.")
+    positive = run.label_names[1]
+    return load_dataset(source, positive=None if positive == "1" else positive)  # "1": the run is too old to know
 
 
 def _reader(patches: PatchDataset) -> Pixels:

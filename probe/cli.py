@@ -63,7 +63,7 @@ def probe(
     from probe.curve import curve_tables, parse_fractions, read_curve, summarise
     from probe.metrics import as_dict
     from probe.probing import ProbeOptions, probe_store
-    from probe.tables import candidates_table, result_tables
+    from probe.report.terminal import candidates_table, result_tables
 
     options = ProbeOptions(
         cv=cv,

@@ -232,3 +232,123 @@ def test_published_figures_stand_beside_ours():
     assert cells[0] == ["uni (probe)", "  paper, Table 3", "  authors' re-run"]
     assert cells[4] == ["0.5000 ± 0.0100", "0.6477 ± 0.0108", "0.6339"]
     assert cells[2][1:] == ["", ""]
+
+
+def relabelled(samples: Samples, split: list[str]) -> Samples:
+    """The same patches with another split."""
+    columns = {name: getattr(samples, name) for name in Samples.__dataclass_fields__}
+    return Samples(**columns | {"split": np.array(split)})
+
+
+def scored(folder, dataset: str, split: str) -> set[str]:
+    predictions = read_predictions(folder)
+    return set(predictions.id[(predictions.dataset == dataset) & (predictions.split == split)].tolist())
+
+
+@pytest.mark.parametrize(
+    ("names", "training", "testing"),
+    [
+        (("train", "", "test"), {"train"}, {"test"}),
+        (("", "", "test"), {""}, {"test"}),
+        (("train", "train", ""), {"train"}, set()),
+        (("", "", ""), {""}, set()),
+    ],
+)
+def test_rows_without_a_split_are_never_scored_as_test_nor_trained_on_beside_train(tmp_path, names, training, testing):
+    """Slides take the splits in turn, so that every mixture of train, test and neither is there."""
+    samples = table(n=312)
+    slide = np.arange(312) // 8
+    samples = relabelled(samples, [names[s % 3] for s in slide])
+    store = FeatureStore.open_or_create(tmp_path / "store.zarr")
+    add(store, "mine", samples, "m", "full", signal=0.5)
+    (folder,) = probe_store(store, options=ProbeOptions(cv=3), runs=tmp_path / "runs")
+    expected = {name: set(samples.id[samples.split == name].tolist()) for name in set(names)}
+    assert scored(folder, "mine", "validation") == set().union(*(expected[name] for name in training))
+    assert scored(folder, "mine", "test") == set().union(*(expected[name] for name in testing))
+
+
+def test_another_dataset_is_scored_whole_whatever_its_split_says(tmp_path):
+    store = FeatureStore.open_or_create(tmp_path / "store.zarr")
+    add(store, "mine", table(), "m", "full", signal=0.5)
+    other = table(n=100, seed=1)
+    other = relabelled(other, [("train", "test", "")[row % 3] for row in range(100)])
+    add(store, "other", other, "m", "full", signal=0.5, seed=1)
+    options = ProbeOptions(cv=3, train="mine")
+    (folder,) = probe_store(store, options=options, runs=tmp_path / "runs")
+    assert scored(folder, "other", "test") == set(other.id.tolist())
+    assert scored(folder, "other", "validation") == set()
+
+
+PARTS = {
+    "model": "m",
+    "hub_id": "org/m",
+    "revision": "0" * 40,
+    "weights_sha256": "a" * 64,
+    "architecture": "vit",
+    "kwargs": {"depth": 2},
+    "layout": "timm",
+    "resample_pos_embed": False,
+    "transform": {"resize": 224, "mean": [0.5, 0.5, 0.5]},
+    "view": "full",
+    "precision": "fp32",
+    "device": "cpu",
+    "poolings": {"cls": WIDTH},
+}
+OTHER_PARTS = {
+    "hub_id": "org/other",
+    "revision": "1" * 40,
+    "weights_sha256": "b" * 64,
+    "architecture": "swin",
+    "kwargs": {"depth": 3},
+    "layout": "hf-vit",
+    "resample_pos_embed": True,
+    "transform": {"resize": 224, "mean": [0.5, 0.5, 0.6]},
+    "precision": "bf16",
+    "device": "cuda",
+    "another": 1,
+}
+OWN_PARTS = {"dataset_digest": "d" * 64, "source_mpp": 0.5}
+
+
+def stored_with(tmp_path, changes: dict, *, imported: bool = False) -> FeatureStore:
+    """Two datasets of the same model, the second one's embeddings with other parts."""
+    store = FeatureStore.open_or_create(tmp_path / "store.zarr")
+    for name, parts in (("mine", {}), ("other", changes)):
+        samples = table(n=120, seed=len(name), split=name == "mine")
+        store.put_samples(name, samples, attrs={})
+        common = PARTS | {"dataset_digest": samples.images_digest, "source_mpp": 0.25}
+        writer = store.begin(
+            name,
+            "m",
+            "full",
+            poolings={"cls": WIDTH},
+            card_pooling="cls",
+            parts=common | parts,
+            imported=imported and name == "other",
+        )
+        rng = np.random.default_rng(len(name))
+        for rows in writer.missing():
+            writer.write(rows, {"cls": rng.standard_normal((len(rows), WIDTH)) + samples.label[rows, None]})
+    return store
+
+
+@pytest.mark.parametrize("part", OTHER_PARTS)
+def test_sets_whose_embeddings_differ_in_one_part_are_not_compared(tmp_path, part):
+    store = stored_with(tmp_path, {part: OTHER_PARTS[part]})
+    with pytest.raises(UserError, match=rf"computed differently for mine and other: {part} \(") as caught:
+        probe_store(store, options=ProbeOptions(cv=3, train="mine"), runs=tmp_path / "runs")
+    assert str(OTHER_PARTS[part]) in str(caught.value)
+    assert str(PARTS.get(part)) in str(caught.value)
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("part", OWN_PARTS)
+def test_sets_that_differ_in_their_patches_alone_are_compared(tmp_path, part):
+    store = stored_with(tmp_path, {part: OWN_PARTS[part]})
+    (folder,) = probe_store(store, options=ProbeOptions(cv=3, train="mine"), runs=tmp_path / "runs")
+    assert scored(folder, "other", "test") == set(store.samples("other").id.tolist())
+
+
+def test_of_imported_embeddings_nobody_knows_the_parts(tmp_path):
+    store = stored_with(tmp_path, {"weights_sha256": "b" * 64}, imported=True)
+    assert probe_store(store, options=ProbeOptions(cv=3, train="mine"), runs=tmp_path / "runs")

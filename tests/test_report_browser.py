@@ -31,11 +31,11 @@ from features.folds import grouped_folds
 from features.samples import Samples, make_samples
 from features.store import FeatureStore
 from finetune.report import make_report, write_report
-from probe.evidence import Resampling
 from probe.gallery import EmbeddingMap, make_thumbnails, shown
 from probe.metrics import RunMetrics
 from probe.page import html, with_thumbnails
 from probe.report import collect, read_runs
+from probe.resample import Resampling
 from probe.runs import concatenate, predictions_of, read_predictions, read_run, threshold_of, write_run
 
 if TYPE_CHECKING:
@@ -187,7 +187,7 @@ def made(tmp_path_factory) -> Made:
     folders = (*probes, adapted(runs, probes[0], tables["patches"]))
     for day, run in enumerate(folders, start=1):  # runs stand by date, and these are all of one second
         edit_record(run, created=f"2025-01-0{day}T00:00:00Z")
-    text, _, _ = make_report(runs, how=QUICK)
+    text, _, _ = make_report(runs, resampling=QUICK)
     page = folder / "report.html"
     write_report(text, page)
     return Made(page, folders, tables, colour)
@@ -869,7 +869,7 @@ def large(tmp_path_factory) -> Path:
             seconds=1,
         )
     runs, notes = read_runs(folder / "runs")
-    report = collect(runs, notes, how=QUICK)
+    report = collect(runs, notes, resampling=QUICK)
     of = shown(report, runs)
     noise = rng.integers(0, 256, (64, 64, 3), dtype=np.uint8).repeat(4, axis=0).repeat(4, axis=1)
 
