@@ -1,8 +1,8 @@
 """How do runs, patches and embeddings come together in one page?
 
-`probe.report` computes the page's figures from run folders. Patches add pictures, and the feature store a map, as far as
-they are at hand and have not changed since the runs. No patches are downloaded for a report. This is done in this
-package because only it may import patches and runs together.
+`probe.report` computes the page's figures from run folders. Patches add pictures, and the feature store a map, where
+they are at hand and have not changed since the runs. No patches are downloaded for a report. This is done here because
+only this package may import both patches and runs.
 """
 
 from __future__ import annotations
