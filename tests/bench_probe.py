@@ -31,7 +31,6 @@ from itertools import combinations
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from probe.protocol import STRENGTHS
 from rich.console import Console
 from rich.table import Table
 from sklearn.linear_model import LogisticRegression

@@ -23,8 +23,10 @@ from extract.datasets import PatchDataset, load_dataset
 from extract.embed import ExtractOptions, extract_dataset, fingerprint_parts
 from extract.views import make_transform, parse_view
 from features.console import UserError
+from features.entry import Entry
+from features.fingerprint import fingerprint
 from features.samples import make_samples
-from features.store import Entry, FeatureStore, fingerprint
+from features.store import FeatureStore
 
 CPU = torch.device("cpu")
 N = 150  # patches: three blocks, the last one short
@@ -135,7 +137,7 @@ def test_other_weights_are_refused_and_nothing_is_lost(patches, weights, tmp_pat
     before = content(store.path)
     torch.manual_seed(1)
     save_file(timm.create_model("test_vit", num_classes=0).state_dict(), tmp_path / "other.safetensors")
-    with pytest.raises(UserError, match=r"(?s)weights_sha256.*--overwrite"):
+    with pytest.raises(UserError, match=r"(?s)weights_sha256.*`overwrite=True`"):
         run(patches, tmp_path / "other.safetensors", store.path)
     assert content(store.path) == before
     run(patches, tmp_path / "other.safetensors", store.path, overwrite=True)
@@ -366,18 +368,18 @@ def original(small_weights, tmp_path_factory) -> Entry:
 
 @pytest.mark.parametrize("part", CHANGED_CARDS)
 def test_a_card_changed_in_one_part_never_reuses_embeddings(original, small_weights, part):
-    before = content(original.place.root)
-    with pytest.raises(UserError, match=r"(?s)computed differently.*--overwrite") as caught:
-        embedded(original.place.root, small_weights, dataclasses.replace(CARD, **CHANGED_CARDS[part]))
+    before = content(original.storage.root)
+    with pytest.raises(UserError, match=r"(?s)computed differently.*`overwrite=True`") as caught:
+        embedded(original.storage.root, small_weights, dataclasses.replace(CARD, **CHANGED_CARDS[part]))
     assert f"{'transform.' if part in ('mean', 'std', 'interpolation') else ''}{part}" in str(caught.value)
-    assert content(original.place.root) == before
+    assert content(original.storage.root) == before
 
 
 @pytest.mark.parametrize("what", ["weights", "precision"])
 def test_other_weights_or_another_precision_never_reuse_embeddings(original, small_weights, what):
     path = small_weights.with_stem("b") if what == "weights" else small_weights
     with pytest.raises(UserError, match=rf"(?s)computed differently.*{what}"):
-        embedded(original.place.root, path, precision="bf16" if what == "precision" else "fp32")
+        embedded(original.storage.root, path, precision="bf16" if what == "precision" else "fp32")
 
 
 def test_the_commit_the_view_and_the_patches_are_in_the_fingerprint(original, small_weights, tmp_path):

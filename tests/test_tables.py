@@ -8,6 +8,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from probe.tables import Cell, Grid, ensemble_table, grids, latex, markdown, published, published_for, result_tables
 from rich.console import Console
 from test_runs import TABLES, made_run, patches, predicted
 
@@ -15,7 +16,6 @@ from probe.evidence import ensemble_of, evaluate, judge
 from probe.report import Report, Run, collect, read_runs
 from probe.resample import Resampling
 from probe.runs import VALIDATION, read_predictions, read_run
-from probe.tables import Cell, Grid, ensemble_table, grids, latex, markdown, published, published_for, result_tables
 
 QUICK = Resampling(replicates=200)
 HOSTILE = (
