@@ -230,7 +230,9 @@ class Judgement:
 
     def __repr__(self) -> str:
         figures = ", ".join(f"{name} {figure}" for name, figure in self.figures.items())
-        return f"Judgement({self.n:,} patches, {self.n_positive:,} positive, {self.n_clusters:,} {self.unit}s: {figures})"
+        return (
+            f"Judgement({self.n:,} patches, {self.n_positive:,} positive, {self.n_clusters:,} {self.unit}s: {figures})"
+        )
 
 
 @dataclass(frozen=True)
