@@ -24,8 +24,6 @@ import numpy as np
 import pytest
 import typer
 from PIL import Image
-from probe.gallery import PAGE_BYTES, GalleryPatches, embedding_maps, make_thumbnails, open_store
-from probe.page import commands
 from sklearn.decomposition import PCA
 from sklearn.metrics import (
     average_precision_score,

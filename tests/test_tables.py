@@ -9,7 +9,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from probe.tables import Cell, Grid, ensemble_table, grids, latex, markdown, published, published_for, result_tables
 from rich.console import Console
 from test_runs import TABLES, made_run, patches, predicted
 
