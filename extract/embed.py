@@ -33,7 +33,8 @@ from extract.prepare import DEFAULTS, Extraction, ExtractOptions, Job, Prepared,
 from extract.shard import Shard
 from features.console import UserError, progress, say
 from features.device import out_of_memory
-from features.store import FeatureStore, Writer
+from features.store import FeatureStore
+from features.writer import Writer
 
 Rows = TypeVar("Rows", bound=Sequence[int])
 _UNITS_AHEAD = 2  # decoded, or waiting to be written
@@ -134,7 +135,7 @@ def summaries(prepared: Prepared, n_new: Mapping[tuple[str, str], int], *, secon
             fingerprint=entry.fingerprint,
             shard=extraction.shard.index,
             n_shards=extraction.shard.n_shards,
-            n_missing=len(entry.missing()),
+            n_missing=len(entry.missing_blocks()),
         )
         for (model, view), entry in entries.items()
     ]
@@ -257,6 +258,6 @@ def _forward(
 def _write(writer: Writer, step: range, poolings: Mapping[str, Tensor]) -> None:
     """Write the missing blocks of a step; `.cpu()` waits for the device here and not in the main thread."""
     arrays = {name: values.cpu().numpy() for name, values in poolings.items()}
-    for block, rows in writer.missing_within(step):
+    for rows in writer.missing(step):
         part = slice(rows.start - step.start, rows.stop - step.start)
-        writer.write(block, {name: values[part] for name, values in arrays.items()})
+        writer.write(rows, {name: values[part] for name, values in arrays.items()})

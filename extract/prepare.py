@@ -24,9 +24,11 @@ from extract.shard import Shard
 from extract.views import Transform, View, make_transform, parse_view
 from features.console import UserError, say
 from features.device import find_device
+from features.entry import Entry
 from features.fingerprint import fingerprint
 from features.layout import rows_per_block
-from features.store import Entry, FeatureStore, Writer
+from features.store import FeatureStore
+from features.writer import Writer
 
 _EXAMPLES = 8  # patches on which precision and folded networks are checked
 _CPU_BATCH = 8  # larger batches leave the cache: a third slower for convolutions, no faster for transformers
@@ -224,7 +226,7 @@ def _step(entry: Entry, batch_size: int) -> int:
 def _missing_steps(entry: Entry, batch_size: int, shard: Shard) -> list[range]:
     step = _step(entry, batch_size)
     # Steps are numbered from the first row on, missing or not, so that all shards number them alike at any time.
-    numbers = sorted({block * entry.rows_per_block // step for block in entry.missing()})
+    numbers = sorted({block * entry.rows_per_block // step for block in entry.missing_blocks()})
     return [range(k * step, min((k + 1) * step, entry.n_rows)) for k in numbers if shard.includes(k)]
 
 
@@ -268,8 +270,8 @@ def _make_job(extraction: Extraction, backbone: Backbone, weights: Weights, mode
         parts = fingerprint_parts(dataset, backbone, weights, view, precision=precision, device=device)
         return extraction.store.begin(
             dataset.name,
-            backbone.name,
-            view.name,
+            model=backbone.name,
+            view=view.name,
             poolings=widths,
             card_pooling=backbone.card_pooling,
             parts=parts | {"poolings": dict(widths)},

@@ -133,7 +133,7 @@ class _ActorPool:
                 advance(self._wait())
         seconds = time.perf_counter() - started
         store = FeatureStore.open(self._spec.store)
-        n_missing = {(entry.dataset, entry.model, entry.view): len(entry.missing()) for entry in store.entries()}
+        n_missing = {(entry.dataset, entry.model, entry.view): len(entry.missing_blocks()) for entry in store.entries()}
         return [
             replace(
                 summary,

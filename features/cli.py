@@ -11,7 +11,8 @@ import typer
 from features.console import UserError, print_json, printable, run, say, show
 
 if TYPE_CHECKING:
-    from features.store import Entry, FeatureStore
+    from features.entry import Entry
+    from features.store import FeatureStore
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -80,7 +81,7 @@ def export(
     from features.store import FeatureStore
 
     n, d = export_embeddings(
-        FeatureStore.open(store), dataset, model, view=view, pooling=pooling, format=format, out=out
+        FeatureStore.open(store), dataset, model=model, view=view, pooling=pooling, format=format, out=out
     )
     if json:
         print_json({"out": str(out), "format": format, "n_rows": n, "width": d})

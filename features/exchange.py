@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import json
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +13,13 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
+from features.blocks import to_float16
 from features.console import UserError, progress
+from features.entry import Entry
 from features.files import new_file, writing
 from features.samples import Samples, make_samples
-from features.store import Entry, FeatureStore, to_float16
+from features.store import FeatureStore
+from features.tables import read_csv
 
 IMPORTED_POOLING = "pooled"  # an imported embedding has one kind, whatever its maker called it
 _SHOWN = 3
@@ -27,7 +29,7 @@ Columns = dict[str, Any]  # name -> array, row by row
 
 
 def export_embeddings(
-    store: FeatureStore, dataset: str, model: str, *, view: str, pooling: str, format: str, out: Path
+    store: FeatureStore, dataset: str, *, model: str, view: str, pooling: str, format: str, out: Path
 ) -> tuple[int, int]:
     """Write embeddings, with ids, labels, groups, splits, domains and votes beside them, to one file for other tools.
 
@@ -46,8 +48,8 @@ def export_embeddings(
     """
     if format not in FORMATS:
         raise UserError(f"unknown format {format!r}: use {', '.join(FORMATS)}.")
-    embeddings = store.read(dataset, model, view, pooling)
-    entry = next(e for e in store.entries(dataset, model) if e.view == view)
+    embeddings = store.read(dataset, model=model, view=view, pooling=pooling)
+    entry = store.entry(dataset, model=model, view=view)
     record = {
         "dataset": dataset,
         "model": model,
@@ -149,8 +151,8 @@ def import_embeddings(
                 "add embeddings to that dataset, or give this one another name."
             )
     source_ids, embeddings = _read_embeddings(source, ids)
-    rows = _match(source_ids, samples, source)
-    halves = to_float16(embeddings[rows], str(source), ids=samples.id)
+    positions = _match(source_ids, samples, source)
+    halves = to_float16(embeddings[positions], str(source), ids=samples.id)
     if table is not None:
         store.put_samples(dataset, samples, attrs={"source": f"imported from {table.name}"})
     with source.open("rb") as file:
@@ -158,8 +160,8 @@ def import_embeddings(
     parts |= {"ids_digest": _digest(source_ids), "images_digest": samples.images_digest}
     writer = store.begin(
         dataset,
-        model,
-        view,
+        model=model,
+        view=view,
         poolings={IMPORTED_POOLING: halves.shape[1]},
         card_pooling=IMPORTED_POOLING,
         parts=parts,
@@ -167,11 +169,10 @@ def import_embeddings(
         imported=True,
     )
     with progress("import", len(samples), unit="rows") as advance:
-        for block in writer.missing():
-            values = {IMPORTED_POOLING: halves[block.start : block.stop]}
-            writer.write(block.start // writer.entry.rows_per_block, values)
-            advance(len(block))
-    return next(e for e in store.entries(dataset, model) if e.view == view)
+        for rows in writer.missing():
+            writer.write(rows, {IMPORTED_POOLING: halves[rows.start : rows.stop]})
+            advance(len(rows))
+    return store.entry(dataset, model=model, view=view)
 
 
 def _digest(ids: NDArray[np.str_]) -> str:
@@ -234,7 +235,7 @@ _READERS: dict[str, Callable[[Path], Columns]] = {
 
 def _read_ids(path: Path) -> list[str]:
     if path.suffix == ".csv":
-        return [row["id"] for row in _read_csv(path, required=("id",))]
+        return [row["id"] for row in read_csv(path, required=("id",))]
     try:
         return path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -243,9 +244,7 @@ def _read_ids(path: Path) -> list[str]:
 
 def _read_table(path: Path) -> Samples:
     """A patch table from a CSV; the images are not at hand, so their digests stay unknown."""
-    rows = _read_csv(path, required=("id", "label"))
-    if not rows:
-        raise UserError(f"{path} has no rows below its header.")
+    rows = read_csv(path, required=("id", "label"))
     strange = sorted({row["label"] for row in rows} - {"0", "1"})
     if strange:
         raise UserError(f"{path}: label {strange[0]!r} is neither 0 nor 1 (1 = the positive class, Atypical).")
@@ -261,20 +260,6 @@ def _read_table(path: Path) -> Samples:
         split=column("split"),
         domain=column("domain"),
     )
-
-
-def _read_csv(path: Path, required: Sequence[str]) -> list[dict[str, str]]:
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file, restval="")
-            rows = list(reader)
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"{path} cannot be read as a CSV file: {error}.") from error
-    header = list(reader.fieldnames or [])
-    for name in required:
-        if name not in header:
-            raise UserError(f"{path} has the columns {', '.join(header) or '(none)'}; expected {', '.join(required)}.")
-    return rows
 
 
 def _match(ids: NDArray[np.str_], samples: Samples, source: Path) -> NDArray[np.intp]:

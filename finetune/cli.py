@@ -129,7 +129,7 @@ def finetune(
     if as_json:
         print_json({"runs": [str(folder)], "results": [record]})
         return
-    from probe.tables import result_tables, training_table
+    from probe.report.terminal import result_tables, training_table
 
     show(training_table(record), *result_tables([record]))
     say(f"run written to {folder}/")
@@ -233,7 +233,8 @@ def report(
     if format not in ("html", "markdown", "latex"):
         raise UserError(f"unknown format {format!r}: use html, markdown or latex.")
     from finetune.report import make_report, write_report
-    from probe.evidence import Resampling, as_dict
+    from probe.metrics import as_dict
+    from probe.resample import Resampling
 
     text, found, _ = make_report(
         runs,
@@ -242,7 +243,7 @@ def report(
         format=format,  # type: ignore[arg-type]
         data=data,
         store=store,
-        how=Resampling(replicates=replicates, seed=seed),
+        resampling=Resampling(replicates=replicates, seed=seed),
     )
     for note in found.notes:
         say(f"note: {note}")

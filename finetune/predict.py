@@ -17,11 +17,11 @@ from extract.datasets import Patches, load_patches
 from extract.embed import decoded
 from extract.prepare import backbone_parts
 from extract.views import View, parse_view
+from features.blocks import to_float16
 from features.console import ProgressCallback, UserError, progress, say
 from features.device import find_device
 from features.files import write_file, writing
 from features.fingerprint import differences
-from features.store import to_float16
 from finetune.network import Network
 from finetune.protocol import (
     build_network,
@@ -34,7 +34,8 @@ from finetune.protocol import (
 )
 from finetune.train import Compute
 from probe.logistic import predict_logits
-from probe.runs import check_weights, csv_bytes, read_run, read_weights
+from probe.predictions import csv_bytes
+from probe.runs import check_weights, read_run, read_weights
 
 COLUMNS = ("source", "id", "probability", "predicted", "spread")
 _BATCH = {"cpu": 8, "cuda": 64}  # images per forward pass of a frozen backbone

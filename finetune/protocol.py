@@ -55,7 +55,8 @@ from finetune.train import (
     validation_logits,
 )
 from probe.evidence import evaluate
-from probe.runs import VALIDATION, Predictions, concatenate, finish_run, new_run_id, predictions_of, versions
+from probe.predictions import VALIDATION, Predictions, concatenate, predictions_of
+from probe.runs import finish_run, new_run_id, versions
 
 _PREPARE_BATCH = 64  # patches decoded and resized together
 _MEMORY_SHARE = 0.3  # of a GPU's free memory that patches may fill

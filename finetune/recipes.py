@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from finetune.augment import AugmentOptions
-from probe.paper import PaperRecipe
+from probe.schedule import PaperRecipe
 
 
 @dataclass(frozen=True, kw_only=True)

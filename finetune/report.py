@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,11 +17,13 @@ from extract.datasets import DATASETS, PatchDataset, load_dataset, local_data
 from extract.registry import BACKBONES
 from features.console import UserError, say
 from features.files import write_file, writing
-from probe.evidence import Resampling
-from probe.gallery import PAGE_BYTES, Pixels, embedding_maps, make_thumbnails, open_store, shown
-from probe.page import html, with_thumbnails
-from probe.report import Report, Run, collect, read_runs
-from probe.tables import grids, latex, markdown
+from probe.report.collect import Report, collect
+from probe.report.gallery import PAGE_BYTES, Pixels, embedding_maps, make_thumbnails, open_store, select_patches
+from probe.report.page import html, with_thumbnails
+from probe.report.read import Run, read_runs
+from probe.report.tables import grids, latex, markdown
+from probe.resample import Resampling
+from probe.runs import RunRecord
 
 Format = Literal["html", "markdown", "latex"]
 
@@ -34,7 +36,7 @@ def make_report(
     format: Format = "html",
     data: Path | None = None,
     store: Path | str | None = None,
-    how: Resampling = Resampling(),
+    resampling: Resampling = Resampling(),
 ) -> tuple[str, Report, list[Run]]:
     """Compare runs.
 
@@ -45,7 +47,7 @@ def make_report(
         format: "html" for the page; "markdown" or "latex" for its two main tables.
         data: the folder of the known datasets.
         store: the feature store that the map is drawn from; None for the one that runs were probed from.
-        how: of the resampling.
+        resampling: how resamples are drawn.
 
     Returns:
         The text, what it tells, and the runs.
@@ -54,11 +56,11 @@ def make_report(
         UserError: no runs, damaged ones, runs of different folds, or of different patches.
     """
     read, notes = read_runs(runs, named=named, folds=folds)
-    report = collect(read, notes, how=how)
+    report = collect(read, notes, resampling=resampling)
     if format != "html":
         table = markdown if format == "markdown" else latex
         return "\n".join(table(grid) for grid in grids(report, read)), report, read
-    patches = shown(report, read)
+    patches = select_patches(report, read)
     opened = open_store(read, store)
     maps = embedding_maps(patches, report, read, opened) if opened else []
     sizes = {name: backbone.n_parameters for name, backbone in BACKBONES.items()}
@@ -84,7 +86,7 @@ def write_report(text: str, out: Path) -> None:
 def _pixels(report: Report, runs: Sequence[Run], data: Path | None) -> dict[str, Pixels]:
     """What reads the patches of every dataset that is at hand and has not changed since the runs."""
     found = {}
-    for dataset in dict.fromkeys(on.dataset for on in report.sets):
+    for dataset in dict.fromkeys(set_report.dataset for set_report in report.sets):
         run = next(run for run in runs if dataset in run.tables)
         try:
             patches = _patches(dataset, run.record, data)
@@ -96,7 +98,7 @@ def _pixels(report: Report, runs: Sequence[Run], data: Path | None) -> dict[str,
     return found
 
 
-def _patches(dataset: str, record: dict[str, Any], data: Path | None) -> PatchDataset | None:
+def _patches(dataset: str, record: RunRecord, data: Path | None) -> PatchDataset | None:
     if record_of := DATASETS.get(dataset):
         here = local_data(data)
         if record_of.folder and here is None:
@@ -104,15 +106,14 @@ def _patches(dataset: str, record: dict[str, Any], data: Path | None) -> PatchDa
             return None
         patches = load_dataset(dataset, data=here)
     else:
-        where = record.get("sources", {}).get(dataset, "")
+        where = record.sources.get(dataset, "")
         if not Path(where).is_absolute() or not Path(where).exists():
             say(f"No pictures of {dataset}: {where or 'where they lie'} is not {'there' if where else 'known'}.")
             return None
-        names = record.get("label_names")
-        patches = load_dataset(where, positive=names[1] if names else None)
-    expected = record.get("table_digests", {}).get(dataset)
+        patches = load_dataset(where, positive=record.label_names[1])
+    expected = record.table_digests.get(dataset)
     if patches.samples.table_digest != expected:
-        say(f"No pictures of {dataset}: the patches at hand are not those of {record['id']}.")
+        say(f"No pictures of {dataset}: the patches at hand are not those of {record.id}.")
         return None
     return patches
 

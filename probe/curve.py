@@ -13,8 +13,6 @@ A slide here is what a fold never cuts (`features.folds.effective_groups`): a pa
 
 from __future__ import annotations
 
-import csv
-import io
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import astuple, dataclass, fields
@@ -27,7 +25,8 @@ from numpy.typing import NDArray
 
 from features.console import UserError
 from probe.metrics import scores
-from probe.runs import Predictions, read_columns
+from probe.predictions import Predictions, csv_bytes, parse_columns
+from probe.runs import read_checked
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -116,10 +115,10 @@ def parse_fractions(text: str) -> tuple[float, ...]:
             values.append(float(part))
         except ValueError:
             raise UserError(
-                f"--fractions: {part!r} is no number. Give shares of the training slides, such as 0.1,0.25,0.5,1."
+                f"`fractions`: {part!r} is no number. Give shares of the training slides, such as 0.1,0.25,0.5,1."
             ) from None
     if not values:
-        raise UserError("--fractions names none. Give shares of the training slides, such as 0.1,0.25,0.5,1.")
+        raise UserError("`fractions` names none. Give shares of the training slides, such as 0.1,0.25,0.5,1.")
     return checked_fractions(values)
 
 
@@ -133,7 +132,7 @@ def checked_fractions(values: Iterable[float]) -> tuple[float, ...]:
     for value in found:
         if not 0 < value <= 1:
             raise UserError(
-                f"--fractions: {value:g} is no share of the training slides; expected more than 0 and at most 1, "
+                f"`fractions`: {value:g} is no share of the training slides; expected more than 0 and at most 1, "
                 "such as 0.1,0.25,0.5,1."
             )
     return found
@@ -221,13 +220,9 @@ def curve_points(
 
 def curve_csv(points: Iterable[CurvePoint]) -> bytes:
     """The content of learning_curve.csv; a figure that does not exist is an empty cell."""
-    file = io.StringIO()
-    writer = csv.writer(file, lineterminator="\n")
-    writer.writerow(field.name for field in fields(CurvePoint))
-    for point in sorted(points, key=lambda point: (point.fraction, point.draw, point.fold)):
-        cells = astuple(point)
-        writer.writerow("" if isinstance(value, float) and math.isnan(value) else value for value in cells)
-    return file.getvalue().encode()
+    ordered = sorted(points, key=lambda point: (point.fraction, point.draw, point.fold))
+    rows = [["" if value != value else value for value in astuple(point)] for point in ordered]  # NaN is no number
+    return csv_bytes([field.name for field in fields(CurvePoint)], rows)
 
 
 def read_curve(folder: Path) -> tuple[CurvePoint, ...]:
@@ -236,16 +231,19 @@ def read_curve(folder: Path) -> tuple[CurvePoint, ...]:
     Raises:
         UserError: if the file is not the one that the run wrote, or holds a malformed or impossible value.
     """
-    path = folder / CURVE_FILE
-    if not path.exists():
+    if not (folder / CURVE_FILE).exists():
         return ()
-    columns = read_columns(folder, CURVE_FILE, tuple(field.name for field in fields(CurvePoint)))
+    return read_checked(folder, CURVE_FILE, parse=_parse_curve)
+
+
+def _parse_curve(text: str) -> tuple[CurvePoint, ...]:
+    columns = parse_columns(text, [field.name for field in fields(CurvePoint)])
     points = []
     for line, row in enumerate(zip(*columns.values(), strict=True), start=2):
         try:
             points.append(_point(row))
         except ValueError as error:
-            raise UserError(f"{path} is damaged (line {line}: {error}). Run fm-probe again.") from None
+            raise ValueError(f"line {line}: {error}") from None
     return tuple(points)
 
 
@@ -326,7 +324,7 @@ def _too_few(fraction: float, draw: int, held: tuple[int, ...], taken: int, n_le
     where = f"fold{'s' * (len(held) > 1)} {' and '.join(map(str, held))}"
     lack = "of one class only" if len(held) > 1 else "and no other fold has both classes in them, to choose C on"
     return (
-        f"--fractions: {fraction:g} is too small. With {where} held out it leaves {taken} of {n_left} slides to train "
+        f"`fractions`: {fraction:g} is too small. With {where} held out it leaves {taken} of {n_left} slides to train "
         f"on (draw {draw}), {lack}."
     )
 

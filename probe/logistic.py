@@ -44,9 +44,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from features.blocks import Embeddings
 from features.console import UserError
 from features.device import has_bf16
-from features.store import Embeddings
 
 RANK = 96  # eigenvectors in the preconditioner; twice as many save hardly a step
 OVERSAMPLE = 32  # vectors of the subspace iteration beyond these: its last ones are poor

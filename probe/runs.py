@@ -1,283 +1,604 @@
 """What does a run leave on disk, and how is it read back?
 
-A run is a folder `runs/<id>/`. `run.json` is written last: a folder without it is no run, or not yet.
+A run is a folder `runs/<id>/`. `run.json` is written last: a folder without it is no run, or not one yet.
 
-    run.json         options verbatim, versions, fingerprints, fold digest, what was chosen and how, cost
+    run.json         options verbatim, versions, fingerprints, fold digest, what was chosen and how, cost: a `RunRecord`
     predictions.csv  dataset, id, label, group, split, fold, logit, probability: every prediction of every fold's model
     samples.csv      the rows of the patch tables that were predicted: votes, domains and digests beside the above
-    metrics.json     figures computed from predictions.csv by probe.evidence
+    metrics.json     figures computed from predictions.csv by probe.evidence: a `RunMetrics`
     learning_curve.csv  figures of probes fitted to fewer slides, where they were asked for
-    *.safetensors    the weights; of a fine-tuned run in a folder per fold
+    *.safetensors    the weights; those of a fine-tuned run in a folder per fold
 
 Tables, intervals and plots are computed from these files alone. run.json holds the SHA-256 of every file, and under its
-own name that of what it says itself.
+own name that of its other contents. This module is the only one that knows the keys of run.json.
 """
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import io
 import json
 import platform
 import resource
 import secrets
 import shutil
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from html import escape
 from importlib.metadata import PackageNotFoundError, version
-from itertools import repeat
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from features.console import UserError
+from features.entry import store_key
 from features.files import PARTIAL, move_folder, write_file, writing
-from features.samples import MISSING_VOTE, Samples, make_samples
-from features.store import store_key
-from probe.metrics import THRESHOLD, best_threshold
+from features.samples import Samples
+from probe.evidence import evaluate
+from probe.metrics import RunMetrics
+from probe.predictions import (
+    Predictions,
+    parse_predictions,
+    parse_samples,
+    predictions_csv,
+    samples_csv,
+    samples_from,
+)
 
 RUN_FORMAT = 1
-VALIDATION = "validation"  # the split name of out-of-fold predictions
-COLUMNS = ("dataset", "id", "label", "group", "split", "fold", "logit", "probability")
-SAMPLE_COLUMNS = ("dataset", "id", "label", "group", "split", "votes", "domain", "sha256")
-_VOTE = {"0": 0, "1": 1, "-": MISSING_VOTE}  # a rater's vote as a letter
-_ROWS = 2**16  # of a CSV file made at a time
-_ROUNDED = 1e-6  # predictions.csv gives a probability with six digits
+WEIGHTS_FILE = "weights.safetensors"
+T = TypeVar("T")
+Parsed = TypeVar("Parsed")
 
 
-@dataclass(frozen=True, eq=False)
-class Predictions:
-    """Predictions as columns, one row per (patch, fold model). Out-of-fold rows have split "validation".
+@dataclass(frozen=True, kw_only=True)
+class FoldsRecord:
+    """The fold assignment of a run: how many folds, where they come from, their digest, and the seed asked for."""
+
+    n: int
+    source: str = ""
+    digest: str
+    seed: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cost:
+    """What a run cost. None where it was not measured: a probe trains on no images, a CPU has no device memory.
 
     Attributes:
-        dataset, id, group, split: (n,) str.
-        label: (n,) int8.
-        fold: (n,) the fold whose model predicts.
-        logit: (n,) float32; probability is its sigmoid.
+        device: "cpu", "cuda", ...; `device_name` is the GPU's own name.
+        training_seconds, training_images, images_per_second: of fine-tuning, over all epochs and folds.
+        folds_at_once: folds per forward pass.
+        processes: that trained together.
+        seconds: from reading the data to writing the run.
+        peak_memory_mb, peak_device_memory_mb: MiB of main memory and of the GPU's.
     """
 
-    dataset: NDArray[np.str_]
-    id: NDArray[np.str_]
-    label: NDArray[np.int8]
-    group: NDArray[np.str_]
-    split: NDArray[np.str_]
-    fold: NDArray[np.intp]
-    logit: NDArray[np.float32]
+    device: str | None = None
+    training_seconds: float | None = None
+    training_images: int | None = None
+    images_per_second: float | None = None
+    folds_at_once: int | None = None
+    processes: int | None = None
+    device_name: str | None = None
+    peak_device_memory_mb: int | None = None
+    seconds: float | None = None
+    peak_memory_mb: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class FitRecord:
+    """How the probes of one candidate were fitted; None where the recipe has no such thing.
+
+    Attributes:
+        strengths: (S,) values of C to choose from; `chosen_strength` is the choice of each fold.
+        at_edge: whether a fold chose the first or the last of them.
+        inner_loss: (F, S) balanced log loss within each fold's training rows, on which the choice was made.
+        max_gradient, n_not_converged, n_fits: of all fits.
+        recipe, best_epoch, n_epochs: of the paper's recipe; epochs per fold.
+    """
+
+    strengths: tuple[float, ...] | None = None
+    chosen_strength: tuple[float, ...] | None = None
+    at_edge: bool | None = None
+    inner_loss: tuple[tuple[float, ...], ...] | None = None
+    max_gradient: float | None = None
+    n_not_converged: int | None = None
+    n_fits: int | None = None
+    recipe: Mapping[str, Any] | None = None
+    best_epoch: tuple[int, ...] | None = None
+    n_epochs: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """A view and pooling that a probe could choose: mean validation figures over folds, and how it was fitted."""
+
+    view: str
+    pooling: str
+    validation_auroc: float
+    validation_balanced_accuracy: float
+    fit: FitRecord
+
+
+@dataclass(frozen=True, kw_only=True)
+class CurveFits:
+    """How the fits of a learning curve converged, those of the run itself aside."""
+
+    draws: int
+    n_fits: int
+    n_not_converged: int
+    max_gradient: float
+
+
+@dataclass(frozen=True)
+class EpochRecord:
+    """One epoch of one fold: mean training loss, validation figures, and the learning rate in the middle of it."""
+
+    loss: float
+    balanced_accuracy: float
+    auroc: float
+    learning_rate: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunRecord:
+    """A run: everything that run.json and metrics.json say.
+
+    Attributes:
+        id, created: name and UTC time; empty until the run is written.
+        kind: "probe" or "finetune".
+        model, method: the backbone, and "probe", "lora", "full" or "head".
+        options: what the user chose, verbatim.
+        train, test: the dataset trained on, and the others scored.
+        view, pooling: of the embedding that was judged.
+        card_pooling: what the pooling "card" means for this backbone.
+        label_names: of class 0 and class 1.
+        sources: dataset to where its patches came from.
+        fingerprints: dataset to the fingerprint of its embeddings.
+        embedding: everything that decides the embeddings' numbers, whose digest the fingerprint is.
+        folds: the assignment that all fold models share.
+        table_digests: dataset to the digest of its patch table.
+        store, candidates, learning_curve: of a probe.
+        recipe, adapted_modules, n_trained, best_epoch, history: of a fine-tuned run; `n_trained` parameters per fold,
+            `best_epoch` and `history` per fold.
+        cost: seconds, images per second, memory.
+        versions: of the packages that decide a number.
+        sha256: file to digest.
+        metrics: the figures; None until the run is written.
+        folder: where the run was read from or written to.
+    """
+
+    id: str = ""
+    created: str = ""
+    kind: Literal["probe", "finetune"]
+    model: str
+    method: str
+    options: Mapping[str, Any]
+    store: str | None = None
+    recipe: Mapping[str, Any] | None = None
+    train: str
+    test: tuple[str, ...] = ()
+    view: str
+    pooling: str
+    card_pooling: str
+    label_names: tuple[str, str] = ("0", "1")
+    sources: Mapping[str, str] = field(default_factory=dict)
+    adapted_modules: tuple[str, ...] | None = None
+    n_trained: int | None = None
+    fingerprints: Mapping[str, str] = field(default_factory=dict)
+    embedding: Mapping[str, Any] = field(default_factory=dict)
+    folds: FoldsRecord
+    table_digests: Mapping[str, str] = field(default_factory=dict)
+    candidates: tuple[Candidate, ...] | None = None
+    learning_curve: CurveFits | None = None
+    best_epoch: tuple[int, ...] | None = None
+    history: tuple[tuple[EpochRecord, ...], ...] | None = None
+    cost: Cost = field(default_factory=Cost)
+    versions: Mapping[str, str] = field(default_factory=dict)
+    sha256: Mapping[str, str] = field(default_factory=dict)
+    metrics: RunMetrics | None = field(default=None, repr=False)
+    folder: Path | None = None
+
+    def __repr__(self) -> str:
+        return f"RunRecord({self.id or 'not written yet'}: {self.model} {self.method}, {self.view}, {self.pooling})"
+
+    def _repr_html_(self) -> str:
+        if self.metrics is None:
+            return f"<p>{escape(repr(self))}</p>"
+        rows = "".join(
+            f"<tr><td>{escape(name)}</td><td>{figures.n:,}</td>"
+            + "".join(
+                f"<td>{figures.folds[figure].mean:.3f} ± {figures.folds[figure].std:.3f}</td>"
+                for figure in ("balanced_accuracy", "auroc")
+            )
+            + "</tr>"
+            for name, figures in self.metrics.sets.items()
+        )
+        head = "<tr><th>set</th><th>patches</th><th>balanced accuracy</th><th>AUROC</th></tr>"
+        return f"<p>{escape(repr(self))}; mean ± std over {self.folds.n} fold models</p><table>{head}{rows}</table>"
 
     @property
-    def probability(self) -> NDArray[np.float64]:
-        """(n,) sigmoid of the logit."""
-        return _sigmoid(self.logit)
+    def figures(self) -> RunMetrics:
+        """The metrics of a run that has been written.
 
-    def sets(self) -> list[tuple[str, str]]:
-        """The (dataset, split) pairs present, in order of appearance."""
-        new = (self.dataset[1:] != self.dataset[:-1]) | (self.split[1:] != self.split[:-1])
-        first = np.flatnonzero(np.append(len(self.id) > 0, new))
-        return list(dict.fromkeys(zip(self.dataset[first].tolist(), self.split[first].tolist(), strict=True)))
+        Raises:
+            ValueError: if it has not.
+        """
+        if self.metrics is None:
+            raise ValueError(f"{self!r} has no metrics yet")
+        return self.metrics
 
-    def select(self, rows: NDArray[np.bool_] | NDArray[np.intp]) -> Predictions:
-        """The rows of a mask or an index array; without a copy where a mask's stand together, as those of a set do."""
-        chosen: NDArray[np.bool_] | NDArray[np.intp] | slice = rows
-        if rows.dtype == np.bool_ and len(rows):
-            together = slice(int(rows.argmax()), int(rows.argmax()) + int(rows.sum()))
-            chosen = together if rows[together].all() else rows
-        return Predictions(**{name: getattr(self, name)[chosen] for name in self.__dataclass_fields__})
+    @property
+    def weights_sha256(self) -> str | None:
+        """Digest of the backbone's weights; None for embeddings that were made elsewhere and imported."""
+        digest = self.embedding.get("weights_sha256")
+        return None if digest is None else str(digest)
+
+    @property
+    def precision(self) -> str:
+        """The precision that the backbone computed in; empty for imported embeddings."""
+        return str(self.embedding.get("precision", ""))
+
+    @property
+    def device(self) -> str:
+        """The kind of device that the backbone ran on; empty for imported embeddings."""
+        return str(self.embedding.get("device", ""))
+
+    @property
+    def revision(self) -> str:
+        """The commit or package version of the backbone's weights; empty where it is not known."""
+        return str(self.embedding.get("revision") or "")
+
+    @property
+    def statistics(self) -> str:
+        """Which mean and standard deviation normalised the images: "card" or "imagenet"."""
+        return str((self.recipe or {}).get("statistics", "card"))
+
+    def as_json(self) -> dict[str, Any]:
+        """The object of run.json, with that of metrics.json under `metrics` once there is one."""
+        record: dict[str, Any] = {"format": RUN_FORMAT}
+        for name in _WRITTEN:
+            value = getattr(self, name)
+            if value is not None:
+                record[name] = _plain(value)
+        return record | ({} if self.metrics is None else {"metrics": self.metrics.as_dict()})
+
+    @classmethod
+    def from_json(cls, raw: Mapping[str, Any]) -> RunRecord:
+        """Make a record of the object of run.json. Runs of early versions lack some keys.
+
+        Raises:
+            KeyError, ValueError, TypeError: if the object describes no run.
+        """
+        kind, folds, names = raw["kind"], raw["folds"], raw.get("label_names", ("0", "1"))
+        if kind not in ("probe", "finetune"):
+            raise ValueError(f"the kind is {kind!r}, expected 'probe' or 'finetune'")
+        if not isinstance(folds, dict) or not {"n", "digest"} <= folds.keys():
+            raise ValueError("folds lacks n or digest")
+        strings: dict[str, Any] = {name: _expect(raw[name], str, name) for name in _REQUIRED_STRINGS}
+        return cls(
+            **strings,
+            kind=kind,
+            options=_mapping(raw, "options"),
+            store=raw.get("store"),
+            recipe=raw.get("recipe"),
+            test=tuple(map(str, raw.get("test", ()))),
+            card_pooling=str(raw.get("card_pooling", "")),
+            label_names=(str(names[0]), str(names[1])),
+            sources=_mapping(raw, "sources", {}),
+            adapted_modules=_optional_tuple(raw.get("adapted_modules")),
+            n_trained=raw.get("n_trained"),
+            fingerprints=_mapping(raw, "fingerprints", {}),
+            embedding=_mapping(raw, "embedding", {}),
+            folds=_known_fields(FoldsRecord, folds),
+            table_digests=_mapping(raw, "table_digests", {}),
+            candidates=_optional_tuple(raw.get("candidates"), _candidate),
+            learning_curve=_known_fields(CurveFits, raw["learning_curve"]) if "learning_curve" in raw else None,
+            best_epoch=_optional_tuple(raw.get("best_epoch")),
+            history=_optional_tuple(raw.get("history"), lambda fold: tuple(EpochRecord(**epoch) for epoch in fold)),
+            cost=_known_fields(Cost, _mapping(raw, "cost")),
+            versions=_mapping(raw, "versions"),
+            sha256=_digests(raw),
+        )
 
 
-def _sigmoid(logit: NDArray[np.float32]) -> NDArray[np.float64]:
-    return np.asarray(np.exp(-np.logaddexp(0, -logit.astype(np.float64))))
+_WRITTEN = [f.name for f in fields(RunRecord) if f.name not in ("metrics", "folder")]
 
 
-def predictions_of(
-    dataset: str, samples: Samples, *, split: str, fold: NDArray[np.intp], logit: NDArray[np.floating]
-) -> Predictions:
-    """Predictions of one dataset: fold (n,) with logit (n,), or fold (F,) with logit (n, F) for every fold's model."""
-    if logit.ndim == 2:
-        n, n_folds = logit.shape
-        rows, fold, logit = np.repeat(np.arange(n), n_folds), np.tile(fold, n), logit.reshape(-1)
-    else:
-        rows = np.arange(len(samples))
-    return Predictions(
-        dataset=np.broadcast_to(dataset, len(rows)),
-        id=samples.id[rows],
-        label=samples.label[rows],
-        group=samples.group[rows],
-        split=np.broadcast_to(split, len(rows)),
-        fold=np.asarray(fold),
-        logit=np.asarray(logit, dtype=np.float32),
-    )
+def _plain(value: Any) -> Any:
+    """A field of a record as JSON holds it: records to objects without what is None, tuples to lists."""
+    if isinstance(value, Candidate):
+        return {name: v for name, v in asdict(value).items() if name != "fit"} | _plain(value.fit)
+    if isinstance(value, Cost | FitRecord):
+        return {f.name: _plain(getattr(value, f.name)) for f in fields(value) if getattr(value, f.name) is not None}
+    if isinstance(value, FoldsRecord | CurveFits | EpochRecord):
+        return asdict(value)
+    if isinstance(value, Mapping):
+        return {name: _plain(item) for name, item in value.items()}
+    if isinstance(value, tuple | list):
+        return [_plain(item) for item in value]
+    return value
 
 
-def concatenate(parts: list[Predictions]) -> Predictions:
-    """Several sets of predictions as one."""
-    names = Predictions.__dataclass_fields__
-    return Predictions(**{name: np.concatenate([getattr(part, name) for part in parts]) for name in names})
-
-
-def threshold_of(predictions: Predictions) -> float:
-    """The run's threshold: the best on its out-of-fold predictions; 0.5 where it has none."""
-    out_of_fold = predictions.select(predictions.split == VALIDATION)
-    return best_threshold(out_of_fold.label, out_of_fold.probability) if len(out_of_fold.label) else THRESHOLD
+# -------------------------------------------------------------------------------------------------------------- writing
 
 
 def new_run_id(kind: str, model: str) -> str:
-    """A name for a run: what, of which model, when, and four random digits."""
+    """Name a run: what, of which model, when, and four random digits."""
     stamp = time.strftime("%Y%m%d-%H%M%S", time.gmtime())
     return f"{kind}-{store_key(model)}-{stamp}-{secrets.token_hex(2)}"
 
 
 def write_run(
     runs: Path,
-    run: Mapping[str, Any],
-    predictions: Predictions,
+    record: RunRecord,
     *,
+    predictions: Predictions,
     tables: Mapping[str, Samples],
-    metrics: Mapping[str, Any],
     weights: Mapping[str, NDArray[Any]],
     seconds: float,
     files: Mapping[str, bytes] | None = None,
-) -> Path:
+    metrics: RunMetrics | None = None,
+) -> RunRecord:
     """Write a new run's folder, whole or not at all.
 
     Args:
         runs: the folder of all runs; created if missing.
-        run: `kind`, `model`, `options` and whatever else run.json should say; id, format, versions and cost are added.
+        record: what run.json shall say; id, date, versions, digests and memory are added.
         predictions: of every fold's model on every set.
         tables: the patch table of every dataset in the predictions, by its name.
-        metrics: of `probe.evidence.evaluate`.
         weights: name to array, saved as `weights.safetensors`.
         seconds: what the run took.
         files: name to content of whatever else the run keeps.
+        metrics: of the predictions; None to compute them.
 
     Returns:
-        The run's folder; its name is the run's id.
+        The run as it was written. The name of its folder is its id.
 
     Raises:
         UserError: if the folder cannot be written.
     """
     from safetensors.numpy import save
 
-    run_id = new_run_id(str(run["kind"]), str(run["model"]))
-    half = runs / f".{run_id}.partial"
+    run_id = new_run_id(record.kind, record.model)
+    unfinished = runs / f".{run_id}{PARTIAL}"
     try:
         with writing(runs):
-            half.mkdir(parents=True)
-            whole = save({name: np.ascontiguousarray(array) for name, array in weights.items()})
-            write_file(half / "weights.safetensors", [whole])
-            finish_run(
-                half, run, predictions, tables=tables, metrics=metrics, run_id=run_id, seconds=seconds, files=files
+            unfinished.mkdir(parents=True)
+            content = save({name: np.ascontiguousarray(array) for name, array in weights.items()})
+            write_file(unfinished / WEIGHTS_FILE, [content])
+            written = finish_run(
+                unfinished,
+                replace(record, id=run_id),
+                predictions=predictions,
+                tables=tables,
+                seconds=seconds,
+                files=files,
+                metrics=metrics,
             )
-            move_folder(half, runs / run_id)
+            move_folder(unfinished, runs / run_id)
     except BaseException:
-        shutil.rmtree(half, ignore_errors=True)
+        shutil.rmtree(unfinished, ignore_errors=True)
         raise
-    return runs / run_id
+    return replace(written, folder=runs / run_id)
 
 
 def finish_run(
     folder: Path,
-    run: Mapping[str, Any],
-    predictions: Predictions,
+    record: RunRecord,
     *,
+    predictions: Predictions,
     tables: Mapping[str, Samples],
-    metrics: Mapping[str, Any],
-    run_id: str,
     seconds: float,
     files: Mapping[str, bytes] | None = None,
-) -> None:
+    metrics: RunMetrics | None = None,
+) -> RunRecord:
     """Add to a folder that holds a run's weights what makes it a run; `run.json` comes last. See `write_run`.
 
     Raises:
         OSError: if the folder cannot be written.
     """
+    metrics = evaluate(predictions) if metrics is None else metrics
     contents: dict[str, Iterable[bytes]] = {
-        "predictions.csv": _predictions_csv(predictions),
-        "samples.csv": _samples_csv(predictions, tables),
+        "predictions.csv": predictions_csv(predictions),
+        "samples.csv": samples_csv(predictions, tables),
         **{name: [content] for name, content in (files or {}).items()},
+        "metrics.json": [_json(metrics.as_dict())],
     }
-    contents["metrics.json"] = [_json(metrics)]
     digests = {name: _write(folder / name, pieces) for name, pieces in contents.items()}
-    record: dict[str, Any] = {
-        "format": RUN_FORMAT,
-        "id": run_id,
-        "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        **run,
-        "sha256": digests | {path.relative_to(folder).as_posix(): _digest(path) for path in _weight_files(folder)},
-        "versions": versions(),
-        "cost": {
-            **run.get("cost", {}),
-            "seconds": round(seconds, 3),
-            "peak_memory_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
-        },
-    }
-    record["sha256"]["run.json"] = _own_digest(record)
-    write_file(folder / "run.json", [_json(record)])
+    digests |= {path.relative_to(folder).as_posix(): _digest(path) for path in _weight_files(folder)}
+    peak_memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    record = replace(
+        record,
+        created=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        cost=replace(record.cost, seconds=round(seconds, 3), peak_memory_mb=round(peak_memory)),
+        versions=versions(),
+        sha256=digests,
+    )
+    record = replace(record, sha256=digests | {"run.json": _own_digest(record.as_json())})
+    write_file(folder / "run.json", [_json(record.as_json())])
+    return replace(record, metrics=metrics, folder=folder)
 
 
 def versions() -> dict[str, str]:
-    """Versions of everything that decides a number."""
-    found = {"python": platform.python_version(), "platform": platform.platform()}
+    """List the versions of everything that decides a number."""
+    known = {"python": platform.python_version(), "platform": platform.platform()}
     for package in ("mitofm", "torch", "timm", "numpy", "scikit-learn", "zarr"):
         try:
-            found[package] = version(package)
+            known[package] = version(package)
         except PackageNotFoundError:
-            found[package] = "not installed"
-    return found
+            known[package] = "not installed"
+    return known
 
 
-def read_run(folder: Path) -> dict[str, Any]:
-    """A run's run.json with its metrics under `metrics`.
+def _json(value: Mapping[str, Any]) -> bytes:
+    return (json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
+
+
+def _write(path: Path, pieces: Iterable[bytes]) -> str:
+    """Write a file whole; return its SHA-256."""
+    digest = hashlib.sha256()
+
+    def hashed() -> Iterator[bytes]:
+        for piece in pieces:
+            digest.update(piece)
+            yield piece
+
+    write_file(path, hashed())
+    return digest.hexdigest()
+
+
+# -------------------------------------------------------------------------------------------------------------- reading
+
+
+def read_run(folder: Path) -> RunRecord:
+    """Read run.json and metrics.json of a run.
 
     Raises:
         UserError: if the folder is no run, one of a newer format, or not as it was written.
     """
+    folder = Path(folder)
     try:
         contents = {name: (folder / name).read_bytes() for name in ("run.json", "metrics.json")}
-        record, metrics = (json.loads(content.decode()) for content in contents.values())
-        if not isinstance(record, dict) or not isinstance(metrics, dict):
-            raise ValueError("expected a JSON object")
     except (FileNotFoundError, NotADirectoryError) as error:
         raise UserError(
             f"{folder} is not a finished run: {Path(error.filename).name} is missing. Expected a folder written "
             "by fm-probe or fm-finetune; an interrupted training goes on with fm-finetune --resume."
         ) from error
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{folder}: run.json or metrics.json is damaged ({error}). Run the command again.") from error
-    if record.get("format") != RUN_FORMAT:
+    raw = _parsed(folder, "run.json", lambda: _json_object(contents["run.json"]))
+    if raw.get("format") != RUN_FORMAT:
         raise UserError(
-            f"{folder} is a run of format {record.get('format')}; this version reads format {RUN_FORMAT}. "
+            f"{folder} is a run of format {raw.get('format')}; this version reads format {RUN_FORMAT}. "
             "Update mitofm, or run the command again."
         )
-    written = _written(record)
-    if written.get("run.json") not in (None, _own_digest(record)):
+    digests = _digests(raw)
+    if digests.get("run.json") not in (None, _own_digest(raw)):
         raise _not_as_written(folder / "run.json")
-    if written.get("metrics.json") not in (None, hashlib.sha256(contents["metrics.json"]).hexdigest()):
+    if digests.get("metrics.json") not in (None, hashlib.sha256(contents["metrics.json"]).hexdigest()):
         raise _not_as_written(folder / "metrics.json")
-    return record | {"metrics": metrics}
+    metrics = _parsed(folder, "metrics.json", lambda: RunMetrics.from_dict(_json_object(contents["metrics.json"])))
+    return replace(_parsed(folder, "run.json", lambda: RunRecord.from_json(raw)), metrics=metrics, folder=folder)
 
 
-def check_weights(folder: Path, record: Mapping[str, Any]) -> None:
-    """Compare a run's weights with their digests; runs of older versions have none.
+def _json_object(content: bytes) -> dict[str, Any]:
+    record = json.loads(content.decode())
+    if not isinstance(record, dict):
+        raise ValueError("expected a JSON object")
+    return record
+
+
+def _parsed(folder: Path, name: str, parse: Callable[[], Parsed]) -> Parsed:
+    """Parse a file of a run, and turn what is wrong with it into one message."""
+    try:
+        return parse()
+    except KeyError as error:
+        raise UserError(f"{folder / name} lacks {error.args[0]}: it is damaged. Run the command again.") from error
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(f"{folder / name} is damaged ({error}). Run the command again.") from error
+
+
+_REQUIRED_STRINGS = ("id", "created", "model", "method", "train", "view", "pooling")
+
+
+def _expect(value: Any, kind: type[T], name: str) -> T:
+    if not isinstance(value, kind):
+        raise ValueError(f"{name} is {value!r}")
+    return value
+
+
+def _mapping(raw: Mapping[str, Any], name: str, default: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    return dict(_expect(raw[name] if default is None else raw.get(name, default), dict, name))
+
+
+def _known_fields(record: type[T], raw: Mapping[str, Any]) -> T:
+    """Make a record of those keys that it has fields for; sequences become tuples."""
+    known = {f.name for f in fields(record)}  # type: ignore[arg-type]
+    return record(**{name: _frozen(value) for name, value in raw.items() if name in known})
+
+
+def _frozen(value: Any) -> Any:
+    return tuple(map(_frozen, value)) if isinstance(value, list) else value
+
+
+def _optional_tuple(values: Sequence[Any] | None, make: Callable[[Any], Any] = lambda value: value) -> Any:
+    return None if values is None else tuple(make(value) for value in values)
+
+
+def _candidate(raw: Mapping[str, Any]) -> Candidate:
+    return Candidate(
+        view=str(raw["view"]),
+        pooling=str(raw["pooling"]),
+        validation_auroc=float(raw["validation_auroc"]),
+        validation_balanced_accuracy=float(raw["validation_balanced_accuracy"]),
+        fit=_known_fields(FitRecord, raw),
+    )
+
+
+def read_predictions(folder: Path) -> Predictions:
+    """Read a run's predictions.csv.
+
+    Raises:
+        UserError: if the file is missing, is not the one that the run wrote, lacks a column, or holds a malformed row.
+    """
+    return read_checked(folder, "predictions.csv", parse=parse_predictions)
+
+
+def read_samples(folder: Path, predictions: Predictions) -> dict[str, Samples]:
+    """Read the patch tables of a run, by dataset, from its samples.csv.
 
     Args:
         folder: of the run.
-        record: its run.json.
+        predictions: of the run. Early runs have no samples.csv: their tables hold what the predictions tell.
 
     Raises:
-        UserError: if a file is not the one that the run wrote.
+        UserError: if the file is not the one that the run wrote, or is damaged.
     """
-    written = _written(record)
-    for path in _weight_files(folder):
-        if written.get(path.relative_to(folder).as_posix()) not in (None, _digest(path)):
-            raise _not_as_written(path)
+    if not (folder / "samples.csv").exists():
+        return samples_from(predictions)
+
+    def parse(text: str) -> dict[str, Samples]:
+        tables = parse_samples(text)
+        for name in dict.fromkeys(predictions.dataset.tolist()):
+            ids = predictions.id[predictions.dataset == name]
+            missing = np.setdiff1d(ids, tables[name].id if name in tables else [])
+            if len(missing):
+                raise ValueError(f"{len(missing)} patches of {name} are missing, first: {missing[0]}")
+        return tables
+
+    return read_checked(folder, "samples.csv", parse=parse)
+
+
+def read_checked(folder: Path, name: str, *, parse: Callable[[str], Parsed]) -> Parsed:
+    """Read a text file of a run and compare it with the digest in run.json.
+
+    Args:
+        folder: of the run.
+        name: of the file.
+        parse: makes the result of the text; raises ValueError if the text is damaged.
+
+    Raises:
+        UserError: if the file is missing, damaged, or not the one that the run wrote.
+    """
+    path = folder / name
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError as error:
+        raise UserError(f"{path} is missing: the run is incomplete. Run the command again.") from error
+    parsed = _parsed(folder, name, lambda: parse(content.decode()))
+    try:
+        expected = _digests(_json_object((folder / "run.json").read_bytes())).get(name)
+    except (OSError, ValueError, RecursionError):
+        expected = None  # `read_run` says what is wrong with run.json
+    if expected not in (None, hashlib.sha256(content).hexdigest()):
+        raise _not_as_written(path)
+    return parsed
 
 
 def read_weights(folder: Path) -> dict[str, NDArray[Any]]:
-    """A probe run's weights.
+    """Read a probe run's weights: "coef" (F, d) float32 and "intercept" (F,) float64.
 
     Raises:
         UserError: if the file is missing or damaged.
@@ -285,7 +606,7 @@ def read_weights(folder: Path) -> dict[str, NDArray[Any]]:
     from safetensors import SafetensorError
     from safetensors.numpy import load_file
 
-    path = folder / "weights.safetensors"
+    path = folder / WEIGHTS_FILE
     try:
         return dict(load_file(path))
     except FileNotFoundError as error:
@@ -294,147 +615,33 @@ def read_weights(folder: Path) -> dict[str, NDArray[Any]]:
         raise UserError(f"{path} is damaged ({error}). Run fm-probe again.") from error
 
 
-def read_predictions(folder: Path) -> Predictions:
-    """A run's predictions.csv.
+def check_weights(folder: Path, record: RunRecord) -> None:
+    """Compare a run's weights with their digests; runs of early versions have none.
 
     Raises:
-        UserError: if the file is missing, is not the one that the run wrote, lacks a column, or holds a malformed row.
+        UserError: if a file is not the one that the run wrote.
     """
-    path = folder / "predictions.csv"
-    columns = read_columns(folder, path.name, COLUMNS)
-    try:
-        predictions = Predictions(
-            dataset=np.array(columns["dataset"], dtype=np.str_),
-            id=np.array(columns["id"], dtype=np.str_),
-            label=np.array(columns["label"], dtype=np.int8),
-            group=np.array(columns["group"], dtype=np.str_),
-            split=np.array(columns["split"], dtype=np.str_),
-            fold=np.array(columns["fold"], dtype=np.intp),
-            logit=np.array(columns["logit"], dtype=np.float32),
-        )
-        written = np.array(columns["probability"], dtype=np.float64)
-    except (ValueError, OverflowError) as error:
-        raise UserError(f"{path} is damaged ({error}). Run the command again.") from error
-    if not np.isin(predictions.label, (0, 1)).all():
-        raise UserError(f"{path} is damaged (a label is neither 0 nor 1). Run the command again.")
-    undefined = np.flatnonzero(~np.isfinite(predictions.logit))
-    if len(undefined):
-        raise UserError(f"{path}: the logit of line {undefined[0] + 2} is no number. Run the command again.")
-    off = np.flatnonzero(~(np.abs(predictions.probability - written) < _ROUNDED))
-    if len(off):
-        raise UserError(
-            f"{path} is damaged (line {off[0] + 2}: the probability is {written[off[0]]:g}, that of its logit is "
-            f"{predictions.probability[off[0]]:.6f}). Run the command again."
-        )
-    return predictions
-
-
-def read_samples(folder: Path, predictions: Predictions) -> dict[str, Samples]:
-    """The patch tables of a run, by dataset: its samples.csv; what predictions.csv knows where there is none.
-
-    Raises:
-        UserError: if the file is not the one that the run wrote, or is damaged.
-    """
-    path = folder / "samples.csv"
-    if not path.exists():
-        return {name: _samples_of(predictions, name) for name in dict.fromkeys(predictions.dataset.tolist())}
-    columns = read_columns(folder, path.name, SAMPLE_COLUMNS)
-    dataset = np.array(columns["dataset"], dtype=np.str_)
-    try:
-        tables = {name: _table(columns, np.flatnonzero(dataset == name)) for name in dict.fromkeys(columns["dataset"])}
-    except (ValueError, KeyError, UserError) as error:  # the last of a table that contradicts itself
-        raise UserError(f"{path} is damaged ({error}). Run the command again.") from error
-    for name in dict.fromkeys(predictions.dataset.tolist()):
-        ids = predictions.id[predictions.dataset == name]
-        missing = np.setdiff1d(ids, tables[name].id if name in tables else [])
-        if len(missing):
-            raise UserError(
-                f"{path} is damaged ({len(missing)} patches of {name} are missing, first: {missing[0]}). "
-                "Run the command again."
-            )
-    return tables
-
-
-def _table(columns: Mapping[str, Sequence[str]], rows: NDArray[np.intp]) -> Samples:
-    of = {name: [columns[name][row] for row in rows] for name in SAMPLE_COLUMNS}
-    votes = [[_VOTE[letter] for letter in cell] for cell in of["votes"]]
-    return make_samples(
-        of["id"],
-        [int(label) for label in of["label"]],
-        sha256=of["sha256"],
-        group=of["group"],
-        split=of["split"],
-        votes=np.array(votes, dtype=np.int8).reshape(len(rows), -1),
-        domain=of["domain"],
-    )
-
-
-def _samples_of(predictions: Predictions, dataset: str) -> Samples:
-    """What predictions alone tell: no votes, domains or digests."""
-    of = predictions.select(predictions.dataset == dataset)
-    _, first = np.unique(of.id, return_index=True)
-    of = of.select(np.sort(first))
-    return make_samples(of.id.tolist(), of.label.tolist(), sha256=[""] * len(of.id), group=of.group.tolist())
-
-
-def read_columns(folder: Path, name: str, expected: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
-    """The columns of a CSV file of a run, as text.
-
-    Args:
-        folder: of the run.
-        name: of the file.
-        expected: the columns, in order.
-
-    Raises:
-        UserError: if the file is missing, has other columns or ragged rows, or is not the one that the run wrote.
-    """
-    path = folder / name
-    try:
-        content = path.read_bytes()
-        text = content.decode()
-    except FileNotFoundError as error:
-        raise UserError(f"{path} is missing: the run is incomplete. Run the command again.") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is damaged ({error}). Run the command again.") from error
-    reader = csv.reader(io.StringIO(text, newline=""))
-    try:
-        header = tuple(next(reader, ()))
-        if header != expected:
-            raise UserError(f"{path}: found columns {', '.join(header) or 'none'}, expected {', '.join(expected)}.")
-        rows = list(reader)
-        ragged = next((line for line, row in enumerate(rows, start=2) if len(row) != len(expected)), None)
-        if ragged:
-            raise ValueError(f"row {ragged} has {len(rows[ragged - 2])} cells of {len(expected)}")
-        columns: dict[str, tuple[str, ...]] = dict.fromkeys(expected, ())
-        if rows:
-            columns = dict(zip(expected, zip(*rows, strict=True), strict=True))
-    except (ValueError, csv.Error) as error:
-        raise UserError(f"{path} is damaged ({error}). Run the command again.") from error
-    try:
-        written = _written(json.loads((folder / "run.json").read_text(encoding="utf-8"))).get(name)
-    except (OSError, ValueError, AttributeError, RecursionError):
-        written = None  # `read_run` says what is wrong with it
-    if written not in (None, hashlib.sha256(content).hexdigest()):
-        raise _not_as_written(path)
-    return columns
+    for path in _weight_files(folder):
+        if record.sha256.get(path.relative_to(folder).as_posix()) not in (None, _digest(path)):
+            raise _not_as_written(path)
 
 
 def _weight_files(folder: Path) -> list[Path]:
-    """The weights of a probe, or all that the fold folders of a fine-tuned run hold."""
-    found = (folder / "weights.safetensors", *folder.glob("fold-*/*"))
-    return sorted(path for path in found if path.is_file() and not path.name.endswith(PARTIAL))
+    """The weights of a probe, or all files that the fold folders of a fine-tuned run hold."""
+    candidates = (folder / WEIGHTS_FILE, *folder.glob("fold-*/*"))
+    return sorted(path for path in candidates if path.is_file() and not path.name.endswith(PARTIAL))
 
 
-def _written(record: Mapping[str, Any]) -> Mapping[str, Any]:
-    """File name to SHA-256, as run.json has it."""
-    found = record.get("sha256")
-    return found if isinstance(found, dict) else {}
+def _digests(raw: Mapping[str, Any]) -> dict[str, str]:
+    """File to SHA-256, as run.json has it."""
+    digests = raw.get("sha256")
+    return digests if isinstance(digests, dict) else {}
 
 
-def _own_digest(record: Mapping[str, Any]) -> str:
-    """SHA-256 of the canonical JSON of a record without this digest."""
-    digests = {name: digest for name, digest in _written(record).items() if name != "run.json"}
-    text = json.dumps(dict(record) | {"sha256": digests}, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+def _own_digest(raw: Mapping[str, Any]) -> str:
+    """SHA-256 of the canonical JSON of run.json without this digest."""
+    others = {name: digest for name, digest in _digests(raw).items() if name != "run.json"}
+    text = json.dumps(dict(raw) | {"sha256": others}, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
@@ -448,72 +655,3 @@ def _not_as_written(path: Path) -> UserError:
         f"{path} is not the file that the run wrote: its SHA-256 differs from the one in run.json. "
         "Restore it, or run the command again."
     )
-
-
-def _json(value: Mapping[str, Any]) -> bytes:
-    return (json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
-
-
-def _write(path: Path, pieces: Iterable[bytes]) -> str:
-    """Write a file whole; its SHA-256."""
-    digest = hashlib.sha256()
-
-    def counted() -> Iterator[bytes]:
-        for piece in pieces:
-            digest.update(piece)
-            yield piece
-
-    write_file(path, counted())
-    return digest.hexdigest()
-
-
-def _predictions_csv(predictions: Predictions) -> Iterator[bytes]:
-    for start in range(0, max(1, len(predictions.id)), _ROWS):
-        rows = slice(start, start + _ROWS)
-        columns = (
-            predictions.dataset[rows].tolist(),
-            predictions.id[rows].tolist(),
-            predictions.label[rows].tolist(),
-            predictions.group[rows].tolist(),
-            predictions.split[rows].tolist(),
-            predictions.fold[rows].tolist(),
-            [f"{value:.9g}" for value in predictions.logit[rows].tolist()],  # 9 digits give a float32 back exactly
-            [f"{value:.6f}" for value in _sigmoid(predictions.logit[rows]).tolist()],
-        )
-        yield csv_bytes(() if start else COLUMNS, zip(*columns, strict=True))
-
-
-def _samples_csv(predictions: Predictions, tables: Mapping[str, Samples]) -> Iterator[bytes]:
-    letter = {vote: letter for letter, vote in _VOTE.items()}
-    yield csv_bytes(SAMPLE_COLUMNS, ())
-    for name in dict.fromkeys(dataset for dataset, _ in predictions.sets()):
-        table, ids = tables[name], predictions.id[predictions.dataset == name]
-        ids = ids[np.append(True, ids[1:] != ids[:-1])]  # a patch's fold models mostly stand together
-        if not np.array_equal(ids, table.id):
-            table = table.select(np.isin(table.id, ids))
-        for start in range(0, len(table), _ROWS):
-            rows = slice(start, start + _ROWS)
-            votes = ["".join(letter[vote] for vote in row) for row in table.votes[rows].tolist()]
-            columns = (table.id, table.label, table.group, table.split, None, table.domain, table.sha256)
-            listed = (votes if column is None else column[rows].tolist() for column in columns)
-            yield csv_bytes((), zip(repeat(name), *listed, strict=False))
-
-
-class _Lines:
-    """What a csv.writer writes to: lines that end in a bare line feed."""
-
-    def __init__(self) -> None:
-        self.lines: list[str] = []
-
-    def write(self, line: str) -> None:
-        self.lines.append(line.removesuffix("\r\n") + "\n")
-
-
-def csv_bytes(header: Sequence[str], rows: Iterable[Sequence[object]]) -> bytes:
-    """A CSV file that gives every cell back, whatever characters it holds; without a header, a further part of one."""
-    out = _Lines()
-    writer = csv.writer(out, lineterminator="\r\n")  # told "\n", Python before 3.13 leaves a lone "\r" unquoted
-    if header:
-        writer.writerow(header)
-    writer.writerows(rows)
-    return "".join(out.lines).encode()

@@ -33,9 +33,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from features.blocks import Embeddings
 from features.console import UserError, progress
 from features.device import has_bf16
-from features.store import Embeddings
 from probe.logistic import (
     FLOOR,
     Columns,

@@ -51,10 +51,10 @@ def fill(store: FeatureStore) -> None:
             X = rng.standard_normal((n, WIDTH), dtype=np.float32)
             X = (X + 0.08 * direction * (2.0 * samples.label[:, None] - 1)) * spectrum
             writer = store.begin(
-                name, model, "full", poolings={"cls": WIDTH}, card_pooling="cls", parts={"model": model}
+                name, model=model, view="full", poolings={"cls": WIDTH}, card_pooling="cls", parts={"model": model}
             )
-            for block, rows in writer.missing_within(range(n)):
-                writer.write(block, {"cls": X[rows.start : rows.stop]})
+            for rows in writer.missing():
+                writer.write(rows, {"cls": X[rows.start : rows.stop]})
 
 
 def main() -> None:

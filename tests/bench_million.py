@@ -69,18 +69,20 @@ def write(store: FeatureStore, name: str, n: int, drawn: Drawn, seed: int) -> No
     ids = [f"slide-{slide:04}/patch-{row:07}.png" for row, slide in enumerate(slides.tolist())]
     group = [f"{name}-{slide:04}" for slide in slides.tolist()]
     store.put_samples(name, make_samples(ids, label.tolist(), sha256=[""] * n, group=group), attrs={})
-    writer = store.begin(name, "drawn", "full", poolings={"cls": WIDTH}, card_pooling="cls", parts={"model": "drawn"})
+    writer = store.begin(
+        name, model="drawn", view="full", poolings={"cls": WIDTH}, card_pooling="cls", parts={"model": "drawn"}
+    )
     made: tuple[int, NDArray[np.float16]] = (-1, np.empty((0, WIDTH), np.float16))
-    for block, rows in writer.missing_within(range(n)):
+    for rows in writer.missing():
         if rows.start // size != made[0]:
             k = rows.start // size
             made = k, drawn.rows(seed + k, slides[blocks[k].start : blocks[k].stop])[0]
-        writer.write(block, {"cls": made[1][rows.start - made[0] * size :][: len(rows)]})
+        writer.write(rows, {"cls": made[1][rows.start - made[0] * size :][: len(rows)]})
 
 
 def read_once(store: FeatureStore) -> float:
     """Seconds in which all training rows pass by."""
-    rows = store.embeddings("train", "drawn", "full")
+    rows = store.embeddings("train", model="drawn", view="full")
     held = np.empty((8192, WIDTH), np.float16)
     start = time.perf_counter()
     for _, block in rows.blocks():

@@ -38,8 +38,8 @@ from sklearn.model_selection import StratifiedGroupKFold
 from sklearn.preprocessing import StandardScaler
 from threadpoolctl import threadpool_limits
 
+from probe.linear import STRENGTHS
 from probe.logistic import fit_logistic
-from probe.protocol import STRENGTHS
 
 CORES = 2
 HARD_STRENGTHS = tuple(np.logspace(-4, 2, 10))  # up to hardly any penalty on separable classes

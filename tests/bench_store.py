@@ -30,7 +30,7 @@ from features.store import FeatureStore
 
 REPEATS = 7
 FILES = 2_000  # rows of the layouts that are too slow to write whole; their times are scaled up, and said to be
-ENTRY = ("bench", "model", "full")
+ENTRY = {"dataset": "bench", "model": "model", "view": "full"}
 
 Embeddings = NDArray[np.float16]
 Rows = NDArray[np.intp]
@@ -59,14 +59,14 @@ def flushed(write: Callable[[], object]) -> float:
 def write_store(store: FeatureStore, embeddings: Embeddings) -> None:
     n, width = embeddings.shape
     store.put_samples("bench", make_samples(list(map(str, range(n))), [0] * n, sha256=[""] * n), attrs={})
-    writer = store.begin(*ENTRY, poolings={"cls": width}, card_pooling="cls", parts={})
+    writer = store.begin(**ENTRY, poolings={"cls": width}, card_pooling="cls", parts={})
     for rows in writer.missing():
-        writer.write(rows.start // writer.entry.rows_per_block, {"cls": embeddings[rows.start : rows.stop]})
+        writer.write(rows, {"cls": embeddings[rows.start : rows.stop]})
 
 
 def read_store(path: Path, rows: Rows | None = None) -> Embeddings:
     """With a store just opened: every block's checksum is computed."""
-    return FeatureStore.open(path).read(*ENTRY, rows=rows)
+    return FeatureStore.open(path).read(**ENTRY, rows=rows)
 
 
 def write_files(folder: Path, embeddings: Embeddings) -> None:
@@ -122,12 +122,12 @@ def measure(folder: Path, n: int, width: int) -> Table:
         "HDF5, appended, one row per chunk": flushed(partial(write_appended, appended, embeddings)),
         pt_layout: flushed(partial(write_files, pt, embeddings[:few])) * scale,
     }
-    np.testing.assert_array_equal(store.read(*ENTRY), embeddings)
-    np.testing.assert_array_equal(store.read(*ENTRY, rows=rows), embeddings[rows])
+    np.testing.assert_array_equal(store.read(**ENTRY), embeddings)
+    np.testing.assert_array_equal(store.read(**ENTRY, rows=rows), embeddings[rows])
     whole = seconds(
         lambda: np.fromfile(raw, np.float16).reshape(n, width),
         partial(read_store, zarr),
-        lambda: store.read(*ENTRY),
+        lambda: store.read(**ENTRY),
         partial(np.load, npy),
         partial(read_hdf5, contiguous),
     )
@@ -136,7 +136,7 @@ def measure(folder: Path, n: int, width: int) -> Table:
     tenth = seconds(
         lambda: np.memmap(raw, np.float16, "r", shape=(n, width))[rows],
         partial(read_store, zarr, rows),
-        lambda: store.read(*ENTRY, rows=rows),
+        lambda: store.read(**ENTRY, rows=rows),
         lambda: np.load(npy, mmap_mode="r")[rows],
         partial(read_hdf5, contiguous, rows),
     )

@@ -1,6 +1,6 @@
 """What is left of a store in a bucket when its writer is killed just before its k-th change, for many k?
 
-Run by test_place.py as a process of its own, because it forks, as killed_writer.py does for folders.
+Run by test_storage.py as a process of its own, because it forks, as killed_writer.py does for folders.
 
     python killed_bucket_writer.py URL STEP
 """
@@ -16,9 +16,9 @@ from typing import Any
 import obstore
 from killed_writer import judge, rewrite, write
 
-from features import storage
+from features import storage_bucket
 
-storage._LEASE = 0.2
+storage_bucket._LEASE = 0.2
 
 
 def killed(action: Callable[[Any], None], url: str, k: int) -> bool:
@@ -53,7 +53,7 @@ def killed(action: Callable[[Any], None], url: str, k: int) -> bool:
 
 def save(url: str) -> None:
     """All objects, to the file that the parent reads: it must not talk to the bucket itself, because it forks."""
-    store = storage._connect(url)
+    store = storage_bucket.connect(url)
     for item in sorted(obstore.list(store).collect(), key=lambda item: item["path"]):
         print(item["path"], bytes(obstore.get(store, item["path"]).bytes()).hex(), file=SAVED)
     SAVED.flush()

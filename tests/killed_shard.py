@@ -17,7 +17,7 @@ from typing import Any
 
 from extract import cli, ray_actors
 from extract.shard import find_shard
-from features.store import Writer
+from features.writer import Writer
 
 
 def die_once(marker: Path, n_blocks: int) -> None:
@@ -25,15 +25,16 @@ def die_once(marker: Path, n_blocks: int) -> None:
     write = Writer.write
     written = 0
 
-    def mortal(writer: Writer, block: int, embeddings: Mapping[str, Any]) -> None:
+    def mortal(writer: Writer, rows: range, embeddings: Mapping[str, Any]) -> None:
         nonlocal written
         if written == n_blocks and not marker.exists():
             marker.touch()
-            place = writer.entry.block_path(next(iter(writer.entry.poolings)), block)
-            place.with_name(f".{place.name}.0.partial").write_bytes(b"half of a block")
+            block = rows.start // writer.entry.rows_per_block
+            path = writer.entry.block_path(next(iter(writer.entry.poolings)), block)
+            path.with_name(f".{path.name}.0.partial").write_bytes(b"half of a block")
             os.kill(os.getpid(), signal.SIGKILL)
         written += 1
-        write(writer, block, embeddings)
+        write(writer, rows, embeddings)
 
     Writer.write = mortal  # type: ignore[method-assign]
 

@@ -1,7 +1,9 @@
 """Is augmentation per sample, does it leave the figure in the picture, and do colours change as documented?"""
 
 import math
+from itertools import combinations
 
+import numpy as np
 import pytest
 import torch
 from torchvision.transforms import functional as reference
@@ -146,3 +148,121 @@ def test_magnification_interpolates():
 def test_impossible_options_are_refused(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
         AugmentOptions(**wrong)
+
+
+# ------------------------------------------------------------------------------------------ several changes at once
+
+# In the order of the eleven numbers that a sample draws: two flips, the rotation, the crop's area, shape and place
+# (four numbers that act together), and four colours.
+FACTORS = {
+    "flip": {"flip": 0.6},
+    "flip_vertical": {"flip_vertical": 0.3},
+    "rotation": {"rotation": 70.0},
+    "crop": {"scale": (0.3, 0.9), "ratio": (0.4, 2.5)},
+    "brightness": {"brightness": 0.25},
+    "contrast": {"contrast": 0.3},
+    "saturation": {"saturation": 0.4},
+    "hue": {"hue": 0.05},
+}
+N_COLOURS = 4
+
+
+def mirrored(place: np.ndarray, n: int) -> np.ndarray:
+    """Places on an axis of n pixels whose centres are 0..n-1, mirrored at the outer edges into [-0.5, n - 0.5]."""
+    period = np.mod(place + 0.5, 2 * n)
+    return np.minimum(period, 2 * n - period) - 0.5
+
+
+def plainly_warped(image: np.ndarray, numbers: np.ndarray, size: int, options: AugmentOptions) -> np.ndarray:
+    """Where every pixel of the result comes from, in source pixels about the patch's centre; bilinear."""
+    _, height, width = image.shape
+    flip_x, flip_y, turn, area, shape, left, top = numbers[:7]
+    share = options.scale[0] + area * (options.scale[1] - options.scale[0])
+    aspect = options.ratio[0] ** (1 - shape) * options.ratio[1] ** shape
+    if options.scale[0] == 1:
+        aspect = 1.0
+    wide, high = min(1, np.sqrt(share * aspect)), min(1, np.sqrt(share / aspect))
+    steps = (np.arange(size) + 0.5) / size - 0.5  # across the result, in its own edge
+    across, down = np.meshgrid(steps * wide * width, steps * high * height)
+    across = -across if flip_x < options.flip else across
+    down = -down if flip_y < options.flip_vertical else down
+    angle = np.radians((2 * turn - 1) * options.rotation)
+    x = np.cos(angle) * across - np.sin(angle) * down + (left - 0.5) * (1 - wide) * width + width / 2 - 0.5
+    y = np.sin(angle) * across + np.cos(angle) * down + (top - 0.5) * (1 - high) * height + height / 2 - 0.5
+    x, y = np.clip(mirrored(x, width), 0, width - 1), np.clip(mirrored(y, height), 0, height - 1)
+    column, row = np.minimum(x.astype(int), width - 2), np.minimum(y.astype(int), height - 2)
+    right, below = x - column, y - row
+    upper = image[:, row, column] * (1 - right) + image[:, row, column + 1] * right
+    lower = image[:, row + 1, column] * (1 - right) + image[:, row + 1, column + 1] * right
+    return upper * (1 - below) + lower * below
+
+
+def grey_of(image: np.ndarray) -> np.ndarray:
+    red, green, blue = image
+    return 0.299 * red + 0.587 * green + 0.114 * blue
+
+
+def plainly_recoloured(image: np.ndarray, numbers: np.ndarray, options: AugmentOptions) -> np.ndarray:
+    """One change after the other, each on what the one before has left."""
+    strengths = (options.brightness, options.contrast, options.saturation)
+    brightness, contrast, saturation = 1 + (2 * numbers[7:10] - 1) * strengths
+    image = image * brightness
+    mean = grey_of(image).mean()
+    image = mean + contrast * (image - mean)
+    grey = grey_of(image)
+    image = grey + saturation * (image - grey)
+    angle = 2 * np.pi * options.hue * (2 * numbers[10] - 1)
+    # A hue is an angle in the plane of colour differences, of television's U and V as of its I and Q.
+    v, u = 0.877283 * (image[0] - grey), 0.492111 * (image[2] - grey)
+    v, u = v * np.cos(angle) - u * np.sin(angle), v * np.sin(angle) + u * np.cos(angle)
+    red, blue = grey + v / 0.877283, grey + u / 0.492111
+    green = (grey - 0.299 * red - 0.114 * blue) / 0.587
+    return np.clip(np.stack([red, green, blue]), 0, 1)
+
+
+def some(factors: tuple[str, ...]) -> AugmentOptions:
+    return only(**{name: value for factor in factors for name, value in FACTORS[factor].items()})
+
+
+@pytest.mark.parametrize(
+    "factors",
+    [*combinations(FACTORS, 2), tuple(FACTORS)],
+    ids=lambda factors: "+".join(factors) if len(factors) < 3 else "all",
+)
+def test_changes_together_are_those_of_a_plain_computation(factors):
+    options = some(factors)
+    generator = torch.Generator().manual_seed(5)
+    batch = 0.3 + 0.4 * torch.rand(6, 3, 20, 29, generator=generator, dtype=torch.float64)
+    batch *= torch.linspace(0.7, 1.0, 6, dtype=torch.float64).view(6, 1, 1, 1)  # no two images have the same mean
+    numbers = draw(6, options, generator=generator)
+    found = augment(batch, numbers, size=17, options=options).numpy()
+    for image, own, changed in zip(batch.numpy(), numbers.double().numpy(), found, strict=True):
+        warped = plainly_warped(image, own, 17, options)
+        # The mean that contrast turns about is that of the result, whose pixels a crop has chosen.
+        expected = plainly_recoloured(warped, own, options)
+        # Constants of both colour planes have six digits, factors are at most 1.4.
+        np.testing.assert_allclose(changed, expected, rtol=0, atol=2e-5)
+
+
+def test_each_flip_has_a_probability_of_its_own():
+    ramp = torch.linspace(0, 1, 8).expand(1, 3, 8, 8)
+    both = (ramp + 3 * ramp.mT) / 4  # rises to the right by 1, downwards by 3
+    n = 2000
+    changed = augment(both.expand(n, -1, -1, -1), draws(n), size=8, options=only(flip=0.8, flip_vertical=0.1))
+    mirrored_x = changed[:, 0, 4, 0] > changed[:, 0, 4, -1]
+    mirrored_y = changed[:, 0, 0, 4] > changed[:, 0, -1, 4]
+    for found, expected in ((mirrored_x, 0.8), (mirrored_y, 0.1), (mirrored_x & mirrored_y, 0.08)):
+        deviation = (expected * (1 - expected) / n) ** 0.5
+        assert abs(found.double().mean().item() - expected) < 5 * deviation
+
+
+def test_every_change_draws_a_number_of_its_own():
+    numbers = draws(4000).double()
+    assert 0 <= numbers.min() < numbers.max() < 1
+    # Correlations of independent numbers have a deviation of 1 / sqrt(n); 55 of them are compared.
+    correlation = torch.corrcoef(numbers.T) - torch.eye(numbers.shape[1])
+    assert correlation.abs().max() < 5 / len(numbers) ** 0.5
+    # A uniform number's variance is 1/12 and its fourth central moment 1/80.
+    assert ((numbers.mean(dim=0) - 0.5).abs() < 5 * (1 / 12 / len(numbers)) ** 0.5).all()
+    spread = ((1 / 80 - 1 / 144) / len(numbers)) ** 0.5
+    assert ((numbers.var(dim=0) - 1 / 12).abs() < 5 * spread).all()

@@ -469,5 +469,49 @@ def test_timm_still_passes_gelu_on_so_the_check_is_needed() -> None:
     assert not isinstance(model.blocks[0].mlp.act, nn.SiLU)
 
 
+@pytest.mark.parametrize("registers", [0, 3])
+@pytest.mark.parametrize(
+    ("pool", "pooling", "behind"),
+    [("token", "cls", True), ("token", "cls", False), ("avg", "mean", True), ("avg", "mean", False)],
+)
+def test_the_norm_behind_the_pooling_is_applied_to_class_token_and_means_alike(
+    pool: str, pooling: str, behind: bool, registers: int
+) -> None:
+    kwargs = {"global_pool": pool, "fc_norm": behind, "reg_tokens": registers, "img_size": 56}
+    record = tiny(kwargs=kwargs, card_pooling=pooling)
+    torch.manual_seed(0)
+    model = build_model(record, None)
+    for norm in (module for module in model.modules() if isinstance(module, nn.LayerNorm)):
+        nn.init.normal_(norm.weight, mean=1)
+        nn.init.normal_(norm.bias)
+    pooled = forward_poolings(model, record, images(size=56))
+    expected = model(images(size=56))  # timm's own pooling, its norm behind it, no classifier
+    torch.testing.assert_close(pooled[pooling], expected)
+    tokens = model.forward_features(images(size=56))
+    normed = model.fc_norm(torch.stack([tokens[:, 0], tokens[:, 1 + registers :].mean(1)]))
+    torch.testing.assert_close(torch.stack([pooled["cls"], pooled["mean"]]), normed)
+
+
+def test_prefixes_go_only_where_every_name_has_them(file: Path) -> None:
+    state = {"module.a": torch.ones(1), "module.b": torch.ones(2, dtype=torch.float16)}
+    assert list(read_checkpoint(saved(state, file).path)) == ["a", "b"]
+    assert read_checkpoint(file)["b"].dtype == torch.float32
+    assert list(read_checkpoint(saved(state | {"c": torch.ones(1)}, file).path)) == ["c", "module.a", "module.b"]
+    nested = {"teacher": {"module.teacher.backbone.a": torch.arange(3)}}
+    found = read_checkpoint(saved(nested, file.with_suffix(".pth")).path)
+    assert list(found) == ["a"]
+    assert found["a"].dtype == torch.int64
+
+
+def test_only_a_classifier_is_left_out_by_name(file: Path) -> None:
+    model = build_model(TINY, None)
+    state = dict(model.state_dict()) | {"head.weight": torch.ones(3, 32), "head.bias": torch.ones(3)}
+    loaded = build_model(TINY, saved(state, file))
+    torch.testing.assert_close(loaded(images()), model(images()))
+    for name in ("head.norm.weight", "heads.weight", "my.head.weight"):
+        with pytest.raises(UserError, match=rf"1 are unknown to it \(first: {name}\)"):
+            build_model(TINY, saved(dict(model.state_dict()) | {name: torch.ones(32)}, file))
+
+
 if __name__ == "__main__":
     print(table_of_models())

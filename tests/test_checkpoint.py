@@ -14,9 +14,11 @@ import timm
 import torch
 from PIL import Image
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from extract.backbones import find_backbone
+from extract.views import make_transform, parse_view
 from features import files
 from features.console import UserError
 from finetune import checkpoint, protocol
@@ -132,6 +134,20 @@ def test_a_full_disk_is_one_message_and_the_older_checkpoint_stays(
 
 
 # ----------------------------------------------------------------------------------------------------- whole trainings
+
+
+def bright_patches(folder: Path) -> Path:
+    """A table of 24 patches of twelve slides, two of them for testing; the positive ones are brighter."""
+    rng = np.random.default_rng(0)
+    rows = ["path,label,group,split"]
+    for row in range(24):
+        slide, positive = row // 2, row % 2
+        pixels = (rng.integers(0, 200, (32, 32, 3)) + 40 * positive).astype(np.uint8)
+        Image.fromarray(pixels).save(folder / f"{row}.png")
+        label, split = ("Atypical" if positive else "Normal"), ("test" if slide > 9 else "train")
+        rows.append(f"{row}.png,{label},slide {slide},{split}")
+    (folder / "bright.csv").write_text("\n".join(rows) + "\n")
+    return folder / "bright.csv"
 
 
 MODELS: dict[Method, str] = {"lora": "test_vit", "head": "test_vit", "full": "test_efficientnet"}
@@ -404,18 +420,39 @@ def test_a_damaged_checkpoint_deleted_as_told_starts_again(
     assert_same_outcome(outcome(folder), undisturbed["lora"][0])
 
 
-def test_predictions_are_those_of_the_best_epochs(
-    undisturbed: dict[Method, Any], material: Path, tmp_path: Path
-) -> None:
+def test_the_same_command_gives_the_same_bytes(material: Path, tmp_path: Path, undisturbed: dict[Method, Any]) -> None:
     folder = finetune(options(material, "lora"), compute=compute(material, "lora"), runs=tmp_path)
+    assert_same_outcome(outcome(folder), undisturbed["lora"][0])
+
+
+def test_predictions_are_those_of_the_best_epochs(material: Path, tmp_path: Path) -> None:
+    """At this rate accuracy is best early and falls; a training that ends at a fold's best epoch has its weights."""
+    chosen = {"train": str(bright_patches(tmp_path)), "recipe": "paper", "learning_rate": 0.03}
+
+    def run_of(epochs: int) -> Path:
+        short = options(material, "lora", **chosen, epochs=epochs)
+        return finetune(short, compute=compute(material, "lora"), runs=tmp_path / str(epochs))
+
+    with pytest.MonkeyPatch.context() as patched:
+        states = remembering(patched)
+        folder = run_of(4)
     predictions, run = read_predictions(folder), read_run(folder)
-    out_of_fold = predictions.select(predictions.split == "validation")
+    assert all(best < 3 for best in run["best_epoch"]), "the last epoch of this example must not be the best"
+    assert max(run["best_epoch"]) > 0, "nor may the first always be"
     for fold, (history, best) in enumerate(zip(run["history"], run["best_epoch"], strict=True)):
-        own = out_of_fold.select(out_of_fold.fold == fold)
+        figures = [epoch["balanced_accuracy"] for epoch in history]
+        assert best == int(np.argmax(figures))
+        own = predictions.select((predictions.fold == fold) & (predictions.split == "validation"))
         hit = (own.logit >= 0) == own.label
         accuracy = np.mean([hit[own.label == value].mean() for value in (0, 1)])
-        assert accuracy == pytest.approx(history[best]["balanced_accuracy"])
-    assert_same_outcome(outcome(folder), undisturbed["lora"][0])  # the same command, the same bytes
+        assert accuracy == pytest.approx(figures[best])
+        assert not torch.allclose(states[best].values[fold], states[-1].values[fold], atol=0.01)
+        ended = read_predictions(run_of(best + 1))
+        for split in ("validation", "test"):
+            found, expected = (
+                each.select((each.fold == fold) & (each.split == split)).logit for each in (predictions, ended)
+            )
+            np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
 
 
 # ------------------------------------------------------------------------------------------------- what must not change
@@ -500,3 +537,101 @@ def test_any_flipped_bit_of_an_interrupted_training_is_refused(begun: Path) -> N
             with pytest.raises(UserError):
                 resume(begun, given={}, compute={})
         (begun / name).write_bytes(whole)
+
+
+@pytest.mark.parametrize("what", ["label", "group", "patch"])
+def test_a_test_set_that_has_changed_since_the_start_is_named(material: Path, tmp_path: Path, what: str) -> None:
+    others = bright_patches(tmp_path)
+    with pytest.MonkeyPatch.context() as patched:
+        remembering(patched, kill_after=1)
+        asked = options(material, "head", test=(str(others),))
+        with pytest.raises(Killed):
+            finetune(asked, compute=compute(material, "head"), runs=tmp_path / "runs")
+    (folder,) = (tmp_path / "runs").iterdir()
+    if what == "patch":
+        Image.fromarray(np.zeros((32, 32, 3), dtype=np.uint8)).save(tmp_path / "3.png")
+    else:
+        old, new = {"label": ("3.png,Atypical", "3.png,Normal"), "group": ("slide 7", "slide 8")}[what]
+        assert old in others.read_text()
+        others.write_text(others.read_text().replace(old, new))
+    with pytest.raises(UserError, match=r"cannot be resumed.*bright.*Restore it"):
+        resume(folder, given={}, compute={})
+
+
+@pytest.mark.parametrize("part", ["values", "best", "moments", "history"])
+def test_a_checkpoint_of_which_any_part_was_changed_is_refused(tmp_path: Path, part: str) -> None:
+    save_state(tmp_path, some_state())
+    path = tmp_path / CHECKPOINT_FILE
+    with safe_open(path, "pt") as file:
+        described = file.metadata()
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    save_file(tensors, path, described)
+    found = load_state(tmp_path, CPU)
+    assert found is not None  # written again as it was
+    if part == "history":
+        (key,) = described
+        assert '"n_steps": [4, 5, 6]' in described[key]
+        described[key] = described[key].replace('"n_steps": [4, 5, 6]', '"n_steps": [4, 5, 7]')
+    else:
+        tensors[part].view(-1)[-1] += 1
+    save_file(tensors, path, described)
+    with pytest.raises(UserError, match=rf"{CHECKPOINT_FILE} is damaged"):
+        load_state(tmp_path, CPU)
+
+
+# Slides for training, for testing and for neither, in no order.
+SPLITS = ["test", "train", "", "train", "train", "", "train", "test", "train", "train", "", "train"]
+
+
+def test_rows_train_validate_and_test_as_the_table_says_in_whatever_order(material: Path, tmp_path: Path) -> None:
+    bright_patches(tmp_path)
+    rows: dict[str, tuple[int, str, str]] = {}
+    for row in range(24):
+        slide = row // 2
+        # Its patches are bright and dark, in turn the one or the other first.
+        source = row ^ (slide % 2)
+        (tmp_path / f"p{row}.png").write_bytes((tmp_path / f"{source}.png").read_bytes())
+        rows[f"p{row}.png"] = source % 2, f"slide {slide}", SPLITS[slide]
+    table = tmp_path / "mixed.csv"
+    lines = [f"{id},{('Normal', 'Atypical')[label]},{group},{split}" for id, (label, group, split) in rows.items()]
+    table.write_text("\n".join(["path,label,group,split", *lines]))
+    asked = options(material, "full", train=str(table), learning_rate=3e-3)
+    folder = finetune(asked, compute=compute(material, "full"), runs=tmp_path / "runs")
+    predictions, run = read_predictions(folder), read_run(folder)
+    for split, name in (("train", "validation"), ("test", "test")):
+        ids = predictions.id[predictions.split == name]
+        assert set(ids.tolist()) == {id for id, row in rows.items() if row[2] == split}
+        assert len(ids) == len(set(ids.tolist())) * (1 if split == "train" else FOLDS)
+    for id, label, group in zip(predictions.id, predictions.label, predictions.group, strict=True):
+        assert (label, group) == rows[id][:2]
+    assert run["cost"]["training_images"] == EPOCHS * sum(
+        int(np.ceil((14 - (predictions.fold[predictions.split == "validation"] == fold).sum()) / 4)) * 4
+        for fold in range(FOLDS)
+    )
+    transform = make_transform(find_backbone("timm/test_efficientnet"), parse_view("full@32"))
+    for fold in range(FOLDS):
+        model = timm.create_model("test_efficientnet", num_classes=2).eval()
+        model.load_state_dict(load_file(folder / f"fold-{fold}" / "model.safetensors"))
+        own = predictions.select(predictions.fold == fold)
+        pixels = [np.asarray(Image.open(tmp_path / id)) for id in own.id]
+        with torch.inference_mode():
+            expected = model(transform(pixels, CPU)).diff(dim=1)[:, 0]
+        np.testing.assert_allclose(own.logit, expected.numpy(), rtol=1e-3, atol=1e-3)
+        held_out = own.select(own.split == "validation")
+        hit = (held_out.logit >= 0) == held_out.label
+        accuracy = np.mean([hit[held_out.label == value].mean() for value in (0, 1)])
+        assert accuracy == pytest.approx(run["history"][fold][run["best_epoch"][fold]]["balanced_accuracy"])
+
+
+def test_the_seed_asked_for_is_the_seed_trained_with(material: Path, tmp_path: Path) -> None:
+    seeds: list[int] = []
+
+    def listen(*_: Any, **named: Any) -> None:
+        seeds.append(named["seed"])
+        raise Killed
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(protocol, "train", listen)
+        with pytest.raises(Killed):
+            finetune(options(material, "head", seed=7), compute=compute(material, "head"), runs=tmp_path)
+    assert seeds == [7]

@@ -3,6 +3,7 @@
 import json
 import math
 from itertools import combinations
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -23,15 +24,21 @@ from probe.curve import (
     read_curve,
     summarise,
 )
+from probe.linear import fit_exact, fit_subset
 from probe.logistic import fit_logistic
 from probe.metrics import balanced_log_loss
-from probe.protocol import ProbeOptions, fit_exact, fit_subset, probe_store
+from probe.probing import ProbeOptions, probe_store
 from probe.runs import read_run
 
 WIDTH = 8
 N_FOLDS = 4
 LEFT_OUT = [(f,) for f in range(N_FOLDS)] + list(combinations(range(N_FOLDS), 2))
 STRENGTHS = (1e-3, 1e-2, 1e-1, 1.0)
+
+
+def probed(*arguments, **options) -> list[Path]:
+    """Probe a store; return the folders of the runs."""
+    return [run.folder for run in probe_store(*arguments, **options)]
 
 
 def table(n: int = 240, seed: int = 0, split: bool = False, slides: int = 40) -> Samples:
@@ -67,11 +74,11 @@ def store(tmp_path) -> FeatureStore:
         store.put_samples(dataset, samples, attrs={})
         for model, signal in (("good", 0.9), ("poor", 0.2)):
             writer = store.begin(
-                dataset, model, "full", poolings={"cls": WIDTH}, card_pooling="cls", parts={"m": model}
+                dataset, model=model, view="full", poolings={"cls": WIDTH}, card_pooling="cls", parts={"m": model}
             )
             X = embeddings(samples, signal)
-            for block, rows in writer.missing_within(range(len(samples))):
-                writer.write(block, {"cls": X[rows.start : rows.stop]})
+            for rows in writer.missing():
+                writer.write(rows, {"cls": X[rows.start : rows.stop]})
     return store
 
 
@@ -143,11 +150,22 @@ def test_all_slides_are_the_runs_own_fit():
     folds, _ = cut(samples)
     X = embeddings(samples)
     (subset,) = subsets_of(samples, (1.0,))
-    whole = fit_exact(X, samples.label, folds, strengths=STRENGTHS)
+    whole = fit_exact(X, samples.label, folds=folds, strengths=STRENGTHS)
     again = fit_subset(X, samples.label, folds, subset, strengths=STRENGTHS)
-    assert again.record == whole.record
-    np.testing.assert_array_equal(again.coef, whole.coef)
-    np.testing.assert_allclose(again.validation_logit, whole.validation_logit, atol=1e-5)
+    # Where a copy of the same rows lies in memory decides how products are cut up, so their last digits.
+    rounded = {"max_gradient", "inner_loss"}
+    assert {k: v for k, v in again.record.items() if k not in rounded} == {
+        k: v for k, v in whole.record.items() if k not in rounded
+    }
+    np.testing.assert_allclose(again.record["inner_loss"], whole.record["inner_loss"], rtol=0, atol=1e-4)
+    assert again.record["n_not_converged"] == 0
+    # Both end where no component of the mean loss's gradient exceeds 1e-6. Along the direction of the difference the
+    # loss curves by 1 / (C n) or more, so in standardised features, of spread 1 here, solutions are as near as this.
+    n_trained = len(samples) * (N_FOLDS - 1) / N_FOLDS
+    within = 2 * 1e-6 * math.sqrt(WIDTH + 1) * n_trained * np.array(whole.record["chosen_strength"])
+    assert within.max() < 1e-2
+    for fold, bound in enumerate(within):
+        np.testing.assert_allclose(again.coef[fold], whole.coef[fold], rtol=0, atol=2 * bound)
 
 
 def test_the_strength_is_chosen_on_the_subsets_labels_alone():
@@ -155,7 +173,7 @@ def test_the_strength_is_chosen_on_the_subsets_labels_alone():
     folds, _ = cut(samples)
     X, y = embeddings(samples), samples.label
     for subset in subsets_of(samples, (0.4,)):
-        probe = fit_subset(X, y, folds, subset, strengths=STRENGTHS)
+        probe = fit_subset(X, y, folds=folds, subset=subset, strengths=STRENGTHS)
         for f in range(N_FOLDS):
             losses = np.zeros(len(STRENGTHS))
             for g in set(range(N_FOLDS)) - {f}:
@@ -164,24 +182,24 @@ def test_the_strength_is_chosen_on_the_subsets_labels_alone():
                     inner = subset.masks[LEFT_OUT.index((min(f, g), max(f, g)))]
                     fit = fit_logistic(X, y, masks=inner[None], strengths=STRENGTHS)
                     losses += balanced_log_loss(y[held], fit.logits[held, 0])
-            assert probe.record["chosen_strength"][f] == STRENGTHS[int(losses.argmin())]
+            assert probe.fit.chosen_strength[f] == STRENGTHS[int(losses.argmin())]
             # The model is the fit on all of the fold's subset, at that strength.
             fit = fit_logistic(X, y, masks=subset.masks[f][None], strengths=[STRENGTHS[int(losses.argmin())]])
             np.testing.assert_allclose(probe.coef[f], fit.coef[0, 0], atol=1e-3)
 
 
 def test_at_fraction_1_the_curve_is_the_run(store, tmp_path):
-    for folder in probe_store(store, options=OPTIONS, runs=tmp_path / "runs"):
+    for folder in probed(store, options=OPTIONS, runs=tmp_path / "runs"):
         run, points = read_run(folder), read_curve(folder)
-        chosen = run["candidates"][0]["chosen_strength"]
-        for name, figures in run["metrics"]["sets"].items():
+        chosen = run.candidates[0].fit.chosen_strength
+        for name, figures in run.figures.sets.items():
             last = [p for p in points if f"{p.dataset}/{p.split}" == name and p.fraction == 1]
             assert [p.fold for p in last] == list(range(N_FOLDS))
             assert [p.strength for p in last] == chosen
             for figure in ("balanced_accuracy", "auroc"):
-                assert [getattr(p, figure) for p in last] == figures["folds"][figure]["each"]
+                assert [getattr(p, figure) for p in last] == list(figures.folds[figure].each)
             (summary,) = [s for s in summarise(points) if f"{s.dataset}/{s.split}" == name and s.fraction == 1]
-            assert (summary.auroc, summary.auroc_std) == tuple(figures["folds"]["auroc"][of] for of in ("mean", "std"))
+            assert (summary.auroc, summary.auroc_std) == (figures.folds["auroc"].mean, figures.folds["auroc"].std)
 
 
 def test_all_models_train_on_the_same_slides_and_more_of_them_help(store, tmp_path):
@@ -199,14 +217,14 @@ def test_all_models_train_on_the_same_slides_and_more_of_them_help(store, tmp_pa
 
 
 def test_a_curve_changes_nothing_of_its_run(store, tmp_path):
-    (plain,) = probe_store(store, ["good"], options=ProbeOptions(cv=N_FOLDS, train="own"), runs=tmp_path / "plain")
-    (curved,) = probe_store(store, ["good"], options=OPTIONS, runs=tmp_path / "curved")
+    (plain,) = probed(store, ["good"], options=ProbeOptions(cv=N_FOLDS, train="own"), runs=tmp_path / "plain")
+    (curved,) = probed(store, ["good"], options=OPTIONS, runs=tmp_path / "curved")
     for name in ("predictions.csv", "metrics.json", "weights.safetensors"):
         assert (plain / name).read_bytes() == (curved / name).read_bytes()
     assert read_curve(plain) == ()
-    assert read_run(plain)["options"]["fractions"] == []
-    assert read_run(curved)["options"]["fractions"] == [0.3, 1.0]
-    assert read_run(curved)["learning_curve"]["n_not_converged"] == 0
+    assert read_run(plain).options["fractions"] == []
+    assert read_run(curved).options["fractions"] == [0.3, 1.0]
+    assert read_run(curved).learning_curve.n_not_converged == 0
 
 
 def test_fractions_are_read_distinct_and_ascending():
@@ -241,15 +259,15 @@ def test_a_fraction_too_small_names_the_smallest_that_works():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (ProbeOptions(train="own", recipe="paper", fractions=(0.5,)), r"--fractions needs --recipe exact"),
-        (ProbeOptions(train="own", cv=2, fractions=(0.5,)), r"at least 3 folds"),
-        (ProbeOptions(train="own", fractions=(1.5,)), r"1.5 is no share"),
-        (ProbeOptions(train="own", fractions=(0.001,)), r"0.001 is too small"),
+        ({"recipe": "paper", "fractions": (0.5,)}, r"`fractions` needs `recipe='exact'`"),
+        ({"cv": 2, "fractions": (0.5,)}, r"at least 3 folds"),
+        ({"fractions": (1.5,)}, r"1.5 is no share"),
+        ({"fractions": (0.001,)}, r"0.001 is too small"),
     ],
 )
 def test_nothing_is_fitted_before_a_mistake_is_told(store, tmp_path, options, message):
     with pytest.raises(UserError, match=message):
-        probe_store(store, options=options, runs=tmp_path / "runs")
+        probed(store, options=ProbeOptions(train="own", **options), runs=tmp_path / "runs")
     assert not (tmp_path / "runs").exists()
 
 
@@ -304,7 +322,7 @@ def test_a_damaged_curve_is_named(tmp_path, damage, message):
 
 
 def test_a_curve_other_than_the_one_that_the_run_wrote_is_refused(store, tmp_path):
-    (folder,) = probe_store(store, ["good"], options=OPTIONS, runs=tmp_path / "runs")
+    (folder,) = probed(store, ["good"], options=OPTIONS, runs=tmp_path / "runs")
     path = folder / "learning_curve.csv"
     lines = path.read_text().splitlines(keepends=True)
     path.write_text("".join(lines[:-1]))

@@ -110,9 +110,10 @@ def test_without_a_hub_only_what_is_cached_can_be_had(
     monkeypatch.delenv("HF_TOKEN")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
     point(NOBODY)
-    start = time.perf_counter()
+    pauses: list[float] = []
+    monkeypatch.setattr(time, "sleep", pauses.append)
     found = diagnose(DoctorOptions(models=("uni", "kaiko-s16", "hf-hub:org/other")))
-    assert time.perf_counter() - start < 5
+    assert pauses == []
     here, absent, unknown = found.models
     assert (here.status, here.cached, here.access) == ("ok", UNI.revision, "not asked")
     assert (absent.status, absent.cached, absent.access) == ("fail", None, "not asked")
@@ -124,11 +125,10 @@ def test_without_a_hub_only_what_is_cached_can_be_had(
 
 def test_a_hub_that_never_answers_holds_nothing_up(stub: StubHub, monkeypatch: pytest.MonkeyPatch) -> None:
     never = threading.Event()
-    monkeypatch.setattr(hub, "check_hub", never.wait)  # as a name server that is away, which heeds no timeout
+    # As a name server that is away, which heeds no timeout. Whoever waits for it has its answer, and fails below.
+    monkeypatch.setattr(hub, "check_hub", lambda: never.wait(60))
     monkeypatch.setattr(doctor, "_HUB_SECONDS", 0.2)
-    start = time.perf_counter()
     found = diagnose(DoctorOptions(models=("efficientnet-lite0",)))
-    assert time.perf_counter() - start < 5
     assert "no answer" in check(found, "hub").remedy
     never.set()
 
@@ -231,12 +231,14 @@ def test_the_store(stub: StubHub, tmp_path: Path) -> None:
     opened = FeatureStore.open_or_create(path)
     table = make_samples([f"{i}.png" for i in range(n)], [i % 2 for i in range(n)], sha256=[str(i) for i in range(n)])
     opened.put_samples("patches", table, attrs={})
-    writer = opened.begin("patches", "uni", "full", poolings={"cls": 3}, card_pooling="cls", parts={"model": "uni"})
+    writer = opened.begin(
+        "patches", model="uni", view="full", poolings={"cls": 3}, card_pooling="cls", parts={"model": "uni"}
+    )
     blocks = writer.missing()
-    writer.write(0, {"cls": np.ones((len(blocks[0]), 3), np.float32)})
+    writer.write(blocks[0], {"cls": np.ones((len(blocks[0]), 3), np.float32)})
     line = store(path)
     assert (line.status, line.found) == ("note", "1 dataset, 1 set of embeddings, 1 unfinished")
-    writer.write(1, {"cls": np.ones((len(blocks[1]), 3), np.float32)})
+    writer.write(blocks[1], {"cls": np.ones((len(blocks[1]), 3), np.float32)})
     assert store(path, verify=True).found.endswith("every byte sound")
     block = writer.entry.block_path("cls", 1)
     block.write_bytes(block.read_bytes()[:-1] + b"?")

@@ -12,9 +12,12 @@ from scipy import stats
 from sklearn.metrics import balanced_accuracy_score, roc_auc_score
 
 from features.console import UserError
-from probe import evidence
-from probe.evidence import COMPARED, Ensemble, Resampling, as_dict, compare, ensemble, evaluate, judge
-from probe.metrics import NAMES, best_threshold, scores
+from probe import evidence, resample, significance
+from probe.domains import by_domain
+from probe.evidence import COMPARED, Ensemble, compare, ensemble_of, evaluate, judge
+from probe.metrics import NAMES, as_dict, best_threshold, scores
+from probe.raters import RATER_FIGURES, by_agreement
+from probe.resample import Resampling
 from probe.runs import Predictions
 
 QUICK = Resampling(replicates=400)
@@ -80,7 +83,7 @@ def predictions(seed: int = 0) -> Predictions:
 
 def test_an_ensemble_is_the_mean_over_fold_models_in_the_order_of_the_table():
     run = predictions()
-    judged = ensemble(run, "ami-br", "test")
+    judged = ensemble_of(run, "ami-br", "test")
     assert judged.id.tolist() == ["t2.png", "t0.png", "t3.png", "t1.png"]
     assert judged.label.tolist() == [0, 0, 1, 1]
     assert judged.group.tolist() == ["slide 1", "slide 0", "slide 1", "slide 0"]
@@ -88,19 +91,19 @@ def test_an_ensemble_is_the_mean_over_fold_models_in_the_order_of_the_table():
     assert judged.probability[0] == pytest.approx(of_t2.mean(), abs=1e-15)
     held_out = run.split == "validation"
     assert judged.threshold == best_threshold(run.label[held_out], run.probability[held_out])
-    assert len(ensemble(run, "ami-br", "validation")) == 5
+    assert len(ensemble_of(run, "ami-br", "validation")) == 5
 
 
 def test_the_figures_are_those_that_the_run_recorded():
     run = predictions()
-    recorded = evaluate(run)["sets"]["ami-br/test"]["ensemble"]
-    figures = judge(ensemble(run, "ami-br", "test"), how=QUICK).figures
+    recorded = evaluate(run).as_dict()["sets"]["ami-br/test"]["ensemble"]
+    figures = judge(ensemble_of(run, "ami-br", "test"), resampling=QUICK).figures
     assert {name: figure.value for name, figure in figures.items()} == pytest.approx(recorded, abs=1e-12)
 
 
 def test_a_run_without_out_of_fold_predictions_is_judged_at_one_half():
     run = predictions()
-    assert ensemble(run.select(run.split == "test"), "ami-br", "test").threshold == 0.5
+    assert ensemble_of(run.select(run.split == "test"), "ami-br", "test").threshold == 0.5
 
 
 def edited(run: Predictions, column: str, row: int, value: object) -> Predictions:
@@ -113,17 +116,17 @@ def test_damaged_predictions_are_refused():
     run = predictions()
     row = int(np.flatnonzero(run.id == "t0.png")[0])
     with pytest.raises(UserError, match=r"no predictions of atnorm-br/test; it has: ami-br/test, ami-br/validation"):
-        ensemble(run, "atnorm-br", "test")
+        ensemble_of(run, "atnorm-br", "test")
     with pytest.raises(UserError, match=r"ami-br/test: a patch occurs twice for one fold"):
-        ensemble(edited(run, "fold", row, run.fold[row + 1]), "ami-br", "test")
+        ensemble_of(edited(run, "fold", row, run.fold[row + 1]), "ami-br", "test")
     with pytest.raises(UserError, match=r"t0.png has 1 fold models, others have 2"):
-        ensemble(run.select(np.arange(len(run.id)) != row), "ami-br", "test")
+        ensemble_of(run.select(np.arange(len(run.id)) != row), "ami-br", "test")
     with pytest.raises(UserError, match=r"t0.png has two labels"):
-        ensemble(edited(run, "label", row, 1), "ami-br", "test")
+        ensemble_of(edited(run, "label", row, 1), "ami-br", "test")
     with pytest.raises(UserError, match=r"t0.png has two groups"):
-        ensemble(edited(run, "group", row, "slide 9"), "ami-br", "test")
+        ensemble_of(edited(run, "group", row, "slide 9"), "ami-br", "test")
     with pytest.raises(UserError, match=r"ami-br/test: 1 are no numbers"):
-        ensemble(edited(run, "logit", row, np.nan), "ami-br", "test")
+        ensemble_of(edited(run, "logit", row, np.nan), "ami-br", "test")
 
 
 def test_a_patch_table_is_aligned_by_id():
@@ -141,17 +144,17 @@ def test_a_patch_table_is_aligned_by_id():
 
 def test_what_was_resampled_is_said():
     judged = some_run()
-    by_slide, alone = judge(judged, how=QUICK), judge(by_patch(judged), how=QUICK)
+    by_slide, alone = judge(judged, resampling=QUICK), judge(by_patch(judged), resampling=QUICK)
     assert (by_slide.unit, by_slide.n_clusters, by_slide.n_alone) == ("slide", 30, 0)
     assert (alone.unit, alone.n_clusters, alone.n_alone) == ("sample", len(judged), 0)
     some_unknown = replace(judged, group=np.where(np.arange(len(judged)) < 3, "", judged.group))
-    mixed = judge(some_unknown, how=QUICK)
+    mixed = judge(some_unknown, resampling=QUICK)
     assert (mixed.unit, mixed.n_alone) == ("slide", 3)
     assert mixed.n_clusters == len(set(judged.group[3:])) + 3
 
 
 def test_every_figure_has_an_interval_around_it():
-    judgement = judge(some_run(n_slides=60), how=QUICK)
+    judgement = judge(some_run(n_slides=60), resampling=QUICK)
     assert tuple(judgement.figures) == NAMES
     for figure in judgement.figures.values():
         assert 0 <= figure.low < figure.value < figure.high <= 1
@@ -161,9 +164,9 @@ def test_every_figure_has_an_interval_around_it():
 def test_a_slide_drawn_twice_counts_twice():
     """The percentiles beneath an interval are those of resampling slides' rows one by one."""
     judged = some_run(n_slides=12)
-    clusters = evidence._clusters(judged.group)
-    found = evidence._resample([evidence._tally(judged, clusters)], clusters.n, Resampling(replicates=100))
-    for j, times in enumerate(np.concatenate(list(evidence._draws(clusters.n, Resampling(replicates=100))))):
+    clusters = resample.make_clusters(judged.group)
+    found = resample.resample([evidence.tally_of(judged, clusters)], clusters.n, Resampling(replicates=100))
+    for j, times in enumerate(np.concatenate(list(resample._draws(clusters.n, Resampling(replicates=100))))):
         rows = np.concatenate([np.repeat(np.flatnonzero(clusters.index == k), times[k]) for k in range(clusters.n)])
         if len(set(judged.label[rows])) == 2:
             assert found.drawn["auroc"][0, j] == pytest.approx(
@@ -173,16 +176,16 @@ def test_a_slide_drawn_twice_counts_twice():
 
 def test_the_same_seed_gives_the_same_intervals():
     judged = some_run()
-    assert judge(judged, how=QUICK) == judge(judged, how=QUICK)
-    other = judge(judged, how=replace(QUICK, seed=1))
-    assert other.figures["auroc"].value == judge(judged, how=QUICK).figures["auroc"].value
-    assert other.figures["auroc"].low != judge(judged, how=QUICK).figures["auroc"].low
+    assert judge(judged, resampling=QUICK) == judge(judged, resampling=QUICK)
+    other = judge(judged, resampling=replace(QUICK, seed=1))
+    assert other.figures["auroc"].value == judge(judged, resampling=QUICK).figures["auroc"].value
+    assert other.figures["auroc"].low != judge(judged, resampling=QUICK).figures["auroc"].low
 
 
 def test_a_wider_level_gives_a_wider_interval():
     widths = []
     for level in (0.8, 0.95, 0.99):
-        figure = judge(some_run(), how=Resampling(level=level)).figures["auroc"]
+        figure = judge(some_run(), resampling=Resampling(level=level)).figures["auroc"]
         widths.append(figure.high - figure.low)
     assert widths == sorted(widths)
 
@@ -203,8 +206,8 @@ def test_slides_cover_as_asked_where_patches_fall_short():
     samples = 250  # the standard error of a coverage of 95 % is 1.4 %
     for seed in range(samples):
         judged = slides(rng, 40)[0]
-        how = Resampling(replicates=300, seed=seed)
-        for judgement in (judge(judged, how=how), judge(by_patch(judged), how=how)):
+        resampling = Resampling(replicates=300, seed=seed)
+        for judgement in (judge(judged, resampling=resampling), judge(by_patch(judged), resampling=resampling)):
             for name, figure in judgement.figures.items():
                 covered[judgement.unit][name] += figure.low <= truth[name] <= figure.high
     for name in NAMES:
@@ -219,38 +222,38 @@ def test_equal_slides_need_no_more_than_students_t():
     rng = np.random.default_rng(0)
     drawn = rng.standard_normal(1000) / np.sqrt(40)
     moved = np.tile([-1.0, 1.0], 20) / 40
-    assert evidence._spread(0.0, drawn, moved, 40).freedom == 39
+    assert resample.make_spread(0.0, drawn, moved, n_clusters=40).freedom == 39
     moved[0] = 10
-    assert evidence._spread(0.0, drawn, moved, 40).freedom < 2.5
+    assert resample.make_spread(0.0, drawn, moved, n_clusters=40).freedom < 2.5
 
 
 @pytest.mark.parametrize(("freedom", "tolerance"), [(3, 0.04), (7, 0.004), (30, 2e-4), (1000, 1e-6)])
 def test_students_quantiles(freedom, tolerance):
     for level in (0.6, 0.9, 0.975, 0.995):
-        t = evidence._to_t(stats.norm.ppf(level), freedom)
+        t = resample._to_t(stats.norm.ppf(level), freedom)
         assert t == pytest.approx(stats.t.ppf(level, freedom), rel=tolerance)
-        assert evidence._to_z(t, freedom) == pytest.approx(stats.norm.ppf(level), rel=1e-12)
-    assert evidence._to_t(-1.96, freedom) == -evidence._to_t(1.96, freedom)
+        assert resample._to_z(t, freedom) == pytest.approx(stats.norm.ppf(level), rel=1e-12)
+    assert resample._to_t(-1.96, freedom) == -resample._to_t(1.96, freedom)
 
 
 def test_no_interval_where_the_data_give_none():
     perfect = patches([0, 0, 1, 1] * 5, [0.1, 0.2, 0.8, 0.9] * 5, group=np.repeat(np.arange(10), 2).astype(str))
-    figure = judge(perfect, how=QUICK).figures["auroc"]
+    figure = judge(perfect, resampling=QUICK).figures["auroc"]
     assert figure.value == 1
     assert np.isnan([figure.low, figure.high]).all()
 
-    one_slide = judge(replace(perfect, group=np.full(20, "only")), how=QUICK)
+    one_slide = judge(replace(perfect, group=np.full(20, "only")), resampling=QUICK)
     assert one_slide.n_clusters == 1
     assert np.isnan(one_slide.figures["brier"].low)
 
     rng = np.random.default_rng(0)
     judged = patches(np.arange(40) < 4, rng.random(40), group=(np.arange(40) // 4).astype(str))  # positives: one slide
-    figures = judge(judged, how=QUICK).figures
+    figures = judge(judged, resampling=QUICK).figures
     assert np.isnan(figures["auroc"].low)
     assert figures["auroc"].n_undefined > 100
     assert figures["specificity"].low < figures["specificity"].high
 
-    no_positives = judge(patches([0] * 5, rng.random(5)), how=QUICK).figures["auroc"]
+    no_positives = judge(patches([0] * 5, rng.random(5)), resampling=QUICK).figures["auroc"]
     assert np.isnan(no_positives.value)
     assert no_positives.n_undefined == QUICK.replicates
 
@@ -258,16 +261,16 @@ def test_no_interval_where_the_data_give_none():
 def test_resamples_without_a_class_are_counted():
     rng = np.random.default_rng(0)
     judged = patches(np.arange(40) % 20 == 0, rng.random(40), group=(np.arange(40) // 4).astype(str))  # in 2 of 10
-    figure = judge(judged, how=Resampling()).figures["auroc"]
+    figure = judge(judged, resampling=Resampling()).figures["auroc"]
     assert figure.n_undefined / 10_000 == pytest.approx(0.8**10, abs=0.02)
     assert figure.low < figure.value < figure.high
 
 
 def test_very_many_clusters_need_no_widening(monkeypatch):
     judged = some_run()
-    widened = judge(judged, how=QUICK).figures["auroc"]
-    monkeypatch.setattr(evidence, "_MOST_LEFT_OUT", 10)
-    plain = judge(judged, how=QUICK).figures["auroc"]
+    widened = judge(judged, resampling=QUICK).figures["auroc"]
+    monkeypatch.setattr(resample, "_MOST_LEFT_OUT", 10)
+    plain = judge(judged, resampling=QUICK).figures["auroc"]
     assert widened.low < plain.low < plain.high < widened.high
 
 
@@ -275,13 +278,13 @@ def test_of_very_many_patches_bundles_are_drawn_and_intervals_stay_as_wide(monke
     rng = np.random.default_rng(1)
     label = np.arange(3000) % 4 == 0
     judged = patches(label, np.clip(0.3 + 0.2 * label + 0.2 * rng.standard_normal(3000), 0, 1))
-    how = Resampling(replicates=2000)
-    alone = judge(judged, how=how)
-    monkeypatch.setattr(evidence, "_MANY", 1000)
-    monkeypatch.setattr(evidence, "_BUNDLES", 500)
-    bundled = judge(judged, how=how)
+    resampling = Resampling(replicates=2000)
+    alone = judge(judged, resampling=resampling)
+    monkeypatch.setattr(resample, "_MANY", 1000)
+    monkeypatch.setattr(resample, "_BUNDLES", 500)
+    bundled = judge(judged, resampling=resampling)
     assert (bundled.n_clusters, bundled.unit) == (3000, "sample")
-    assert evidence._clusters(judged.group).independent
+    assert resample.make_clusters(judged.group).independent
     for name, figure in bundled.figures.items():
         expected = alone.figures[name]
         assert figure.value == pytest.approx(expected.value, abs=1e-12)
@@ -292,7 +295,7 @@ def test_ten_thousand_replicates_take_well_under_two_seconds():
     rng = np.random.default_rng(0)
     label = np.arange(2107) % 10 == 0
     started = time.process_time()
-    judge(patches(label, rng.random(2107)), how=Resampling(replicates=10_000))
+    judge(patches(label, rng.random(2107)), resampling=Resampling(replicates=10_000))
     assert time.process_time() - started < 2
 
 
@@ -305,11 +308,11 @@ def test_the_paired_test_keeps_its_level():
     rejected, naive, samples = dict.fromkeys(COMPARED, 0), 0, 300
     for seed in range(samples):
         first, second = slides(rng, 40, runs=2)
-        how = Resampling(replicates=300, seed=seed)
-        pair = compare({"a": first, "b": second}, how=how).pairs[0]
+        resampling = Resampling(replicates=300, seed=seed)
+        pair = compare({"a": first, "b": second}, resampling=resampling).pairs[0]
         for name in COMPARED:
             rejected[name] += pair.differences[name].p < 0.05
-        area, covariance = evidence.delong(first.label, np.stack([first.probability, second.probability]))
+        area, covariance = significance.delong(first.label, np.stack([first.probability, second.probability]))
         error = np.sqrt(covariance[0, 0] + covariance[1, 1] - 2 * covariance[0, 1])
         naive += stats.norm.sf(abs(area[0] - area[1]) / error) < 0.025
     for name in COMPARED:
@@ -322,7 +325,7 @@ def test_p_and_interval_agree():
     called = 0
     for seed in range(20):
         first, second = slides(rng, 30, runs=2, gain=1.5)
-        pair = compare({"a": first, "b": second}, how=Resampling(replicates=4000, seed=seed)).pairs[0]
+        pair = compare({"a": first, "b": second}, resampling=Resampling(replicates=4000, seed=seed)).pairs[0]
         for difference in pair.differences.values():
             excluded = difference.low > 0 or difference.high < 0
             called += excluded
@@ -335,11 +338,11 @@ def test_beyond_all_resamples_the_tail_goes_on():
     """With 10,000 resamples, or with 100: many pairs can be told apart, and a demanding level finds no end."""
     rng = np.random.default_rng(0)
     for replicates in (100, 10_000):
-        spread = evidence._spread(0.1, 0.1 + 0.01 * rng.standard_normal(replicates), np.empty(0), 10_000)
-        assert 1e-30 < spread.p_of(0.0) < 1e-15
-        low, high = spread.at(1 - 1e-9)
+        spread = resample.make_spread(0.1, 0.1 + 0.01 * rng.standard_normal(replicates), np.empty(0), n_clusters=10_000)
+        assert 1e-30 < spread.p_value(0.0) < 1e-15
+        low, high = spread.ends(1 - 1e-9)
         assert (low, high) == pytest.approx((0.1 - 0.061, 0.1 + 0.061), abs=0.01)
-        assert spread.p_of(low) == pytest.approx(1e-9, rel=1e-3)
+        assert spread.p_value(low) == pytest.approx(1e-9, rel=1e-3)
 
 
 def test_a_clear_difference_is_found_and_its_sign_is_first_minus_second():
@@ -357,28 +360,33 @@ def test_a_clear_difference_is_found_and_its_sign_is_first_minus_second():
 
 def test_a_comparison_turned_round_is_the_same():
     first, second = slides(np.random.default_rng(2), 30, runs=2)
-    there, back = compare({"a": first, "b": second}, how=QUICK), compare({"b": second, "a": first}, how=QUICK)
+    there, back = (
+        compare({"a": first, "b": second}, resampling=QUICK),
+        compare({"b": second, "a": first}, resampling=QUICK),
+    )
     for name in COMPARED:
         one, other = there.pairs[0].differences[name], back.pairs[0].differences[name]
         expected = (-other.value, -other.high, -other.low, other.p)
         assert (one.value, one.low, one.high, one.p) == pytest.approx(expected, rel=1e-12)
-    assert there.judgements["a"] == back.judgements["a"] == judge(first, how=QUICK)
+    assert there.judgements["a"] == back.judgements["a"] == judge(first, resampling=QUICK)
 
 
 def test_rows_are_matched_by_id():
     first, second = slides(np.random.default_rng(2), 30, runs=2)
     shuffled = second.select(np.random.default_rng(0).permutation(len(second)))
-    assert compare({"a": first, "b": shuffled}, how=QUICK) == compare({"a": first, "b": second}, how=QUICK)
+    assert compare({"a": first, "b": shuffled}, resampling=QUICK) == compare(
+        {"a": first, "b": second}, resampling=QUICK
+    )
 
 
 def test_a_run_does_not_differ_from_itself():
     judged = some_run()
-    found = compare({"a": judged, "again": judged}, how=QUICK)
+    found = compare({"a": judged, "again": judged}, resampling=QUICK)
     for name in COMPARED:
-        assert found.pairs[0].differences[name] == evidence.Difference(0.0, 0.0, 0.0, 1.0, 1.0, 0)
+        assert found.pairs[0].differences[name] == significance.Difference(0.0, 0.0, 0.0, 1.0, 1.0, 0)
         assert found.ranks[name]["a"].value == found.ranks[name]["again"].value == 1
         assert found.ranks[name]["again"].share_first == 1
-    test = compare({"a": by_patch(judged), "again": by_patch(judged)}, how=QUICK).pairs[0].delong
+    test = compare({"a": by_patch(judged), "again": by_patch(judged)}, resampling=QUICK).pairs[0].delong
     assert (test.value, test.standard_error, test.z, test.p) == (0, 0, 0, 1)
 
 
@@ -413,15 +421,15 @@ def test_ranks_share_the_better_place():
 
 
 def test_holm():
-    assert evidence.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
-    assert evidence.holm([0.5, 0.9]) == pytest.approx([1, 1])
-    assert evidence.holm([0.01, np.nan, 0.04]) == pytest.approx([0.02, np.nan, 0.04], nan_ok=True)
-    assert len(evidence.holm([])) == 0
+    assert significance.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert significance.holm([0.5, 0.9]) == pytest.approx([1, 1])
+    assert significance.holm([0.01, np.nan, 0.04]) == pytest.approx([0.02, np.nan, 0.04], nan_ok=True)
+    assert len(significance.holm([])) == 0
 
 
 def test_differences_are_adjusted_for_all_pairs():
     runs = dict(zip("abcd", slides(np.random.default_rng(4), 40, runs=4, gain=0.8), strict=True))
-    pairs = compare(runs, how=QUICK).pairs
+    pairs = compare(runs, resampling=QUICK).pairs
     assert [(pair.first, pair.second) for pair in pairs] == [
         ("a", "b"),
         ("a", "c"),
@@ -432,7 +440,7 @@ def test_differences_are_adjusted_for_all_pairs():
     ]
     for name in COMPARED:
         raw = [pair.differences[name].p for pair in pairs]
-        assert [pair.differences[name].p_holm for pair in pairs] == pytest.approx(evidence.holm(raw))
+        assert [pair.differences[name].p_holm for pair in pairs] == pytest.approx(significance.holm(raw))
 
 
 # The ovarian-cancer data of DeLong, DeLong and Clarke-Pearson (1988) as the SAS/STAT User's Guide prints them, PROC
@@ -450,13 +458,13 @@ OVARIAN = """
 
 def test_delongs_own_example():
     albumin, protein, kg, helped = np.array(OVARIAN.split(), dtype=float).reshape(-1, 4).T
-    area, covariance = evidence.delong(helped, np.stack([albumin, protein, 10 - kg]))
+    area, covariance = significance.delong(helped, np.stack([albumin, protein, 10 - kg]))
     assert area == pytest.approx([0.7366, 0.6478, 0.7258], abs=5e-5)
     assert np.sqrt(np.diag(covariance)) == pytest.approx([0.0927, 0.1000, 0.1028], abs=5e-5)
     runs = {
         name: patches(helped, values) for name, values in (("albumin", albumin), ("protein", protein), ("kg", 10 - kg))
     }
-    tests = {(pair.first, pair.second): pair.delong for pair in compare(runs, how=QUICK).pairs}
+    tests = {(pair.first, pair.second): pair.delong for pair in compare(runs, resampling=QUICK).pairs}
     first, second = tests["albumin", "kg"], tests["protein", "kg"]
     assert (first.value, first.standard_error, first.z**2) == pytest.approx((0.0108, 0.0953, 0.0127), abs=5e-5)
     assert (second.value, second.standard_error, second.z**2) == pytest.approx((-0.0780, 0.1046, 0.5554), abs=5e-5)
@@ -477,7 +485,7 @@ def test_delong_equals_the_sum_over_pairs(decimals):
     rng = np.random.default_rng(1)
     label = rng.random(80) < 0.3
     score = np.round(rng.standard_normal((3, 80)) + label, decimals)
-    area, covariance = evidence.delong(label, score)
+    area, covariance = significance.delong(label, score)
     positives, negatives = zip(*(placements(label, row) for row in score), strict=True)
     assert area == pytest.approx([roc_auc_score(label, row) for row in score], abs=1e-12)
     expected = np.cov(positives) / label.sum() + np.cov(negatives) / (~label).sum()
@@ -486,21 +494,21 @@ def test_delong_equals_the_sum_over_pairs(decimals):
 
 def test_delong_is_for_independent_samples_only():
     first, second = slides(np.random.default_rng(1), 30, runs=2)
-    assert compare({"a": first, "b": second}, how=QUICK).pairs[0].delong is None
-    test = compare({"a": by_patch(first), "b": by_patch(second)}, how=QUICK).pairs[0].delong
+    assert compare({"a": first, "b": second}, resampling=QUICK).pairs[0].delong is None
+    test = compare({"a": by_patch(first), "b": by_patch(second)}, resampling=QUICK).pairs[0].delong
     assert test.first == pytest.approx(roc_auc_score(first.label, first.probability), abs=1e-12)
 
 
 def test_delong_without_variance():
     label = [0, 0, 1, 1]
     right, wrong = patches(label, [0.1, 0.2, 0.8, 0.9]), patches(label, [0.9, 0.8, 0.2, 0.1])
-    test = compare({"right": right, "wrong": wrong}, how=QUICK).pairs[0].delong
+    test = compare({"right": right, "wrong": wrong}, resampling=QUICK).pairs[0].delong
     assert (test.value, test.p) == (1, 0)
     assert as_dict(test)["z"] is None
     with pytest.raises(ValueError, match="needs two samples of each class, got 1 and 3"):
-        evidence.delong([0, 0, 0, 1], [0.1, 0.2, 0.3, 0.4])
+        significance.delong([0, 0, 0, 1], [0.1, 0.2, 0.3, 0.4])
     single = patches([0, 0, 0, 1], [0.1, 0.2, 0.3, 0.4])
-    assert compare({"a": single, "b": single}, how=QUICK).pairs[0].delong is None
+    assert compare({"a": single, "b": single}, resampling=QUICK).pairs[0].delong is None
 
 
 # --- by rater ---------------------------------------------------------------------------------------------------------
@@ -510,11 +518,11 @@ def test_a_rater_is_judged_by_the_others():
     votes = np.array([[1, 1, 1], [1, 1, 0], [0, 1, 1], [0, 0, 0], [0, 0, 1], [1, 0, 0], [-1, 1, 1], [-1, -1, 1]])
     label = [1, 1, 1, 0, 0, 0, 1, 1]
     judged = patches(label, [0.9, 0.8, 0.7, 0.1, 0.2, 0.6, 0.3, 0.9])
-    view = evidence.by_agreement(judged, votes, how=QUICK)
+    view = by_agreement(judged, votes, resampling=QUICK)
     first, second, _ = view.raters
     # The first rater: the others agree on rows 0, 2, 3, 5 (1, 1, 0, 0), are split on 1 and 4; rows 6, 7 lack a vote.
     assert (first.n, first.n_positive, first.n_tied, first.n_missing) == (4, 2, 2, 2)
-    assert [first.rater[name].value for name in evidence.OF_RATERS] == [0.5, 0.5, 0.5]
+    assert [first.rater[name].value for name in RATER_FIGURES] == [0.5, 0.5, 0.5]
     assert first.run["sensitivity"].value == 1
     assert first.run["specificity"].value == 0.5
     assert first.difference.value == 0.25
@@ -530,7 +538,7 @@ def test_raters_and_run_are_compared_on_the_same_figures():
     judged = some_run(n_slides=60)
     rng = np.random.default_rng(0)
     votes = np.where(rng.random((len(judged), 5)) < 0.9, judged.label[:, None], 1 - judged.label[:, None])
-    view = evidence.by_agreement(judged, votes, how=QUICK)
+    view = by_agreement(judged, votes, resampling=QUICK)
     assert len(view.raters) == 5
     assert view.unanimous.n + view.disputed.n == len(judged)
     assert view.unanimous.unit == "slide"
@@ -544,11 +552,11 @@ def test_raters_and_run_are_compared_on_the_same_figures():
 
 def test_without_dispute_there_is_no_disputed_view():
     judged = patches([0, 1, 0, 1], [0.1, 0.9, 0.2, 0.8])
-    view = evidence.by_agreement(judged, np.repeat(judged.label[:, None], 3, axis=1), how=QUICK)
+    view = by_agreement(judged, np.repeat(judged.label[:, None], 3, axis=1), resampling=QUICK)
     assert view.disputed is None
     never = np.repeat(judged.label[:, None], 3, axis=1)
     never[:, 2] = -1
-    silent = evidence.by_agreement(judged, never, how=QUICK).raters[2]
+    silent = by_agreement(judged, never, resampling=QUICK).raters[2]
     assert (silent.n, silent.n_missing) == (0, 4)
     assert np.isnan(silent.rater["balanced_accuracy"].value)
 
@@ -556,11 +564,11 @@ def test_without_dispute_there_is_no_disputed_view():
 def test_votes_that_are_none_are_refused():
     judged = patches([0, 1], [0.1, 0.9])
     with pytest.raises(ValueError, match=r"votes must be \(2, raters\), got shape \(3, 3\)"):
-        evidence.by_agreement(judged, np.zeros((3, 3), dtype=int))
+        by_agreement(judged, np.zeros((3, 3), dtype=int))
     with pytest.raises(ValueError, match=r"votes must be 0, 1 or -1, found \[2\]"):
-        evidence.by_agreement(judged, np.full((2, 3), 2))
+        by_agreement(judged, np.full((2, 3), 2))
     with pytest.raises(UserError, match=r"ami-br has the votes of 1 raters; agreement needs two"):
-        evidence.by_agreement(judged, np.zeros((2, 1), dtype=int))
+        by_agreement(judged, np.zeros((2, 1), dtype=int))
 
 
 # --- by domain --------------------------------------------------------------------------------------------------------
@@ -571,7 +579,7 @@ def test_every_domain_counts_the_same():
     slide = judged.group.astype(int)
     domain = np.where(slide < 60, "lymphoma", np.where(slide < 75, "mast cell", "lung"))
     domain[:4] = ""
-    view = evidence.by_domain(judged, domain, how=QUICK)
+    view = by_domain(judged, domain, resampling=QUICK)
     assert list(view.domains) == ["lung", "lymphoma", "mast cell"]
     assert view.n_without == 4
     for name in NAMES:
@@ -582,26 +590,26 @@ def test_every_domain_counts_the_same():
         assert (view.worst[name].domain, view.worst[name].value) == (worst, pytest.approx(values[worst]))
         assert 0 < view.worst[name].share <= 1
         assert view.macro[name].low < view.macro[name].high
-    lung = judge(judged.select(domain == "lung"), how=QUICK)
+    lung = judge(judged.select(domain == "lung"), resampling=QUICK)
     assert view.domains["lung"] == lung
     assert lung.n_clusters == 15
 
 
 def test_a_slide_may_lie_in_two_domains():
     judged = some_run(n_slides=40)
-    view = evidence.by_domain(judged, np.where(np.arange(len(judged)) % 2, "scanner 1", "scanner 2"), how=QUICK)
-    whole = judge(judged, how=QUICK).figures["specificity"]
+    view = by_domain(judged, np.where(np.arange(len(judged)) % 2, "scanner 1", "scanner 2"), resampling=QUICK)
+    whole = judge(judged, resampling=QUICK).figures["specificity"]
     assert view.macro["specificity"].value == pytest.approx(whole.value, abs=0.05)
     assert view.macro["specificity"].low < whole.value < view.macro["specificity"].high
 
 
 def test_a_domain_without_a_class_is_left_out_of_the_mean():
     judged = patches([0, 1, 0, 1, 0, 1, 0, 0], [0.1, 0.8, 0.3, 0.4, 0.7, 0.9, 0.4, 0.6])
-    view = evidence.by_domain(judged, np.array(["a"] * 6 + ["b"] * 2), how=QUICK)
+    view = by_domain(judged, np.array(["a"] * 6 + ["b"] * 2), resampling=QUICK)
     assert view.n_domains["auroc"] == 1
     assert view.n_domains["brier"] == 2
     assert view.macro["auroc"].value == view.domains["a"].figures["auroc"].value
-    nothing = evidence.by_domain(judged.select(judged.label == 0), np.array(["a"] * 5), how=QUICK)
+    nothing = by_domain(judged.select(judged.label == 0), np.array(["a"] * 5), resampling=QUICK)
     assert np.isnan(nothing.macro["auroc"].value)
     assert nothing.worst["auroc"] is None
 
@@ -609,9 +617,9 @@ def test_a_domain_without_a_class_is_left_out_of_the_mean():
 def test_domains_that_are_none_are_refused():
     judged = patches([0, 1], [0.1, 0.9])
     with pytest.raises(ValueError, match=r"domain must be \(2,\), got shape \(3,\)"):
-        evidence.by_domain(judged, np.array(["a", "b", "c"]))
+        by_domain(judged, np.array(["a", "b", "c"]))
     with pytest.raises(UserError, match=r"ami-br has no domains"):
-        evidence.by_domain(judged, np.array(["", ""]))
+        by_domain(judged, np.array(["", ""]))
 
 
 # --- what is kept -----------------------------------------------------------------------------------------------------
@@ -622,11 +630,11 @@ def test_results_are_plain_json():
     votes = np.stack([judged.label] * 3, axis=1)
     domain = np.array(["a", "b"])[np.arange(len(judged)) % 2]
     results = (
-        compare({"a": judged, "b": other}, how=QUICK),
-        compare({"a": by_patch(judged), "b": by_patch(other)}, how=QUICK),
-        evidence.by_agreement(judged, votes, how=QUICK),
-        evidence.by_domain(judged, domain, how=QUICK),
-        judge(patches([0, 0], [0.1, 0.2]), how=QUICK),
+        compare({"a": judged, "b": other}, resampling=QUICK),
+        compare({"a": by_patch(judged), "b": by_patch(other)}, resampling=QUICK),
+        by_agreement(judged, votes, resampling=QUICK),
+        by_domain(judged, domain, resampling=QUICK),
+        judge(patches([0, 0], [0.1, 0.2]), resampling=QUICK),
     )
     for result in results:
         plain = as_dict(result)

@@ -170,7 +170,7 @@ def test_predictions_hold_every_patch_once_per_fold_that_may_judge_it(run: Path)
     expected = sorted((f"{row}.png", fold) for row in range(N_TRAIN, N_TRAIN + N_TEST) for fold in range(2))
     assert sorted(zip(tested.id.tolist(), tested.fold.tolist(), strict=True)) == expected
     assert np.isfinite(predictions.logit).all()
-    assert json.loads(json.dumps(evaluate(predictions))) == record["metrics"]
+    assert json.loads(json.dumps(evaluate(predictions).as_dict())) == record["metrics"]
 
 
 def test_saved_weights_give_the_saved_logits_in_plain_timm(run: Path) -> None:
@@ -464,3 +464,51 @@ def test_a_killed_command_resumes_to_the_same_bytes(tmp_path: Path, finished: Pa
     for name in (*(f"fold-{fold}/adapter_model.safetensors" for fold in range(2)), "predictions.csv"):
         same = (folder / name).read_bytes() == (expected / name).read_bytes()
         assert same, f"{name}, killed after {moment:.3f} s"
+
+
+# ---------------------------------------------------------------------------------------------- every option, by itself
+
+
+def test_every_option_reaches_the_training(finetune: Command, tmp_path: Path) -> None:
+    """None of these is a default, nor follows from another."""
+    write_patches(tmp_path / "others", table="others.csv", seed=1)
+    weights = write_weights(tmp_path / "vit.safetensors", "test_vit")
+    chosen = {
+        **{"model": "timm/test_vit", "recipe": "paper", "method": "lora", "cv": 3, "epochs": 4, "batch_size": 3},
+        **{"learning_rate": 0.002, "seed": 7, "precision": "bf16", "positive": "Normal", "view": "center16@32"},
+    }
+    lora = {"rank": 3, "alpha": 5.0, "dropout": 0.1, "targets": r"blocks\.0\.attn\.qkv"}
+    computing = {"weights": weights, "device": "cpu", "folds_at_once": 2}
+    named = {**chosen, **{f"lora_{name}": value for name, value in lora.items()}, **computing}
+    arguments = [word for name, value in named.items() for word in (f"--{name.replace('_', '-')}", value)]
+    flags = ("--test", "others/others.csv", "--grad-checkpointing", "--merge", "--runs", "elsewhere")
+    with pytest.MonkeyPatch.context() as patched:
+        begin(patched)
+        assert "killed" in refused(finetune(*arguments, *flags))
+    (folder,) = (tmp_path / "elsewhere").iterdir()
+    started = json.loads((folder / "training.json").read_bytes())
+    identity, how = started["identity"], started["compute"]
+    assert identity["options"] == {**chosen, "train": "patches.csv", "test": ["others/others.csv"], "lora": lora}
+    recipe = {name: chosen[name] for name in ("epochs", "batch_size", "learning_rate")}
+    recipe |= {"optimizer": "adam", "schedule": "plateau", "statistics": "imagenet", "view": "full"}
+    assert {name: identity["recipe"][name] for name in recipe} == recipe
+    assert identity["backbone"]["precision"] == "bf16"
+    transform = identity["backbone"]["transform"]
+    assert (transform["mean"], transform["std"]) == ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
+    assert (transform["crop"], transform["input_size"]) == (16, 32)
+    assert Path(how["weights"]) == weights
+    assert {name: how[name] for name in ("device", "folds_at_once", "compile", "grad_checkpointing", "merge")} == {
+        **{"device": "cpu", "folds_at_once": 2, "compile": False, "grad_checkpointing": True, "merge": True}
+    }
+
+
+def test_the_positive_class_is_positive_in_every_dataset(finetune: Command, tmp_path: Path) -> None:
+    write_patches(tmp_path / "others", table="others.csv", seed=1)
+    model = ("--model", "timm/test_vit", "--weights", write_weights(tmp_path / "vit.safetensors", "test_vit"))
+    done = finetune(*model, "--method", "head", "--test", "others/others.csv", "--positive", "Normal")
+    assert done.status == 0, done.err
+    (folder,) = (tmp_path / "runs").iterdir()
+    predictions = read_predictions(folder)
+    assert set(predictions.sets()) == {("patches", "validation"), ("patches", "test"), ("others", "test")}
+    for id, label in zip(predictions.id, predictions.label, strict=True):
+        assert label == 1 - int(id.removesuffix(".png")) % 2  # odd ones are Atypical

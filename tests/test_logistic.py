@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-import torch
 from numpy.typing import NDArray
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
@@ -298,7 +297,7 @@ def test_labels_other_than_0_and_1_are_refused():
         fit_logistic(X, y * 2, masks=five_folds(40), strengths=STRENGTHS)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.gpu
 def test_a_gpu_gives_the_same_answer():
     X, y = embeddings(600, 200)
     masks = five_folds(600)

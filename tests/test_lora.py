@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import warnings
 from collections.abc import Sequence
@@ -301,7 +302,7 @@ def test_the_backward_pass_keeps_one_copy_of_the_input_and_no_mask() -> None:
     model = nn.Sequential(nn.Linear(64, 48))
     add_adapters(model, LoraOptions(rank=2, targets="0"), n_folds=2, seed=0)
     select_folds(model, [0, 1], step=0)
-    x = torch.randn(8, 10, 64, requires_grad=True)
+    x = torch.zeros(8, 10, 64, requires_grad=True)
     kept: dict[int, int] = {}
 
     def keep(tensor: Tensor) -> Tensor:
@@ -528,3 +529,168 @@ def test_an_adapter_of_another_backbone_is_refused(tmp_path: Path) -> None:
     swin = with_adapters("swin")
     with pytest.raises(UserError, match="belong to none of its layers"):
         load_adapter(swin, tmp_path, fold=0)
+
+
+# ------------------------------------------------------------------------------------------ written out, on average
+
+# Neither the usual scale of 2 nor a dropout that is a whole number of 256ths.
+UNUSUAL = LoraOptions(rank=4, alpha=5, dropout=0.4, targets="0")
+
+
+def one_layer(options: LoraOptions = UNUSUAL, *, n_folds: int = 2, seed: int = 7) -> nn.Module:
+    """A single linear layer with adapters whose factors are drawn; float64."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(24, 6)).double()
+    add_adapters(model, options, n_folds=n_folds, seed=seed)
+    stir(model)
+    return model
+
+
+def test_an_adapter_adds_alpha_over_rank_times_its_product() -> None:
+    model = one_layer()
+    x = torch.randn(2 * N, 24, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    select_folds(model, [0, 1])
+    weights = model.state_dict()
+    for fold, (own, found) in enumerate(zip(x.chunk(2), model(x).chunk(2), strict=True)):
+        frozen = own @ weights["0.base.weight"].T + weights["0.base.bias"]
+        expected = frozen + 5 / 4 * own @ weights["0.A"][fold].T @ weights["0.B"][fold].T
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_dropout_changes_neither_the_mean_output_nor_the_mean_gradient() -> None:
+    model = one_layer()
+    generator = torch.Generator().manual_seed(3)
+    given = torch.randn(2 * N, 24, generator=generator, dtype=torch.float64).requires_grad_()
+    weights = torch.randn(2 * N, 6, generator=generator, dtype=torch.float64)
+
+    def pass_of(step: int | None) -> dict[str, Tensor]:
+        select_folds(model, [0, 1], step=step)
+        output = model(given)
+        wanted = (given, *trainable(model))
+        found = torch.autograd.grad((output * weights).sum(), wanted)
+        return dict(zip(("output", "x", "A", "B"), (output.detach(), *found), strict=True))
+
+    expected = pass_of(None)
+    steps = [pass_of(step) for step in range(400)]
+    for name, exact in expected.items():
+        each = torch.stack([step[name] for step in steps])
+        error = each.std(dim=0) / len(steps) ** 0.5
+        assert error.min() > 0, f"{name} is not random"
+        # All of some 300 numbers lie within five standard errors with a probability of 0.9998; without the factor
+        # 1 / (1 - p) many would be ten and more away.
+        assert ((each.mean(dim=0) - exact).abs() < 5 * error).all(), name
+
+
+def test_what_is_dropped_follows_from_fold_and_seed() -> None:
+    model, other = one_layer(), one_layer(seed=8)
+    same = torch.randn(N, 24, generator=torch.Generator().manual_seed(3), dtype=torch.float64).repeat(2, 1)
+    with torch.no_grad():
+        for parameter in trainable(model):
+            parameter[1] = parameter[0]
+        for ours, theirs in zip(trainable(model), trainable(other), strict=True):
+            theirs.copy_(ours)
+        outputs = {}
+        for step in (None, 3):
+            for name, each in (("seed 7", model), ("seed 8", other)):
+                select_folds(each, [0, 1], step=step)
+                outputs[step, name] = each(same).chunk(2)
+    for name in ("seed 7", "seed 8"):
+        torch.testing.assert_close(*outputs[None, name])
+        assert not torch.allclose(*outputs[3, name]), "two folds have dropped the same"
+    for one, two in zip(outputs[3, "seed 7"], outputs[3, "seed 8"], strict=True):
+        assert not torch.allclose(one, two), "two seeds have dropped the same"
+
+
+def test_two_layers_drop_different_inputs() -> None:
+    torch.manual_seed(0)
+    first = nn.Linear(24, 6)
+    model = nn.Sequential(first, copy.deepcopy(first)).double()
+    add_adapters(model, LoraOptions(rank=4, alpha=5, dropout=0.4, targets=r"\d"), n_folds=1, seed=7)
+    stir(model)
+    x = torch.randn(N, 24, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    with torch.no_grad():
+        for ours, theirs in zip(trainable(model)[:2], trainable(model)[2:], strict=True):
+            theirs.copy_(ours)
+        select_folds(model, [0])
+        torch.testing.assert_close(model[0](x), model[1](x))
+        select_folds(model, [0], step=3)
+        assert not torch.allclose(model[0](x), model[1](x))
+
+
+def test_dropping_nearly_everything_leaves_numbers_finite() -> None:
+    model = one_layer(LoraOptions(rank=2, alpha=5, dropout=0.999, targets="0"))
+    select_folds(model, [0, 1], step=0)
+    assert torch.isfinite(model(torch.ones(2, 24, dtype=torch.float64))).all()
+
+
+def test_initial_factors_are_uniform_as_those_of_a_linear_layer_and_differ_between_layers() -> None:
+    model = nn.Sequential(nn.Linear(400, 400), nn.Linear(400, 400))
+    add_adapters(model, LoraOptions(rank=16, targets=r"\d"), n_folds=2, seed=0)
+    first, second = (module.A for _, module in adapters(model))
+    for drawn in (*first, *second):
+        bound = 400**-0.5  # variance bound^2 / 3, with a standard error of bound^2 sqrt((1/5 - 1/9) / n)
+        assert abs(drawn.var().item() - bound**2 / 3) < 5 * bound**2 * ((1 / 5 - 1 / 9) / drawn.numel()) ** 0.5
+        assert abs(drawn.mean().item()) < 5 * bound * (1 / 3 / drawn.numel()) ** 0.5
+    assert not torch.isclose(first, second).all(dim=2).any()
+
+
+@pytest.mark.parametrize(
+    "convolution",
+    [
+        nn.Conv2d(4, 8, 1, stride=2),
+        nn.Conv2d(4, 8, 1, stride=(1, 2)),
+        nn.Conv2d(4, 8, 1, groups=2),
+        nn.Conv2d(4, 8, 1, padding=1),
+        nn.Conv2d(4, 8, (1, 3), padding="same"),
+    ],
+    ids=["stride", "one stride", "groups", "padding", "kernel"],
+)
+def test_convolutions_that_are_no_linear_layer_are_refused(convolution: nn.Conv2d) -> None:
+    with pytest.raises(UserError, match=r"match 0, which is a"):
+        add_adapters(nn.Sequential(convolution), LoraOptions(targets="0"), n_folds=1, seed=0)
+
+
+@pytest.mark.parametrize("options", [LoraOptions(4, 5, 0.1), LoraOptions(3, 3, 0.25), LoraOptions(2, 64, 0.0)])
+def test_the_merged_weights_follow_from_the_files_of_an_adapter(options: LoraOptions, tmp_path: Path) -> None:
+    model, plain = with_adapters(options=options), tiny()
+    stir(model)
+    save_adapter(model, tmp_path, fold=1, head=head_of(32), base_model="tiny")
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"], config["lora_dropout"]) == (options.rank, options.alpha, options.dropout)
+    assert config["base_model_name_or_path"] == "tiny"
+    assert (config["peft_type"], config["bias"], config["fan_in_fan_out"]) == ("LORA", "none", False)
+    factors = safetensors.torch.load_file(tmp_path / "adapter_model.safetensors")
+    merged = merge(model, 1)
+    assert merged.keys() == plain.state_dict().keys()
+    n_changed = 0
+    for name, tensor in plain.state_dict().items():
+        A, B = (factors.get(f"base_model.model.{name.removesuffix('.weight')}.lora_{each}.weight") for each in "AB")
+        if A is None or B is None:
+            assert torch.equal(merged[name], tensor), name
+            continue
+        n_changed += 1
+        expected = tensor.double() + config["lora_alpha"] / config["r"] * B.double() @ A.double()
+        torch.testing.assert_close(merged[name].double(), expected, rtol=1e-6, atol=1e-7)
+    assert n_changed == 8
+
+
+@pytest.mark.parametrize("options", [LoraOptions(4, 5, 0.1), LoraOptions(3, 3, 0.25)])
+def test_peft_scales_an_adapter_as_it_was_trained(options: LoraOptions, peft: ModuleType, tmp_path: Path) -> None:
+    model = with_adapters(options=options)
+    stir(model)
+    head = head_of(model.num_features)
+    save_adapter(model, tmp_path, fold=2, head=head, base_model="tiny")
+    select_folds(model, [2])
+    theirs = peft.PeftModel.from_pretrained(tiny(num_classes=N_CLASSES), str(tmp_path)).eval()
+    with torch.no_grad():
+        ours = model(images(n=N)) @ head["weight"].T + head["bias"]
+        torch.testing.assert_close(theirs(images(n=N)), ours, rtol=1e-4, atol=1e-5)
+
+
+def test_a_list_of_targets_means_last_parts_of_names_as_in_peft(tmp_path: Path) -> None:
+    saved(tmp_path)
+    _set(tmp_path / "adapter_config.json", target_modules=["qkv", "attn.proj"])
+    model = tiny()
+    model.blocks[0].attn.own_qkv = nn.Linear(3, 3)  # ends in qkv, but its last part is another
+    names = add_adapters(model, read_options(tmp_path), n_folds=1, seed=0)
+    assert set(names) == {f"blocks.{block}.attn.{name}" for block in (0, 1) for name in ("qkv", "proj")}

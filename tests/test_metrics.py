@@ -1,10 +1,13 @@
 """Do the figures equal scikit-learn's, ties and absent classes included?"""
 
+import json
+import math
+
 import numpy as np
 import pytest
 from sklearn import metrics as sk
 
-from probe import metrics
+from probe import metrics, tally
 
 
 def data(seed: int, n: int = 400, decimals: int = 2):
@@ -79,10 +82,10 @@ def resamples(seed: int, n_clusters: int, n: int, replicates: int = 30):
 @pytest.mark.parametrize("dense", [0, 40, 10**9], ids=["gathered", "as chosen", "multiplied"])
 @pytest.mark.parametrize("n_clusters", [12, 400])
 def test_every_resample_equals_scikit_learns_with_weights(monkeypatch, dense, n_clusters):
-    monkeypatch.setattr(metrics, "_DENSE", dense)
+    monkeypatch.setattr(tally, "_DENSE", dense)
     y, p = data(3)
     cluster, count = resamples(0, n_clusters, len(y))
-    found = metrics.resampled_scores(metrics.tally(y, p, cluster=cluster, n_clusters=n_clusters), count)
+    found = tally.resampled_scores(tally.tally(y, p, cluster=cluster, n_clusters=n_clusters), count)
     for j, weight in enumerate(count[:, cluster]):
         assert found["auroc"][j] == pytest.approx(sk.roc_auc_score(y, p, sample_weight=weight), abs=1e-12)
         precision = sk.average_precision_score(y, p, sample_weight=weight)
@@ -91,11 +94,11 @@ def test_every_resample_equals_scikit_learns_with_weights(monkeypatch, dense, n_
 
 @pytest.mark.parametrize("block", [1, 2**17], ids=["one resample at a time", "as chosen"])
 def test_every_resample_equals_the_figures_of_its_repeated_rows(monkeypatch, block):
-    monkeypatch.setattr(metrics, "_BLOCK", block)
+    monkeypatch.setattr(tally, "_BLOCK", block)
     y, p = data(5)
     cluster, count = resamples(1, 25, len(y))
-    tallied = metrics.tally(y, p, cluster=cluster, n_clusters=25, threshold=0.4)
-    found = metrics.resampled_scores(tallied, count)
+    tallied = tally.tally(y, p, cluster=cluster, n_clusters=25, threshold=0.4)
+    found = tally.resampled_scores(tallied, count)
     for j, times in enumerate(count[:, cluster]):
         expected = metrics.scores(np.repeat(y, times), np.repeat(p, times), threshold=0.4)
         assert {name: found[name][j] for name in metrics.NAMES} == pytest.approx(expected, abs=1e-12)
@@ -104,13 +107,13 @@ def test_every_resample_equals_the_figures_of_its_repeated_rows(monkeypatch, blo
 def test_of_very_many_samples_resamples_are_rounded_and_the_figures_themselves_are_not(monkeypatch):
     y, p = data(3, n=4000, decimals=6)
     cluster, count = resamples(0, 200, len(y), replicates=200)
-    exact = metrics.resampled_scores(metrics.tally(y, p, cluster=cluster, n_clusters=200), count)
-    monkeypatch.setattr(metrics, "_MANY", 1000)
-    monkeypatch.setattr(metrics, "_STEPS", 500)
+    exact = tally.resampled_scores(tally.tally(y, p, cluster=cluster, n_clusters=200), count)
+    monkeypatch.setattr(tally, "_MANY", 1000)
+    monkeypatch.setattr(tally, "_STEPS", 500)
     scores = metrics.scores(y, p)
     assert scores["auroc"] == pytest.approx(sk.roc_auc_score(y, p), abs=1e-12)
     assert scores["average_precision"] == pytest.approx(sk.average_precision_score(y, p), abs=1e-12)
-    rounded = metrics.resampled_scores(metrics.tally(y, p, cluster=cluster, n_clusters=200), count)
+    rounded = tally.resampled_scores(tally.tally(y, p, cluster=cluster, n_clusters=200), count)
     for name in metrics.NAMES:
         expected, found = (np.quantile(values[name], [0.025, 0.975]) for values in (exact, rounded))
         np.testing.assert_allclose(found, expected, atol=0.01 * (expected[1] - expected[0]))
@@ -118,8 +121,8 @@ def test_of_very_many_samples_resamples_are_rounded_and_the_figures_themselves_a
 
 def test_only_the_figures_asked_for_are_given():
     y, p = data(2)
-    tallied = metrics.tally(y, p, cluster=np.arange(len(y)), n_clusters=len(y))
-    assert set(metrics.resampled_scores(tallied, np.ones((2, len(y)), dtype=int), names=("f1", "auroc"))) == {
+    tallied = tally.tally(y, p, cluster=np.arange(len(y)), n_clusters=len(y))
+    assert set(tally.resampled_scores(tallied, np.ones((2, len(y)), dtype=int), names=("f1", "auroc"))) == {
         "f1",
         "auroc",
     }
@@ -127,8 +130,8 @@ def test_only_the_figures_asked_for_are_given():
 
 def test_a_resample_without_a_class_has_the_figures_that_need_none_of_it():
     y, p = np.array([1, 1, 0, 0]), np.array([0.9, 0.2, 0.3, 0.6])
-    tallied = metrics.tally(y, p, cluster=np.array([0, 0, 1, 1]), n_clusters=3)  # the third brings nothing
-    found = metrics.resampled_scores(tallied, np.array([[2, 0, 1], [0, 2, 1], [1, 1, 1], [0, 0, 3]]))
+    tallied = tally.tally(y, p, cluster=np.array([0, 0, 1, 1]), n_clusters=3)  # the third brings nothing
+    found = tally.resampled_scores(tallied, np.array([[2, 0, 1], [0, 2, 1], [1, 1, 1], [0, 0, 3]]))
     defined = {name: np.isfinite(values).tolist() for name, values in found.items()}
     assert defined["auroc"] == defined["balanced_accuracy"] == defined["mcc"] == [False, False, True, False]
     assert defined["sensitivity"] == defined["f1"] == defined["average_precision"] == [True, False, True, False]
@@ -139,3 +142,26 @@ def test_a_resample_without_a_class_has_the_figures_that_need_none_of_it():
 
 def test_predictions_of_one_class_have_no_correlation():
     assert metrics.scores([0, 1, 1], [0.1, 0.2, 0.3])["mcc"] == 0
+
+
+def test_metrics_of_a_run_come_back_from_their_json():
+    interval = metrics.Interval(0.8, 0.7, 0.9)
+    undefined = metrics.Interval(math.nan, math.nan, math.nan)
+    ensemble = metrics.Judgement(9, 4, "slide", 3, 1, 0.4, 0.95, 1000, {"auroc": interval, "f1": undefined})
+    folds = {"auroc": metrics.FoldFigure(0.75, 0.05, (0.7, 0.8)), "f1": metrics.FoldFigure(math.nan, math.nan, (0.5,))}
+    written = metrics.RunMetrics(
+        0.4,
+        {"a/test": metrics.SetMetrics(9, 4, folds, ensemble), "a/validation": metrics.SetMetrics(5, 2, folds, None)},
+    ).as_dict()
+    assert list(written["sets"]["a/test"]) == ["n", "n_positive", "folds", "ensemble", "intervals"]
+    assert written["sets"]["a/test"]["ensemble"] == {"auroc": 0.8, "f1": None}
+    assert written["sets"]["a/test"]["intervals"]["figures"] == {"auroc": [0.7, 0.9], "f1": [None, None]}
+    read = metrics.RunMetrics.from_dict(json.loads(json.dumps(written)))
+    assert read.as_dict() == written
+    assert read.sets["a/test"].ensemble.threshold == 0.4
+    assert read.sets["a/test"].ensemble.figures["auroc"] == interval
+    assert read.sets["a/validation"].ensemble is None
+    del written["sets"]["a/test"]["n"]
+    for damaged in (written, {"sets": {}}, {"threshold": 0.5, "sets": []}, {"threshold": "a", "sets": {}}):
+        with pytest.raises(ValueError, match=r"is missing|no attribute|could not convert"):
+            metrics.RunMetrics.from_dict(damaged)

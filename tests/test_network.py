@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from extract.backbones import Backbone, build_model, forward_poolings
 from features.console import UserError
-from finetune.lora import LoraOptions
+from finetune.lora import LoraOptions, adapters
 from finetune.network import HEAD_FILE, METHODS, MODEL_FILE, Method, Network
 
 VIT = Backbone(
@@ -342,3 +342,27 @@ def test_logits_of_a_single_fold_are_a_linear_layers() -> None:
         features = forward_poolings(network.model, VIT, images(N))["cls"]
         expected = F.linear(features, network.weight[2], network.bias[2])
         torch.testing.assert_close(network(images(N), [2])[0], expected)
+
+
+def test_initial_classifiers_are_uniform_as_a_linear_layers() -> None:
+    heads = [tiny_network("head", seed=seed) for seed in range(40)]
+    bound = VIT.embedding_dim**-0.5
+    for drawn in (
+        torch.cat([head.weight.flatten() for head in heads]),
+        torch.cat([head.bias.flatten() for head in heads]),
+    ):
+        n = len(drawn)
+        assert drawn.abs().max() <= bound
+        # Of uniform numbers: variance bound^2 / 3, with a standard error of bound^2 sqrt((1/5 - 1/9) / n).
+        assert abs(drawn.mean().item()) < 5 * bound * (1 / 3 / n) ** 0.5
+        assert abs(drawn.var().item() - bound**2 / 3) < 5 * bound**2 * ((1 / 5 - 1 / 9) / n) ** 0.5
+
+
+def test_classifiers_and_adapters_draw_different_numbers() -> None:
+    """Of one seed and fold: both are uniform, so a shared generator would show as a fixed ratio."""
+    network = tiny_network("lora")
+    adapter = next(module for _, module in adapters(network.model)).A[1].flatten()
+    head = network.weight[1].flatten()
+    n = min(len(adapter), len(head))
+    ratio = adapter[:n] / head[:n]
+    assert ratio.std() > 0.1 * ratio.abs().mean()

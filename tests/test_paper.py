@@ -2,8 +2,9 @@
 
 import numpy as np
 import torch
+from sklearn.metrics import balanced_accuracy_score
 
-from probe import paper
+from probe import paper, schedule
 
 
 def problem(n: int = 80, d: int = 6, n_folds: int = 3):
@@ -14,28 +15,48 @@ def problem(n: int = 80, d: int = 6, n_folds: int = 3):
     return X, y, masks
 
 
-def test_steps_equal_torch_adam_on_a_linear_layer():
-    X, y, _ = problem()
-    recipe = paper.PaperRecipe(learning_rate=0.01, weight_decay=0.1)
-    layer = torch.nn.Linear(X.shape[1], 2)
-    optimizer = torch.optim.Adam(layer.parameters(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
-    weights, bias = layer.weight.detach().T[None].clone(), layer.bias.detach()[None, None].clone()
-    adam = paper._Adam([weights, bias], recipe)
-    for step in range(20):
-        rows = slice(8 * (step % 8), 8 * (step % 8) + 8)
-        x, target = torch.from_numpy(X[rows]), torch.from_numpy(y[rows].astype(np.int64))
-        optimizer.zero_grad()
-        torch.nn.functional.cross_entropy(layer(x), target).backward()
-        optimizer.step()
-        gradients = paper._gradients(x[None], target[None], weights, bias, [0])
-        adam.step([0], gradients, torch.full((1, 1, 1), recipe.learning_rate))
-    torch.testing.assert_close(weights[0].T, layer.weight.detach(), rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(bias[0, 0], layer.bias.detach(), rtol=1e-5, atol=1e-6)
+def test_a_fold_follows_a_plain_loop_over_torchs_scheduler():
+    """Same draws, torch's own layer, optimiser and scheduler; weights, stopping and the kept epoch must agree."""
+    X, y, masks = problem()
+    y = np.where(np.random.default_rng(1).random(len(y)) < 0.25, 1 - y, y)  # noisy: accuracies rise and fall
+    recipe = schedule.PaperRecipe(learning_rate=0.02, weight_decay=0.1, max_epochs=40, patience=8, plateau_patience=2)
+    fit = paper.fit_paper_probe(X, y, masks=masks, seed=3, recipe=recipe)
+    features, target = torch.from_numpy(X), torch.from_numpy(y.astype(np.int64))
+    for k, mask in enumerate(masks):
+        generator = torch.Generator().manual_seed(3000 + k)
+        bound = X.shape[1] ** -0.5
+        initial = torch.rand(X.shape[1] + 1, 2, generator=generator) * 2 * bound - bound
+        layer = torch.nn.Linear(X.shape[1], 2)
+        layer.load_state_dict({"weight": initial[:-1].T, "bias": initial[-1]})
+        optimizer = torch.optim.Adam(layer.parameters(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
+        scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(
+            optimizer, mode="max", factor=0.5, patience=2, threshold=0, min_lr=recipe.min_learning_rate
+        )
+        rows = torch.from_numpy(np.flatnonzero(mask))
+        counts = torch.bincount(target[rows])
+        best, best_epoch, weight = -1.0, 0, None
+        for epoch in range(recipe.max_epochs):
+            n_batches = -(-len(rows) // recipe.batch_size)
+            drawn = torch.multinomial(1 / counts[target[rows]], n_batches * 8, replacement=True, generator=generator)
+            for batch in rows[drawn].split(8):
+                optimizer.zero_grad()
+                torch.nn.functional.cross_entropy(layer(features[batch]), target[batch]).backward()
+                optimizer.step()
+            predicted = layer(features[~mask]).argmax(dim=1).numpy()
+            score = balanced_accuracy_score(y[~mask], predicted)
+            scheduler.step(score)
+            if score > best:
+                best, best_epoch, weight = score, epoch, layer.weight.detach().clone()
+            if epoch - best_epoch >= recipe.patience:
+                break
+        assert (fit.best_epoch[k], fit.n_epochs[k]) == (best_epoch, epoch + 1)
+        assert 0 < best_epoch < epoch  # the kept epoch is neither the first nor the last
+        np.testing.assert_allclose(fit.coef[k], (weight[1] - weight[0]).numpy(), rtol=1e-4, atol=1e-5)
 
 
 def test_a_folds_result_does_not_depend_on_the_others():
     X, y, masks = problem()
-    recipe = paper.PaperRecipe(learning_rate=1e-2, max_epochs=6)
+    recipe = schedule.PaperRecipe(learning_rate=1e-2, max_epochs=6)
     together = paper.fit_paper_probe(X, y, masks=masks, seed=1, recipe=recipe)
     first = paper.fit_paper_probe(X, y, masks=masks[:1], seed=1, recipe=recipe)
     np.testing.assert_allclose(together.coef[0], first.coef[0], rtol=1e-5, atol=1e-6)
@@ -43,7 +64,7 @@ def test_a_folds_result_does_not_depend_on_the_others():
 
 def test_training_stops_early_and_keeps_the_best_epoch():
     X, y, masks = problem()
-    recipe = paper.PaperRecipe(learning_rate=1e-2, patience=3)
+    recipe = schedule.PaperRecipe(learning_rate=1e-2, patience=3)
     fit = paper.fit_paper_probe(X, y, masks=masks, seed=0, recipe=recipe)
     assert (fit.n_epochs < recipe.max_epochs).all()
     assert (fit.n_epochs - 1 - fit.best_epoch == recipe.patience).all()
@@ -55,9 +76,12 @@ def test_training_stops_early_and_keeps_the_best_epoch():
 def test_weighted_sampling_shows_both_classes_equally_often():
     y = torch.tensor([1] + [0] * 9)
     weight = 1.0 / torch.bincount(y)[y]
-    drawn = paper._draw(torch.arange(10), weight, 8, torch.Generator().manual_seed(0))
+    drawn = paper.draw_batches(torch.arange(10), weight, 8, torch.Generator().manual_seed(0))
     many = torch.cat(
-        [paper._draw(torch.arange(10), weight, 8, torch.Generator().manual_seed(k)).flatten() for k in range(200)]
+        [
+            paper.draw_batches(torch.arange(10), weight, 8, torch.Generator().manual_seed(k)).flatten()
+            for k in range(200)
+        ]
     )
     assert drawn.shape == (2, 8)
     assert abs(float((many == 0).float().mean()) - 0.5) < 0.03

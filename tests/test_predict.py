@@ -11,7 +11,7 @@ import pytest
 import timm
 import torch
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from extract.backbones import find_backbone
 from extract.datasets import load_dataset, load_patches
@@ -21,7 +21,7 @@ from features.store import FeatureStore
 from finetune.lora import LoraOptions
 from finetune.predict import predict_paths
 from finetune.protocol import ComputeOptions, FinetuneOptions, finetune
-from probe.protocol import ProbeOptions, probe_store
+from probe.probing import ProbeOptions, probe_store
 from probe.runs import read_predictions, read_run
 
 MODEL = "timm/test_vit"
@@ -82,7 +82,7 @@ def test_a_run_repeats_its_own_test_predictions(kind, runs, table, weights, tmp_
     written = {row["id"]: row for row in rows_of(tmp_path / "out.csv")}
     assert list(written) == [f"{row:02}.png" for row in range(N)]  # labels and splits are not looked at
     own = read_predictions(runs[kind])
-    threshold = read_run(runs[kind])["metrics"]["threshold"]
+    threshold = read_run(runs[kind]).figures.threshold
     assert summary["threshold"] == threshold
     tested = own.select(own.split == "test")
     assert len(set(tested.id)) == 12
@@ -131,8 +131,8 @@ def altered(run: Path, to: Path, **parts) -> Path:
     """A copy of a run whose record says something else, and has no digests, as those of older versions."""
     shutil.copytree(run, to)
     record = json.loads((to / "run.json").read_text())
-    record["embedding"] |= parts
-    del record["sha256"]
+    record.embedding |= parts
+    del record.sha256
     (to / "run.json").write_text(json.dumps(record))
     return to
 
@@ -159,7 +159,7 @@ def test_a_run_from_another_device_is_used_with_a_note(runs, table, weights, tmp
 def test_imported_embeddings_are_refused(runs, table, weights, tmp_path):
     run = altered(runs["probe"], tmp_path / "run")
     record = json.loads((run / "run.json").read_text())
-    record["embedding"] = {"source": "theirs.npz"}
+    record.embedding = {"source": "theirs.npz"}
     (run / "run.json").write_text(json.dumps(record))
     with pytest.raises(UserError, match="imported embeddings"):
         predict_paths(run, [table], out=tmp_path / "out.csv", weights=weights)
@@ -226,3 +226,81 @@ class TestNewPatches:
             file["x"] = np.zeros((2, 3, 8, 8), np.uint8)
         with pytest.raises(UserError, match="expected uint8 of shape"):
             load_patches(tmp_path / "x.h5")
+
+
+def test_a_run_keeps_its_statistics_and_what_its_classes_mean(table, weights, tmp_path):
+    """The paper's recipe normalises by ImageNet's statistics, which are not this model's; Normal counts as positive."""
+    options = FinetuneOptions(
+        model=MODEL,
+        train=str(table),
+        method="head",
+        recipe="paper",
+        positive="Normal",
+        cv=2,
+        epochs=3,
+        learning_rate=1e-2,
+        precision="fp32",
+    )
+    run = finetune(options, compute=ComputeOptions(weights=weights), runs=tmp_path / "runs")
+    summary = predict_paths(run, [table], out=tmp_path / "out.csv", weights=weights)
+    assert summary["label_names"] == ["Atypical", "Normal"]
+    own = read_predictions(run)
+    tested = own.select(own.split == "test")
+    written = {row["id"]: row for row in rows_of(tmp_path / "out.csv")}
+    for id, fold, label, probability in zip(tested.id, tested.fold, tested.label, tested.probability, strict=True):
+        assert label == 1 - int(id.removesuffix(".png")) % 2
+        assert float(written[id][f"fold_{fold}"]) == pytest.approx(probability, abs=2e-4)
+    for row in written.values():
+        mean = np.mean([float(row[f"fold_{fold}"]) for fold in range(2)])
+        assert float(row["probability"]) == pytest.approx(mean, abs=2e-6)  # numbers of six digits
+        if abs(mean - summary["threshold"]) > 1e-5:
+            assert row["predicted"] == ("Normal" if mean >= summary["threshold"] else "Atypical")
+    assert {row["predicted"] for row in written.values()} == {"Normal", "Atypical"}
+
+
+@pytest.mark.parametrize("kind", ["probe", "lora", "full", "head"])
+def test_the_threshold_is_the_best_on_out_of_fold_predictions(kind, runs):
+    predictions = read_predictions(runs[kind])
+    own = predictions.select(predictions.split == "validation")
+    assert len(own.label) == 36
+
+    def balanced(threshold: float) -> float:
+        predicted = own.probability >= threshold
+        return float(np.mean([(predicted == own.label)[own.label == value].mean() for value in (0, 1)]))
+
+    threshold = read_run(runs[kind])["metrics"]["threshold"]
+    values = np.unique(own.probability)
+    every = [values[0], *((values[1:] + values[:-1]) / 2), 1.0]
+    assert balanced(threshold) == pytest.approx(max(map(balanced, every)))
+    # The same cut: no out-of-fold prediction lies between the threshold and the nearest that was tried.
+    assert min(abs(threshold - each) for each in every) < 1e-6
+
+
+def test_a_probability_at_the_threshold_is_positive_one_below_it_is_not(runs, table, weights, tmp_path):
+    run = altered(runs["head"], tmp_path / "run")
+    for path in run.glob("fold-*/head.safetensors"):
+        save_file({name: torch.zeros_like(tensor) for name, tensor in load_file(path).items()}, path)
+    for threshold, n_positive, name in ((0.5, N, "Atypical"), (float(np.nextafter(0.5, 1)), 0, "Normal")):
+        summary = predict_paths(run, [table], out=tmp_path / "out.csv", weights=weights, threshold=threshold)
+        rows = rows_of(tmp_path / "out.csv")
+        assert {(row["probability"], row["spread"], row["predicted"]) for row in rows} == {
+            ("0.500000", "0.000000", name)
+        }
+        assert summary["n_positive"] == n_positive
+
+
+def test_folds_are_joined_by_their_mean_probability_in_rows_and_in_the_summary(runs, table, weights, tmp_path):
+    predict_paths(runs["lora"], [table], out=tmp_path / "out.csv", weights=weights)
+    folds = np.array([[float(row[f"fold_{fold}"]) for fold in range(3)] for row in rows_of(tmp_path / "out.csv")])
+    mean, median = folds.mean(axis=1), np.median(folds, axis=1)
+    logits = np.log(folds / (1 - folds)).mean(axis=1)
+    # A threshold between a mean and another average, far from every mean.
+    halfway = np.concatenate([(mean + median) / 2, (mean + 1 / (1 + np.exp(-logits))) / 2])
+    cuts = [cut for cut in halfway if np.abs(mean - cut).min() > 1e-5]
+    for average in (median, 1 / (1 + np.exp(-logits))):
+        cut = max(cuts, key=lambda cut, average=average: abs((mean >= cut).sum() - (average >= cut).sum()))
+        assert (mean >= cut).sum() != (average >= cut).sum(), "this example must tell averages apart"
+        summary = predict_paths(runs["lora"], [table], out=tmp_path / "out.csv", weights=weights, threshold=float(cut))
+        predicted = np.array([row["predicted"] == "Atypical" for row in rows_of(tmp_path / "out.csv")])
+        np.testing.assert_array_equal(predicted, mean >= cut)
+        assert summary["n_positive"] == predicted.sum()

@@ -1,22 +1,29 @@
 """Is a store probed fairly: choices made on training data, groups whole, every figure recomputable?"""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
+from probe.tables import leaderboard, published
 
 from features.console import UserError
 from features.folds import grouped_folds
 from features.samples import Samples, make_samples
 from features.store import FeatureStore
-from probe import protocol
+from probe import experiment
 from probe.evidence import evaluate
+from probe.linear import fit_exact
 from probe.metrics import auroc
-from probe.protocol import ProbeOptions, fit_exact, probe_store
+from probe.probing import ProbeOptions, probe_store
 from probe.runs import read_predictions, read_run
-from probe.tables import leaderboard, published
 
 WIDTH = 12
+
+
+def probed(*arguments, **options) -> list[Path]:
+    """Probe a store; return the folders of the runs."""
+    return [run.folder for run in probe_store(*arguments, **options)]
 
 
 def table(n: int = 240, seed: int = 0, split: bool = True) -> Samples:
@@ -42,14 +49,14 @@ def add(store: FeatureStore, dataset: str, samples: Samples, model: str, view: s
         arrays[pooling] = X
     writer = store.begin(
         dataset,
-        model,
-        view,
+        model=model,
+        view=view,
         poolings={"cls": WIDTH, "mean": WIDTH},
         card_pooling="cls",
         parts={"model": model, "view": view},
     )
-    for block, rows in writer.missing_within(range(len(samples))):
-        writer.write(block, {name: X[rows.start : rows.stop] for name, X in arrays.items()})
+    for rows in writer.missing():
+        writer.write(rows, {name: X[rows.start : rows.stop] for name, X in arrays.items()})
 
 
 @pytest.fixture
@@ -64,42 +71,42 @@ def store(tmp_path) -> FeatureStore:
 
 
 def test_every_model_is_probed_and_the_better_one_scores_better(store, tmp_path):
-    folders = probe_store(store, options=ProbeOptions(), runs=tmp_path / "runs")
-    runs = {run["model"]: run for run in map(read_run, folders)}
+    folders = probed(store, options=ProbeOptions(), runs=tmp_path / "runs")
+    runs = {run.model: run for run in map(read_run, folders)}
     assert set(runs) == {"good", "poor"}
-    good = runs["good"]["metrics"]["sets"]
+    good = runs["good"].figures.sets
     assert set(good) == {"ami-br/validation", "ami-br/test", "atnorm-br/test"}
-    assert good["atnorm-br/test"]["folds"]["auroc"]["mean"] > 0.85
-    assert runs["poor"]["metrics"]["sets"]["ami-br/test"]["folds"]["auroc"]["mean"] < 0.75
+    assert good["atnorm-br/test"].folds["auroc"].mean > 0.85
+    assert runs["poor"].figures.sets["ami-br/test"].folds["auroc"].mean < 0.75
 
 
 def test_view_and_pooling_are_chosen_on_validation(store, tmp_path):
-    (folder,) = probe_store(store, ["good"], options=ProbeOptions(), runs=tmp_path / "runs")
+    (folder,) = probed(store, ["good"], options=ProbeOptions(), runs=tmp_path / "runs")
     run = read_run(folder)
-    assert (run["view"], run["pooling"]) == ("center64", "card")
-    assert len(run["candidates"]) == 4
-    assert max(run["candidates"], key=lambda c: c["validation_auroc"])["view"] == "center64"
+    assert (run.view, run.pooling) == ("center64", "card")
+    assert len(run.candidates) == 4
+    assert max(run.candidates, key=lambda c: c.validation_auroc).view == "center64"
 
 
 def test_a_given_view_and_pooling_are_kept(store, tmp_path):
     options = ProbeOptions(view="full", pooling="mean")
-    (folder,) = probe_store(store, ["good"], options=options, runs=tmp_path / "runs")
+    (folder,) = probed(store, ["good"], options=options, runs=tmp_path / "runs")
     run = read_run(folder)
-    assert (run["view"], run["pooling"], len(run["candidates"])) == ("full", "mean", 1)
+    assert (run.view, run.pooling, len(run.candidates)) == ("full", "mean", 1)
 
 
 def test_test_labels_choose_nothing(store, tmp_path):
-    before = read_run(probe_store(store, ["good"], options=ProbeOptions(), runs=tmp_path / "a")[0])
+    before = read_run(probed(store, ["good"], options=ProbeOptions(), runs=tmp_path / "a")[0])
     samples = store.samples("ami-br")
     flipped = samples.label.copy()
     flipped[samples.split == "test"] ^= 1
     columns = {name: getattr(samples, name) for name in Samples.__dataclass_fields__} | {"label": flipped}
     assert store.put_samples("ami-br", Samples(**columns), attrs={})
-    after = read_run(probe_store(store, ["good"], options=ProbeOptions(), runs=tmp_path / "b")[0])
-    assert after["candidates"] == before["candidates"]
-    assert after["folds"] == before["folds"]
-    assert after["metrics"]["sets"]["ami-br/validation"] == before["metrics"]["sets"]["ami-br/validation"]
-    assert after["metrics"]["sets"]["ami-br/test"] != before["metrics"]["sets"]["ami-br/test"]
+    after = read_run(probed(store, ["good"], options=ProbeOptions(), runs=tmp_path / "b")[0])
+    assert after.candidates == before.candidates
+    assert after.folds == before.folds
+    assert after.figures.sets["ami-br/validation"] == before.figures.sets["ami-br/validation"]
+    assert after.figures.sets["ami-br/test"] != before.figures.sets["ami-br/test"]
 
 
 def test_strength_is_chosen_as_a_plain_nested_loop_would():
@@ -114,7 +121,7 @@ def test_strength_is_chosen_as_a_plain_nested_loop_would():
     rng = np.random.default_rng(3)
     X = rng.standard_normal((160, 20)) + 0.5 * samples.label[:, None]
     strengths = (1e-3, 1e-2, 1e-1, 1.0)
-    probe = fit_exact(X.astype(np.float32), samples.label, folds, strengths=strengths)
+    probe = fit_exact(X.astype(np.float32), samples.label, folds=folds, strengths=strengths)
     for f in range(4):
         losses = np.zeros(len(strengths))
         for s, strength in enumerate(strengths):
@@ -125,53 +132,56 @@ def test_strength_is_chosen_as_a_plain_nested_loop_would():
                 ).fit(X[trains], samples.label[trains])
                 held = folds.fold == g
                 losses[s] += balanced_log_loss(samples.label[held], reference.decision_function(X[held])[:, None])[0]
-        assert probe.record["chosen_strength"][f] == strengths[int(losses.argmin())]
+        assert probe.fit.chosen_strength[f] == strengths[int(losses.argmin())]
 
 
 def test_metrics_follow_from_predictions_csv(store, tmp_path):
-    (folder,) = probe_store(store, ["good"], options=ProbeOptions(), runs=tmp_path / "runs")
+    (folder,) = probed(store, ["good"], options=ProbeOptions(), runs=tmp_path / "runs")
     predictions = read_predictions(folder)
     run = read_run(folder)
-    recomputed = json.loads(json.dumps(evaluate(predictions)))
-    assert recomputed == run["metrics"]
+    recomputed = json.loads(json.dumps(evaluate(predictions).as_dict()))
+    assert recomputed == run.figures
     part = predictions.select((predictions.dataset == "atnorm-br") & (predictions.fold == 2))
-    assert run["metrics"]["sets"]["atnorm-br/test"]["folds"]["auroc"]["each"][2] == pytest.approx(
-        auroc(part.label, part.logit)
-    )
+    assert run.figures.sets["atnorm-br/test"].folds["auroc"].each[2] == pytest.approx(auroc(part.label, part.logit))
 
 
 def test_saved_weights_give_the_saved_logits(store, tmp_path):
     from safetensors.numpy import load_file
 
-    (folder,) = probe_store(store, ["good"], options=ProbeOptions(), runs=tmp_path / "runs")
+    (folder,) = probed(store, ["good"], options=ProbeOptions(), runs=tmp_path / "runs")
     run, predictions = read_run(folder), read_predictions(folder)
     weights = load_file(folder / "weights.safetensors")
-    X = store.read("atnorm-br", "good", run["view"], run["pooling"]).astype(np.float32)
+    X = store.read("atnorm-br", model="good", view=run.view, pooling=run.pooling).astype(np.float32)
     expected = X @ weights["coef"][1] + weights["intercept"][1]
     part = predictions.select((predictions.dataset == "atnorm-br") & (predictions.fold == 1))
     np.testing.assert_allclose(part.logit, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_paper_recipe_probes_the_cards_embedding_of_the_full_view(store, tmp_path, monkeypatch):
-    monkeypatch.setattr(protocol, "_is_ami_br", lambda name: False)  # the table is not AMi-Br's
+    monkeypatch.setattr(experiment, "AMI_BR", "")  # the table is not AMi-Br's
     options = ProbeOptions(recipe="paper")
-    (folder,) = probe_store(store, ["good"], options=options, runs=tmp_path / "runs")
+    (folder,) = probed(store, ["good"], options=options, runs=tmp_path / "runs")
     run = read_run(folder)
-    assert (run["view"], run["pooling"]) == ("full", "card")
-    assert len(run["candidates"][0]["n_epochs"]) == 5
+    assert (run.view, run.pooling) == ("full", "card")
+    assert len(run.candidates[0].fit.n_epochs) == 5
 
 
 def test_datasets_embedded_differently_are_never_compared(store, tmp_path):
     other = table(seed=2, split=False)
     store.put_samples("third", other, attrs={})
     writer = store.begin(
-        "third", "good", "full", poolings={"cls": WIDTH, "mean": WIDTH}, card_pooling="cls", parts={"precision": "bf16"}
+        "third",
+        model="good",
+        view="full",
+        poolings={"cls": WIDTH, "mean": WIDTH},
+        card_pooling="cls",
+        parts={"precision": "bf16"},
     )
     values = np.zeros((len(other), WIDTH))
-    for block, rows in writer.missing_within(range(len(other))):
-        writer.write(block, {"cls": values[rows.start : rows.stop], "mean": values[rows.start : rows.stop]})
+    for rows in writer.missing():
+        writer.write(rows, {"cls": values[rows.start : rows.stop], "mean": values[rows.start : rows.stop]})
     with pytest.raises(UserError, match=r"computed differently for ami-br and third: .*precision"):
-        probe_store(store, ["good"], options=ProbeOptions(), runs=tmp_path / "runs")
+        probed(store, ["good"], options=ProbeOptions(), runs=tmp_path / "runs")
     assert not (tmp_path / "runs").exists()
 
 
@@ -189,11 +199,11 @@ def test_datasets_embedded_differently_are_never_compared(store, tmp_path):
 )
 def test_a_mistake_gets_one_clear_message(store, tmp_path, models, options, message):
     with pytest.raises(UserError, match=message):
-        probe_store(store, models, options=options, runs=tmp_path / "runs")
+        probed(store, models, options=options, runs=tmp_path / "runs")
 
 
 def test_a_damaged_run_is_named(store, tmp_path):
-    (folder,) = probe_store(store, ["poor"], options=ProbeOptions(), runs=tmp_path / "runs")
+    (folder,) = probed(store, ["poor"], options=ProbeOptions(), runs=tmp_path / "runs")
     (folder / "predictions.csv").write_text("dataset,id\n")
     with pytest.raises(UserError, match=r"predictions.csv: found columns dataset, id, expected"):
         read_predictions(folder)
@@ -222,3 +232,123 @@ def test_published_figures_stand_beside_ours():
     assert cells[0] == ["uni (probe)", "  paper, Table 3", "  authors' re-run"]
     assert cells[4] == ["0.5000 ± 0.0100", "0.6477 ± 0.0108", "0.6339"]
     assert cells[2][1:] == ["", ""]
+
+
+def relabelled(samples: Samples, split: list[str]) -> Samples:
+    """The same patches with another split."""
+    columns = {name: getattr(samples, name) for name in Samples.__dataclass_fields__}
+    return Samples(**columns | {"split": np.array(split)})
+
+
+def scored(folder, dataset: str, split: str) -> set[str]:
+    predictions = read_predictions(folder)
+    return set(predictions.id[(predictions.dataset == dataset) & (predictions.split == split)].tolist())
+
+
+@pytest.mark.parametrize(
+    ("names", "training", "testing"),
+    [
+        (("train", "", "test"), {"train"}, {"test"}),
+        (("", "", "test"), {""}, {"test"}),
+        (("train", "train", ""), {"train"}, set()),
+        (("", "", ""), {""}, set()),
+    ],
+)
+def test_rows_without_a_split_are_never_scored_as_test_nor_trained_on_beside_train(tmp_path, names, training, testing):
+    """Slides take the splits in turn, so that every mixture of train, test and neither is there."""
+    samples = table(n=312)
+    slide = np.arange(312) // 8
+    samples = relabelled(samples, [names[s % 3] for s in slide])
+    store = FeatureStore.open_or_create(tmp_path / "store.zarr")
+    add(store, "mine", samples, "m", "full", signal=0.5)
+    (folder,) = probe_store(store, options=ProbeOptions(cv=3), runs=tmp_path / "runs")
+    expected = {name: set(samples.id[samples.split == name].tolist()) for name in set(names)}
+    assert scored(folder, "mine", "validation") == set().union(*(expected[name] for name in training))
+    assert scored(folder, "mine", "test") == set().union(*(expected[name] for name in testing))
+
+
+def test_another_dataset_is_scored_whole_whatever_its_split_says(tmp_path):
+    store = FeatureStore.open_or_create(tmp_path / "store.zarr")
+    add(store, "mine", table(), "m", "full", signal=0.5)
+    other = table(n=100, seed=1)
+    other = relabelled(other, [("train", "test", "")[row % 3] for row in range(100)])
+    add(store, "other", other, "m", "full", signal=0.5, seed=1)
+    options = ProbeOptions(cv=3, train="mine")
+    (folder,) = probe_store(store, options=options, runs=tmp_path / "runs")
+    assert scored(folder, "other", "test") == set(other.id.tolist())
+    assert scored(folder, "other", "validation") == set()
+
+
+PARTS = {
+    "model": "m",
+    "hub_id": "org/m",
+    "revision": "0" * 40,
+    "weights_sha256": "a" * 64,
+    "architecture": "vit",
+    "kwargs": {"depth": 2},
+    "layout": "timm",
+    "resample_pos_embed": False,
+    "transform": {"resize": 224, "mean": [0.5, 0.5, 0.5]},
+    "view": "full",
+    "precision": "fp32",
+    "device": "cpu",
+    "poolings": {"cls": WIDTH},
+}
+OTHER_PARTS = {
+    "hub_id": "org/other",
+    "revision": "1" * 40,
+    "weights_sha256": "b" * 64,
+    "architecture": "swin",
+    "kwargs": {"depth": 3},
+    "layout": "hf-vit",
+    "resample_pos_embed": True,
+    "transform": {"resize": 224, "mean": [0.5, 0.5, 0.6]},
+    "precision": "bf16",
+    "device": "cuda",
+    "another": 1,
+}
+OWN_PARTS = {"dataset_digest": "d" * 64, "source_mpp": 0.5}
+
+
+def stored_with(tmp_path, changes: dict, *, imported: bool = False) -> FeatureStore:
+    """Two datasets of the same model, the second one's embeddings with other parts."""
+    store = FeatureStore.open_or_create(tmp_path / "store.zarr")
+    for name, parts in (("mine", {}), ("other", changes)):
+        samples = table(n=120, seed=len(name), split=name == "mine")
+        store.put_samples(name, samples, attrs={})
+        common = PARTS | {"dataset_digest": samples.images_digest, "source_mpp": 0.25}
+        writer = store.begin(
+            name,
+            "m",
+            "full",
+            poolings={"cls": WIDTH},
+            card_pooling="cls",
+            parts=common | parts,
+            imported=imported and name == "other",
+        )
+        rng = np.random.default_rng(len(name))
+        for rows in writer.missing():
+            writer.write(rows, {"cls": rng.standard_normal((len(rows), WIDTH)) + samples.label[rows, None]})
+    return store
+
+
+@pytest.mark.parametrize("part", OTHER_PARTS)
+def test_sets_whose_embeddings_differ_in_one_part_are_not_compared(tmp_path, part):
+    store = stored_with(tmp_path, {part: OTHER_PARTS[part]})
+    with pytest.raises(UserError, match=rf"computed differently for mine and other: {part} \(") as caught:
+        probe_store(store, options=ProbeOptions(cv=3, train="mine"), runs=tmp_path / "runs")
+    assert str(OTHER_PARTS[part]) in str(caught.value)
+    assert str(PARTS.get(part)) in str(caught.value)
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("part", OWN_PARTS)
+def test_sets_that_differ_in_their_patches_alone_are_compared(tmp_path, part):
+    store = stored_with(tmp_path, {part: OWN_PARTS[part]})
+    (folder,) = probe_store(store, options=ProbeOptions(cv=3, train="mine"), runs=tmp_path / "runs")
+    assert scored(folder, "other", "test") == set(store.samples("other").id.tolist())
+
+
+def test_of_imported_embeddings_nobody_knows_the_parts(tmp_path):
+    store = stored_with(tmp_path, {"weights_sha256": "b" * 64}, imported=True)
+    assert probe_store(store, options=ProbeOptions(cv=3, train="mine"), runs=tmp_path / "runs")

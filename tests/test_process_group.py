@@ -52,9 +52,9 @@ FILES = {
     "samples.csv",
     *(f"fold-{fold}/{name}" for fold in range(2) for name in ("adapter_config.json", "adapter_model.safetensors")),
 }
-# Differences of the order in which sums are formed, after some steps of Adam. Batch norms form many more.
-TIGHT = {"rtol": 1e-8, "atol": 1e-9}
-NORMS = {"rtol": 1e-6, "atol": 1e-7}
+# Differences of the order in which float64 sums are formed: 1e-15 of a gradient. A step of Adam is at most
+# lr / eps = 2e-2 / 1e-8 = 2e6 times as much, and there are some eight of them. A wrong gradient moves a value by 2e-2.
+EXACT = {"rtol": 1e-6, "atol": 1e-6}
 
 
 def torchrun(n: int, cwd: Path, *arguments: object, restarts: int = 0) -> subprocess.CompletedProcess[str]:
@@ -98,13 +98,15 @@ def test_processes_train_what_a_single_one_does(tmp_path: Path, alone: dict[str,
             described = json.loads(file.metadata()["state"])
         assert described["n_steps"] == expected.n_steps, name
         assert described["n_images"] == expected.n_images, name
-        if name == "full with batch norms in float32":
-            # Adam turns the last digit of a gradient near zero into a step: judged by what float32 itself changes.
-            rounding = (expected.values - alone["full with batch norms"].values).abs().mean()
-            assert (found["values"] - expected.values).abs().mean() < rounding / 3
+        if case.dtype == torch.float32 and case.backbone is CNN:
+            # Both round what float64 computes. Several processes may do so no worse than one, but for chance.
+            exact = alone[name.replace("float32", "float64")].values
+            one, several = ((each - exact).norm() / exact.norm() for each in (expected.values, found["values"]))
+            assert one < 1e-4, name
+            assert several < 4 * one, name
             continue
-        exact = case.dtype == torch.float64
-        close = {"rtol": 1e-4, "atol": 1e-5} if not exact else NORMS if case.backbone is CNN else TIGHT
+        # Steps in proportion to float32 gradients hand on the 1e-7 of their sums, over eleven steps some hundredfold.
+        close = EXACT if case.dtype == torch.float64 else {"rtol": 1e-4, "atol": 1e-5}
         for kind, tensor in found.items():
             torch.testing.assert_close(tensor, getattr(expected, kind), **close, msg=partial(label, kind))
         for fold, history in expected.history.items():
@@ -218,12 +220,19 @@ def assert_alike(found: dict[str, Any], expected: dict[str, Any]) -> None:
     assert (found["best_epoch"], found["n_images"]) == (expected["best_epoch"], expected["n_images"])
     for own, other in zip(found["history"], expected["history"], strict=True):
         for epoch, same in zip(own, other, strict=True):
-            assert epoch == pytest.approx(same, rel=1e-4)
+            assert epoch == pytest.approx(same, rel=1e-3)
     for name in (name for name in expected if name.endswith(".safetensors")):
         (_, left), (_, right) = found[name], expected[name]
-        for key in right:
-            ours, theirs = (torch.frombuffer(bytearray(each[key]), dtype=torch.float32) for each in (left, right))
-            torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5)
+        ours, theirs = (
+            {key: torch.frombuffer(bytearray(each[key]), dtype=torch.float32) for key in right}
+            for each in (left, right)
+        )
+        # Adam turns the last digit of a gradient near zero into a step of either sign. So few values may differ by as
+        # much as they have moved, and all in the mean by little of it; B has moved by all it holds.
+        moved = torch.cat([tensor for key, tensor in theirs.items() if "lora_B" in key]).abs().mean()
+        apart = torch.cat([ours[key] - tensor for key, tensor in theirs.items()]).abs().mean()
+        assert moved > 0
+        assert apart < 0.02 * moved, name
 
 
 def test_the_first_process_alone_writes_and_speaks(undisturbed: tuple[Path, Any], material: Path) -> None:

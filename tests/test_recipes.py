@@ -121,3 +121,33 @@ def test_our_recipe_takes_its_rate_from_method_and_backbone_and_the_papers_does_
     ours = recipe_for("default", method=method, convolutional=convolutional)
     assert ours == replace(DEFAULT, learning_rate=RATES[method, convolutional])
     assert recipe_for("paper", method=method, convolutional=convolutional) == PAPER
+
+
+@pytest.mark.parametrize(("epochs", "warmup", "n_batches"), [(7, 1.5, 3), (5, 0.3, 4), (3, 0.0, 5)])
+def test_the_cosine_rate_at_the_middle_of_every_batch(epochs: int, warmup: float, n_batches: int) -> None:
+    recipe = replace(DEFAULT, epochs=epochs, warmup=warmup, learning_rate=0.3)
+    for epoch in range(epochs):
+        for batch in range(n_batches):
+            at = epoch + (batch + 0.5) / n_batches
+            expected = (
+                0.3 * at / warmup if at < warmup else 0.3 * np.cos(np.pi / 2 * (at - warmup) / (epochs - warmup)) ** 2
+            )
+            found = learning_rate(history(*[0.5] * epoch), recipe, batch=batch, n_batches=n_batches)
+            assert found == pytest.approx(expected, rel=1e-9)
+
+
+def test_the_plateau_falls_by_its_own_factor_after_its_own_patience_again_and_again() -> None:
+    recipe = replace(PAPER, learning_rate=1.0, plateau_factor=0.1, plateau_patience=1, min_learning_rate=0.005)
+    figures = [0.6, 0.6, 0.6, 0.7, 0.7, 0.7, 0.7, 0.7, 0.7, 0.8, 0.7, 0.7]
+    expected = [1, 1, 1, 0.1, 0.1, 0.1, 0.01, 0.01, 0.005, 0.005, 0.005, 0.005]
+    found = [plateau_rate(history(*figures[:epoch]), recipe) for epoch in range(len(figures))]
+    assert found == pytest.approx(expected)
+
+
+def test_an_improvement_starts_patience_anew_and_an_equal_figure_does_not() -> None:
+    recipe = replace(PAPER, epochs=99, patience=3)
+    assert not stopped(history(0.5, 0.6, 0.5, 0.5), recipe)
+    assert stopped(history(0.5, 0.6, 0.6, 0.6, 0.6), recipe)
+    assert not stopped(history(0.5, 0.6, 0.5, 0.5, 0.61), recipe)
+    assert not stopped(history(0.5, 0.6, 0.5, 0.5, 0.61, 0.6, 0.6), recipe)
+    assert stopped(history(0.5, 0.6, 0.5, 0.5, 0.61, 0.6, 0.6, 0.61), recipe)

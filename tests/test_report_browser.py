@@ -23,18 +23,19 @@ import numpy as np
 import pytest
 from conftest import REPOSITORY
 from PIL import Image
-from test_results import edit_record
+from probe.gallery import EmbeddingMap, make_thumbnails, shown
+from probe.page import html, with_thumbnails
+from probe.protocol import ProbeOptions, probe_store
+from test_runs import edit_record
 
 from extract.datasets import load_dataset
 from features.folds import grouped_folds
 from features.samples import Samples, make_samples
 from features.store import FeatureStore
 from finetune.report import make_report, write_report
-from probe.evidence import Resampling
-from probe.gallery import EmbeddingMap, make_thumbnails, shown
-from probe.page import html, with_thumbnails
-from probe.protocol import ProbeOptions, probe_store
+from probe.metrics import RunMetrics
 from probe.report import collect, read_runs
+from probe.resample import Resampling
 from probe.runs import concatenate, predictions_of, read_predictions, read_run, threshold_of, write_run
 
 if TYPE_CHECKING:
@@ -120,9 +121,11 @@ def embed(store: FeatureStore, dataset: str, model: str, samples: Samples, *, si
     """Embeddings that tell the classes apart, as far as the signal goes."""
     rng = np.random.default_rng(len(samples))
     X = rng.standard_normal((len(samples), 8)) + signal * samples.label[:, None]
-    writer = store.begin(dataset, model, "full", poolings={"pooled": 8}, card_pooling="pooled", parts={"model": model})
-    for block, rows in writer.missing_within(range(len(samples))):
-        writer.write(block, {"pooled": X[rows.start : rows.stop].astype(np.float32)})
+    writer = store.begin(
+        dataset, model=model, view="full", poolings={"pooled": 8}, card_pooling="pooled", parts={"model": model}
+    )
+    for rows in writer.missing():
+        writer.write(rows, {"pooled": X[rows.start : rows.stop].astype(np.float32)})
 
 
 def logit(p: float | np.ndarray) -> np.ndarray:
@@ -152,7 +155,9 @@ def adapted(runs: Path, like: Path, samples: Samples) -> Path:
         del record[written]
     record |= {"kind": "finetune", "method": "lora", "test": [], "options": {"cv": 3, "lora": {"rank": 8}, "epochs": 2}}
     record |= {"n_trained": 1234, "cost": {"images_per_second": 70.0}}
-    return write_run(runs, record, predictions, tables={"patches": samples}, metrics={}, weights={}, seconds=12.0)
+    return write_run(
+        runs, record, predictions, tables={"patches": samples}, metrics=RunMetrics(0.5, {}), weights={}, seconds=12.0
+    )
 
 
 @pytest.fixture(scope="module")
@@ -182,7 +187,7 @@ def made(tmp_path_factory) -> Made:
     folders = (*probes, adapted(runs, probes[0], tables["patches"]))
     for day, run in enumerate(folders, start=1):  # runs stand by date, and these are all of one second
         edit_record(run, created=f"2025-01-0{day}T00:00:00Z")
-    text, _, _ = make_report(runs, how=QUICK)
+    text, _, _ = make_report(runs, resampling=QUICK)
     page = folder / "report.html"
     write_report(text, page)
     return Made(page, folders, tables, colour)
@@ -859,12 +864,12 @@ def large(tmp_path_factory) -> Path:
             record | {"model": model},
             predictions,
             tables={"many": samples},
-            metrics={},
+            metrics=RunMetrics(0.5, {}),
             weights={},
             seconds=1,
         )
     runs, notes = read_runs(folder / "runs")
-    report = collect(runs, notes, how=QUICK)
+    report = collect(runs, notes, resampling=QUICK)
     of = shown(report, runs)
     noise = rng.integers(0, 256, (64, 64, 3), dtype=np.uint8).repeat(4, axis=0).repeat(4, axis=1)
 

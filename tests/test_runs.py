@@ -13,15 +13,12 @@ import pytest
 
 from features.console import UserError
 from features.samples import Samples, make_samples
-from probe import runs as run_files
+from probe import predictions as prediction_files
+from probe.metrics import RunMetrics
+from probe.predictions import COLUMNS, SAMPLE_COLUMNS, VALIDATION, Predictions, concatenate, predictions_of
 from probe.runs import (
-    COLUMNS,
-    SAMPLE_COLUMNS,
-    VALIDATION,
-    Predictions,
+    RunRecord,
     check_weights,
-    concatenate,
-    predictions_of,
     read_predictions,
     read_run,
     read_samples,
@@ -124,16 +121,19 @@ def made_run(
         "table_digests": {name: table.table_digest for name, table in tables.items()},
         "folds": {"n": N_FOLDS, "source": "grouped", "digest": digest, "seed": 42},
     }
-    return write_run(
+    unwritten = {"id": "", "created": "", "versions": {}, "cost": {}}
+    written = write_run(
         runs,
-        told | record,
-        predicted(tables, train, signal=signal, seed=seed) if predictions is None else predictions,
+        RunRecord.from_json(unwritten | told | record),
+        predictions=predicted(tables, train, signal=signal, seed=seed) if predictions is None else predictions,
         tables=tables,
-        metrics={"threshold": 0.5, "sets": {}},
+        metrics=RunMetrics(0.5, {}),
         weights={"coef": np.zeros((N_FOLDS, 8), dtype=np.float32), "intercept": np.zeros(N_FOLDS)},
         seconds=1.0,
         files=files,
     )
+    assert written.folder is not None
+    return written.folder
 
 
 def edit_record(folder: Path, **changes: Any) -> None:
@@ -372,7 +372,7 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path):
 def test_a_damaged_record_is_refused(name, content, tmp_path):
     folder = made_run(tmp_path)
     (folder / name).write_bytes(content)
-    with pytest.raises(UserError, match=r"run\.json or metrics\.json is damaged"):
+    with pytest.raises(UserError, match=rf"{name} is damaged"):
         read_run(folder)
 
 
@@ -385,9 +385,9 @@ def test_a_run_of_another_format_is_refused(tmp_path):
 
 def test_csv_files_made_in_pieces_are_the_same(tmp_path, monkeypatch):
     whole = made_run(tmp_path / "whole")
-    monkeypatch.setattr(run_files, "_ROWS", 7)
+    monkeypatch.setattr(prediction_files, "_ROWS", 7)
     pieces = made_run(tmp_path / "pieces")
     for name in ("predictions.csv", "samples.csv"):
         assert (pieces / name).read_bytes() == (whole / name).read_bytes()
-        assert read_run(pieces)["sha256"][name] == read_run(whole)["sha256"][name]
+        assert read_run(pieces).sha256[name] == read_run(whole).sha256[name]
     read_samples(pieces, read_predictions(pieces))

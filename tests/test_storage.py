@@ -28,13 +28,15 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from extract.cli import app as extract_app
-from features import console, storage
+from features import console, storage_bucket, storage_local
 from features.cli import app as store_app
 from features.console import UserError
 from features.samples import make_samples
-from features.storage import LocalStorage, find_storage
+from features.storage import find_groups, find_storage
+from features.storage_bucket import BucketStorage
+from features.storage_local import LocalStorage
 from features.store import FeatureStore
-from probe.protocol import ProbeOptions, probe_store
+from probe.probing import ProbeOptions, probe_store
 from probe.runs import read_run
 
 obstore = pytest.importorskip("obstore", reason="needs obstore (pip install 'mitofm[s3]')")
@@ -76,7 +78,7 @@ def url() -> str:
 
 
 def objects(url: str) -> dict[str, bytes]:
-    store = storage._connect(url)
+    store = storage_bucket.connect(url)
     paths = [item["path"] for item in obstore.list(store).collect()]
     return {path: bytes(obstore.get(store, path).bytes()) for path in paths}
 
@@ -169,7 +171,7 @@ def test_extraction_to_a_bucket_gives_the_bytes_of_the_local_one(
     assert objects(url) == local
     store_app(["verify", "--store", url], standalone_mode=False)
     assert f"{url} is sound" in capsys.readouterr().err
-    opened = zarr.open(zarr.storage.ObjectStore(storage._connect(url), read_only=True), mode="r")
+    opened = zarr.open(zarr.storage.ObjectStore(storage_bucket.connect(url), read_only=True), mode="r")
     entry = FeatureStore.open(url).entries()[0]
     assert opened[f"{entry.key}/cls"].shape == (N, entry.poolings["cls"])
     extract_app(extraction(patches, weights, url), standalone_mode=False)
@@ -219,19 +221,19 @@ def test_probes_of_a_bucket_are_those_of_a_folder_and_fetch_every_block_once(
         store = FeatureStore.open_or_create(where)
         store.put_samples("data", table, attrs={})
         poolings = {"cls": 6, "mean": 6}
-        writer = store.begin("data", "model", "full", poolings=poolings, card_pooling="cls+mean", parts={})
-        for block, rows in writer.missing_within(range(240)):
+        writer = store.begin("data", model="model", view="full", poolings=poolings, card_pooling="cls+mean", parts={})
+        for rows in writer.missing():
             part = values[rows.start : rows.stop]
-            writer.write(block, {"cls": part, "mean": part**2})
+            writer.write(rows, {"cls": part, "mean": part**2})
     fetched = []
-    read = storage.BucketStorage.read
-    monkeypatch.setattr(storage.BucketStorage, "read", lambda self, key: fetched.append(key) or read(self, key))
+    read = BucketStorage.read
+    monkeypatch.setattr(BucketStorage, "read", lambda self, key: fetched.append(key) or read(self, key))
     results = []
     for where in (url, tmp_path / "store"):
-        (folder,) = probe_store(FeatureStore.open(where), options=ProbeOptions(), runs=tmp_path / "runs")
-        results.append(read_run(folder))
-    assert [run["store"] for run in results] == [url, str(tmp_path / "store")]
-    assert results[0]["metrics"] == results[1]["metrics"]
+        (record,) = probe_store(FeatureStore.open(where), options=ProbeOptions(), runs=tmp_path / "runs")
+        results.append(read_run(record.folder))
+    assert [run.store for run in results] == [url, str(tmp_path / "store")]
+    assert results[0].metrics == results[1].metrics
     blocks = [key for key in fetched if re.search(r"c\.\d+\.0$", key) and "samples" not in key]
     assert len(blocks) == len(set(blocks)) == 8
 
@@ -251,14 +253,14 @@ def test_embeddings_leave_a_bucket_and_come_into_one(url: str, tmp_path: Path) -
 
 
 def test_large_objects_travel_in_parts(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(storage, "_MOST_PER_REQUEST", 5 * 2**20)
+    monkeypatch.setattr(storage_bucket, "_MOST_PER_REQUEST", 5 * 2**20)
     rng = np.random.default_rng(0)
     values = rng.standard_normal((64, 50_000)).astype(np.float16)  # 6.4 MB
     store = FeatureStore.open_or_create(url)
     store.put_samples("d", make_samples(list(map(str, range(64))), [0] * 64, sha256=[""] * 64), attrs={})
-    writer = store.begin("d", "m", "v", poolings={"cls": 50_000}, card_pooling="cls", parts={})
-    writer.write(0, {"cls": values})
-    np.testing.assert_array_equal(FeatureStore.open(url).read("d", "m", "v"), values)
+    writer = store.begin("d", model="m", view="v", poolings={"cls": 50_000}, card_pooling="cls", parts={})
+    writer.write(range(64), {"cls": values})
+    np.testing.assert_array_equal(FeatureStore.open(url).read("d", model="m", view="v"), values)
 
 
 # Damage.
@@ -271,18 +273,18 @@ def filled(where: Path | str, scale: int = 1) -> FeatureStore:
 
 def test_damage_in_a_bucket_is_named_and_a_replaced_object_is_checked_again(url: str) -> None:
     store = filled(url)
-    store.read("data", "model", "full")
+    store.read("data", model="model", view="full")
     key = store.entries()[0].block_key("cls", 1)
-    data = bytearray(store.place.read(key))
+    data = bytearray(store.storage.read(key))
     data[77] ^= 4
-    store.place.write(key, [bytes(data)])
+    store.storage.write(key, [bytes(data)])
     with pytest.raises(UserError, match=rf"block 1 \(rows 64–127\).*checksum.*{url}/{key}"):
-        store.read("data", "model", "full")
+        store.read("data", model="model", view="full")
     assert [problem.block for problem in store.verify()] == [1]
-    store.place.delete(key)
+    store.storage.remove(key)
     with pytest.raises(UserError, match=r"block 1 .*cannot be read"):
-        store.read("data", "model", "full")
-    store.place.delete(store.entries()[0].block_key("mean", 1))  # the remedy
+        store.read("data", model="model", view="full")
+    store.storage.remove(store.entries()[0].block_key("mean", 1))  # the remedy
     filled(url)
     assert store.verify() == []
 
@@ -293,7 +295,7 @@ def test_remove_and_overwrite_leave_nothing_behind(url: str, tmp_path: Path) -> 
     killed_writer.write(tmp_path / "local")
     killed_writer.rewrite(tmp_path / "local")
     assert objects(url) == killed_writer.tree(tmp_path / "local")
-    store.remove("data", "model")
+    store.remove("data", model="model")
     assert store.entries() == []
     store.remove("data")
     assert list(objects(url)) == ["zarr.json"]
@@ -314,12 +316,12 @@ def test_something_else_in_the_place_is_left_alone(url: str) -> None:
 def test_only_one_writer_at_a_time_changes_folders_and_a_killed_ones_lock_runs_out(
     url: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(storage, "_LEASE", 0.3)
+    monkeypatch.setattr(storage_bucket, "_LEASE", 0.3)
     store = filled(url)
     inside = []
 
     def change(number: int) -> None:
-        with find_storage(url).alone():
+        with find_storage(url).lock():
             inside.append(number)
             assert len(inside) == 1
             time.sleep(0.05)
@@ -330,11 +332,11 @@ def test_only_one_writer_at_a_time_changes_folders_and_a_killed_ones_lock_runs_o
         thread.start()
     for thread in threads:
         thread.join()
-    store.place.write(storage._LOCK, [b"of one that was killed"])
-    with store.place.alone():
-        assert store.place.read(storage._LOCK) != b"of one that was killed"
+    store.storage.write(storage_bucket._LOCK, [b"of one that was killed"])
+    with store.storage.lock():
+        assert store.storage.read(storage_bucket._LOCK) != b"of one that was killed"
     assert "waiting for another writer" in capsys.readouterr().err
-    assert storage._LOCK not in objects(url)
+    assert storage_bucket._LOCK not in objects(url)
 
 
 @pytest.mark.parametrize("kind", ["folder", "bucket"])
@@ -342,36 +344,34 @@ def test_the_first_of_several_to_add_a_folder_stays_and_needs_no_lock(
     kind: str, url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     there = find_storage(url if kind == "bucket" else tmp_path)
-    flush, content, others = storage.flush, storage.BucketStorage._put_content, []
+    flush, content, others = storage_local.flush, BucketStorage._put_content, []
 
     def overtaken() -> None:
         if not others:
             others.append(None)
-            there.add_folder("a", {"x/zarr.json": [b"x"], "zarr.json": [b"first"]})
+            there.put_folder("a", {"x/zarr.json": [b"x"], "zarr.json": [b"first"]})
 
-    monkeypatch.setattr(storage, "flush", lambda path: (overtaken(), flush(path)))
-    monkeypatch.setattr(storage.BucketStorage, "_put_content", lambda *a: (overtaken(), content(*a)))
+    monkeypatch.setattr(storage_local, "flush", lambda path: (overtaken(), flush(path)))
+    monkeypatch.setattr(BucketStorage, "_put_content", lambda *a: (overtaken(), content(*a)))
     for _ in range(2):
-        there.add_folder("a", {"x/zarr.json": [b"x"], "zarr.json": [b"second"]})
+        there.put_folder("a", {"x/zarr.json": [b"x"], "zarr.json": [b"second"]})
         assert others
         assert there.read("a/zarr.json") == b"first"
-    assert sorted(there.names("")) == ["a"]
-    assert there.has_folder("a")
-    assert not there.has_folder("b")
+    assert find_groups(there, "") == list(there.list_folder("")) == ["a"]
 
 
 def test_what_a_killed_writer_left_of_a_folder_never_becomes_part_of_a_new_one(url: str) -> None:
     there = find_storage(url)
     for key in ("a/cls/c.0.0", "a/cls/zarr.json", "ab/cls/c.0.0"):
         there.write(key, [b"old"])
-    there.add_folder("a", {"cls/zarr.json": [b"new"], "zarr.json": [b"new"]})
+    there.put_folder("a", {"cls/zarr.json": [b"new"], "zarr.json": [b"new"]})
     assert objects(url) == {"a/cls/zarr.json": b"new", "a/zarr.json": b"new", "ab/cls/c.0.0": b"old"}
 
 
 def test_shares_in_any_order_and_without_locks_write_the_bucket_of_one(
     patches: Path, weights: Path, local: dict[str, bytes], url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(storage.BucketStorage, "_lock", lambda self, token: False)
+    monkeypatch.setattr(BucketStorage, "_take_lock", lambda self, token: False)
     for rank in (1, 0):
         extract_app([*extraction(patches, weights, url), "--shard", f"{rank}/2"], standalone_mode=False)
     assert objects(url) == local
@@ -383,24 +383,25 @@ def test_a_writer_whose_entry_was_replaced_stops_and_takes_its_block_back(
     filled(url)
     poolings = {"cls": killed_writer.WIDTH, "mean": killed_writer.WIDTH}
     options = {"poolings": poolings, "card_pooling": "cls", "overwrite": True}
-    slow = FeatureStore.open(url).begin("data", "model", "full", parts={"who": "slow"}, **options)
+    slow = FeatureStore.open(url).begin("data", model="model", view="full", parts={"who": "slow"}, **options)
     block = dict.fromkeys(poolings, killed_writer.VALUES[:64])
-    put, others = storage.BucketStorage.write, []
+    put, others = BucketStorage.write, []
 
-    def overtaken(self: storage.BucketStorage, key: str, pieces: storage.Pieces) -> None:
+    def overtaken(self: BucketStorage, key: str, pieces: storage_bucket.Pieces) -> None:
         if key.endswith("mean/c.0.0") and not others:
             others.append(None)
-            others[0] = FeatureStore.open(url).begin("data", "model", "full", parts={"who": "fast"}, **options)
+            store = FeatureStore.open(url)
+            others[0] = store.begin("data", model="model", view="full", parts={"who": "fast"}, **options)
         put(self, key, pieces)
 
-    monkeypatch.setattr(storage.BucketStorage, "write", overtaken)
+    monkeypatch.setattr(BucketStorage, "write", overtaken)
     with pytest.raises(UserError, match="replaced by another process"):
-        slow.write(0, block)
-    assert others[0].entry.missing() == [0, 1, 2]
-    others[0].write(0, block)
+        slow.write(range(64), block)
+    assert others[0].entry.missing_blocks() == [0, 1, 2]
+    others[0].write(range(64), block)
     with pytest.raises(UserError, match="replaced by another process"):
-        slow.write(1, dict.fromkeys(poolings, killed_writer.VALUES[64:128]))
-    assert others[0].entry.missing() == [1, 2]
+        slow.write(range(64, 128), dict.fromkeys(poolings, killed_writer.VALUES[64:128]))
+    assert others[0].entry.missing_blocks() == [1, 2]
 
 
 # The network.
@@ -456,7 +457,7 @@ def test_connections_cut_midway_lose_nothing(
     proxy = Proxy(server, lambda number, n_bytes: number % 3 == 0 and n_bytes > 100 + 600 * (number % 2))
     monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
     store = filled(url)
-    values = store.read("data", "model", "full", "cls+mean")
+    values = store.read("data", model="model", view="full", pooling="cls+mean")
     cuts = proxy.cuts
     proxy.close()
     monkeypatch.setenv("AWS_ENDPOINT_URL", server)
@@ -474,23 +475,23 @@ def test_a_network_that_stays_away_ends_in_one_message_and_the_same_command_goes
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(storage, "_RETRIES", {"max_retries": 1})
+    monkeypatch.setattr(storage_bucket, "_RETRIES", {"max_retries": 1})
     proxy = Proxy(server, lambda number, n_bytes: False)
     monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
-    put, blocks = storage.BucketStorage.write, []
+    put, blocks = BucketStorage.write, []
 
-    def away(self: storage.BucketStorage, key: str, pieces: storage.Pieces) -> None:
+    def away(self: BucketStorage, key: str, pieces: storage_bucket.Pieces) -> None:
         blocks.extend([key] * ("timm" in key and key.endswith(".0")))
         if len(blocks) == 5:
             proxy.judge = lambda number, n_bytes: True
         put(self, key, pieces)
 
-    monkeypatch.setattr(storage.BucketStorage, "write", away)
+    monkeypatch.setattr(BucketStorage, "write", away)
     printed = call(extract_app, *extraction(patches, weights, url), capsys=capsys, monkeypatch=monkeypatch)
     assert "does not answer. Everything written so far is kept: look at the network" in printed
     proxy.close()
     monkeypatch.setenv("AWS_ENDPOINT_URL", server)
-    left = {key: data for key, data in objects(url).items() if key != storage._LOCK}
+    left = {key: data for key, data in objects(url).items() if key != storage_bucket._LOCK}
     assert left.items() < local.items()
     assert sum("timm" in key and key.endswith(".0") for key in left) == 4
     extract_app(extraction(patches, weights, url), standalone_mode=False)
@@ -546,7 +547,7 @@ def test_a_refusal_is_one_message_without_a_secret(
     weights: Path,
 ) -> None:
     handler = type("Handler", (Refusing,), {"status": status, "code": code})
-    monkeypatch.setattr(storage, "_RETRIES", {"max_retries": 1})
+    monkeypatch.setattr(storage_bucket, "_RETRIES", {"max_retries": 1})
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as refusing:
         threading.Thread(target=refusing.serve_forever, daemon=True).start()
         monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{refusing.server_port}")
@@ -595,6 +596,143 @@ def test_a_profile_gives_credentials_and_the_endpoint(
 
 
 def test_without_obstore_the_way_to_install_it_is_named(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "features.storage_bucket")
     monkeypatch.setitem(sys.modules, "obstore.store", None)
     with pytest.raises(UserError, match=r"pip install 'mitofm\[s3\]'"):
         FeatureStore.open(url)
+
+
+# The lock, and the order of changes.
+
+
+def lock_of(url: str) -> list[str]:
+    """The objects that keep others out; their names end like those of all unfinished work."""
+    return [key for key in objects(url) if key.endswith(".partial")]
+
+
+def test_a_lock_that_another_writer_has_taken_over_is_left_to_it(url: str) -> None:
+    there = find_storage(url)
+    with there.lock():
+        (lock,) = lock_of(url)
+        there.write(lock, [b"of another writer, after this one was thought dead"])
+    assert objects(url) == {lock: b"of another writer, after this one was thought dead"}
+    there.delete(lock)
+    with pytest.raises(RuntimeError), there.lock():
+        raise RuntimeError  # gives its own lock back all the same
+    assert lock_of(url) == []
+
+
+@pytest.mark.parametrize("overtaken", [True, False])
+def test_of_several_that_find_the_same_dead_lock_only_one_takes_it_over(
+    url: str, monkeypatch: pytest.MonkeyPatch, overtaken: bool
+) -> None:
+    """Another writer is quicker by one request; its lock then runs out in turn."""
+    monkeypatch.setattr(storage_bucket, "_LEASE", 0.2)
+    there, put = find_storage(url), obstore.put
+    with there.lock():
+        (lock,) = lock_of(url)
+    there.write(lock, [b"of one that was killed"])
+    found = []
+
+    def slower(store: object, key: str, data: bytes, **options: object) -> object:
+        if key == lock and options.get("mode") != "create":
+            found.append(bytes(obstore.get(store, key).bytes()))
+            if overtaken and len(found) == 1:
+                put(store, key, b"of the quicker one")
+        return put(store, key, data, **options)
+
+    monkeypatch.setattr(obstore, "put", slower)
+    with there.lock() as locked:
+        assert locked
+        assert objects(url)[lock] not in (b"of one that was killed", b"of the quicker one")
+    assert found == [b"of one that was killed", b"of the quicker one"][: 1 + overtaken]
+    assert lock_of(url) == []
+
+
+def test_a_living_writer_s_lock_is_waited_for(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One whose lock keeps changing hands is alive, however long it takes together."""
+    monkeypatch.setattr(storage_bucket, "_LEASE", 0.3)
+    there, get, looked = find_storage(url), obstore.get, []
+    with there.lock():
+        (lock,) = lock_of(url)
+    there.write(lock, [b"0"])
+
+    def seen(store: object, key: str, **options: object) -> object:
+        result = get(store, key, **options)
+        if key == lock:
+            looked.append(key)
+            if len(looked) < 12:
+                obstore.put(store, key, str(len(looked)).encode())  # the next of them holds it now
+        return result
+
+    monkeypatch.setattr(obstore, "get", seen)
+    with there.lock():
+        assert len(looked) > 12
+
+
+def changes(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
+    """Every object that is put or deleted from now on, in order, but for the lock."""
+    found: list[tuple[str, str]] = []
+    put, delete = obstore.put, obstore.delete
+
+    def noted_put(store: object, key: str, *given: object, **options: object) -> object:
+        result = put(store, key, *given, **options)
+        found.append(("put", key))
+        return result
+
+    def noted_delete(store: object, keys: list[str]) -> object:
+        found.extend(("delete", key) for key in keys)
+        assert len(keys) == 1 or not [key for key in keys if key.endswith("zarr.json")]  # of many none is the first
+        return delete(store, keys)
+
+    monkeypatch.setattr(obstore, "put", noted_put)
+    monkeypatch.setattr(obstore, "delete", noted_delete)
+    return found
+
+
+def without_lock(found: list[tuple[str, str]], what: str) -> list[str]:
+    return [key for kind, key in found if kind == what and not key.endswith(".partial")]
+
+
+@pytest.mark.parametrize("names", [("data",), ("data", "model"), ("data", "model", "full")])
+def test_what_makes_a_folder_count_is_deleted_before_its_content_outer_folders_first(
+    url: str, monkeypatch: pytest.MonkeyPatch, names: tuple[str, ...]
+) -> None:
+    store = filled(url)
+    below = {key for key in objects(url) if key.startswith("/".join(names) + "/")}
+    found = changes(monkeypatch)
+    store.remove(*names)
+    deleted = without_lock(found, "delete")
+    assert sorted(deleted) == sorted(below)
+    assert deleted[0] == "/".join(names) + "/zarr.json"
+    n_groups = sum(key.endswith("zarr.json") for key in deleted)
+    assert all(key.endswith("zarr.json") for key in deleted[:n_groups])
+    depths = [key.count("/") for key in deleted[:n_groups]]
+    assert depths == sorted(depths)
+    assert len(set(depths)) > 1
+
+
+def test_what_makes_a_folder_count_is_put_after_its_content(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = changes(monkeypatch)
+    killed_writer.write(url)  # type: ignore[arg-type]
+    new = without_lock(found, "put")
+    for folder in ("data", "data/model/full"):
+        inside = [key for key in new if key.startswith(f"{folder}/")]
+        made = inside.index(f"{folder}/zarr.json")
+        content = {f"{folder}/{name}" for name in killed_writer_content(url, folder)}
+        assert content
+        assert content <= set(inside[:made])
+    del found[:]
+    killed_writer.rewrite(url)  # type: ignore[arg-type]
+    entry = [key for kind, key in found if key == "data/model/full/zarr.json" or key.startswith("data/model/full/cls/")]
+    kinds = [kind for kind, key in found if key == "data/model/full/zarr.json"]
+    assert kinds[:2] == ["delete", "put"]
+    assert entry.index("data/model/full/zarr.json") == 0  # the old one goes before anything of it
+
+
+def killed_writer_content(url: str, folder: str) -> list[str]:
+    """What belongs to a folder from its beginning: tables and arrays, but no blocks, and no other folders."""
+    inside = [key.removeprefix(f"{folder}/") for key in objects(url) if key.startswith(f"{folder}/")]
+    if folder == "data":
+        return [key for key in inside if key.startswith("samples/")]
+    return [key for key in inside if key.endswith("/zarr.json")]

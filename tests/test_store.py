@@ -10,6 +10,7 @@ import resource
 import subprocess
 import sys
 import zipfile
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,10 +23,12 @@ from zarr.codecs import BytesCodec, Crc32cCodec
 
 from features import files
 from features.console import UserError
+from features.entry import store_key
 from features.fingerprint import fingerprint
-from features.layout import Grid, decode_block, encode_block
+from features.layout import Grid, decode_block, encode_block, rows_per_block
 from features.samples import Samples, make_samples
-from features.store import FeatureStore, Writer, rows_per_block, store_key
+from features.store import FeatureStore
+from features.writer import Writer
 
 N, WIDTH = 150, 4
 POOLINGS = {"cls": WIDTH, "mean": WIDTH}
@@ -50,14 +53,14 @@ def embeddings(n: int = N, seed: int = 0) -> dict[str, np.ndarray]:
 
 def begin(store: FeatureStore, **changes: object) -> Writer:
     options = {"poolings": POOLINGS, "card_pooling": "cls+mean", "parts": PARTS} | changes
-    return store.begin("ami-br", "timm/x", "full", **options)  # type: ignore[arg-type]
+    return store.begin("ami-br", model="timm/x", view="full", **options)  # type: ignore[arg-type]
 
 
 def fill(writer: Writer, n_blocks: int | None = None, seed: int = 0) -> None:
     values = embeddings(writer.entry.n_rows, seed)
     for rows in writer.missing()[:n_blocks]:
         block = {name: array[rows.start : rows.stop] for name, array in values.items()}
-        writer.write(rows.start // writer.entry.rows_per_block, block)
+        writer.write(rows, block)
 
 
 @pytest.fixture
@@ -74,7 +77,7 @@ def full(empty: FeatureStore) -> FeatureStore:
 
 
 def read(store: FeatureStore, pooling: str = "card", **options: object) -> np.ndarray:
-    return FeatureStore.open(store.path).read("ami-br", "timm/x", "full", pooling, **options)  # type: ignore[arg-type]
+    return FeatureStore.open(store.path).read("ami-br", model="timm/x", view="full", pooling=pooling, **options)  # type: ignore[arg-type]
 
 
 # Names, fingerprints, block sizes.
@@ -137,7 +140,7 @@ def test_the_same_table_again_is_no_work_and_other_labels_update_it(full: Featur
 
 def test_other_images_under_the_same_name_are_refused_with_both_digests(full: FeatureStore) -> None:
     other = make_table(sha256=make_table().sha256[::-1])
-    with pytest.raises(UserError, match="--overwrite") as caught:
+    with pytest.raises(UserError, match="`overwrite=True`") as caught:
         full.put_samples("ami-br", other, attrs={})
     assert other.images_digest in str(caught.value)
     assert make_table().images_digest in str(caught.value)
@@ -204,9 +207,9 @@ def test_unknown_names_are_answered_with_the_known_ones(full: FeatureStore) -> N
     with pytest.raises(UserError, match="no pooling 'center'; it has cls, mean"):
         read(full, "center")
     with pytest.raises(UserError, match="it has: timm/x/full"):
-        full.read("ami-br", "timm/y", "full")
+        full.read("ami-br", model="timm/y", view="full")
     with pytest.raises(UserError, match=r"it has: ami-br\. Did you mean ami-br"):
-        full.read("ami-b", "timm/x", "full")
+        full.read("ami-b", model="timm/x", view="full")
 
 
 def test_an_interrupted_entry_goes_on_and_cannot_be_read_before(empty: FeatureStore) -> None:
@@ -215,8 +218,8 @@ def test_an_interrupted_entry_goes_on_and_cannot_be_read_before(empty: FeatureSt
         read(empty)
     writer = begin(empty)
     assert writer.missing() == [range(128, 150)]
-    assert writer.missing_within(range(64, 150)) == [(2, range(128, 150))]
-    assert writer.missing_within(range(0, 128)) == []
+    assert writer.missing(range(64, 150)) == [range(128, 150)]
+    assert writer.missing(range(0, 149)) == []
     fill(writer)
     assert writer.missing() == []
     assert len(read(empty)) == N
@@ -235,7 +238,7 @@ def test_a_block_counts_as_done_only_with_its_last_pooling(
         original(path, pieces)
 
     writer = begin(empty)
-    monkeypatch.setattr("features.storage.write_file", fail_at_the_last)
+    monkeypatch.setattr("features.storage_local.write_file", fail_at_the_last)
     with pytest.raises(UserError, match=r"No space left.*free some space.*same command again"):
         fill(writer, n_blocks=1)
     assert written == ["cls", "mean"]
@@ -283,21 +286,23 @@ def test_numbers_that_float16_cannot_hold_are_refused_by_name(empty: FeatureStor
     with pytest.raises(
         UserError, match=f"timm/x/full/mean: 1 embeddings are {re.escape(what)}.*row 69, Atypical/69-é.png"
     ):
-        begin(empty).write(1, block)
+        begin(empty).write(range(64, 128), block)
     assert len(begin(empty).missing()) == 3
 
 
 def test_blocks_of_another_shape_or_pooling_are_a_programming_error(empty: FeatureStore) -> None:
     values = embeddings()
     with pytest.raises(ValueError, match="expected"):
-        begin(empty).write(0, {"cls": values["cls"][:64]})
+        begin(empty).write(range(64), {"cls": values["cls"][:64]})
     with pytest.raises(ValueError, match="expected"):
-        begin(empty).write(2, {name: array[:64] for name, array in values.items()})
+        begin(empty).write(range(128, 150), {name: array[:64] for name, array in values.items()})
+    with pytest.raises(ValueError, match="not the rows of a block"):
+        begin(empty).write(range(32, 96), {name: array[32:96] for name, array in values.items()})
 
 
 def test_another_fingerprint_is_refused_with_both_values(full: FeatureStore) -> None:
     other = PARTS | {"precision": "bf16", "transform": {"size": 160}}
-    with pytest.raises(UserError, match="--overwrite") as caught:
+    with pytest.raises(UserError, match="`overwrite=True`") as caught:
         begin(full, parts=other)
     assert 'precision: stored "fp32", now "bf16"' in str(caught.value)
     assert "transform.size: stored 224, now 160" in str(caught.value)
@@ -333,8 +338,8 @@ def test_only_a_writer_that_is_alone_sweeps_or_overwrites(empty: FeatureStore) -
 
 def test_remove_takes_an_entry_a_model_or_a_dataset(full: FeatureStore) -> None:
     with pytest.raises(UserError, match="has no ami-br/timm/y"):
-        full.remove("ami-br", "timm/y")
-    full.remove("ami-br", "timm/x", "full")
+        full.remove("ami-br", model="timm/y")
+    full.remove("ami-br", model="timm/x", view="full")
     assert full.entries() == []
     full.remove("ami-br")
     assert full.datasets() == []
@@ -376,9 +381,9 @@ def test_the_archived_store_of_format_1_opens_and_gives_its_numbers(tmp_path: Pa
     (entry,) = store.entries()
     assert (entry.model, entry.view, entry.batch_size) == ("hf-hub:org/name@main", "center64", 8)
     expected = np.arange(100 * 6).reshape(100, 6) / 8
-    np.testing.assert_array_equal(store.read("ami-br", entry.model, "center64", "cls"), expected)
+    np.testing.assert_array_equal(store.read("ami-br", model=entry.model, view="center64", pooling="cls"), expected)
     np.testing.assert_array_equal(
-        store.read("ami-br", entry.model, "center64"), np.concatenate([expected, -expected], 1)
+        store.read("ami-br", model=entry.model, view="center64"), np.concatenate([expected, -expected], 1)
     )
 
 
@@ -461,7 +466,7 @@ def test_any_flipped_bit_of_a_block_is_found_and_the_block_named(full: FeatureSt
     for bit in range(0, 8 * len(data), 7):
         path.write_bytes(flipped(data, bit))
         with pytest.raises(UserError, match=named):
-            full.read("ami-br", "timm/x", "full", "cls", rows=np.array([100]))
+            full.read("ami-br", model="timm/x", view="full", pooling="cls", rows=np.array([100]))
     (problem,) = full.verify()
     assert (problem.where, problem.block, problem.rows) == ("ami-br/timm/x/full/cls", 1, (64, 127))
     path.write_bytes(data)
@@ -490,10 +495,10 @@ def test_a_lost_block_of_an_earlier_pooling_is_damage_and_mended_as_the_message_
 
 def test_a_block_that_changes_after_it_was_verified_is_verified_again(full: FeatureStore) -> None:
     path = full.entries()[0].block_path("cls", 0)
-    full.read("ami-br", "timm/x", "full")
+    full.read("ami-br", model="timm/x", view="full")
     path.write_bytes(flipped(path.read_bytes(), 77))
     with pytest.raises(UserError, match="block 0"):
-        full.read("ami-br", "timm/x", "full")
+        full.read("ami-br", model="timm/x", view="full")
 
 
 def test_verify_reports_what_is_missing_and_what_is_not_finite(empty: FeatureStore) -> None:
@@ -558,3 +563,126 @@ def test_a_writer_killed_before_any_file_operation_leaves_a_store_that_the_next_
     done = subprocess.run([sys.executable, KILLER, tmp_path, "19"], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "stores identical" in done.stdout
+
+
+# What a power failure leaves: nothing has its final name before it is on the disk, and the name follows at once.
+
+
+class Disk:
+    """Notes in which order files and folders are made, made safe, renamed and removed."""
+
+    def __init__(self, patched: pytest.MonkeyPatch) -> None:
+        self.events: list[tuple[str, Path]] = []
+        self.safe: dict[tuple[int, int], tuple[int, list[str]]] = {}  # by device and inode: what was on the disk
+        self.unsafe: list[str] = []
+        fsync = os.fsync
+        patched.setattr(os, "fsync", lambda descriptor: (fsync(descriptor), self.noted(descriptor))[0])
+        for name in ("rename", "replace"):
+            patched.setattr(os, name, self.renaming(getattr(os, name)))
+        patched.setattr(os, "mkdir", self.noting("mkdir", os.mkdir))
+        for name in ("unlink", "remove", "rmdir"):
+            patched.setattr(os, name, self.noting("remove", getattr(os, name)))
+
+    def noted(self, descriptor: int) -> None:
+        path = Path(f"/proc/self/fd/{descriptor}").readlink()
+        self.safe[self.key(path)] = self.state(path)
+        self.events.append(("fsync", path))
+
+    def noting(self, what: str, function):  # type: ignore[no-untyped-def]
+        def noted(path, *given, **options):  # type: ignore[no-untyped-def]
+            done = function(path, *given, **options)
+            self.events.append((what, Path(path)))
+            return done
+
+        return noted
+
+    def renaming(self, function):  # type: ignore[no-untyped-def]
+        def renamed(old, new, **options):  # type: ignore[no-untyped-def]
+            if not str(new).endswith(".partial"):  # such names mean nothing to anybody
+                inside = [Path(old), *Path(old).rglob("*")] if Path(old).is_dir() else [Path(old)]
+                self.unsafe += [
+                    f"{new} before {path}" for path in inside if self.safe.get(self.key(path)) != self.state(path)
+                ]
+            done = function(old, new, **options)
+            self.events.append(("rename", Path(new)))
+            self.events.append(("gone", Path(old)))
+            return done
+
+        return renamed
+
+    @staticmethod
+    def key(path: Path) -> tuple[int, int]:
+        status = path.stat()
+        return status.st_dev, status.st_ino
+
+    @staticmethod
+    def state(path: Path) -> tuple[int, list[str]]:
+        """What must not change after the last fsync: a file's length, a folder's names."""
+        return (0, sorted(os.listdir(path))) if path.is_dir() else (path.stat().st_size, [])  # noqa: PTH208
+
+    def check(self) -> int:
+        """No name is new or gone without an fsync of its folder before the next name or removal; how many were."""
+        pending: dict[Path, Path] = {}
+        n = 0
+        for what, path in self.events:
+            if what == "fsync":
+                pending = {name: folder for name, folder in pending.items() if folder != path}
+            elif what in ("rename", "gone", "mkdir") and ".partial" not in str(path):
+                if what == "rename":
+                    assert not [name for name, folder in pending.items() if folder != path.parent], (path, pending)
+                pending[path] = path.parent
+                n += 1
+            elif what == "remove":
+                assert not pending, (path, pending)  # what is removed is out of the way first, on the disk too
+        assert not pending
+        assert self.unsafe == []
+        return n
+
+
+@pytest.fixture
+def disk(monkeypatch: pytest.MonkeyPatch) -> Disk:
+    return Disk(monkeypatch)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="what a descriptor is of, as Linux tells it")
+def test_every_file_and_folder_is_on_the_disk_before_its_name_and_the_name_before_the_next(
+    tmp_path: Path, disk: Disk
+) -> None:
+    made = []
+    store = FeatureStore.open_or_create(tmp_path / "store")
+    made.append(disk.check())
+    store.put_samples("ami-br", make_table(), attrs={})
+    made.append(disk.check())
+    writer = begin(store)
+    writer.set_batch_size(8)
+    made.append(disk.check())
+    fill(writer)
+    made.append(disk.check())
+    names = [path.name for what, path in disk.events if what == "rename"]
+    assert names[-6:] == ["c.0.0", "c.0.0", "c.1.0", "c.1.0", "c.2.0", "c.2.0"]
+    store.put_samples("ami-br", make_table(label=np.ones(N, np.int8)), attrs={})  # the table is replaced
+    made.append(disk.check())
+    del writer
+    begin(store, parts={"other": 1}, overwrite=True)
+    made.append(disk.check())
+    store.remove("ami-br", "timm/x")
+    made.append(disk.check())
+    assert made == sorted(set(made))  # each of these steps made something
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="what a descriptor is of, as Linux tells it")
+def test_a_file_replaces_another_only_when_it_is_on_the_disk(tmp_path: Path, disk: Disk) -> None:
+    (tmp_path / "x").write_text("old")
+    files.write_file(tmp_path / "x", [b"n", memoryview(b"ew")])
+    assert disk.check() == 1
+    assert [what for what, _ in disk.events] == ["fsync", "rename", "gone", "fsync"]
+    assert (tmp_path / "x").read_bytes() == b"new"
+
+    def pieces() -> Iterator[bytes]:
+        yield b"half"
+        raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        files.write_file(tmp_path / "x", pieces())
+    assert [path.name for path in tmp_path.iterdir()] == ["x"]
+    assert (tmp_path / "x").read_bytes() == b"new"

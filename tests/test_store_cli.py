@@ -39,10 +39,11 @@ def path(tmp_path: Path) -> Path:
     )
     store.put_samples("ami-br", table, attrs={})
     parts = {"model": "uni", "precision": "bf16"}
-    writer = store.begin("ami-br", "uni", "full", poolings={"cls": 3, "mean": 3}, card_pooling="cls+mean", parts=parts)
+    poolings = {"cls": 3, "mean": 3}
+    writer = store.begin("ami-br", model="uni", view="full", poolings=poolings, card_pooling="cls+mean", parts=parts)
     for rows in writer.missing():
         part = CLS[rows.start : rows.stop]
-        writer.write(rows.start // writer.entry.rows_per_block, {"cls": part, "mean": -part})
+        writer.write(rows, {"cls": part, "mean": -part})
     return store.path
 
 
@@ -111,7 +112,7 @@ def test_help_comes_without_the_heavy_imports() -> None:
 
 @pytest.mark.parametrize("pooling", ["card", "cls"])
 def test_hdf5_and_npz_leave_and_come_back_unchanged(path: Path, tmp_path: Path, pooling: str) -> None:
-    expected = FeatureStore.open(path).read("ami-br", "uni", "full", pooling)
+    expected = FeatureStore.open(path).read("ami-br", model="uni", view="full", pooling=pooling)
     for format, suffix in (("hdf5", "h5"), ("npz", "npz")):
         out = tmp_path / "new" / f"x.{suffix}"
         select = ("--store", path, "--dataset", "ami-br", "--model")
@@ -119,7 +120,7 @@ def test_hdf5_and_npz_leave_and_come_back_unchanged(path: Path, tmp_path: Path, 
         assert (said["n_rows"], said["width"]) == expected.shape
         said = as_json("import", out, *select, f"back-{suffix}")
         assert said["imported"] is True
-        back = FeatureStore.open(path).read("ami-br", f"back-{suffix}", "full")
+        back = FeatureStore.open(path).read("ami-br", model=f"back-{suffix}", view="full")
         np.testing.assert_array_equal(back, expected)
     assert FeatureStore.open(path).verify() == []
     assert [file.name for file in (tmp_path / "new").iterdir() if file.name.startswith(".")] == []
@@ -157,13 +158,13 @@ def test_a_csv_makes_a_new_dataset_in_a_new_store(tmp_path: Path) -> None:
     for _ in range(2):  # again is no harm
         call("import", tmp_path / "x.npy", "--dataset", "mine", "--model", "my model", *options)
     opened = FeatureStore.open(store)
-    np.testing.assert_array_equal(opened.read("mine", "my model", "full"), CLS)  # in the table's order
+    np.testing.assert_array_equal(opened.read("mine", model="my model", view="full"), CLS)  # in the table's order
     assert opened.samples("mine").group[7] == "s7"
     np.save(tmp_path / "x.npy", 2 * CLS)
-    with pytest.raises(UserError, match="--overwrite"):
+    with pytest.raises(UserError, match="`overwrite=True`"):
         call("import", tmp_path / "x.npy", "--dataset", "mine", "--model", "my model", *options)
     call("import", tmp_path / "x.npy", "--dataset", "mine", "--model", "my model", "--overwrite", *options)
-    assert opened.read("mine", "my model", "full")[0].tolist() == (2 * CLS[-1]).tolist()
+    assert opened.read("mine", model="my model", view="full")[0].tolist() == (2 * CLS[-1]).tolist()
 
 
 def test_rows_that_do_not_fit_are_named_and_nothing_is_imported(path: Path, tmp_path: Path) -> None:
@@ -193,7 +194,7 @@ def test_files_of_the_wrong_kind_are_refused(path: Path, tmp_path: Path) -> None
         ((tmp_path / "x.pt",), "give one of .npy, .npz"),
         ((tmp_path / "none.npz",), "cannot be read.*No such file"),
         ((tmp_path / "text.h5",), "cannot be read as .h5"),
-        ((tmp_path / "x.npy", "--ids", tmp_path / "header.csv"), "has the columns name; expected id"),
+        ((tmp_path / "x.npy", "--ids", tmp_path / "header.csv"), "lacks the column id; it has name"),
         ((tmp_path / "x.npy", "--table", tmp_path / "x.csv"), "label 'Atypical' is neither 0 nor 1"),
     ]:
         with pytest.raises(UserError, match=match):
@@ -204,3 +205,93 @@ def test_files_of_the_wrong_kind_are_refused(path: Path, tmp_path: Path) -> None
     with pytest.raises(UserError, match="unknown format 'parquet'"):
         call("export", "--store", path, "--dataset", "ami-br", "--model", "uni", "--format", "parquet", "--out", "x")
     assert not os.path.exists("x")  # noqa: PTH110
+
+
+def npy(tmp_path: Path, ids: list[str], *, values: np.ndarray = CLS) -> tuple[object, ...]:
+    """A file of embeddings, its rows' ids apart: what `fm-store import` takes."""
+    np.save(tmp_path / "x.npy", values)
+    (tmp_path / "ids.txt").write_text("\n".join(ids) + "\n", encoding="utf-8")
+    return (tmp_path / "x.npy", "--ids", tmp_path / "ids.txt")
+
+
+def test_the_same_file_with_its_ids_in_another_order_is_another_import(path: Path, tmp_path: Path) -> None:
+    select = ("--dataset", "ami-br", "--model", "mine", "--store", path)
+    call("import", *npy(tmp_path, IDS), *select)
+    swapped = [IDS[1], IDS[0], *IDS[2:]]
+    with pytest.raises(UserError, match=r"(?s)ids_digest.*--overwrite"):
+        call("import", *npy(tmp_path, swapped), *select)
+    np.testing.assert_array_equal(FeatureStore.open(path).read("ami-br", model="mine", view="full"), CLS)
+    call("import", *npy(tmp_path, swapped), "--overwrite", *select)
+    np.testing.assert_array_equal(
+        FeatureStore.open(path).read("ami-br", model="mine", view="full"), CLS[[1, 0, *range(2, N)]]
+    )
+
+
+def test_every_part_of_an_import_is_in_its_fingerprint(path: Path, tmp_path: Path) -> None:
+    def imported(model: str, *, dataset: str = "ami-br", ids: list[str] = IDS, values: np.ndarray = CLS) -> str:
+        call("import", *npy(tmp_path, ids, values=values), "--dataset", dataset, "--model", model, "--store", path)
+        return next(entry.fingerprint for entry in FeatureStore.open(path).entries(dataset, model))
+
+    store = FeatureStore.open(path)
+    others = make_samples(IDS, [0] * N, sha256=[f"other {i}" for i in range(N)])  # other images of the same names
+    store.put_samples("others", others, attrs={})
+    found = [
+        imported("a"),
+        imported("b", ids=IDS[::-1]),
+        imported("c", values=CLS + 1),
+        imported("d", dataset="others"),
+    ]
+    assert len(set(found)) == 4
+    assert imported("again") == found[0]
+
+
+@pytest.mark.parametrize("format", ["hdf5", "npz"])
+def test_an_export_says_of_every_row_what_the_table_says(tmp_path: Path, format: str) -> None:
+    """No two columns, and hardly two rows, are alike here."""
+    store = FeatureStore.open_or_create(tmp_path / "store")
+    table = make_samples(
+        IDS,
+        [int(i % 3 == 0) for i in range(N)],
+        sha256=[f"digest {i}" for i in range(N)],
+        group=[f"slide {i // 7}" for i in range(N)],
+        split=[("train", "test", "")[i % 3] for i in range(N)],
+        votes=np.arange(4 * N, dtype=np.int8).reshape(N, 4) % 3 - 1,
+        domain=[f"domain {i % 5}" for i in range(N)],
+    )
+    store.put_samples("d", table, attrs={})
+    parts = {"model": "m"}
+    writer = store.begin(
+        "d", model="m", view="center64", poolings={"cls": 3, "mean": 3}, card_pooling="mean", parts=parts
+    )
+    for rows in writer.missing():
+        writer.write(rows, {"cls": CLS[rows.start : rows.stop], "mean": -CLS[rows.start : rows.stop]})
+    out = tmp_path / "out"
+    select = ("--dataset", "d", "--model", "m", "--view", "center64", "--store", store.path)
+    call("export", *select, "--format", format, "--out", out)
+    if format == "npz":
+        with np.load(out, allow_pickle=False) as file:
+            found, record = dict(file), json.loads(str(file["record"]))
+    else:
+        with h5py.File(out) as file:
+            found = {
+                name: node.asstr()[...] if h5py.check_string_dtype(node.dtype) else node[...]
+                for name, node in file.items()
+            }
+            record = dict(file.attrs)
+    np.testing.assert_array_equal(found["features"], -CLS)
+    assert found["ids"].tolist() == IDS
+    assert found["labels"].tolist() == table.label.tolist()
+    assert found["groups"].tolist() == table.group.tolist()
+    assert found["splits"].tolist() == table.split.tolist()
+    assert found["domains"].tolist() == table.domain.tolist()
+    assert found["votes"].tolist() == table.votes.tolist()
+    (entry,) = store.entries()
+    said = {name: record[name] for name in ("dataset", "model", "view", "pooling", "fingerprint")}
+    assert said == {
+        "dataset": "d",
+        "model": "m",
+        "view": "center64",
+        "pooling": "mean",
+        "fingerprint": entry.fingerprint,
+    }
+    assert json.loads(record["parts"]) == parts

@@ -7,10 +7,11 @@ import pytest
 from numpy.typing import NDArray
 from test_logistic import embeddings, five_folds
 
+from features.blocks import Embeddings
 from features.console import UserError
 from features.samples import make_samples
-from features.store import Embeddings, FeatureStore
-from probe import protocol, stream
+from features.store import FeatureStore
+from probe import linear, stream
 from probe.logistic import Fits, fit_logistic, predict_logits
 from probe.stream import fit_streamed
 
@@ -24,10 +25,10 @@ def stored(tmp_path, X: NDArray[np.floating], y: NDArray[np.integer]) -> Embeddi
     samples = make_samples([f"{row:06}" for row in range(n)], y.tolist(), sha256=[""] * n)
     store = FeatureStore.open_or_create(tmp_path / "store.zarr")
     store.put_samples("data", samples, attrs={})
-    writer = store.begin("data", "model", "full", poolings={"cls": X.shape[1]}, card_pooling="cls", parts={})
-    for block, rows in writer.missing_within(range(n)):
-        writer.write(block, {"cls": X[rows.start : rows.stop]})
-    return store.embeddings("data", "model", "full")
+    writer = store.begin("data", model="model", view="full", poolings={"cls": X.shape[1]}, card_pooling="cls", parts={})
+    for rows in writer.missing():
+        writer.write(rows, {"cls": X[rows.start : rows.stop]})
+    return store.embeddings("data", model="model", view="full")
 
 
 def assert_same(found: Fits, expected: Fits, *, atol: float = EXACT) -> None:
@@ -140,10 +141,10 @@ def test_a_store_beyond_the_budget_is_streamed_and_judged_the_same(problem, monk
 
     X, y, _ = problem
     folds = Folds(fold=np.arange(3000) % 5, n_folds=5, source="here", digest="")
-    here = protocol.fit_exact(X.read(), y, folds)
-    assert isinstance(protocol._loaded(X, 5), np.ndarray)
+    here = linear.fit_exact(X.read(), y, folds=folds)
+    assert isinstance(linear.in_memory(X, 5), np.ndarray)
     monkeypatch.setattr(stream, "BUDGET", 2**25)
-    assert protocol._loaded(X, 5) is X
-    there = protocol.fit_exact(X, y, folds)
+    assert linear.in_memory(X, 5) is X
+    there = linear.fit_exact(X, y, folds=folds)
     assert there.record["chosen_strength"] == here.record["chosen_strength"]
     np.testing.assert_allclose(there.validation_logit, here.validation_logit, atol=1e-3)

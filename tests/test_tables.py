@@ -8,13 +8,14 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from rich.console import Console
-from test_results import TABLES, made_run, patches, predicted
-
-from probe.evidence import Resampling, ensemble, evaluate, judge
-from probe.report import Report, Run, collect, read_runs
-from probe.runs import VALIDATION, read_predictions, read_run
 from probe.tables import Cell, Grid, ensemble_table, grids, latex, markdown, published, published_for, result_tables
+from rich.console import Console
+from test_runs import TABLES, made_run, patches, predicted
+
+from probe.evidence import ensemble_of, evaluate, judge
+from probe.report import Report, Run, collect, read_runs
+from probe.resample import Resampling
+from probe.runs import VALIDATION, read_predictions, read_run
 
 QUICK = Resampling(replicates=200)
 HOSTILE = (
@@ -34,7 +35,7 @@ HOSTILE = (
 
 def collected(runs: Path) -> tuple[Report, list[Run]]:
     read, notes = read_runs(runs)
-    return collect(read, notes, how=QUICK), read
+    return collect(read, notes, resampling=QUICK), read
 
 
 def two_runs(runs: Path, **record: object) -> tuple[Report, list[Run]]:
@@ -65,13 +66,13 @@ def test_a_grid_says_what_the_evidence_says(tmp_path):
     ours = [row for row in folds.rows if not row[2]]
     for run, (name, cells, _), (other, judged, _) in zip(runs, ours, ensembles.rows, strict=True):
         assert name == other == run.label
-        recorded = evaluate(run.predictions, how=QUICK)["sets"]
+        recorded = evaluate(run.predictions, resampling=QUICK).sets
         for k, dataset in enumerate(("ami-br", "atnorm-br", "atnorm-md")):
-            one = judge(ensemble(run.predictions, dataset, "test"), how=QUICK)
+            one = judge(ensemble_of(run.predictions, dataset, "test"), resampling=QUICK)
             for j, figure in enumerate(("balanced_accuracy", "auroc")):
-                of = recorded[f"{dataset}/test"]["folds"][figure]
+                of = recorded[f"{dataset}/test"].folds[figure]
                 cell = cells[2 * k + j]
-                assert (cell.value, cell.aside) == (printed(of["mean"]), f"± {printed(of['std'])}")
+                assert (cell.value, cell.aside) == (printed(of.mean), f"± {printed(of.std)}")
                 cell, interval = judged[2 * k + j], one.figures[figure]
                 assert cell.value == printed(interval.value)
                 assert cell.aside == f"[{printed(interval.low)}, {printed(interval.high)}]"
@@ -325,7 +326,7 @@ def shown(*records: dict) -> str:
 
 
 def with_metrics(folder: Path) -> dict:
-    return read_run(folder) | {"metrics": evaluate(read_predictions(folder), how=QUICK)}
+    return read_run(folder) | {"metrics": evaluate(read_predictions(folder), resampling=QUICK).as_dict()}
 
 
 def test_ensembles_are_shown_with_their_intervals(tmp_path):

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from scipy.stats import chi2
 from sklearn.metrics import balanced_accuracy_score, roc_auc_score
 from test_network import CNN, VIT, backbone_model, stirred, tiny_network
 from torch import Tensor, nn
@@ -22,9 +24,10 @@ from features.console import UserError
 from features.folds import Folds
 from finetune import train as training
 from finetune.augment import AugmentOptions, augment
-from finetune.checkpoint import State
+from finetune.checkpoint import State, load_state, save_state
 from finetune.lora import LoraOptions
 from finetune.network import Method, Network
+from finetune.protocol import patch_logits
 from finetune.recipes import Recipe, best_epoch
 from finetune.train import Compute, TrainingSet, new_state, train, validation_logits
 
@@ -581,3 +584,211 @@ def test_autocast_trains_in_bf16_and_keeps_float32_values() -> None:
     losses = [[epoch["loss"] for epoch in each.history[0]] for each in (state, exact)]
     assert losses[0] != losses[1]
     np.testing.assert_allclose(*losses, rtol=0.1)
+
+
+# ----------------------------------------------------------------------------------- what the network is shown, by step
+
+
+@dataclass
+class GalleryPatches:
+    """One training step: its folds, their images (f, b, 3, 32, 32) in grey levels, and the logits (f, b, 2)."""
+
+    folds: tuple[int, ...]
+    images: Tensor
+    logits: Tensor
+
+
+def shown(network: Network, data: TrainingSet, recipe: Recipe, *, seed: int = SEED) -> list[list[GalleryPatches]]:
+    """All training steps, epoch by epoch, of a training whose every epoch runs."""
+    epochs: list[list[GalleryPatches]] = [[]]
+    mean, std = (torch.tensor(value).view(3, 1, 1) for value in (IMAGENET_MEAN, IMAGENET_STD))
+
+    def watch(_: nn.Module, given: tuple[Any, ...], options: dict[str, Any], logits: Tensor) -> None:
+        if logits.requires_grad:  # evaluation keeps no graph
+            pixels = 255 * (given[0] * std + mean)
+            epochs[-1].append(
+                GalleryPatches(tuple(given[1]), pixels.view(len(given[1]), -1, 3, 32, 32), logits.detach())
+            )
+
+    hook = network.register_forward_hook(watch, with_kwargs=True)
+    recipe = replace(recipe, patience=recipe.epochs)
+    trained(network, recipe, data=data, seed=seed, save=lambda _: epochs.append([]))
+    hook.remove()
+    return epochs[:-1]
+
+
+def numbered(fold: Sequence[int], label: Sequence[int]) -> TrainingSet:
+    """Patches of a single grey level each, which is the row's number."""
+    rows = torch.arange(len(fold), dtype=torch.float64)
+    return TrainingSet(
+        pixels=rows.view(-1, 1, 1, 1).expand(-1, 3, 32, 32).clone(),
+        label=torch.tensor(label),
+        folds=Folds(fold=np.array(fold), n_folds=N_FOLDS, source="by hand", digest=""),
+        transform=TRANSFORM,
+    )
+
+
+def rows_shown(data: TrainingSet, recipe: Recipe, *, seed: int = SEED) -> dict[int, list[list[list[int]]]]:
+    """The rows that each fold is shown: epoch by epoch, batch by batch."""
+    found: dict[int, list[list[list[int]]]] = {fold: [] for fold in range(N_FOLDS)}
+    for steps in shown(double("head"), data, replace(recipe, augment=None), seed=seed):
+        for fold, epochs in found.items():
+            mine = [step.images[step.folds.index(fold), :, 0, 0, 0] for step in steps if fold in step.folds]
+            epochs.append([batch.round().int().tolist() for batch in mine])
+    return found
+
+
+# Five, seven and eleven patches; positives are many in the first fold, few in the last.
+UNEVEN = numbered([0] * 5 + [1] * 7 + [2] * 11, [1, 1, 1, 1, 0] + [1, 1, 0, 0, 0, 0, 0] + [1] + [0] * 10)
+
+
+def test_a_fold_is_shown_its_own_training_rows_classes_equally_and_rows_of_a_class_equally() -> None:
+    n_epochs = 24
+    seen = rows_shown(UNEVEN, replace(RECIPE, epochs=n_epochs))
+    for fold, epochs in seen.items():
+        own = np.flatnonzero(UNEVEN.folds.fold != fold)
+        n_batches = int(np.ceil(len(own) / RECIPE.batch_size))
+        assert [[len(batch) for batch in epoch] for epoch in epochs] == [[4] * n_batches] * n_epochs
+        counts = np.bincount(np.array(epochs).flatten(), minlength=len(UNEVEN.label))
+        assert counts[UNEVEN.folds.fold == fold].sum() == 0
+        label = UNEVEN.label.numpy()[own]
+        # Either class is every second draw, each of its rows as likely as another.
+        expected = counts.sum() / 2 / np.bincount(label)[label]
+        statistic = ((counts[own] - expected) ** 2 / expected).sum()
+        assert statistic < chi2.isf(1e-6, len(own) - 1), f"fold {fold}: {counts}"
+
+
+def test_folds_epochs_and_seeds_draw_differently() -> None:
+    # Folds of one make: the n-th training row of each is of the same class, so equal random numbers would show.
+    data = numbered([0, 1, 2] * 4, [0] * 9 + [1] * 3)
+    recipe = replace(RECIPE, epochs=3, batch_size=3)
+    places = []
+    for seed in (1, 2):
+        for fold, epochs in rows_shown(data, recipe, seed=seed).items():
+            own = np.flatnonzero(data.folds.fold != fold)
+            places += [tuple(np.searchsorted(own, np.array(epoch).flatten())) for epoch in epochs]
+    assert len(set(places)) == len(places) == 2 * N_FOLDS * 3
+
+
+def test_every_image_is_changed_by_numbers_of_its_own() -> None:
+    data = numbered([0] * 5 + [1] * 7 + [2] * 11, UNEVEN.label.tolist())
+    data.pixels.fill_(100)
+    brightness = AugmentOptions(0, 0, 0, (1, 1), (1, 1), brightness=0.2, contrast=0, saturation=0, hue=0)
+    epochs = shown(double("head"), data, replace(RECIPE, augment=brightness))
+    levels = torch.cat([step.images.mean(dim=(2, 3, 4)).flatten() for steps in epochs for step in steps])
+    assert len(levels) == 4 * 4 * (5 + 4 + 3)  # epochs, batch, batches of 18, 16 and 12 training rows
+    # Numbers of 24 bits: two of 192 are the same with a probability of 0.001, four pairs never.
+    assert len(set(levels.tolist())) > len(levels) - 4
+    assert levels.min() >= 80 - 1e-6
+    assert levels.max() <= 120 + 1e-6
+    # Uniform from 80 to 120: variance 40^2 / 12, of the mean an n-th of it.
+    assert abs(levels.mean().item() - 100) < 5 * (40**2 / 12 / len(levels)) ** 0.5
+
+
+@pytest.mark.usefixtures("exact")
+def test_no_step_drops_what_another_has_dropped() -> None:
+    data = numbered([0] * 5 + [1] * 7 + [2] * 11, UNEVEN.label.tolist())
+    data.pixels.fill_(100)
+    recipe = replace(RECIPE, augment=None, learning_rate=1e-30, epochs=3)  # weights stay: only masks can differ
+    network = stirred(double(lora=DROPPING))
+    for row in network.values[1:]:
+        row.copy_(network.values[0])
+    logits = [own.flatten() for steps in shown(network, data, recipe) for step in steps for own in step.logits]
+    assert len(logits) == 3 * (5 + 4 + 3)
+    assert torch.pdist(torch.stack(logits)).min() > 1e-6
+
+
+@pytest.mark.usefixtures("exact")
+@pytest.mark.parametrize("recipe", [RECIPE, PLATEAU], ids=["adamw", "adam"])
+def test_a_fold_of_fewer_batches_than_others_ends_as_in_a_plain_loop(recipe: Recipe) -> None:
+    fold = 2
+    expected = reference(double(), fold, recipe)
+    network = double()
+    state = trained(network, recipe)
+    assert state.n_steps[fold] == len(expected.rates) < state.n_steps[0]
+    figures = [(epoch["loss"], epoch["balanced_accuracy"], epoch["auroc"]) for epoch in state.history[fold]]
+    for found, plain in zip(figures, expected.figures, strict=True):
+        assert found == pytest.approx(plain, rel=1e-5)
+    for name, value in of_row(network, state.values[fold].clone(), fold).items():
+        torch.testing.assert_close(value, expected.values[name], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.usefixtures("exact")
+def test_a_training_resumed_after_folds_have_stopped_ends_as_if_undisturbed(tmp_path: Path) -> None:
+    recipe = replace(PLATEAU, epochs=9, patience=2)
+    expected = trained(double(lora=DROPPING), recipe)
+    lengths = [len(expected.history[fold]) for fold in range(N_FOLDS)]
+    assert lengths[0] < max(lengths), "the first fold of this example must stop before another"
+
+    def save(state: State) -> None:
+        save_state(tmp_path, state)
+        if len(state.history[0]) == lengths[0]:
+            raise KeyboardInterrupt  # it has just stopped, others go on
+
+    with pytest.raises(KeyboardInterrupt):
+        trained(double(lora=DROPPING), recipe, save=save)
+    state = load_state(tmp_path, CPU)
+    assert state is not None
+    machine = Compute(CPU, "fp32", N_FOLDS)
+    options: dict[str, Any] = {"state": state, "seed": SEED, "machine": machine, "save": nothing, "advance": nothing}
+    train(double(lora=DROPPING), patches(torch.float64), recipe, **options)
+    for name in ("values", "best", "moments"):
+        torch.testing.assert_close(getattr(state, name), getattr(expected, name), **TIGHT)
+    assert (state.n_steps, state.n_images) == (expected.n_steps, expected.n_images)
+    for fold, history in expected.history.items():
+        for epoch, plain in zip(state.history[fold], history, strict=True):
+            assert epoch == pytest.approx(plain, rel=1e-6)
+
+
+# --------------------------------------------------------------------------------------------------- passes of any size
+
+
+@pytest.mark.parametrize("at_once", [1, 2, 3])
+def test_patches_of_a_last_shorter_batch_get_the_logits_of_every_fold_in_order(at_once: int) -> None:
+    network, data = stirred(tiny_network()), patches(torch.uint8)
+    rows = np.array([3, 17, 0, 8, 5, 19, 2, 11, 4, 13, 6, 1, 18, 7, 9, 10, 12, 14, 16])  # 16 and 3 on a CPU
+    machine = Compute(CPU, "fp32", at_once)
+    found = patch_logits(
+        network,
+        lambda row: data.pixels[row].permute(1, 2, 0).numpy(),
+        rows,
+        TRANSFORM,
+        machine=machine,
+        advance=nothing,
+    )
+    assert found.shape == (len(rows), N_FOLDS)
+    for fold in range(N_FOLDS):
+        with torch.no_grad():
+            expected = network(TRANSFORM.normalise(data.pixels[rows]), [fold])[0]
+        np.testing.assert_allclose(found[:, fold], expected[:, 1] - expected[:, 0], rtol=1e-4, atol=1e-5)
+    assert np.abs(found - found[:, :1]).max() > 0.01, "folds must differ"
+
+
+def test_evaluation_that_runs_out_of_memory_halves_its_batch_and_changes_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    network, data, machine = stirred(tiny_network()), patches(torch.uint8), Compute(CPU, "fp32", N_FOLDS)
+    expected = validation_logits(network, data, range(N_FOLDS), machine=machine)  # eight images of each fold at once
+    forward, sizes = Network.forward, []
+
+    def limited(network: Network, images: Tensor, folds: Sequence[int], *, step: int | None = None) -> Tensor:
+        sizes.append(len(images) // len(folds))
+        if sizes[-1] > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3.14 GiB.")
+        return forward(network, images, folds, step=step)
+
+    monkeypatch.setattr(Network, "forward", limited)
+    found = validation_logits(network, data, range(N_FOLDS), machine=machine)
+    assert max(sizes) == 8
+    for fold, own in found.items():
+        np.testing.assert_allclose(own, expected[fold], rtol=1e-4, atol=1e-5)
+
+
+def test_evaluation_that_cannot_hold_an_image_of_each_fold_ends_with_a_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3.14 GiB.")
+
+    monkeypatch.setattr(Network, "forward", full)
+    network, data = tiny_network(), patches(torch.uint8)
+    with pytest.raises(UserError, match=r"one image of 3 folds does not fit.*--folds-at-once 1"):
+        validation_logits(network, data, range(N_FOLDS), machine=Compute(CPU, "fp32", N_FOLDS))

@@ -36,6 +36,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import probe.protocol
 from PIL import Image
 
 import extract.cli
@@ -45,7 +46,6 @@ import finetune.cli
 import finetune.predict
 import finetune.report
 import probe.cli
-import probe.protocol
 from extract import demo, images
 from extract.datasets import load_dataset, load_patches
 from features.console import UserError
@@ -342,7 +342,7 @@ def _whole_store(path: Path) -> object:
         },
         "entries": [asdict(entry) for entry in store.entries()],
         "values": [
-            zlib.crc32(store.read(entry.dataset, entry.model, entry.view, pooling).tobytes())
+            zlib.crc32(store.read(entry.dataset, model=entry.model, view=entry.view, pooling=pooling).tobytes())
             for entry in store.entries()
             for pooling in entry.poolings
         ],

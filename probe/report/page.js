@@ -70,7 +70,7 @@ for (const table of document.querySelectorAll("table.sortable")) {
 }
 
 // ----------------------------------------------------------------------------------------------------------- thumbnails
-const { size, side, sheets, place } = JSON.parse(document.getElementById("thumbnails").textContent);
+const { size, side, sheets, picture } = JSON.parse(document.getElementById("thumbnails").textContent);
 const decoded = new Map(); // sheet number to a promise of its image
 const sheetOf = (number) => {
   if (!decoded.has(number)) {
@@ -81,12 +81,12 @@ const sheetOf = (number) => {
   return decoded.get(number);
 };
 const drawPatch = async (canvas, row) => {
-  const at = place[row];
+  const number = picture[row];
   canvas.dataset.row = row;
-  if (at < 0) return;
-  const image = await sheetOf(Math.floor(at / (side * side)));
+  if (number < 0) return;
+  const image = await sheetOf(Math.floor(number / (side * side)));
   if (canvas.dataset.row !== String(row)) return; // another patch was asked for meanwhile
-  const inSheet = at % (side * side);
+  const inSheet = number % (side * side);
   const context = canvas.getContext("2d");
   context.imageSmoothingQuality = "high";
   context.drawImage(image, (inSheet % side) * size, Math.floor(inSheet / side) * size, size, size, 0, 0, canvas.width, canvas.height);
@@ -99,7 +99,7 @@ const dissent = (row) => {
   const positive = given.filter((vote) => vote === "1").length;
   return given.length < 2 ? 0 : Math.min(positive, given.length - positive) / given.length;
 };
-const thresholdOf = (run, row) => data.thresholds[run][data.on[row]];
+const thresholdOf = (run, row) => data.thresholds[run][data.set[row]];
 const saysPositive = (run, row) => data.probability[run][row] >= thresholdOf(run, row);
 const has = (run, row) => data.probability[run][row] !== null;
 const outcome = (run, row) => {
@@ -162,7 +162,7 @@ const tileOf = (row, run) => {
   const p = data.probability[run][row];
   caption.append(make("div", `${OUTCOMES[is]}${p === null ? "" : ` ${p.toFixed(3)}`}`, "outcome"));
   for (const line of describe(row)) caption.append(make("div", line));
-  caption.append(make("div", data.id[row], "ends"), make("div", data.sets[data.on[row]].title, "ends"));
+  caption.append(make("div", data.id[row], "ends"), make("div", data.sets[data.set[row]].title, "ends"));
   tile.title = [data.id[row], ...scoresOf(row)].join("\n");
   tile.append(canvas, caption);
   drawPatch(canvas, row);
@@ -186,7 +186,7 @@ const filter = () => {
   found = [];
   for (let row = 0; row < n; row += 1) {
     const is = outcome(run, row);
-    if (wanted.set ? data.on[row] !== Number(wanted.set) : data.sets[data.on[row]].validation && data.sets.length > 1) continue;
+    if (wanted.set ? data.set[row] !== Number(wanted.set) : data.sets[data.set[row]].validation && data.sets.length > 1) continue;
     if (wanted.label && data.label[row] !== Number(wanted.label)) continue;
     if (wanted.outcome === "wrong" ? is !== "missed" && is !== "alarm" : wanted.outcome && is !== wanted.outcome) continue;
     if (wanted.agreement === "disputed" && dissent(row) === 0) continue;
@@ -271,7 +271,7 @@ if (canvas) {
       }
       case "set":
         return {
-          of: (row) => [data.on[row] % 4, colours[data.on[row] % 8]],
+          of: (row) => [data.set[row] % 4, colours[data.set[row] % 8]],
           legend: data.sets.map((set, k) => [set.title, k % 4, colours[k % 8]]),
         };
       default:
@@ -297,7 +297,7 @@ if (canvas) {
     const drawn = [];
     context.globalAlpha = 0.7;
     for (let row = 0; row < n; row += 1) {
-      if (xs[row] === null || (only && data.on[row] !== Number(only))) continue;
+      if (xs[row] === null || (only && data.set[row] !== Number(only))) continue;
       const x = MARGIN + (xs[row] / 1000) * (width - 2 * MARGIN);
       const y = height - MARGIN - (ys[row] / 1000) * (height - 2 * MARGIN);
       places.push([row, x, y]);
@@ -332,11 +332,11 @@ if (canvas) {
     current = index;
     redraw();
     const row = places[index][0];
-    const picture = make("canvas");
-    picture.width = picture.height = Math.max(size, 1) * 2;
-    drawPatch(picture, row);
-    const lines = [data.id[row], data.sets[data.on[row]].title, ...describe(row), ...scoresOf(row)];
-    point.replaceChildren(...(place[row] >= 0 ? [picture] : []), ...lines.map((line) => make("div", line)));
+    const large = make("canvas");
+    large.width = large.height = Math.max(size, 1) * 2;
+    drawPatch(large, row);
+    const lines = [data.id[row], data.sets[data.set[row]].title, ...describe(row), ...scoresOf(row)];
+    point.replaceChildren(...(picture[row] >= 0 ? [large] : []), ...lines.map((line) => make("div", line)));
   };
 
   const nearest = (x, y, accept = () => true) => {

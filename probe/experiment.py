@@ -1,0 +1,180 @@
+"""What is asked of a backbone: which rows train, which validate together, and which patches test?
+
+An experiment is made once, from patch tables alone, and is the same for a probe and a fine-tuning:
+
+    patch tables -> Experiment -> fit -> FoldLogits -> Predictions -> run
+
+`fit` is all in which the two differ. Test rows choose nothing: no fit sees them before it has ended.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from features.console import UserError
+from features.fingerprint import fingerprint
+from features.folds import SEED, Folds, Scheme, grouped_folds
+from features.samples import TEST, Samples
+from probe.predictions import VALIDATION, Predictions, concatenate, predictions_of
+from probe.runs import FoldsRecord
+
+AMI_BR = "ami-br"  # whose fold assignment the paper's runs share
+
+
+@dataclass(frozen=True, eq=False)
+class TestSet:
+    """Patches that every fold model is scored on.
+
+    Attributes:
+        dataset: the name of their dataset.
+        rows: (m,) their rows in its patch table.
+        samples: (m,) their patch table.
+    """
+
+    __test__ = False  # no class of tests
+
+    dataset: str
+    rows: NDArray[np.intp]
+    samples: Samples
+
+
+@dataclass(frozen=True, eq=False)
+class FoldLogits:
+    """What a fit says of an experiment's patches: logits, positive for class 1.
+
+    Attributes:
+        validation: (n,) float32; each training row under the model of the fold that it validates.
+        tests: dataset to (m, F) float32; every test row under every fold's model.
+    """
+
+    validation: NDArray[np.float32]
+    tests: Mapping[str, NDArray[np.float32]]
+
+
+@dataclass(frozen=True, eq=False)
+class Experiment:
+    """A question that a probe or a fine-tuning answers. Build one with `make_experiment`.
+
+    Attributes:
+        train: name of the dataset that trains.
+        tables: dataset to patch table, that of `train` first.
+        rows: (n,) the rows of the training table that cross-validation uses.
+        folds: in which fold each of them validates.
+        seed: that the folds were asked for with.
+    """
+
+    train: str
+    tables: Mapping[str, Samples]
+    rows: NDArray[np.intp]
+    folds: Folds
+    seed: int
+
+    def __repr__(self) -> str:
+        tests = ", ".join(f"{test.dataset} ({len(test.rows):,})" for test in self.tests) or "none"
+        return f"Experiment({self.train}: {len(self.rows):,} rows in {self.folds.n_folds} folds; tests: {tests})"
+
+    @property
+    def samples(self) -> Samples:
+        """(n,) the patch table of the rows that cross-validation uses."""
+        return self.tables[self.train].select(self.rows)
+
+    @property
+    def label(self) -> NDArray[np.int8]:
+        """(n,) their labels."""
+        return self.tables[self.train].label[self.rows]
+
+    @property
+    def test(self) -> tuple[str, ...]:
+        """The names of the datasets other than `train`."""
+        return tuple(name for name in self.tables if name != self.train)
+
+    @property
+    def tests(self) -> list[TestSet]:
+        """The training dataset's own test split, then every other dataset whole; those without a row left out."""
+        rows = {
+            name: np.flatnonzero(table.split == TEST) if name == self.train else np.arange(len(table))
+            for name, table in self.tables.items()
+        }
+        return [
+            TestSet(name, rows[name], table.select(rows[name]))
+            for name, table in self.tables.items()
+            if len(rows[name])
+        ]
+
+    @property
+    def table_digests(self) -> dict[str, str]:
+        """Dataset to the digest of its patch table."""
+        return {name: table.table_digest for name, table in self.tables.items()}
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 over the folds and all patch tables: equal digests mean the same question."""
+        return fingerprint({"folds": self.folds.digest, "train": self.train, "tables": self.table_digests})
+
+    def folds_record(self) -> FoldsRecord:
+        """The fold assignment as a run records it."""
+        folds = self.folds
+        return FoldsRecord(n=folds.n_folds, source=folds.source, digest=folds.digest, seed=self.seed)
+
+    def predictions(self, logits: FoldLogits) -> Predictions:
+        """Join logits with the patches they are of.
+
+        Raises:
+            ValueError: if logits of a test set are missing, or have another shape.
+        """
+        every_fold = np.arange(self.folds.n_folds)
+        parts = [
+            predictions_of(self.train, self.samples, split=VALIDATION, fold=self.folds.fold, logit=logits.validation)
+        ]
+        for test in self.tests:
+            logit = logits.tests.get(test.dataset)
+            if logit is None or logit.shape != (len(test.rows), self.folds.n_folds):
+                shape = None if logit is None else logit.shape
+                raise ValueError(
+                    f"{test.dataset}: expected logits ({len(test.rows)}, {self.folds.n_folds}), got {shape}"
+                )
+            parts.append(predictions_of(test.dataset, test.samples, split=TEST, fold=every_fold, logit=logit))
+        return concatenate(parts)
+
+
+def make_experiment(
+    train: str,
+    tables: Mapping[str, Samples],
+    *,
+    cv: int = 5,
+    seed: int = SEED,
+    paper_folds: bool = False,
+) -> Experiment:
+    """Decide which rows train and which validate together.
+
+    >>> from features.samples import make_samples
+    >>> names = [f"{k}.png" for k in range(8)]
+    >>> table = make_samples(names, [0, 1] * 4, sha256=[""] * 8, split=["train"] * 6 + ["test"] * 2)
+    >>> make_experiment("mine", {"mine": table}, cv=3)
+    Experiment(mine: 6 rows in 3 folds; tests: mine (2))
+
+    Args:
+        train: dataset whose training split is cross-validated; without one, all its rows but those of the test split.
+        tables: dataset to patch table, of `train` and of every dataset to score.
+        cv: number of folds.
+        seed: of the fold assignment.
+        paper_folds: take the assignment of the paper's runs where `train` is AMi-Br.
+
+    Raises:
+        UserError: if no row may train, or a fold would lack a class (see `features.folds.grouped_folds`).
+    """
+    table = tables[train]
+    rows = table.training_rows
+    if not len(rows):
+        raise UserError(
+            f"{train} has no patch to train on: its split says 'test' everywhere. Train on another dataset, or correct "
+            "the split."
+        )
+    scheme: Scheme = "paper" if paper_folds and train == AMI_BR else "default"
+    folds = grouped_folds(table.select(rows), cv, seed=seed, scheme=scheme)
+    others = {name: samples for name, samples in tables.items() if name != train}
+    return Experiment(train, {train: table} | others, rows, folds, seed)

@@ -1,0 +1,235 @@
+"""How are linear probes fitted to one matrix of embeddings, and what chooses their strength?
+
+Every fit goes into one batched problem (`probe.logistic`). With F folds these are the F fits that leave one fold out
+and the F (F - 1) / 2 fits that leave two out, each at every strength. The fit without folds f and g, scored on g, is an
+inner validation of outer fold f; scored on f, it is one of outer fold g. That is nested cross-validation for the price
+of half its fits. So the strength of fold f is chosen by grouped validation within fold f's training rows, and the rows
+that f holds out choose nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from itertools import combinations
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.special import expit
+
+from features.blocks import Embeddings
+from features.console import UserError
+from features.folds import Folds
+from probe.curve import Subset
+from probe.logistic import Fits, fit_logistic, predict_logits
+from probe.metrics import balanced_log_loss, best_threshold
+from probe.paper import fit_paper_probe
+from probe.runs import FitRecord
+from probe.schedule import PaperRecipe
+from probe.stream import fit_streamed, fits_in_memory
+
+# Inverse L2 strengths C, half a decade apart: from "only the mean direction" to "nearly unpenalised" on
+# standardised embeddings of a few thousand patches.
+STRENGTHS = tuple(float(f"{c:.3g}") for c in np.logspace(-5, -0.5, 10))
+
+
+@dataclass(frozen=True, eq=False)
+class Probe:
+    """Linear probes of one matrix of embeddings, one per fold: logit = x @ coef[f] + intercept[f].
+
+    Attributes:
+        coef: (F, d) float32.
+        intercept: (F,) float64; with uncentred embeddings a small difference of large sums.
+        validation_logit: (n,) each training row under the model of the fold that it validates.
+        threshold: with the highest balanced accuracy on the validation rows; `predict` uses it.
+        fit: what was chosen and how well it converged.
+    """
+
+    coef: NDArray[np.float32]
+    intercept: NDArray[np.float64]
+    validation_logit: NDArray[np.float32]
+    threshold: float
+    fit: FitRecord
+
+    def __repr__(self) -> str:
+        n_folds, width = self.coef.shape
+        strength = (
+            "" if self.fit.chosen_strength is None else f", C {' '.join(f'{c:g}' for c in self.fit.chosen_strength)}"
+        )
+        return f"Probe({n_folds} folds, {width:,} features{strength}, threshold {self.threshold:.3f})"
+
+    def decision_function(self, X: NDArray[np.floating] | Embeddings) -> NDArray[np.float32]:
+        """Compute the logits (m, F) of embeddings (m, d) under every fold's model."""
+        return predict_logits(X, self.coef, self.intercept)
+
+    def predict_proba(self, X: NDArray[np.floating] | Embeddings) -> NDArray[np.float64]:
+        """Compute the probabilities (m, 2) of class 0 and class 1, the mean over fold models, for embeddings (m, d)."""
+        positive = expit(self.decision_function(X).astype(np.float64)).mean(axis=1)
+        return np.stack([1 - positive, positive], axis=1)
+
+    def predict(self, X: NDArray[np.floating] | Embeddings) -> NDArray[np.int8]:
+        """Predict the class (m,) of embeddings (m, d): 1 from the probability `threshold` on, else 0."""
+        return np.asarray(self.predict_proba(X)[:, 1] >= self.threshold, dtype=np.int8)
+
+
+def fit_exact(
+    X: NDArray[np.floating] | Embeddings,
+    y: NDArray[np.integer],
+    *,
+    folds: Folds,
+    strengths: Sequence[float] = STRENGTHS,
+    device: str = "cpu",
+) -> Probe:
+    """Fit L2-regularised logistic regressions by nested, grouped cross-validation, as one batched solve.
+
+    Args:
+        X: (n, d) embeddings of the training rows, in memory or still in the store.
+        y: (n,) labels, 0 or 1.
+        folds: in which fold each row validates.
+        strengths: (S,) values of C to choose from, per fold.
+        device: where to compute, as torch names it.
+
+    Raises:
+        UserError: with fewer than three folds, which leave nothing to nest; and as `fit_logistic` does.
+    """
+    held_out = held_out_folds(folds.n_folds)
+    masks = np.stack([~np.isin(folds.fold, held) for held in held_out])
+    fits = _fit(X, y, masks=masks, strengths=strengths, device=device)
+    chosen, record = _choose_strengths(fits, y, fold=folds.fold, masks=masks, held_out=held_out, strengths=strengths)
+    every_fold = np.arange(folds.n_folds)
+    return _probe(
+        fits.coef[every_fold, chosen],
+        fits.intercept[every_fold, chosen],
+        fits.logits[np.arange(len(y)), folds.fold, chosen[folds.fold]],
+        y=y,
+        record=record,
+    )
+
+
+def fit_subset(
+    X: NDArray[np.floating] | Embeddings,
+    y: NDArray[np.integer],
+    *,
+    folds: Folds,
+    subset: Subset,
+    strengths: Sequence[float] = STRENGTHS,
+    device: str = "cpu",
+) -> Probe:
+    """Fit as `fit_exact`, on a share of the slides.
+
+    Args:
+        X, y, folds, strengths, device: as for `fit_exact`.
+        subset: of `draw_subsets`, its masks in the order of `held_out_folds`.
+    """
+    used = np.flatnonzero(subset.masks.any(axis=0))
+    masks, fold = subset.masks[:, used], folds.fold[used]
+    some = X[used] if isinstance(X, np.ndarray) else in_memory(X.select(used), folds.n_folds)
+    fits = _fit(some, y[used], masks=masks, strengths=strengths, device=device)
+    held_out = held_out_folds(folds.n_folds)
+    chosen, record = _choose_strengths(fits, y[used], fold=fold, masks=masks, held_out=held_out, strengths=strengths)
+    every_fold = np.arange(folds.n_folds)
+    coef, intercept = fits.coef[every_fold, chosen], fits.intercept[every_fold, chosen]
+    logits = predict_logits(X, coef, intercept)  # (n, F)
+    return _probe(coef, intercept, logits[np.arange(len(y)), folds.fold], y=y, record=record)
+
+
+def fit_paper(X: NDArray[np.floating], y: NDArray[np.integer], *, folds: Folds, seed: int) -> Probe:
+    """Fit the paper's own probe; see `probe.paper`."""
+    recipe = PaperRecipe()
+    fit = fit_paper_probe(X, y, masks=folds.training, seed=seed, recipe=recipe)
+    logits = X.astype(np.float32) @ fit.coef.T + fit.intercept  # (n, F)
+    record = FitRecord(
+        recipe=asdict(recipe), best_epoch=tuple(fit.best_epoch.tolist()), n_epochs=tuple(fit.n_epochs.tolist())
+    )
+    validation = logits[np.arange(len(y)), folds.fold]
+    return _probe(fit.coef, fit.intercept.astype(np.float64), validation, y=y, record=record)
+
+
+def _probe(
+    coef: NDArray[np.float32],
+    intercept: NDArray[np.float64],
+    validation_logit: NDArray[np.float32],
+    *,
+    y: NDArray[np.integer],
+    record: FitRecord,
+) -> Probe:
+    return Probe(
+        coef, intercept, validation_logit, best_threshold(y, expit(validation_logit.astype(np.float64))), record
+    )
+
+
+def in_memory(stored: Embeddings, n_folds: int) -> NDArray[np.float16] | Embeddings:
+    """Read embeddings into memory, if all fits of them fit there too; else leave them in the store."""
+    n_columns = n_folds * (n_folds + 1) // 2 * len(STRENGTHS)
+    return stored.read() if fits_in_memory(stored.shape, n_columns) else stored
+
+
+def held_out_folds(n_folds: int) -> list[tuple[int, ...]]:
+    """List the folds that each fit leaves out: each one, then each two.
+
+    >>> held_out_folds(3)
+    [(0,), (1,), (2,), (0, 1), (0, 2), (1, 2)]
+    """
+    if n_folds < 3:
+        raise UserError(
+            f"choosing a strength within each training set needs at least 3 folds, got {n_folds}: use `cv=3`."
+        )
+    return [(f,) for f in range(n_folds)] + list(combinations(range(n_folds), 2))
+
+
+def _fit(
+    X: NDArray[np.floating] | Embeddings,
+    y: NDArray[np.integer],
+    *,
+    masks: NDArray[np.bool_],
+    strengths: Sequence[float],
+    device: str,
+) -> Fits:
+    if isinstance(X, np.ndarray):
+        return fit_logistic(X, y, masks=masks, strengths=strengths, device=device)
+    return fit_streamed(X, y, masks=masks, strengths=strengths, device=device)
+
+
+def _choose_strengths(
+    fits: Fits,
+    y: NDArray[np.integer],
+    *,
+    fold: NDArray[np.intp],
+    masks: NDArray[np.bool_],
+    held_out: Sequence[tuple[int, ...]],
+    strengths: Sequence[float],
+) -> tuple[NDArray[np.intp], FitRecord]:
+    """Choose each fold's strength within its training rows, and record how the fits converged.
+
+    The fit that leaves out f and g is scored for f on those rows of g that f trains on, and the other way round. Where
+    g has only one class among them, it says nothing for f.
+
+    Args:
+        fits: of `masks` and `strengths`.
+        y, fold: (n,) labels, and in which fold each row validates.
+        masks: (m, n) the rows that each fit trains on.
+        held_out: (m) the folds that each fit leaves out, in the order of `held_out_folds`.
+        strengths: (S,) values of C.
+
+    Returns:
+        (F,) index of the chosen strength, and the record.
+    """
+    n_folds = sum(len(held) == 1 for held in held_out)
+    # inner[f, s]: mean balanced log loss on each other fold g of the fit that saw neither f nor g.
+    inner, n_scored = np.zeros((n_folds, len(strengths))), np.zeros(n_folds, dtype=np.intp)
+    for m, held in enumerate(held_out[n_folds:], start=n_folds):
+        for f, g in (held, held[::-1]):
+            rows = masks[f] & (fold == g)
+            if len(np.unique(y[rows])) == 2:
+                inner[f] += balanced_log_loss(y[rows], fits.logits[rows, m])
+                n_scored[f] += 1
+    chosen = inner.argmin(axis=1)  # (F,)
+    return chosen, FitRecord(
+        strengths=tuple(strengths),
+        chosen_strength=tuple(strengths[s] for s in chosen),
+        at_edge=bool(np.isin(chosen, (0, len(strengths) - 1)).any()),
+        inner_loss=tuple(map(tuple, np.round(inner / n_scored[:, None], 5).tolist())),
+        max_gradient=float(fits.gradient_norm.max()),
+        n_not_converged=int((~fits.converged).sum()),
+        n_fits=int(fits.converged.size),
+    )

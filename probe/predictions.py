@@ -1,0 +1,289 @@
+"""What did each fold's model predict for each patch, and how is that kept in CSV files?
+
+predictions.csv holds one row per patch and fold model. samples.csv holds the patch tables of what was predicted. Both
+are written in pieces of bounded size, so that a run of a million patches needs no second copy of itself in memory.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from itertools import repeat
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.special import expit
+
+from features.console import UserError
+from features.samples import MISSING_VOTE, Samples, make_samples
+from probe.metrics import THRESHOLD, best_threshold
+
+VALIDATION = "validation"  # the split name of out-of-fold predictions
+COLUMNS = ("dataset", "id", "label", "group", "split", "fold", "logit", "probability")
+SAMPLE_COLUMNS = ("dataset", "id", "label", "group", "split", "votes", "domain", "sha256")
+_VOTES = {"0": 0, "1": 1, "-": MISSING_VOTE}  # a rater's vote as a letter
+_LETTERS = {vote: letter for letter, vote in _VOTES.items()}
+_ROWS = 2**16  # of a CSV file made at a time
+_ROUNDED = 1e-6  # predictions.csv gives a probability with six digits
+
+
+@dataclass(frozen=True, eq=False)
+class Predictions:
+    """Predictions as columns, one row per patch and fold model. Out-of-fold rows have split "validation".
+
+    Attributes:
+        dataset, id, group, split: (n,) str.
+        label: (n,) int8.
+        fold: (n,) the fold whose model predicts.
+        logit: (n,) float32; probability is its sigmoid.
+    """
+
+    dataset: NDArray[np.str_]
+    id: NDArray[np.str_]
+    label: NDArray[np.int8]
+    group: NDArray[np.str_]
+    split: NDArray[np.str_]
+    fold: NDArray[np.intp]
+    logit: NDArray[np.float32]
+
+    def __len__(self) -> int:
+        return len(self.id)
+
+    def __repr__(self) -> str:
+        sets = ", ".join(f"{dataset}/{split}" for dataset, split in self.sets())
+        return f"Predictions({len(self):,} rows: {sets})"
+
+    @property
+    def probability(self) -> NDArray[np.float64]:
+        """(n,) sigmoid of the logit."""
+        return np.asarray(expit(self.logit.astype(np.float64)))
+
+    def sets(self) -> list[tuple[str, str]]:
+        """List the (dataset, split) pairs in order of appearance."""
+        new = (self.dataset[1:] != self.dataset[:-1]) | (self.split[1:] != self.split[:-1])
+        first = np.flatnonzero(np.append(len(self.id) > 0, new))
+        return list(dict.fromkeys(zip(self.dataset[first].tolist(), self.split[first].tolist(), strict=True)))
+
+    def select(self, rows: NDArray[np.bool_] | NDArray[np.intp]) -> Predictions:
+        """Select the rows of a mask or an index array. A mask whose rows are contiguous is a view, not a copy."""
+        chosen: NDArray[np.bool_] | NDArray[np.intp] | slice = rows
+        if rows.dtype == np.bool_ and len(rows):
+            contiguous = slice(int(rows.argmax()), int(rows.argmax()) + int(rows.sum()))
+            chosen = contiguous if rows[contiguous].all() else rows
+        return Predictions(**{field.name: getattr(self, field.name)[chosen] for field in fields(self)})
+
+
+def predictions_of(
+    dataset: str, samples: Samples, *, split: str, fold: NDArray[np.intp], logit: NDArray[np.floating]
+) -> Predictions:
+    """Make the predictions of one dataset.
+
+    Args:
+        dataset: its name.
+        samples: (n,) the patches predicted.
+        split: "validation" or "test".
+        fold: (n,) the fold model of each row's logit; or (F,), if every fold model predicts every row.
+        logit: (n,), or (n, F).
+    """
+    if logit.ndim == 2:
+        n, n_folds = logit.shape
+        rows, fold, logit = np.repeat(np.arange(n), n_folds), np.tile(fold, n), logit.reshape(-1)
+    else:
+        rows = np.arange(len(samples))
+    return Predictions(
+        dataset=np.broadcast_to(dataset, len(rows)),
+        id=samples.id[rows],
+        label=samples.label[rows],
+        group=samples.group[rows],
+        split=np.broadcast_to(split, len(rows)),
+        fold=np.asarray(fold),
+        logit=np.asarray(logit, dtype=np.float32),
+    )
+
+
+def concatenate(parts: Sequence[Predictions]) -> Predictions:
+    """Join several sets of predictions."""
+    names = [field.name for field in fields(Predictions)]
+    return Predictions(**{name: np.concatenate([getattr(part, name) for part in parts]) for name in names})
+
+
+def threshold_of(predictions: Predictions) -> float:
+    """Choose a run's threshold: the best on its out-of-fold predictions; 0.5 where it has none."""
+    out_of_fold = predictions.select(predictions.split == VALIDATION)
+    return best_threshold(out_of_fold.label, out_of_fold.probability) if len(out_of_fold) else THRESHOLD
+
+
+# ------------------------------------------------------------------------------------------------------ predictions.csv
+
+
+def predictions_csv(predictions: Predictions) -> Iterator[bytes]:
+    """Make predictions.csv, a piece at a time."""
+    for start in range(0, max(1, len(predictions)), _ROWS):
+        part = predictions.select(np.arange(start, min(start + _ROWS, len(predictions))))
+        columns = (
+            part.dataset.tolist(),
+            part.id.tolist(),
+            part.label.tolist(),
+            part.group.tolist(),
+            part.split.tolist(),
+            part.fold.tolist(),
+            [f"{value:.9g}" for value in part.logit.tolist()],  # 9 digits give a float32 back exactly
+            [f"{value:.6f}" for value in part.probability.tolist()],
+        )
+        yield csv_bytes(() if start else COLUMNS, zip(*columns, strict=True))
+
+
+def parse_predictions(text: str) -> Predictions:
+    """Read predictions.csv.
+
+    Raises:
+        ValueError: if a column is missing, a row is malformed, or a probability is not that of its logit.
+    """
+    columns = parse_columns(text, COLUMNS)
+    try:
+        predictions = Predictions(
+            dataset=np.array(columns["dataset"], dtype=np.str_),
+            id=np.array(columns["id"], dtype=np.str_),
+            label=np.array(columns["label"], dtype=np.int8),
+            group=np.array(columns["group"], dtype=np.str_),
+            split=np.array(columns["split"], dtype=np.str_),
+            fold=np.array(columns["fold"], dtype=np.intp),
+            logit=np.array(columns["logit"], dtype=np.float32),
+        )
+        written = np.array(columns["probability"], dtype=np.float64)
+    except OverflowError as error:
+        raise ValueError(str(error)) from error
+    if not np.isin(predictions.label, (0, 1)).all():
+        raise ValueError("a label is neither 0 nor 1")
+    undefined = np.flatnonzero(~np.isfinite(predictions.logit))
+    if len(undefined):
+        raise ValueError(f"the logit of line {undefined[0] + 2} is no number")
+    off = np.flatnonzero(~(np.abs(predictions.probability - written) < _ROUNDED))
+    if len(off):
+        raise ValueError(
+            f"line {off[0] + 2}: the probability is {written[off[0]]:g}, that of its logit is "
+            f"{predictions.probability[off[0]]:.6f}"
+        )
+    return predictions
+
+
+# ---------------------------------------------------------------------------------------------------------- samples.csv
+
+
+def samples_csv(predictions: Predictions, tables: Mapping[str, Samples]) -> Iterator[bytes]:
+    """Make samples.csv: the rows of every dataset's patch table that were predicted.
+
+    Args:
+        predictions: of a run.
+        tables: dataset to patch table, which may hold more rows.
+    """
+    yield csv_bytes(SAMPLE_COLUMNS, ())
+    for name in dict.fromkeys(dataset for dataset, _ in predictions.sets()):
+        table, ids = tables[name], predictions.id[predictions.dataset == name]
+        ids = ids[np.append(True, ids[1:] != ids[:-1])]  # a patch's fold models mostly follow each other
+        if not np.array_equal(ids, table.id):
+            table = table.select(np.isin(table.id, ids))
+        for start in range(0, len(table), _ROWS):
+            rows = slice(start, start + _ROWS)
+            votes = ["".join(_LETTERS[vote] for vote in row) for row in table.votes[rows].tolist()]
+            columns = (table.id, table.label, table.group, table.split, None, table.domain, table.sha256)
+            listed = (votes if column is None else column[rows].tolist() for column in columns)
+            yield csv_bytes((), zip(repeat(name), *listed, strict=False))
+
+
+def parse_samples(text: str) -> dict[str, Samples]:
+    """Read samples.csv: dataset to patch table.
+
+    Raises:
+        ValueError: if a column is missing, a row is malformed, or a table contradicts itself.
+    """
+    columns = parse_columns(text, SAMPLE_COLUMNS)
+    dataset = np.array(columns["dataset"], dtype=np.str_)
+    try:
+        return {name: _table(columns, np.flatnonzero(dataset == name)) for name in dict.fromkeys(columns["dataset"])}
+    except KeyError as error:
+        raise ValueError(f"a vote is {error}") from error
+    except UserError as error:
+        raise ValueError(str(error)) from error
+
+
+def _table(columns: Mapping[str, Sequence[str]], rows: NDArray[np.intp]) -> Samples:
+    cells = {name: [columns[name][row] for row in rows] for name in SAMPLE_COLUMNS}
+    votes = [[_VOTES[letter] for letter in cell] for cell in cells["votes"]]
+    return make_samples(
+        cells["id"],
+        [int(label) for label in cells["label"]],
+        sha256=cells["sha256"],
+        group=cells["group"],
+        split=cells["split"],
+        votes=np.array(votes, dtype=np.int8).reshape(len(rows), -1),
+        domain=cells["domain"],
+    )
+
+
+def samples_from(predictions: Predictions) -> dict[str, Samples]:
+    """Make the patch tables that predictions alone tell: without votes, domains and digests."""
+    tables = {}
+    for name in dict.fromkeys(predictions.dataset.tolist()):
+        part = predictions.select(predictions.dataset == name)
+        _, first = np.unique(part.id, return_index=True)
+        part = part.select(np.sort(first))
+        tables[name] = make_samples(
+            part.id.tolist(), part.label.tolist(), sha256=[""] * len(part), group=part.group.tolist()
+        )
+    return tables
+
+
+# ------------------------------------------------------------------------------------------------------------ CSV files
+
+
+def parse_columns(text: str, expected: Sequence[str]) -> dict[str, tuple[str, ...]]:
+    """Read a CSV file that `csv_bytes` made.
+
+    Args:
+        text: the file.
+        expected: its columns, in order.
+
+    Raises:
+        ValueError: if it has other columns, or ragged rows.
+    """
+    reader = csv.reader(io.StringIO(text, newline=""))
+    try:
+        header, rows = tuple(next(reader, ())), list(reader)
+    except csv.Error as error:
+        raise ValueError(str(error)) from error
+    if header != tuple(expected):
+        raise ValueError(f"found columns {', '.join(header) or 'none'}, expected {', '.join(expected)}")
+    ragged = next((line for line, row in enumerate(rows, start=2) if len(row) != len(expected)), None)
+    if ragged:
+        raise ValueError(f"row {ragged} has {len(rows[ragged - 2])} cells of {len(expected)}")
+    cells: Any = zip(*rows, strict=True) if rows else repeat(())
+    return dict(zip(expected, cells, strict=False))
+
+
+class _Lines:
+    """Takes what a csv.writer writes: lines, whose "\\r\\n" becomes a bare line feed."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def write(self, line: str) -> None:
+        self.lines.append(line.removesuffix("\r\n") + "\n")
+
+
+def csv_bytes(header: Sequence[str], rows: Iterable[Sequence[object]]) -> bytes:
+    """Make a CSV file from which every cell comes back, whatever characters it holds.
+
+    Args:
+        header: names of the columns; empty for a further piece of a file.
+        rows: cells.
+    """
+    out = _Lines()
+    writer = csv.writer(out, lineterminator="\r\n")  # told "\n", Python before 3.13 leaves a lone "\r" unquoted
+    if header:
+        writer.writerow(header)
+    writer.writerows(rows)
+    return "".join(out.lines).encode()

@@ -1,0 +1,270 @@
+"""What do runs say together? One comparison per set, computed from run folders alone.
+
+    folders -> read_runs -> collect -> Report -> probe.report.page (HTML), probe.report.tables (Markdown, LaTeX)
+
+All runs on a set are judged on the same patches and the same resamples (`probe.evidence`).
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from html import escape
+
+import numpy as np
+from numpy.typing import NDArray
+
+from features.console import UserError, progress
+from features.samples import MISSING_VOTE, Samples, audit
+from probe.domains import DomainView, by_domain
+from probe.evidence import Comparison, Ensemble, compare, ensemble_of, fold_figures, rows_of
+from probe.metrics import ECE_BINS, FoldFigure, Judgement, calibration_bin
+from probe.predictions import VALIDATION
+from probe.raters import RaterView, by_agreement
+from probe.report.read import Run
+from probe.resample import Resampling
+
+_POINTS = 250  # at most, of a drawn curve
+
+
+@dataclass(frozen=True)
+class Confusion:
+    """Patches by label and prediction at the run's threshold."""
+
+    tp: int
+    fn: int
+    fp: int
+    tn: int
+
+
+@dataclass(frozen=True)
+class Curves:
+    """What is drawn of one run on one set. A curve that needs an absent class is empty.
+
+    Attributes:
+        roc: (false positive rate, true positive rate) from (0, 0) to (1, 1).
+        precision_recall: (recall, precision) from the highest threshold to the lowest.
+        calibration: (mean probability, observed rate, patches) of every bin of the calibration error that is not empty.
+    """
+
+    roc: tuple[tuple[float, float], ...]
+    precision_recall: tuple[tuple[float, float], ...]
+    calibration: tuple[tuple[float, float, int], ...]
+
+
+@dataclass(frozen=True)
+class SetReport:
+    """All runs on one set; every mapping is by run label.
+
+    Attributes:
+        dataset, split: which set; split "validation" holds out-of-fold predictions.
+        n, n_positive: patches.
+        n_identical: sets of byte-identical patches among them.
+        comparison: figures with intervals, differences, ranks.
+        folds: figure to what the fold models reach.
+        confusion, curves: of the ensemble.
+        raters: by agreement of the raters; empty without two raters.
+        domains: by domain; empty without two domains.
+        missing: runs without predictions here.
+    """
+
+    dataset: str
+    split: str
+    n: int
+    n_positive: int
+    n_identical: int
+    comparison: Comparison
+    folds: dict[str, dict[str, FoldFigure]]
+    confusion: dict[str, Confusion]
+    curves: dict[str, Curves]
+    raters: dict[str, RaterView]
+    domains: dict[str, DomainView]
+    missing: tuple[str, ...]
+
+    @property
+    def is_validation(self) -> bool:
+        """Whether these are out-of-fold predictions."""
+        return self.split == VALIDATION
+
+    @property
+    def name(self) -> str:
+        """Dataset and split, as in metrics.json."""
+        return f"{self.dataset}/{self.split}"
+
+    @property
+    def title(self) -> str:
+        """Dataset and split, for a reader."""
+        return f"{self.dataset}, {'out of fold' if self.is_validation else self.split}"
+
+    @property
+    def any_judgement(self) -> Judgement:
+        """The judgement of one of the runs; all of them share what was resampled, and how."""
+        return next(iter(self.comparison.judgements.values()))
+
+
+@dataclass(frozen=True)
+class Report:
+    """Everything that is tabulated or drawn.
+
+    Attributes:
+        created: when, in UTC.
+        version: of mitofm.
+        labels: of the runs, by date.
+        train: the dataset that all runs were trained on.
+        fold_digest, n_folds: of the assignment that all runs share.
+        resampling: how resamples were drawn; its key in JSON is `how`.
+        sets: the test sets, that of the training dataset first, then the out-of-fold predictions.
+        notes: what a reader must know: sets that runs lack, identical patches, what was left out.
+    """
+
+    created: str
+    version: str
+    labels: tuple[str, ...]
+    train: str
+    fold_digest: str
+    n_folds: int
+    resampling: Resampling = field(metadata={"key": "how"})
+    sets: tuple[SetReport, ...]
+    notes: tuple[str, ...]
+
+    def __repr__(self) -> str:
+        sets = ", ".join(set_report.name for set_report in self.sets)
+        return f"Report({len(self.labels)} runs trained on {self.train}, {self.n_folds} folds: {sets})"
+
+    def _repr_html_(self) -> str:
+        return "".join(f"<h4>{escape(one.title)}</h4>{one.comparison._repr_html_()}" for one in self.sets)
+
+
+def collect(runs: Sequence[Run], notes: Sequence[str] = (), *, resampling: Resampling = Resampling()) -> Report:
+    """Compare runs on every set that any of them has.
+
+    Args:
+        runs: of `read_runs`.
+        notes: to begin with.
+        resampling: how resamples are drawn.
+
+    Raises:
+        UserError: if runs disagree on a set's patches, labels or slides.
+    """
+    from importlib.metadata import version
+
+    first = runs[0].record
+    names = dict.fromkeys(pair for run in runs for pair in run.predictions.sets())
+    ordered = sorted(names, key=lambda pair: (pair[1] == VALIDATION, pair[0] != first.train))
+    with progress("compare", len(ordered), unit="sets") as advance, ThreadPoolExecutor(os.cpu_count()) as pool:
+
+        def compare_on(pair: tuple[str, str]) -> SetReport:
+            set_report = _set_report(runs, *pair, resampling)
+            advance(1)
+            return set_report
+
+        sets = list(pool.map(compare_on, ordered))
+    all_notes = list(notes)
+    for one in sets:
+        all_notes += [
+            f"{label} was not scored on {one.dataset}: run it again with --test {one.dataset}." for label in one.missing
+        ]
+        if one.n_identical:
+            all_notes.append(
+                f"{one.title} holds {one.n_identical} sets of byte-identical patches; they count as separate patches."
+            )
+    return Report(
+        created=time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
+        version=version("mitofm"),
+        labels=tuple(run.label for run in runs),
+        train=first.train,
+        fold_digest=first.folds.digest,
+        n_folds=first.folds.n,
+        resampling=resampling,
+        sets=tuple(sets),
+        notes=tuple(dict.fromkeys(all_notes)),
+    )
+
+
+def _set_report(runs: Sequence[Run], dataset: str, split: str, resampling: Resampling) -> SetReport:
+    scored = [run for run in runs if (dataset, split) in run.predictions.sets()]
+    ensembles = {run.label: _ensemble(run, dataset, split) for run in scored}
+    comparison = compare(ensembles, resampling=resampling)  # refuses runs of different patches
+    table = fullest([run.tables[dataset] for run in scored])
+    # The patch table in each run's order of patches.
+    tables = {label: table.select(rows_of(ensemble, table.id)) for label, ensemble in ensembles.items()}
+    samples = next(iter(tables.values()))
+    raters, domains = {}, {}
+    if ((samples.votes != MISSING_VOTE).sum(axis=1) >= 2).any():
+        raters = {
+            label: by_agreement(ensemble, tables[label].votes, resampling=resampling)
+            for label, ensemble in ensembles.items()
+        }
+    if len(set(samples.domain.tolist()) - {""}) >= 2:
+        domains = {
+            label: by_domain(ensemble, tables[label].domain, resampling=resampling)
+            for label, ensemble in ensembles.items()
+        }
+    return SetReport(
+        dataset=dataset,
+        split=split,
+        n=len(samples),
+        n_positive=int((samples.label == 1).sum()),
+        n_identical=len(audit(samples).duplicates),
+        comparison=comparison,
+        folds={run.label: fold_figures(run.predictions, dataset, split) for run in scored},
+        confusion={label: _confusion(ensemble) for label, ensemble in ensembles.items()},
+        curves={label: _curves(ensemble) for label, ensemble in ensembles.items()},
+        raters=raters,
+        domains=domains,
+        missing=tuple(run.label for run in runs if run not in scored),
+    )
+
+
+def fullest(tables: Sequence[Samples]) -> Samples:
+    """Choose the patch table that knows most; those of runs without a samples.csv know least."""
+    return max(tables, key=lambda table: (table.votes.shape[1], (table.domain != "").sum(), (table.sha256 != "").sum()))
+
+
+def _ensemble(run: Run, dataset: str, split: str) -> Ensemble:
+    try:
+        return ensemble_of(run.predictions, dataset, split)
+    except UserError as error:
+        raise UserError(f"{run.folder}: {error}") from error
+
+
+def _confusion(ensemble: Ensemble) -> Confusion:
+    y, predicted = ensemble.label == 1, ensemble.probability >= ensemble.threshold
+    return Confusion(
+        tp=int((y & predicted).sum()),
+        fn=int((y & ~predicted).sum()),
+        fp=int((~y & predicted).sum()),
+        tn=int((~y & ~predicted).sum()),
+    )
+
+
+def _curves(ensemble: Ensemble) -> Curves:
+    from sklearn.metrics import precision_recall_curve, roc_curve
+
+    y, p = ensemble.label == 1, ensemble.probability
+    roc: tuple[tuple[float, float], ...] = ()
+    precision_recall: tuple[tuple[float, float], ...] = ()
+    if y.any() and not y.all():
+        false_rate, true_rate, _ = roc_curve(y, p, drop_intermediate=False)
+        roc = ((0.0, 0.0), *_thinned(false_rate[1:], true_rate[1:]))
+    if y.any():
+        precision, recall, _ = precision_recall_curve(y, p)
+        precision_recall = _thinned(recall[-2::-1], precision[-2::-1])  # from the highest threshold; the last has none
+    bins = calibration_bin(p)
+    count = np.bincount(bins, minlength=ECE_BINS)
+    filled = np.flatnonzero(count)
+    mean, rate = (np.bincount(bins, weights=values, minlength=ECE_BINS)[filled] / count[filled] for values in (p, y))
+    return Curves(
+        roc=roc,
+        precision_recall=precision_recall,
+        calibration=tuple(zip(mean.tolist(), rate.tolist(), count[filled].tolist(), strict=True)),
+    )
+
+
+def _thinned(x: NDArray[np.float64], y: NDArray[np.float64]) -> tuple[tuple[float, float], ...]:
+    """The points of a curve, at most `_POINTS` of them, both ends kept."""
+    rows = np.unique(np.linspace(0, len(x) - 1, min(len(x), _POINTS)).astype(np.intp))
+    return tuple(zip(x[rows].tolist(), y[rows].tolist(), strict=True))

@@ -1,0 +1,199 @@
+"""How does a report become one page that works anywhere, offline, for decades?
+
+A template (Jinja2, everything escaped), a style sheet and a script are put into one file. Its content policy forbids
+every request, and every script and style but these two, by their digests: a hostile file name cannot run, and nothing
+leaves the page. Tables and figures are there without the script; it adds sorting, the gallery and the map.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from importlib.resources import files
+from typing import Any
+
+from markupsafe import Markup
+
+from features.console import printable
+from probe.evidence import COMPARED
+from probe.metrics import NAMES, as_dict
+from probe.report.charts import N_STYLES
+from probe.report.collect import Report, SetReport
+from probe.report.gallery import EmbeddingMap, GalleryPatches, Thumbnails
+from probe.report.provenance import provenance
+from probe.report.published import SOURCES
+from probe.report.read import Run
+from probe.report.views import TITLES, learning_views, set_view
+
+_PICTURES = Markup("<!--pictures-->")  # no name can be taken for it: the template escapes them
+# Control characters, and those that turn the direction of what follows a name.
+_UNSEEN = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
+
+
+def html(
+    report: Report,
+    runs: Sequence[Run],
+    *,
+    patches: GalleryPatches,
+    maps: Sequence[EmbeddingMap],
+    sizes: Mapping[str, int],
+    has_pictures: bool,
+) -> str:
+    """Make the page, with a gap for pictures that `with_thumbnails` fills.
+
+    Args:
+        report: of `probe.report.collect`.
+        runs: the same runs.
+        patches: those of the gallery and the map.
+        maps: their positions, as far as there are any.
+        sizes: model to the parameters of its backbone, as far as they are known.
+        has_pictures: whether there will be any; the page says so where there are none.
+    """
+    style, script = _resource("page.css"), _resource("page.js")
+    names = runs[0].record.label_names
+    page = _template().render(
+        report=report,
+        runs=runs,
+        style=Markup(style),
+        script=Markup(script),
+        policy=f"default-src 'none'; img-src data:; style-src '{_digest(style)}'; script-src '{_digest(script)}'; "
+        "base-uri 'none'; form-action 'none'",
+        number={run.label: number for number, run in enumerate(runs, start=1)},
+        style_of={run.label: number % N_STYLES for number, run in enumerate(runs)},
+        names=names,
+        titles=TITLES,
+        figures=NAMES,
+        compared=COMPARED,
+        sources=SOURCES,
+        views=[set_view(set_report, runs, sizes) for set_report in report.sets],
+        learning=learning_views(report, runs),
+        provenance=[provenance(run) for run in runs],
+        pictures=_PICTURES,
+        has_pictures=has_pictures,
+        maps=maps,
+        n_left_out=sum(patches.n_left_out),
+        n_shown=len(patches.id),
+        everything=_figures_record(report),
+        data=_script_data(report, runs, patches, maps, names),
+    )
+    return _UNSEEN.sub(lambda match: printable(match[0]), page)
+
+
+def with_thumbnails(page: str, thumbnails: Thumbnails) -> str:
+    """Fill the gap in the page of `html`. Pictures are made last, so that they can use what room is left."""
+    return page.replace(_PICTURES, _json(thumbnails.as_json()), 1)
+
+
+def _template() -> Any:
+    from jinja2 import Environment, StrictUndefined
+
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters |= {
+        "figure": _figure,
+        "signed": _signed,
+        "p": _p_value,
+        "json": _json,
+        "count": _count,
+        "share": _share,
+    }
+    return environment.from_string(_resource("page.html"))
+
+
+def _resource(name: str) -> str:
+    return files("probe.report").joinpath(name).read_text(encoding="utf-8")
+
+
+def _digest(text: str) -> str:
+    return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+
+
+def _json(value: Any) -> Markup:
+    """JSON that can stand inside a script element: no `<` ends it."""
+    return Markup(json.dumps(value, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c"))
+
+
+def _figure(value: float | None, digits: int = 3) -> str:
+    return "–" if value is None or not math.isfinite(value) else f"{value:.{digits}f}"
+
+
+def _signed(value: float, digits: int = 3) -> str:
+    return "–" if math.isnan(value) else f"{value:+.{digits}f}".replace("-", "−")
+
+
+def _share(value: float) -> str:
+    return "" if math.isnan(value) else f"{value:.0%}"
+
+
+def _p_value(value: float) -> str:
+    return "–" if math.isnan(value) else "< .001" if value < 0.001 else f"{value:.3f}"
+
+
+def _count(value: float | None) -> str:
+    if value is None:
+        return "–"
+    return f"{value / 1e6:,.1f} M" if value >= 1e6 else f"{value:,.0f}"
+
+
+def _figures_record(report: Report) -> dict[str, Any]:
+    """Every figure of the page, for whoever wants to check it; curves are drawn, not tabulated."""
+    record = dict(as_dict(report))
+    for set_report in record["sets"]:
+        del set_report["curves"]
+    return record
+
+
+def _script_data(
+    report: Report,
+    runs: Sequence[Run],
+    patches: GalleryPatches,
+    maps: Sequence[EmbeddingMap],
+    names: tuple[str, str],
+) -> dict[str, Any]:
+    """What the script needs; strings that repeat are numbered."""
+    groups, group = _numbered(patches.group.tolist())
+    domains, domain = _numbered(patches.domain.tolist())
+    votes, vote = _numbered(patches.votes)
+    sets = patches.set_index.tolist()
+    thresholds = [[_threshold(set_report, run.label) for set_report in report.sets] for run in runs]
+    return {
+        "names": names,
+        "sets": [{"title": one.title, "validation": one.is_validation} for one in report.sets],
+        "runs": [run.label for run in runs],
+        "thresholds": thresholds,
+        "set": sets,
+        "id": patches.id.tolist(),
+        "label": patches.label.tolist(),
+        "groups": groups,
+        "group": group,
+        "domains": domains,
+        "domain": domain,
+        "votes": votes,
+        "vote": vote,
+        "probability": [
+            [_rounded(value, by_set[index]) for value, index in zip(row, sets, strict=True)]
+            for row, by_set in zip(patches.probability.tolist(), thresholds, strict=True)
+        ],
+        "maps": [one.as_json() for one in maps],
+    }
+
+
+def _rounded(value: float, threshold: float | None) -> float | None:
+    """Four digits, unless they would lie on the other side of the threshold."""
+    if threshold is None or math.isnan(value):
+        return None
+    short = round(value, 4)
+    return short if (short >= threshold) == (value >= threshold) else value
+
+
+def _threshold(set_report: SetReport, label: str) -> float | None:
+    return None if label in set_report.missing else set_report.comparison.judgements[label].threshold
+
+
+def _numbered(values: Iterable[str]) -> tuple[list[str], list[int]]:
+    number: dict[str, int] = {}
+    rows = [number.setdefault(value, len(number)) for value in values]
+    return list(number), rows

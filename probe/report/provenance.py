@@ -1,0 +1,80 @@
+"""Where does a run come from, and which commands would make it again?"""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import PurePath
+from typing import Any
+
+from probe.report.read import Run
+from probe.runs import RunRecord
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """Where a run comes from.
+
+    Attributes:
+        label: of the run.
+        facts: a name and a value each: ids, digests, versions, cost.
+        commands: that would make it again.
+        options: what the user chose, as JSON.
+    """
+
+    label: str
+    facts: list[tuple[str, str]]
+    commands: list[str]
+    options: str
+
+
+def provenance(run: Run) -> Provenance:
+    """Gather what is known of a run's origin."""
+    record = run.record
+    weights = []
+    if record.weights_sha256 is not None:
+        weights = [("weights", f"{record.revision or 'local'}, SHA-256 {record.weights_sha256}")]
+    costs = {name: value for name, value in asdict(record.cost).items() if value is not None}
+    facts = [
+        ("run", record.id),
+        ("written", record.created),
+        ("view, pooling", f"{record.view}, {record.pooling}"),
+        *weights,
+        ("folds", f"{record.folds.n}: {record.folds.source}, digest {record.folds.digest}"),
+        *((f"embedding of {name}", str(digest)) for name, digest in record.fingerprints.items()),
+        *((f"table of {name}", str(digest)) for name, digest in record.table_digests.items()),
+        *((name, str(digest)) for name, digest in record.sha256.items() if "/" not in name),
+        ("versions", ", ".join(f"{name} {version}" for name, version in record.versions.items())),
+        ("cost", ", ".join(f"{name} {value}" for name, value in costs.items())),
+    ]
+    return Provenance(run.label, facts, commands(record), json.dumps(record.options, indent=1))
+
+
+def commands(record: RunRecord) -> list[str]:
+    """List the command lines that would make a run again; the user's datasets are named by their path."""
+    options = dict(record.options)
+    names = dict.fromkeys([record.train, *record.test])
+    paths = {name: record.sources.get(name, "") for name in names}
+    sets = ",".join(paths[name] if PurePath(paths[name]).is_absolute() else name for name in names)
+    if record.kind == "probe":
+        steps = [
+            ["fm-extract", "--model", record.model, "--dataset", sets, "--view", record.view],
+            ["fm-probe", "--model", record.model, *_flags(options)],
+        ]
+    else:
+        lora = options.pop("lora", None) or {}
+        nested = lora if record.method == "lora" else {}
+        steps = [["fm-finetune", *_flags({f"lora_{name}": value for name, value in nested.items()}), *_flags(options)]]
+    return [shlex.join(map(str, step)) for step in steps]
+
+
+def _flags(options: Mapping[str, Any]) -> list[str]:
+    flags = []
+    for name, value in options.items():
+        if value is None or (value in ([], ()) and name != "test"):  # an empty --test asks for no other dataset
+            continue
+        text = ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+        flags += [f"--{name.replace('_', '-')}", text]
+    return flags

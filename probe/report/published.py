@@ -1,0 +1,84 @@
+"""What has been published on these test sets? It stands next to our figures, never among them."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
+
+from probe.predictions import VALIDATION
+from probe.runs import RunRecord
+
+SOURCES = {"table-3": "paper, Table 3", "re-run": "authors' re-run"}
+FIGURES = {"balanced_accuracy": "bal. acc.", "auroc": "AUROC"}  # those that were published, in print
+TRAINED_ON = "ami-br"  # what the published models were trained on
+
+
+@dataclass(frozen=True)
+class PublishedFigure:
+    """A published mean over fold models and its standard deviation, where it was given."""
+
+    mean: float
+    std: float | None
+
+
+@dataclass(frozen=True)
+class Published:
+    """What one source published of one model on one test set.
+
+    Attributes:
+        source: key of `SOURCES`.
+        date: year and month.
+        model, method: as a run's record names them.
+        dataset: the test set.
+        figures: figure (`FIGURES`) to its value.
+    """
+
+    source: str
+    date: str
+    model: str
+    method: str
+    dataset: str
+    figures: Mapping[str, PublishedFigure]
+
+
+@cache
+def published() -> tuple[Published, ...]:
+    """Read all published figures, those of each source in its order.
+
+    Sources: Table 3 of Banerjee et al. 2025 (arXiv 2506.21444v1), and the authors' later re-run in the notebooks of the
+    AMi-Br_Benchmark repository (commit 3acf4dad). Means over five fold models on the same test images.
+    """
+    with files("probe.report").joinpath("published.csv").open(encoding="utf-8") as file:
+        return tuple(
+            Published(
+                row["source"],
+                row["date"],
+                row["model"],
+                row["method"],
+                row["dataset"],
+                {
+                    name: PublishedFigure(float(row[name]), float(std) if (std := row[f"{name}_std"]) else None)
+                    for name in FIGURES
+                },
+            )
+            for row in csv.DictReader(file)
+        )
+
+
+def published_on(dataset: str, split: str, *, train: str) -> list[Published]:
+    """List what was published on a test set, of models trained on the same data."""
+    if split == VALIDATION or train != TRAINED_ON:
+        return []
+    return [row for row in published() if row.dataset == dataset]
+
+
+def published_for(record: RunRecord, dataset: str, split: str) -> dict[str, Published]:
+    """Find what was published of a run's model and method on a test set, by source."""
+    return {
+        row.source: row
+        for row in published_on(dataset, split, train=record.train)
+        if (row.model, row.method) == (record.model, record.method)
+    }

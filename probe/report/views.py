@@ -1,0 +1,343 @@
+"""What stands in each section of the page? Records for the template, with figures drawn."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from markupsafe import Markup
+
+from probe.curve import CurveSummary, summarise
+from probe.evidence import COMPARED, Rank
+from probe.metrics import FoldFigure, Interval, Judgement
+from probe.report import charts
+from probe.report.charts import N_STYLES, Line, Row
+from probe.report.collect import Report, SetReport
+from probe.report.published import SOURCES, Published, published_for, published_on
+from probe.report.read import Run
+from probe.significance import Difference
+
+TITLES = {
+    "balanced_accuracy": "Balanced accuracy",
+    "auroc": "AUROC",
+    "average_precision": "Average precision",
+    "sensitivity": "Sensitivity",
+    "specificity": "Specificity",
+    "f1": "F1",
+    "mcc": "MCC",
+    "brier": "Brier",
+    "ece": "ECE",
+}
+_MANY = 8  # runs in one square plot; more are drawn apart by method
+
+Numbered = Sequence[tuple[int, Run]]  # runs with their number in the report, which decides their line style
+
+
+@dataclass(frozen=True)
+class BoardRow:
+    """A row of the leaderboard.
+
+    Attributes:
+        run: whose row it is.
+        judgement: of its ensemble.
+        folds: figure to what its fold models reach.
+        ranks: figure (`COMPARED`) to rank.
+        published: source to what was published of the same model and method.
+        cost: seconds, images per second, peak memory in MiB, parameters trained per fold, parameters of the backbone;
+            None where unknown.
+    """
+
+    run: Run
+    judgement: Judgement
+    folds: Mapping[str, FoldFigure]
+    ranks: Mapping[str, Rank]
+    published: Mapping[str, Published]
+    cost: tuple[float | None, ...]
+
+
+@dataclass(frozen=True)
+class CurvePanel:
+    """ROC and precision-recall curves of runs of one method, or of all.
+
+    Attributes:
+        method: None for all.
+        runs: label to the figures of the ensemble.
+        roc, precision_recall: plots.
+    """
+
+    method: str | None
+    runs: Mapping[str, Mapping[str, Interval]]
+    roc: Markup
+    precision_recall: Markup
+
+
+@dataclass(frozen=True)
+class PublishedRow:
+    """What was published of one model on a set, beside our best run.
+
+    Attributes:
+        model, method: of the model.
+        sources: source to its figures.
+        deltas: source and figure to our best fold mean minus the published figure.
+    """
+
+    model: str
+    method: str
+    sources: Mapping[str, Published]
+    deltas: Mapping[tuple[str, str], float]
+
+
+@dataclass(frozen=True)
+class SetView:
+    """One set in all sections.
+
+    Attributes:
+        report: its figures.
+        board: the leaderboard's rows, best AUROC first.
+        intervals: plot of all runs.
+        panels: ROC and precision-recall curves.
+        calibration: label to reliability plot.
+        published: every published model.
+        matrices: figure to rows of differences; None where row and column are the same run.
+    """
+
+    report: SetReport
+    board: Sequence[BoardRow]
+    intervals: Markup
+    panels: Sequence[CurvePanel]
+    calibration: Mapping[str, Markup]
+    published: Sequence[PublishedRow]
+    matrices: Mapping[str, Sequence[tuple[str, Sequence[Difference | None]]]]
+
+
+@dataclass(frozen=True)
+class LearningView:
+    """Learning curves on one set: of each run's label its points, and a plot per figure."""
+
+    report: SetReport
+    runs: Mapping[str, Sequence[CurveSummary]]
+    plots: Sequence[Markup]
+
+
+def set_view(set_report: SetReport, runs: Sequence[Run], sizes: Mapping[str, int]) -> SetView:
+    """Arrange and draw one set.
+
+    Args:
+        set_report: its figures.
+        runs: all of the report.
+        sizes: model to the parameters of its backbone, as far as they are known.
+    """
+    scored = [(number, run) for number, run in enumerate(runs) if run.label not in set_report.missing]
+    return SetView(
+        report=set_report,
+        board=_board(set_report, scored, sizes),
+        intervals=_intervals(set_report, scored),
+        panels=_panels(set_report, scored),
+        calibration={
+            run.label: charts.reliability(
+                set_report.curves[run.label].calibration,
+                title=f"Calibration of {run.label} on {set_report.title}",
+                style=number % N_STYLES,
+            )
+            for number, run in scored
+        },
+        published=_published(set_report, scored),
+        matrices={name: _matrix(set_report, name) for name in COMPARED},
+    )
+
+
+def _board(set_report: SetReport, scored: Numbered, sizes: Mapping[str, int]) -> list[BoardRow]:
+    comparison = set_report.comparison
+    rows = [
+        BoardRow(
+            run=run,
+            judgement=comparison.judgements[run.label],
+            folds=set_report.folds[run.label],
+            ranks={figure: comparison.ranks[figure][run.label] for figure in COMPARED},
+            published=published_for(run.record, set_report.dataset, set_report.split),
+            cost=_cost(run, sizes),
+        )
+        for _, run in scored
+    ]
+    return sorted(rows, key=lambda row: row.ranks["auroc"].value)
+
+
+def _cost(run: Run, sizes: Mapping[str, int]) -> tuple[float | None, ...]:
+    cost, n_trained = run.record.cost, run.record.n_trained
+    memory = cost.peak_memory_mb if cost.peak_device_memory_mb is None else cost.peak_device_memory_mb
+    n_trained = _n_trained_by_probe(run) if n_trained is None else n_trained
+    return cost.seconds, cost.images_per_second, memory, n_trained, sizes.get(run.record.model)
+
+
+def _n_trained_by_probe(run: Run) -> int | None:
+    """Numbers that a fold's probe trains: one per feature and one more."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(run.folder / "weights.safetensors", framework="numpy") as file:
+            return int(file.get_slice("coef").get_shape()[1]) + 1 if "coef" in file.keys() else None  # noqa: SIM118
+    except (OSError, SafetensorError):
+        return None  # no figure depends on it
+
+
+def _intervals(set_report: SetReport, scored: Numbered) -> Markup:
+    rows = []
+    for number, run in scored:
+        figures = set_report.comparison.judgements[run.label].figures
+        published = published_for(run.record, set_report.dataset, set_report.split)
+        rows.append(
+            Row(
+                label=run.label,
+                style=number % N_STYLES,
+                value=[figures[name].value for name in COMPARED],
+                low=[figures[name].low for name in COMPARED],
+                high=[figures[name].high for name in COMPARED],
+                folds=[set_report.folds[run.label][name].each for name in COMPARED],
+                published=[
+                    [_mark(published[source], name, run.label) for source in SOURCES if source in published]
+                    for name in COMPARED
+                ],
+            )
+        )
+    rows.sort(key=lambda row: -row.value[1])
+    everything = published_on(set_report.dataset, set_report.split, train=scored[0][1].record.train)
+    if everything:
+        rows += [_published_marks([row for row in everything if row.source == source], source) for source in SOURCES]
+    title = f"{set_report.title}: ensembles with {set_report.any_judgement.level:.0%} intervals"
+    return charts.intervals([TITLES[name] for name in COMPARED], rows, title=title)
+
+
+def _published_marks(rows: Sequence[Published], source: str) -> Row:
+    """A row of the interval plot with every published model."""
+    nothing = [math.nan] * len(COMPARED)
+    return Row(
+        label=f"published: {SOURCES[source]}",
+        style=0,
+        value=nothing,
+        low=nothing,
+        high=nothing,
+        folds=[()] * len(COMPARED),
+        published=[[_mark(row, name, f"{row.model} {row.method}") for row in rows] for name in COMPARED],
+    )
+
+
+def _mark(row: Published, name: str, label: str) -> tuple[str, float, str]:
+    mean = row.figures[name].mean
+    return row.source, mean, f"{label}, {SOURCES[row.source]}: {mean:.4f}"
+
+
+def _matrix(set_report: SetReport, name: str) -> list[tuple[str, list[Difference | None]]]:
+    """Row minus column for every two runs; None where they are the same."""
+    labels = list(set_report.comparison.judgements)
+    differences = {(pair.first, pair.second): pair.differences[name] for pair in set_report.comparison.pairs}
+
+    def cell(first: str, second: str) -> Difference | None:
+        if first == second:
+            return None
+        if (first, second) in differences:
+            return differences[first, second]
+        reverse = differences[second, first]
+        return replace(reverse, value=0.0 - reverse.value, low=0.0 - reverse.high, high=0.0 - reverse.low)  # no -0.0
+
+    return [(first, [cell(first, second) for second in labels]) for first in labels]
+
+
+def _panels(set_report: SetReport, scored: Numbered) -> list[CurvePanel]:
+    """ROC and precision-recall curves: all runs together, or apart by method where they are many."""
+    if len(scored) <= _MANY:
+        return [_panel(set_report, scored, None)]
+    return [
+        _panel(set_report, [(number, run) for number, run in scored if run.record.method == method], method)
+        for method in dict.fromkeys(run.record.method for _, run in scored)
+    ]
+
+
+def _panel(set_report: SetReport, scored: Numbered, method: str | None) -> CurvePanel:
+    figures = {run.label: set_report.comparison.judgements[run.label].figures for _, run in scored}
+
+    def lines(kind: str, figure: str) -> list[Line]:
+        return [
+            Line(
+                run.label,
+                number % N_STYLES,
+                getattr(set_report.curves[run.label], kind),
+                f"{run.label}: {TITLES[figure]} {figures[run.label][figure].value:.3f}",
+            )
+            for number, run in scored
+            if not math.isnan(figures[run.label][figure].value)
+        ]
+
+    title = f"{set_report.title}, {method}" if method else set_report.title
+    return CurvePanel(
+        method=method,
+        runs=figures,
+        roc=charts.square(
+            lines("roc", "auroc"),
+            title=f"ROC curves, {title}",
+            x="1 − specificity",
+            y="sensitivity",
+            diagonal=True,
+        ),
+        precision_recall=charts.square(
+            lines("precision_recall", "average_precision"),
+            title=f"Precision-recall curves, {title}",
+            x="recall",
+            y="precision",
+            level=set_report.n_positive / set_report.n,
+        ),
+    )
+
+
+def _published(set_report: SetReport, scored: Numbered) -> list[PublishedRow]:
+    """Every published model on this set, both sources side by side."""
+    models: dict[tuple[str, str], dict[str, Published]] = {}
+    for row in published_on(set_report.dataset, set_report.split, train=scored[0][1].record.train):
+        models.setdefault((row.model, row.method), {})[row.source] = row
+    best = {name: max(folds[name].mean for folds in set_report.folds.values()) for name in COMPARED}
+    return [
+        PublishedRow(
+            model=model,
+            method=method,
+            sources=sources,
+            deltas={
+                (source, name): best[name] - row.figures[name].mean
+                for source, row in sources.items()
+                for name in COMPARED
+            },
+        )
+        for (model, method), sources in models.items()
+    ]
+
+
+def learning_views(report: Report, runs: Sequence[Run]) -> list[LearningView]:
+    """Arrange and draw learning curves per set, of the runs that have one."""
+    summaries = [(number, run.label, summarise(run.curve)) for number, run in enumerate(runs) if run.curve]
+    views = []
+    for set_report in report.sets:
+        curves = {
+            (number, label): [p for p in points if (p.dataset, p.split) == (set_report.dataset, set_report.split)]
+            for number, label, points in summaries
+        }
+        curves = {key: points for key, points in curves.items() if points}
+        if curves:
+            plots = [_learning_plot(set_report, curves, figure) for figure in COMPARED]
+            views.append(LearningView(set_report, {label: points for (_, label), points in curves.items()}, plots))
+    return views
+
+
+def _learning_plot(
+    set_report: SetReport, curves: Mapping[tuple[int, str], Sequence[CurveSummary]], figure: str
+) -> Markup:
+    lines = [
+        Line(
+            label,
+            number % N_STYLES,
+            [(point.n_slides, getattr(point, figure)) for point in points],
+            label,
+            [getattr(point, f"{figure}_std") for point in points],
+        )
+        for (number, label), points in curves.items()
+    ]
+    title = f"{TITLES[figure]} over training slides, {set_report.title}"
+    return charts.over_slides(lines, title=title, y=TITLES[figure])
