@@ -209,7 +209,7 @@ def test_the_fold_that_lacks_the_negative_class_is_refused_too():
         group=["a", "b", *(f"g{row}" for row in range(10))],
         sha256=[""] * 12,
     )
-    with pytest.raises(UserError, match=r"negative class \(label 0\), which occurs in 2 groups.*--cv 2 or fewer"):
+    with pytest.raises(UserError, match=r"negative class \(label 0\), which occurs in 2 groups.*`cv=2` or fewer"):
         grouped_folds(samples, 3)
     assert set(grouped_folds(samples, 2).fold[:2].tolist()) == {0, 1}
 
@@ -220,3 +220,15 @@ def frozen_slides() -> dict[str, dict[str, str]]:
 
 
 FROZEN_SLIDES = frozen_slides()
+
+
+def test_folds_show_their_sizes_source_and_digest():
+    samples = make_samples([str(i) for i in range(7)], [0, 1] * 3 + [0], sha256=[""] * 7)
+    folds = grouped_folds(samples, 2, seed=1)
+    assert sorted(folds.sizes) == [3, 4]
+    assert repr(folds) == (
+        f"Folds(7 rows in 2 folds of {folds.sizes[0]}, {folds.sizes[1]}; greedy grouped stratified, seed 1; "
+        f"{folds.digest[:12]})"
+    )
+    page = folds._repr_html_()
+    assert f"<td>1</td><td>{folds.sizes[1]}</td><td>{folds.sizes[0]}</td>" in page

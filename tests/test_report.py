@@ -1438,13 +1438,13 @@ def test_every_figure_of_the_leaderboard_is_that_of_the_record(printed):
             place = on.comparison.ranks["auroc"][run.label]
             assert rank == f"{place.value}" + f" {place.low}–{place.high}" * (place.low != place.high)
             number = report.labels.index(run.label) + 1
-            assert name == f"{number} {run.label}{run.record['view']}, {run.record['pooling']}"
+            assert name == f"{number} {run.label}{run.record.view}, {run.record.pooling}"
             expected = [with_ends(judged.figures[figure]) for figure in COMPARED]
             expected += [f"{three(folds[figure].mean)} ± {three(folds[figure].std)}" for figure in COMPARED]
             assert figures[:4] == expected
-            cost = run.record["cost"]
-            memory = cost.get("peak_device_memory_mb", cost.get("peak_memory_mb"))
-            said = [cost["seconds"], cost["images_per_second"], memory, 9]  # eight features and the intercept
+            cost = run.record.cost
+            memory = cost.peak_memory_mb if cost.peak_device_memory_mb is None else cost.peak_device_memory_mb
+            said = [cost.seconds, cost.images_per_second, memory, 9]  # eight features and the intercept
             assert figures[-5:-1] == ["–" if value is None else f"{value:,.0f}" for value in said]
         for name, threshold, *figures in cells_of(root, f"All figures of {on.title}"):
             judged = on.comparison.judgements[run_named(runs, name).label]
@@ -1514,7 +1514,7 @@ def test_every_count_of_a_confusion_matrix_stands_in_its_own_cell(printed):
         assert len(cards) == len(runs)
         for card in cards:
             run = run_named(runs, next(card.all("h4")).text)
-            judged = ensemble(run.predictions, on.dataset, on.split)
+            judged = ensemble_of(run.predictions, on.dataset, on.split)
             said = judged.probability >= judged.threshold
             (tn, fp), (fn, tp) = confusion_matrix(judged.label, said).tolist()
             table = next(card.all("table"))

@@ -25,7 +25,6 @@ from conftest import REPOSITORY
 from PIL import Image
 from probe.gallery import EmbeddingMap, make_thumbnails, shown
 from probe.page import html, with_thumbnails
-from probe.protocol import ProbeOptions, probe_store
 from test_runs import edit_record
 
 from extract.datasets import load_dataset
@@ -34,6 +33,7 @@ from features.samples import Samples, make_samples
 from features.store import FeatureStore
 from finetune.report import make_report, write_report
 from probe.metrics import RunMetrics
+from probe.probing import ProbeOptions, probe_store
 from probe.report import collect, read_runs
 from probe.resample import Resampling
 from probe.runs import concatenate, predictions_of, read_predictions, read_run, threshold_of, write_run
@@ -177,7 +177,9 @@ def made(tmp_path_factory) -> Made:
             embed(store, name, model, dataset.samples, signal=signal)
     runs = folder / "runs"
     probes = [
-        probe_store(store, [model], options=ProbeOptions(cv=3, train="patches", fractions=fractions), runs=runs)[0]
+        probe_store(store, [model], options=ProbeOptions(cv=3, train="patches", fractions=fractions), runs=runs)[
+            0
+        ].folder
         for model, fractions in ((SHARP, (0.5, 1.0)), (DULL, ()))
     ]
     votes = np.tile(tables["patches"].label[:, None], 3)

@@ -151,3 +151,13 @@ def test_the_findings_are_counted_and_only_the_first_conflicts_are_shown():
 def test_columns_of_another_length_or_shape_are_a_programming_error(column):
     with pytest.raises(ValueError, match=column):
         table(**{column: {"group": ["1"] * 4, "votes": np.zeros(5, dtype=np.int8)}[column]})
+
+
+def test_a_table_shows_its_counts_and_in_a_notebook_its_first_rows_escaped():
+    table = make_samples(
+        ["<b>.png", "b.png"], [1, 0], sha256=["", ""], group=["slide", "slide"], split=["train", "test"]
+    )
+    assert repr(table) == "Samples(2 patches: 1 positive; 1 train, 1 test; 1 groups)"
+    page = table._repr_html_()
+    assert "<td>&lt;b&gt;.png</td><td>1</td><td>slide</td><td>train</td>" in page
+    assert "<b>" not in page

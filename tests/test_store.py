@@ -203,6 +203,27 @@ def test_an_entry_says_what_it_is(full: FeatureStore) -> None:
     assert full.entries("ami-br", "another") == full.entries("another") == []
 
 
+def test_one_entry_is_had_by_its_names(full: FeatureStore) -> None:
+    assert full.entry("ami-br", model="timm/x", view="full") == full.entries()[0]
+    with pytest.raises(UserError, match=r"no embeddings of 'ami-br' by 'timm/x' with view 'ful'; .*Did you mean"):
+        full.entry("ami-br", model="timm/x", view="ful")
+
+
+def test_what_is_in_a_store_is_shown_at_a_prompt_and_in_a_notebook(full: FeatureStore) -> None:
+    full.put_samples("<i>", make_table(3), attrs={})
+    assert repr(full) == f"FeatureStore('{full.path}': <i>, ami-br)"
+    assert repr(full.entries()[0]) == "Entry(ami-br/timm/x/full: 150 rows, cls 4, mean 4, complete)"
+    rows = full.embeddings("ami-br", model="timm/x", view="full", rows=np.arange(7))
+    assert repr(rows) == "Embeddings(ami-br/timm/x/full, cls+mean: 7 × 8 float16, not read yet)"
+    page = full._repr_html_()
+    assert "<td>timm/x</td><td>full</td><td>150</td><td>cls × 4, mean × 4</td><td>3 of 3</td>" in page
+    assert "<td>&lt;i&gt;</td>" in page
+    assert "<i>" not in page
+    path = full.entries()[0].block_path("mean", 2)
+    path.unlink()
+    assert "2 of 3 blocks" in repr(full.entries()[0])
+
+
 def test_unknown_names_are_answered_with_the_known_ones(full: FeatureStore) -> None:
     with pytest.raises(UserError, match="no pooling 'center'; it has cls, mean"):
         read(full, "center")
@@ -337,6 +358,8 @@ def test_only_a_writer_that_is_alone_sweeps_or_overwrites(empty: FeatureStore) -
 
 
 def test_remove_takes_an_entry_a_model_or_a_dataset(full: FeatureStore) -> None:
+    with pytest.raises(ValueError, match="of one model"):
+        full.remove("ami-br", view="full")
     with pytest.raises(UserError, match="has no ami-br/timm/y"):
         full.remove("ami-br", model="timm/y")
     full.remove("ami-br", model="timm/x", view="full")
@@ -499,6 +522,20 @@ def test_a_block_that_changes_after_it_was_verified_is_verified_again(full: Feat
     path.write_bytes(flipped(path.read_bytes(), 77))
     with pytest.raises(UserError, match="block 0"):
         full.read("ami-br", model="timm/x", view="full")
+
+
+def test_verify_names_a_dataset_in_the_folder_of_another_and_refuses_one_that_is_not_there(full: FeatureStore) -> None:
+    (full.path / "ami-br").rename(full.path / "other")
+    assert any("attributes are those of the dataset 'ami-br'" in problem.what for problem in full.verify())
+    with pytest.raises(UserError, match="no dataset 'ami-br'"):
+        full.verify("ami-br")
+
+
+def test_a_dataset_folder_without_metadata_is_written_anew(full: FeatureStore) -> None:
+    (full.path / "ami-br" / "zarr.json").unlink()
+    full.put_samples("ami-br", make_table(), attrs={})
+    assert full.samples("ami-br").table_digest == make_table().table_digest
+    assert not list(full.path.rglob("*.partial"))
 
 
 def test_verify_reports_what_is_missing_and_what_is_not_finite(empty: FeatureStore) -> None:
@@ -665,7 +702,7 @@ def test_every_file_and_folder_is_on_the_disk_before_its_name_and_the_name_befor
     del writer
     begin(store, parts={"other": 1}, overwrite=True)
     made.append(disk.check())
-    store.remove("ami-br", "timm/x")
+    store.remove("ami-br", model="timm/x")
     made.append(disk.check())
     assert made == sorted(set(made))  # each of these steps made something
 

@@ -218,7 +218,7 @@ def test_the_same_file_with_its_ids_in_another_order_is_another_import(path: Pat
     select = ("--dataset", "ami-br", "--model", "mine", "--store", path)
     call("import", *npy(tmp_path, IDS), *select)
     swapped = [IDS[1], IDS[0], *IDS[2:]]
-    with pytest.raises(UserError, match=r"(?s)ids_digest.*--overwrite"):
+    with pytest.raises(UserError, match=r"(?s)ids_digest.*`overwrite=True`"):
         call("import", *npy(tmp_path, swapped), *select)
     np.testing.assert_array_equal(FeatureStore.open(path).read("ami-br", model="mine", view="full"), CLS)
     call("import", *npy(tmp_path, swapped), "--overwrite", *select)
