@@ -41,7 +41,7 @@ def to_float16(
     Raises:
         UserError: if one is NaN, infinite, or beyond the range of float16.
     """
-    with np.errstate(over="ignore"):  # found out below
+    with np.errstate(over="ignore"):  # looked for below
         halves = np.ascontiguousarray(embeddings, dtype="<f2")
     bad = np.flatnonzero(not_finite(halves).any(axis=1))
     if len(bad):

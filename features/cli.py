@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from features.console import UserError, print_json, printable, run, say, show
+from features.options import DEFAULT_STORE, JsonOption, OverwriteOption, StoreOption
 
 if TYPE_CHECKING:
     from features.entry import Entry
@@ -21,18 +22,15 @@ app = typer.Typer(
     help="Look into a feature store, check it, and exchange embeddings with other tools.",
 )
 
-Store = Annotated[str, typer.Option("--store", help="The feature store: a folder, or s3://bucket/prefix.")]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, and nothing else there.")]
 Dataset = Annotated[str, typer.Option("--dataset", help="Name of the dataset.")]
 Model = Annotated[str, typer.Option("--model", help="Name of the model.")]
 View = Annotated[str, typer.Option("--view", help="Name of the view.")]
 OnlyDataset = Annotated[str | None, typer.Option("--dataset", help="Only this dataset.")]
 OnlyModel = Annotated[str | None, typer.Option("--model", help="Only this model.")]
-DEFAULT_STORE = "embeddings.zarr"
 
 
 @app.command()
-def info(store: Store = DEFAULT_STORE, json: Json = False) -> None:
+def info(store: StoreOption = DEFAULT_STORE, json: JsonOption = False) -> None:
     """List datasets and embeddings, and what could make scores on them look too good."""
     from features.store import FeatureStore
 
@@ -46,7 +44,7 @@ def info(store: Store = DEFAULT_STORE, json: Json = False) -> None:
 
 @app.command()
 def verify(
-    store: Store = DEFAULT_STORE, dataset: OnlyDataset = None, model: OnlyModel = None, json: Json = False
+    store: StoreOption = DEFAULT_STORE, dataset: OnlyDataset = None, model: OnlyModel = None, json: JsonOption = False
 ) -> None:
     """Check every byte: tables, checksums, completeness, finite numbers. Exit status 1 if anything is wrong."""
     from features.store import FeatureStore
@@ -57,7 +55,7 @@ def verify(
         raise typer.Exit(1 if problems else 0)
     if problems:
         lines = "\n".join(f"  {problem.what}" for problem in problems)
-        raise UserError(f"{store} is not sound ({len(problems)} found):\n{lines}")
+        raise UserError(f"{store} is not sound ({len(problems)} problems):\n{lines}")
     say(f"{store} is sound.")
 
 
@@ -73,8 +71,8 @@ def export(
     format: Annotated[
         str, typer.Option("--format", help="hdf5 (as TRIDENT and CLAM write it), anndata or npz.")
     ] = "hdf5",
-    store: Store = DEFAULT_STORE,
-    json: Json = False,
+    store: StoreOption = DEFAULT_STORE,
+    json: JsonOption = False,
 ) -> None:
     """Write embeddings, with ids, labels, groups, splits, domains and votes beside them, to one file."""
     from features.exchange import export_embeddings
@@ -106,9 +104,9 @@ def import_(
             "--table", help="CSV (id, label[, group, split, domain]) to make a new dataset from; label 1 = positive."
         ),
     ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace embeddings under the same names.")] = False,
-    store: Store = DEFAULT_STORE,
-    json: Json = False,
+    overwrite: OverwriteOption = False,
+    store: StoreOption = DEFAULT_STORE,
+    json: JsonOption = False,
 ) -> None:
     """Bring in embeddings made elsewhere, row by id: into a dataset of the store or, with --table, a new one."""
     from features.exchange import import_embeddings
@@ -136,7 +134,7 @@ def _dataset(store: FeatureStore, name: str) -> dict[str, Any]:
     from features.samples import audit
 
     samples = store.samples(name)
-    found = audit(samples)
+    audited = audit(samples)
     return {
         "name": name,
         "rows": len(samples),
@@ -146,8 +144,8 @@ def _dataset(store: FeatureStore, name: str) -> dict[str, Any]:
         "domains": len(set(samples.domain.tolist()) - {""}),
         "raters": samples.votes.shape[1],
         "images_digest": samples.images_digest,
-        "audit": found.as_dict(),
-        "audit_lines": found.lines(),
+        "audit": audited.as_dict(),
+        "audit_lines": audited.lines(),
     }
 
 
@@ -177,9 +175,9 @@ def _print_contents(contents: dict[str, Any]) -> None:
     for name in ("rows", "positive", "groups", "domains", "raters"):
         datasets.add_column(name, justify="right")
     for row in contents["datasets"]:
-        share = f"{row['positive']:,} ({row['positive'] / row['rows']:.1%})"
+        positive = f"{row['positive']:,} ({row['positive'] / row['rows']:.1%})"
         counts = (f"{row[name]:,}" if row[name] else "–" for name in ("groups", "domains", "raters"))
-        datasets.add_row(row["name"], f"{row['rows']:,}", share, *counts)
+        datasets.add_row(row["name"], f"{row['rows']:,}", positive, *counts)
 
     entries = Table("dataset", "model", "view", "poolings", title="Embeddings", title_justify="left")
     for name in ("blocks", "precision", "MB", "fingerprint"):

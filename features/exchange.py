@@ -21,7 +21,8 @@ from features.samples import Samples, make_samples
 from features.store import FeatureStore
 from features.tables import read_csv
 
-IMPORTED_POOLING = "pooled"  # an imported embedding has one kind, whatever its maker called it
+IMPORTED_POOLING = "pooled"  # the one pooling of an imported embedding, whatever its maker calls it
+_COLUMNS = ("features", "embeddings", "ids")  # of a file of embeddings
 _SHOWN = 3
 
 Record = dict[str, Any]  # what a file of embeddings says about itself, as JSON values
@@ -100,7 +101,7 @@ def _write_anndata(path: Path, embeddings: NDArray[np.float16], samples: Samples
     try:
         import anndata
     except ImportError as error:
-        raise UserError("--format anndata needs the package anndata: pip install anndata.") from error
+        raise UserError("`format='anndata'` needs the package anndata: pip install anndata.") from error
     columns = {name.removesuffix("s"): values for name, values in _columns(samples).items()}
     votes = columns.pop("vote")
     columns["obs_names"] = columns.pop("id")
@@ -130,7 +131,7 @@ def import_embeddings(
     Args:
         store: where they go.
         source: `.npz` or `.h5` with `features` (or `embeddings`) and `ids`; or `.npy`, with `ids` apart.
-        dataset, model, view: the names they shall have.
+        dataset, model, view: the names to store them under.
         ids: for `.npy`, the rows' ids: a text file of one id per line, or a CSV with a column `id`.
         table: CSV with columns id, label and optionally group, split, domain, to make `dataset` from; without it
             `dataset` must be in the store.
@@ -147,7 +148,7 @@ def import_embeddings(
         stored = store.dataset_attrs(dataset)
         if stored.get("images_digest") != samples.images_digest:
             raise UserError(
-                f"{store.path} already has a dataset {dataset!r} with other patches than {table}. Leave out --table to "
+                f"{store.path} already has a dataset {dataset!r} with other patches than {table}. Leave out `table` to "
                 "add embeddings to that dataset, or give this one another name."
             )
     source_ids, embeddings = _read_embeddings(source, ids)
@@ -180,24 +181,24 @@ def _digest(ids: NDArray[np.str_]) -> str:
 
 
 def _read_embeddings(source: Path, ids: Path | None) -> tuple[NDArray[np.str_], NDArray[np.floating[Any]]]:
-    """(n,) ids and (n, d) embeddings of a file."""
+    """Read a file of embeddings: (n,) ids and (n, d) embeddings."""
     if source.suffix not in _READERS:
         raise UserError(f"{source}: cannot import this kind of file; give one of {', '.join(_READERS)}.")
     if (source.suffix == ".npy") != (ids is not None):
-        raise UserError(f"{source}: --ids belongs to .npy files and to no other; .npz and .h5 files hold their ids.")
+        raise UserError(f"{source}: `ids` belongs to .npy files and to no other; .npz and .h5 files hold their ids.")
     try:
-        found = _READERS[source.suffix](source)
+        columns = _READERS[source.suffix](source)
     except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
         raise UserError(f"{source} cannot be read as {source.suffix}: {error}.") from error
     if ids is not None:
-        found["ids"] = np.array(_read_ids(ids), dtype=np.str_)
-    name = next((name for name in ("features", "embeddings") if name in found), None)
-    if name is None or "ids" not in found:
+        columns["ids"] = np.array(_read_ids(ids), dtype=np.str_)
+    name = next((name for name in ("features", "embeddings") if name in columns), None)
+    if name is None or "ids" not in columns:
         raise UserError(
-            f"{source} holds {', '.join(found) or 'nothing'}; expected 'features' (or 'embeddings'), one row per "
+            f"{source} holds {', '.join(columns) or 'nothing'}; expected 'features' (or 'embeddings'), one row per "
             "patch, and 'ids', one string per row."
         )
-    embeddings, names = found[name], found["ids"].astype(np.str_)
+    embeddings, names = columns[name], columns["ids"].astype(np.str_)
     if embeddings.ndim != 2 or embeddings.dtype.kind != "f" or names.shape != embeddings.shape[:1]:
         raise UserError(
             f"{source}: {name} is {embeddings.dtype} {embeddings.shape} and ids {names.shape}; expected floats of "
@@ -212,13 +213,13 @@ def _read_npy(path: Path) -> Columns:
 
 def _read_npz(path: Path) -> Columns:
     with np.load(path, allow_pickle=False) as file:
-        return {name: file[name] for name in ("features", "embeddings", "ids") if name in file}
+        return {name: file[name] for name in _COLUMNS if name in file}
 
 
 def _read_hdf5(path: Path) -> Columns:
     with h5py.File(path, "r") as file:
-        found = {name: file[name] for name in ("features", "embeddings", "ids") if name in file}
-        return {name: _h5_values(node) for name, node in found.items() if isinstance(node, h5py.Dataset)}
+        nodes = {name: file[name] for name in _COLUMNS if name in file}
+        return {name: _h5_values(node) for name, node in nodes.items() if isinstance(node, h5py.Dataset)}
 
 
 def _h5_values(node: h5py.Dataset) -> NDArray[Any]:
@@ -243,7 +244,7 @@ def _read_ids(path: Path) -> list[str]:
 
 
 def _read_table(path: Path) -> Samples:
-    """A patch table from a CSV; the images are not at hand, so their digests stay unknown."""
+    """Read a patch table from a CSV. The images are not at hand, so their digests stay unknown."""
     rows = read_csv(path, required=("id", "label"))
     strange = sorted({row["label"] for row in rows} - {"0", "1"})
     if strange:
@@ -263,15 +264,15 @@ def _read_table(path: Path) -> Samples:
 
 
 def _match(ids: NDArray[np.str_], samples: Samples, source: Path) -> NDArray[np.intp]:
-    """For every patch of the table the row in `ids` that is its own."""
+    """Find for every patch of the table the position of its id in `ids`."""
     row_of = {id: row for row, id in enumerate(ids.tolist())}
     wanted = samples.id.tolist()
     missing = [id for id in wanted if id not in row_of]
     unknown = sorted(set(row_of).difference(wanted))
     faults = [
-        f"{len(found)} {what} (first: {', '.join(map(repr, found[:_SHOWN]))})"
-        for what, found in (("patches have no embedding in it", missing), ("of its ids are no patches", unknown))
-        if found
+        f"{len(names)} {what} (first: {', '.join(map(repr, names[:_SHOWN]))})"
+        for what, names in (("patches have no embedding in it", missing), ("of its ids are no patches", unknown))
+        if names
     ]
     if len(row_of) < len(ids):
         faults.append(f"{len(ids) - len(row_of)} of its rows repeat an id")

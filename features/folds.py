@@ -4,7 +4,7 @@ A fold assignment is part of every result, so it must never drift: not with the 
 StratifiedGroupKFold changed in 1.8), not with the platform's floating point. Two sources, both frozen:
 
 - AMi-Br's training split, five folds, seed 42: the two assignments that scikit-learn gives there, shipped as a table.
-  `sklearn_1_9` (sounder: 1.8 mended the stratification) is the default; `sklearn_1_7` is the paper's.
+  `sklearn_1_9` is the default, because 1.8 corrected the stratification; `sklearn_1_7` is the paper's.
 - everything else: the greedy rule of StratifiedGroupKFold with an exact criterion (integers, no rounding).
 """
 
@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from features.console import UserError
+from features.display import html_table
 from features.samples import Samples
 
 Scheme = Literal["default", "paper"]
@@ -30,7 +31,7 @@ _FROZEN_FOLDS = 5
 
 @dataclass(frozen=True, eq=False)
 class Folds:
-    """A cross-validation assignment.
+    """A cross-validation assignment: in which fold each row validates.
 
     Attributes:
         fold: (n,) int; the fold in which each row validates.
@@ -44,21 +45,44 @@ class Folds:
     source: str
     digest: str
 
+    def __repr__(self) -> str:
+        sizes = ", ".join(map(str, self.sizes))
+        return f"Folds({len(self.fold):,} rows in {self.n_folds} folds of {sizes}; {self.source}; {self.digest[:12]})"
+
+    def _repr_html_(self) -> str:
+        rows = ((k, size, len(self.fold) - size) for k, size in enumerate(self.sizes))
+        caption = f"{self.source}; digest {self.digest[:12]}"
+        return html_table(("fold", "validation rows", "training rows"), rows, caption=caption)
+
+    @property
+    def sizes(self) -> list[int]:
+        """How many rows validate in each fold."""
+        return [int(size) for size in np.bincount(self.fold, minlength=self.n_folds)]
+
     @property
     def training(self) -> NDArray[np.bool_]:
-        """(n_folds, n) True where a row trains in a fold: everywhere but in its own."""
+        """(n_folds, n) True where a row trains in a fold: in all but the one in which it validates."""
         return np.asarray(self.fold[None, :] != np.arange(self.n_folds)[:, None])
 
 
 def grouped_folds(samples: Samples, n_folds: int, *, seed: int = SEED, scheme: Scheme = "default") -> Folds:
     """Assign every row to one validation fold; no group is ever cut, and class rates are kept as even as that allows.
 
-    Rows without a known group count as a group of their own; byte-identical patches always stay together.
+    A row without a known group counts as a group by itself; byte-identical patches always stay together.
+
+    >>> from features.samples import make_samples
+    >>> slides = ["a", "a", "b", "c", "c", "d"]
+    >>> samples = make_samples([f"{i}.png" for i in range(6)], [1, 0, 1, 0, 1, 0], sha256=[""] * 6, group=slides)
+    >>> folds = grouped_folds(samples, 2)
+    >>> folds.fold.tolist()
+    [0, 0, 0, 1, 1, 1]
+    >>> folds.training[0].tolist()
+    [False, False, False, True, True, True]
 
     Args:
         samples: (n,) patch table; only these rows are assigned.
         n_folds: at least 2.
-        seed: decides the order in which equally large groups are dealt out.
+        seed: decides the order in which equally unequal groups are assigned.
         scheme: "paper" takes the assignment of the paper's runs (AMi-Br, five folds, seed 42 only).
 
     Raises:
@@ -74,7 +98,7 @@ def grouped_folds(samples: Samples, n_folds: int, *, seed: int = SEED, scheme: S
     elif scheme == "paper":
         raise UserError(
             "the paper's fold assignment exists for AMi-Br's training split with five folds and seed 42 only. "
-            "Use --recipe exact here, or --train ami-br --cv 5 --seed 42."
+            "Use `recipe='exact'` here, or `train='ami-br'`, `cv=5` and `seed=42`."
         )
     else:
         fold, source = _deal(samples.label, groups, n_folds, seed), f"greedy grouped stratified, seed {seed}"
@@ -85,10 +109,15 @@ def grouped_folds(samples: Samples, n_folds: int, *, seed: int = SEED, scheme: S
 
 
 def effective_groups(samples: Samples) -> NDArray[np.intp]:
-    """(n,) group numbers no split may cut: known groups, joined wherever two rows are byte-identical.
+    """Number the groups that no split may cut: (n,) known groups, joined wherever two rows are byte-identical.
 
-    A row without a known group is a group of its own. Identical rows in two groups join those groups, so that a
+    A row without a known group is a group by itself. Identical rows in two groups join those groups, so that a
     patch never validates a model that has trained on its copy.
+
+    >>> from features.samples import make_samples
+    >>> samples = make_samples(list("abcd"), [0, 1, 0, 1], sha256=list("1213"), group=["x", "x", "y", ""])
+    >>> effective_groups(samples).tolist()
+    [0, 0, 0, 1]
     """
     n = len(samples)
     parent = np.arange(n)
@@ -102,7 +131,7 @@ def effective_groups(samples: Samples) -> NDArray[np.intp]:
     for column in (samples.group, samples.sha256):
         first: dict[str, int] = {}
         for row, key in enumerate(column.tolist()):
-            if key:  # an empty group or digest is unknown, and unknowns are not each other's equals
+            if key:  # an empty group or digest is unknown, and two unknowns are not the same
                 parent[root(row)] = root(first.setdefault(key, row))
     # Numbered in the order of their first ids, not of rows: shuffling the table must not move a group.
     roots = np.array([root(row) for row in range(n)])
@@ -124,7 +153,9 @@ def _frozen(samples: Samples, n_folds: int, seed: int, scheme: Scheme) -> NDArra
 
 
 def _deal(label: NDArray[np.int8], groups: NDArray[np.intp], n_folds: int, seed: int) -> NDArray[np.intp]:
-    """Deal groups out, most lopsided first, each to the fold that keeps class shares most even (ties: smallest fold).
+    """Assign groups to folds, those with the most unequal classes first, each to the fold that keeps classes most even.
+
+    Of equally good folds the smallest one is taken.
 
     The unevenness of a class c is the variance over folds of its share n_kc / n_c. Adding a group with g_c rows of
     class c to fold k raises the sum of squared shares by ((n_kc + g_c)^2 - n_kc^2) / n_c^2; only that increment
@@ -163,7 +194,7 @@ def _require_both_classes(
         lacking = sorted(set(range(n_folds)) - set(fold[label == value].tolist()))
         if lacking:
             role = "positive" if value else "negative"
-            fits = f"Use --cv {n_groups} or fewer" if 2 <= n_groups < n_folds else "Use fewer folds"
+            fits = f"Use `cv={n_groups}` or fewer" if 2 <= n_groups < n_folds else "Use fewer folds"
             raise UserError(
                 f"fold {lacking[0]} of {n_folds} has no patch of the {role} class (label {value}), which occurs in "
                 f"{n_groups} group{'s' * (n_groups != 1)}; every fold needs both classes, and groups (slides) are "

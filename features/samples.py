@@ -10,9 +10,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from features.console import UserError
+from features.display import html_table
 
 TRAIN, TEST = "train", "test"
 MISSING_VOTE = -1
+_SHOWN = 5  # rows in a notebook, sets of patches in a sentence
 
 
 @dataclass(frozen=True, eq=False)
@@ -22,8 +24,8 @@ class Samples:
     Attributes:
         id: (n,) str, unique; the file's path below the dataset's folder (`Atypical/MIDOG21_7.png`).
         label: (n,) int8; 1 is the positive class (Atypical), 0 the other.
-        group: (n,) str; the slide or patient no split may cut through; empty where unknown.
-        split: (n,) str; "train", "test", or empty where the dataset has no split of its own.
+        group: (n,) str; the slide or patient, whose patches always stay on one side of a split; empty where unknown.
+        split: (n,) str; "train", "test", or empty where the dataset defines no split.
         votes: (n, n_raters) int8; 1 positive, 0 negative, -1 missing; n_raters may be 0.
         domain: (n,) str; tumour type, scanner or centre; empty where unknown.
         sha256: (n,) str; hex SHA-256 of the stored bytes: the file, or the array row of an HDF5 file; empty where
@@ -49,14 +51,24 @@ class Samples:
     def __len__(self) -> int:
         return len(self.id)
 
+    def __repr__(self) -> str:
+        n_groups = len(set(self.group.tolist()) - {""})
+        splits = ", ".join(f"{int((self.split == split).sum()):,} {split}" for split in (TRAIN, TEST))
+        return f"Samples({len(self):,} patches: {int(self.label.sum()):,} positive; {splits}; {n_groups:,} groups)"
+
+    def _repr_html_(self) -> str:
+        columns = ("id", "label", "group", "split", "domain")
+        rows = zip(*(getattr(self, name)[:_SHOWN].tolist() for name in columns), strict=True)
+        return html_table(columns, rows, caption=f"{self!r}, the first {min(_SHOWN, len(self))}")
+
     @property
     def images_digest(self) -> str:
-        """SHA-256 over (id, sha256) in row order: the same patches in the same order, whatever their labels."""
+        """SHA-256 over (id, sha256) in row order: equal for the same patches in the same order, whatever the labels."""
         return _digest(self.id, self.sha256)
 
     @property
     def table_digest(self) -> str:
-        """SHA-256 over every column in row order: the same patches, labels, groups, splits, votes and domains."""
+        """SHA-256 over every column in row order: equal only if labels, groups, splits, votes and domains are equal."""
         votes = ["".join("-01"[v + 1] for v in row) for row in self.votes]
         return _digest(self.id, self.label, self.group, self.split, votes, self.domain, self.sha256)
 
@@ -67,7 +79,7 @@ class Samples:
         return np.flatnonzero(training if training.any() else self.split != TEST)
 
     def select(self, rows: NDArray[np.bool_] | NDArray[np.intp]) -> Samples:
-        """The rows of a boolean mask or an index array, in that order."""
+        """Select the rows of a boolean mask or an index array, in that order."""
         return replace(self, **{field.name: getattr(self, field.name)[rows] for field in fields(self)})
 
 
@@ -81,34 +93,38 @@ def make_samples(
     votes: NDArray[np.int8] | None = None,
     domain: Sequence[str] | None = None,
 ) -> Samples:
-    """Build a checked patch table from plain columns; absent columns are unknown.
+    """Build a patch table from plain columns and check it; columns left out count as unknown.
+
+    >>> make_samples(["a.png", "b.png", "c.png"], [1, 0, 0], sha256=["", "", ""], group=["s1", "s1", "s2"])
+    Samples(3 patches: 1 positive; 0 train, 0 test; 2 groups)
 
     Raises:
         UserError: on a duplicate id, a label other than 0 or 1, or a split other than train, test or empty.
     """
     n = len(id)
+    unknown = [""] * n
     ids = _strings(id)
     unique, counts = np.unique(ids, return_counts=True)
     if len(unique) < n:
-        twice = unique[counts > 1]
+        repeated = unique[counts > 1]
         raise UserError(
-            f"{len(twice)} ids occur more than once (first: {twice[0]}). Every patch needs an id of its own: "
+            f"{len(repeated)} ids occur more than once (first: {repeated[0]}). No two patches may have the same id: "
             "remove the repeated rows or rename the files."
         )
     labels = np.asarray(label, dtype=np.int8)
     if not np.isin(labels, (0, 1)).all():
         raise UserError(f"labels must be 0 or 1 (1 = the positive class); found {sorted(set(labels.tolist()))}.")
-    splits = _strings(split) if split is not None else _strings([""] * n)
-    unknown = sorted(set(splits.tolist()) - {TRAIN, TEST, ""})
-    if unknown:
-        raise UserError(f"unknown split {unknown[0]!r}: a split is 'train', 'test' or empty.")
+    splits = _strings(unknown if split is None else split)
+    others = sorted(set(splits.tolist()) - {TRAIN, TEST, ""})
+    if others:
+        raise UserError(f"unknown split {others[0]!r}: a split is 'train', 'test' or empty.")
     return Samples(
         id=ids,
         label=labels,
-        group=_strings(group) if group is not None else _strings([""] * n),
+        group=_strings(unknown if group is None else group),
         split=splits,
         votes=np.empty((n, 0), dtype=np.int8) if votes is None else np.asarray(votes, dtype=np.int8),
-        domain=_strings(domain) if domain is not None else _strings([""] * n),
+        domain=_strings(unknown if domain is None else domain),
         sha256=_strings(sha256),
     )
 
@@ -130,7 +146,7 @@ def _digest(*columns: Iterable[object]) -> str:
 
 @dataclass(frozen=True)
 class Audit:
-    """What could make a score look better than it is: repeated patches, contradicting labels, leaking groups.
+    """What could make a score look better than it is: repeated patches, contradicting labels, groups in both splits.
 
     Attributes:
         duplicates: ids of byte-identical patches, one tuple per set of identical ones.
@@ -149,37 +165,37 @@ class Audit:
 
     @property
     def n_surplus(self) -> int:
-        """How many patches would go if every set of duplicates kept one."""
+        """How many patches would be removed if one of every set of duplicates were kept."""
         return sum(len(ids) - 1 for ids in self.duplicates)
 
     def lines(self) -> list[str]:
-        """The findings as sentences for people; empty when there is nothing to say."""
-        said = []
+        """Say the findings in sentences; none if there are none."""
+        lines = []
         if self.duplicates:
             n_files = sum(map(len, self.duplicates))
-            said.append(
+            lines.append(
                 f"{len(self.duplicates)} sets of identical patches ({n_files} patches, {self.n_surplus} surplus); "
                 "folds keep each set together"
             )
-        said += [f"contradicting labels on identical patches: {', '.join(ids)}" for ids in self.conflicts[:_SHOWN]]
+        lines += [f"contradicting labels on identical patches: {', '.join(ids)}" for ids in self.conflicts[:_SHOWN]]
         if len(self.conflicts) > _SHOWN:
-            said.append(f"... and {len(self.conflicts) - _SHOWN} more sets with contradicting labels")
+            lines.append(f"... and {len(self.conflicts) - _SHOWN} more sets with contradicting labels")
         if self.split_duplicates:
-            said.append(
+            lines.append(
                 f"{len(self.split_duplicates)} sets of identical patches lie in train and test at once "
                 f"(first: {', '.join(self.split_duplicates[0])}): test scores are optimistic"
             )
         if self.split_groups:
-            said.append(
+            lines.append(
                 f"{len(self.split_groups)} groups have patches in train and test at once "
                 f"(first: {self.split_groups[0]}): test scores are optimistic"
             )
         if self.n_without_group:
-            said.append(
+            lines.append(
                 f"{self.n_without_group} of {self.n_samples} patches have no known group (slide or patient): "
-                "each counts as its own, so intervals and folds may be too optimistic"
+                "each counts as a group by itself, so intervals and folds may be too optimistic"
             )
-        return said
+        return lines
 
     def as_dict(self) -> dict[str, object]:
         """The findings as plain JSON values."""
@@ -192,11 +208,8 @@ class Audit:
         }
 
 
-_SHOWN = 5
-
-
 def audit(samples: Samples) -> Audit:
-    """Find exact duplicate patches, contradicting labels, and groups or patches shared by train and test."""
+    """Find byte-identical patches, contradicting labels, and groups or patches shared by train and test."""
     order = np.argsort(samples.sha256, kind="stable")
     _, starts = np.unique(samples.sha256[order], return_index=True)
     sets = [rows for rows in np.split(order, starts[1:]) if len(rows) > 1 and samples.sha256[rows[0]]]
@@ -204,7 +217,7 @@ def audit(samples: Samples) -> Audit:
     def ids(rows: NDArray[np.intp]) -> tuple[str, ...]:
         return tuple(samples.id[rows].tolist())
 
-    def split_at_once(rows: NDArray[np.intp]) -> bool:
+    def in_both_splits(rows: NDArray[np.intp]) -> bool:
         return {TRAIN, TEST} <= set(samples.split[rows].tolist())
 
     known = samples.group != ""
@@ -212,7 +225,7 @@ def audit(samples: Samples) -> Audit:
     return Audit(
         duplicates=tuple(ids(rows) for rows in sets),
         conflicts=tuple(ids(rows) for rows in sets if len(set(samples.label[rows].tolist())) > 1),
-        split_duplicates=tuple(ids(rows) for rows in sets if split_at_once(rows)),
+        split_duplicates=tuple(ids(rows) for rows in sets if in_both_splits(rows)),
         split_groups=tuple(sorted(map(str, shared))),
         n_without_group=int((~known).sum()),
         n_samples=len(samples),

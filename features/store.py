@@ -435,8 +435,8 @@ class FeatureStore:
 
     def _entry_keys(self, dataset: str | None, model: str | None) -> list[str]:
         def below(keys: list[str]) -> list[str]:
-            found = self.storage.map(lambda key: find_groups(self.storage, key), keys)
-            return [key for keys in found for key in keys]
+            groups = self.storage.map(lambda key: find_groups(self.storage, key), keys)
+            return [key for several in groups for key in several]
 
         models = [
             key

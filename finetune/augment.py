@@ -1,8 +1,8 @@
 """How does a patch look different in every epoch? One affine map and one colour map per sample, on the device.
 
-Mitotic figures have no up, left or handedness, and stain and exposure vary between laboratories: flips, rotations,
-crops and colour changes keep the label. Every sample draws its own values (torchvision's transforms draw one per
-batch), from a generator of its fold's own: a fold's images do not depend on which other folds are in the batch.
+Mitotic figures have no up, left or handedness, and stain and exposure vary between laboratories. So flips, rotations,
+crops and colour changes keep the label. Every sample draws its own values, where torchvision's transforms draw one per
+batch. Each fold has a generator of its own, so its images do not depend on which other folds are in the batch.
 """
 
 from __future__ import annotations
@@ -19,16 +19,22 @@ _LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601, torchvision's weights for grey
 
 @dataclass(frozen=True)
 class AugmentOptions:
-    """What may change. A value of 0 (or a scale of 1 to 1) switches a change off.
+    """What may change, and how much. A value of 0 (or a scale of 1 to 1) switches a change off.
+
+    >>> AugmentOptions(rotation=180.0, hue=0.0).rotation
+    180.0
 
     Attributes:
         flip: probability of mirroring left to right.
         flip_vertical: probability of mirroring top to bottom.
-        rotation: largest rotation either way, in degrees; 180 for any.
-        scale: share of the patch's area that a random crop keeps, smallest and largest.
-        ratio: aspect ratio of the crop, smallest and largest.
-        brightness, contrast, saturation: largest relative change either way.
-        hue: largest rotation of the hue either way, as a share of the full circle.
+        rotation: largest rotation in either direction, in degrees; 180 for any.
+        scale: smallest and largest fraction of the patch's area that a random crop keeps.
+        ratio: smallest and largest aspect ratio of the crop.
+        brightness, contrast, saturation: largest relative change in either direction.
+        hue: largest rotation of the hue in either direction, as a fraction of the full circle.
+
+    Raises:
+        ValueError: a value outside its range.
     """
 
     flip: float = 0.5
@@ -52,9 +58,9 @@ class AugmentOptions:
 
 
 def draw(n: int, options: AugmentOptions, *, generator: torch.Generator) -> Tensor:
-    """Draw the changes of n samples: (n, 11) uniform numbers in [0, 1), the only randomness of `augment`.
+    """Draw the changes of n samples: (n, 11) uniform numbers in [0, 1), on the generator's device.
 
-    Drawn on the generator's device; kept apart so that a resumed run repeats them.
+    All randomness of `augment` is in them, so a resumed run that draws them again changes patches in the same way.
     """
     return torch.rand(n, _N_DRAWS, generator=generator, device=generator.device)
 
@@ -63,7 +69,7 @@ _N_DRAWS = 11
 
 
 def augment(images: Tensor, draws: Tensor, *, size: int, options: AugmentOptions) -> Tensor:
-    """Change every image by its own draws.
+    """Change every image as its own draws say.
 
     Args:
         images: (b, 3, h, w) float32 in 0..1.
@@ -81,15 +87,15 @@ def augment(images: Tensor, draws: Tensor, *, size: int, options: AugmentOptions
 
 
 def affine(draws: Tensor, options: AugmentOptions, *, aspect: float = 1.0) -> Tensor:
-    """The maps (b, 2, 3) from result to source, in `grid_sample`'s coordinates (-1..1 across the patch).
+    """Compute the maps (b, 2, 3) from result to source, in `grid_sample`'s coordinates (-1..1 across the patch).
 
-    Crop, then mirror, then rotate about the crop's centre; a rotation turns pixels, so it respects the aspect ratio.
+    Crop, then mirror, then rotate about the crop's centre. Angles are those between pixels, whatever the aspect ratio.
     """
     flip_x, flip_y, turn, area, shape, left, top = draws[:, :7].unbind(dim=1)
     lowest, highest = options.scale
     area = lowest + area * (highest - lowest)
     log_ratio = math.log(options.ratio[0]) + shape * (math.log(options.ratio[1]) - math.log(options.ratio[0]))
-    if lowest == 1:  # the whole patch, in its own shape
+    if lowest == 1:  # the whole patch, with its own aspect ratio
         log_ratio = torch.zeros_like(log_ratio)
     # The crop's half extents relative to the patch's; a crop wider than the patch is cut to it.
     half_width = (area * log_ratio.exp()).sqrt().clamp(max=1)
@@ -108,13 +114,13 @@ def affine(draws: Tensor, options: AugmentOptions, *, aspect: float = 1.0) -> Te
 
 
 def warp(images: Tensor, maps: Tensor, size: int) -> Tensor:
-    """Images (b, 3, h, w) seen through affine maps (b, 2, 3), (b, 3, size, size), bilinear, borders mirrored."""
+    """Resample images (b, 3, h, w) by affine maps (b, 2, 3) to (b, 3, size, size), bilinear, borders mirrored."""
     grid = F.affine_grid(maps, [len(images), 3, size, size], align_corners=False)
     return F.grid_sample(images, grid, mode="bilinear", padding_mode="reflection", align_corners=False)
 
 
 def recolour(images: Tensor, draws: Tensor, options: AugmentOptions) -> Tensor:
-    """Brightness, contrast, saturation and hue of images (b, 3, h, w) by their own draws, as one colour matrix each.
+    """Change brightness, contrast, saturation and hue of images (b, 3, h, w), each as its own draws say.
 
     Brightness scales; contrast blends with the image's mean grey; saturation blends with a pixel's grey; hue rotates
     about the grey axis in YIQ, where that is linear. Together they are one 3 x 3 matrix and one offset per sample.
@@ -129,7 +135,7 @@ def recolour(images: Tensor, draws: Tensor, options: AugmentOptions) -> Tensor:
     grey = luma.expand(3, 3)  # every channel becomes the luma
     matrix = saturation[:, None, None] * identity + (1 - saturation)[:, None, None] * grey
     matrix = _hue_rotation(turn) @ matrix
-    # Of the whole image: the contrast's pivot. The matrices above keep luma, so it may be taken before them.
+    # Contrast changes about the mean grey of the whole image, which the matrices above do not change.
     mean_grey = (images.mean(dim=(2, 3)) @ luma)[:, None] * brightness[:, None]
     scale = brightness * contrast
     offset = (1 - contrast)[:, None] * mean_grey
@@ -138,7 +144,7 @@ def recolour(images: Tensor, draws: Tensor, options: AugmentOptions) -> Tensor:
 
 
 def _hue_rotation(turn: Tensor) -> Tensor:
-    """(b,) angles to (b, 3, 3): RGB to YIQ, rotate I and Q, back."""
+    """Colour matrices (b, 3, 3) of angles (b,): RGB to YIQ, rotate I and Q, back."""
     to_yiq = turn.new_tensor(
         [[0.299, 0.587, 0.114], [0.59590059, -0.27455667, -0.32134392], [0.21153661, -0.52273617, 0.31119955]]
     )

@@ -1,15 +1,21 @@
-"""How does training survive being killed at any moment?
+"""How does a training survive being killed at any moment?
 
-Everything that decides the rest of a training is in one file, replaced whole after every epoch: the rows that training
-changes, the optimisers' moments, the best rows so far, and each fold's history. Nothing else is state: the learning
-rate and early stopping follow from the history, and the random numbers of an epoch from (seed, fold, epoch).
+An unfinished training is a folder with two files:
+
+- `training.json` is written once, at the start: the options, and digests of everything that must not change.
+- `checkpoint.safetensors` is replaced whole after every epoch. It holds everything that decides the rest of the
+  training: the values that training changes, the optimisers' moments, the best values so far, and each fold's history.
+
+Nothing else is state: the learning rate and early stopping follow from the history, and the random numbers of an epoch
+from (seed, fold, epoch).
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +25,15 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from features.console import UserError
-from features.files import write_file, writing
+from features.console import UserError, nearest
+from features.files import sweep, write_file, writing
+from features.fingerprint import fingerprint
+from probe.runs import EpochRecord
 
 CHECKPOINT_FILE = "checkpoint.safetensors"
 START_FILE = "training.json"
 FORMAT = 1
-GO_ON = "go on with fm-finetune --resume"
+RESUME = "go on with fm-finetune --resume"
 
 
 @dataclass(eq=False)
@@ -36,11 +44,11 @@ class State:
         folds: the folds that train at present, one per row.
         values: (n_rows, p) as in `Network`.
         best: (n_rows, p) rows of each fold's best epoch.
-        moments: (n_rows, 2, p_trained) Adam's running means of gradients and their squares.
+        moments: (n_rows, 2, p_trained) Adam's running means of gradients and of their squares.
         n_steps: optimiser steps of each row.
         history: fold to one record per finished epoch; folds that have finished training stay.
-        seconds: of training, over all processes.
-        n_images: forward and backward passes, likewise.
+        seconds: of training, in all calls together.
+        n_images: images passed forward and backward, likewise.
     """
 
     folds: tuple[int, ...]
@@ -48,9 +56,13 @@ class State:
     best: Tensor
     moments: Tensor
     n_steps: list[int]
-    history: dict[int, list[dict[str, Any]]] = field(default_factory=dict)
+    history: dict[int, list[EpochRecord]] = field(default_factory=dict)
     seconds: float = 0.0
     n_images: int = 0
+
+    def scores(self, fold: int) -> list[float]:
+        """A fold's validation balanced accuracy after each epoch so far."""
+        return [epoch.balanced_accuracy for epoch in self.history[fold]]
 
 
 def save_state(folder: Path, state: State) -> None:
@@ -64,17 +76,17 @@ def save_state(folder: Path, state: State) -> None:
         "format": FORMAT,
         "folds": state.folds,
         "n_steps": state.n_steps,
-        "history": {str(fold): history for fold, history in state.history.items()},
+        "history": {str(fold): [asdict(epoch) for epoch in history] for fold, history in state.history.items()},
         "seconds": state.seconds,
         "n_images": state.n_images,
     }
     described["sha256"] = _digest(described, tensors)
-    with writing(folder, remedy=GO_ON):
+    with writing(folder, remedy=RESUME):
         write_file(folder / CHECKPOINT_FILE, [safetensors.torch.save(tensors, {"state": json.dumps(described)})])
 
 
 def load_state(folder: Path, device: torch.device) -> State | None:
-    """The last checkpoint, or None before the first.
+    """Read the last checkpoint; None before the first.
 
     Raises:
         UserError: a damaged file.
@@ -86,23 +98,82 @@ def load_state(folder: Path, device: torch.device) -> State | None:
             tensors = {name: file.get_tensor(name) for name in ("values", "best", "moments")}
         if described.pop("sha256", None) not in (None, _digest(described, tensors)):
             raise ValueError("its digest does not match")
+        histories = described["history"].items()
         return State(
             **tensors,
             folds=tuple(described["folds"]),
             n_steps=described["n_steps"],
-            history={int(fold): history for fold, history in described["history"].items()},
+            history={int(fold): [EpochRecord(**epoch) for epoch in history] for fold, history in histories},
             seconds=described["seconds"],
             n_images=described["n_images"],
         )
     except FileNotFoundError:
         return None
     except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path} is damaged ({error}). Delete it to train from the start, with --resume.") from error
+        raise UserError(f"{path} is damaged ({error}). Delete it to train from the start, with `resume`.") from error
 
 
 def _digest(described: dict[str, Any], tensors: dict[str, Tensor]) -> str:
-    """SHA-256 over all that a checkpoint says; a flipped bit would otherwise train on unseen."""
+    """SHA-256 over everything in a checkpoint: training would go on from a flipped bit without an error."""
     digest = hashlib.sha256(json.dumps(described, sort_keys=True).encode())
     for name in sorted(tensors):
         digest.update(tensors[name].cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+# ------------------------------------------------------------------------------------------------------------ the start
+
+
+def write_start(folder: Path, record: Mapping[str, Any]) -> None:
+    """Make a training's folder with its `training.json`.
+
+    Args:
+        folder: must not exist.
+        record: "identity" (what must not change until the training ends), "compute", "versions", and perhaps "launch".
+
+    Raises:
+        UserError: the disk cannot be written.
+    """
+    whole: dict[str, Any] = {"format": FORMAT, **record}
+    whole["sha256"] = fingerprint(whole)
+    with writing(folder.parent):
+        folder.mkdir(parents=True)
+        write_file(folder / START_FILE, [json.dumps(whole, indent=2).encode()])
+
+
+def read_start(folder: Path) -> dict[str, Any]:
+    """Read the record that `write_start` was given.
+
+    Raises:
+        UserError: no training, a damaged file, or one of another format.
+    """
+    path = folder / START_FILE
+    try:
+        record = json.loads(path.read_bytes())
+        format = record["format"]
+        if format == FORMAT and not record.keys() >= {"identity", "compute", "versions"}:
+            raise KeyError("identity")
+        if record.pop("sha256", None) not in (None, fingerprint(record)) and format == FORMAT:
+            raise ValueError("its digest does not match")
+    except (FileNotFoundError, NotADirectoryError):
+        trainings = [path.parent.name for path in folder.parent.glob(f"*/{START_FILE}")]
+        raise UserError(
+            f"{folder} is no interrupted training: it has no {START_FILE}. Expected a folder that fm-finetune made "
+            f"in its `runs` folder.{nearest(folder.name, trainings)}"
+        ) from None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(f"{path} is damaged ({error}). Start a new run.") from None
+    if format != FORMAT:
+        raise UserError(
+            f"{folder} is a training of format {format}; this version resumes format {FORMAT}. Resume it with the "
+            "version it was started with, or start a new run."
+        )
+    return dict(record)
+
+
+def clear_up(folder: Path) -> None:
+    """Remove what only an unfinished training needs, and what killed writers have left behind."""
+    for name in (CHECKPOINT_FILE, START_FILE):
+        (folder / name).unlink(missing_ok=True)
+    for path in (folder, *folder.glob("fold-*")):
+        sweep(path)

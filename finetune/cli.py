@@ -2,20 +2,32 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from features.console import UserError, print_json, run, say, show
+from features.options import (
+    DEFAULT_RUNS,
+    CvOption,
+    DataOption,
+    DeviceOption,
+    JsonOption,
+    PositiveOption,
+    RunsOption,
+    SeedOption,
+    WeightsOption,
+    parse_names,
+)
+
+if TYPE_CHECKING:  # torch takes seconds to import: commands import it when they run
+    from finetune.plan import Plan
 
 finetune_app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 predict_app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 report_app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-
-# Options that may differ when a training is resumed: they say where and how to compute, not what.
-_COMPUTE = frozenset({"data", "weights", "device", "folds_at_once", "compile", "grad_checkpointing", "merge"})
-_ELSEWHERE = frozenset({"runs", "resume", "dry_run", "as_json"})
 
 
 @finetune_app.command(help="fm-finetune: adapt a backbone to patches, by LoRA or as a whole, all folds at once.")
@@ -23,7 +35,9 @@ def finetune(
     context: typer.Context,
     lora_rank: Annotated[int, typer.Option(help="Inner width of the adapters.")] = 8,
     lora_alpha: Annotated[float, typer.Option(help="Adapters are scaled by alpha / rank.")] = 16,
-    lora_dropout: Annotated[float, typer.Option(help="Share of an adapter's inputs dropped while training.")] = 0.3,
+    lora_dropout: Annotated[
+        float, typer.Option(help="Fraction of an adapter's inputs that is dropped while training.")
+    ] = 0.3,
     lora_targets: Annotated[
         str | None, typer.Option(help="Regular expression of whole module names. Default: the family's, see --dry-run.")
     ] = None,
@@ -32,8 +46,7 @@ def finetune(
         str, typer.Option(help="Dataset whose training split is cross-validated: a name, or a path as in fm-extract.")
     ] = "demo",
     test: Annotated[
-        str | None,
-        typer.Option(help="More datasets to score, comma-separated. Default: the other published ones."),
+        str | None, typer.Option(help="More datasets to score, comma-separated. Default: the other published ones.")
     ] = None,
     method: Annotated[
         str, typer.Option(help="lora, full (the whole backbone, folds in turn) or head (the classifier alone).")
@@ -42,23 +55,18 @@ def finetune(
     view: Annotated[
         str | None, typer.Option(help="full, centerN, centerN@M as in fm-extract. Default: the recipe's.")
     ] = None,
-    cv: Annotated[int, typer.Option(help="Number of cross-validation folds; groups (slides) are never cut.")] = 5,
+    cv: CvOption = 5,
     epochs: Annotated[int | None, typer.Option(min=1, help="At most. Default: the recipe's.")] = None,
     batch_size: Annotated[
         int | None, typer.Option(min=1, help="Patches per fold and step. Default: the recipe's.")
     ] = None,
     learning_rate: Annotated[float | None, typer.Option(help="Default: the recipe's.")] = None,
-    seed: Annotated[int, typer.Option(help="Of folds, initial values, sampling, augmentation and dropout.")] = 42,
+    seed: SeedOption = 42,
     precision: Annotated[str, typer.Option(help="auto, fp32 or bf16.")] = "auto",
-    positive: Annotated[
-        str | None, typer.Option(help="The class that counts as positive, for datasets of your own.")
-    ] = None,
-    data: Annotated[
-        Path | None,
-        typer.Option(help="Folder laid out like AMi-Br_Benchmark. Default: $MITOFM_DATA, else download."),
-    ] = None,
-    weights: Annotated[Path | None, typer.Option(help="A local checkpoint instead of the hub's.")] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    positive: PositiveOption = None,
+    data: DataOption = None,
+    weights: WeightsOption = None,
+    device: DeviceOption = "auto",
     folds_at_once: Annotated[
         int | None, typer.Option(min=1, help="Folds per forward pass. Default: all on a GPU, one on a CPU.")
     ] = None,
@@ -69,23 +77,24 @@ def finetune(
     merge: Annotated[
         bool, typer.Option("--merge", help="Also write each fold as a plain timm network, adapters merged.")
     ] = False,
-    runs: Annotated[Path, typer.Option(help="Where run folders go.")] = Path("runs"),
+    runs: RunsOption = DEFAULT_RUNS,
     resume: Annotated[Path | None, typer.Option(help="The folder of an interrupted run to go on with.")] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show what would be adapted, its parameters and memory, and stop.")
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
+    as_json: JsonOption = False,
 ) -> None:
-    from finetune import protocol
+    from finetune.finetune import finetune
+    from finetune.finetune import resume as resume_training
     from finetune.lora import LoraOptions
-    from finetune.process_group import joined
-    from probe.runs import read_run
+    from finetune.options import ComputeOptions, FinetuneOptions
+    from finetune.process_group import join_process_group
 
-    with joined() as ranks:
-        options = protocol.FinetuneOptions(
+    with join_process_group() as process_group:
+        options = FinetuneOptions(
             model=model,
             train=train,
-            test=_names(test),
+            test=None if test is None else parse_names(test),
             method=method,  # type: ignore[arg-type]
             recipe=recipe,
             lora=LoraOptions(rank=lora_rank, alpha=lora_alpha, dropout=lora_dropout, targets=lora_targets),
@@ -98,7 +107,7 @@ def finetune(
             precision=precision,
             positive=positive,
         )
-        compute = protocol.ComputeOptions(
+        compute_options = ComputeOptions(
             data=data,
             weights=weights,
             device=device,
@@ -108,57 +117,41 @@ def finetune(
             merge=merge,
         )
         if dry_run:
-            _show_plan(options, compute, as_json)
+            from finetune.plan import make_plan
+
+            plan = make_plan(options, compute_options)
+            if as_json:
+                print_json(asdict(plan))
+            else:
+                _show_plan(plan)
             return
         if resume is None:
-            folder = protocol.finetune(options, compute=compute, runs=runs, ranks=ranks)
+            run = finetune(options, compute_options=compute_options, runs=runs, process_group=process_group)
         else:
-            given = _given(context)
-            folder = protocol.resume(
-                resume,
-                given={
-                    name: protocol.flat(options)[name]
-                    for name in (parameter.replace("lora_", "lora.") for parameter in given - _COMPUTE - _ELSEWHERE)
-                },
-                compute={name: getattr(compute, name) for name in given & _COMPUTE},
-                ranks=ranks,
-            )
-    if not ranks.first:
-        return
-    record = read_run(folder)
+            values = options.by_name() | vars(compute_options)
+            names = [name.replace("lora_", "lora.") for name in _given(context)]
+            given = {name: values[name] for name in names if name in values}
+            run = resume_training(resume, given=given, process_group=process_group)
+    if run is None:
+        return  # another process prints
     if as_json:
-        print_json({"runs": [str(folder)], "results": [record]})
+        print_json({"runs": [str(run.folder)], "results": [run.as_json()]})
         return
     from probe.report.terminal import result_tables, training_table
 
-    show(training_table(record), *result_tables([record]))
-    say(f"run written to {folder}/")
+    show(training_table(run), *result_tables([run]))
+    say(f"run written to {run.folder}/")
 
 
-def _given(context: typer.Context) -> set[str]:
+def _given(context: typer.Context) -> list[str]:
     """The parameters that stood on the command line."""
     sources = {name: context.get_parameter_source(name) for name in context.params}
-    return {name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"}
+    return [name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"]
 
 
-def _names(text: str | None) -> tuple[str, ...] | None:
-    """A comma-separated option as distinct names, in order."""
-    if text is None:
-        return None
-    return tuple(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
-
-
-def _show_plan(options: Any, compute: Any, as_json: bool) -> None:
-    from dataclasses import asdict
-
+def _show_plan(plan: Plan) -> None:
     from rich.table import Table
 
-    from finetune.plan import make_plan
-
-    plan = make_plan(options, compute)
-    if as_json:
-        print_json(asdict(plan))
-        return
     modules = Table(title=f"{plan.model}: {len(plan.modules)} modules would be adapted", header_style="bold")
     for column in ("Module", "Kind", "in", "out", "Trained per fold"):
         modules.add_column(column, justify="left" if column in ("Module", "Kind") else "right", no_wrap=True)
@@ -186,14 +179,12 @@ def predict(
         list[Path], typer.Argument(metavar="PATH…", help="Image files, folders, CSV files (column path) or HDF5 (x).")
     ],
     out: Annotated[Path, typer.Option(help="The CSV to write.")] = Path("predictions.csv"),
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
-    weights: Annotated[
-        Path | None, typer.Option(help="A local checkpoint of the backbone instead of the hub's.")
-    ] = None,
+    device: DeviceOption = "auto",
+    weights: WeightsOption = None,
     threshold: Annotated[
         float | None, typer.Option(help="Positive from this probability on. Default: the run's own.")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
+    as_json: JsonOption = False,
 ) -> None:
     from finetune.predict import predict_paths
 
@@ -214,7 +205,7 @@ def report(
     named: Annotated[
         list[Path] | None, typer.Argument(metavar="[RUN]…", help="Folders of runs. Default: all in the runs folder.")
     ] = None,
-    runs: Annotated[Path, typer.Option(help="The folder of all runs.")] = Path("runs"),
+    runs: RunsOption = DEFAULT_RUNS,
     out: Annotated[
         Path | None, typer.Option(help="The file to write. Default: report.html; tables go to the terminal.")
     ] = None,
@@ -228,7 +219,7 @@ def report(
     ] = None,
     replicates: Annotated[int, typer.Option(help="Resamples that intervals and tests are drawn from.")] = 10_000,
     seed: Annotated[int, typer.Option(help="Seed of the resamples.")] = 42,
-    as_json: Annotated[bool, typer.Option("--json", help="Every figure as one JSON object on stdout.")] = False,
+    as_json: JsonOption = False,
 ) -> None:
     if format not in ("html", "markdown", "latex"):
         raise UserError(f"unknown format {format!r}: use html, markdown or latex.")
@@ -236,7 +227,7 @@ def report(
     from probe.metrics import as_dict
     from probe.resample import Resampling
 
-    text, found, _ = make_report(
+    text, figures, _ = make_report(
         runs,
         named=named or (),
         folds=folds,
@@ -245,20 +236,20 @@ def report(
         store=store,
         resampling=Resampling(replicates=replicates, seed=seed),
     )
-    for note in found.notes:
+    for note in figures.notes:
         say(f"note: {note}")
     if out is not None or format == "html":
-        place = out or Path("report.html")
-        write_report(text, place)
-        n_runs, n_sets = len(found.labels), len(found.sets)
+        path = out or Path("report.html")
+        write_report(text, path)
+        n_runs, n_sets = len(figures.labels), len(figures.sets)
         say(
-            f"{place}: {n_runs} run{'s' * (n_runs > 1)} on {n_sets} set{'s' * (n_sets > 1)}, "
+            f"{path}: {n_runs} run{'s' * (n_runs > 1)} on {n_sets} set{'s' * (n_sets > 1)}, "
             f"{len(text.encode()) / 1e6:.1f} MB"
         )
     elif not as_json:
         print(text, end="")
     if as_json:
-        print_json(as_dict(found))
+        print_json(as_dict(figures))
 
 
 def main() -> None:

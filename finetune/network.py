@@ -4,8 +4,8 @@
 - head: one frozen backbone, a classifier per fold.
 - full: the whole backbone is trained, so each fold needs its own: the network holds a single fold.
 
-Everything that training changes is one matrix with a row per fold, and the parameters are views into it: an optimiser
-steps rows, a checkpoint saves rows, the best epoch of a fold is a copied row.
+Everything that training changes is one matrix with a row per fold, and the parameters are views into it. So an
+optimiser steps a row, a checkpoint saves rows, and the best epoch of a fold is a copy of its row.
 """
 
 from __future__ import annotations
@@ -17,52 +17,46 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import safetensors.torch
 import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
 
-from extract.backbones import Backbone, embed, pooling_widths
-from features.console import UserError
-from features.files import write_file, writing
-from finetune.lora import (
-    WHOLE,
-    LoraOptions,
-    add_adapters,
-    cast_frozen,
+from extract.backbones import Backbone, forward_poolings, pooling_widths
+from finetune.dropout import WHOLE_BATCH, BatchRows, seed_of
+from finetune.lora import LoraOptions, add_adapters, cast_frozen, select_folds, trainable
+from finetune.process_group import ProcessGroup, synchronize_batch_norms
+from finetune.weight_files import (
     classifier_name,
+    copy_tensors,
     load_adapter,
     merge,
     read_tensors,
     save_adapter,
-    seed_of,
-    select_folds,
-    trainable,
+    write_tensors,
 )
-from finetune.process_group import ProcessGroup, synchronize_batch_norms
 
 Method = Literal["lora", "full", "head"]
 METHODS: tuple[Method, ...] = ("lora", "full", "head")
 N_CLASSES = 2
 MODEL_FILE = "model.safetensors"
 HEAD_FILE = "head.safetensors"
-_HEAD_SEED = 1  # apart from the adapters' generators, which are seeded by (seed, fold)
+_HEAD_SEED = 1  # keeps these generators apart from the adapters', which are seeded by (seed, fold)
 
 
 class Network(nn.Module):
     """A backbone and the classifiers of some folds.
 
     Attributes:
-        backbone: its record.
+        backbone: the registry's record of the backbone.
         model: the timm network, adapted in place.
-        folds: which folds the rows are.
-        pooling: the embedding the classifiers read: the card's, or its class token where the card joins two (Virchow),
-            so that the classifier is timm's own and adapters load elsewhere.
+        folds: the fold of each row.
+        pooling: the embedding that the classifiers read. It is the card's; where the card joins two (Virchow), it is
+            the class token alone, so that the classifier is timm's own and adapters load elsewhere.
         weight, bias: (n_rows, 2, d) and (n_rows, 2) classifiers.
-        values: (n_rows, p) all that training changes: trained parameters first, then running statistics.
+        values: (n_rows, p) everything that training changes: trained parameters first, then running statistics.
         gradients: (n_rows, p_trained), filled by `gather_gradients`.
-        part: which of each fold's batch a training step holds; see `finetune.lora.select_folds`.
-        n_shared_norms: batch norms whose passes wait for other processes.
+        batch_rows: which images of each fold's batch this process holds in a training step.
+        n_synchronized_norms: how many batch norms wait for the other processes in every pass.
     """
 
     def __init__(
@@ -80,7 +74,7 @@ class Network(nn.Module):
         Args:
             model: from `extract.backbones.build_model`, on its device (or on meta).
             backbone: its record.
-            method: see above.
+            method: "lora", "full" or "head", see above.
             lora: the adapters' options; other methods ignore them.
             folds: 0, 1, ... for lora and head; a single fold for full.
             seed: of all initial values, which depend on (seed, fold) alone.
@@ -90,42 +84,44 @@ class Network(nn.Module):
             ValueError: folds that the method cannot hold at once.
         """
         super().__init__()
-        self._replicas: list[Network] = []
-        self.part, self.n_shared_norms = WHOLE, 0
         if list(folds) != list(range(len(folds))) and (method == "lora" or len(folds) != 1):
             raise ValueError(f"{method} cannot hold the folds {list(folds)} at once")
         if method == "full" and len(folds) != 1:
             raise ValueError("full fine-tuning holds one fold at a time")
         self.backbone, self.model, self.method = backbone, model, method
         self.folds = tuple(folds)
+        self.batch_rows: BatchRows = WHOLE_BATCH
+        self.n_synchronized_norms = 0
+        self._replicas: list[Network] = []
         self.pooling = backbone.card_pooling.split("+")[0]
         width = pooling_widths(model, backbone)[self.pooling]
         device = next(model.parameters()).device
         dtype = next(model.parameters()).dtype
-        stacked: list[Parameter] = []
-        own: list[Tensor] = []  # of a single fold: no leading axis
+        stacked: list[Parameter] = []  # with a leading fold axis
+        single: list[Tensor] = []  # of the one fold of a full network
         if method == "lora":
             self.adapted = add_adapters(model, lora, n_folds=len(folds), seed=seed)
             stacked += trainable(model)
         else:
             self.adapted = ()
             model.requires_grad_(method == "full")
-            own += list(model.parameters()) if method == "full" else []
+            single += list(model.parameters()) if method == "full" else []
         heads = [_new_head(width, seed, fold) for fold in folds]
         self.weight = Parameter(torch.stack([weight for weight, _ in heads]).to(device, dtype))
         self.bias = Parameter(torch.stack([bias for _, bias in heads]).to(device, dtype))
         statistics = [b for b in model.buffers() if b.is_floating_point()] if method == "full" else []
-        # Counters of batches decide nothing, but would tell a resumed training apart: files have the backbone's own.
+        # Counters of batches change nothing, but would differ in a resumed training: files get the backbone's own.
         self._counters = {
             name: buffer.clone() for name, buffer in model.named_buffers() if name.endswith("num_batches_tracked")
         }
-        self._lay_out([*stacked, self.weight, self.bias], own, statistics)
+        self._lay_out([*stacked, self.weight, self.bias], single, statistics)
 
-    def _lay_out(self, stacked: list[Parameter], own: list[Tensor], statistics: list[Tensor]) -> None:
-        """Move every trained tensor into one row per fold, and leave views in their place."""
+    def _lay_out(self, stacked: list[Parameter], single: list[Tensor], statistics: list[Tensor]) -> None:
+        """Move every tensor that training changes into one row per fold, and leave views in their place."""
         n_rows = len(self.folds)
-        pieces = [(t, t.flatten(1)) for t in stacked] + [(t, t.reshape(1, -1)) for t in (*own, *statistics)]
-        n_trained = sum(flat.shape[1] for _, flat in pieces[: len(stacked) + len(own)])
+        pieces = [(t, t.flatten(1)) for t in stacked] + [(t, t.reshape(1, -1)) for t in (*single, *statistics)]
+        n_tensors = len(stacked) + len(single)
+        n_trained = sum(flat.shape[1] for _, flat in pieces[:n_tensors])
         self.values = torch.cat([flat.detach() for _, flat in pieces], dim=1)
         self.gradients = torch.zeros(n_rows, n_trained, dtype=self.values.dtype, device=self.values.device)
         start = 0
@@ -133,13 +129,14 @@ class Network(nn.Module):
             end = start + flat.shape[1]
             tensor.data = self.values[:, start:end].view(tensor.shape)
             start = end
-        self._trained = [tensor for tensor, _ in pieces[: len(stacked) + len(own)]]
+        self._trained = [tensor for tensor, _ in pieces[:n_tensors]]
 
     def replicas(self, n: int) -> list[Network]:
-        """This network and others, n in all, that compute at the same time on the same tensors.
+        """Return n networks, this one first, that threads can use at the same time; all share the same tensors.
 
-        Which folds a pass holds is written into the adapted modules, so threads need modules of their own. Gradients of
-        all add up in the same place; where each works on other folds, in any order to the same bits.
+        Which folds a pass holds is written into the adapted modules, so each thread needs modules of its own. The
+        gradients of all replicas add up in the same tensors. As long as each works on other folds, the order of the
+        additions does not change the bits.
         """
         shared = {id(tensor): tensor for tensor in (self.values, self.gradients, *self.parameters(), *self.buffers())}
         while len(self._replicas) < n - 1:
@@ -147,25 +144,25 @@ class Network(nn.Module):
         return [self, *self._replicas[: n - 1]]
 
     def forget_replicas(self) -> None:
-        """Before the modules change."""
+        """Discard the replicas; to be called before the modules change."""
         self._replicas.clear()
 
     def compute_in(self, precision: str) -> None:
-        """Prepare for many passes in a precision, "fp32" or "bf16" (autocast). Afterwards nothing can be merged."""
+        """Prepare for many passes in "fp32" or "bf16" (autocast). Afterwards nothing can be merged."""
         if self.method == "lora" and precision == "bf16":
             cast_frozen(self.model, torch.bfloat16)
 
-    def share_batches(self, ranks: ProcessGroup, batch_size: int) -> None:
-        """Let training steps hold this process's share of each fold's batch; batch norms that learn see all of it.
+    def shard_batches(self, process_group: ProcessGroup, batch_size: int) -> None:
+        """Have training steps hold this process's rows of each fold's batch, and trained batch norms see all rows.
 
         Raises:
             UserError: a batch norm of an unknown kind.
         """
         self.forget_replicas()
-        own = ranks.share(batch_size)
-        self.part = (own.start, own.stop - own.start, batch_size)
-        if self.method == "full" and ranks.size > 1:
-            self.n_shared_norms += synchronize_batch_norms(self.model, ranks)
+        rows = process_group.shard_rows(batch_size)
+        self.batch_rows = BatchRows(rows.start, rows.stop - rows.start, batch_size)
+        if self.method == "full" and process_group.world_size > 1:
+            self.n_synchronized_norms += synchronize_batch_norms(self.model, process_group)
 
     def compile_backbone(self) -> None:
         """Have torch.compile translate the backbone's forward and backward pass; the first step takes minutes."""
@@ -185,31 +182,31 @@ class Network(nn.Module):
         return rows
 
     def clear_gradients(self) -> None:
-        """Before a backward pass."""
+        """Forget all gradients; to be called before a backward pass."""
         for parameter in self._trained:
             parameter.grad = None
 
     def gather_gradients(self) -> None:
-        """After it, or after several."""
-        found = [torch.zeros_like(p) if p.grad is None else p.grad for p in self._trained]
-        torch.cat([gradient.reshape(len(self.folds), -1) for gradient in found], dim=1, out=self.gradients)
+        """Copy the gradients of all parameters into `gradients`; to be called after one or several backward passes."""
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in self._trained]
+        torch.cat([gradient.reshape(len(self.folds), -1) for gradient in gradients], dim=1, out=self.gradients)
 
     def forward(self, images: Tensor, folds: Sequence[int], *, step: int | None = None) -> Tensor:
-        """Logits of both classes.
+        """Compute the logits of both classes.
 
         Args:
             images: (f * b, 3, h, w) normalised, fold after fold.
             folds: the f folds they belong to.
-            step: names a training step, from which dropout follows; None evaluates.
+            step: identifies a training step, from which dropout follows; None evaluates.
 
         Returns:
             (f, b, 2) in the type of the classifiers, float32.
         """
         if self.method == "lora":
-            select_folds(self.model, folds, step=step, part=self.part)
+            select_folds(self.model, folds, step=step, rows=self.batch_rows)
         elif self.method == "full":
             self.model.train(step is not None)
-        features = embed(self.model, self.backbone, images)[self.pooling].to(self.weight.dtype)  # (f * b, d)
+        features = forward_poolings(self.model, self.backbone, images)[self.pooling].to(self.weight.dtype)  # (f * b, d)
         rows = [self.folds.index(fold) for fold in folds]
         with torch.autocast(images.device.type, enabled=False):
             return torch.baddbmm(
@@ -217,7 +214,7 @@ class Network(nn.Module):
             )
 
     def save_fold(self, folder: Path, fold: int) -> None:
-        """Write what training has made of one fold.
+        """Write the trained weights of one fold.
 
         lora: an adapter as `peft` writes it; full: `model.safetensors`, the network under timm's names with its
         classifier; head: `head.safetensors`, "weight" (2, d) and "bias" (2,).
@@ -232,7 +229,7 @@ class Network(nn.Module):
         elif self.method == "full":
             self.save_merged(folder, fold)
         else:
-            _write_tensors(folder / HEAD_FILE, head)
+            write_tensors(folder / HEAD_FILE, head)
 
     def save_merged(self, folder: Path, fold: int) -> None:
         """Write one fold as a plain timm network with its classifier, adapters added to the weights they adapt.
@@ -248,54 +245,32 @@ class Network(nn.Module):
         state |= self._counters
         state |= {f"{name}.weight": self.weight[row].detach(), f"{name}.bias": self.bias[row].detach()}
         timm = {"architecture": self.backbone.arch, "kwargs": dict(self.backbone.kwargs), "num_classes": N_CLASSES}
-        _write_tensors(folder / MODEL_FILE, state, timm)
+        write_tensors(folder / MODEL_FILE, state, {"timm": json.dumps(timm)})
 
     def load_fold(self, folder: Path, fold: int) -> None:
-        """Read what `save_fold` wrote.
+        """Read the weights that `save_fold` wrote.
 
         Raises:
             UserError: a missing, truncated or foreign file.
         """
         row = self.folds.index(fold)
         if self.method == "lora":
-            head = load_adapter(self.model, folder, fold=row)
-            path = folder
+            path, head = folder, load_adapter(self.model, folder, fold=row)
+        elif self.method == "head":
+            path = folder / HEAD_FILE
+            head = read_tensors(path)
         else:
-            path = folder / (MODEL_FILE if self.method == "full" else HEAD_FILE)
+            path = folder / MODEL_FILE
             tensors = read_tensors(path)
-            name = f"{classifier_name(self.model)}." if self.method == "full" else ""
-            head = {leaf: tensors.pop(name + leaf) for leaf in ("weight", "bias") if name + leaf in tensors}
-            if self.method == "head":
-                head |= tensors  # strange ones, refused below
-            else:
-                _copy(tensors, dict(self.model.state_dict()), path)
-        _copy(head, {"weight": self.weight.data[row], "bias": self.bias.data[row]}, path)
+            name = classifier_name(self.model)
+            head = {leaf: tensors.pop(f"{name}.{leaf}") for leaf in ("weight", "bias") if f"{name}.{leaf}" in tensors}
+            copy_tensors(tensors, self.model.state_dict(), path)
+        copy_tensors(head, {"weight": self.weight.data[row], "bias": self.bias.data[row]}, path)
 
 
 def _new_head(width: int, seed: int, fold: int) -> tuple[Tensor, Tensor]:
-    """A classifier's initial weight (2, d) and bias (2,), as `nn.Linear` draws them."""
+    """A classifier's initial weight (2, d) and bias (2,), drawn from the distribution that `nn.Linear` uses."""
     generator = torch.Generator().manual_seed(seed_of(seed, fold, _HEAD_SEED))
     bound = 1 / math.sqrt(width)
     weight, bias = torch.empty(N_CLASSES, width), torch.empty(N_CLASSES)
     return weight.uniform_(-bound, bound, generator=generator), bias.uniform_(-bound, bound, generator=generator)
-
-
-def _copy(found: dict[str, Tensor], into: dict[str, Tensor], path: Path) -> None:
-    wrong = [name for name in into if name not in found or found[name].shape != into[name].shape]
-    wrong += sorted(found.keys() - into.keys())
-    if wrong:
-        raise UserError(
-            f"{path}: {len(wrong)} tensors are missing, unknown or of another shape (first: {wrong[0]}). Expected what "
-            "fm-finetune wrote for this model: restore the file, or train again."
-        )
-    for name, tensor in into.items():
-        tensor.copy_(found[name])
-
-
-def _write_tensors(path: Path, tensors: dict[str, Tensor], timm: dict[str, Any] | None = None) -> None:
-    """Write a file whose metadata says how timm builds the network: one key, as several would come in random order."""
-    described = {"timm": json.dumps(timm)} if timm else {"format": "pt"}
-    whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    with writing(path.parent, remedy="save again"):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_file(path, [safetensors.torch.save(whole, described)])

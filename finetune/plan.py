@@ -1,7 +1,7 @@
-"""What would be trained, and what would it cost in memory? Answered without loading a weight.
+"""What would be trained, and how much memory would it need? Answered without loading a weight.
 
-The network is laid out in fake tensors, which have shapes, types and devices but no storage, and one training step runs
-on them: what it keeps for its backward pass is counted, not guessed.
+The network is built of fake tensors, which have shapes, types and devices but no storage. One training step is run on
+them, and the memory that it keeps for its backward pass is counted.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from extract.backbones import build_model, check_input_size, find_backbone
 from extract.views import make_transform
 from features.device import find_device
-from finetune.lora import StackedLora, adapters
+from finetune.lora import adapters
 from finetune.network import Network
-from finetune.protocol import ComputeOptions, FinetuneOptions, choose_precision, default_folds_at_once
+from finetune.options import ComputeOptions, FinetuneOptions, training_precision
 
 
 @dataclass(frozen=True)
@@ -60,20 +60,20 @@ class Plan:
     kept_mb: float
 
 
-def make_plan(options: FinetuneOptions, compute: ComputeOptions) -> Plan:
-    """Lay the training out in fake tensors.
+def make_plan(options: FinetuneOptions, compute_options: ComputeOptions = ComputeOptions()) -> Plan:
+    """Build the training of fake tensors, and count.
 
     Raises:
         UserError: an unknown model, targets that match nothing, an input size that does not fit.
     """
-    device = find_device(compute.device)
+    device = find_device(compute_options.device)
     backbone = find_backbone(options.model)
-    recipe = options.resolved(backbone)
+    recipe = options.resolved_recipe(backbone)
     view = options.resolved_view(backbone)
     transform = make_transform(backbone, view)
-    precision = choose_precision(options.precision, backbone, device)
-    at_once = 1 if options.method == "full" else compute.folds_at_once or default_folds_at_once(device, options.cv)
-    folds = range(1 if options.method == "full" else options.cv)
+    precision = training_precision(options.precision, backbone, device)
+    folds = options.network_folds(options.cv)[0]
+    at_once = compute_options.resolved_folds_at_once(device, len(folds))
     with torch.device("meta"):  # where even constructors that compute with values run
         model = build_model(backbone, None, dynamic=view.input_size is not None)
     check_input_size(model, backbone, transform.input_size)
@@ -84,7 +84,13 @@ def make_plan(options: FinetuneOptions, compute: ComputeOptions) -> Plan:
         shape = (recipe.batch_size, 3, transform.input_size, transform.input_size)
         kept = at_once * _kept_bytes(network, torch.empty(shape), precision)
     modules = tuple(
-        Adapted(name, type(module.base).__name__, *_widths(module), (module.A[0].numel() + module.B[0].numel()))
+        Adapted(
+            name,
+            type(module.base).__name__,
+            n_in=module.A.shape[2],
+            n_out=module.B.shape[1],
+            n_trained=module.A[0].numel() + module.B[0].numel(),
+        )
         for name, module in adapters(model)
     )
     return Plan(
@@ -103,19 +109,17 @@ def make_plan(options: FinetuneOptions, compute: ComputeOptions) -> Plan:
     )
 
 
-def _widths(module: StackedLora) -> tuple[int, int]:
-    return module.A.shape[2], module.B.shape[1]
-
-
 def _kept_bytes(network: Network, images: Tensor, precision: str) -> int:
-    """Bytes that one step of one fold keeps for its backward pass, each storage once, parameters aside."""
+    """Bytes that one step of one fold keeps for its backward pass, each storage counted once, without parameters."""
     sizes: dict[int, int] = {}
-    own = {tensor.untyped_storage()._cdata for tensor in (network.values, *network.parameters(), *network.buffers())}
-    alive = []  # an identity may be used again once its tensor is gone
+    parameters = {
+        tensor.untyped_storage()._cdata for tensor in (network.values, *network.parameters(), *network.buffers())
+    }
+    alive = []  # or the address of a freed tensor could be counted for another
 
     def keep(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage._cdata not in own:
+        if storage._cdata not in parameters:
             sizes[storage._cdata] = storage.nbytes()
             alive.append(tensor)
         return tensor

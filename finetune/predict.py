@@ -1,8 +1,8 @@
-"""What does a run say of new patches? Its fold models' mean probability, judged at the run's own threshold."""
+"""What does a run say of new patches? The mean probability of its fold models, and the class at the run's threshold."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -10,37 +10,33 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from scipy.special import expit
 
 from extract.backbones import Backbone, Weights, build_model, fetch_weights, find_backbone
 from extract.compute import embed_batch, optimize_for_inference
 from extract.datasets import Patches, load_patches
-from extract.embed import backbone_parts, decoded
-from extract.views import View, parse_view
+from extract.embed import decoded
+from extract.prepare import backbone_parts
+from extract.views import parse_view
 from features.blocks import to_float16
 from features.console import ProgressCallback, UserError, progress, say
 from features.device import find_device
 from features.files import write_file, writing
 from features.fingerprint import differences
+from finetune.compute import Compute
 from finetune.network import Network
-from finetune.protocol import (
-    build_network,
-    default_folds_at_once,
-    load_folds,
-    options_of,
-    patch_logits,
-    rounds_of,
-    transform_of,
-)
-from finetune.train import Compute
+from finetune.options import ComputeOptions, FinetuneOptions
+from finetune.score import load_folds, patch_logits
+from finetune.setup import build_network, training_transform
 from probe.logistic import predict_logits
 from probe.predictions import csv_bytes
-from probe.runs import check_weights, read_run, read_weights
+from probe.runs import RunRecord, check_weights, read_run, read_weights
 
 COLUMNS = ("source", "id", "probability", "predicted", "spread")
 _BATCH = {"cpu": 8, "cuda": 64}  # images per forward pass of a frozen backbone
 # Parts of a fingerprint that say where and on what numbers were computed, not which function computed them.
 _CIRCUMSTANCES = ("dataset_digest", "source_mpp", "poolings", "device", "revision")
-_Judge = Callable[[Patches, ProgressCallback], NDArray[np.float32]]  # patches to logits (n, n_folds)
+_Predictor = Callable[[Patches, ProgressCallback], NDArray[np.float32]]  # patches to logits (n, n_folds)
 
 
 def predict_paths(
@@ -73,125 +69,122 @@ def predict_paths(
     """
     record = read_run(run)
     check_weights(run, record)
-    place = find_device(device)
-    backbone = find_backbone(record["model"])
+    torch_device = find_device(device)
+    backbone = find_backbone(record.model)
     loaded = fetch_weights(backbone, weights=weights)
-    view = parse_view(record["view"])
-    _require_same_backbone(run, record, backbone, loaded, view, place)
-    every = [load_patches(path) for path in paths]
-    make = _probe_judge if record["kind"] == "probe" else _finetuned_judge
-    judge = make(run, record, backbone, loaded, place)
-    n_folds = int(record["folds"]["n"])
-    with progress("predict", n_folds * sum(len(patches.id) for patches in every)) as advance:
-        logits = [judge(patches, advance) for patches in every]
-    limit = float(record["metrics"]["threshold"]) if threshold is None else threshold
-    probability = [np.exp(-np.logaddexp(0, -each.astype(np.float64))) for each in logits]  # (n, n_folds)
-    names = record.get("label_names", ["0", "1"])  # runs before fm-predict did not keep them
+    _require_same_backbone(run, record, backbone, loaded, torch_device)
+    sources = [load_patches(path) for path in paths]
+    make = _probe_predictor if record.kind == "probe" else _finetuned_predictor
+    predict = make(run, record, backbone, loaded, torch_device)
+    n_folds = record.folds.n
+    with progress("predict", n_folds * sum(len(patches.id) for patches in sources)) as advance:
+        logits = [predict(patches, advance) for patches in sources]
+    limit = record.figures.threshold if threshold is None else threshold
+    probability = [expit(logit.astype(np.float64)) for logit in logits]  # (n, n_folds) of each source
     with writing(out.parent):
         out.parent.mkdir(parents=True, exist_ok=True)
-        write_file(out, [_table(every, probability, limit, names)])
-    means = np.concatenate([each.mean(axis=1) for each in probability])
+        write_file(out, [_table(sources, probability, limit, record.label_names)])
+    means = np.concatenate([folds.mean(axis=1) for folds in probability])
     return {
         "out": str(out),
         "n": len(means),
         "n_positive": int((means >= limit).sum()),
         "n_folds": n_folds,
         "threshold": limit,
-        "label_names": names,
+        "label_names": list(record.label_names),
     }
 
 
 def _require_same_backbone(
-    run: Path, record: Mapping[str, Any], backbone: Backbone, loaded: Weights, view: View, device: torch.device
+    run: Path, record: RunRecord, backbone: Backbone, loaded: Weights, device: torch.device
 ) -> None:
-    then = record["embedding"]
-    if "weights_sha256" not in then:
+    if record.weights_sha256 is None:
         raise UserError(
             f"{run} was made of imported embeddings, and how they were computed is not known. Expected a run whose "
             "embeddings fm-extract computed: extract the training patches, probe again, and predict with that run."
         )
-    precision = str(then["precision"])
-    now = backbone_parts(backbone, loaded, view, precision=precision, device=device)
-    now["transform"] = transform_of(backbone, view, record.get("recipe", {}).get("statistics", "card")).record()
-    known = {key: value for key, value in then.items() if key not in _CIRCUMSTANCES}
-    differing = list(differences(known, {key: value for key, value in now.items() if key not in _CIRCUMSTANCES}))
+    view = parse_view(record.view)
+    now = backbone_parts(backbone, loaded, view, precision=record.precision, device=device)
+    now["transform"] = training_transform(backbone, view, record.statistics).record()
+    then = {key: value for key, value in record.embedding.items() if key not in _CIRCUMSTANCES}
+    differing = list(differences(then, {key: value for key, value in now.items() if key not in _CIRCUMSTANCES}))
     if differing:
         raise UserError(
             f"{run}: its backbone cannot be reproduced here:\n"
-            + "\n".join(f"  {name}: the run had {was}, found {found}" for name, was, found in differing)
-            + "\nUse the version of mitofm and the weights (--weights) of the run, or train again."
+            + "\n".join(f"  {name}: the run had {was}, found {here}" for name, was, here in differing)
+            + "\nUse the version of mitofm and the `weights` of the run, or train again."
         )
-    if precision == "fp16" and device.type == "cpu":
-        raise UserError(f"{run} was computed in fp16, which needs a GPU. Predict with --device cuda.")
-    if then["device"] != device.type:
-        say(f"The run was computed on {then['device']}, this is {device.type}: probabilities may differ slightly.")
+    if record.precision == "fp16" and device.type == "cpu":
+        raise UserError(f"{run} was computed in fp16, which needs a GPU. Predict with `device='cuda'`.")
+    if record.device != device.type:
+        say(f"The run was computed on {record.device}, this is {device.type}: probabilities may differ slightly.")
 
 
-def _probe_judge(
-    run: Path, record: Mapping[str, Any], backbone: Backbone, loaded: Weights, device: torch.device
-) -> _Judge:
-    """Embed as extraction does, float16 rounding included, then the fold models' linear layers."""
+def _probe_predictor(
+    run: Path, record: RunRecord, backbone: Backbone, loaded: Weights, device: torch.device
+) -> _Predictor:
+    """Embed patches as extraction does, rounding to float16 included, then apply the fold models' linear layers."""
     weights = read_weights(run)
-    view = parse_view(record["view"])
-    transform = transform_of(backbone, view, "card")
-    pooling = record["card_pooling"] if record["pooling"] == "card" else record["pooling"]
+    view = parse_view(record.view)
+    transform = training_transform(backbone, view, "card")
+    pooling = record.card_pooling if record.pooling == "card" else record.pooling
     model = build_model(backbone, loaded, dynamic=view.input_size is not None)
     example = torch.zeros(1, 3, transform.input_size, transform.input_size, device=device)
     model = optimize_for_inference(model, device, example=example)
-    precision, size = str(record["embedding"]["precision"]), _BATCH[device.type]
+    size = _BATCH[device.type]
 
-    def judge(patches: Patches, advance: ProgressCallback) -> NDArray[np.float32]:
-        units = [range(start, min(start + size, len(patches.id))) for start in range(0, len(patches.id), size)]
-        found = []
-        with closing(decoded(patches.decode, units)) as ready:
-            for unit, batch in ready:
-                poolings = embed_batch(model, backbone, transform(batch, device), precision=precision)
+    def predict(patches: Patches, advance: ProgressCallback) -> NDArray[np.float32]:
+        batches = [range(start, min(start + size, len(patches.id))) for start in range(0, len(patches.id), size)]
+        logits = []
+        with closing(decoded(patches.decode, batches)) as ready:
+            for batch, images in ready:
+                poolings = embed_batch(model, backbone, transform(images, device), precision=record.precision)
                 embeddings = torch.cat([poolings[name] for name in pooling.split("+")], dim=1).cpu().numpy()
-                ids = np.array([patches.id[row] for row in unit])
-                halves = to_float16(embeddings, patches.source, ids=ids, first_row=unit.start)
-                found.append(predict_logits(halves, weights["coef"], weights["intercept"]))
-                advance(len(unit) * found[-1].shape[1])
-        return np.concatenate(found)
+                ids = np.array([patches.id[row] for row in batch])
+                rounded = to_float16(embeddings, patches.source, ids=ids, first_row=batch.start)
+                logits.append(predict_logits(rounded, weights["coef"], weights["intercept"]))
+                advance(len(batch) * logits[-1].shape[1])
+        return np.concatenate(logits)
 
-    return judge
+    return predict
 
 
-def _finetuned_judge(
-    run: Path, record: Mapping[str, Any], backbone: Backbone, loaded: Weights, device: torch.device
-) -> _Judge:
-    options = options_of(record["options"])
-    view = parse_view(record["view"])
-    transform = transform_of(backbone, view, record["recipe"]["statistics"])
-    n_folds = int(record["folds"]["n"])
-    machine = Compute(device, str(record["embedding"]["precision"]), default_folds_at_once(device, n_folds))
-    rounds = rounds_of(options, n_folds)
+def _finetuned_predictor(
+    run: Path, record: RunRecord, backbone: Backbone, loaded: Weights, device: torch.device
+) -> _Predictor:
+    options = FinetuneOptions.from_record(record.options)
+    view = parse_view(record.view)
+    transform = training_transform(backbone, view, record.statistics)
+    network_folds = options.network_folds(record.folds.n)
+    at_once = ComputeOptions().resolved_folds_at_once(device, record.folds.n)
+    compute = Compute(device, record.precision, at_once)
 
-    def network_of(folds: tuple[int, ...]) -> Network:
+    def load(folds: tuple[int, ...]) -> Network:
         network = build_network(backbone, loaded, options, view, folds, device=device)
         load_folds(network, run)
-        network.compute_in(machine.precision)
+        network.compute_in(compute.precision)
         return network
 
-    shared = network_of(rounds[0]) if len(rounds) == 1 else None
+    network = load(network_folds[0]) if len(network_folds) == 1 else None
 
-    def judge(patches: Patches, advance: ProgressCallback) -> NDArray[np.float32]:
+    def predict(patches: Patches, advance: ProgressCallback) -> NDArray[np.float32]:
         rows = np.arange(len(patches.id))
-        each = [
-            patch_logits(shared or network_of(folds), patches.decode, rows, transform, machine=machine, advance=advance)
-            for folds in rounds
+        logits = [
+            patch_logits(network or load(folds), patches.decode, rows, transform, compute=compute, advance=advance)
+            for folds in network_folds
         ]
-        return np.concatenate(each, axis=1)
+        return np.concatenate(logits, axis=1)
 
-    return judge
+    return predict
 
 
 def _table(
-    every: Sequence[Patches], probability: Sequence[NDArray[np.float64]], threshold: float, names: Sequence[str]
+    sources: Sequence[Patches], probability: Sequence[NDArray[np.float64]], threshold: float, names: Sequence[str]
 ) -> bytes:
     header = (*COLUMNS, *(f"fold_{fold}" for fold in range(probability[0].shape[1])))
     rows = []
-    for patches, each in zip(every, probability, strict=True):
-        for id, folds in zip(patches.id, each, strict=True):
+    for patches, patch_probability in zip(sources, probability, strict=True):
+        for id, folds in zip(patches.id, patch_probability, strict=True):
             mean = folds.mean()
             row = (f"{mean:.6f}", names[int(mean >= threshold)], f"{folds.std():.6f}")
             rows.append((patches.source, id, *row, *(f"{value:.6f}" for value in folds)))

@@ -1,9 +1,11 @@
 """How do several processes train as one?
 
-torchrun starts the same command several times. Every process holds all that is trained and takes its share of each
-fold's batch; the sum of their gradients is the gradient of the whole batch, so all make the same step. What is judged
-is dealt out in the same way. Sums over all processes are the only numbers that are exchanged, and as every decision
-follows from them, all decide alike. The first process alone writes and speaks.
+torchrun starts the same command several times. Every process holds the whole training state. Of each fold's batch it
+computes the rows of its own shard; the gradients are summed over all processes, so every process makes the same step as
+a single process would with the whole batch. Evaluation is sharded over rows in the same way.
+
+Only sums of tensors and short texts are exchanged. Every decision (early stopping, learning rate, best epoch) follows
+from numbers that are equal in all processes, so all decide alike. Only the first process writes files and prints.
 """
 
 from __future__ import annotations
@@ -33,11 +35,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from features.console import Interrupted, UserError, quieten
 from features.fingerprint import differences
 
-if TYPE_CHECKING:  # torch may have been built without
+if TYPE_CHECKING:  # torch may have been built without torch.distributed
     from torch.distributed.distributed_c10d import Store
 
-# For the slowest of all: the first process may write a checkpoint, or another machine may still download weights.
-_PATIENCE = timedelta(hours=2)
+# How long to wait for the slowest process, which may be writing a checkpoint or downloading weights.
+_TIMEOUT = timedelta(hours=2)
 _POLL = 0.05  # seconds
 _KNOWN_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, BatchNormAct2d)
 
@@ -48,154 +50,141 @@ class ProcessLostError(UserError):
 
 @dataclass(frozen=True, eq=False)
 class ProcessGroup:
-    """This process's place among those that train together; by default it is alone.
+    """This process among those that train together. The default is a single process, for which every method is trivial.
 
     Attributes:
-        rank, size: which one of how many.
-        local_rank: which one on this machine.
-        store: of torch.distributed, where processes leave each other words; None for a single process.
-        launch: names torchrun's launch, the same in every restart; None without torchrun.
-        restarted: whether torchrun has started all processes anew, as one of them had ended.
+        rank: the number of this process, from 0.
+        world_size: how many processes there are.
+        local_rank: the number of this process on its machine.
+        store: torch.distributed's key-value store, through which texts are exchanged; None for a single process.
+        launch: names torchrun's launch, the same after every restart; None without torchrun.
+        restarted: whether torchrun has restarted all processes because one had ended.
     """
 
     rank: int = 0
-    size: int = 1
+    world_size: int = 1
     local_rank: int = 0
     store: Store | None = None
     launch: str | None = None
     restarted: bool = False
 
     @property
-    def first(self) -> bool:
-        """Whether this process writes and speaks."""
+    def is_first(self) -> bool:
+        """Whether this is the process that writes files and prints."""
         return self.rank == 0
 
-    def share(self, n: int) -> slice:
-        """The rows of n that are this process's: all processes' follow each other and differ by one at most."""
-        return slice(n * self.rank // self.size, n * (self.rank + 1) // self.size)
+    def shard_rows(self, n: int) -> slice:
+        """The rows of n that this process computes: contiguous, in order of rank, as many as others' or one more."""
+        return slice(n * self.rank // self.world_size, n * (self.rank + 1) // self.world_size)
 
-    def device(self, asked: str) -> str:
-        """The name of this process's device: of several on a machine each takes a GPU of its own.
+    # ------------------------------------------------------------------------------------------------------- texts
+
+    def broadcast(self, name: str, make: Callable[[], str]) -> str:
+        """Return in every process the text that `make` returns in the first one; the others do not call it.
+
+        Args:
+            name: a key of the store; each name can be used once.
+            make: called in the first process only.
 
         Raises:
-            UserError: fewer GPUs than processes, or one named for all of them.
+            ProcessLostError: another process has ended; so do all methods below.
         """
-        if self.size == 1 or asked == "cpu" or (asked == "auto" and not torch.cuda.is_available()):
-            return asked
-        if asked not in ("auto", "cuda"):
-            raise UserError(
-                f"device {asked!r} was asked for, for all of {self.size} processes. Use auto or cuda, by which each "
-                "process takes a GPU of its own, or cpu."
-            )
-        if self.local_rank >= torch.cuda.device_count():
-            raise UserError(
-                f"process {self.rank} is number {self.local_rank + 1} of its machine, where torch sees "
-                f"{torch.cuda.device_count()} GPUs. Start at most as many processes per machine as it has GPUs, or use "
-                "--device cpu."
-            )
-        return f"cuda:{self.local_rank}"
-
-    # ------------------------------------------------------------------------------------------------------- words
-
-    def told(self, name: str, make: Callable[[], str]) -> str:
-        """What the first process makes, in all processes. A name is used once."""
         if self.store is None:
             return make()
-        if self.first:
-            made = make()
-            self._call(lambda store: store.set(name, made))
-        return self._heard(name).decode()
+        if self.is_first:
+            text = make()
+            self._call(lambda store: store.set(name, text))
+        return self._read(name).decode()
 
-    def agree(self, name: str, own: Mapping[str, Any]) -> None:
-        """Go on once all processes have found the same.
+    def assert_same(self, name: str, value: Mapping[str, Any]) -> None:
+        """Wait until every process has called this with a value equal to the first process's.
 
         Raises:
-            UserError: what this process has found differs from what the first has.
+            UserError: this process's value differs from the first process's.
         """
         if self.store is None:
             return
-        of_first = json.loads(self.told(name, lambda: json.dumps(own)))
-        differing = [f"{key} is {now} instead of {was}" for key, was, now in differences(of_first, own)]
+        expected = json.loads(self.broadcast(name, lambda: json.dumps(value)))
+        differing = [f"{key} is {here} instead of {first}" for key, first, here in differences(expected, value)]
         if differing:
             raise UserError(
-                f"process {self.rank} of {self.size} differs from process 0: {'; '.join(differing[:5])}. All need the "
-                "same command, packages, data and weights, the same kind of device, and a runs folder that all see."
+                f"process {self.rank} of {self.world_size} differs from process 0: {'; '.join(differing[:5])}. All "
+                "need the same command, packages, data and weights, the same kind of device, and a runs folder that "
+                "all see."
             )
-        self.wait(f"{name}, agreed")
+        self.barrier(f"{name}, checked")
 
-    def wait(self, name: str) -> None:
-        """Go on once all processes have come here. A name is used once."""
+    def barrier(self, name: str) -> None:
+        """Wait until every process has called this; each name can be used once."""
         if self.store is None:
             return
-        if self._call(lambda store: store.add(name, 1)) == self.size:
+        if self._call(lambda store: store.add(name, 1)) == self.world_size:
             self._call(lambda store: store.set(f"{name}, all", ""))
-        self._heard(f"{name}, all")
+        self._read(f"{name}, all")
 
-    def speaks(self) -> bool:
-        """Whether this process is the first that failed, whose message tells the cause."""
+    def fails_first(self) -> bool:
+        """Record that this process has failed; True if it is the first, whose message tells the cause."""
         try:
             return self.store is None or self.store.add(_FAILED, 1) == 1
         except RuntimeError:
-            return True  # the store is gone, so nobody else may be left
+            return True  # the store is gone, and perhaps every other process
 
-    def _heard(self, name: str) -> bytes:
-        """Asked for again and again: within torch's own waiting no signal is heeded."""
-        until = time.monotonic() + _PATIENCE.total_seconds()
+    def _read(self, name: str) -> bytes:
+        """Poll for a key: torch's own waiting ignores signals."""
+        until = time.monotonic() + _TIMEOUT.total_seconds()
         while not self._call(lambda store: store.check([name])):
             if time.monotonic() > until or self._call(lambda store: store.check([_FAILED])):
                 raise ProcessLostError(_LOST)
             time.sleep(_POLL)
-        found: bytes = self._call(lambda store: store.get(name))
-        return found
+        value: bytes = self._call(lambda store: store.get(name))
+        return value
 
     def _call(self, ask: Callable[[Store], Any]) -> Any:
         assert self.store is not None
-        try:
+        with _lost_if_unreachable():
             return ask(self.store)
-        except RuntimeError as error:
-            raise ProcessLostError(_LOST) from error
 
-    # -------------------------------------------------------------------------------------------------------- sums
+    # ----------------------------------------------------------------------------------------------------- tensors
 
     def connect(self, device: torch.device) -> None:
-        """Before the first sum: by NCCL between GPUs, by gloo between CPUs."""
+        """Connect all processes before the first tensor is exchanged: through NCCL between GPUs, gloo between CPUs."""
         if self.store is None:
             return
         if device.type == "cuda":
             torch.cuda.set_device(device)
         from torch.distributed.distributed_c10d import PrefixStore
 
-        self.wait("about to connect")
-        with _reaching():
+        self.barrier("about to connect")
+        with _lost_if_unreachable():
             dist.init_process_group(
                 "nccl" if device.type == "cuda" else "gloo",
                 store=PrefixStore("sums", self.store),
                 rank=self.rank,
-                world_size=self.size,
-                timeout=_PATIENCE,
+                world_size=self.world_size,
+                timeout=_TIMEOUT,
             )
 
     def all_reduce_(self, tensor: Tensor) -> None:
-        """Replace a tensor by its sum over all processes, the same bits in each."""
+        """Replace a tensor by its sum over all processes, which has the same bits in each."""
         if self.store is not None:
-            with _reaching():
+            with _lost_if_unreachable():
                 dist.all_reduce(tensor)
 
     def broadcast_(self, tensor: Tensor) -> None:
         """Replace a tensor by the first process's."""
         if self.store is not None:
-            with _reaching():
+            with _lost_if_unreachable():
                 dist.broadcast(tensor, 0)
 
-    def gathered(self, own: NDArray[np.float32], n: int, device: torch.device) -> NDArray[np.float32]:
-        """All of n rows, of which every process has its own `share`."""
+    def all_gather(self, rows: NDArray[np.float32], n: int, device: torch.device) -> NDArray[np.float32]:
+        """Join the rows of all processes: (shard, ...) of this process's `shard_rows(n)` to (n, ...) in each."""
         if self.store is None:
-            return own
-        whole = torch.zeros(n, *own.shape[1:], device=device)
-        whole[self.share(n)] = torch.from_numpy(own).to(device)
-        self.all_reduce_(whole)
-        found: NDArray[np.float32] = whole.cpu().numpy()
-        return found
+            return rows
+        joined = torch.zeros(n, *rows.shape[1:], device=device)
+        joined[self.shard_rows(n)] = torch.from_numpy(rows).to(device)
+        self.all_reduce_(joined)  # every row is zero in all processes but one
+        result: NDArray[np.float32] = joined.cpu().numpy()
+        return result
 
 
 SINGLE_PROCESS = ProcessGroup()
@@ -204,7 +193,7 @@ _LOST = "another process of this training has ended, or cannot be reached."
 
 
 @contextmanager
-def _reaching() -> Iterator[None]:
+def _lost_if_unreachable() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
@@ -212,109 +201,113 @@ def _reaching() -> Iterator[None]:
 
 
 @contextmanager
-def joined() -> Iterator[ProcessGroup]:
-    """This process's place among those that torchrun, or whatever sets the same variables, has started.
+def join_process_group() -> Iterator[ProcessGroup]:
+    """The process group that torchrun, or whatever else sets its environment variables, has started this process in.
 
-    Of all processes' failures only the first is told; the others follow from it.
+    When several processes fail, only the first to fail prints its message: the others' failures follow from it.
 
     Raises:
         UserError: the processes cannot find each other.
     """
-    ranks = _found()
-    if ranks.size == 1:
-        yield ranks
+    process_group = _from_environment()
+    if process_group.world_size == 1:
+        yield process_group
         return
-    quieten(not ranks.first)
-    _heed_signals(_interrupt_once)
+    quieten(not process_group.is_first)
+    _handle_signals(_interrupt_once)
     try:
-        yield ranks
+        yield process_group
     except (UserError, Interrupted):
-        _heed_signals(signal.SIG_IGN)  # torchrun ends all when one has ended, and nothing is to cut off the message
-        quieten(not ranks.speaks())
+        _handle_signals(signal.SIG_IGN)  # torchrun now ends all processes, and must not cut off the message
+        quieten(not process_group.fails_first())
         raise
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
-def _found() -> ProcessGroup:
-    given = os.environ
-    run = given.get("TORCHELASTIC_RUN_ID")
-    # A run without a name is the one of this parent process.
-    launch = f"{socket.gethostname()}:{os.getppid()}" if run == "none" else run
-    restarted = given.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+def _from_environment() -> ProcessGroup:
+    environment = os.environ
+    run_id = environment.get("TORCHELASTIC_RUN_ID")
+    # torchrun calls every run without a name "none": its parent process tells those apart.
+    launch = f"{socket.gethostname()}:{os.getppid()}" if run_id == "none" else run_id
+    restarted = environment.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
     needed = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    if any(name not in given for name in needed) or given["WORLD_SIZE"] == "1":
+    if any(name not in environment for name in needed) or environment["WORLD_SIZE"] == "1":
         return ProcessGroup(launch=launch, restarted=restarted)
     from torch.distributed.distributed_c10d import PrefixStore
     from torch.distributed.rendezvous import rendezvous
 
     try:
-        store, rank, size = next(rendezvous("env://", timeout=_PATIENCE))
-        local_rank = int(given.get("LOCAL_RANK", "0"))
-        generation = _generation(store, rank, size)
+        store, rank, world_size = next(rendezvous("env://", timeout=_TIMEOUT))
+        local_rank = int(environment.get("LOCAL_RANK", "0"))
+        generation = _generation(store, rank, world_size)
     except (ValueError, RuntimeError) as error:
-        described = ", ".join(f"{name}={given[name]}" for name in needed)
+        described = ", ".join(f"{name}={environment[name]}" for name in needed)
         raise UserError(
             f"the processes of this training cannot find each other by {described} ({error}). Start them with "
             "torchrun, or unset these variables to train in a single process."
         ) from error
-    return ProcessGroup(rank, size, local_rank, PrefixStore(generation, store), launch, restarted)
+    return ProcessGroup(rank, world_size, local_rank, PrefixStore(generation, store), launch, restarted)
 
 
-def _generation(store: Store, rank: int, size: int) -> str:
-    """A name for all processes that are alive now.
+def _generation(store: Store, rank: int, world_size: int) -> str:
+    """Agree on a prefix for the keys of all processes that are alive now.
 
-    torchrun's store outlives them: after a restart it still holds the words of those that have ended, and on several
-    machines not even the number of restarts is the same. So the first process answers whoever is there until all have
-    heard the new name.
+    torchrun's store outlives the processes: after a restart it still holds the texts of those that have ended, and on
+    several machines not even the number of restarts is the same. So the first process makes up a new prefix and answers
+    whoever says hello until every other process has confirmed it.
     """
-    until = time.monotonic() + _PATIENCE.total_seconds()
+    until = time.monotonic() + _TIMEOUT.total_seconds()
 
-    def wait() -> None:
+    def sleep() -> None:
         if time.monotonic() > until:
-            raise RuntimeError("not all have come")
+            raise RuntimeError("not all processes have come")
         time.sleep(_POLL)
 
     if rank > 0:
-        own = uuid.uuid4().hex
-        store.set(f"hello {rank}", own)
-        while not store.check([f"welcome {own}"]):
-            wait()
-        name: str = store.get(f"welcome {own}").decode()
+        caller = uuid.uuid4().hex
+        store.set(f"hello {rank}", caller)
+        while not store.check([f"welcome {caller}"]):
+            sleep()
+        name: str = store.get(f"welcome {caller}").decode()
         store.set(f"{name} here {rank}", "")
         return name
     name = f"generation {store.add('generation', 1)}"
-    missing = set(range(1, size))
+    missing = set(range(1, world_size))
     while missing:
-        for each in [each for each in missing if store.check([f"hello {each}"])]:
-            store.set(f"welcome {store.get(f'hello {each}').decode()}", name)
-        missing = {each for each in missing if not store.check([f"{name} here {each}"])}
+        for other in [other for other in missing if store.check([f"hello {other}"])]:
+            store.set(f"welcome {store.get(f'hello {other}').decode()}", name)
+        missing = {other for other in missing if not store.check([f"{name} here {other}"])}
         if missing:
-            wait()
+            sleep()
     return name
 
 
-def _heed_signals(how: Any) -> None:
-    for each in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(each, how)
+def _handle_signals(handler: Any) -> None:
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, handler)
 
 
 def _interrupt_once(signum: int, frame: object) -> None:
-    """torchrun signals what the terminal has signalled before: the second must not disturb what follows the first."""
-    _heed_signals(signal.SIG_IGN)
+    """Interrupt, and ignore further signals: torchrun repeats the terminal's, which would disturb the cleaning up."""
+    _handle_signals(signal.SIG_IGN)
     raise Interrupted
 
 
 # --------------------------------------------------------------------------------------------------------- batch norms
 
 
-def synchronize_batch_norms(model: nn.Module, ranks: ProcessGroup) -> int:
-    """Have every batch norm of a model, in place, take its statistics of the whole batch; returns how many.
+def synchronize_batch_norms(model: nn.Module, process_group: ProcessGroup) -> int:
+    """Replace every batch norm of a model, in place, by one whose statistics are of all processes' images.
 
-    Names and tensors stay. torch's own `SyncBatchNorm` needs a GPU, and this one is the same code on any device.
+    The names of modules and tensors stay. torch's `SyncBatchNorm` is not used because it needs a GPU
+    (docs/decisions/lora.md).
+
+    Returns:
+        How many batch norms were replaced.
 
     Raises:
-        UserError: a kind of batch norm that is not known.
+        UserError: a batch norm of a class that is not known.
     """
     norms = [(name, module) for name, module in model.named_modules() if isinstance(module, _BatchNorm)]
     for name, module in norms:
@@ -322,74 +315,75 @@ def synchronize_batch_norms(model: nn.Module, ranks: ProcessGroup) -> int:
             raise UserError(
                 f"{type(model).__name__} has a batch norm of its own kind ({name}, {type(module).__name__}), whose "
                 "statistics over several processes are not known. Train the whole network in a single process, or use "
-                "--method lora."
+                "`method='lora'`."
             )
         parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, SynchronizedBatchNorm(module, ranks))
+        setattr(model.get_submodule(parent), child, SynchronizedBatchNorm(module, process_group))
     return len(norms)
 
 
 class SynchronizedBatchNorm(nn.Module):
-    """A batch norm, with its activation where timm joins the two, whose batch is that of all processes."""
+    """A batch norm, with its activation where timm joins the two, over the images of all processes."""
 
-    def __init__(self, own: _BatchNorm, ranks: ProcessGroup) -> None:
+    def __init__(self, norm: _BatchNorm, process_group: ProcessGroup) -> None:
         super().__init__()
-        self.weight, self.bias = own.weight, own.bias
-        for name, buffer in own.named_buffers(recurse=False):
+        self.weight, self.bias = norm.weight, norm.bias
+        for name, buffer in norm.named_buffers(recurse=False):
             self.register_buffer(name, buffer)
-        self.drop: nn.Module = getattr(own, "drop", nn.Identity())
-        self.act: nn.Module = getattr(own, "act", nn.Identity())
-        assert own.momentum is not None
-        self.momentum, self.eps, self.ranks = own.momentum, own.eps, ranks
-        self.train(own.training)
+        self.drop: nn.Module = getattr(norm, "drop", nn.Identity())
+        self.act: nn.Module = getattr(norm, "act", nn.Identity())
+        assert norm.momentum is not None
+        self.momentum, self.eps, self.process_group = norm.momentum, norm.eps, process_group
+        self.train(norm.training)
 
     def forward(self, x: Tensor) -> Tensor:
         """(n, c, ...) -> (n, c, ...)."""
         mean: Tensor = self.running_mean  # type: ignore[assignment]
         var: Tensor = self.running_var  # type: ignore[assignment]
         if self.training:
-            y = self._shared(x, mean, var)
+            y = self._normalise_together(x, mean, var)
         else:
             y = F.batch_norm(x, mean, var, self.weight, self.bias, eps=self.eps)
-        found: Tensor = self.act(self.drop(y))
-        return found
+        activated: Tensor = self.act(self.drop(y))
+        return activated
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def _shared(self, x: Tensor, running_mean: Tensor, running_var: Tensor) -> Tensor:
-        y, mean, unbiased = _SynchronizedBatchNorm.apply(x, self.weight, self.bias, self.eps, self.ranks)
+    def _normalise_together(self, x: Tensor, running_mean: Tensor, running_var: Tensor) -> Tensor:
+        y: Tensor
+        y, mean, unbiased = _SynchronizedBatchNorm.apply(x, self.weight, self.bias, self.eps, self.process_group)
         running_mean.mul_(1 - self.momentum).add_(mean, alpha=self.momentum)
         running_var.mul_(1 - self.momentum).add_(unbiased, alpha=self.momentum)
-        shared: Tensor = y
-        return shared
+        return y
 
 
 class _SynchronizedBatchNorm(torch.autograd.Function):
-    """y = (x - mean) / sqrt(var + eps) * weight + bias, mean and var over the batches of all processes.
+    """y = (x - mean) / sqrt(var + eps) * weight + bias, with mean and var over the images of all processes.
 
-    Gradients of weight and bias are of this process's images alone, as all others are before they are summed.
+    The gradients of weight and bias are those of this process's images alone, like all other gradients before they are
+    summed over processes.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, ranks: ProcessGroup
+        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, process_group: ProcessGroup
     ) -> tuple[Tensor, Tensor, Tensor]:
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         axes, shape = _axes(x)
         var, mean = torch.var_mean(wide, axes, correction=0)
         count = x.numel() // x.shape[1]
-        # (size, 2c + 1): every process fills its own row. Merged by means and squares about them, in float64.
-        rows = torch.zeros(ranks.size, 2 * len(mean) + 1, dtype=torch.float64, device=x.device)
-        rows[ranks.rank] = torch.cat([mean, var, mean.new_tensor([count])])
-        ranks.all_reduce_(rows)
+        # (world_size, 2c + 1): each process fills one row. Merged in float64, by the means and the squares about them.
+        rows = torch.zeros(process_group.world_size, 2 * len(mean) + 1, dtype=torch.float64, device=x.device)
+        rows[process_group.rank] = torch.cat([mean, var, mean.new_tensor([count])])
+        process_group.all_reduce_(rows)
         means, variances, counts = torch.split(rows, [len(mean), len(mean), 1], dim=1)
         total = counts.sum()
-        together = (counts * means).sum(0) / total
-        squares = (counts * (variances + (means - together) ** 2)).sum(0)
-        mean, scale = together.to(wide), (squares / total + eps).rsqrt().to(wide)
+        overall = (counts * means).sum(0) / total
+        squares = (counts * (variances + (means - overall) ** 2)).sum(0)
+        mean, scale = overall.to(wide), (squares / total + eps).rsqrt().to(wide)
         gain = scale if weight is None else scale * weight
         offset = -mean * gain if bias is None else bias - mean * gain
         ctx.save_for_backward(x, weight, mean, scale)
-        ctx.total, ctx.ranks = total.to(wide), ranks
+        ctx.total, ctx.process_group = total.to(wide), process_group
         unbiased = (squares / (total - 1)).to(wide)
         ctx.mark_non_differentiable(mean, unbiased)
         return torch.addcmul(offset.view(shape), wide, gain.view(shape)).to(x.dtype), mean, unbiased
@@ -401,17 +395,17 @@ class _SynchronizedBatchNorm(torch.autograd.Function):
         axes, shape = _axes(x)
         wide = grad.to(mean.dtype)
         normed = (x.to(mean.dtype) - mean.view(shape)) * scale.view(shape)
-        own = torch.stack([wide.sum(axes), (wide * normed).sum(axes)])  # (2, c)
-        together = own.clone()
-        ctx.ranks.all_reduce_(together)
-        along, across = (together / ctx.total).unbind()
+        local = torch.stack([wide.sum(axes), (wide * normed).sum(axes)])  # (2, c) over this process's images
+        overall = local.clone()
+        ctx.process_group.all_reduce_(overall)
+        along, across = (overall / ctx.total).unbind()
         gain = scale if weight is None else scale * weight
         grad_x = (wide - along.view(shape) - normed * across.view(shape)) * gain.view(shape)
-        grad_weight = None if weight is None else own[1].to(weight.dtype)
-        grad_bias = None if weight is None else own[0].to(weight.dtype)
+        grad_weight = None if weight is None else local[1].to(weight.dtype)
+        grad_bias = None if weight is None else local[0].to(weight.dtype)
         return grad_x.to(x.dtype), grad_weight, grad_bias, None, None
 
 
 def _axes(x: Tensor) -> tuple[list[int], list[int]]:
-    """The axes that a batch norm averages over, and the shape in which a value per channel meets x."""
+    """The axes that a batch norm averages over, and the shape in which one value per channel broadcasts against x."""
     return [0, *range(2, x.ndim)], [1, -1] + [1] * (x.ndim - 2)

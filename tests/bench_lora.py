@@ -24,9 +24,9 @@ from torch import Tensor, nn
 
 from extract.backbones import Backbone, build_model, find_backbone
 from features.console import show
+from finetune.compute import Compute
 from finetune.lora import TARGETS, LoraOptions
 from finetune.network import Network
-from finetune.train import Compute
 
 N_FOLDS = 5
 
@@ -78,7 +78,7 @@ def measure(arguments: argparse.Namespace, precision: str, table: Table) -> None
 
     def ours(folds_at_once: int) -> None:
         network.clear_gradients()
-        Compute(torch.device("cpu"), precision, folds_at_once).each(network, range(N_FOLDS), train_group)
+        Compute(torch.device("cpu"), precision, folds_at_once).map_passes(network, range(N_FOLDS), train_group)
         network.gather_gradients()
 
     def train_peft(model: nn.Module, images: Tensor) -> None:

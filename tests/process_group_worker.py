@@ -1,4 +1,4 @@
-"""What does one of several processes do in test_ddp.py? Started by torchrun.
+"""What does one of several processes do in test_process_group.py? Started by torchrun.
 
 `train FOLDER` trains the cases below and the first process writes what became of each. `finetune RANK STEP ...` is
 fm-finetune whose process RANK kills itself in its STEP-th step, unless torchrun has started it again; the first is 1.
@@ -10,7 +10,7 @@ import json
 import os
 import signal
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +23,11 @@ from torch import Tensor
 from extract.backbones import Backbone
 from finetune import train as training
 from finetune.checkpoint import State
+from finetune.compute import Compute, checkpoint_gradients
 from finetune.network import Method
-from finetune.process_group import SINGLE_PROCESS, ProcessGroup, joined
+from finetune.process_group import SINGLE_PROCESS, ProcessGroup, join_process_group
 from finetune.recipes import Recipe
-from finetune.train import Compute, new_state, train
+from finetune.train import new_state, train
 
 TWO_EPOCHS = replace(RECIPE, epochs=2)
 
@@ -64,20 +65,20 @@ def linear_steps(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
     return optimizer
 
 
-def outcome(case: Case, ranks: ProcessGroup = SINGLE_PROCESS) -> State:
+def outcome(case: Case, process_group: ProcessGroup = SINGLE_PROCESS) -> State:
     """The state after a case's last epoch."""
     make = training._optimizer
     training._optimizer = lambda *given: linear_steps(make(*given)) if case.linear else make(*given)
     try:
-        return _outcome(case, ranks)
+        return _outcome(case, process_group)
     finally:
         training._optimizer = make
 
 
-def _outcome(case: Case, ranks: ProcessGroup) -> State:
+def _outcome(case: Case, process_group: ProcessGroup) -> State:
     network = tiny_network(case.method, case.backbone, lora=DROPPING, dtype=case.dtype)
     if case.checkpoint_gradients:
-        assert training.checkpoint_gradients(network)
+        assert checkpoint_gradients(network)
     state = new_state(network)
     train(
         network,
@@ -85,7 +86,7 @@ def _outcome(case: Case, ranks: ProcessGroup) -> State:
         case.recipe,
         state=state,
         seed=SEED,
-        machine=Compute(CPU, "fp32", case.folds_at_once, ranks),
+        compute=Compute(CPU, "fp32", case.folds_at_once, process_group),
         save=nothing,
         advance=nothing,
     )
@@ -102,17 +103,18 @@ def _train(folder: Path) -> None:
     from finetune import network
 
     network.embed = exact_embed  # type: ignore[assignment]
-    with joined() as ranks:
+    with join_process_group() as process_group:
         device = torch.device("cpu")
-        ranks.connect(device)
+        process_group.connect(device)
         for name, case in CASES.items():
-            state = outcome(case, ranks)
+            state = outcome(case, process_group)
             tensors = {kind: getattr(state, kind).contiguous() for kind in ("values", "best", "moments")}
             same = tensors["values"].clone()
-            ranks.broadcast_(same)
-            assert torch.equal(same, tensors["values"]), f"process {ranks.rank} has other values: {name}"
-            if ranks.first:
-                described = {"history": state.history, "n_steps": state.n_steps, "n_images": state.n_images}
+            process_group.broadcast_(same)
+            assert torch.equal(same, tensors["values"]), f"process {process_group.rank} has other values: {name}"
+            if process_group.is_first:
+                history = {fold: [asdict(epoch) for epoch in epochs] for fold, epochs in state.history.items()}
+                described = {"history": history, "n_steps": state.n_steps, "n_images": state.n_images}
                 save_file(tensors, folder / f"{name}.safetensors", {"state": json.dumps(described)})
 
 

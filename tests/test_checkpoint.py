@@ -21,12 +21,14 @@ from extract.backbones import find_backbone
 from extract.views import make_transform, parse_view
 from features import files
 from features.console import UserError
-from finetune import checkpoint, protocol
+from finetune import checkpoint, score, setup
+from finetune import finetune as finetuning
 from finetune.checkpoint import CHECKPOINT_FILE, FORMAT, START_FILE, State, load_state, save_state
+from finetune.finetune import finetune, resume
 from finetune.lora import LoraOptions
 from finetune.network import Method
-from finetune.protocol import ComputeOptions, FinetuneOptions, finetune, resume
-from probe.runs import read_predictions, read_run
+from finetune.options import ComputeOptions, FinetuneOptions
+from probe.runs import EpochRecord, RunRecord, read_predictions, read_run
 
 CPU = torch.device("cpu")
 
@@ -47,7 +49,7 @@ def some_state() -> State:
         moments=torch.randn(3, 2, 5, generator=generator),
         n_steps=[4, 5, 6],
         history={
-            fold: [{"loss": 1 / 3 + fold, "balanced_accuracy": 0.1 + 0.2, "auroc": 2 / 3, "learning_rate": 1e-7 / 3}]
+            fold: [EpochRecord(1 / 3 + fold, balanced_accuracy=0.1 + 0.2, auroc=2 / 3, learning_rate=1e-7 / 3)]
             for fold in range(4)
         },
         seconds=1 / 7,
@@ -107,7 +109,7 @@ def damages() -> dict[str, Any]:
 def test_a_damaged_checkpoint_is_named_with_a_remedy(tmp_path: Path, damage: str) -> None:
     save_state(tmp_path, some_state())
     damages()[damage](tmp_path / CHECKPOINT_FILE)
-    with pytest.raises(UserError, match=rf"{CHECKPOINT_FILE} is damaged.*--resume"):
+    with pytest.raises(UserError, match=rf"{CHECKPOINT_FILE} is damaged.*`resume`"):
         load_state(tmp_path, CPU)
 
 
@@ -190,8 +192,15 @@ def options(material: Path, method: Method, **chosen: Any) -> FinetuneOptions:
     )
 
 
-def compute(material: Path, method: Method) -> ComputeOptions:
+def compute_options(material: Path, method: Method) -> ComputeOptions:
     return ComputeOptions(weights=material / f"{MODELS[method]}.safetensors", device="cpu")
+
+
+def run_folder(run: RunRecord | None) -> Path:
+    """Where a finished run is."""
+    assert run is not None
+    assert run.folder is not None
+    return run.folder
 
 
 def content(path: Path) -> Any:
@@ -204,7 +213,7 @@ def content(path: Path) -> Any:
 
 def outcome(folder: Path) -> dict[str, Any]:
     """Everything of a run that a reader may use, but for what tells one run from another: name, time and cost."""
-    record = read_run(folder)
+    record = read_run(folder).as_json()
     kept = {key: value for key, value in record.items() if key not in ("id", "created", "cost")}
     del kept["sha256"]["run.json"]  # of these three too
     weights = {path.relative_to(folder).as_posix(): content(path) for path in folder.glob("fold-*/*")}
@@ -226,8 +235,12 @@ def undisturbed(
     for method in MODELS:
         with pytest.MonkeyPatch.context() as patched:
             states = remembering(patched)
-            folder = finetune(
-                options(material, method), compute=compute(material, method), runs=tmp_path_factory.mktemp("runs")
+            folder = run_folder(
+                finetune(
+                    options(material, method),
+                    compute_options=compute_options(material, method),
+                    runs=tmp_path_factory.mktemp("runs"),
+                )
             )
         found[method] = outcome(folder), states
     return found
@@ -247,14 +260,14 @@ def remembering(patched: pytest.MonkeyPatch, *, kill_after: int | None = None) -
         if len(states) == kill_after:
             raise Killed
 
-    patched.setattr(protocol, "save_state", remember)
+    patched.setattr(finetuning, "save_state", remember)
     return states
 
 
 def interrupted(material: Path, method: Method, runs: Path) -> Path:
     """The folder of a training that is killed on its way by whatever has been patched."""
     with pytest.raises(Killed):
-        finetune(options(material, method), compute=compute(material, method), runs=runs)
+        finetune(options(material, method), compute_options=compute_options(material, method), runs=runs)
     (folder,) = runs.iterdir()
     assert not (folder / "run.json").exists()
     assert (folder / START_FILE).exists()
@@ -280,7 +293,7 @@ def test_a_training_killed_after_any_epoch_ends_as_if_it_had_not_been(
         folder = interrupted(material, method, tmp_path)
     with pytest.MonkeyPatch.context() as patched:
         rest = remembering(patched)
-        assert resume(folder, given={}, compute={}) == folder
+        assert run_folder(resume(folder)) == folder
     assert len(first + rest) == len(all_states)
     for found, plain in zip(first + rest, all_states, strict=True):
         assert_equal(found, plain, but=frozenset({"seconds"}))
@@ -294,13 +307,13 @@ def test_a_training_killed_after_any_epoch_ends_as_if_it_had_not_been(
 
 
 MOMENTS = {
-    "before training": ("_pixels", 1, 1),
-    "before a round of folds": ("train", 1, 2),
-    "while folds are saved": ("fold_folder", 2, 2),
-    "before scoring": ("_judge", 1, 1),
-    "while held-out patches are scored": ("validation_logits", 1, 2),
-    "while test patches are scored": ("patch_logits", 1, 2),
-    "before the run is written": ("finish_run", 1, 1),
+    "before training": (setup, "_pixels", 1, 1),
+    "before a network is trained": (finetuning, "train", 1, 2),
+    "while folds are saved": (finetuning, "fold_folder", 2, 2),
+    "before scoring": (finetuning, "score", 1, 1),
+    "while held-out patches are scored": (score, "validation_logits", 1, 2),
+    "while test patches are scored": (score, "patch_logits", 1, 2),
+    "before the run is written": (finetuning, "finish_run", 1, 1),
 }
 
 
@@ -309,8 +322,8 @@ MOMENTS = {
 def test_a_training_killed_anywhere_else_ends_as_if_it_had_not_been(
     material: Path, tmp_path: Path, undisturbed: dict[Method, Any], method: Method, moment: str
 ) -> None:
-    where, at_lora, at_full = MOMENTS[moment]  # the k-th call of a function; full training goes fold by fold
-    function, left = getattr(protocol, where), at_lora if method == "lora" else at_full
+    module, where, at_lora, at_full = MOMENTS[moment]  # the k-th call of a function; full training goes fold by fold
+    function, left = getattr(module, where), at_lora if method == "lora" else at_full
 
     def killed(*given: Any, **named: Any) -> Any:
         nonlocal left
@@ -320,9 +333,9 @@ def test_a_training_killed_anywhere_else_ends_as_if_it_had_not_been(
         return function(*given, **named)
 
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(protocol, where, killed)
+        patched.setattr(module, where, killed)
         folder = interrupted(material, method, tmp_path)
-    resume(folder, given={}, compute={})
+    resume(folder)
     assert_same_outcome(outcome(folder), undisturbed[method][0])
 
 
@@ -336,26 +349,26 @@ def test_a_training_may_be_killed_again_and_again(
         with pytest.MonkeyPatch.context() as patched:
             remembering(patched, kill_after=1)
             with pytest.raises(Killed):
-                resume(folder, given={}, compute={})
-    resume(folder, given={}, compute={})
+                resume(folder)
+    resume(folder)
     assert_same_outcome(outcome(folder), undisturbed["full"][0])
 
 
 def test_a_training_killed_before_its_files_are_swept_counts_as_finished(
     material: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    finish = protocol.finish_run
+    finish = finetuning.finish_run
 
     def finish_and_die(*given: Any, **named: Any) -> None:
         finish(*given, **named)
         raise Killed
 
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(protocol, "finish_run", finish_and_die)
+        patched.setattr(finetuning, "finish_run", finish_and_die)
         with pytest.raises(Killed):
-            finetune(options(material, "head"), compute=compute(material, "head"), runs=tmp_path)
+            finetune(options(material, "head"), compute_options=compute_options(material, "head"), runs=tmp_path)
     (folder,) = tmp_path.iterdir()
-    assert resume(folder, given={}, compute={}) == folder
+    assert run_folder(resume(folder)) == folder
     assert "has finished already" in capsys.readouterr().err
     assert not (folder / CHECKPOINT_FILE).exists()
     assert not (folder / START_FILE).exists()
@@ -366,7 +379,7 @@ def test_what_a_killed_writer_left_is_swept_up(material: Path, tmp_path: Path) -
         remembering(patched, kill_after=1)
         folder = interrupted(material, "head", tmp_path)
     files.temporary_name(folder / CHECKPOINT_FILE).write_bytes(b"half")
-    resume(folder, given={}, compute={})
+    resume(folder)
     assert not list(folder.rglob(f"*{files.PARTIAL}"))
 
 
@@ -385,9 +398,9 @@ def test_a_disk_that_fills_up_ends_training_and_the_rest_follows_on_resuming(
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(checkpoint, "write_file", full)
         with pytest.raises(UserError, match=r"cannot write to.*No space left on device.*free some space"):
-            finetune(options(material, "lora"), compute=compute(material, "lora"), runs=tmp_path)
+            finetune(options(material, "lora"), compute_options=compute_options(material, "lora"), runs=tmp_path)
     (folder,) = tmp_path.iterdir()
-    resume(folder, given={}, compute={})
+    resume(folder)
     assert_same_outcome(outcome(folder), undisturbed["lora"][0])
 
 
@@ -398,7 +411,7 @@ def test_resuming_may_compute_in_another_way(
     with pytest.MonkeyPatch.context() as patched:
         remembering(patched, kill_after=1)
         folder = interrupted(material, method, tmp_path)
-    resume(folder, given={}, compute={"folds_at_once": 2, "merge": True})
+    resume(folder, given={"folds_at_once": 2, "merge": True})
     assert (folder / "fold-1" / "model.safetensors").exists()
     expected, found = undisturbed[method][0], outcome(folder)
     assert found["best_epoch"] == expected["best_epoch"]
@@ -414,14 +427,16 @@ def test_a_damaged_checkpoint_deleted_as_told_starts_again(
         folder = interrupted(material, "lora", tmp_path)
     (folder / CHECKPOINT_FILE).write_bytes(b"damaged")
     with pytest.raises(UserError, match=rf"{CHECKPOINT_FILE} is damaged"):
-        resume(folder, given={}, compute={})
+        resume(folder)
     (folder / CHECKPOINT_FILE).unlink()
-    resume(folder, given={}, compute={})
+    resume(folder)
     assert_same_outcome(outcome(folder), undisturbed["lora"][0])
 
 
 def test_the_same_command_gives_the_same_bytes(material: Path, tmp_path: Path, undisturbed: dict[Method, Any]) -> None:
-    folder = finetune(options(material, "lora"), compute=compute(material, "lora"), runs=tmp_path)
+    folder = run_folder(
+        finetune(options(material, "lora"), compute_options=compute_options(material, "lora"), runs=tmp_path)
+    )
     assert_same_outcome(outcome(folder), undisturbed["lora"][0])
 
 
@@ -431,16 +446,20 @@ def test_predictions_are_those_of_the_best_epochs(material: Path, tmp_path: Path
 
     def run_of(epochs: int) -> Path:
         short = options(material, "lora", **chosen, epochs=epochs)
-        return finetune(short, compute=compute(material, "lora"), runs=tmp_path / str(epochs))
+        return run_folder(
+            finetune(short, compute_options=compute_options(material, "lora"), runs=tmp_path / str(epochs))
+        )
 
     with pytest.MonkeyPatch.context() as patched:
         states = remembering(patched)
         folder = run_of(4)
     predictions, run = read_predictions(folder), read_run(folder)
-    assert all(best < 3 for best in run["best_epoch"]), "the last epoch of this example must not be the best"
-    assert max(run["best_epoch"]) > 0, "nor may the first always be"
-    for fold, (history, best) in enumerate(zip(run["history"], run["best_epoch"], strict=True)):
-        figures = [epoch["balanced_accuracy"] for epoch in history]
+    assert run.best_epoch is not None
+    assert run.history is not None
+    assert all(best < 3 for best in run.best_epoch), "the last epoch of this example must not be the best"
+    assert max(run.best_epoch) > 0, "nor may the first always be"
+    for fold, (history, best) in enumerate(zip(run.history, run.best_epoch, strict=True)):
+        figures = [epoch.balanced_accuracy for epoch in history]
         assert best == int(np.argmax(figures))
         own = predictions.select((predictions.fold == fold) & (predictions.split == "validation"))
         hit = (own.logit >= 0) == own.label
@@ -471,8 +490,8 @@ def begun(material: Path, tmp_path: Path) -> Path:
 def test_options_given_again_must_be_those_of_the_start(begun: Path, tmp_path: Path) -> None:
     same = {"epochs": EPOCHS, "lora.rank": 2, "test": (), "model": "timm/test_vit"}
     with pytest.raises(UserError, match=r"seed 7 instead of 42.*lora.rank 4 instead of 2"):
-        resume(begun, given={"seed": 7, "epochs": EPOCHS, "lora.rank": 4}, compute={})
-    resume(begun, given=same, compute={})
+        resume(begun, given={"seed": 7, "epochs": EPOCHS, "lora.rank": 4})
+    resume(begun, given=same)
 
 
 @pytest.mark.parametrize(
@@ -489,7 +508,7 @@ def test_what_has_changed_since_the_start_is_named(begun: Path, tmp_path: Path, 
         save_file(timm.create_model("test_vit", num_classes=0).state_dict(), tmp_path / "test_vit.safetensors")
     before = (begun / CHECKPOINT_FILE).read_bytes()
     with pytest.raises(UserError, match=rf"cannot be resumed.*{named}.*Restore it"):
-        resume(begun, given={}, compute={})
+        resume(begun)
     assert (begun / CHECKPOINT_FILE).read_bytes() == before
 
 
@@ -500,7 +519,7 @@ def test_other_package_versions_are_told_and_go_on(
     record["versions"]["torch"] = "1.0"
     del record["sha256"]
     (begun / START_FILE).write_text(json.dumps(record))
-    resume(begun, given={}, compute={})
+    resume(begun)
     assert "versions have changed" in capsys.readouterr().err
 
 
@@ -517,14 +536,14 @@ def test_other_package_versions_are_told_and_go_on(
 def test_a_start_that_cannot_be_read_is_named(begun: Path, tmp_path: Path, content: bytes, message: str) -> None:
     (begun / START_FILE).write_bytes(content)
     with pytest.raises(UserError, match=message):
-        resume(begun, given={}, compute={})
+        resume(begun)
 
 
 def test_a_folder_that_is_no_training_is_named_with_one_that_is(begun: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=rf"no interrupted training.*Did you mean {begun.name}"):
-        resume(begun.with_name(begun.name[:-1]), given={}, compute={})
+        resume(begun.with_name(begun.name[:-1]), given={})
     with pytest.raises(UserError, match="no interrupted training"):
-        resume(begun / START_FILE, given={}, compute={})  # a file
+        resume(begun / START_FILE, given={})  # a file
 
 
 def test_any_flipped_bit_of_an_interrupted_training_is_refused(begun: Path) -> None:
@@ -535,7 +554,7 @@ def test_any_flipped_bit_of_an_interrupted_training_is_refused(begun: Path) -> N
             data[bit // 8] ^= 1 << bit % 8
             (begun / name).write_bytes(data)
             with pytest.raises(UserError):
-                resume(begun, given={}, compute={})
+                resume(begun)
         (begun / name).write_bytes(whole)
 
 
@@ -546,7 +565,7 @@ def test_a_test_set_that_has_changed_since_the_start_is_named(material: Path, tm
         remembering(patched, kill_after=1)
         asked = options(material, "head", test=(str(others),))
         with pytest.raises(Killed):
-            finetune(asked, compute=compute(material, "head"), runs=tmp_path / "runs")
+            finetune(asked, compute_options=compute_options(material, "head"), runs=tmp_path / "runs")
     (folder,) = (tmp_path / "runs").iterdir()
     if what == "patch":
         Image.fromarray(np.zeros((32, 32, 3), dtype=np.uint8)).save(tmp_path / "3.png")
@@ -555,7 +574,7 @@ def test_a_test_set_that_has_changed_since_the_start_is_named(material: Path, tm
         assert old in others.read_text()
         others.write_text(others.read_text().replace(old, new))
     with pytest.raises(UserError, match=r"cannot be resumed.*bright.*Restore it"):
-        resume(folder, given={}, compute={})
+        resume(folder)
 
 
 @pytest.mark.parametrize("part", ["values", "best", "moments", "history"])
@@ -596,7 +615,7 @@ def test_rows_train_validate_and_test_as_the_table_says_in_whatever_order(materi
     lines = [f"{id},{('Normal', 'Atypical')[label]},{group},{split}" for id, (label, group, split) in rows.items()]
     table.write_text("\n".join(["path,label,group,split", *lines]))
     asked = options(material, "full", train=str(table), learning_rate=3e-3)
-    folder = finetune(asked, compute=compute(material, "full"), runs=tmp_path / "runs")
+    folder = run_folder(finetune(asked, compute_options=compute_options(material, "full"), runs=tmp_path / "runs"))
     predictions, run = read_predictions(folder), read_run(folder)
     for split, name in (("train", "validation"), ("test", "test")):
         ids = predictions.id[predictions.split == name]
@@ -604,7 +623,9 @@ def test_rows_train_validate_and_test_as_the_table_says_in_whatever_order(materi
         assert len(ids) == len(set(ids.tolist())) * (1 if split == "train" else FOLDS)
     for id, label, group in zip(predictions.id, predictions.label, predictions.group, strict=True):
         assert (label, group) == rows[id][:2]
-    assert run["cost"]["training_images"] == EPOCHS * sum(
+    assert run.history is not None
+    assert run.best_epoch is not None
+    assert run.cost.training_images == EPOCHS * sum(
         int(np.ceil((14 - (predictions.fold[predictions.split == "validation"] == fold).sum()) / 4)) * 4
         for fold in range(FOLDS)
     )
@@ -620,7 +641,7 @@ def test_rows_train_validate_and_test_as_the_table_says_in_whatever_order(materi
         held_out = own.select(own.split == "validation")
         hit = (held_out.logit >= 0) == held_out.label
         accuracy = np.mean([hit[held_out.label == value].mean() for value in (0, 1)])
-        assert accuracy == pytest.approx(run["history"][fold][run["best_epoch"][fold]]["balanced_accuracy"])
+        assert accuracy == pytest.approx(run.history[fold][run.best_epoch[fold]].balanced_accuracy)
 
 
 def test_the_seed_asked_for_is_the_seed_trained_with(material: Path, tmp_path: Path) -> None:
@@ -631,7 +652,9 @@ def test_the_seed_asked_for_is_the_seed_trained_with(material: Path, tmp_path: P
         raise Killed
 
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(protocol, "train", listen)
+        patched.setattr(finetuning, "train", listen)
         with pytest.raises(Killed):
-            finetune(options(material, "head", seed=7), compute=compute(material, "head"), runs=tmp_path)
+            finetune(
+                options(material, "head", seed=7), compute_options=compute_options(material, "head"), runs=tmp_path
+            )
     assert seeds == [7]

@@ -1,5 +1,6 @@
 """Does extraction write the right embeddings, once, whatever interrupts it?"""
 
+import dataclasses
 import hashlib
 import random
 import signal
@@ -15,13 +16,17 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from extract import compute, embed
-from extract.backbones import build_model, find_backbone
+from extract import compute, embed, prepare
+from extract.backbones import Backbone, Weights, build_model, find_backbone
 from extract.compute import choose_precision, embed_batch, largest_batch, optimize_for_inference
-from extract.datasets import load_dataset
-from extract.embed import ExtractOptions, extract_dataset
+from extract.datasets import PatchDataset, load_dataset
+from extract.embed import extract_dataset
+from extract.prepare import ExtractOptions, fingerprint_parts
 from extract.views import make_transform, parse_view
 from features.console import UserError
+from features.entry import Entry
+from features.fingerprint import fingerprint
+from features.samples import make_samples
 from features.store import FeatureStore
 
 CPU = torch.device("cpu")
@@ -94,7 +99,7 @@ def test_every_pooling_and_view_equals_a_plain_forward_pass(patches, weights, tm
 
 def test_the_same_command_again_computes_nothing(patches, weights, tmp_path, monkeypatch):
     before = content(run(patches, weights, tmp_path / "s.zarr").path)
-    monkeypatch.setattr(embed, "build_model", lambda *a, **k: pytest.fail("a network was built for nothing"))
+    monkeypatch.setattr(prepare, "build_model", lambda *a, **k: pytest.fail("a network was built for nothing"))
     assert content(run(patches, weights, tmp_path / "s.zarr").path) == before
 
 
@@ -103,7 +108,7 @@ def test_several_models_share_one_decode(patches, weights, tmp_path, monkeypatch
     decoded = []
     counting = type(dataset)(**(vars(dataset) | {"decode": lambda row: decoded.append(row) or dataset.decode(row)}))
     monkeypatch.setattr(
-        embed, "fetch_weights", lambda backbone, **k: embed.Weights(weights, backbone.name, "r", "file")
+        prepare, "fetch_weights", lambda backbone, **k: prepare.Weights(weights, backbone.name, "r", "file")
     )
     store = FeatureStore.open_or_create(tmp_path / "s.zarr")
     backbones = [find_backbone(MODEL), find_backbone("timm/test_vit.r160_in1k")]
@@ -133,7 +138,7 @@ def test_other_weights_are_refused_and_nothing_is_lost(patches, weights, tmp_pat
     before = content(store.path)
     torch.manual_seed(1)
     save_file(timm.create_model("test_vit", num_classes=0).state_dict(), tmp_path / "other.safetensors")
-    with pytest.raises(UserError, match=r"(?s)weights_sha256.*--overwrite"):
+    with pytest.raises(UserError, match=r"(?s)weights_sha256.*`overwrite=True`"):
         run(patches, tmp_path / "other.safetensors", store.path)
     assert content(store.path) == before
     run(patches, tmp_path / "other.safetensors", store.path, overwrite=True)
@@ -289,3 +294,136 @@ def test_an_interrupted_run_ends_bit_for_bit_like_an_undisturbed_one(patches, we
             assert process.returncode in (0, -how)  # done already, or not yet listening
     subprocess.run(command(patches, weights, path), check=True, capture_output=True)
     assert content(path) == undisturbed
+
+
+# What decides the numbers.
+
+SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 1, "num_heads": 2}
+CARD = Backbone(
+    name="small",
+    title="a small transformer",
+    hub_id="org/small",
+    revision="main",
+    arch="vit_tiny_patch16_224",
+    kwargs=SMALL,
+    input_size=32,
+    resize=40,
+    mean=(0.5, 0.4, 0.3),
+    std=(0.2, 0.3, 0.4),
+    n_parameters=0,
+    embedding_dim=32,
+    gflops=None,
+    licence="",
+)
+
+
+def drawn(n: int = 10, *, seed: int = 0, mpp: float | None = 0.25, name: str = "drawn") -> PatchDataset:
+    """A few patches in memory."""
+    pixels = np.random.default_rng(seed).integers(0, 255, (n, 36, 41, 3), dtype=np.uint8)
+    samples = make_samples(
+        [f"{row}.png" for row in range(n)],
+        [row % 2 for row in range(n)],
+        sha256=[hashlib.sha256(patch.tobytes()).hexdigest() for patch in pixels],
+    )
+    return PatchDataset(name, samples, ("Normal", "Atypical"), "", mpp, lambda row: pixels[row])
+
+
+@pytest.fixture(scope="module")
+def small_weights(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("small") / "a.safetensors"
+    for seed, name in enumerate(("a", "b")):
+        torch.manual_seed(seed)
+        save_file(timm.create_model(CARD.arch, num_classes=0, **SMALL).state_dict(), path.with_stem(name))
+    return path
+
+
+def embedded(
+    store: Path, weights: Path, card: Backbone = CARD, dataset: PatchDataset | None = None, **options
+) -> Entry:
+    """What extraction records of its one new entry."""
+    opened = FeatureStore.open_or_create(store)
+    dataset = drawn() if dataset is None else dataset
+    chosen = ExtractOptions(**({"precision": "fp32", "device": "cpu"} | options))
+    extract_dataset(dataset, [card], store=opened, options=chosen, weights=weights)
+    (view,) = chosen.views
+    return next(entry for entry in opened.entries(dataset.name, card.name) if entry.view == view)
+
+
+CHANGED_CARDS = {
+    "hub_id": {"hub_id": "org/other"},
+    "architecture": {"arch": "deit_tiny_patch16_224"},  # of the same tensors
+    "kwargs": {"kwargs": SMALL | {"act_layer": "relu"}},
+    "layout": {"layout": "timm-hub"},
+    "resample_pos_embed": {"resample_pos_embed": True},
+    "transform": {"resize": 41},
+    "mean": {"mean": (0.5, 0.4, 0.31)},
+    "std": {"std": (0.2, 0.3, 0.41)},
+    "interpolation": {"interpolation": "bilinear"},
+}
+
+
+@pytest.fixture(scope="module")
+def original(small_weights, tmp_path_factory) -> Entry:
+    return embedded(tmp_path_factory.mktemp("original") / "s.zarr", small_weights)
+
+
+@pytest.mark.parametrize("part", CHANGED_CARDS)
+def test_a_card_changed_in_one_part_never_reuses_embeddings(original, small_weights, part):
+    before = content(original.storage.root)
+    with pytest.raises(UserError, match=r"(?s)computed differently.*`overwrite=True`") as caught:
+        embedded(original.storage.root, small_weights, dataclasses.replace(CARD, **CHANGED_CARDS[part]))
+    assert f"{'transform.' if part in ('mean', 'std', 'interpolation') else ''}{part}" in str(caught.value)
+    assert content(original.storage.root) == before
+
+
+@pytest.mark.parametrize("what", ["weights", "precision"])
+def test_other_weights_or_another_precision_never_reuse_embeddings(original, small_weights, what):
+    path = small_weights.with_stem("b") if what == "weights" else small_weights
+    with pytest.raises(UserError, match=rf"(?s)computed differently.*{what}"):
+        embedded(original.storage.root, path, precision="bf16" if what == "precision" else "fp32")
+
+
+def test_the_commit_the_view_and_the_patches_are_in_the_fingerprint(original, small_weights, tmp_path):
+    digest = hashlib.sha256(small_weights.read_bytes()).hexdigest()
+    cards = [dataclasses.replace(CARD, sha256=digest, revision=commit) for commit in ("0" * 40, "1" * 40)]
+    found = [original]
+    found += [embedded(tmp_path / f"{k}", small_weights, card) for k, card in enumerate(cards)]
+    found += [embedded(tmp_path / "name", small_weights, dataclasses.replace(CARD, name="another"))]
+    found += [embedded(tmp_path / view, small_weights, views=(view,)) for view in ("full@32", "center32", "center24")]
+    found += [
+        embedded(tmp_path / f"data {k}", small_weights, dataset=dataset)
+        for k, dataset in enumerate([drawn(seed=1), drawn(9), drawn(mpp=0.5), drawn(mpp=None)])
+    ]
+    whole = dataclasses.replace(CARD, resize=32)  # its `full` is the pixels of `full@32`, by another name
+    found += [embedded(tmp_path / "whole", small_weights, whole)]
+    assert len({entry.fingerprint for entry in found}) == len(found)
+    again = embedded(tmp_path / "again", small_weights)
+    assert (again.fingerprint, again.parts) == (original.fingerprint, original.parts)
+    assert again.parts["poolings"] == again.poolings == {"cls": 32, "mean": 32, "center": 32}
+
+
+def test_the_device_is_in_the_fingerprint(small_weights):
+    view, found = parse_view("full"), Weights(small_weights, "0" * 64, "local", "file")
+    records = [
+        fingerprint_parts(drawn(), CARD, found, view, precision="fp32", device=torch.device(device))
+        for device in ("cpu", "cuda", "cuda:1")
+    ]
+    assert fingerprint(records[0]) != fingerprint(records[1]) == fingerprint(records[2])
+
+
+def test_auto_precision_follows_what_the_same_weights_chose_and_no_others(small_weights, tmp_path, monkeypatch):
+    """A processor that has bf16, on which this network would always be computed in it."""
+    monkeypatch.setattr(compute, "has_bf16", lambda device: True)
+    monkeypatch.setattr(compute, "MIN_COSINE", -1)
+    store, others = tmp_path / "s.zarr", small_weights.with_stem("b")
+    assert embedded(store, small_weights, dataset=drawn(name="a"), precision="fp32").parts["precision"] == "fp32"
+    second = embedded(store, small_weights, dataset=drawn(name="b", seed=1), precision="auto")
+    assert second.parts["precision"] == "fp32"
+    third = embedded(store, others, dataset=drawn(name="c", seed=2), precision="auto")
+    assert third.parts["precision"] == "bf16"
+    another_view = embedded(store, small_weights, dataset=drawn(name="a"), precision="auto", views=("center24",))
+    assert another_view.parts["precision"] == "bf16"
+    monkeypatch.setattr(compute, "has_bf16", lambda device: False)
+    fourth = embedded(store, others, dataset=drawn(name="d", seed=3), precision="auto")
+    assert fourth.parts["precision"] == "bf16"  # as the same weights before
+    assert embedded(store, small_weights, dataset=drawn(name="e"), precision="auto").parts["precision"] == "fp32"

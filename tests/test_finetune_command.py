@@ -25,7 +25,8 @@ from PIL import Image
 from extract.backbones import find_backbone
 from extract.views import make_transform, parse_view
 from features.console import UserError
-from finetune import cli, protocol
+from finetune import cli
+from finetune import finetune as finetuning
 from probe.evidence import evaluate
 from probe.runs import read_predictions, read_run
 
@@ -123,13 +124,13 @@ def refused(done: Done) -> str:
 
 def begin(patched: pytest.MonkeyPatch) -> None:
     """Kill trainings after their first epoch."""
-    save = protocol.save_state
+    save = finetuning.save_state
 
     def save_and_die(*given: object) -> None:
         save(*given)  # type: ignore[arg-type]
         raise UserError("killed")
 
-    patched.setattr(protocol, "save_state", save_and_die)
+    patched.setattr(finetuning, "save_state", save_and_die)
 
 
 # ---------------------------------------------------------------------------------------------------------- a whole run
@@ -147,7 +148,7 @@ def test_a_run_is_complete_and_leaves_nothing_else(run: Path) -> None:
             for name in ("adapter_config.json", "adapter_model.safetensors", "model.safetensors")
         ),
     }
-    record = read_run(run)
+    record = read_run(run).as_json()
     assert (record["id"], record["kind"], record["model"]) == (run.name, "finetune", "efficientnet-lite0")
     assert (record["method"], record["view"], record["train"], record["test"]) == ("lora", "full@32", "patches", [])
     assert (record["options"]["epochs"], record["recipe"]["epochs"], record["recipe"]["batch_size"]) == (2, 2, 4)
@@ -160,7 +161,7 @@ def test_a_run_is_complete_and_leaves_nothing_else(run: Path) -> None:
 
 
 def test_predictions_hold_every_patch_once_per_fold_that_may_judge_it(run: Path) -> None:
-    predictions, record = read_predictions(run), read_run(run)
+    predictions, record = read_predictions(run), read_run(run).as_json()
     assert predictions.sets() == [("patches", "validation"), ("patches", "test")]
     held_out = predictions.select(predictions.split == "validation")
     assert sorted(held_out.id) == sorted(f"{row}.png" for row in range(N_TRAIN))
@@ -197,7 +198,7 @@ def test_every_method_trains_what_its_dry_run_says_and_saves_it(
     assert done.status == 0, done.err
     (folder,) = (tmp_path / "runs").iterdir()
     (record,) = json.loads(done.out)["results"]
-    assert record == read_run(folder)
+    assert record == read_run(folder).as_json()
     assert len(read_predictions(folder).label) == N_TRAIN + 2 * N_TEST
     weights = {path.relative_to(folder).as_posix() for path in folder.rglob("*.safetensors")}
     assert weights == {f"fold-{fold}/{file}.safetensors" for fold in range(2)}
@@ -233,7 +234,7 @@ def test_other_datasets_are_scored_under_all_folds(finetune: Command, tmp_path: 
     done = finetune("--method", "head", "--test", "others/others.csv, patches.csv")
     assert done.status == 0, done.err
     (folder,) = (tmp_path / "runs").iterdir()
-    record = read_run(folder)
+    record = read_run(folder).as_json()
     assert record["test"] == ["others"]
     assert {name: figures["n"] for name, figures in record["metrics"]["sets"].items()} == {
         "patches/validation": N_TRAIN,
@@ -283,7 +284,7 @@ def test_a_dry_run_shows_modules_and_totals_and_writes_nothing(bare: Command, tm
     before = sorted(tmp_path.rglob("*"))
     done = bare("--dry-run", *SMALL)
     assert done.status == 0, done.err
-    record = read_run(run)
+    record = read_run(run).as_json()
     for name in record["adapted_modules"]:
         assert f" {name} " in done.out
     assert f"{len(record['adapted_modules'])} modules would be adapted" in done.out
@@ -328,7 +329,6 @@ def test_a_dry_run_needs_no_weights(bare: Command) -> None:
         (("--model", "timm/test_vit", "--view", "full@40"), r"40 px is not a multiple of its 16 px"),
         (("--learning-rate", "-1"), r"learning.rate"),
         (("--learning-rate", "nan"), r"learning.rate"),
-        (("--seed", "-1"), r"seed"),
         (("--dry-run", "--cv", "0"), r"at least 2 folds, got 0"),
         (("--resume", "runs/none"), r"runs/none is no interrupted training"),
         (("--resume", "patches.csv"), r"patches.csv is no interrupted training"),
@@ -345,9 +345,9 @@ def test_a_mistake_gets_one_clear_message_and_leaves_no_run(
     assert not (tmp_path / "runs").exists()
 
 
-@pytest.mark.parametrize("epochs", ["0", "many"])
-def test_wrong_usage_is_status_2(finetune: Command, epochs: str) -> None:
-    assert finetune("--epochs", epochs).status == 2
+@pytest.mark.parametrize(("option", "value"), [("--epochs", "0"), ("--epochs", "many"), ("--seed", "-1")])
+def test_wrong_usage_is_status_2(finetune: Command, option: str, value: str) -> None:
+    assert finetune(option, value).status == 2
 
 
 def test_folds_that_lack_a_class_are_refused(finetune: Command, tmp_path: Path) -> None:
@@ -375,7 +375,7 @@ def test_a_truncated_patch_is_named(finetune: Command, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("damage", ["missing", "truncated"])
 def test_a_fold_whose_weights_are_lost_before_scoring_is_named(finetune: Command, damage: str) -> None:
-    judge = protocol._judge
+    score = finetuning.score
 
     def damaged(setup: object, folder: Path, *rest: object) -> object:
         path = folder / "fold-1" / "adapter_model.safetensors"
@@ -383,10 +383,10 @@ def test_a_fold_whose_weights_are_lost_before_scoring_is_named(finetune: Command
             path.unlink()
         else:
             path.write_bytes(path.read_bytes()[:100])
-        return judge(setup, folder, *rest)  # type: ignore[arg-type]
+        return score(setup, folder, *rest)  # type: ignore[arg-type]
 
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(protocol, "_judge", damaged)
+        patched.setattr(finetuning, "score", damaged)
         done = finetune("--epochs", "1")
     assert "fold-1/adapter_model.safetensors" in refused(done)
 
@@ -450,7 +450,7 @@ def test_a_killed_command_resumes_to_the_same_bytes(tmp_path: Path, finished: Pa
     start = [*command, "--train", "patches.csv", *SMALL]
     quiet = {"cwd": tmp_path, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     (expected,) = (finished / "runs").iterdir()
-    moment = random.Random(os.getpid()).uniform(0, read_run(expected)["cost"]["seconds"])
+    moment = random.Random(os.getpid()).uniform(0, read_run(expected).cost.seconds or 0.0)
     process = subprocess.Popen(start, **quiet)  # type: ignore[call-overload]
     while not (runs := list((tmp_path / "runs").glob("*/training.json"))) and process.poll() is None:
         time.sleep(0.01)  # what comes before is of no interest

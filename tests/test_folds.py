@@ -1,5 +1,8 @@
 """Do folds keep groups whole, classes even, and never drift?"""
 
+import csv
+from importlib.resources import files
+
 import numpy as np
 import pytest
 
@@ -121,3 +124,111 @@ def test_the_greedy_rule_is_as_even_as_scikit_learns():
 
 FROZEN_SIZES = [122, 109, 115, 117, 130]
 FROZEN_DIGEST = "9e5b2f94affbf5d368115e164b8d5c40ab1422a7a3915dac69e6f9b4d9fed3df"
+
+
+def slides_of_ami_br(*, without: int = 0, more: int = 0) -> Samples:
+    """Two patches, one of either class, of every slide that the frozen assignment knows."""
+    slides = sorted(FROZEN_SLIDES)[without:] + [f"another {k}" for k in range(more)]
+    rows = [(slide, label) for slide in slides for label in (0, 1)]
+    return make_samples(
+        [f"{slide}-{label}.png" for slide, label in rows],
+        [label for _, label in rows],
+        group=[slide for slide, _ in rows],
+        sha256=[f"{k}" for k in range(len(rows))],
+    )
+
+
+@pytest.mark.parametrize(("scheme", "column"), [("default", "sklearn_1_9"), ("paper", "sklearn_1_7")])
+def test_all_slides_of_ami_br_take_the_frozen_folds(scheme, column):
+    samples = slides_of_ami_br()
+    folds = grouped_folds(samples, 5, scheme=scheme)
+    assert folds.fold.tolist() == [int(FROZEN_SLIDES[slide][column]) for slide in samples.group.tolist()]
+    assert "frozen" in folds.source
+    assert column.removeprefix("sklearn_").replace("_", ".") in folds.source
+    assert folds.digest == grouped_folds(samples.select(np.arange(len(samples))[::-1]), 5, scheme=scheme).digest
+
+
+@pytest.mark.parametrize(
+    ("change", "options"),
+    [({"without": 1}, {}), ({"more": 1}, {}), ({"without": 100}, {}), ({}, {"seed": 43}), ({}, {"n_folds": 4})],
+)
+def test_other_slides_seeds_or_numbers_of_folds_do_not(change, options):
+    samples = slides_of_ami_br(**change)
+    n_folds, seed = options.get("n_folds", 5), options.get("seed", 42)
+    folds = grouped_folds(samples, n_folds, seed=seed)
+    assert folds.source == f"greedy grouped stratified, seed {seed}"
+    sizes = np.bincount(folds.fold, minlength=n_folds)
+    assert sizes.max() - sizes.min() <= 2  # slides of two: as even as can be; the frozen folds are not
+    with pytest.raises(UserError, match="paper's fold assignment"):
+        grouped_folds(samples, n_folds, seed=seed, scheme="paper")
+
+
+def test_the_seed_and_the_ids_are_in_the_folds_and_their_digest():
+    samples = table()
+    digests = {grouped_folds(samples, 5, seed=seed).digest for seed in range(4)}
+    assert len(digests) == 4
+    renamed = make_samples(
+        [f"x{id}" for id in samples.id.tolist()],
+        samples.label.tolist(),
+        group=samples.group.tolist(),
+        sha256=samples.sha256.tolist(),
+    )
+    before, after = grouped_folds(samples, 5), grouped_folds(renamed, 5)
+    assert before.fold.tolist() == after.fold.tolist()
+    assert before.digest != after.digest
+
+
+def test_groups_are_dealt_as_a_plain_loop_over_fractions_deals_them():
+    """The rule of the docstring again, in exact fractions: the fold whose shares become the least uneven."""
+    from fractions import Fraction
+
+    samples = table(37, seed=5)
+    groups, n_folds = effective_groups(samples), 4
+    counts = np.array([[((groups == g) & (samples.label == c)).sum() for c in (0, 1)] for g in range(groups.max() + 1)])
+    order = np.random.RandomState(7).permutation(len(counts)).tolist()
+    order = sorted(order, key=lambda g: -abs(int(counts[g, 0]) - int(counts[g, 1])))  # stable
+    held = [[0, 0] for _ in range(n_folds)]
+    total = counts.sum(axis=0).tolist()
+    fold_of = {}
+    for group in order:
+        found = []
+        for k in range(n_folds):
+            trial = [list(of) for of in held]
+            trial[k] = [trial[k][c] + int(counts[group, c]) for c in (0, 1)]
+            squares = sum(Fraction(of[c], total[c]) ** 2 for of in trial for c in (0, 1))
+            found.append((squares, sum(held[k]), k))
+        fold_of[group] = min(found)[2]
+        held[fold_of[group]] = [held[fold_of[group]][c] + int(counts[group, c]) for c in (0, 1)]
+    assert grouped_folds(samples, n_folds, seed=7).fold.tolist() == [fold_of[g] for g in groups.tolist()]
+
+
+def test_the_fold_that_lacks_the_negative_class_is_refused_too():
+    samples = make_samples(
+        [str(row) for row in range(12)],
+        [0] * 2 + [1] * 10,
+        group=["a", "b", *(f"g{row}" for row in range(10))],
+        sha256=[""] * 12,
+    )
+    with pytest.raises(UserError, match=r"negative class \(label 0\), which occurs in 2 groups.*`cv=2` or fewer"):
+        grouped_folds(samples, 3)
+    assert set(grouped_folds(samples, 2).fold[:2].tolist()) == {0, 1}
+
+
+def frozen_slides() -> dict[str, dict[str, str]]:
+    with files("features").joinpath("data/ami-br-folds.csv").open(encoding="utf-8") as file:
+        return {row["slide"]: row for row in csv.DictReader(file)}
+
+
+FROZEN_SLIDES = frozen_slides()
+
+
+def test_folds_show_their_sizes_source_and_digest():
+    samples = make_samples([str(i) for i in range(7)], [0, 1] * 3 + [0], sha256=[""] * 7)
+    folds = grouped_folds(samples, 2, seed=1)
+    assert sorted(folds.sizes) == [3, 4]
+    assert repr(folds) == (
+        f"Folds(7 rows in 2 folds of {folds.sizes[0]}, {folds.sizes[1]}; greedy grouped stratified, seed 1; "
+        f"{folds.digest[:12]})"
+    )
+    page = folds._repr_html_()
+    assert f"<td>1</td><td>{folds.sizes[1]}</td><td>{folds.sizes[0]}</td>" in page

@@ -333,3 +333,31 @@ def test_the_environment_decides_in_a_fresh_process(tmp_path: Path) -> None:
     assert done.stderr.startswith("error: MahmoodLab/UNI is gated and your token has no access to it.")
     assert "Traceback" not in done.stderr
     assert "hf_stranger" not in done.stderr
+
+
+@pytest.mark.parametrize("filename", ["model.safetensors", "sub/model.safetensors", "a/b/c/model.safetensors"])
+def test_the_commit_of_a_file_in_a_subfolder_is_its_commit(stub: StubHub, point: Point, filename: str) -> None:
+    stub.repos["org/open"] = StubRepo({filename: WEIGHTS})
+    file = hub.fetch_file("org/open", filename, revision="main")
+    assert (file.path.read_bytes(), file.commit) == (WEIGHTS, COMMIT)
+    assert hub.cached_commit("org/open", filename, revision="main") == COMMIT
+    assert hub.fetch_file("org/open", filename, revision=COMMIT).commit == COMMIT
+    point("http://127.0.0.1:9")
+    assert hub.fetch_file("org/open", filename, revision="main").commit == COMMIT
+
+
+def test_a_pinned_commit_is_asked_for_even_where_another_one_is_cached(stub: StubHub) -> None:
+    hub.fetch_file("org/open", "model.safetensors", revision="main")
+    stub.repos["org/open"] = StubRepo({"model.safetensors": b"newer"}, commit=OTHER_COMMIT)
+    assert hub.cached_commit("org/open", "model.safetensors", revision=OTHER_COMMIT) is None
+    file = hub.fetch_file("org/open", "model.safetensors", revision=OTHER_COMMIT)
+    assert (file.path.read_bytes(), file.commit) == (b"newer", OTHER_COMMIT)
+
+
+def test_the_records_own_digest_counts_before_the_hubs(stub: StubHub) -> None:
+    """The hub may serve other bytes under the same name, with a digest that fits them."""
+    record = replace(BACKBONES["kaiko-s16"], hub_id="org/open", sha256=hashlib.sha256(WEIGHTS).hexdigest())
+    assert fetch_weights(record).sha256 == record.sha256
+    stub.repos["org/open"] = StubRepo({"model.safetensors": b"others"}, commit=OTHER_COMMIT)
+    with pytest.raises(UserError, match="not the published weights"):
+        fetch_weights(replace(record, revision=OTHER_COMMIT))

@@ -7,8 +7,8 @@ from extract.backbones import build_model, find_backbone
 from features.console import UserError
 from finetune.lora import LoraOptions
 from finetune.network import Network
+from finetune.options import ComputeOptions, FinetuneOptions
 from finetune.plan import make_plan
-from finetune.protocol import ComputeOptions, FinetuneOptions
 
 COMPUTE = ComputeOptions(device="cpu")
 

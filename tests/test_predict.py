@@ -18,9 +18,10 @@ from extract.datasets import load_dataset, load_patches
 from extract.embed import ExtractOptions, extract_dataset
 from features.console import UserError
 from features.store import FeatureStore
+from finetune.finetune import finetune
 from finetune.lora import LoraOptions
+from finetune.options import ComputeOptions, FinetuneOptions
 from finetune.predict import predict_paths
-from finetune.protocol import ComputeOptions, FinetuneOptions, finetune
 from probe.probing import ProbeOptions, probe_store
 from probe.runs import read_predictions, read_run
 
@@ -62,12 +63,12 @@ def runs(table: Path, weights: Path, tmp_path_factory) -> dict[str, Path]:
         dataset, [find_backbone(MODEL)], store=store, options=ExtractOptions(precision="fp32"), weights=weights
     )
     (probe,) = probe_store(store, options=ProbeOptions(cv=3), runs=place)
-    found = {"probe": probe}
+    found = {"probe": probe.folder}
     for method in ("lora", "full", "head"):
         options = FinetuneOptions(
             model=MODEL, train=str(table), method=method, cv=3, epochs=2, lora=LoraOptions(rank=2), precision="fp32"
         )
-        found[method] = finetune(options, compute=ComputeOptions(weights=weights), runs=place)
+        found[method] = finetune(options, compute_options=ComputeOptions(weights=weights), runs=place).folder
     return found
 
 
@@ -241,7 +242,7 @@ def test_a_run_keeps_its_statistics_and_what_its_classes_mean(table, weights, tm
         learning_rate=1e-2,
         precision="fp32",
     )
-    run = finetune(options, compute=ComputeOptions(weights=weights), runs=tmp_path / "runs")
+    run = finetune(options, compute_options=ComputeOptions(weights=weights), runs=tmp_path / "runs").folder
     summary = predict_paths(run, [table], out=tmp_path / "out.csv", weights=weights)
     assert summary["label_names"] == ["Atypical", "Normal"]
     own = read_predictions(run)
@@ -268,7 +269,7 @@ def test_the_threshold_is_the_best_on_out_of_fold_predictions(kind, runs):
         predicted = own.probability >= threshold
         return float(np.mean([(predicted == own.label)[own.label == value].mean() for value in (0, 1)]))
 
-    threshold = read_run(runs[kind])["metrics"]["threshold"]
+    threshold = read_run(runs[kind]).figures.threshold
     values = np.unique(own.probability)
     every = [values[0], *((values[1:] + values[:-1]) / 2), 1.0]
     assert balanced(threshold) == pytest.approx(max(map(balanced, every)))

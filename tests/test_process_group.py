@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -29,19 +30,20 @@ from torch.distributed import HashStore, PrefixStore
 
 from features import console
 from features.console import UserError
-from finetune import protocol
+from finetune import finetune as finetuning
 from finetune.checkpoint import CHECKPOINT_FILE, START_FILE, load_state
-from finetune.lora import keep_mask
+from finetune.dropout import keep_mask
+from finetune.finetune import finetune, resume
+from finetune.options import ComputeOptions, FinetuneOptions
 from finetune.process_group import (
     SINGLE_PROCESS,
     ProcessGroup,
     ProcessLostError,
     SynchronizedBatchNorm,
     _generation,
-    joined,
+    join_process_group,
     synchronize_batch_norms,
 )
-from finetune.protocol import ComputeOptions, FinetuneOptions, resume
 
 WORKER = Path(__file__).with_name("process_group_worker.py")
 OPTIONS = (*SMALL, "--model", "timm/test_vit", "--weights", "vit.safetensors", "--train", "patches.csv")
@@ -111,13 +113,13 @@ def test_processes_train_what_a_single_one_does(tmp_path: Path, alone: dict[str,
             torch.testing.assert_close(tensor, getattr(expected, kind), **close, msg=partial(label, kind))
         for fold, history in expected.history.items():
             for epoch, other in zip(history, described["history"][str(fold)], strict=True):
-                assert other == pytest.approx(epoch, rel=1e-4), name
+                assert other == pytest.approx(asdict(epoch), rel=1e-4), name
 
 
 def test_shares_are_all_rows_in_order_and_differ_by_one_at_most() -> None:
     for size in (1, 2, 3, 7):
         for n in (0, 1, 6, 7, 20):
-            shares = [list(range(n))[ProcessGroup(rank, size).share(n)] for rank in range(size)]
+            shares = [list(range(n))[ProcessGroup(rank, size).shard_rows(n)] for rank in range(size)]
             assert list(chain.from_iterable(shares)) == list(range(n))
             assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
@@ -126,8 +128,8 @@ def test_the_masks_of_shares_make_up_the_mask_of_the_batch() -> None:
     keys, tokens, width = torch.tensor([11, 12]), 3, 5
     whole = keep_mask(torch.empty(2, 7 * tokens, width), keys, layer=4, threshold=77)
     parts = [
-        keep_mask(torch.empty(2, held * tokens, width), keys, layer=4, threshold=77, first=first, held=held, total=7)
-        for first, held in ((0, 2), (2, 4), (6, 1))
+        keep_mask(torch.empty(2, n * tokens, width), keys, layer=4, threshold=77, first=first, n=n, total=7)
+        for first, n in ((0, 2), (2, 4), (6, 1))
     ]
     assert torch.equal(torch.cat(parts, dim=1), whole)
 
@@ -168,7 +170,7 @@ def test_a_norm_of_another_kind_is_refused() -> None:
     class Own(nn.BatchNorm2d):
         pass
 
-    with pytest.raises(UserError, match=r"norm of its own kind \(1, Own\).*--method lora"):
+    with pytest.raises(UserError, match=r"norm of its own kind \(1, Own\).*`method='lora'`"):
         synchronize_batch_norms(nn.Sequential(nn.Identity(), Own(3)), ProcessGroup(0, 2))
 
 
@@ -176,10 +178,10 @@ def test_only_norms_that_learn_are_shared() -> None:
     for method, backbone, n in (("lora", CNN, 0), ("head", CNN, 0), ("full", VIT, 0), ("full", CNN, None)):
         network = tiny_network(method, backbone, lora=LORA)  # type: ignore[arg-type]
         before = {name: tensor.clone() for name, tensor in network.model.state_dict().items()}
-        network.share_batches(ProcessGroup(0, 2), 4)
+        network.shard_batches(ProcessGroup(0, 2), 4)
         found = sum(isinstance(module, SynchronizedBatchNorm) for module in network.modules())
         expected = sum(isinstance(module, nn.BatchNorm2d) for module in backbone_model(backbone).modules())
-        assert found == network.n_shared_norms == (expected if n is None else n)
+        assert found == network.n_synchronized_norms == (expected if n is None else n)
         assert list(network.model.state_dict()) == list(before)
         with torch.no_grad():
             assert torch.isfinite(network(images(len(network.folds)), network.folds)).all()
@@ -248,8 +250,10 @@ def test_a_run_of_two_processes_is_the_run_of_one(undisturbed: tuple[Path, Any],
     runs = material / "runs" / "alone"
     with pytest.MonkeyPatch.context() as patched:
         patched.chdir(material)
-        folder = protocol.finetune(small_options(), compute=small_compute(), runs=runs)
-    assert_alike(outcome(undisturbed[0]), outcome(folder))
+        run = finetune(small_options(), compute_options=small_compute(), runs=runs)
+    assert run is not None
+    assert run.folder is not None
+    assert_alike(outcome(undisturbed[0]), outcome(run.folder))
 
 
 def test_a_killed_process_ends_the_others_with_one_message(interrupted: tuple[Path, Any]) -> None:
@@ -275,7 +279,8 @@ def test_two_processes_resume_to_the_same_bits_and_one_up_to_rounding(
         shutil.copytree(interrupted[0], material / "runs" / place / interrupted[0].name)
     with pytest.MonkeyPatch.context() as patched:
         patched.chdir(material)
-        alone = resume(Path("runs/by-one") / interrupted[0].name, given={}, compute={})
+        alone = Path("runs/by-one") / interrupted[0].name
+        resume(alone)
         assert_alike(outcome(alone.absolute()), expected)
     by_two = Path("runs/by-two") / interrupted[0].name
     done = torchrun(2, material, "-m", "finetune.cli", "--resume", by_two)
@@ -285,7 +290,7 @@ def test_two_processes_resume_to_the_same_bits_and_one_up_to_rounding(
 
 @pytest.mark.slow
 def test_two_processes_resume_what_one_has_begun(material: Path, undisturbed: tuple[Path, Any]) -> None:
-    save = protocol.save_state
+    save = finetuning.save_state
 
     def save_and_die(*given: Any) -> None:
         save(*given)
@@ -293,9 +298,9 @@ def test_two_processes_resume_what_one_has_begun(material: Path, undisturbed: tu
 
     with pytest.MonkeyPatch.context() as patched:
         patched.chdir(material)
-        patched.setattr(protocol, "save_state", save_and_die)
+        patched.setattr(finetuning, "save_state", save_and_die)
         with pytest.raises(UserError, match="killed"):
-            protocol.finetune(small_options(), compute=small_compute(), runs=Path("runs/begun"))
+            finetune(small_options(), compute_options=small_compute(), runs=Path("runs/begun"))
     (folder,) = (material / "runs" / "begun").iterdir()
     done = torchrun(2, material, "-m", "finetune.cli", "--resume", folder)
     assert done.returncode == 0, done.stderr
@@ -339,13 +344,18 @@ def small_compute() -> ComputeOptions:
 def test_without_torchrun_a_process_is_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID"):
         monkeypatch.delenv(name, raising=False)
-    with joined() as ranks:
-        assert (ranks.rank, ranks.size, ranks.launch, ranks.restarted) == (0, 1, None, False)
-        assert ranks.told("name", lambda: "made") == "made"
-        ranks.agree("what", {})
-        ranks.wait("here")
+    with join_process_group() as process_group:
+        assert (process_group.rank, process_group.world_size, process_group.launch, process_group.restarted) == (
+            0,
+            1,
+            None,
+            False,
+        )
+        assert process_group.broadcast("name", lambda: "made") == "made"
+        process_group.assert_same("what", {})
+        process_group.barrier("here")
         one = torch.ones(3)
-        ranks.all_reduce_(one)
+        process_group.all_reduce_(one)
         assert one.tolist() == [1, 1, 1]
 
 
@@ -354,17 +364,20 @@ def test_a_single_process_of_torchrun_is_alone_too(monkeypatch: pytest.MonkeyPat
     given |= {"TORCHELASTIC_RUN_ID": "none", "TORCHELASTIC_RESTART_COUNT": "2"}
     for name, value in given.items():
         monkeypatch.setenv(name, value)
-    with joined() as ranks:
-        assert ranks.size == 1
-        assert ranks.restarted
-        assert str(ranks.launch).endswith(f":{os.getppid()}")
+    with join_process_group() as process_group:
+        assert process_group.world_size == 1
+        assert process_group.restarted
+        assert str(process_group.launch).endswith(f":{os.getppid()}")
 
 
 def test_processes_that_cannot_find_each_other_are_told_what_was_set(monkeypatch: pytest.MonkeyPatch) -> None:
     given = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "many"}
     for name, value in given.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(UserError, match=r"cannot find each other by RANK=0.*MASTER_PORT=many.*torchrun"), joined():
+    with (
+        pytest.raises(UserError, match=r"cannot find each other by RANK=0.*MASTER_PORT=many.*torchrun"),
+        join_process_group(),
+    ):
         pass
 
 
@@ -385,16 +398,21 @@ def side_by_side(store: HashStore, work: Callable[[ProcessGroup], Any], *, size:
 def test_all_hear_the_first_and_none_hears_those_before_a_restart() -> None:
     store = HashStore()
     for word in ("one", "two"):
-        found = side_by_side(store, lambda ranks, word=word: ranks.told("word", lambda: f"{word} {ranks.rank}"))
+        found = side_by_side(
+            store,
+            lambda process_group, word=word: process_group.broadcast("word", lambda: f"{word} {process_group.rank}"),
+        )
         assert found == [f"{word} 0"] * 3
 
 
 def test_a_process_that_differs_is_named_and_ends_all_with_one_message() -> None:
-    def work(ranks: ProcessGroup) -> Any:
+    def work(process_group: ProcessGroup) -> Any:
         try:
-            ranks.agree("setup", {"backbone": {"precision": "fp32" if ranks.rank == 2 else "bf16"}, "seed": 1})
+            process_group.assert_same(
+                "setup", {"backbone": {"precision": "fp32" if process_group.rank == 2 else "bf16"}, "seed": 1}
+            )
         except UserError as error:
-            return ranks.speaks(), type(error), str(error)
+            return process_group.fails_first(), type(error), str(error)
         return None
 
     found = side_by_side(HashStore(), work)
@@ -406,28 +424,10 @@ def test_a_process_that_differs_is_named_and_ends_all_with_one_message() -> None
 def test_a_batch_smaller_than_the_processes_is_refused(material: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(material)
     with pytest.raises(UserError, match="4 patches per fold and step cannot be shared by 5 processes"):
-        protocol.finetune(small_options(), compute=small_compute(), runs=Path("runs/none"), ranks=ProcessGroup(0, 5))
+        finetune(
+            small_options(), compute_options=small_compute(), runs=Path("runs/none"), process_group=ProcessGroup(0, 5)
+        )
     assert not Path("runs/none").exists()
-
-
-def test_each_process_takes_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    assert [ProcessGroup(rank, 4, rank % 2).device("auto") for rank in range(4)] == [
-        "cuda:0",
-        "cuda:1",
-        "cuda:0",
-        "cuda:1",
-    ]
-    assert ProcessGroup(1, 2, 1).device("cuda") == "cuda:1"
-    assert ProcessGroup(1, 2, 1).device("cpu") == "cpu"
-    assert SINGLE_PROCESS.device("cuda:1") == "cuda:1"
-    with pytest.raises(UserError, match=r"number 3 of its machine, where torch sees 2 GPUs.*--device cpu"):
-        ProcessGroup(2, 3, 2).device("auto")
-    with pytest.raises(UserError, match="'cuda:1' was asked for, for all of 2 processes"):
-        ProcessGroup(0, 2, 0).device("cuda:1")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert ProcessGroup(1, 2, 1).device("auto") == "auto"
 
 
 def test_a_quiet_process_says_nothing(capsys: pytest.CaptureFixture[str]) -> None:

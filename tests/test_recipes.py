@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from finetune.recipes import RATES, RECIPES, best_epoch, learning_rate, plateau_rate, recipe_for, stopped
+from finetune.recipes import RATES, RECIPES, Recipe, learning_rate, recipe_for
+from probe.schedule import best_epoch, should_stop
 
 PAPER, DEFAULT = RECIPES["paper"], RECIPES["default"]
 
 
-def history(*figures: float) -> list[dict[str, Any]]:
-    return [{"balanced_accuracy": figure} for figure in figures]
+def plateau_rate(scores: list[float], recipe: Recipe) -> float:
+    """The rate of any batch of the next epoch."""
+    return learning_rate(scores, recipe, batch=0, n_batches=1)
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -42,23 +43,23 @@ def test_the_plateau_rate_is_that_of_torchs_scheduler(seed: int) -> None:
     figures = (rng.integers(0, 8, size=100) / 8).tolist()  # coarse, so that many are equal
     for epoch, figure in enumerate(figures, start=1):
         scheduler.step(figure)
-        assert plateau_rate(history(*figures[:epoch]), recipe) == optimizer.param_groups[0]["lr"]
+        assert plateau_rate(figures[:epoch], recipe) == optimizer.param_groups[0]["lr"]
 
 
 def test_the_papers_rate_halves_after_the_fourth_bad_epoch_and_stays_above_its_floor() -> None:
     assert plateau_rate([], PAPER) == 1e-4
-    assert plateau_rate(history(0.7, 0.7, 0.6, 0.7), PAPER) == 1e-4
-    assert plateau_rate(history(0.7, 0.7, 0.6, 0.7, 0.5), PAPER) == 5e-5
-    assert plateau_rate(history(*[0.5] * 100), PAPER) == 1e-7
+    assert plateau_rate([0.7, 0.7, 0.6, 0.7], PAPER) == 1e-4
+    assert plateau_rate([0.7, 0.7, 0.6, 0.7, 0.5], PAPER) == 5e-5
+    assert plateau_rate([0.5] * 100, PAPER) == 1e-7
 
 
 def test_a_rate_below_the_floor_never_rises() -> None:
     recipe = replace(PAPER, learning_rate=1e-8)
-    assert plateau_rate(history(*[0.5] * 20), recipe) == 1e-8
+    assert plateau_rate([0.5] * 20, recipe) == 1e-8
 
 
 def test_the_plateau_rate_is_the_same_for_all_batches_of_an_epoch() -> None:
-    past = history(0.7, 0.7, 0.6, 0.7, 0.5)
+    past = [0.7, 0.7, 0.6, 0.7, 0.5]
     assert {learning_rate(past, PAPER, batch=batch, n_batches=7) for batch in range(7)} == {5e-5}
 
 
@@ -68,7 +69,7 @@ def test_the_cosine_rate_rises_to_its_peak_and_falls_to_nearly_nothing(warmup: f
     recipe = replace(DEFAULT, epochs=12, warmup=warmup)
     rates = np.array(
         [
-            learning_rate(history(*[0.5] * epoch), recipe, batch=batch, n_batches=n_batches)
+            learning_rate([0.5] * epoch, recipe, batch=batch, n_batches=n_batches)
             for epoch in range(recipe.epochs)
             for batch in range(n_batches)
         ]
@@ -84,7 +85,7 @@ def test_the_cosine_rate_rises_to_its_peak_and_falls_to_nearly_nothing(warmup: f
 
 
 def test_the_cosine_rate_does_not_look_at_the_figures() -> None:
-    rates = {learning_rate(history(*figures), DEFAULT, batch=2, n_batches=5) for figures in ((0.9, 0.1), (0.1, 0.9))}
+    rates = {learning_rate(figures, DEFAULT, batch=2, n_batches=5) for figures in ((0.9, 0.1), (0.1, 0.9))}
     assert len(rates) == 1
 
 
@@ -97,17 +98,16 @@ def test_one_epoch_is_a_whole_cosine() -> None:
 
 def test_the_first_of_equally_good_epochs_is_the_best() -> None:
     assert best_epoch([]) == -1
-    assert best_epoch(history(0.5)) == 0
-    assert best_epoch(history(0.5, 0.8, 0.7, 0.8, 0.8)) == 1
+    assert best_epoch([0.5]) == 0
+    assert best_epoch([0.5, 0.8, 0.7, 0.8, 0.8]) == 1
 
 
 def test_a_fold_stops_when_its_patience_or_its_epochs_end() -> None:
-    recipe = replace(PAPER, epochs=6, patience=2)
-    assert not stopped([], recipe)
-    assert not stopped(history(0.5, 0.6, 0.6), recipe)
-    assert stopped(history(0.5, 0.6, 0.6, 0.6), recipe)
-    assert not stopped(history(0.5, 0.6, 0.6, 0.7, 0.8), recipe)
-    assert stopped(history(0.5, 0.6, 0.6, 0.7, 0.8, 0.9), recipe)
+    assert not should_stop([], patience=2, max_epochs=6)
+    assert not should_stop([0.5, 0.6, 0.6], patience=2, max_epochs=6)
+    assert should_stop([0.5, 0.6, 0.6, 0.6], patience=2, max_epochs=6)
+    assert not should_stop([0.5, 0.6, 0.6, 0.7, 0.8], patience=2, max_epochs=6)
+    assert should_stop([0.5, 0.6, 0.6, 0.7, 0.8, 0.9], patience=2, max_epochs=6)
 
 
 def test_the_papers_recipe_is_the_papers_text() -> None:
@@ -132,7 +132,7 @@ def test_the_cosine_rate_at_the_middle_of_every_batch(epochs: int, warmup: float
             expected = (
                 0.3 * at / warmup if at < warmup else 0.3 * np.cos(np.pi / 2 * (at - warmup) / (epochs - warmup)) ** 2
             )
-            found = learning_rate(history(*[0.5] * epoch), recipe, batch=batch, n_batches=n_batches)
+            found = learning_rate([0.5] * epoch, recipe, batch=batch, n_batches=n_batches)
             assert found == pytest.approx(expected, rel=1e-9)
 
 
@@ -140,14 +140,13 @@ def test_the_plateau_falls_by_its_own_factor_after_its_own_patience_again_and_ag
     recipe = replace(PAPER, learning_rate=1.0, plateau_factor=0.1, plateau_patience=1, min_learning_rate=0.005)
     figures = [0.6, 0.6, 0.6, 0.7, 0.7, 0.7, 0.7, 0.7, 0.7, 0.8, 0.7, 0.7]
     expected = [1, 1, 1, 0.1, 0.1, 0.1, 0.01, 0.01, 0.005, 0.005, 0.005, 0.005]
-    found = [plateau_rate(history(*figures[:epoch]), recipe) for epoch in range(len(figures))]
+    found = [plateau_rate(figures[:epoch], recipe) for epoch in range(len(figures))]
     assert found == pytest.approx(expected)
 
 
 def test_an_improvement_starts_patience_anew_and_an_equal_figure_does_not() -> None:
-    recipe = replace(PAPER, epochs=99, patience=3)
-    assert not stopped(history(0.5, 0.6, 0.5, 0.5), recipe)
-    assert stopped(history(0.5, 0.6, 0.6, 0.6, 0.6), recipe)
-    assert not stopped(history(0.5, 0.6, 0.5, 0.5, 0.61), recipe)
-    assert not stopped(history(0.5, 0.6, 0.5, 0.5, 0.61, 0.6, 0.6), recipe)
-    assert stopped(history(0.5, 0.6, 0.5, 0.5, 0.61, 0.6, 0.6, 0.61), recipe)
+    assert not should_stop([0.5, 0.6, 0.5, 0.5], patience=3, max_epochs=99)
+    assert should_stop([0.5, 0.6, 0.6, 0.6, 0.6], patience=3, max_epochs=99)
+    assert not should_stop([0.5, 0.6, 0.5, 0.5, 0.61], patience=3, max_epochs=99)
+    assert not should_stop([0.5, 0.6, 0.5, 0.5, 0.61, 0.6, 0.6], patience=3, max_epochs=99)
+    assert should_stop([0.5, 0.6, 0.5, 0.5, 0.61, 0.6, 0.6, 0.61], patience=3, max_epochs=99)

@@ -71,3 +71,93 @@ def test_rows_are_selected_in_every_column():
     picked = samples.select(np.array([3, 0]))
     assert picked.id.tolist() == ["d", "a"]
     assert picked.votes.tolist() == [[0, 0, 0], [1, 0, 0]]
+
+
+@pytest.mark.parametrize(
+    ("split", "rows"),
+    [
+        (["train", "", "test", "train", "test"], [0, 3]),
+        (["", "train", "", "", ""], [1]),
+        (["test", "", "test", "", ""], [1, 3, 4]),
+        (["", "", "", "", ""], [0, 1, 2, 3, 4]),
+        (["test", "test", "test", "test", "test"], []),
+    ],
+)
+def test_rows_without_a_split_train_only_where_none_says_train(split, rows):
+    assert table(split=split).training_rows.tolist() == rows
+
+
+@pytest.mark.parametrize(
+    ("split", "leak"), [(["train", "test"], True), (["", "test"], False), (["", "train"], False), (["", ""], False)]
+)
+def test_only_what_lies_in_train_and_test_is_a_leak(split, leak):
+    samples = make_samples(list("abc"), [1, 1, 0], sha256=["x", "x", "y"], group=["1", "1", "2"], split=[*split, ""])
+    found = audit(samples)
+    assert found.duplicates == (("a", "b"),)
+    assert found.split_duplicates == ((("a", "b"),) if leak else ())
+    assert found.split_groups == (("1",) if leak else ())
+    assert ("train and test at once" in " ".join(found.lines())) is leak
+
+
+CHANGES = {
+    "id": list("bacde"),
+    "label": [1, 0, 0, 1, 1],
+    "group": ["1", "1", "2", "2", "4"],
+    "split": ["train", "", "test", "test", "test"],
+    "votes": np.array([[1, 0], [0, 0], [1, 1], [-1, 0], [0, -1]], dtype=np.int8),
+    "domain": ["x", "x", "y", "y", ""],
+    "sha256": list("12354"),
+}
+
+
+@pytest.mark.parametrize("column", CHANGES)
+def test_every_column_and_its_order_is_in_the_digest_of_the_table(column):
+    votes = np.array([[1, 0], [0, 0], [1, 1], [0, -1], [0, -1]], dtype=np.int8)
+    given = {"group": ["1", "1", "2", "2", "3"], "domain": ["x", "x", "y", "y", "y"], "votes": votes}
+    before, after = table(**given), table(**given | {column: CHANGES[column]})
+    assert before.table_digest == table(**given).table_digest
+    assert before.table_digest != after.table_digest
+    assert (before.images_digest == after.images_digest) is (column not in ("id", "sha256"))
+    order = np.array([1, 0, 2, 3, 4])
+    assert before.select(order).images_digest != before.images_digest
+
+
+def test_the_findings_are_counted_and_only_the_first_conflicts_are_shown():
+    ids = [f"{row:02}" for row in range(17)]
+    label = [row % 2 for row in range(14)] + [0, 0, 1]
+    sha256 = [f"{row // 2}" for row in range(14)] + ["z", "z", "z"]
+    group = ["slide"] * 4 + [""] * 13
+    samples = make_samples(ids, label, sha256=sha256, group=group)
+    found = audit(samples)
+    assert (len(found.duplicates), len(found.conflicts), found.n_surplus, found.n_without_group) == (8, 8, 9, 13)
+    said = found.lines()
+    assert said[0].startswith("8 sets of identical patches (17 patches, 9 surplus)")
+    assert [line for line in said if line.startswith("contradicting")] == [
+        f"contradicting labels on identical patches: {ids[2 * k]}, {ids[2 * k + 1]}" for k in range(5)
+    ]
+    assert "... and 3 more sets with contradicting labels" in said
+    assert said[-1].startswith("13 of 17 patches have no known group")
+    assert found.as_dict() == {
+        "duplicates": [list(ids) for ids in found.duplicates],
+        "conflicts": [list(ids) for ids in found.conflicts],
+        "split_duplicates": [],
+        "split_groups": [],
+        "n_without_group": 13,
+    }
+    assert "14, 15, 16" in ", ".join(found.duplicates[-1])
+
+
+@pytest.mark.parametrize("column", ["group", "votes"])
+def test_columns_of_another_length_or_shape_are_a_programming_error(column):
+    with pytest.raises(ValueError, match=column):
+        table(**{column: {"group": ["1"] * 4, "votes": np.zeros(5, dtype=np.int8)}[column]})
+
+
+def test_a_table_shows_its_counts_and_in_a_notebook_its_first_rows_escaped():
+    table = make_samples(
+        ["<b>.png", "b.png"], [1, 0], sha256=["", ""], group=["slide", "slide"], split=["train", "test"]
+    )
+    assert repr(table) == "Samples(2 patches: 1 positive; 1 train, 1 test; 1 groups)"
+    page = table._repr_html_()
+    assert "<td>&lt;b&gt;.png</td><td>1</td><td>slide</td><td>train</td>" in page
+    assert "<b>" not in page

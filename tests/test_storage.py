@@ -600,3 +600,139 @@ def test_without_obstore_the_way_to_install_it_is_named(url: str, monkeypatch: p
     monkeypatch.setitem(sys.modules, "obstore.store", None)
     with pytest.raises(UserError, match=r"pip install 'mitofm\[s3\]'"):
         FeatureStore.open(url)
+
+
+# The lock, and the order of changes.
+
+
+def lock_of(url: str) -> list[str]:
+    """The objects that keep others out; their names end like those of all unfinished work."""
+    return [key for key in objects(url) if key.endswith(".partial")]
+
+
+def test_a_lock_that_another_writer_has_taken_over_is_left_to_it(url: str) -> None:
+    there = find_storage(url)
+    with there.lock():
+        (lock,) = lock_of(url)
+        there.write(lock, [b"of another writer, after this one was thought dead"])
+    assert objects(url) == {lock: b"of another writer, after this one was thought dead"}
+    there.remove(lock)
+    with pytest.raises(RuntimeError), there.lock():
+        raise RuntimeError  # gives its own lock back all the same
+    assert lock_of(url) == []
+
+
+@pytest.mark.parametrize("overtaken", [True, False])
+def test_of_several_that_find_the_same_dead_lock_only_one_takes_it_over(
+    url: str, monkeypatch: pytest.MonkeyPatch, overtaken: bool
+) -> None:
+    """Another writer is quicker by one request; its lock then runs out in turn."""
+    monkeypatch.setattr(storage_bucket, "_LEASE", 0.2)
+    there, put = find_storage(url), obstore.put
+    with there.lock():
+        (lock,) = lock_of(url)
+    there.write(lock, [b"of one that was killed"])
+    found = []
+
+    def slower(store: object, key: str, data: bytes, **options: object) -> object:
+        if key == lock and options.get("mode") != "create":
+            found.append(bytes(obstore.get(store, key).bytes()))
+            if overtaken and len(found) == 1:
+                put(store, key, b"of the quicker one")
+        return put(store, key, data, **options)
+
+    monkeypatch.setattr(obstore, "put", slower)
+    with there.lock() as locked:
+        assert locked
+        assert objects(url)[lock] not in (b"of one that was killed", b"of the quicker one")
+    assert found == [b"of one that was killed", b"of the quicker one"][: 1 + overtaken]
+    assert lock_of(url) == []
+
+
+def test_a_living_writer_s_lock_is_waited_for(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One whose lock keeps changing hands is alive, however long it takes together."""
+    monkeypatch.setattr(storage_bucket, "_LEASE", 0.3)
+    there, get, looked = find_storage(url), obstore.get, []
+    with there.lock():
+        (lock,) = lock_of(url)
+    there.write(lock, [b"0"])
+
+    def seen(store: object, key: str, **options: object) -> object:
+        result = get(store, key, **options)
+        if key == lock:
+            looked.append(key)
+            if len(looked) < 12:
+                obstore.put(store, key, str(len(looked)).encode())  # the next of them holds it now
+        return result
+
+    monkeypatch.setattr(obstore, "get", seen)
+    with there.lock():
+        assert len(looked) > 12
+
+
+def changes(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
+    """Every object that is put or deleted from now on, in order, but for the lock."""
+    found: list[tuple[str, str]] = []
+    put, delete = obstore.put, obstore.delete
+
+    def noted_put(store: object, key: str, *given: object, **options: object) -> object:
+        result = put(store, key, *given, **options)
+        found.append(("put", key))
+        return result
+
+    def noted_delete(store: object, keys: list[str]) -> object:
+        found.extend(("delete", key) for key in keys)
+        assert len(keys) == 1 or not [key for key in keys if key.endswith("zarr.json")]  # of many none is the first
+        return delete(store, keys)
+
+    monkeypatch.setattr(obstore, "put", noted_put)
+    monkeypatch.setattr(obstore, "delete", noted_delete)
+    return found
+
+
+def without_lock(found: list[tuple[str, str]], what: str) -> list[str]:
+    return [key for kind, key in found if kind == what and not key.endswith(".partial")]
+
+
+@pytest.mark.parametrize("names", [("data",), ("data", "model"), ("data", "model", "full")])
+def test_what_makes_a_folder_count_is_deleted_before_its_content_outer_folders_first(
+    url: str, monkeypatch: pytest.MonkeyPatch, names: tuple[str, ...]
+) -> None:
+    store = filled(url)
+    below = {key for key in objects(url) if key.startswith("/".join(names) + "/")}
+    found = changes(monkeypatch)
+    store.remove(names[0], **dict(zip(("model", "view"), names[1:], strict=False)))
+    deleted = without_lock(found, "delete")
+    assert sorted(deleted) == sorted(below)
+    assert deleted[0] == "/".join(names) + "/zarr.json"
+    n_groups = sum(key.endswith("zarr.json") for key in deleted)
+    assert all(key.endswith("zarr.json") for key in deleted[:n_groups])
+    depths = [key.count("/") for key in deleted[:n_groups]]
+    assert depths == sorted(depths)
+    assert len(set(depths)) > 1
+
+
+def test_what_makes_a_folder_count_is_put_after_its_content(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = changes(monkeypatch)
+    killed_writer.write(url)  # type: ignore[arg-type]
+    new = without_lock(found, "put")
+    for folder in ("data", "data/model/full"):
+        inside = [key for key in new if key.startswith(f"{folder}/")]
+        made = inside.index(f"{folder}/zarr.json")
+        content = {f"{folder}/{name}" for name in killed_writer_content(url, folder)}
+        assert content
+        assert content <= set(inside[:made])
+    del found[:]
+    killed_writer.rewrite(url)  # type: ignore[arg-type]
+    entry = [key for kind, key in found if key == "data/model/full/zarr.json" or key.startswith("data/model/full/cls/")]
+    kinds = [kind for kind, key in found if key == "data/model/full/zarr.json"]
+    assert kinds[:2] == ["delete", "put"]
+    assert entry.index("data/model/full/zarr.json") == 0  # the old one goes before anything of it
+
+
+def killed_writer_content(url: str, folder: str) -> list[str]:
+    """What belongs to a folder from its beginning: tables and arrays, but no blocks, and no other folders."""
+    inside = [key.removeprefix(f"{folder}/") for key in objects(url) if key.startswith(f"{folder}/")]
+    if folder == "data":
+        return [key for key in inside if key.startswith("samples/")]
+    return [key for key in inside if key.endswith("/zarr.json")]

@@ -10,6 +10,7 @@ import resource
 import subprocess
 import sys
 import zipfile
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -202,6 +203,27 @@ def test_an_entry_says_what_it_is(full: FeatureStore) -> None:
     assert full.entries("ami-br", "another") == full.entries("another") == []
 
 
+def test_one_entry_is_had_by_its_names(full: FeatureStore) -> None:
+    assert full.entry("ami-br", model="timm/x", view="full") == full.entries()[0]
+    with pytest.raises(UserError, match=r"no embeddings of 'ami-br' by 'timm/x' with view 'ful'; .*Did you mean"):
+        full.entry("ami-br", model="timm/x", view="ful")
+
+
+def test_what_is_in_a_store_is_shown_at_a_prompt_and_in_a_notebook(full: FeatureStore) -> None:
+    full.put_samples("<i>", make_table(3), attrs={})
+    assert repr(full) == f"FeatureStore('{full.path}': <i>, ami-br)"
+    assert repr(full.entries()[0]) == "Entry(ami-br/timm/x/full: 150 rows, cls 4, mean 4, complete)"
+    rows = full.embeddings("ami-br", model="timm/x", view="full", rows=np.arange(7))
+    assert repr(rows) == "Embeddings(ami-br/timm/x/full, cls+mean: 7 × 8 float16, not read yet)"
+    page = full._repr_html_()
+    assert "<td>timm/x</td><td>full</td><td>150</td><td>cls × 4, mean × 4</td><td>3 of 3</td>" in page
+    assert "<td>&lt;i&gt;</td>" in page
+    assert "<i>" not in page
+    path = full.entries()[0].block_path("mean", 2)
+    path.unlink()
+    assert "2 of 3 blocks" in repr(full.entries()[0])
+
+
 def test_unknown_names_are_answered_with_the_known_ones(full: FeatureStore) -> None:
     with pytest.raises(UserError, match="no pooling 'center'; it has cls, mean"):
         read(full, "center")
@@ -336,6 +358,8 @@ def test_only_a_writer_that_is_alone_sweeps_or_overwrites(empty: FeatureStore) -
 
 
 def test_remove_takes_an_entry_a_model_or_a_dataset(full: FeatureStore) -> None:
+    with pytest.raises(ValueError, match="of one model"):
+        full.remove("ami-br", view="full")
     with pytest.raises(UserError, match="has no ami-br/timm/y"):
         full.remove("ami-br", model="timm/y")
     full.remove("ami-br", model="timm/x", view="full")
@@ -500,6 +524,20 @@ def test_a_block_that_changes_after_it_was_verified_is_verified_again(full: Feat
         full.read("ami-br", model="timm/x", view="full")
 
 
+def test_verify_names_a_dataset_in_the_folder_of_another_and_refuses_one_that_is_not_there(full: FeatureStore) -> None:
+    (full.path / "ami-br").rename(full.path / "other")
+    assert any("attributes are those of the dataset 'ami-br'" in problem.what for problem in full.verify())
+    with pytest.raises(UserError, match="no dataset 'ami-br'"):
+        full.verify("ami-br")
+
+
+def test_a_dataset_folder_without_metadata_is_written_anew(full: FeatureStore) -> None:
+    (full.path / "ami-br" / "zarr.json").unlink()
+    full.put_samples("ami-br", make_table(), attrs={})
+    assert full.samples("ami-br").table_digest == make_table().table_digest
+    assert not list(full.path.rglob("*.partial"))
+
+
 def test_verify_reports_what_is_missing_and_what_is_not_finite(empty: FeatureStore) -> None:
     fill(begin(empty), n_blocks=2)
     entry = empty.entries()[0]
@@ -562,3 +600,126 @@ def test_a_writer_killed_before_any_file_operation_leaves_a_store_that_the_next_
     done = subprocess.run([sys.executable, KILLER, tmp_path, "19"], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "stores identical" in done.stdout
+
+
+# What a power failure leaves: nothing has its final name before it is on the disk, and the name follows at once.
+
+
+class Disk:
+    """Notes in which order files and folders are made, made safe, renamed and removed."""
+
+    def __init__(self, patched: pytest.MonkeyPatch) -> None:
+        self.events: list[tuple[str, Path]] = []
+        self.safe: dict[tuple[int, int], tuple[int, list[str]]] = {}  # by device and inode: what was on the disk
+        self.unsafe: list[str] = []
+        fsync = os.fsync
+        patched.setattr(os, "fsync", lambda descriptor: (fsync(descriptor), self.noted(descriptor))[0])
+        for name in ("rename", "replace"):
+            patched.setattr(os, name, self.renaming(getattr(os, name)))
+        patched.setattr(os, "mkdir", self.noting("mkdir", os.mkdir))
+        for name in ("unlink", "remove", "rmdir"):
+            patched.setattr(os, name, self.noting("remove", getattr(os, name)))
+
+    def noted(self, descriptor: int) -> None:
+        path = Path(f"/proc/self/fd/{descriptor}").readlink()
+        self.safe[self.key(path)] = self.state(path)
+        self.events.append(("fsync", path))
+
+    def noting(self, what: str, function):  # type: ignore[no-untyped-def]
+        def noted(path, *given, **options):  # type: ignore[no-untyped-def]
+            done = function(path, *given, **options)
+            self.events.append((what, Path(path)))
+            return done
+
+        return noted
+
+    def renaming(self, function):  # type: ignore[no-untyped-def]
+        def renamed(old, new, **options):  # type: ignore[no-untyped-def]
+            if not str(new).endswith(".partial"):  # such names mean nothing to anybody
+                inside = [Path(old), *Path(old).rglob("*")] if Path(old).is_dir() else [Path(old)]
+                self.unsafe += [
+                    f"{new} before {path}" for path in inside if self.safe.get(self.key(path)) != self.state(path)
+                ]
+            done = function(old, new, **options)
+            self.events.append(("rename", Path(new)))
+            self.events.append(("gone", Path(old)))
+            return done
+
+        return renamed
+
+    @staticmethod
+    def key(path: Path) -> tuple[int, int]:
+        status = path.stat()
+        return status.st_dev, status.st_ino
+
+    @staticmethod
+    def state(path: Path) -> tuple[int, list[str]]:
+        """What must not change after the last fsync: a file's length, a folder's names."""
+        return (0, sorted(os.listdir(path))) if path.is_dir() else (path.stat().st_size, [])  # noqa: PTH208
+
+    def check(self) -> int:
+        """No name is new or gone without an fsync of its folder before the next name or removal; how many were."""
+        pending: dict[Path, Path] = {}
+        n = 0
+        for what, path in self.events:
+            if what == "fsync":
+                pending = {name: folder for name, folder in pending.items() if folder != path}
+            elif what in ("rename", "gone", "mkdir") and ".partial" not in str(path):
+                if what == "rename":
+                    assert not [name for name, folder in pending.items() if folder != path.parent], (path, pending)
+                pending[path] = path.parent
+                n += 1
+            elif what == "remove":
+                assert not pending, (path, pending)  # what is removed is out of the way first, on the disk too
+        assert not pending
+        assert self.unsafe == []
+        return n
+
+
+@pytest.fixture
+def disk(monkeypatch: pytest.MonkeyPatch) -> Disk:
+    return Disk(monkeypatch)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="what a descriptor is of, as Linux tells it")
+def test_every_file_and_folder_is_on_the_disk_before_its_name_and_the_name_before_the_next(
+    tmp_path: Path, disk: Disk
+) -> None:
+    made = []
+    store = FeatureStore.open_or_create(tmp_path / "store")
+    made.append(disk.check())
+    store.put_samples("ami-br", make_table(), attrs={})
+    made.append(disk.check())
+    writer = begin(store)
+    writer.set_batch_size(8)
+    made.append(disk.check())
+    fill(writer)
+    made.append(disk.check())
+    names = [path.name for what, path in disk.events if what == "rename"]
+    assert names[-6:] == ["c.0.0", "c.0.0", "c.1.0", "c.1.0", "c.2.0", "c.2.0"]
+    store.put_samples("ami-br", make_table(label=np.ones(N, np.int8)), attrs={})  # the table is replaced
+    made.append(disk.check())
+    del writer
+    begin(store, parts={"other": 1}, overwrite=True)
+    made.append(disk.check())
+    store.remove("ami-br", model="timm/x")
+    made.append(disk.check())
+    assert made == sorted(set(made))  # each of these steps made something
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="what a descriptor is of, as Linux tells it")
+def test_a_file_replaces_another_only_when_it_is_on_the_disk(tmp_path: Path, disk: Disk) -> None:
+    (tmp_path / "x").write_text("old")
+    files.write_file(tmp_path / "x", [b"n", memoryview(b"ew")])
+    assert disk.check() == 1
+    assert [what for what, _ in disk.events] == ["fsync", "rename", "gone", "fsync"]
+    assert (tmp_path / "x").read_bytes() == b"new"
+
+    def pieces() -> Iterator[bytes]:
+        yield b"half"
+        raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        files.write_file(tmp_path / "x", pieces())
+    assert [path.name for path in tmp_path.iterdir()] == ["x"]
+    assert (tmp_path / "x").read_bytes() == b"new"

@@ -205,3 +205,93 @@ def test_files_of_the_wrong_kind_are_refused(path: Path, tmp_path: Path) -> None
     with pytest.raises(UserError, match="unknown format 'parquet'"):
         call("export", "--store", path, "--dataset", "ami-br", "--model", "uni", "--format", "parquet", "--out", "x")
     assert not os.path.exists("x")  # noqa: PTH110
+
+
+def npy(tmp_path: Path, ids: list[str], *, values: np.ndarray = CLS) -> tuple[object, ...]:
+    """A file of embeddings, its rows' ids apart: what `fm-store import` takes."""
+    np.save(tmp_path / "x.npy", values)
+    (tmp_path / "ids.txt").write_text("\n".join(ids) + "\n", encoding="utf-8")
+    return (tmp_path / "x.npy", "--ids", tmp_path / "ids.txt")
+
+
+def test_the_same_file_with_its_ids_in_another_order_is_another_import(path: Path, tmp_path: Path) -> None:
+    select = ("--dataset", "ami-br", "--model", "mine", "--store", path)
+    call("import", *npy(tmp_path, IDS), *select)
+    swapped = [IDS[1], IDS[0], *IDS[2:]]
+    with pytest.raises(UserError, match=r"(?s)ids_digest.*`overwrite=True`"):
+        call("import", *npy(tmp_path, swapped), *select)
+    np.testing.assert_array_equal(FeatureStore.open(path).read("ami-br", model="mine", view="full"), CLS)
+    call("import", *npy(tmp_path, swapped), "--overwrite", *select)
+    np.testing.assert_array_equal(
+        FeatureStore.open(path).read("ami-br", model="mine", view="full"), CLS[[1, 0, *range(2, N)]]
+    )
+
+
+def test_every_part_of_an_import_is_in_its_fingerprint(path: Path, tmp_path: Path) -> None:
+    def imported(model: str, *, dataset: str = "ami-br", ids: list[str] = IDS, values: np.ndarray = CLS) -> str:
+        call("import", *npy(tmp_path, ids, values=values), "--dataset", dataset, "--model", model, "--store", path)
+        return next(entry.fingerprint for entry in FeatureStore.open(path).entries(dataset, model))
+
+    store = FeatureStore.open(path)
+    others = make_samples(IDS, [0] * N, sha256=[f"other {i}" for i in range(N)])  # other images of the same names
+    store.put_samples("others", others, attrs={})
+    found = [
+        imported("a"),
+        imported("b", ids=IDS[::-1]),
+        imported("c", values=CLS + 1),
+        imported("d", dataset="others"),
+    ]
+    assert len(set(found)) == 4
+    assert imported("again") == found[0]
+
+
+@pytest.mark.parametrize("format", ["hdf5", "npz"])
+def test_an_export_says_of_every_row_what_the_table_says(tmp_path: Path, format: str) -> None:
+    """No two columns, and hardly two rows, are alike here."""
+    store = FeatureStore.open_or_create(tmp_path / "store")
+    table = make_samples(
+        IDS,
+        [int(i % 3 == 0) for i in range(N)],
+        sha256=[f"digest {i}" for i in range(N)],
+        group=[f"slide {i // 7}" for i in range(N)],
+        split=[("train", "test", "")[i % 3] for i in range(N)],
+        votes=np.arange(4 * N, dtype=np.int8).reshape(N, 4) % 3 - 1,
+        domain=[f"domain {i % 5}" for i in range(N)],
+    )
+    store.put_samples("d", table, attrs={})
+    parts = {"model": "m"}
+    writer = store.begin(
+        "d", model="m", view="center64", poolings={"cls": 3, "mean": 3}, card_pooling="mean", parts=parts
+    )
+    for rows in writer.missing():
+        writer.write(rows, {"cls": CLS[rows.start : rows.stop], "mean": -CLS[rows.start : rows.stop]})
+    out = tmp_path / "out"
+    select = ("--dataset", "d", "--model", "m", "--view", "center64", "--store", store.path)
+    call("export", *select, "--format", format, "--out", out)
+    if format == "npz":
+        with np.load(out, allow_pickle=False) as file:
+            found, record = dict(file), json.loads(str(file["record"]))
+    else:
+        with h5py.File(out) as file:
+            found = {
+                name: node.asstr()[...] if h5py.check_string_dtype(node.dtype) else node[...]
+                for name, node in file.items()
+            }
+            record = dict(file.attrs)
+    np.testing.assert_array_equal(found["features"], -CLS)
+    assert found["ids"].tolist() == IDS
+    assert found["labels"].tolist() == table.label.tolist()
+    assert found["groups"].tolist() == table.group.tolist()
+    assert found["splits"].tolist() == table.split.tolist()
+    assert found["domains"].tolist() == table.domain.tolist()
+    assert found["votes"].tolist() == table.votes.tolist()
+    (entry,) = store.entries()
+    said = {name: record[name] for name in ("dataset", "model", "view", "pooling", "fingerprint")}
+    assert said == {
+        "dataset": "d",
+        "model": "m",
+        "view": "center64",
+        "pooling": "mean",
+        "fingerprint": entry.fingerprint,
+    }
+    assert json.loads(record["parts"]) == parts

@@ -146,5 +146,5 @@ def test_a_store_beyond_the_budget_is_streamed_and_judged_the_same(problem, monk
     monkeypatch.setattr(stream, "BUDGET", 2**25)
     assert linear.in_memory(X, 5) is X
     there = linear.fit_exact(X, y, folds=folds)
-    assert there.record["chosen_strength"] == here.record["chosen_strength"]
+    assert there.fit.chosen_strength == here.fit.chosen_strength
     np.testing.assert_allclose(there.validation_logit, here.validation_logit, atol=1e-3)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +22,18 @@ from extract.registry import IMAGENET_MEAN, IMAGENET_STD
 from extract.views import Transform
 from features.console import UserError
 from features.folds import Folds
+from finetune import compute as computing
 from finetune import train as training
 from finetune.augment import AugmentOptions, augment
 from finetune.checkpoint import State, load_state, save_state
+from finetune.compute import Compute
 from finetune.lora import LoraOptions
 from finetune.network import Method, Network
-from finetune.protocol import patch_logits
-from finetune.recipes import Recipe, best_epoch
-from finetune.train import Compute, TrainingSet, new_state, train, validation_logits
+from finetune.recipes import Recipe
+from finetune.score import patch_logits
+from finetune.train import TrainingSet, new_state, train, validation_logits
+from probe.runs import EpochRecord
+from probe.schedule import best_epoch
 
 N_FOLDS = 3
 SEED = 42
@@ -98,10 +102,10 @@ def trained(
     """Train to the end; `only` some folds, the others being finished before they begin."""
     state = new_state(network)
     for fold in set(network.folds) - set(network.folds if only is None else only):
-        state.history[fold] = [{"balanced_accuracy": 0.5}] * recipe.epochs
-    machine = Compute(CPU, "fp32", at_once)
+        state.history[fold] = [EpochRecord(0.7, 0.5, 0.5, 0.0)] * recipe.epochs
+    compute = Compute(CPU, "fp32", at_once)
     data = patches(network.values.dtype) if data is None else data
-    train(network, data, recipe, state=state, seed=seed, machine=machine, save=save, advance=nothing)
+    train(network, data, recipe, state=state, seed=seed, compute=compute, save=save, advance=nothing)
     return state
 
 
@@ -126,7 +130,7 @@ def test_folds_trained_at_once_end_as_each_trained_alone(recipe: Recipe, lora: L
         torch.testing.assert_close(together.best[fold], alone.best[fold], **TIGHT)
         assert together.n_steps[fold] == alone.n_steps[fold]
         for one, other in zip(together.history[fold], alone.history[fold], strict=True):
-            assert one == pytest.approx(other, rel=1e-6)
+            assert astuple(one) == pytest.approx(astuple(other), rel=1e-6)
         others = [k for k in range(N_FOLDS) if k != fold]
         assert torch.equal(alone.values[others], start[others])
 
@@ -200,7 +204,7 @@ def test_a_stopped_fold_leaves_the_batch() -> None:
         at_its_end = saved[n - 1]
         assert torch.equal(together.values[fold], at_its_end.values[fold])
         assert torch.equal(together.moments[fold], at_its_end.moments[fold])
-        n_batches = training._plan(patches(), fold, recipe, seed=SEED, epoch=0).n_batches
+        n_batches = training.draw_epoch(patches(), fold, recipe, seed=SEED, epoch=0).n_batches
         assert together.n_steps[fold] == n * n_batches == sum(fold in folds for folds in seen)
         alone = trained(double(lora=DROPPING), recipe, only=[fold])
         assert len(alone.history[fold]) == n
@@ -251,7 +255,7 @@ def reference(network: Network, fold: int, recipe: Recipe) -> Reference:
     held_out, label = data.folds.fold == fold, data.label
     found = Reference({}, {}, [], [])
     for epoch in range(recipe.epochs):
-        plan = training._plan(data, fold, recipe, seed=SEED, epoch=epoch)
+        plan = training.draw_epoch(data, fold, recipe, seed=SEED, epoch=epoch)
         losses = []
         for batch, rows in enumerate(plan.rows):
             if recipe.schedule == "cosine":
@@ -299,10 +303,10 @@ def test_a_fold_ends_as_in_a_plain_loop(recipe: Recipe) -> None:
     state = trained(network, recipe)
     history = state.history[fold]
     for epoch, figures in zip(history, expected.figures, strict=True):
-        assert (epoch["loss"], epoch["balanced_accuracy"], epoch["auroc"]) == pytest.approx(figures, rel=1e-5)
+        assert (epoch.loss, epoch.balanced_accuracy, epoch.auroc) == pytest.approx(figures, rel=1e-5)
     n_batches = len(expected.rates) // len(history)
     midway = expected.rates[n_batches // 2 :: n_batches]
-    assert [epoch["learning_rate"] for epoch in history] == pytest.approx(midway)
+    assert [epoch.learning_rate for epoch in history] == pytest.approx(midway)
     if recipe.schedule == "plateau":
         assert len(set(expected.rates)) > 1, "the rate of this example must fall"
     for row, plain in ((state.values[fold], expected.values), (state.best[fold], expected.best)):
@@ -325,11 +329,11 @@ def test_full_training_ends_as_in_a_plain_loop() -> None:
         [*model.parameters(), *head.parameters()], lr=recipe.learning_rate, weight_decay=recipe.weight_decay
     )
     for epoch in range(recipe.epochs):
-        plan = training._plan(data, fold, recipe, seed=SEED, epoch=epoch)
+        plan = training.draw_epoch(data, fold, recipe, seed=SEED, epoch=epoch)
         assert plan.draws is not None
         model.train()
         for batch, (rows, draws) in enumerate(zip(plan.rows, plan.draws, strict=True)):
-            rate = training.learning_rate([{}] * epoch, recipe, batch=batch, n_batches=plan.n_batches)
+            rate = training.learning_rate([0.5] * epoch, recipe, batch=batch, n_batches=plan.n_batches)
             optimizer.param_groups[0]["lr"] = rate
             pixels = augment(data.pixels[rows] / 255, draws, size=32, options=AugmentOptions())
             loss = F.cross_entropy(head(model(TRANSFORM.normalise(255 * pixels))), data.label[rows])
@@ -350,7 +354,7 @@ def test_full_training_ends_as_in_a_plain_loop() -> None:
 def test_only_training_rows_are_drawn_and_classes_about_equally_often() -> None:
     data = patches(torch.uint8)
     for fold in range(N_FOLDS):
-        plans = [training._plan(data, fold, RECIPE, seed=SEED, epoch=epoch) for epoch in range(60)]
+        plans = [training.draw_epoch(data, fold, RECIPE, seed=SEED, epoch=epoch) for epoch in range(60)]
         drawn = torch.cat([plan.rows.flatten() for plan in plans])
         assert set(drawn.tolist()) == set(np.flatnonzero(data.folds.fold != fold).tolist())
         assert data.label[drawn].double().mean() == pytest.approx(0.5, abs=0.06)  # about four standard errors
@@ -364,18 +368,18 @@ def test_only_training_rows_are_drawn_and_classes_about_equally_often() -> None:
 def test_an_epoch_draws_as_many_patches_as_the_fold_trains_on_in_whole_batches() -> None:
     data = patches(torch.uint8)
     for fold, n_batches in enumerate([4, 4, 3]):  # of 15, 13 and 12 patches, four at a time
-        plan = training._plan(data, fold, RECIPE, seed=SEED, epoch=0)
+        plan = training.draw_epoch(data, fold, RECIPE, seed=SEED, epoch=0)
         assert plan.rows.shape == (n_batches, 4)
         assert plan.draws is not None
         assert plan.draws.shape[:2] == (n_batches, 4)
-    assert training._plan(data, 0, replace(RECIPE, augment=None), seed=SEED, epoch=0).draws is None
+    assert training.draw_epoch(data, 0, replace(RECIPE, augment=None), seed=SEED, epoch=0).draws is None
 
 
 def test_what_a_fold_sees_depends_on_seed_fold_and_epoch() -> None:
     data = patches(torch.uint8)
 
     def seen(fold: int, seed: int, epoch: int) -> tuple[Any, ...]:
-        plan = training._plan(data, fold, RECIPE, seed=seed, epoch=epoch)
+        plan = training.draw_epoch(data, fold, RECIPE, seed=seed, epoch=epoch)
         assert plan.draws is not None
         return (*plan.rows.flatten().tolist(), *plan.draws.flatten().tolist())
 
@@ -391,8 +395,8 @@ def test_the_kept_rows_are_those_of_the_best_epoch(method: Method) -> None:
         tiny_network(method), replace(RECIPE, epochs=6), save=lambda state: rows.append(state.values.clone())
     )
     for fold in range(N_FOLDS):
-        assert torch.equal(state.best[fold], rows[best_epoch(state.history[fold])][fold])
-    assert len({best_epoch(history) for history in state.history.values()} | {5}) > 1, "not all may be the last epoch"
+        assert torch.equal(state.best[fold], rows[best_epoch(state.scores(fold))][fold])
+    assert len({best_epoch(state.scores(fold)) for fold in state.history} | {5}) > 1, "not all may be the last epoch"
 
 
 def test_a_full_networks_kept_row_holds_the_running_statistics_of_its_best_epoch() -> None:
@@ -401,7 +405,7 @@ def test_a_full_networks_kept_row_holds_the_running_statistics_of_its_best_epoch
     # At this rate the later epochs only do harm.
     recipe = replace(RECIPE, epochs=5, learning_rate=0.3)
     state = trained(network, recipe, save=lambda state: rows.append(state.values.clone()))
-    best = best_epoch(state.history[1])
+    best = best_epoch(state.scores(1))
     assert best < 4, "the best epoch of this example must not be the last"
     assert torch.equal(state.best[0], rows[best][0])
 
@@ -409,7 +413,7 @@ def test_a_full_networks_kept_row_holds_the_running_statistics_of_its_best_epoch
 @pytest.mark.parametrize("at_once", [1, 2, 3])
 def test_every_fold_is_judged_on_its_own_patches_under_its_own_weights(at_once: int) -> None:
     network, data = stirred(tiny_network()), patches(torch.uint8)
-    found = validation_logits(network, data, range(N_FOLDS), machine=Compute(CPU, "fp32", at_once))
+    found = validation_logits(network, data, range(N_FOLDS), compute=Compute(CPU, "fp32", at_once))
     for fold, own in found.items():
         held_out = np.flatnonzero(data.folds.fold == fold)
         with torch.no_grad():
@@ -418,10 +422,10 @@ def test_every_fold_is_judged_on_its_own_patches_under_its_own_weights(at_once: 
 
 
 def test_validation_takes_any_number_of_patches_in_passes(monkeypatch: pytest.MonkeyPatch) -> None:
-    network, data, machine = stirred(tiny_network()), patches(torch.uint8), Compute(CPU, "fp32", N_FOLDS)
-    expected = validation_logits(network, data, range(N_FOLDS), machine=machine)
+    network, data, compute = stirred(tiny_network()), patches(torch.uint8), Compute(CPU, "fp32", N_FOLDS)
+    expected = validation_logits(network, data, range(N_FOLDS), compute=compute)
     monkeypatch.setitem(training.EVALUATION_BATCH, "cpu", 5)
-    found = validation_logits(network, data, range(N_FOLDS), machine=machine)
+    found = validation_logits(network, data, range(N_FOLDS), compute=compute)
     for fold, own in found.items():
         np.testing.assert_allclose(own, expected[fold], rtol=1e-4, atol=1e-6)
 
@@ -430,8 +434,8 @@ def test_training_learns_what_can_be_learned() -> None:
     data = patches(torch.uint8)
     data.pixels[data.label == 1] = 255 - data.pixels[data.label == 1] // 4
     state = trained(tiny_network(), replace(RECIPE, epochs=6, learning_rate=5e-3), data=data)
-    assert all(max(epoch["balanced_accuracy"] for epoch in history) > 0.9 for history in state.history.values())
-    assert all(history[-1]["loss"] < history[0]["loss"] for history in state.history.values())
+    assert all(max(state.scores(fold)) > 0.9 for fold in state.history)
+    assert all(history[-1].loss < history[0].loss for history in state.history.values())
 
 
 # -------------------------------------------------------------------------------------------------------- when it fails
@@ -445,7 +449,7 @@ def test_a_loss_that_is_not_finite_ends_training_with_fold_epoch_and_remedy() ->
         if len(saved) == 2:
             state.values[1].fill_(float("nan"))
 
-    message = r"fold 1 is not finite in epoch 3.*0\.02.*checkpoint of the epoch before.*--learning-rate.*fp32"
+    message = r"fold 1 is not finite in epoch 3.*0\.02.*checkpoint of the epoch before.*`learning_rate`.*fp32"
     with pytest.raises(UserError, match=message):
         trained(tiny_network(), save=save)
     assert len(saved) == 2
@@ -454,7 +458,7 @@ def test_a_loss_that_is_not_finite_ends_training_with_fold_epoch_and_remedy() ->
 def test_a_loss_that_is_not_finite_at_once_promises_no_checkpoint() -> None:
     network, saved = tiny_network(), []
     network.values[2].fill_(float("nan"))
-    with pytest.raises(UserError, match=r"fold 2 is not finite in epoch 1.*--learning-rate") as refusal:
+    with pytest.raises(UserError, match=r"fold 2 is not finite in epoch 1.*`learning_rate`") as refusal:
         trained(network, save=saved.append)
     assert "checkpoint" not in str(refusal.value)
     assert not saved
@@ -464,7 +468,7 @@ def test_weights_that_the_last_step_of_an_epoch_breaks_are_not_saved() -> None:
     network, saved = tiny_network(), []
     recipe = replace(RECIPE, epochs=1, augment=None)
     gather = network.gather_gradients
-    n_batches = training._plan(patches(), 0, recipe, seed=SEED, epoch=0).n_batches
+    n_batches = training.draw_epoch(patches(), 0, recipe, seed=SEED, epoch=0).n_batches
 
     def broken() -> None:
         gather()
@@ -533,7 +537,7 @@ def test_memory_that_cannot_hold_one_fold_checkpoints_gradients_and_changes_noth
 @pytest.mark.usefixtures("exact")
 def test_memory_that_holds_nothing_ends_training_with_a_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
     SmallMemory(monkeypatch, plain=0, checkpointed=0)
-    with pytest.raises(UserError, match=r"tiny-vit: 4 images of one fold.*cpu.*--batch-size.*--resume"):
+    with pytest.raises(UserError, match=r"tiny-vit: 4 images of one fold.*cpu.*`batch_size`.*`resume`"):
         trained(double())
 
 
@@ -551,7 +555,7 @@ def test_full_training_with_checkpointed_gradients_changes_nothing() -> None:
     recipe = replace(RECIPE, epochs=2)
     expected = trained(tiny_network("full", CNN, dtype=torch.float64), recipe)
     network = tiny_network("full", CNN, dtype=torch.float64)
-    assert training.checkpoint_gradients(network)
+    assert computing.checkpoint_gradients(network)
     found = trained(network, recipe)
     torch.testing.assert_close(found.values, expected.values, **TIGHT)
 
@@ -569,7 +573,7 @@ def test_a_repeated_step_of_full_training_moves_the_running_statistics_once(monk
 
     monkeypatch.setattr(training.F, "cross_entropy", short_of_memory_once)
     # Checkpointing, which would follow, is another test's.
-    monkeypatch.setattr(training, "checkpoint_gradients", lambda network: True)
+    monkeypatch.setattr(computing, "checkpoint_gradients", lambda network: True)
     found = trained(tiny_network("full", CNN, dtype=torch.float64), recipe)
     torch.testing.assert_close(found.values, expected.values, **TIGHT)
 
@@ -577,11 +581,11 @@ def test_a_repeated_step_of_full_training_moves_the_running_statistics_once(monk
 def test_autocast_trains_in_bf16_and_keeps_float32_values() -> None:
     network = tiny_network()
     state = new_state(network)
-    data, machine = patches(torch.uint8), Compute(CPU, "bf16", N_FOLDS)
-    train(network, data, RECIPE, state=state, seed=SEED, machine=machine, save=nothing, advance=nothing)
+    data, compute = patches(torch.uint8), Compute(CPU, "bf16", N_FOLDS)
+    train(network, data, RECIPE, state=state, seed=SEED, compute=compute, save=nothing, advance=nothing)
     assert state.values.dtype == state.moments.dtype == torch.float32
     exact = trained(tiny_network(), data=data)
-    losses = [[epoch["loss"] for epoch in each.history[0]] for each in (state, exact)]
+    losses = [[epoch.loss for epoch in each.history[0]] for each in (state, exact)]
     assert losses[0] != losses[1]
     np.testing.assert_allclose(*losses, rtol=0.1)
 
@@ -706,7 +710,7 @@ def test_a_fold_of_fewer_batches_than_others_ends_as_in_a_plain_loop(recipe: Rec
     network = double()
     state = trained(network, recipe)
     assert state.n_steps[fold] == len(expected.rates) < state.n_steps[0]
-    figures = [(epoch["loss"], epoch["balanced_accuracy"], epoch["auroc"]) for epoch in state.history[fold]]
+    figures = [(epoch.loss, epoch.balanced_accuracy, epoch.auroc) for epoch in state.history[fold]]
     for found, plain in zip(figures, expected.figures, strict=True):
         assert found == pytest.approx(plain, rel=1e-5)
     for name, value in of_row(network, state.values[fold].clone(), fold).items():
@@ -729,15 +733,15 @@ def test_a_training_resumed_after_folds_have_stopped_ends_as_if_undisturbed(tmp_
         trained(double(lora=DROPPING), recipe, save=save)
     state = load_state(tmp_path, CPU)
     assert state is not None
-    machine = Compute(CPU, "fp32", N_FOLDS)
-    options: dict[str, Any] = {"state": state, "seed": SEED, "machine": machine, "save": nothing, "advance": nothing}
+    compute = Compute(CPU, "fp32", N_FOLDS)
+    options: dict[str, Any] = {"state": state, "seed": SEED, "compute": compute, "save": nothing, "advance": nothing}
     train(double(lora=DROPPING), patches(torch.float64), recipe, **options)
     for name in ("values", "best", "moments"):
         torch.testing.assert_close(getattr(state, name), getattr(expected, name), **TIGHT)
     assert (state.n_steps, state.n_images) == (expected.n_steps, expected.n_images)
     for fold, history in expected.history.items():
         for epoch, plain in zip(state.history[fold], history, strict=True):
-            assert epoch == pytest.approx(plain, rel=1e-6)
+            assert astuple(epoch) == pytest.approx(astuple(plain), rel=1e-6)
 
 
 # --------------------------------------------------------------------------------------------------- passes of any size
@@ -747,13 +751,13 @@ def test_a_training_resumed_after_folds_have_stopped_ends_as_if_undisturbed(tmp_
 def test_patches_of_a_last_shorter_batch_get_the_logits_of_every_fold_in_order(at_once: int) -> None:
     network, data = stirred(tiny_network()), patches(torch.uint8)
     rows = np.array([3, 17, 0, 8, 5, 19, 2, 11, 4, 13, 6, 1, 18, 7, 9, 10, 12, 14, 16])  # 16 and 3 on a CPU
-    machine = Compute(CPU, "fp32", at_once)
+    compute = Compute(CPU, "fp32", at_once)
     found = patch_logits(
         network,
         lambda row: data.pixels[row].permute(1, 2, 0).numpy(),
         rows,
         TRANSFORM,
-        machine=machine,
+        compute=compute,
         advance=nothing,
     )
     assert found.shape == (len(rows), N_FOLDS)
@@ -767,8 +771,8 @@ def test_patches_of_a_last_shorter_batch_get_the_logits_of_every_fold_in_order(a
 def test_evaluation_that_runs_out_of_memory_halves_its_batch_and_changes_nothing(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    network, data, machine = stirred(tiny_network()), patches(torch.uint8), Compute(CPU, "fp32", N_FOLDS)
-    expected = validation_logits(network, data, range(N_FOLDS), machine=machine)  # eight images of each fold at once
+    network, data, compute = stirred(tiny_network()), patches(torch.uint8), Compute(CPU, "fp32", N_FOLDS)
+    expected = validation_logits(network, data, range(N_FOLDS), compute=compute)  # eight images of each fold at once
     forward, sizes = Network.forward, []
 
     def limited(network: Network, images: Tensor, folds: Sequence[int], *, step: int | None = None) -> Tensor:
@@ -778,7 +782,7 @@ def test_evaluation_that_runs_out_of_memory_halves_its_batch_and_changes_nothing
         return forward(network, images, folds, step=step)
 
     monkeypatch.setattr(Network, "forward", limited)
-    found = validation_logits(network, data, range(N_FOLDS), machine=machine)
+    found = validation_logits(network, data, range(N_FOLDS), compute=compute)
     assert max(sizes) == 8
     for fold, own in found.items():
         np.testing.assert_allclose(own, expected[fold], rtol=1e-4, atol=1e-5)
@@ -790,5 +794,5 @@ def test_evaluation_that_cannot_hold_an_image_of_each_fold_ends_with_a_remedy(mo
 
     monkeypatch.setattr(Network, "forward", full)
     network, data = tiny_network(), patches(torch.uint8)
-    with pytest.raises(UserError, match=r"one image of 3 folds does not fit.*--folds-at-once 1"):
-        validation_logits(network, data, range(N_FOLDS), machine=Compute(CPU, "fp32", N_FOLDS))
+    with pytest.raises(UserError, match=r"one image of 3 folds does not fit.*`folds_at_once=1`"):
+        validation_logits(network, data, range(N_FOLDS), compute=Compute(CPU, "fp32", N_FOLDS))

@@ -95,3 +95,84 @@ def test_what_decides_the_pixels_is_recorded():
     for change in ({"mean": (0.1, 0.2, 0.3)}, {"interpolation": "bilinear"}, {"resize": 256}, {"input_size": 160}):
         assert make_transform(dataclasses.replace(backbone, **change), parse_view("full")).record() != record
     assert make_transform(backbone, parse_view("center64")).record() != record
+
+
+def coded(height: int, width: int) -> np.ndarray:
+    """A patch whose every pixel says its row, its column, and that it is one."""
+    rows, columns = np.mgrid[:height, :width]
+    return np.stack([rows, columns, np.full((height, width), 255)], axis=-1).astype(np.uint8)
+
+
+@pytest.mark.parametrize("size", [(65, 65), (64, 67), (67, 64), (65, 90), (33, 34), (128, 128)])
+@pytest.mark.parametrize("crop", [32, 33])
+def test_the_centre_of_odd_and_even_patches_is_where_pil_cuts_it(size, crop):
+    """Of an odd margin the larger half is below and to the right."""
+    height, width = size
+    left, top = (width - crop) // 2, (height - crop) // 2
+    expected = Image.fromarray(coded(height, width)).crop((left, top, left + crop, top + crop))
+    found = pixels(find_backbone("uni"), f"center{crop}@{crop}", coded(height, width))[0]  # nothing is resized
+    assert np.abs(found - np.asarray(expected)).max() < 0.01
+
+
+@pytest.mark.parametrize(("height", "width"), [(100, 153), (153, 100), (65, 129), (99, 64), (61, 61), (130, 65)])
+@pytest.mark.parametrize(("resize", "input_size"), [(224, 224), (235, 224), (97, 64)])
+def test_awkward_sizes_are_resized_and_cut_as_pil_does_it(height, width, resize, input_size):
+    """A pixel more or less, or a cut one pixel further, is a mean difference of 0.7 grey levels and more."""
+    backbone = dataclasses.replace(
+        find_backbone("uni"),
+        resize=resize,
+        input_size=input_size,
+        interpolation="bilinear" if height > 99 else "bicubic",
+    )
+    filters = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
+    scale = resize / min(height, width)
+    to = (round(width * scale), round(height * scale))
+    left, top = (to[0] - input_size) // 2, (to[1] - input_size) // 2
+    resized = Image.fromarray(patch(height, width)).resize(to, filters[backbone.interpolation])
+    expected = np.asarray(resized.crop((left, top, left + input_size, top + input_size)), dtype=float)
+    found = pixels(backbone, "full", patch(height, width))[0]
+    assert found.shape == expected.shape
+    assert np.abs(found - expected).max() < 2.1
+    assert np.abs(found - expected).mean() < 0.3
+
+
+@pytest.mark.parametrize("target", [224, 256])
+def test_no_edge_loses_a_pixel_to_rounding(target):
+    """For some edges `edge * (target / edge)` is a little less than the target."""
+    edges = [edge for edge in range(16, 400) if int(edge * (target / edge)) != target]
+    assert edges
+    backbone = dataclasses.replace(find_backbone("uni"), resize=target, input_size=target)
+    for edge in edges[:3]:
+        assert pixels(backbone, "full", patch(edge, edge)).shape == (1, target, target, 3)
+
+
+def test_sizes_and_crops_of_a_view_are_what_its_name_says():
+    gigapath = find_backbone("prov-gigapath")  # resizes to 256 and cuts 224
+    named = {
+        name: make_transform(gigapath, parse_view(name)) for name in ("full", "center60", "full@160", "center60@160")
+    }
+    found = {name: (one.crop, one.resize, one.input_size) for name, one in named.items()}
+    assert found == {
+        "full": (None, 256, 224),
+        "center60": (60, 224, 224),
+        "full@160": (None, 160, 160),
+        "center60@160": (60, 160, 160),
+    }
+
+
+def test_a_card_s_mean_and_deviation_normalise_their_own_channel():
+    uni = dataclasses.replace(find_backbone("uni"), mean=(0.1, 0.2, 0.3), std=(0.5, 0.25, 0.125))
+    grey = np.full((224, 224, 3), (51, 102, 204), dtype=np.uint8)
+    found = make_transform(uni, parse_view("full"))([grey], CPU)[0, :, 7, 9]
+    expected = (torch.tensor([0.2, 0.4, 0.8]) - torch.tensor([0.1, 0.2, 0.3])) / torch.tensor([0.5, 0.25, 0.125])
+    torch.testing.assert_close(found, expected)
+
+
+def test_every_part_of_the_transform_is_recorded():
+    made = make_transform(find_backbone("uni"), parse_view("full"))
+    changed = {"crop": 64, "resize": 225, "input_size": 223, "interpolation": "bicubic"}
+    changed |= {"mean": (0.5, 0.5, 0.51), "std": (0.5, 0.5, 0.51)}
+    assert set(changed) == {field.name for field in dataclasses.fields(made)}
+    records = [dataclasses.replace(made, **{name: value}).record() for name, value in changed.items()]
+    records.append(made.record())
+    assert all(a != b for k, a in enumerate(records) for b in records[:k])

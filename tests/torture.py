@@ -50,7 +50,8 @@ from extract import demo, images
 from extract.datasets import load_dataset, load_patches
 from features.console import UserError
 from features.store import FeatureStore
-from finetune import checkpoint, protocol
+from finetune import checkpoint
+from finetune.options import FinetuneOptions
 from probe.curve import read_curve
 from probe.runs import check_weights, read_predictions, read_run, read_samples, read_weights
 
@@ -366,8 +367,8 @@ def _whole_training(path: Path) -> object:
     state = checkpoint.load_state(path, torch.device("cpu"))
     assert state is not None
     tensors = {name: zlib.crc32(getattr(state, name).numpy().tobytes()) for name in ("values", "best", "moments")}
-    start = protocol._read_start(path)
-    protocol.options_of(start["identity"]["options"])
+    start = checkpoint.read_start(path)
+    FinetuneOptions.from_record(start["identity"]["options"])
     return [tensors, state.folds, state.n_steps, state.history, state.seconds, state.n_images, start]
 
 

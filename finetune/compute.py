@@ -1,0 +1,146 @@
+"""On what are passes through the network computed, how many folds at a time, and what if memory runs out?"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from queue import SimpleQueue
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from extract.views import Transform
+from features.console import UserError, say
+from features.device import out_of_memory
+from finetune.network import Network
+from finetune.process_group import SINGLE_PROCESS, ProcessGroup
+
+Result = TypeVar("Result")
+EVALUATION_BATCH = {"cpu": 16, "cuda": 64}  # images per fold and forward pass
+
+
+@dataclass
+class Compute:
+    """How passes are computed. It does not change what they compute, up to rounding.
+
+    Attributes:
+        device: of the network.
+        precision: "fp32" or "bf16" (autocast).
+        folds_at_once: how many folds share a forward pass; halved when memory runs out.
+        process_group: the processes that share the batches.
+    """
+
+    device: torch.device
+    precision: str
+    folds_at_once: int
+    process_group: ProcessGroup = SINGLE_PROCESS
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """The precision as a context."""
+        return torch.autocast(self.device.type, torch.bfloat16) if self.precision == "bf16" else nullcontext()
+
+    def passes(self, folds: Sequence[int]) -> Iterator[list[int]]:
+        """Yield the folds of each forward pass: as many at a time as share one."""
+        for start in range(0, len(folds), self.folds_at_once):
+            yield list(folds[start : start + self.folds_at_once])
+
+    def map_passes(
+        self, network: Network, folds: Sequence[int], work: Callable[[Network, list[int]], Result]
+    ) -> list[Result]:
+        """Call `work` with the network, or a replica of it, and the folds of every pass; returns the results in order.
+
+        On a CPU passes run side by side, in as many threads as torch may use. The operations of one fold's batch are
+        too short to be divided among threads: where a core is busy with other work, all would wait after every one.
+        """
+        passes = list(self.passes(folds))
+        n_cores = torch.get_num_threads()
+        n = min(n_cores, len(passes)) if self.device.type == "cpu" else 1
+        if n == 1:
+            return [work(network, group) for group in passes]
+        idle: SimpleQueue[Network] = SimpleQueue()
+        for replica in network.replicas(n):
+            idle.put(replica)
+
+        def with_replica(group: list[int]) -> Result:
+            replica = idle.get()
+            try:
+                return work(replica, group)
+            finally:
+                idle.put(replica)
+
+        try:
+            with ThreadPoolExecutor(n, initializer=torch.set_num_threads, initargs=(n_cores // n,)) as pool:
+                return list(pool.map(with_replica, passes))
+        finally:
+            torch.set_num_threads(n_cores)  # each thread has set its own, which later threads would start with
+
+
+@torch.inference_mode()
+def network_logits(
+    network: Network, transform: Transform, pixels: Tensor, folds: Sequence[int], *, compute: Compute
+) -> Tensor:
+    """Compute the logits (f, b), Atypical minus Normal, of pixels (f * b, 3, s, s), fold after fold.
+
+    Each fold's images are scored under that fold's weights. If memory runs out, the batch is halved.
+
+    Raises:
+        UserError: if not even one image of each fold fits.
+    """
+    try:
+        images = transform.normalise(pixels.to(compute.device)).contiguous(memory_format=torch.channels_last)
+        with compute.autocast():
+            logits: Tensor = network(images, folds)  # (f, b, 2)
+        return (logits[..., 1] - logits[..., 0]).float()
+    except RuntimeError as error:
+        if not out_of_memory(error):
+            raise
+        if len(pixels) == len(folds):
+            raise UserError(
+                f"{network.backbone.name}: one image of {len(folds)} folds does not fit in the memory of "
+                f"{compute.device}. Use `folds_at_once=1`, free memory, or take a smaller model."
+            ) from error
+    torch.cuda.empty_cache()
+    by_fold = pixels.view(len(folds), -1, *pixels.shape[1:])  # (f, b, 3, s, s)
+    halves = torch.tensor_split(by_fold, 2, dim=1)
+    return torch.cat(
+        [network_logits(network, transform, half.flatten(0, 1), folds, compute=compute) for half in halves], dim=1
+    )
+
+
+def save_memory(network: Network, compute: Compute, batch_size: int, error: RuntimeError) -> None:
+    """Make the next training step need less memory: halve the folds per pass, then checkpoint gradients.
+
+    Raises:
+        UserError: a step cannot be repeated here, or both have been tried.
+    """
+    torch.cuda.empty_cache()
+    if network.n_synchronized_norms:
+        raise UserError(  # the other processes wait inside a pass that cannot be repeated
+            f"{network.backbone.name}: this process's part of {batch_size} images does not fit in the memory of "
+            f"{compute.device}. The last checkpoint is kept: go on with `resume` and `grad_checkpointing=True`, or "
+            "with more processes."
+        ) from error
+    if compute.folds_at_once > 1:
+        compute.folds_at_once = -(-compute.folds_at_once // 2)
+        say(f"out of memory on {compute.device}; going on with {compute.folds_at_once} folds at once.")
+    elif checkpoint_gradients(network):
+        say(f"out of memory on {compute.device}; going on with gradient checkpointing, which is slower.")
+    else:
+        raise UserError(
+            f"{network.backbone.name}: {batch_size} images of one fold do not fit in the memory of {compute.device}. "
+            "The last checkpoint is kept: use a smaller `batch_size` or model in a new run, or free memory and "
+            "`resume`."
+        ) from error
+
+
+def checkpoint_gradients(network: Network) -> bool:
+    """Have the backward pass compute activations again instead of keeping them; False if it does so already."""
+    model: Any = network.model
+    if getattr(model, "grad_checkpointing", False) or not hasattr(model, "set_grad_checkpointing"):
+        return False
+    model.set_grad_checkpointing(True)
+    network.forget_replicas()
+    return True

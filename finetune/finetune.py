@@ -1,0 +1,287 @@
+"""How is one backbone fine-tuned: prepare, train, score, write the run?
+
+Training data alone decide folds, recipe and best epochs; test patches are only scored. A run's folder appears at once,
+with `training.json` and soon a checkpoint (`finetune.checkpoint`). What makes it a run is written at the end: each
+fold's weights, the predictions for held-out slides and test sets, and last `run.json`.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from features.console import Interrupted, UserError, progress, say
+from features.files import writing
+from features.fingerprint import differences, fingerprint
+from finetune.checkpoint import (
+    RESUME,
+    START_FILE,
+    State,
+    clear_up,
+    load_state,
+    read_start,
+    save_state,
+    write_start,
+)
+from finetune.network import Network
+from finetune.options import ComputeOptions, FinetuneOptions
+from finetune.process_group import SINGLE_PROCESS, ProcessGroup, ProcessLostError
+from finetune.score import fold_folder, load_folds, score
+from finetune.setup import Setup, build_network, load_training_set, new_network, prepare
+from finetune.train import TrainingSet, new_state, train
+from probe.runs import Cost, RunRecord, finish_run, new_run_id, read_run, versions
+from probe.schedule import best_epoch
+
+
+def finetune(
+    options: FinetuneOptions = FinetuneOptions(),
+    *,
+    compute_options: ComputeOptions = ComputeOptions(),
+    runs: Path = Path("runs"),
+    process_group: ProcessGroup = SINGLE_PROCESS,
+) -> RunRecord | None:
+    """Train a backbone on patches with cross-validation, score it, and write a run.
+
+    Args:
+        options: what to train.
+        compute_options: where and how to compute; the result does not depend on it, up to rounding.
+        runs: the folder of all runs; created if missing.
+        process_group: from `join_process_group`, where several processes train together. Each calls this function.
+            Where torchrun has restarted them, they go on with the run that they began before.
+
+    Returns:
+        The run; None in processes other than the first, which alone writes it.
+
+    Raises:
+        UserError: unknown names, data or weights that cannot be had, targets that match nothing, folds that lack a
+            class, a full disk, memory running out, or a loss that is not finite.
+    """
+    setup = prepare(options, compute_options, process_group)
+    _connect(setup)
+    network = new_network(setup, setup.network_folds[0])  # refuses wrong targets before there is a folder
+    folder = process_group.broadcast("folder", lambda: str(_begun_before(setup, runs) or _begin(setup, runs)))
+    return _train_and_finish(setup, Path(folder), network)
+
+
+def resume(
+    folder: Path, *, given: Mapping[str, Any] | None = None, process_group: ProcessGroup = SINGLE_PROCESS
+) -> RunRecord | None:
+    """Go on with an interrupted training. The run is the one that it would have written without the interruption.
+
+    Args:
+        folder: of the run.
+        given: options that the user gave again, by name. Those of `ComputeOptions` replace the training's own. Those of
+            `FinetuneOptions.by_name` must equal its own.
+        process_group: as for `finetune`; there may be more or fewer processes than before.
+
+    Returns:
+        The run; None in processes other than the first.
+
+    Raises:
+        UserError: no interrupted training, other options, or data, weights or splits that have changed since; and as
+            `finetune`.
+    """
+    folder = Path(folder)
+    if (folder / "run.json").exists():
+        say(f"{folder} has finished already.")
+        if not process_group.is_first:
+            return None
+        clear_up(folder)
+        return read_run(folder)
+    record = read_start(folder)
+    options = FinetuneOptions.from_record(record["identity"]["options"])
+    computing = {field.name for field in fields(ComputeOptions)}
+    changes = {name: value for name, value in (given or {}).items() if name in computing}
+    _require_same_options(folder, options, {n: value for n, value in (given or {}).items() if n not in computing})
+    setup = prepare(options, replace(ComputeOptions.from_record(record["compute"]), **changes), process_group)
+    differing = [f"{key} was {was} and is {now}" for key, was, now in differences(record["identity"], setup.identity())]
+    if differing:
+        raise UserError(
+            f"{folder} cannot be resumed, because what it was started with has changed: {'; '.join(differing[:5])}. "
+            "Restore it, or start a new run."
+        )
+    if record["versions"] != versions():
+        say("Package versions have changed since the start: the result may differ in its last digits.")
+    _connect(setup)
+    return _train_and_finish(setup, folder, new_network(setup, setup.network_folds[0]))
+
+
+def _require_same_options(folder: Path, options: FinetuneOptions, given: Mapping[str, Any]) -> None:
+    own = options.by_name()
+    differing = [f"{name} {value!r} instead of {own[name]!r}" for name, value in given.items() if value != own[name]]
+    if differing:
+        raise UserError(
+            f"{folder} was started with other options: found {', '.join(differing)}. Resume it without them, or start "
+            "a new run."
+        )
+
+
+def _connect(setup: Setup) -> None:
+    """Make sure that all processes train the same, and connect them.
+
+    Raises:
+        UserError: they do not, or a batch has fewer patches than there are processes.
+    """
+    process_group, batch_size = setup.compute.process_group, setup.recipe.batch_size
+    if batch_size < process_group.world_size:
+        raise UserError(
+            f"{batch_size} patches per fold and step cannot be shared by {process_group.world_size} processes: start "
+            "fewer, or train with a larger `batch_size`."
+        )
+    packages = {name: version for name, version in versions().items() if name != "platform"}
+    process_group.assert_same("setup", setup.identity() | {"versions": packages})
+    process_group.connect(setup.compute.device)
+
+
+def _begin(setup: Setup, runs: Path) -> Path:
+    """Make a new run's folder, with what resuming has to know."""
+    folder = runs / new_run_id("finetune", setup.backbone.name)
+    launch = setup.compute.process_group.launch
+    record = {"identity": setup.identity(), "compute": setup.compute_options.as_record(), "versions": versions()}
+    write_start(folder, record if launch is None else record | {"launch": launch})
+    return folder
+
+
+def _begun_before(setup: Setup, runs: Path) -> Path | None:
+    """Find the unfinished run that this launch of torchrun began before it restarted its processes."""
+    process_group = setup.compute.process_group
+    if not process_group.restarted:
+        return None
+    for start in sorted(runs.glob(f"*/{START_FILE}"), key=lambda path: path.stat().st_mtime, reverse=True):
+        with suppress(UserError):
+            record = read_start(start.parent)
+            if record.get("launch") == process_group.launch and record["identity"] == setup.identity():
+                return start.parent
+    return None
+
+
+def _train_and_finish(setup: Setup, folder: Path, network: Network) -> RunRecord | None:
+    """Train, score and write the run; whatever stops it on the way says how to go on."""
+    process_group = setup.compute.process_group
+    say(f"{folder}: training. If it is interrupted: fm-finetune --resume {folder}")
+    try:
+        if setup.compute.device.type == "cuda":
+            _compute_reproducibly()
+        data = load_training_set(setup)
+        network, state = _train_networks(setup, folder, network, data)
+        if setup.compute_options.merge and process_group.is_first:
+            _merge_folds(setup, folder)
+        process_group.barrier("weights")
+        started = time.perf_counter()
+        predictions = setup.experiment.predictions(score(setup, folder, data))
+        seconds = state.seconds + time.perf_counter() - started
+        if not process_group.is_first:
+            return None
+        record, tables = _record(setup, folder.name, network, state), setup.experiment.tables
+        with writing(folder, remedy=RESUME):
+            run = finish_run(folder, record, predictions=predictions, tables=tables, seconds=seconds)
+        clear_up(folder)
+        return run
+    except Interrupted:
+        raise UserError(f"interrupted. Finished epochs are kept; go on with: fm-finetune --resume {folder}") from None
+    except ProcessLostError as error:
+        raise UserError(f"{error} Finished epochs are kept; go on with: fm-finetune --resume {folder}") from error
+
+
+def _compute_reproducibly() -> None:
+    """Have a GPU repeat its sums in the same order, so that a resumed training equals an uninterrupted one."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS repeats itself only with a fixed workspace
+    torch.backends.cudnn.benchmark = False
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+
+
+def _train_networks(setup: Setup, folder: Path, network: Network, data: TrainingSet) -> tuple[Network, State]:
+    """Train every network that has not finished, and save the best epoch of each fold.
+
+    Returns:
+        The last network and the last state, whose history is that of all folds.
+    """
+    process_group, size = setup.compute.process_group, setup.recipe.batch_size
+    state = load_state(folder, setup.compute.device)
+    summary = None if state is None else [state.folds, state.n_steps, state.n_images]
+    process_group.assert_same("checkpoint", {"n_steps": summary})
+    first = 0 if state is None else setup.network_folds.index(state.folds)  # earlier ones are finished and saved
+    n_training = setup.experiment.folds.training.sum(axis=1).tolist()
+    total = setup.recipe.epochs * sum(-(-n // size) * size for n in n_training)
+    with progress(f"train {setup.backbone.name}", total) as advance:
+        advance(0 if state is None else state.n_images)
+        for folds in setup.network_folds[first:]:
+            if folds != network.folds:
+                network = new_network(setup, folds)
+            if state is None or state.folds != folds:
+                state = new_state(network, after=state)
+            train(
+                network,
+                data,
+                setup.recipe,
+                state=state,
+                seed=setup.options.seed,
+                compute=setup.compute,
+                save=lambda state: save_state(folder, state) if process_group.is_first else None,
+                advance=advance,
+            )
+            network.values.copy_(state.best)
+            if process_group.is_first:
+                for fold in folds:
+                    network.save_fold(fold_folder(folder, fold), fold)
+    assert state is not None  # there is at least one network
+    return network, state
+
+
+def _merge_folds(setup: Setup, folder: Path) -> None:
+    """Write each fold of a LoRA run as a plain timm network too."""
+    if setup.options.method != "lora":
+        return
+    (folds,) = setup.network_folds
+    device = setup.compute.device
+    network = build_network(setup.backbone, setup.weights, setup.options, setup.view, folds, device=device)
+    load_folds(network, folder)
+    for fold in folds:
+        network.save_merged(fold_folder(folder, fold), fold)
+
+
+def _record(setup: Setup, run_id: str, network: Network, state: State) -> RunRecord:
+    """What run.json says of a fine-tuned run."""
+    experiment, options, compute = setup.experiment, setup.options, setup.compute
+    on_gpu = compute.device.type == "cuda"
+    return RunRecord(
+        id=run_id,
+        kind="finetune",
+        model=setup.backbone.name,
+        method=options.method,
+        options=asdict(options),
+        recipe=asdict(setup.recipe),
+        train=experiment.train,
+        test=experiment.test,
+        view=setup.view.name,
+        pooling=network.pooling,
+        card_pooling=setup.backbone.card_pooling,
+        label_names=setup.patches.label_names,
+        sources={name: patches.source for name, patches in setup.datasets.items()},
+        adapted_modules=network.adapted,
+        n_trained=network.n_trained,
+        fingerprints={n: fingerprint(setup.fingerprint_parts(patches)) for n, patches in setup.datasets.items()},
+        embedding=setup.fingerprint_parts(setup.patches),
+        folds=experiment.folds_record(),
+        table_digests=experiment.table_digests,
+        best_epoch=tuple(best_epoch(state.scores(fold)) for fold in range(experiment.folds.n_folds)),
+        history=tuple(tuple(state.history[fold]) for fold in range(experiment.folds.n_folds)),
+        cost=Cost(
+            device=compute.device.type,
+            training_seconds=round(state.seconds, 3),
+            training_images=state.n_images,
+            images_per_second=round(state.n_images / max(state.seconds, 1e-9), 2),
+            folds_at_once=compute.folds_at_once,
+            processes=compute.process_group.world_size,
+            device_name=torch.cuda.get_device_name(compute.device) if on_gpu else None,
+            peak_device_memory_mb=round(torch.cuda.max_memory_allocated(compute.device) / 2**20) if on_gpu else None,
+        ),
+    )

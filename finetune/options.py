@@ -1,0 +1,152 @@
+"""What may the user choose about a fine-tuning, and what does a choice left open mean for a backbone?"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from extract.backbones import Backbone
+from extract.views import View, parse_view
+from features.console import UserError
+from features.device import has_bf16
+from features.folds import SEED
+from finetune.lora import LoraOptions
+from finetune.network import METHODS, Method
+from finetune.recipes import RECIPES, Recipe, recipe_for
+
+
+@dataclass(frozen=True)
+class FinetuneOptions:
+    """What the user may choose about the result. None takes the recipe's value.
+
+    Attributes:
+        model, train: a model and a dataset, by name or path.
+        test: datasets to score besides the training set's own test split; None for the other published ones.
+        method: "lora", "full" or "head"; see `finetune.network`.
+        recipe: "default" or "paper".
+        lora: rank, alpha, dropout and targets.
+        view, epochs, batch_size, learning_rate: instead of the recipe's.
+        cv: number of folds.
+        seed: of folds, initial values, sampling, augmentation and dropout.
+        precision: "auto", "fp32" or "bf16".
+        positive: the class that is label 1, for datasets of your own.
+
+    Raises:
+        UserError: a value outside its range.
+    """
+
+    model: str = "efficientnet-lite0"
+    train: str = "demo"
+    test: tuple[str, ...] | None = None
+    method: Method = "lora"
+    recipe: str = "default"
+    lora: LoraOptions = field(default_factory=LoraOptions)
+    view: str | None = None
+    cv: int = 5
+    epochs: int | None = None
+    batch_size: int | None = None
+    learning_rate: float | None = None
+    seed: int = SEED
+    precision: str = "auto"
+    positive: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            raise UserError(f"unknown method {self.method!r}: use {', '.join(METHODS)}.")
+        if self.recipe not in RECIPES:
+            raise UserError(f"unknown recipe {self.recipe!r}: use {' or '.join(RECIPES)}.")
+        if self.precision not in ("auto", "fp32", "bf16"):
+            raise UserError(f"precision {self.precision!r}: training computes in fp32 or bf16 (or auto).")
+        if self.learning_rate is not None and not 0 < self.learning_rate < float("inf"):
+            raise UserError(f"learning rate {self.learning_rate}: expected a number above 0, such as 1e-4.")
+        if not 0 <= self.seed < 2**32:
+            raise UserError(f"seed {self.seed}: expected a whole number from 0 to 2^32 - 1.")
+        if self.cv < 2:
+            raise UserError(f"cross-validation needs at least 2 folds, got {self.cv}.")
+
+    @classmethod
+    def from_record(cls, record: Mapping[str, Any]) -> FinetuneOptions:
+        """The options of a run or of an interrupted training, as its JSON holds them."""
+        test = record["test"]
+        nested = {"lora": LoraOptions(**record["lora"]), "test": None if test is None else tuple(test)}
+        return cls(**{**record, **nested})
+
+    def by_name(self) -> dict[str, Any]:
+        """All options by name, the adapters' as "lora.rank" and so on."""
+        named = asdict(self)
+        adapter = named.pop("lora")
+        return named | {f"lora.{name}": value for name, value in adapter.items()}
+
+    def resolved_recipe(self, backbone: Backbone) -> Recipe:
+        """The recipe for this method and backbone, with what the user chose instead."""
+        recipe = recipe_for(self.recipe, method=self.method, convolutional=is_convolutional(backbone))
+        chosen = {name: getattr(self, name) for name in ("epochs", "batch_size", "learning_rate")}
+        return replace(recipe, **{name: value for name, value in chosen.items() if value is not None})
+
+    def resolved_view(self, backbone: Backbone) -> View:
+        """The user's view, else the recipe's, else the backbone's."""
+        return parse_view(self.view or RECIPES[self.recipe].view or backbone.finetune_view)
+
+    def network_folds(self, n_folds: int) -> list[tuple[int, ...]]:
+        """The folds that each network holds: one network for all folds, or one per fold for "full"."""
+        return [(fold,) for fold in range(n_folds)] if self.method == "full" else [tuple(range(n_folds))]
+
+
+@dataclass(frozen=True)
+class ComputeOptions:
+    """What the user may choose about the computation. It may change when a training is resumed.
+
+    Attributes:
+        data: folder of the known datasets.
+        weights: a local checkpoint of the backbone instead of the hub's.
+        device: "auto", "cpu", "cuda" or "cuda:N".
+        folds_at_once: folds per forward pass; None for all on a GPU and one on a CPU.
+        compile: compile the backbone with torch.compile.
+        grad_checkpointing: compute activations twice instead of keeping them.
+        merge: write each LoRA fold's merged network too.
+    """
+
+    data: Path | None = None
+    weights: Path | None = None
+    device: str = "auto"
+    folds_at_once: int | None = None
+    compile: bool = False
+    grad_checkpointing: bool = False
+    merge: bool = False
+
+    @classmethod
+    def from_record(cls, record: Mapping[str, Any]) -> ComputeOptions:
+        """The options that `as_record` gave."""
+        paths = {name: None if record[name] is None else Path(record[name]) for name in ("data", "weights")}
+        return cls(**{**record, **paths})
+
+    def as_record(self) -> dict[str, Any]:
+        """As JSON values; paths are absolute, so that a run can be resumed from any folder."""
+        paths = {"data": self.data, "weights": self.weights}
+        return asdict(self) | {name: None if path is None else str(path.resolve()) for name, path in paths.items()}
+
+    def resolved_folds_at_once(self, device: torch.device, n_folds: int) -> int:
+        """Folds per forward pass: at most `n_folds`, and by default all on a GPU and one on a CPU.
+
+        A CPU is faster with one: the activations of several folds would not fit into its caches.
+        """
+        return min(self.folds_at_once or (n_folds if device.type == "cuda" else 1), n_folds)
+
+
+def training_precision(asked: str, backbone: Backbone, device: torch.device) -> str:
+    """The precision to train in, "fp32" or "bf16".
+
+    "auto" is bf16 where the processor has it, on a CPU for transformers only: convolutions are no faster in it there.
+    """
+    if asked != "auto":
+        return asked
+    return "bf16" if has_bf16(device) and not (is_convolutional(backbone) and device.type == "cpu") else "fp32"
+
+
+def is_convolutional(backbone: Backbone) -> bool:
+    """Whether a backbone is a convolutional network: its card names no token to pool, and it is no Swin transformer."""
+    return backbone.card_pooling == "pooled" and "swin" not in backbone.arch

@@ -1,0 +1,88 @@
+"""What do the saved fold models say of patches?
+
+Scoring starts from the weights on disk, not from those in memory: so a run's predictions are those of the weights that
+it keeps, also where training was interrupted between the two.
+"""
+
+from __future__ import annotations
+
+from contextlib import closing
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from extract.datasets import Decode
+from extract.embed import decoded
+from extract.views import Transform
+from features.console import ProgressCallback, progress
+from finetune.compute import EVALUATION_BATCH, Compute, network_logits
+from finetune.network import Network
+from finetune.setup import Setup, new_network
+from finetune.train import TrainingSet, validation_logits
+from probe.experiment import FoldLogits
+
+
+def fold_folder(run: Path, fold: int) -> Path:
+    """Where a run keeps the weights of a fold."""
+    return run / f"fold-{fold}"
+
+
+def load_folds(network: Network, run: Path) -> None:
+    """Read the weights of all of a network's folds from a run.
+
+    Raises:
+        UserError: a missing, truncated or foreign file.
+    """
+    for fold in network.folds:
+        network.load_fold(fold_folder(run, fold), fold)
+
+
+def score(setup: Setup, run: Path, data: TrainingSet) -> FoldLogits:
+    """Score held-out rows under the model of their own fold, and every test set under the models of all folds."""
+    experiment, compute = setup.experiment, setup.compute
+    n_folds = experiment.folds.n_folds
+    validation = np.empty(len(experiment.rows), dtype=np.float32)
+    tests = {test.dataset: np.empty((len(test.rows), n_folds), dtype=np.float32) for test in experiment.tests}
+    with progress("score", n_folds * sum(map(len, tests.values()))) as advance:
+        for folds in setup.network_folds:
+            network = new_network(setup, folds)
+            load_folds(network, run)
+            for fold, logit in validation_logits(network, data, folds, compute=compute).items():
+                validation[data.held_out(fold)] = logit
+            for test in experiment.tests:
+                decode = setup.datasets[test.dataset].decode
+                tests[test.dataset][:, list(folds)] = patch_logits(
+                    network, decode, test.rows, setup.transform, compute=compute, advance=advance
+                )
+    return FoldLogits(validation, tests)
+
+
+def patch_logits(
+    network: Network,
+    decode: Decode,
+    rows: NDArray[np.intp],
+    transform: Transform,
+    *,
+    compute: Compute,
+    advance: ProgressCallback,
+) -> NDArray[np.float32]:
+    """Compute the logits (len(rows), n_folds) of patches, under the weights of all of the network's folds."""
+    size, process_group = EVALUATION_BATCH[compute.device.type], compute.process_group
+    shard = rows[process_group.shard_rows(len(rows))]
+    batches = [shard[start : start + size].tolist() for start in range(0, len(shard), size)]
+    logits = [np.empty((0, len(network.folds)), dtype=np.float32)]
+    with closing(decoded(decode, batches)) as ready:
+        for batch, images in ready:
+            pixels = transform.resized(images, compute.device)
+
+            def logits_of(network: Network, group: list[int], pixels: Tensor = pixels) -> Tensor:
+                repeated = pixels.repeat(len(group), 1, 1, 1)
+                return network_logits(network, transform, repeated, group, compute=compute)
+
+            parts = compute.map_passes(network, network.folds, logits_of)
+            logits.append(torch.cat(parts).T.cpu().numpy())  # (b, f)
+            advance(len(batch) * len(network.folds) * process_group.world_size)
+    return process_group.all_gather(np.concatenate(logits), len(rows), compute.device)

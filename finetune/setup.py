@@ -1,0 +1,235 @@
+"""What does a fine-tuning need, and is all of it there?"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from extract.backbones import (
+    Backbone,
+    Weights,
+    build_model,
+    check_input_size,
+    fetch_weights,
+    find_backbone,
+)
+from extract.datasets import DATASETS, PatchDataset, is_at_hand, load_dataset
+from extract.embed import decoded
+from extract.prepare import fingerprint_parts
+from extract.registry import IMAGENET_MEAN, IMAGENET_STD
+from extract.views import Transform, View, make_transform
+from features.console import UserError, progress, say
+from features.device import find_device
+from features.samples import audit
+from finetune.compute import Compute, checkpoint_gradients
+from finetune.network import Network
+from finetune.options import ComputeOptions, FinetuneOptions, training_precision
+from finetune.process_group import SINGLE_PROCESS, ProcessGroup
+from finetune.recipes import Recipe
+from finetune.train import TrainingSet
+from probe.experiment import Experiment, make_experiment
+
+_DECODE_BATCH = 64  # patches decoded and resized together
+_MEMORY_FRACTION = 0.3  # of a GPU's free memory that patches may fill
+
+
+@dataclass(frozen=True, eq=False)
+class Setup:
+    """Everything that a fine-tuning needs, checked.
+
+    Attributes:
+        options, compute_options: as the user gave them.
+        recipe, view: what the options mean for this backbone.
+        backbone, weights: the model, and its weights on this machine.
+        datasets: name to patches, of the training set first, then of those to score.
+        experiment: which rows train, which validate together, and which test.
+        transform: from patch to input of the network.
+        compute: device, precision, folds per pass, and the processes that train together.
+    """
+
+    options: FinetuneOptions
+    compute_options: ComputeOptions
+    recipe: Recipe
+    view: View
+    backbone: Backbone
+    weights: Weights
+    datasets: dict[str, PatchDataset]
+    experiment: Experiment
+    transform: Transform
+    compute: Compute
+
+    @property
+    def patches(self) -> PatchDataset:
+        """The training set."""
+        return self.datasets[self.experiment.train]
+
+    @property
+    def network_folds(self) -> list[tuple[int, ...]]:
+        """The folds of each network that is trained; the networks are trained one after the other."""
+        return self.options.network_folds(self.experiment.folds.n_folds)
+
+    def fingerprint_parts(self, patches: PatchDataset) -> dict[str, Any]:
+        """The parts of the fingerprint of a dataset's embeddings, as extraction records them."""
+        precision, device = self.compute.precision, self.compute.device
+        parts = fingerprint_parts(patches, self.backbone, self.weights, self.view, precision=precision, device=device)
+        return parts | {"transform": self.transform.record()}
+
+    def identity(self) -> dict[str, Any]:
+        """What must not change between the start and the end of a training, as JSON values."""
+        digests = self.experiment.table_digests
+        identity = {
+            "options": asdict(self.options),
+            "recipe": asdict(self.recipe),
+            "backbone": self.fingerprint_parts(self.patches),
+            "folds": self.experiment.folds.digest,
+            "table": digests[self.experiment.train],
+            "tests": {name: digests[name] for name in self.experiment.test},
+        }
+        return dict(json.loads(json.dumps(identity)))
+
+
+def prepare(
+    options: FinetuneOptions,
+    compute_options: ComputeOptions = ComputeOptions(),
+    process_group: ProcessGroup = SINGLE_PROCESS,
+) -> Setup:
+    """Find and check everything that a fine-tuning needs.
+
+    Raises:
+        UserError: see `finetune.finetune.finetune`.
+    """
+    device = find_device(
+        compute_options.device,
+        local_rank=None if process_group.world_size == 1 else process_group.local_rank,
+        n_processes=process_group.world_size,
+    )
+    backbone = find_backbone(options.model)
+    recipe = options.resolved_recipe(backbone)
+    view = options.resolved_view(backbone)
+    datasets = _load_datasets(options, compute_options.data)
+    train = next(iter(datasets))
+    return Setup(
+        options=options,
+        compute_options=compute_options,
+        recipe=recipe,
+        view=view,
+        backbone=backbone,
+        datasets=datasets,
+        experiment=make_experiment(
+            train,
+            {name: patches.samples for name, patches in datasets.items()},
+            cv=options.cv,
+            seed=options.seed,
+            paper_folds=options.recipe == "paper",
+        ),
+        weights=fetch_weights(backbone, weights=compute_options.weights),
+        transform=training_transform(backbone, view, recipe.statistics),
+        compute=Compute(
+            device,
+            training_precision(options.precision, backbone, device),
+            folds_at_once=compute_options.resolved_folds_at_once(device, len(options.network_folds(options.cv)[0])),
+            process_group=process_group,
+        ),
+    )
+
+
+def _load_datasets(options: FinetuneOptions, data: Path | None) -> dict[str, PatchDataset]:
+    """Load the training set and those to score, by name."""
+    patches = load_dataset(options.train, data=data, positive=options.positive)
+    for line in audit(patches.samples).lines():
+        say(f"{patches.name}: {line}.")
+    tests = [load_dataset(name, data=data, positive=options.positive) for name in _test_names(options, data)]
+    datasets = {dataset.name: dataset for dataset in (patches, *tests)}
+    if len(datasets) < 1 + len(tests):
+        names = [dataset.name for dataset in (patches, *tests)]
+        raise UserError(f"two of the datasets have the same name: {', '.join(names)}. Rename a folder or file.")
+    return datasets
+
+
+def _test_names(options: FinetuneOptions, data: Path | None) -> list[str]:
+    """The datasets to score besides the training set's own test split."""
+    if options.test is not None:
+        return [name for name in options.test if name != options.train]
+    if options.train not in DATASETS or not DATASETS[options.train].folder:
+        return []
+    others = [name for name, record in DATASETS.items() if record.folder and name != options.train]
+    missing = [name for name in others if not is_at_hand(name, data)]
+    for name in missing:
+        say(f"{name} is not in the data folder and will not be scored.")
+    return [name for name in others if name not in missing]
+
+
+def training_transform(backbone: Backbone, view: View, statistics: str) -> Transform:
+    """The view's transform, normalising by the card's statistics ("card") or by ImageNet's ("imagenet")."""
+    transform = make_transform(backbone, view)
+    return transform if statistics == "card" else replace(transform, mean=IMAGENET_MEAN, std=IMAGENET_STD)
+
+
+def new_network(setup: Setup, folds: Sequence[int]) -> Network:
+    """The network of some folds before training, set up to compute as the user wants it."""
+    device = setup.compute.device
+    network = build_network(setup.backbone, setup.weights, setup.options, setup.view, folds, device=device)
+    network.compute_in(setup.compute.precision)
+    if setup.compute_options.grad_checkpointing:
+        checkpoint_gradients(network)
+    if setup.compute_options.compile:
+        network.compile_backbone()
+    return network
+
+
+def build_network(
+    backbone: Backbone,
+    weights: Weights,
+    options: FinetuneOptions,
+    view: View,
+    folds: Sequence[int],
+    *,
+    device: torch.device,
+) -> Network:
+    """The backbone on its device, with the adapters and classifiers of some folds.
+
+    Raises:
+        UserError: weights that do not fit, an input size that does not, or targets that match nothing.
+    """
+    model = build_model(backbone, weights, dynamic=view.input_size is not None)
+    check_input_size(model, backbone, make_transform(backbone, view).input_size)
+    model = model.to(device).to(memory_format=torch.channels_last)  # of convolutions; other layers stay as they are
+    return Network(model, backbone, method=options.method, lora=options.lora, folds=folds, seed=options.seed)
+
+
+def load_training_set(setup: Setup) -> TrainingSet:
+    """Decode every patch that cross-validation uses, once.
+
+    Raises:
+        UserError: a patch that cannot be read.
+    """
+    label = torch.from_numpy(setup.experiment.label.astype(np.int64)).to(setup.compute.device)
+    return TrainingSet(_pixels(setup), label, folds=setup.experiment.folds, transform=setup.transform)
+
+
+def _pixels(setup: Setup) -> Tensor:
+    """The patches as (n, 3, s, s) uint8, resized as extraction does it."""
+    rows, size = setup.experiment.rows, setup.transform.input_size
+    shape = (len(rows), 3, size, size)
+    device = setup.compute.device
+    if device.type == "cuda" and np.prod(shape) > _MEMORY_FRACTION * torch.cuda.mem_get_info(device)[0]:
+        device = torch.device("cpu")
+    pixels = torch.empty(shape, dtype=torch.uint8, device=device)
+    starts = range(0, len(rows), _DECODE_BATCH)
+    batches = [rows[start : start + _DECODE_BATCH].tolist() for start in starts]
+    with (
+        progress(f"decode {setup.patches.name}", len(rows)) as advance,
+        closing(decoded(setup.patches.decode, batches)) as ready,
+    ):
+        for start, (batch, images) in zip(starts, ready, strict=True):
+            pixels[start : start + len(batch)] = setup.transform.resized(images, setup.compute.device)
+            advance(len(batch))
+    return pixels
