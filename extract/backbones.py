@@ -37,9 +37,9 @@ __all__ = [
     "build_model",
     "center_window",
     "check_input_size",
-    "embed",
     "fetch_weights",
     "find_backbone",
+    "forward_poolings",
     "list_models",
     "pooling_widths",
     "read_checkpoint",
@@ -413,11 +413,11 @@ def center_window(grid: int) -> slice:
 
 
 def pooling_widths(model: nn.Module, backbone: Backbone) -> dict[str, int]:
-    """Width of every pooling `embed` returns, in its order: the order in which a store writes them."""
+    """Width of every pooling that `forward_poolings` returns, in its order: the order in which a store writes them."""
     return {pooling: _width(model, pooling) for pooling in _poolings(model, backbone)}
 
 
-def embed(model: nn.Module, backbone: Backbone, images: Tensor) -> dict[str, Tensor]:
+def forward_poolings(model: nn.Module, backbone: Backbone, images: Tensor) -> dict[str, Tensor]:
     """Every pooling of one forward pass.
 
     Args:

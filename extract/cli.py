@@ -3,18 +3,29 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from features.console import UserError, no_progress, print_json, printable, run, say, show
+from features.console import UserError, as_flags, no_progress, print_json, printable, run, say, show
+from features.options import (
+    DEFAULT_RUNS,
+    DEFAULT_STORE,
+    DataOption,
+    DeviceOption,
+    JsonOption,
+    OverwriteOption,
+    PositiveOption,
+    RunsOption,
+    StoreOption,
+    WeightsOption,
+    parse_names,
+)
 
 if TYPE_CHECKING:
-    from extract.datasets import DatasetSummary
-    from extract.doctor import Examination
+    from extract.doctor import Diagnosis
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 doctor_app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -31,32 +42,28 @@ def extract(
             help="Datasets, comma-separated: a name of --list-datasets, a class-per-folder path, CSV or HDF5."
         ),
     ] = "demo",
-    data: Annotated[
-        Path | None,
-        typer.Option(help="Folder laid out like AMi-Br_Benchmark. Default: $MITOFM_DATA, else download."),
-    ] = None,
-    store: Annotated[str, typer.Option(help="The feature store: a folder, or s3://bucket/prefix.")] = "embeddings.zarr",
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    data: DataOption = None,
+    store: StoreOption = DEFAULT_STORE,
+    device: DeviceOption = "auto",
     view: Annotated[
         str,
         typer.Option(help="Views, comma-separated: full, centerN (central N source pixels), centerN@M (input of M)."),
     ] = "full",
     precision: Annotated[
-        str, typer.Option(help="auto, fp32, bf16 or fp16. auto: as the card asks, else bf16 where it changes nothing.")
+        str,
+        typer.Option(
+            help="auto, fp32, bf16 or fp16. auto: as the model card asks, else bf16 where it changes nothing."
+        ),
     ] = "auto",
     batch_size: Annotated[
         int | None, typer.Option(min=1, help="Images per forward pass. Default: found automatically.")
     ] = None,
-    weights: Annotated[Path | None, typer.Option(help="A local checkpoint instead of the hub's.")] = None,
-    positive: Annotated[
-        str | None, typer.Option(help="The class that counts as positive, for datasets of your own.")
-    ] = None,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace embeddings that were computed otherwise.")
-    ] = False,
+    weights: WeightsOption = None,
+    positive: PositiveOption = None,
+    overwrite: OverwriteOption = False,
     shard: Annotated[
         str | None,
-        typer.Option(help="I/N: embed the I-th of N shares, from 0. Default: what torchrun or SLURM say, else all."),
+        typer.Option(help="I/N: embed the I-th of N shards, from 0. Default: what torchrun or SLURM say, else all."),
     ] = None,
     engine: Annotated[str, typer.Option(help="local, or ray: a pool of Ray actors, one per GPU.")] = "local",
     workers: Annotated[
@@ -66,86 +73,74 @@ def extract(
     list_datasets: Annotated[
         bool, typer.Option("--list-datasets", help="Show every dataset (Table 1) and stop.")
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
+    as_json: JsonOption = False,
 ) -> None:
     if list_models or list_datasets:
         _show_lists(list_models, list_datasets, data, as_json)
         return
 
     from extract.backbones import find_backbone
-    from extract.datasets import load_dataset
-    from extract.embed import ExtractOptions, extract_dataset
+    from extract.datasets import load_dataset, local_data
+    from extract.embed import extract_dataset
+    from extract.prepare import ExtractOptions
     from extract.shard import find_shard
     from extract.views import parse_view
     from features.samples import audit
     from features.store import FeatureStore
 
-    options = ExtractOptions(
-        views=_names(view, "--view"),
-        device=device,
-        precision=precision,
-        batch_size=batch_size,
-        overwrite=overwrite,
-    )
+    options = ExtractOptions(parse_names(view, option="--view"), device, precision, batch_size, overwrite)
     for text in options.views:
         parse_view(text)
-    share = find_shard(shard)
+    part = find_shard(shard)
     if engine not in ("local", "ray"):
         raise UserError(f"unknown engine {engine!r}: use local or ray.")
     if engine == "ray":
-        from extract.ray_actors import Work, embed_by_ray, find_ray
+        from extract.ray_actors import ExtractionSpec, embed_by_ray, find_ray
 
         find_ray()
-    if engine == "ray" and share.shared:
-        raise UserError("--engine ray deals the work out by itself: start it once, not by --shard, torchrun or SLURM.")
-    if engine != "ray" and workers is not None:
+        if part.shared:
+            raise UserError("--engine ray divides the work: start it once, not by --shard, torchrun or SLURM.")
+    elif workers is not None:
         raise UserError("--workers is for --engine ray; for several processes without Ray see --shard.")
-    if share.local_rank:
+    if part.local_rank:
         no_progress()
     # Every mistake in a name is found before the first patch is read.
-    backbones = [find_backbone(name) for name in _names(model, "--model")]
-    if share.n_ranks > 1 and not share.local_rank:
-        say(f"This is rank {share.rank} of {share.n_ranks}: it embeds its share of the blocks. --shard 0/1 takes all.")
+    backbones = [find_backbone(name) for name in parse_names(model, option="--model")]
+    if part.n_shards > 1 and not part.local_rank:
+        say(f"This is rank {part.index} of {part.n_shards}: it embeds its shard of the blocks. --shard 0/1 takes all.")
     summaries = []
-    for name in _names(dataset, "--dataset"):
+    for name in parse_names(dataset, option="--dataset"):
         patches = load_dataset(name, data=data, positive=positive)
-        for line in audit(patches.samples).lines() if not share.local_rank else ():
+        for line in audit(patches.samples).lines() if not part.local_rank else ():
             say(f"{patches.name}: {line}.")
         target = FeatureStore.open_or_create(store)
         if engine == "ray":
-            work = Work.here(name, [backbone.name for backbone in backbones], store, data, positive, weights, options)
-            done = embed_by_ray(work, n_actors=workers)
+            models = tuple(backbone.name for backbone in backbones)
+            spec = ExtractionSpec(name, models, store, local_data(data), positive, weights, options)
+            done = embed_by_ray(spec, n_actors=workers)
         else:
-            done = extract_dataset(patches, backbones, store=target, options=options, weights=weights, share=share)
+            done = extract_dataset(patches, backbones, store=target, options=options, weights=weights, shard=part)
         for summary in done:
             say(summary.line())
-            summaries.append(summary)
+        summaries += done
     if as_json:
-        print_json({"store": store, "embeddings": [asdict(summary) for summary in summaries]})
-
-
-def _names(text: str, option: str) -> tuple[str, ...]:
-    """A comma-separated option as distinct names, in order."""
-    names = tuple(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
-    if not names:
-        raise UserError(f"{option} names nothing: found {text!r}, expected one or more names separated by commas.")
-    return names
+        print_json({"store": store, "embeddings": [summary.as_json() for summary in summaries]})
 
 
 def _show_lists(models: bool, datasets: bool, data: Path | None, as_json: bool) -> None:
     from rich.table import Table
 
-    found: dict[str, Any] = {}
+    lists: dict[str, Any] = {}
     tables = []
     if models:
         from extract.backbones import list_models
 
-        found["models"] = list_models()
+        lists["models"] = list_models()
         table = Table(title="Models", title_style="bold", header_style="bold")
         for column in ("Name", "Parameters", "Embedding", "GFLOPs", "mpp", "Licence", "Gated"):
             numeric = column in ("Parameters", "Embedding", "GFLOPs", "mpp")
             table.add_column(column, justify="right" if numeric else "left", no_wrap=column in ("Name", "Parameters"))
-        for row in found["models"]:
+        for row in lists["models"]:
             table.add_row(
                 row["name"],
                 f"{row['parameters'] / 1e6:,.1f} M",
@@ -157,108 +152,88 @@ def _show_lists(models: bool, datasets: bool, data: Path | None, as_json: bool) 
             )
         tables.append(table)
     if datasets:
-        from extract.datasets import table1
+        from extract.table1 import table1, table1_rows
 
         summaries = table1(data)
-        found["datasets"] = [
-            asdict(summary) | {"n_total": summary.n_total, "atypical_rate": summary.atypical_rate}
-            for summary in summaries
-        ]
+        lists["datasets"] = [summary.as_json() for summary in summaries]
         table = Table(title="Datasets (Table 1 of the paper, recomputed)", title_style="bold", header_style="bold")
         table.add_column("")
         for summary in summaries:
             table.add_column(f"{summary.title}\n{summary.name}", justify="right")
-
-        def add(title: str, cell: Callable[[DatasetSummary], str]) -> None:
-            table.add_row(title, *(cell(summary) for summary in summaries))
-
-        add("Patches", lambda s: f"{s.n_total:,}")
-        add("Atypical", lambda s: f"{s.n_atypical:,}")
-        add("Normal", lambda s: f"{s.n_normal:,}")
-        add("Atypical rate", lambda s: f"{s.atypical_rate:.2%}")
-        add("Annotation", lambda s: s.annotation)
-        add("Expert agreement", lambda s: f"{s.agreement:.2%}" if s.agreement is not None else "–")
-        add("Slides", lambda s: f"{s.n_slides:,}" if s.n_slides else "unknown")
-        add("Domains", lambda s: "\n".join(f"{name} {n:,}" for name, n in (s.domains or {}).items()) or "–")
-        add("Source", lambda s: s.source)
-        add("Species", lambda s: s.species)
-        add(
-            "Identical patches",
-            lambda s: (
-                "–"
-                if s.n_duplicates is None
-                else f"{s.n_duplicates} in {s.n_duplicate_sets} sets, {s.n_conflicts} contradicting"
-                if s.n_duplicates
-                else "none"
-            ),
-        )
-        add("Computed from", lambda s: f"{s.basis}\n{s.note}".strip())
+        for title, cells in table1_rows(summaries):
+            table.add_row(title, *cells)
         tables.append(table)
     if as_json:
-        print_json(found)
+        print_json(lists)
         return
     show(*tables)
 
 
-@doctor_app.command(help="fm-doctor: can this machine do what is asked of it, and if not, what mends it?")
+@doctor_app.command(help="fm-doctor: can this machine do what is asked of it, and if not, what helps?")
 def doctor(
     model: Annotated[
-        str | None, typer.Option(help="Models, comma-separated, that must be had here. Default: a look at every one.")
+        str | None,
+        typer.Option(help="Models, comma-separated, that must be available here. Default: a look at every one."),
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N; a GPU that is named must be there.")] = "auto",
-    data: Annotated[
-        Path | None, typer.Option(help="Folder laid out like AMi-Br_Benchmark. Default: $MITOFM_DATA, else a download.")
-    ] = None,
+    data: DataOption = None,
     store: Annotated[
         str | None, typer.Option(help="A feature store that must be there. Default: embeddings.zarr, if there is one.")
     ] = None,
-    runs: Annotated[Path, typer.Option(help="The folder of all runs.")] = Path("runs"),
+    runs: RunsOption = DEFAULT_RUNS,
     verify: Annotated[bool, typer.Option("--verify", help="Read every byte of the patches and of the store.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
+    as_json: JsonOption = False,
 ) -> None:
-    # huggingface_hub reads it when it is imported. Its own ten seconds are for downloads, not for a look.
+    # huggingface_hub reads it when it is imported. Its default of ten seconds is meant for downloads.
     os.environ.setdefault("HF_HUB_ETAG_TIMEOUT", "4")
 
-    from extract.doctor import DoctorOptions, examine
+    from extract.doctor import DoctorOptions, diagnose
 
-    models = _names(model, "--model") if model is not None else ()
-    found = examine(DoctorOptions(models, device, data, store, runs, verify))
+    models = parse_names(model, option="--model") if model is not None else ()
+    diagnosis = diagnose(DoctorOptions(models, device, data, store, runs, verify))
+    # The remedies concern the options of every command.
+    flags = {name: f"--{name}" for name in ("device", "data", "store", "runs", "model", "weights", "positive", "view")}
+    diagnosis = replace(
+        diagnosis,
+        checks=[replace(check, remedy=as_flags(check.remedy, flags)) for check in diagnosis.checks],
+        models=[replace(check, remedy=as_flags(check.remedy, flags)) for check in diagnosis.models],
+    )
     if as_json:
-        print_json({"ok": not found.failed} | asdict(found))
-        raise typer.Exit(1 if found.failed else 0)
-    _show_examination(found, complete=model is None)
+        print_json({"ok": not diagnosis.failed} | asdict(diagnosis))
+        raise typer.Exit(1 if diagnosis.failed else 0)
+    _show_diagnosis(diagnosis, all_models=model is None)
 
 
-def _show_examination(found: Examination, *, complete: bool) -> None:
+def _show_diagnosis(diagnosis: Diagnosis, *, all_models: bool) -> None:
     from rich.table import Table
 
     marks = {"ok": "ok", "note": "note", "fail": "FAIL"}
     checks = Table(header_style="bold")
     for column in ("", "", "", "Found"):
         checks.add_column(column, no_wrap=column == "")
-    before = ""
-    for check in found.checks:
-        if check.group != before:
+    group = ""
+    for check in diagnosis.checks:
+        if check.group != group:
             checks.add_section()
-        title = check.group if check.group != before else ""
+        title = check.group if check.group != group else ""
         checks.add_row(title, check.name, marks[check.status], printable(check.found))
-        before = check.group
+        group = check.group
     models = Table(header_style="bold")
     for column in ("Model", "", "Cached", "Gated", "Access"):
         models.add_column(column, no_wrap=True)
-    for line in found.models:
+    for line in diagnosis.models:
         cached = line.cached.split()[-1][:12] if line.cached else "–"  # a commit, or a package's version
         models.add_row(line.name, marks[line.status], cached, "gated" if line.gated else "", line.access)
     show(checks, models)
-    for check in found.checks:
+    for check in diagnosis.checks:
         if check.status == "note" and check.remedy:
             print(printable(f"{check.name}: {check.remedy}"))
-    if complete and any(line.status == "note" for line in found.models):
+    if all_models and any(line.status == "note" for line in diagnosis.models):
         print("`fm-doctor --model NAME` says what a model lacks.")
-    if found.failed:
+    if diagnosis.failed:
         raise UserError(
-            f"{len(found.failed)} of these cannot work as they are:\n"
-            + "\n".join(f"- {line.name}: {line.remedy}" for line in found.failed)
+            f"{len(diagnosis.failed)} of these cannot work as they are:\n"
+            + "\n".join(f"- {line.name}: {line.remedy}" for line in diagnosis.failed)
         )
     print("Everything that was asked for can work here.")
 

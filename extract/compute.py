@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from extract.backbones import Backbone, embed
+from extract.backbones import Backbone, forward_poolings
 from features.console import UserError
 from features.device import has_bf16, out_of_memory
 
@@ -22,10 +22,10 @@ _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def optimize_for_inference(model: nn.Module, device: torch.device, *, example: Tensor) -> nn.Module:
-    """Move a frozen network to its device, convolutions in the layout and form that run fastest there.
+    """Move a frozen network to its device, in the memory layout and form that run fastest there.
 
-    On CPUs a convolution is about twice as fast with channels last, and batch norms are folded into the convolutions
-    before them: the same function in fewer passes over memory.
+    On CPUs a convolution is about twice as fast with channels last. Batch norms are folded into the convolutions
+    before them, which computes the same function in fewer passes over memory.
 
     Args:
         model: in eval mode.
@@ -43,7 +43,7 @@ def optimize_for_inference(model: nn.Module, device: torch.device, *, example: T
     folded = folded.to(memory_format=torch.channels_last)
     with torch.inference_mode():
         before, after = model(example), folded(example)
-    # Which norm follows which convolution is read off the order of registration; this proves the reading right.
+    # Which norm follows which convolution was guessed from the order of registration; this checks the guess.
     return folded if torch.allclose(before, after, rtol=1e-3, atol=1e-4 * float(before.abs().max())) else model
 
 
@@ -65,10 +65,11 @@ def _fold_batch_norms(module: nn.Module) -> None:
 
 
 def choose_precision(asked: str, backbone: Backbone, model: nn.Module, images: Tensor) -> str:
-    """The precision to compute in. `auto` on a GPU is what the model's card asks for, where it asks for any.
+    """Choose the precision to compute in.
 
-    Where the card is silent, and on every CPU, `auto` is bf16 if the processor has it and if on these images every
-    pooling's cosine to fp32 is at least `MIN_COSINE`; else fp32.
+    On a GPU `auto` is the precision that the model's card asks for. Where the card names none, and on every CPU, it is
+    bf16 if the processor has bf16 and if on these images the cosine of every pooling to that in fp32 is at least
+    `MIN_COSINE`; else fp32.
 
     Args:
         asked: "auto", "fp32", "bf16" or "fp16".
@@ -83,7 +84,7 @@ def choose_precision(asked: str, backbone: Backbone, model: nn.Module, images: T
     if asked not in ("auto", "fp32", "bf16", "fp16"):
         raise UserError(f"unknown precision {asked!r}: use auto, fp32, bf16 or fp16.")
     if asked == "fp16" and device.type == "cpu":
-        raise UserError("fp16 is for GPUs: on a CPU use --precision bf16, fp32 or auto.")
+        raise UserError("fp16 is for GPUs: on a CPU use `precision='bf16'`, `precision='fp32'` or `precision='auto'`.")
     if asked != "auto":
         return asked
     if device.type == "cuda" and backbone.amp:
@@ -97,18 +98,18 @@ def choose_precision(asked: str, backbone: Backbone, model: nn.Module, images: T
 
 
 def embed_batch(model: nn.Module, backbone: Backbone, images: Tensor, *, precision: str) -> dict[str, Tensor]:
-    """One forward pass: (b, 3, h, w) float32 normalised images to every pooling, each (b, d) float32."""
+    """Run one forward pass: (b, 3, h, w) float32 normalised images to every pooling, each (b, d) float32."""
     dtype = _AUTOCAST.get(precision)
     autocast: AbstractContextManager[Any] = torch.autocast(images.device.type, dtype=dtype) if dtype else nullcontext()
     with torch.inference_mode(), autocast:
-        return {name: values.float() for name, values in embed(model, backbone, images).items()}
+        return {name: values.float() for name, values in forward_poolings(model, backbone, images).items()}
 
 
 def largest_batch(forward: Callable[[int], None], *, at_most: int = MAX_BATCH) -> int:
-    """The largest power of two whose forward pass fits in memory, with room to spare.
+    """Find the largest power of two whose forward pass fits in memory, with room to spare.
 
-    Doubles until memory runs out, then takes half of the last that fitted (fragmentation and other models need
-    room), unless `at_most` was reached first.
+    The batch is doubled until memory runs out; the result is half of the last that fitted, because fragmentation and
+    other models need room, or `at_most` if that still fits.
 
     Raises:
         UserError: if not even one image fits.
@@ -126,5 +127,5 @@ def largest_batch(forward: Callable[[int], None], *, at_most: int = MAX_BATCH) -
     else:
         return fits
     if not fits:
-        raise UserError("not even one image fits in the device's memory: use a smaller model, or --device cpu.")
+        raise UserError("not even one image fits in the device's memory: use a smaller model, or `device='cpu'`.")
     return max(1, fits // 2)

@@ -14,6 +14,7 @@ import hashlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -41,8 +42,7 @@ _ATYPICAL_KINDS = ("tripolar", "lagging", "bridge", "asymmetric", "fragments")
 _ERROR_RATE = 0.07  # of one rater on one figure
 
 
-@dataclass(frozen=True, eq=False)
-class Demo:
+class Demo(NamedTuple):
     """The drawn patches: their table, and pixels (n, SIZE, SIZE, 3) uint8."""
 
     samples: Samples

@@ -29,7 +29,8 @@ from huggingface_hub import constants, get_token
 
 from extract import download, hub
 from extract.backbones import BACKBONES, Backbone, fetch_weights, find_backbone, weight_files
-from extract.datasets import DATA_VARIABLE, check_data, local_data
+from extract.benchmark import DATA_VARIABLE, check_data
+from extract.datasets import local_data
 from features.console import ProgressCallback, UserError, progress
 from features.device import find_device, has_bf16
 from features.store import FeatureStore
@@ -102,7 +103,7 @@ class ModelCheck:
 
 
 @dataclass(frozen=True)
-class Examination:
+class Diagnosis:
     """All that was found."""
 
     checks: list[Check]
@@ -115,11 +116,11 @@ class Examination:
         return [line for line in lines if line.status == "fail"]
 
 
-def examine(options: DoctorOptions) -> Examination:
+def diagnose(options: DoctorOptions) -> Diagnosis:
     """Look at the machine, the disk, data, store, hub and models."""
     hub_checks, reachable = _hub()
     checks = [*_machine(options.device), *_disk(options), *_data(options), *_store(options), *hub_checks]
-    return Examination(checks, _models(options.models, reachable=reachable))
+    return Diagnosis(checks, _models(options.models, reachable=reachable))
 
 
 # --- the machine ------------------------------------------------------------------------------------------------------

@@ -1,34 +1,43 @@
-"""Can this file be trusted as a patch, and what are its pixels?
+"""Can image files serve as patches, what are their digests, and what are their pixels?
 
-Only 8-bit images without transparency are patches. What the decoder would change without a word (16-bit samples cut
-to 8, CMYK inverted, a transparent pixel turned black) is refused instead.
+Only 8-bit images without transparency are accepted. Decoders change some others without a warning (16-bit samples are
+cut to 8 bits, CMYK is inverted, a transparent pixel turns black); those are refused.
 """
 
 from __future__ import annotations
 
+import hashlib
+import os
+import stat
 import struct
 import warnings
 import zlib
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageFile, TiffImagePlugin
 
-from features.console import UserError
+from features.console import UserError, progress
+
+Decode = Callable[[int], NDArray[np.uint8]]  # row -> its patch, (height, width, 3) RGB
 
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp"})
 ACCEPTED = "8-bit RGB, grey or palette images without transparency (PNG, JPEG, TIFF, BMP or WebP)"
 MAX_PIXELS = 4096 * 4096  # a patch of 1 mm at 0.25 um/px; beyond it, this is a slide or a decompression bomb
 MAX_BYTES = 1 << 28  # of a file: four times what that many pixels take uncompressed, with transparency
 
+_SHOWN = 5  # how many of many bad files an error names
 _FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "WEBP")
 _OPAQUE_MODES = {"RGB", "L", "P", "1"}
 _ALPHA_MODES = {"RGBA", "LA", "PA"}
 _TIFF_BITS_PER_SAMPLE = 258
 # What Pillow and its codecs raise on damaged bytes, besides OSError.
 _DAMAGE = (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, struct.error, zlib.error)
-# What it only warns of is read or refused here, in our own words.
+# What Pillow only warns of is either read or refused with a message of ours.
 warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 _BOMB = (Image.DecompressionBombError, Image.DecompressionBombWarning)
@@ -38,10 +47,67 @@ class _Flaw(Exception):
     """Why an image is refused."""
 
 
-def flaw(data: bytes) -> str | None:
-    """Why the bytes of a file cannot serve as a patch, or None when they can.
+def check_files(paths: Sequence[Path], title: str) -> tuple[list[str], int]:
+    """Read and hash every image file, and check that each can serve as a patch, before any long computation begins.
 
-    Cheap for PNG and JPEG, whose header and end mark tell; other formats and images with an alpha channel are decoded.
+    Args:
+        paths: the files.
+        title: what to call them all in progress and errors.
+
+    Returns:
+        The hex SHA-256 of each file, and the size of all files together in bytes.
+
+    Raises:
+        UserError: naming the files that cannot be used, and why.
+    """
+    checked = []
+    with progress(f"check {title}", len(paths)) as advance, ThreadPoolExecutor(os.cpu_count()) as pool:
+        for result in pool.map(_check_file, paths):
+            checked.append(result)
+            advance(1)
+    flaws = [f"{path}: {flaw}" for path, (_, _, flaw) in zip(paths, checked, strict=True) if flaw is not None]
+    if flaws:
+        raise UserError(
+            f"{len(flaws)} of {len(paths)} patches of {title} cannot be used:\n  "
+            + "\n  ".join(flaws[:_SHOWN])
+            + (f"\n  ... and {len(flaws) - _SHOWN} more" if len(flaws) > _SHOWN else "")
+            + f"\nExpected {ACCEPTED}. Repair, convert or remove them, then run again."
+        )
+    return [sha256 for sha256, _, _ in checked], sum(size for _, size, _ in checked)
+
+
+def _check_file(path: Path) -> tuple[str, int, str | None]:
+    """SHA-256, size, and why the file cannot be used (None when it can)."""
+    try:
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):  # reading a pipe or a device might never end
+            return "", 0, "not a regular file"
+        if status.st_size > MAX_BYTES:
+            return "", 0, f"{status.st_size:,} bytes are too many for a patch"
+        data = path.read_bytes()
+    except OSError as error:
+        return "", 0, str(error.strerror)
+    return hashlib.sha256(data).hexdigest(), len(data), flaw(data)
+
+
+def file_decoder(paths: Sequence[Path]) -> Decode:
+    """A thread-safe function that reads and decodes the file of a row."""
+
+    def decode_row(row: int) -> NDArray[np.uint8]:
+        try:
+            data = paths[row].read_bytes()
+        except OSError as error:
+            raise UserError(f"{paths[row]} cannot be read ({error.strerror}). Restore it, then run again.") from None
+        return decode(data, str(paths[row]))
+
+    return decode_row
+
+
+def flaw(data: bytes) -> str | None:
+    """Say why the bytes of a file cannot serve as a patch; None when they can.
+
+    For PNG and JPEG only the header and the end mark are read, which is fast. Other formats, and images with an alpha
+    channel, are decoded.
     """
     try:
         with _open(data) as image:
@@ -53,7 +119,7 @@ def flaw(data: bytes) -> str | None:
 
 
 def decode(data: bytes, name: str) -> NDArray[np.uint8]:
-    """The pixels of one image file, (height, width, 3) RGB.
+    """Decode one image file to its pixels, (height, width, 3) RGB.
 
     Args:
         data: the bytes of the file.
@@ -106,7 +172,7 @@ def _bits(data: bytes, image: Image.Image) -> int:
 
 def _has_end_mark(data: bytes, image: ImageFile.ImageFile) -> bool:
     if image.format == "PNG":
-        return b"IEND\xaeB`\x82" in data[-4096:]  # some writers append a trailer of their own
+        return b"IEND\xaeB`\x82" in data[-4096:]  # some writers append more bytes
     return image.format == "JPEG" and data.endswith(b"\xff\xd9")
 
 

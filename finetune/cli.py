@@ -219,7 +219,7 @@ def report(
     ] = None,
     replicates: Annotated[int, typer.Option(help="Resamples that intervals and tests are drawn from.")] = 10_000,
     seed: Annotated[int, typer.Option(help="Seed of the resamples.")] = 42,
-    as_json: Annotated[bool, typer.Option("--json", help="Every figure as one JSON object on stdout.")] = False,
+    as_json: JsonOption = False,
 ) -> None:
     if format not in ("html", "markdown", "latex"):
         raise UserError(f"unknown format {format!r}: use html, markdown or latex.")
@@ -227,7 +227,7 @@ def report(
     from probe.metrics import as_dict
     from probe.resample import Resampling
 
-    text, found, _ = make_report(
+    text, figures, _ = make_report(
         runs,
         named=named or (),
         folds=folds,
@@ -236,20 +236,20 @@ def report(
         store=store,
         resampling=Resampling(replicates=replicates, seed=seed),
     )
-    for note in found.notes:
+    for note in figures.notes:
         say(f"note: {note}")
     if out is not None or format == "html":
-        place = out or Path("report.html")
-        write_report(text, place)
-        n_runs, n_sets = len(found.labels), len(found.sets)
+        path = out or Path("report.html")
+        write_report(text, path)
+        n_runs, n_sets = len(figures.labels), len(figures.sets)
         say(
-            f"{place}: {n_runs} run{'s' * (n_runs > 1)} on {n_sets} set{'s' * (n_sets > 1)}, "
+            f"{path}: {n_runs} run{'s' * (n_runs > 1)} on {n_sets} set{'s' * (n_sets > 1)}, "
             f"{len(text.encode()) / 1e6:.1f} MB"
         )
     elif not as_json:
         print(text, end="")
     if as_json:
-        print_json(as_dict(found))
+        print_json(as_dict(figures))
 
 
 def main() -> None:

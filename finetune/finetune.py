@@ -30,7 +30,6 @@ from finetune.checkpoint import (
     save_state,
     write_start,
 )
-from finetune.compute import Compute
 from finetune.network import Network
 from finetune.options import ComputeOptions, FinetuneOptions
 from finetune.process_group import SINGLE_PROCESS, ProcessGroup, ProcessLostError
@@ -130,7 +129,7 @@ def _connect(setup: Setup) -> None:
     Raises:
         UserError: they do not, or a batch has fewer patches than there are processes.
     """
-    process_group, batch_size = setup.process_group, setup.recipe.batch_size
+    process_group, batch_size = setup.compute.process_group, setup.recipe.batch_size
     if batch_size < process_group.world_size:
         raise UserError(
             f"{batch_size} patches per fold and step cannot be shared by {process_group.world_size} processes: start "
@@ -138,13 +137,13 @@ def _connect(setup: Setup) -> None:
         )
     packages = {name: version for name, version in versions().items() if name != "platform"}
     process_group.assert_same("setup", setup.identity() | {"versions": packages})
-    process_group.connect(setup.device)
+    process_group.connect(setup.compute.device)
 
 
 def _begin(setup: Setup, runs: Path) -> Path:
     """Make a new run's folder, with what resuming has to know."""
     folder = runs / new_run_id("finetune", setup.backbone.name)
-    launch = setup.process_group.launch
+    launch = setup.compute.process_group.launch
     record = {"identity": setup.identity(), "compute": setup.compute_options.as_record(), "versions": versions()}
     write_start(folder, record if launch is None else record | {"launch": launch})
     return folder
@@ -152,38 +151,37 @@ def _begin(setup: Setup, runs: Path) -> Path:
 
 def _begun_before(setup: Setup, runs: Path) -> Path | None:
     """Find the unfinished run that this launch of torchrun began before it restarted its processes."""
-    if not setup.process_group.restarted:
+    process_group = setup.compute.process_group
+    if not process_group.restarted:
         return None
     for start in sorted(runs.glob(f"*/{START_FILE}"), key=lambda path: path.stat().st_mtime, reverse=True):
         with suppress(UserError):
             record = read_start(start.parent)
-            if record.get("launch") == setup.process_group.launch and record["identity"] == setup.identity():
+            if record.get("launch") == process_group.launch and record["identity"] == setup.identity():
                 return start.parent
     return None
 
 
 def _train_and_finish(setup: Setup, folder: Path, network: Network) -> RunRecord | None:
     """Train, score and write the run; whatever stops it on the way says how to go on."""
+    process_group = setup.compute.process_group
     say(f"{folder}: training. If it is interrupted: fm-finetune --resume {folder}")
     try:
-        if setup.device.type == "cuda":
+        if setup.compute.device.type == "cuda":
             _compute_reproducibly()
-        data, compute = load_training_set(setup), setup.compute()
-        network, state = _train_networks(setup, folder, network, data, compute)
-        if setup.compute_options.merge and setup.process_group.is_first:
+        data = load_training_set(setup)
+        network, state = _train_networks(setup, folder, network, data)
+        if setup.compute_options.merge and process_group.is_first:
             _merge_folds(setup, folder)
-        setup.process_group.barrier("weights")
+        process_group.barrier("weights")
         started = time.perf_counter()
-        predictions = setup.experiment.predictions(score(setup, folder, data, compute))
+        predictions = setup.experiment.predictions(score(setup, folder, data))
         seconds = state.seconds + time.perf_counter() - started
-        if not setup.process_group.is_first:
+        if not process_group.is_first:
             return None
-        record = _record(setup, network, state, compute)
-        tables = setup.experiment.tables
+        record, tables = _record(setup, folder.name, network, state), setup.experiment.tables
         with writing(folder, remedy=RESUME):
-            run = finish_run(
-                folder, replace(record, id=folder.name), predictions=predictions, tables=tables, seconds=seconds
-            )
+            run = finish_run(folder, record, predictions=predictions, tables=tables, seconds=seconds)
         clear_up(folder)
         return run
     except Interrupted:
@@ -200,16 +198,14 @@ def _compute_reproducibly() -> None:
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
-def _train_networks(
-    setup: Setup, folder: Path, network: Network, data: TrainingSet, compute: Compute
-) -> tuple[Network, State]:
+def _train_networks(setup: Setup, folder: Path, network: Network, data: TrainingSet) -> tuple[Network, State]:
     """Train every network that has not finished, and save the best epoch of each fold.
 
     Returns:
         The last network and the last state, whose history is that of all folds.
     """
-    process_group, size = setup.process_group, setup.recipe.batch_size
-    state = load_state(folder, setup.device)
+    process_group, size = setup.compute.process_group, setup.recipe.batch_size
+    state = load_state(folder, setup.compute.device)
     summary = None if state is None else [state.folds, state.n_steps, state.n_images]
     process_group.assert_same("checkpoint", {"n_steps": summary})
     first = 0 if state is None else setup.network_folds.index(state.folds)  # earlier ones are finished and saved
@@ -228,7 +224,7 @@ def _train_networks(
                 setup.recipe,
                 state=state,
                 seed=setup.options.seed,
-                compute=compute,
+                compute=setup.compute,
                 save=lambda state: save_state(folder, state) if process_group.is_first else None,
                 advance=advance,
             )
@@ -245,17 +241,19 @@ def _merge_folds(setup: Setup, folder: Path) -> None:
     if setup.options.method != "lora":
         return
     (folds,) = setup.network_folds
-    network = build_network(setup.backbone, setup.weights, setup.options, setup.view, folds, device=setup.device)
+    device = setup.compute.device
+    network = build_network(setup.backbone, setup.weights, setup.options, setup.view, folds, device=device)
     load_folds(network, folder)
     for fold in folds:
         network.save_merged(fold_folder(folder, fold), fold)
 
 
-def _record(setup: Setup, network: Network, state: State, compute: Compute) -> RunRecord:
+def _record(setup: Setup, run_id: str, network: Network, state: State) -> RunRecord:
     """What run.json says of a fine-tuned run."""
-    experiment, options = setup.experiment, setup.options
-    on_gpu = setup.device.type == "cuda"
+    experiment, options, compute = setup.experiment, setup.options, setup.compute
+    on_gpu = compute.device.type == "cuda"
     return RunRecord(
+        id=run_id,
         kind="finetune",
         model=setup.backbone.name,
         method=options.method,
@@ -277,13 +275,13 @@ def _record(setup: Setup, network: Network, state: State, compute: Compute) -> R
         best_epoch=tuple(best_epoch(state.scores(fold)) for fold in range(experiment.folds.n_folds)),
         history=tuple(tuple(state.history[fold]) for fold in range(experiment.folds.n_folds)),
         cost=Cost(
-            device=setup.device.type,
+            device=compute.device.type,
             training_seconds=round(state.seconds, 3),
             training_images=state.n_images,
             images_per_second=round(state.n_images / max(state.seconds, 1e-9), 2),
             folds_at_once=compute.folds_at_once,
-            processes=setup.process_group.world_size,
-            device_name=torch.cuda.get_device_name(setup.device) if on_gpu else None,
-            peak_device_memory_mb=round(torch.cuda.max_memory_allocated(setup.device) / 2**20) if on_gpu else None,
+            processes=compute.process_group.world_size,
+            device_name=torch.cuda.get_device_name(compute.device) if on_gpu else None,
+            peak_device_memory_mb=round(torch.cuda.max_memory_allocated(compute.device) / 2**20) if on_gpu else None,
         ),
     )

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
 
-from extract.backbones import Backbone, embed, pooling_widths
+from extract.backbones import Backbone, forward_poolings, pooling_widths
 from finetune.dropout import WHOLE_BATCH, BatchRows, seed_of
 from finetune.lora import LoraOptions, add_adapters, cast_frozen, select_folds, trainable
 from finetune.process_group import ProcessGroup, synchronize_batch_norms
@@ -206,7 +206,7 @@ class Network(nn.Module):
             select_folds(self.model, folds, step=step, rows=self.batch_rows)
         elif self.method == "full":
             self.model.train(step is not None)
-        features = embed(self.model, self.backbone, images)[self.pooling].to(self.weight.dtype)  # (f * b, d)
+        features = forward_poolings(self.model, self.backbone, images)[self.pooling].to(self.weight.dtype)  # (f * b, d)
         rows = [self.folds.index(fold) for fold in folds]
         with torch.autocast(images.device.type, enabled=False):
             return torch.baddbmm(

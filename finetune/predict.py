@@ -15,7 +15,8 @@ from scipy.special import expit
 from extract.backbones import Backbone, Weights, build_model, fetch_weights, find_backbone
 from extract.compute import embed_batch, optimize_for_inference
 from extract.datasets import Patches, load_patches
-from extract.embed import backbone_parts, decoded
+from extract.embed import decoded
+from extract.prepare import backbone_parts
 from extract.views import parse_view
 from features.blocks import to_float16
 from features.console import ProgressCallback, UserError, progress, say

@@ -1,7 +1,8 @@
-"""How do runs, patches and embeddings come together in one page? Here, because only this layer may see all three.
+"""How do runs, patches and embeddings come together in one page?
 
-What the page says is computed from run folders by `probe.report`; patches and the feature store add pictures and the
-map, as far as they are at hand and still what the runs saw. No patches are downloaded for a report.
+`probe.report` computes the page's figures from run folders. Patches add pictures, and the feature store a map, where
+they are at hand and have not changed since the runs. No patches are downloaded for a report. This is done here because
+only this package may import both patches and runs.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ def make_report(
         resampling: how resamples are drawn.
 
     Returns:
-        The text, what it tells, and the runs.
+        The text, the figures in it, and the runs.
 
     Raises:
         UserError: no runs, damaged ones, runs of different folds, or of different patches.
@@ -84,38 +85,37 @@ def write_report(text: str, out: Path) -> None:
 
 
 def _pixels(report: Report, runs: Sequence[Run], data: Path | None) -> dict[str, Pixels]:
-    """What reads the patches of every dataset that is at hand and has not changed since the runs."""
-    found = {}
+    """Find how to read the patches of every dataset that is at hand and has not changed since the runs."""
+    pixels = {}
     for dataset in dict.fromkeys(set_report.dataset for set_report in report.sets):
         run = next(run for run in runs if dataset in run.tables)
         try:
-            patches = _patches(dataset, run.record, data)
+            patches = _load_patches(dataset, run.record, data)
+            if patches.samples.table_digest != run.record.table_digests.get(dataset):
+                raise UserError(f"the patches at hand are not those of {run.record.id}.")
         except UserError as error:
             say(f"No pictures of {dataset}: {error}")
             continue
-        if patches is not None:
-            found[dataset] = _reader(patches)
-    return found
+        pixels[dataset] = _reader(patches)
+    return pixels
 
 
-def _patches(dataset: str, record: RunRecord, data: Path | None) -> PatchDataset | None:
-    if record_of := DATASETS.get(dataset):
-        here = local_data(data)
-        if record_of.folder and here is None:
-            say(f"No pictures of {dataset}: give the folder of the datasets with --data.")
-            return None
-        patches = load_dataset(dataset, data=here)
-    else:
-        where = record.sources.get(dataset, "")
-        if not Path(where).is_absolute() or not Path(where).exists():
-            say(f"No pictures of {dataset}: {where or 'where they lie'} is not {'there' if where else 'known'}.")
-            return None
-        patches = load_dataset(where, positive=record.label_names[1])
-    expected = record.table_digests.get(dataset)
-    if patches.samples.table_digest != expected:
-        say(f"No pictures of {dataset}: the patches at hand are not those of {record.id}.")
-        return None
-    return patches
+def _load_patches(dataset: str, run: RunRecord, data: Path | None) -> PatchDataset:
+    """Load a dataset that a run names, without a download.
+
+    Raises:
+        UserError: it is not at hand.
+    """
+    if known := DATASETS.get(dataset):
+        folder = local_data(data)
+        if known.folder and folder is None:
+            raise UserError("give the folder of the datasets with --data.")
+        return load_dataset(dataset, data=folder)
+    source = run.sources.get(dataset, "")
+    if not Path(source).is_absolute() or not Path(source).exists():
+        raise UserError(f"{source or 'where they lie'} is not {'there' if source else 'known'}.")
+    positive = run.label_names[1]
+    return load_dataset(source, positive=None if positive == "1" else positive)  # "1": the run is too old to know
 
 
 def _reader(patches: PatchDataset) -> Pixels:

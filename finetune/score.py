@@ -40,9 +40,10 @@ def load_folds(network: Network, run: Path) -> None:
         network.load_fold(fold_folder(run, fold), fold)
 
 
-def score(setup: Setup, run: Path, data: TrainingSet, compute: Compute) -> FoldLogits:
+def score(setup: Setup, run: Path, data: TrainingSet) -> FoldLogits:
     """Score held-out rows under the model of their own fold, and every test set under the models of all folds."""
-    experiment, n_folds = setup.experiment, setup.experiment.folds.n_folds
+    experiment, compute = setup.experiment, setup.compute
+    n_folds = experiment.folds.n_folds
     validation = np.empty(len(experiment.rows), dtype=np.float32)
     tests = {test.dataset: np.empty((len(test.rows), n_folds), dtype=np.float32) for test in experiment.tests}
     with progress("score", n_folds * sum(map(len, tests.values()))) as advance:

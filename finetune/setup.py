@@ -22,7 +22,8 @@ from extract.backbones import (
     find_backbone,
 )
 from extract.datasets import DATASETS, PatchDataset, is_at_hand, load_dataset
-from extract.embed import decoded, fingerprint_parts
+from extract.embed import decoded
+from extract.prepare import fingerprint_parts
 from extract.registry import IMAGENET_MEAN, IMAGENET_STD
 from extract.views import Transform, View, make_transform
 from features.console import UserError, progress, say
@@ -46,13 +47,12 @@ class Setup:
 
     Attributes:
         options, compute_options: as the user gave them.
-        recipe, view, precision: what the options mean for this backbone and device.
+        recipe, view: what the options mean for this backbone.
         backbone, weights: the model, and its weights on this machine.
         datasets: name to patches, of the training set first, then of those to score.
         experiment: which rows train, which validate together, and which test.
         transform: from patch to input of the network.
-        device: of this process.
-        process_group: the processes that train together.
+        compute: device, precision, folds per pass, and the processes that train together.
     """
 
     options: FinetuneOptions
@@ -64,9 +64,7 @@ class Setup:
     datasets: dict[str, PatchDataset]
     experiment: Experiment
     transform: Transform
-    precision: str
-    device: torch.device
-    process_group: ProcessGroup
+    compute: Compute
 
     @property
     def patches(self) -> PatchDataset:
@@ -78,17 +76,10 @@ class Setup:
         """The folds of each network that is trained; the networks are trained one after the other."""
         return self.options.network_folds(self.experiment.folds.n_folds)
 
-    def compute(self) -> Compute:
-        """How passes are computed at the start; less at once if memory runs out."""
-        n_folds = len(self.network_folds[0])
-        at_once = self.compute_options.resolved_folds_at_once(self.device, n_folds)
-        return Compute(self.device, self.precision, at_once, self.process_group)
-
     def fingerprint_parts(self, patches: PatchDataset) -> dict[str, Any]:
         """The parts of the fingerprint of a dataset's embeddings, as extraction records them."""
-        parts = fingerprint_parts(
-            patches, self.backbone, self.weights, self.view, precision=self.precision, device=self.device
-        )
+        precision, device = self.compute.precision, self.compute.device
+        parts = fingerprint_parts(patches, self.backbone, self.weights, self.view, precision=precision, device=device)
         return parts | {"transform": self.transform.record()}
 
     def identity(self) -> dict[str, Any]:
@@ -141,9 +132,12 @@ def prepare(
         ),
         weights=fetch_weights(backbone, weights=compute_options.weights),
         transform=training_transform(backbone, view, recipe.statistics),
-        precision=training_precision(options.precision, backbone, device),
-        device=device,
-        process_group=process_group,
+        compute=Compute(
+            device,
+            training_precision(options.precision, backbone, device),
+            folds_at_once=compute_options.resolved_folds_at_once(device, len(options.network_folds(options.cv)[0])),
+            process_group=process_group,
+        ),
     )
 
 
@@ -181,8 +175,9 @@ def training_transform(backbone: Backbone, view: View, statistics: str) -> Trans
 
 def new_network(setup: Setup, folds: Sequence[int]) -> Network:
     """The network of some folds before training, set up to compute as the user wants it."""
-    network = build_network(setup.backbone, setup.weights, setup.options, setup.view, folds, device=setup.device)
-    network.compute_in(setup.precision)
+    device = setup.compute.device
+    network = build_network(setup.backbone, setup.weights, setup.options, setup.view, folds, device=device)
+    network.compute_in(setup.compute.precision)
     if setup.compute_options.grad_checkpointing:
         checkpoint_gradients(network)
     if setup.compute_options.compile:
@@ -216,7 +211,7 @@ def load_training_set(setup: Setup) -> TrainingSet:
     Raises:
         UserError: a patch that cannot be read.
     """
-    label = torch.from_numpy(setup.experiment.label.astype(np.int64)).to(setup.device)
+    label = torch.from_numpy(setup.experiment.label.astype(np.int64)).to(setup.compute.device)
     return TrainingSet(_pixels(setup), label, folds=setup.experiment.folds, transform=setup.transform)
 
 
@@ -224,7 +219,7 @@ def _pixels(setup: Setup) -> Tensor:
     """The patches as (n, 3, s, s) uint8, resized as extraction does it."""
     rows, size = setup.experiment.rows, setup.transform.input_size
     shape = (len(rows), 3, size, size)
-    device = setup.device
+    device = setup.compute.device
     if device.type == "cuda" and np.prod(shape) > _MEMORY_FRACTION * torch.cuda.mem_get_info(device)[0]:
         device = torch.device("cpu")
     pixels = torch.empty(shape, dtype=torch.uint8, device=device)
@@ -235,6 +230,6 @@ def _pixels(setup: Setup) -> Tensor:
         closing(decoded(setup.patches.decode, batches)) as ready,
     ):
         for start, (batch, images) in zip(starts, ready, strict=True):
-            pixels[start : start + len(batch)] = setup.transform.resized(images, setup.device)
+            pixels[start : start + len(batch)] = setup.transform.resized(images, setup.compute.device)
             advance(len(batch))
     return pixels

@@ -100,8 +100,7 @@ def probe(
 
 def _say_what_did_not_converge(record: RunRecord) -> None:
     fits: list[tuple[str, FitRecord | CurveFits]] = [
-        (f"{record.model} ({candidate.view}, {candidate.pooling})", candidate.fit)
-        for candidate in record.candidates or ()
+        (f"{record.model} ({candidate.view}, {candidate.pooling})", candidate) for candidate in record.candidates or ()
     ]
     if record.learning_curve:
         fits.append((f"{record.model}, learning curve", record.learning_curve))

@@ -252,7 +252,7 @@ def _choose(setup: _Setup, experiment: Experiment, model: str) -> tuple[_Chosen,
             validation_balanced_accuracy=float(
                 np.mean([balanced_accuracy(y[rows], logit[rows] >= 0) for rows in held_out])
             ),
-            fit=probe.fit,
+            **vars(probe.fit),
         )
         candidates.append(candidate)
         if best is None or candidate.validation_auroc > best.record.validation_auroc:

@@ -22,13 +22,14 @@ import resource
 import secrets
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from html import escape
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -49,7 +50,6 @@ from probe.predictions import (
 
 RUN_FORMAT = 1
 WEIGHTS_FILE = "weights.safetensors"
-T = TypeVar("T")
 Parsed = TypeVar("Parsed")
 
 
@@ -113,14 +113,13 @@ class FitRecord:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Candidate:
+class Candidate(FitRecord):
     """A view and pooling that a probe could choose: mean validation figures over folds, and how it was fitted."""
 
     view: str
     pooling: str
     validation_auroc: float
     validation_balanced_accuracy: float
-    fit: FitRecord
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -259,68 +258,21 @@ class RunRecord:
 
     def as_json(self) -> dict[str, Any]:
         """The object of run.json, with that of metrics.json under `metrics` once there is one."""
-        record: dict[str, Any] = {"format": RUN_FORMAT}
-        for name in _WRITTEN:
-            value = getattr(self, name)
-            if value is not None:
-                record[name] = _plain(value)
-        return record | ({} if self.metrics is None else {"metrics": self.metrics.as_dict()})
+        described = replace(self, metrics=None, folder=None)
+        record: dict[str, Any] = msgspec.json.decode(msgspec.json.encode(described))
+        for part in (record, record["cost"], *(record["candidates"] or ())):  # of options and the like, None is a value
+            for name in [name for name, value in part.items() if value is None]:
+                del part[name]
+        return {"format": RUN_FORMAT} | record | ({} if self.metrics is None else {"metrics": self.metrics.as_dict()})
 
     @classmethod
     def from_json(cls, raw: Mapping[str, Any]) -> RunRecord:
         """Make a record of the object of run.json. Runs of early versions lack some keys.
 
         Raises:
-            KeyError, ValueError, TypeError: if the object describes no run.
+            ValueError: if the object describes no run.
         """
-        kind, folds, names = raw["kind"], raw["folds"], raw.get("label_names", ("0", "1"))
-        if kind not in ("probe", "finetune"):
-            raise ValueError(f"the kind is {kind!r}, expected 'probe' or 'finetune'")
-        if not isinstance(folds, dict) or not {"n", "digest"} <= folds.keys():
-            raise ValueError("folds lacks n or digest")
-        strings: dict[str, Any] = {name: _expect(raw[name], str, name) for name in _REQUIRED_STRINGS}
-        return cls(
-            **strings,
-            kind=kind,
-            options=_mapping(raw, "options"),
-            store=raw.get("store"),
-            recipe=raw.get("recipe"),
-            test=tuple(map(str, raw.get("test", ()))),
-            card_pooling=str(raw.get("card_pooling", "")),
-            label_names=(str(names[0]), str(names[1])),
-            sources=_mapping(raw, "sources", {}),
-            adapted_modules=_optional_tuple(raw.get("adapted_modules")),
-            n_trained=raw.get("n_trained"),
-            fingerprints=_mapping(raw, "fingerprints", {}),
-            embedding=_mapping(raw, "embedding", {}),
-            folds=_known_fields(FoldsRecord, folds),
-            table_digests=_mapping(raw, "table_digests", {}),
-            candidates=_optional_tuple(raw.get("candidates"), _candidate),
-            learning_curve=_known_fields(CurveFits, raw["learning_curve"]) if "learning_curve" in raw else None,
-            best_epoch=_optional_tuple(raw.get("best_epoch")),
-            history=_optional_tuple(raw.get("history"), lambda fold: tuple(EpochRecord(**epoch) for epoch in fold)),
-            cost=_known_fields(Cost, _mapping(raw, "cost")),
-            versions=_mapping(raw, "versions"),
-            sha256=_digests(raw),
-        )
-
-
-_WRITTEN = [f.name for f in fields(RunRecord) if f.name not in ("metrics", "folder")]
-
-
-def _plain(value: Any) -> Any:
-    """A field of a record as JSON holds it: records to objects without what is None, tuples to lists."""
-    if isinstance(value, Candidate):
-        return {name: v for name, v in asdict(value).items() if name != "fit"} | _plain(value.fit)
-    if isinstance(value, Cost | FitRecord):
-        return {f.name: _plain(getattr(value, f.name)) for f in fields(value) if getattr(value, f.name) is not None}
-    if isinstance(value, FoldsRecord | CurveFits | EpochRecord):
-        return asdict(value)
-    if isinstance(value, Mapping):
-        return {name: _plain(item) for name, item in value.items()}
-    if isinstance(value, tuple | list):
-        return [_plain(item) for item in value]
-    return value
+        return msgspec.convert({name: value for name, value in raw.items() if name != "metrics"}, cls)
 
 
 # -------------------------------------------------------------------------------------------------------------- writing
@@ -494,47 +446,8 @@ def _parsed(folder: Path, name: str, parse: Callable[[], Parsed]) -> Parsed:
     """Parse a file of a run, and turn what is wrong with it into one message."""
     try:
         return parse()
-    except KeyError as error:
-        raise UserError(f"{folder / name} lacks {error.args[0]}: it is damaged. Run the command again.") from error
-    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{folder / name} is damaged ({error}). Run the command again.") from error
-
-
-_REQUIRED_STRINGS = ("id", "created", "model", "method", "train", "view", "pooling")
-
-
-def _expect(value: Any, kind: type[T], name: str) -> T:
-    if not isinstance(value, kind):
-        raise ValueError(f"{name} is {value!r}")
-    return value
-
-
-def _mapping(raw: Mapping[str, Any], name: str, default: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    return dict(_expect(raw[name] if default is None else raw.get(name, default), dict, name))
-
-
-def _known_fields(record: type[T], raw: Mapping[str, Any]) -> T:
-    """Make a record of those keys that it has fields for; sequences become tuples."""
-    known = {f.name for f in fields(record)}  # type: ignore[arg-type]
-    return record(**{name: _frozen(value) for name, value in raw.items() if name in known})
-
-
-def _frozen(value: Any) -> Any:
-    return tuple(map(_frozen, value)) if isinstance(value, list) else value
-
-
-def _optional_tuple(values: Sequence[Any] | None, make: Callable[[Any], Any] = lambda value: value) -> Any:
-    return None if values is None else tuple(make(value) for value in values)
-
-
-def _candidate(raw: Mapping[str, Any]) -> Candidate:
-    return Candidate(
-        view=str(raw["view"]),
-        pooling=str(raw["pooling"]),
-        validation_auroc=float(raw["validation_auroc"]),
-        validation_balanced_accuracy=float(raw["validation_balanced_accuracy"]),
-        fit=_known_fields(FitRecord, raw),
-    )
 
 
 def read_predictions(folder: Path) -> Predictions:

@@ -23,7 +23,8 @@ from safetensors.torch import save_file
 from extract.backbones import Backbone, build_model, fetch_weights, find_backbone
 from extract.compute import choose_precision, embed_batch, optimize_for_inference
 from extract.datasets import PatchDataset, load_dataset
-from extract.embed import ExtractOptions, extract_dataset
+from extract.embed import extract_dataset
+from extract.prepare import ExtractOptions
 from extract.views import make_transform, parse_view
 from features.console import show
 from features.store import FeatureStore

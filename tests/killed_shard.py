@@ -45,15 +45,15 @@ def main() -> None:
     sys.argv = ["fm-extract", *sys.argv[4:]]
     if rank == "actor":
 
-        class Mortal(ray_actors.Embedder):
-            def prepare(self, work: ray_actors.Work) -> Any:
+        class Mortal(ray_actors.EmbeddingActor):
+            def prepare(self, spec: ray_actors.ExtractionSpec) -> Any:
                 import killed_shard
 
                 killed_shard.die_once(marker, n_blocks)
-                return super().prepare(work)
+                return super().prepare(spec)
 
-        ray_actors.Embedder = Mortal  # type: ignore[misc]
-    elif find_shard().rank == int(rank):
+        ray_actors.EmbeddingActor = Mortal  # type: ignore[misc]
+    elif find_shard().index == int(rank):
         die_once(marker, n_blocks)
     cli.main()
 

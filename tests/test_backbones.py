@@ -22,9 +22,9 @@ from extract.backbones import (
     build_model,
     center_window,
     check_input_size,
-    embed,
     fetch_weights,
     find_backbone,
+    forward_poolings,
     list_models,
     pooling_widths,
     read_checkpoint,
@@ -273,7 +273,7 @@ def test_dynamic_models_take_other_sizes_and_leave_their_own_unchanged(file: Pat
     model = build_model(TINY, None)
     dynamic = build_model(TINY, saved(model, file), dynamic=True)
     torch.testing.assert_close(dynamic.forward_features(images()), model.forward_features(images()), rtol=0, atol=0)
-    assert embed(dynamic, TINY, images(size=48))["center"].shape == (2, 32)
+    assert forward_poolings(dynamic, TINY, images(size=48))["center"].shape == (2, 32)
     with pytest.raises(UserError, match=r"44 px is not a multiple of its 8 px patches\. Use 40 or 48"):
         check_input_size(dynamic, TINY, 44)
     check_input_size(dynamic, TINY, 48)
@@ -285,7 +285,7 @@ def test_registered_families_have_a_dynamic_form(name: str) -> None:
     with torch.device("meta"):
         model = build_model(record, None, dynamic=True)
         check_input_size(model, record, size)
-        embedding = embed(model, record, torch.empty(1, 3, size, size))
+        embedding = forward_poolings(model, record, torch.empty(1, 3, size, size))
     assert {pooling: tensor.shape[1] for pooling, tensor in embedding.items()} == pooling_widths(model, record)
 
 
@@ -309,7 +309,7 @@ def test_vit_poolings_leave_class_and_register_tokens_out(registers: int, prefix
     model = build_model(record, None)
     tokens = model.forward_features(images(size=56))
     grid = [[tokens[:, prefix + 7 * row + column] for column in range(7)] for row in range(7)]
-    pooled = embed(model, record, images(size=56))
+    pooled = forward_poolings(model, record, images(size=56))
     assert list(pooled) == list(pooling_widths(model, record)) == ["cls", "mean", "center"]
     torch.testing.assert_close(pooled["cls"], tokens[:, 0])
     torch.testing.assert_close(pooled["mean"], torch.stack([cell for row in grid for cell in row]).mean(0))
@@ -322,7 +322,7 @@ def test_average_pooled_vits_have_their_norm_behind_the_pooling() -> None:
     record = tiny(kwargs={"global_pool": "avg"}, card_pooling="mean")
     model = build_model(record, None)
     nn.init.normal_(model.fc_norm.weight)
-    torch.testing.assert_close(embed(model, record, images())["mean"], model(images()))
+    torch.testing.assert_close(forward_poolings(model, record, images())["mean"], model(images()))
 
 
 @pytest.mark.parametrize(
@@ -339,7 +339,7 @@ def test_map_poolings(arch: str, kwargs: dict[str, Any], channels_last: bool) ->
     patches = images(size=56 if channels_last else 96)
     maps = model.forward_features(patches)
     maps = maps if channels_last else maps.permute(0, 2, 3, 1)
-    pooled = embed(model, record, patches)
+    pooled = forward_poolings(model, record, patches)
     assert {name: value.shape[1] for name, value in pooled.items()} == pooling_widths(model, record)
     torch.testing.assert_close(pooled["pooled"], model(patches))
     central = maps[:, 2:5, 2:5] if channels_last else maps[:, 1:2, 1:2]  # of 7 x 7, of 3 x 3
@@ -349,13 +349,13 @@ def test_map_poolings(arch: str, kwargs: dict[str, Any], channels_last: bool) ->
 def test_embeddings_are_single_precision_under_autocast() -> None:
     model = build_model(TINY, None)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert {value.dtype for value in embed(model, TINY, images()).values()} == {torch.float32}
+        assert {value.dtype for value in forward_poolings(model, TINY, images()).values()} == {torch.float32}
 
 
 def test_a_model_of_unknown_output_is_refused() -> None:
     record = replace(TINY, arch="mixer_s32_224", kwargs={}, input_size=224)
     with torch.device("meta"), pytest.raises(UserError, match="neither a square grid"):
-        embed(build_model(record, None), record, torch.empty(1, 3, 224, 224))
+        forward_poolings(build_model(record, None), record, torch.empty(1, 3, 224, 224))
 
 
 # -------------------------------------------------------------------------------------------------- the key maps
@@ -425,7 +425,7 @@ def test_the_embedded_network_sees_what_is_in_a_photograph() -> None:
     state = KEYMAPS[record.layout](read_checkpoint(weights.path), model)
     assert len(state) == 296
     photograph = Image.fromarray(load_sample_image("flower.jpg")).resize((224, 224), Image.Resampling.BICUBIC)
-    pooled = embed(model, record, ((pil_to_tensor(photograph) / 255 - 0.5) / 0.5)[None])
+    pooled = forward_poolings(model, record, ((pil_to_tensor(photograph) / 255 - 0.5) / 0.5)[None])
     logits = pooled["pooled"] @ state["classifier.weight"].T + state["classifier.bias"]
     assert logits.argmax() == 985  # ImageNet's daisy
     assert pooled["center"].shape == (1, 1280)
@@ -484,7 +484,7 @@ def test_the_norm_behind_the_pooling_is_applied_to_class_token_and_means_alike(
     for norm in (module for module in model.modules() if isinstance(module, nn.LayerNorm)):
         nn.init.normal_(norm.weight, mean=1)
         nn.init.normal_(norm.bias)
-    pooled = embed(model, record, images(size=56))
+    pooled = forward_poolings(model, record, images(size=56))
     expected = model(images(size=56))  # timm's own pooling, its norm behind it, no classifier
     torch.testing.assert_close(pooled[pooling], expected)
     tokens = model.forward_features(images(size=56))

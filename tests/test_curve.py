@@ -190,7 +190,7 @@ def test_the_strength_is_chosen_on_the_subsets_labels_alone():
 def test_at_fraction_1_the_curve_is_the_run(store, tmp_path):
     for folder in probed(store, options=OPTIONS, runs=tmp_path / "runs"):
         run, points = read_run(folder), read_curve(folder)
-        chosen = run.candidates[0].fit.chosen_strength
+        chosen = run.candidates[0].chosen_strength
         for name, figures in run.figures.sets.items():
             last = [p for p in points if f"{p.dataset}/{p.split}" == name and p.fraction == 1]
             assert [p.fold for p in last] == list(range(N_FOLDS))

@@ -18,8 +18,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from extract import datasets, images
-from extract.datasets import DATASETS, binary_labels, load_dataset, load_patches, table1
+from extract import benchmark, images
+from extract.datasets import DATASETS, binary_labels, load_dataset, load_patches
+from extract.table1 import table1
 from features.console import UserError
 from features.samples import audit
 
@@ -339,7 +340,7 @@ def test_a_csv_may_name_its_patches_itself(patches: Path) -> None:
     ("rows", "message"),
     [
         ([("path", "class"), ("png/0.png", "a")], "lacks the column label; it has path, class"),
-        ([("path;label",), ("png/0.png;a",)], "lacks the column path and label; it has path;label"),
+        ([("path;label",), ("png/0.png;a",)], "lacks the columns path and label; it has path;label"),
         ([("path", "label")], "no rows below its header"),
         ([("path", "label"), ("png/0.png", "a"), ("png/9.png", "b")], r"does not exist in 1 of 2 rows \(line 3: png/9"),
         ([("path", "label"), ("png/0.png", "a"), ("png/1.png", " ")], r"an empty label in 1 of 2 rows \(line 3"),
@@ -656,7 +657,7 @@ def test_the_real_atnorm_br_has_its_known_contradictions(real_data: Path) -> Non
 
 
 def test_the_real_atnorm_md_votes_are_consistent(real_data: Path) -> None:
-    figures = datasets._atnorm_md_figures(real_data)
+    figures = benchmark._atnorm_md_figures(real_data)
     votes = np.array([figure.votes for figure in figures.values()]).sum(axis=1)
     assert np.bincount(votes).tolist() == [1_407, 364, 117, 83, 77, 59]
     assert [figure.label for figure in figures.values()] == (votes >= 3).astype(int).tolist()

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from extract import demo
-from extract.datasets import DATASETS, files_digest, load_dataset
+from extract.benchmark import DATASETS, files_digest
+from extract.datasets import load_dataset
 from features.samples import audit
 
 

@@ -15,8 +15,8 @@ from huggingface_hub import constants
 from PIL import Image
 from stub_hub import StubHub, StubRepo
 
-from extract import cli, datasets, doctor, hub
-from extract.doctor import Check, DoctorOptions, Examination, ModelCheck, examine
+from extract import benchmark, cli, doctor, hub
+from extract.doctor import Check, Diagnosis, DoctorOptions, ModelCheck, diagnose
 from extract.registry import BACKBONES
 from features.console import UserError
 from features.samples import make_samples
@@ -42,18 +42,18 @@ def stub(point: Point, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Itera
         yield running
 
 
-def check(found: Examination, name: str) -> Check:
+def check(found: Diagnosis, name: str) -> Check:
     (line,) = [line for line in found.checks if line.name == name]
     return line
 
 
 def model(name: str) -> ModelCheck:
-    (line,) = examine(DoctorOptions(models=(name,))).models
+    (line,) = diagnose(DoctorOptions(models=(name,))).models
     return line
 
 
 def test_a_bare_look_fails_at_nothing_that_was_not_asked_for(stub: StubHub) -> None:
-    found = examine(DoctorOptions())
+    found = diagnose(DoctorOptions())
     assert not found.failed
     assert [line.name for line in found.models] == list(BACKBONES)
     lines = {line.name: line for line in found.models}
@@ -65,7 +65,7 @@ def test_a_bare_look_fails_at_nothing_that_was_not_asked_for(stub: StubHub) -> N
 
 
 def test_nothing_is_downloaded_and_nothing_written(stub: StubHub, tmp_path: Path) -> None:
-    examine(DoctorOptions(models=("uni", "kaiko-s16")))
+    diagnose(DoctorOptions(models=("uni", "kaiko-s16")))
     assert {method for method, path, _ in stub.requests if path != "/"} == {"HEAD"}
     assert list(tmp_path.iterdir()) == []
 
@@ -91,11 +91,11 @@ def test_a_gated_model(
 
 def test_a_token_that_is_no_good_fails(stub: StubHub, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", "hf_revoked")
-    line = check(examine(DoctorOptions(models=("efficientnet-lite0",))), "token")
+    line = check(diagnose(DoctorOptions(models=("efficientnet-lite0",))), "token")
     assert (line.status, line.remedy) == ("fail", hub.TOKEN_REJECTED)
     monkeypatch.setenv("HF_TOKEN", "hf_member “quoted”")
     stub.requests.clear()
-    line = check(examine(DoctorOptions(models=("efficientnet-lite0",))), "token")
+    line = check(diagnose(DoctorOptions(models=("efficientnet-lite0",))), "token")
     assert line.status == "fail"
     assert "characters that no token has" in line.remedy
     assert stub.requests == []
@@ -112,7 +112,7 @@ def test_without_a_hub_only_what_is_cached_can_be_had(
     point(NOBODY)
     pauses: list[float] = []
     monkeypatch.setattr(time, "sleep", pauses.append)
-    found = examine(DoctorOptions(models=("uni", "kaiko-s16", "hf-hub:org/other")))
+    found = diagnose(DoctorOptions(models=("uni", "kaiko-s16", "hf-hub:org/other")))
     assert pauses == []
     here, absent, unknown = found.models
     assert (here.status, here.cached, here.access) == ("ok", UNI.revision, "not asked")
@@ -128,7 +128,7 @@ def test_a_hub_that_never_answers_holds_nothing_up(stub: StubHub, monkeypatch: p
     # As a name server that is away, which heeds no timeout. Whoever waits for it has its answer, and fails below.
     monkeypatch.setattr(hub, "check_hub", lambda: never.wait(60))
     monkeypatch.setattr(doctor, "_HUB_SECONDS", 0.2)
-    found = examine(DoctorOptions(models=("efficientnet-lite0",)))
+    found = diagnose(DoctorOptions(models=("efficientnet-lite0",)))
     assert "no answer" in check(found, "hub").remedy
     never.set()
 
@@ -150,11 +150,11 @@ def test_weights_that_do_not_fit_on_the_disk(stub: StubHub, monkeypatch: pytest.
 def test_places_that_cannot_be_written(stub: StubHub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "embeddings.zarr").mkdir()
     monkeypatch.setattr(doctor.os, "access", lambda *arguments: False)
-    places = {line.name: line for line in examine(DoctorOptions(models=("efficientnet-lite0",))).checks}
+    places = {line.name: line for line in diagnose(DoctorOptions(models=("efficientnet-lite0",))).checks}
     assert (places["runs"].status, places["weights"].status) == ("fail", "fail")
     assert "--runs" in places["runs"].remedy
     assert "HF_HOME" in places["weights"].remedy
-    (disk,) = [line for line in examine(DoctorOptions()).checks if (line.group, line.name) == ("disk", "store")]
+    (disk,) = [line for line in diagnose(DoctorOptions()).checks if (line.group, line.name) == ("disk", "store")]
     assert disk.status == "note"  # what is there can be read
 
 
@@ -173,25 +173,25 @@ def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     ids = [path.relative_to(folder / "AtNorM-Br").as_posix() for path in paths]
     digests = [hub.sha256_of(path) for path in paths]
     record = replace(
-        datasets.DATASETS["atnorm-br"],
+        benchmark.DATASETS["atnorm-br"],
         n_atypical=1,
         n_normal=2,
         n_bytes=sum(path.stat().st_size for path in paths),
-        digest=datasets.files_digest(ids, digests),
+        digest=benchmark.files_digest(ids, digests),
     )
-    monkeypatch.setitem(datasets.DATASETS, "atnorm-br", record)
+    monkeypatch.setitem(benchmark.DATASETS, "atnorm-br", record)
     return folder
 
 
 def look(data: Path, name: str, *, verify: bool = False) -> Check:
-    return check(examine(DoctorOptions(models=("efficientnet-lite0",), data=data, verify=verify)), name)
+    return check(diagnose(DoctorOptions(models=("efficientnet-lite0",), data=data, verify=verify)), name)
 
 
 def test_data_as_published(stub: StubHub, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert look(data, "atnorm-br").found == "3 patches, as published (number and size)"
     assert look(data, "atnorm-br", verify=True).found == "3 patches, as published (every byte)"
     monkeypatch.setenv("MITOFM_DATA", str(data))
-    assert check(examine(DoctorOptions(models=("efficientnet-lite0",))), "atnorm-br").status == "ok"
+    assert check(diagnose(DoctorOptions(models=("efficientnet-lite0",))), "atnorm-br").status == "ok"
 
 
 def test_data_that_differ_by_a_byte_are_found_when_every_byte_is_read(stub: StubHub, data: Path) -> None:
@@ -222,7 +222,7 @@ def test_a_changed_table_is_named(stub: StubHub, data: Path) -> None:
 
 def test_the_store(stub: StubHub, tmp_path: Path) -> None:
     def store(path: Path | None, *, verify: bool = False) -> Check:
-        found = examine(DoctorOptions(models=("efficientnet-lite0",), store=path, verify=verify))
+        found = diagnose(DoctorOptions(models=("efficientnet-lite0",), store=path, verify=verify))
         return next(line for line in found.checks if line.group == "store")
 
     path = tmp_path / "embeddings.zarr"
@@ -256,7 +256,7 @@ def test_a_gpu(stub: StubHub, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "H100")
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
     monkeypatch.setattr(doctor, "_nvidia_smi", lambda: ["H100, 580.1"])
-    found = examine(DoctorOptions(models=("efficientnet-lite0",), device="cuda:1"))
+    found = diagnose(DoctorOptions(models=("efficientnet-lite0",), device="cuda:1"))
     assert check(found, "GPU 0").found == "H100, 70.0 GB free of 80.0 GB, bf16, driver 580.1"
     assert check(found, "device").status == "fail"
     assert "torch sees 1 GPUs" in check(found, "device").remedy
@@ -265,7 +265,7 @@ def test_a_gpu(stub: StubHub, monkeypatch: pytest.MonkeyPatch) -> None:
         raise RuntimeError("CUDA-capable device(s) is/are busy or unavailable\nmore")
 
     monkeypatch.setattr(torch.cuda, "mem_get_info", refuse)
-    assert check(examine(DoctorOptions(models=("efficientnet-lite0",))), "GPU 0").status == "fail"
+    assert check(diagnose(DoctorOptions(models=("efficientnet-lite0",))), "GPU 0").status == "fail"
 
 
 @pytest.mark.parametrize(
@@ -289,7 +289,7 @@ def test_no_gpu_that_torch_can_use(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.version, "cuda", build)
     monkeypatch.setattr(doctor, "_nvidia_smi", lambda: installed)
-    line = check(examine(DoctorOptions(models=("efficientnet-lite0",), device=device)), "GPU")
+    line = check(diagnose(DoctorOptions(models=("efficientnet-lite0",), device=device)), "GPU")
     assert line.status == status
     assert remedy in line.remedy
 

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from extract import datasets, download
+from extract import benchmark, download
 from extract.datasets import DATASETS, load_dataset
 from features.console import UserError
 
@@ -357,12 +357,12 @@ def small_repository(server: Server, monkeypatch: pytest.MonkeyPatch) -> dict[st
     members |= {f"{TOP}/AtNorM-Br/{name}": data for name, data in atnorm_br.items()}
     members |= {f"{TOP}/amibr_train_split.csv": train, f"{TOP}/AMI-BR.csv": votes}
     for name, patches in (("ami-br", ami_br), ("atnorm-br", atnorm_br)):
-        digest = datasets.files_digest(patches, [hashlib.sha256(data).hexdigest() for data in patches.values()])
+        digest = benchmark.files_digest(patches, [hashlib.sha256(data).hexdigest() for data in patches.values()])
         size = sum(map(len, patches.values()))
         small = replace(DATASETS[name], n_atypical=1, n_normal=1, n_bytes=size, digest=digest)
         monkeypatch.setitem(DATASETS, name, small)
     monkeypatch.delitem(DATASETS, "atnorm-md")
-    monkeypatch.setattr(datasets, "TABLE_SHA256", {"amibr_train_split.csv": hashlib.sha256(train).hexdigest()})
+    monkeypatch.setattr(benchmark, "TABLE_SHA256", {"amibr_train_split.csv": hashlib.sha256(train).hexdigest()})
     server.body = tar_gz(members)
     return members
 
@@ -406,6 +406,6 @@ def test_the_votes_are_fetched_from_their_own_repository(
         (clone / name).parent.mkdir(parents=True, exist_ok=True)
         (clone / name).write_bytes(data)
     server.body = votes
-    monkeypatch.setattr(datasets, "AMI_BR_CSV_URL", server.url.replace("archive.tar.gz", "AMI-BR.csv"))
-    monkeypatch.setattr(datasets, "AMI_BR_CSV_SHA256", hashlib.sha256(votes).hexdigest())
+    monkeypatch.setattr(benchmark, "AMI_BR_CSV_URL", server.url.replace("archive.tar.gz", "AMI-BR.csv"))
+    monkeypatch.setattr(benchmark, "AMI_BR_CSV_SHA256", hashlib.sha256(votes).hexdigest())
     assert load_dataset("ami-br", data=clone / TOP).samples.votes.tolist() == [[1, 1, 1], [0, 0, 0]]

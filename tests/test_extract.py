@@ -16,11 +16,12 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from extract import compute, embed
+from extract import compute, embed, prepare
 from extract.backbones import Backbone, Weights, build_model, find_backbone
 from extract.compute import choose_precision, embed_batch, largest_batch, optimize_for_inference
 from extract.datasets import PatchDataset, load_dataset
-from extract.embed import ExtractOptions, extract_dataset, fingerprint_parts
+from extract.embed import extract_dataset
+from extract.prepare import ExtractOptions, fingerprint_parts
 from extract.views import make_transform, parse_view
 from features.console import UserError
 from features.entry import Entry
@@ -98,7 +99,7 @@ def test_every_pooling_and_view_equals_a_plain_forward_pass(patches, weights, tm
 
 def test_the_same_command_again_computes_nothing(patches, weights, tmp_path, monkeypatch):
     before = content(run(patches, weights, tmp_path / "s.zarr").path)
-    monkeypatch.setattr(embed, "build_model", lambda *a, **k: pytest.fail("a network was built for nothing"))
+    monkeypatch.setattr(prepare, "build_model", lambda *a, **k: pytest.fail("a network was built for nothing"))
     assert content(run(patches, weights, tmp_path / "s.zarr").path) == before
 
 
@@ -107,7 +108,7 @@ def test_several_models_share_one_decode(patches, weights, tmp_path, monkeypatch
     decoded = []
     counting = type(dataset)(**(vars(dataset) | {"decode": lambda row: decoded.append(row) or dataset.decode(row)}))
     monkeypatch.setattr(
-        embed, "fetch_weights", lambda backbone, **k: embed.Weights(weights, backbone.name, "r", "file")
+        prepare, "fetch_weights", lambda backbone, **k: prepare.Weights(weights, backbone.name, "r", "file")
     )
     store = FeatureStore.open_or_create(tmp_path / "s.zarr")
     backbones = [find_backbone(MODEL), find_backbone("timm/test_vit.r160_in1k")]

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from extract.backbones import Backbone, build_model, embed
+from extract.backbones import Backbone, build_model, forward_poolings
 from features.console import UserError
 from finetune.lora import LoraOptions, adapters
 from finetune.network import HEAD_FILE, METHODS, MODEL_FILE, Method, Network
@@ -98,7 +98,7 @@ def logits(network: Network, batch: Tensor | None = None) -> Tensor:
 @pytest.mark.parametrize("method", METHODS)
 def test_before_the_first_step_the_classifiers_read_the_frozen_features(method: Method, backbone: Backbone) -> None:
     with torch.no_grad():
-        features = embed(backbone_model(backbone), backbone, images())[backbone.card_pooling]
+        features = forward_poolings(backbone_model(backbone), backbone, images())[backbone.card_pooling]
     network = tiny_network(method, backbone)
     n_rows = len(network.folds)
     batch = images()[: n_rows * N]
@@ -339,7 +339,7 @@ def test_a_file_with_more_than_a_classifier_is_named(tmp_path: Path) -> None:
 def test_logits_of_a_single_fold_are_a_linear_layers() -> None:
     network = tiny_network("head")
     with torch.no_grad():
-        features = embed(network.model, VIT, images(N))["cls"]
+        features = forward_poolings(network.model, VIT, images(N))["cls"]
         expected = F.linear(features, network.weight[2], network.bias[2])
         torch.testing.assert_close(network(images(N), [2])[0], expected)
 

@@ -15,10 +15,11 @@ from PIL import Image
 from safetensors.torch import save_file
 from test_extract import MODEL, content
 
-from extract import compute, embed
+from extract import compute, embed, prepare
 from extract.backbones import find_backbone
 from extract.datasets import load_dataset
-from extract.embed import ExtractOptions, extract_dataset
+from extract.embed import extract_dataset
+from extract.prepare import ExtractOptions
 from extract.shard import Shard, find_shard
 from features.console import UserError
 from features.device import find_device
@@ -50,7 +51,7 @@ def weights(tmp_path_factory) -> Path:
     return path
 
 
-def run(patches: Path, weights: Path, path: Path, share: Shard = Shard(), **options):
+def run(patches: Path, weights: Path, path: Path, shard: Shard = Shard(), **options):
     """What one rank does, in this process; returns its summaries."""
     return extract_dataset(
         load_dataset(str(patches)),
@@ -58,7 +59,7 @@ def run(patches: Path, weights: Path, path: Path, share: Shard = Shard(), **opti
         store=FeatureStore.open_or_create(path),
         options=ExtractOptions(**({"views": VIEWS, "precision": "fp32", "batch_size": 8} | options)),
         weights=weights,
-        share=share,
+        shard=shard,
     )
 
 
@@ -70,7 +71,7 @@ def alone(patches, weights, tmp_path_factory) -> dict[str, str]:
     return content(path)
 
 
-def rank_of(n_ranks: int, rank: int) -> Shard:
+def shard_of(n_ranks: int, rank: int) -> Shard:
     return Shard(rank, n_ranks, shared=n_ranks > 1)
 
 
@@ -79,16 +80,16 @@ def rank_of(n_ranks: int, rank: int) -> Shard:
 
 @pytest.mark.parametrize("n_ranks", [1, 2, 3, 8, 13])
 def test_every_unit_has_one_owner_and_every_rank_its_share(n_ranks):
-    owners = [[rank for rank in range(n_ranks) if Shard(rank, n_ranks).owns(unit)] for unit in range(130)]
+    owners = [[rank for rank in range(n_ranks) if Shard(rank, n_ranks).includes(unit)] for unit in range(130)]
     assert all(len(found) == 1 for found in owners)
     counts = Counter(found[0] for found in owners)
     assert max(counts.values()) - min(counts[rank] for rank in range(n_ranks)) <= 1
 
 
 def test_what_one_of_eight_left_is_spread_over_fewer():
-    left = [unit for unit in range(128) if Shard(3, 8).owns(unit)]
+    left = [unit for unit in range(128) if Shard(3, 8).includes(unit)]
     for n_ranks in (2, 4):
-        counts = Counter(rank for unit in left for rank in range(n_ranks) if Shard(rank, n_ranks).owns(unit))
+        counts = Counter(rank for unit in left for rank in range(n_ranks) if Shard(rank, n_ranks).includes(unit))
         assert len(counts) == n_ranks
         assert max(counts.values()) <= 0.75 * len(left)
 
@@ -97,7 +98,7 @@ ARRAY = {"SLURM_ARRAY_TASK_COUNT": "4", "SLURM_ARRAY_TASK_MIN": "1"}
 
 
 @pytest.mark.parametrize(
-    ("environment", "share"),
+    ("environment", "shard"),
     [
         ({}, Shard()),
         ({"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}, Shard(3, 8, 1, True)),
@@ -122,8 +123,8 @@ ARRAY = {"SLURM_ARRAY_TASK_COUNT": "4", "SLURM_ARRAY_TASK_MIN": "1"}
         ),
     ],
 )
-def test_the_environment_tells_the_share(environment, share):
-    assert find_shard(None, environment) == share
+def test_the_environment_tells_the_share(environment, shard):
+    assert find_shard(None, environment) == shard
 
 
 def test_shard_overrules_the_environment():
@@ -165,24 +166,24 @@ def test_the_local_rank_chooses_the_gpu(monkeypatch):
 @pytest.mark.parametrize("n_ranks", [2, 3, 9])
 def test_any_number_of_ranks_in_any_order_writes_the_store_of_one(patches, weights, alone, tmp_path, n_ranks):
     path = tmp_path / "s.zarr"
-    told = []
+    summaries = []
     for rank in reversed(range(n_ranks)):
-        told += run(patches, weights, path, rank_of(n_ranks, rank))
+        summaries += run(patches, weights, path, shard_of(n_ranks, rank))
     assert content(path) == alone
-    assert sum(summary.n_new for summary in told) == 2 * N
-    assert all(summary.n_missing for summary in told[:2])
-    assert told[-1].n_missing == 0
-    assert "left to other ranks" in told[0].line()
-    assert f"rank {n_ranks - 1} of {n_ranks}" in told[0].line()
+    assert sum(summary.n_new for summary in summaries) == 2 * N
+    assert all(summary.n_missing for summary in summaries[:2])
+    assert summaries[-1].n_missing == 0
+    assert "left to other ranks" in summaries[0].line()
+    assert f"rank {n_ranks - 1} of {n_ranks}" in summaries[0].line()
 
 
 def test_other_ranks_finish_what_some_left(patches, weights, alone, tmp_path):
     path = tmp_path / "s.zarr"
-    run(patches, weights, path, rank_of(5, 1))
+    run(patches, weights, path, shard_of(5, 1))
     for rank in range(3):
-        run(patches, weights, path, rank_of(3, rank))
+        run(patches, weights, path, shard_of(3, rank))
     assert content(path) == alone
-    again = run(patches, weights, path, rank_of(4, 2))
+    again = run(patches, weights, path, shard_of(4, 2))
     assert [summary.n_new for summary in again] == [0, 0]
 
 
@@ -202,24 +203,24 @@ def test_the_number_of_threads_makes_no_difference(patches, weights, alone, tmp_
 def test_batches_of_several_blocks_stay_whole(patches, weights, tmp_path):
     run(patches, weights, tmp_path / "a.zarr", batch_size=200)  # 192
     for rank in (1, 0):
-        run(patches, weights, tmp_path / "b.zarr", rank_of(2, rank), batch_size=200 if rank else None)
+        run(patches, weights, tmp_path / "b.zarr", shard_of(2, rank), batch_size=200 if rank else None)
     assert content(tmp_path / "a.zarr") == content(tmp_path / "b.zarr")
 
 
 def test_entries_begun_with_other_batch_sizes_share_a_decode(patches, weights, tmp_path):
-    for path, shares in ((tmp_path / "a.zarr", [Shard()]), (tmp_path / "b.zarr", [rank_of(2, 0), rank_of(2, 1)])):
+    for path, shards in ((tmp_path / "a.zarr", [Shard()]), (tmp_path / "b.zarr", [shard_of(2, 0), shard_of(2, 1)])):
         for view, batch_size in zip(VIEWS, (192, 128), strict=True):
-            run(patches, weights, path, rank_of(9, 8), views=(view,), batch_size=batch_size)
-        for share in shares:
-            run(patches, weights, path, share, batch_size=None)
+            run(patches, weights, path, shard_of(9, 8), views=(view,), batch_size=batch_size)
+        for shard in shards:
+            run(patches, weights, path, shard, batch_size=None)
     assert content(tmp_path / "a.zarr") == content(tmp_path / "b.zarr")
 
 
 def test_a_rank_whose_share_is_there_builds_no_network(patches, weights, tmp_path, monkeypatch):
-    run(patches, weights, tmp_path / "s.zarr", rank_of(2, 0))
-    monkeypatch.setattr(embed, "build_model", lambda *a, **k: pytest.fail("a network was built for nothing"))
-    told = run(patches, weights, tmp_path / "s.zarr", rank_of(2, 0), batch_size=None)
-    assert "nothing left to do in this share" in told[0].line()
+    run(patches, weights, tmp_path / "s.zarr", shard_of(2, 0))
+    monkeypatch.setattr(prepare, "build_model", lambda *a, **k: pytest.fail("a network was built for nothing"))
+    summaries = run(patches, weights, tmp_path / "s.zarr", shard_of(2, 0), batch_size=None)
+    assert "nothing left to do in this share" in summaries[0].line()
 
 
 # -------------------------------------------------------------------------------------------- what all must agree on
@@ -229,10 +230,10 @@ def test_the_first_rank_decides_precision_and_batch_size_for_other_machines(patc
     path = tmp_path / "s.zarr"
     monkeypatch.setattr(compute, "has_bf16", lambda device: True)
     monkeypatch.setattr(compute, "MIN_COSINE", 0)
-    first = run(patches, weights, path, rank_of(2, 0), precision="auto", batch_size=None)
+    first = run(patches, weights, path, shard_of(2, 0), precision="auto", batch_size=None)
     monkeypatch.setattr(compute, "has_bf16", lambda device: False)
-    monkeypatch.setattr(embed, "_CPU_BATCH", 16)
-    second = run(patches, weights, path, rank_of(2, 1), precision="auto", batch_size=None)
+    monkeypatch.setattr(prepare, "_CPU_BATCH", 16)
+    second = run(patches, weights, path, shard_of(2, 1), precision="auto", batch_size=None)
     assert [(s.precision, s.batch_size) for s in first + second] == [("bf16", 8)] * 4
     assert second[0].n_missing == 0
 
@@ -247,23 +248,23 @@ def test_whoever_comes_second_in_the_same_moment_follows_the_first(patches, weig
     def overtaken(*arguments, **options):
         monkeypatch.setattr(FeatureStore, "begin", begin)
         monkeypatch.setattr(compute, "has_bf16", lambda device: True)
-        run(patches, weights, path, rank_of(2, 0), views=("full",), precision="auto", batch_size=16)
+        run(patches, weights, path, shard_of(2, 0), views=("full",), precision="auto", batch_size=16)
         monkeypatch.setattr(compute, "has_bf16", lambda device: False)
         return begin(*arguments, **options)
 
     monkeypatch.setattr(FeatureStore, "begin", overtaken)
-    (told,) = run(patches, weights, path, rank_of(2, 1), views=("full",), precision="auto", batch_size=None)
-    assert (told.precision, told.batch_size, told.n_missing) == ("bf16", 16, 0)
+    (summaries,) = run(patches, weights, path, shard_of(2, 1), views=("full",), precision="auto", batch_size=None)
+    assert (summaries.precision, summaries.batch_size, summaries.n_missing) == ("bf16", 16, 0)
 
 
 def test_another_batch_size_or_overwriting_is_refused_among_ranks(patches, weights, tmp_path):
     path = tmp_path / "s.zarr"
-    run(patches, weights, path, rank_of(2, 0))
+    run(patches, weights, path, shard_of(2, 0))
     before = content(path)
-    with pytest.raises(UserError, match="begun with batches of 8, now --batch-size says 16"):
-        run(patches, weights, path, rank_of(2, 1), batch_size=16)
-    with pytest.raises(UserError, match=r"--overwrite is for one process"):
-        run(patches, weights, path, rank_of(2, 1), overwrite=True)
+    with pytest.raises(UserError, match="begun with batches of 8, now `batch_size` says 16"):
+        run(patches, weights, path, shard_of(2, 1), batch_size=16)
+    with pytest.raises(UserError, match=r"`overwrite=True` is for one process"):
+        run(patches, weights, path, shard_of(2, 1), overwrite=True)
     assert content(path) == before
 
 
@@ -273,7 +274,7 @@ def test_a_rank_out_of_memory_says_so_instead_of_batching_otherwise(patches, wei
 
     monkeypatch.setattr(embed, "embed_batch", no_memory)
     with pytest.raises(UserError, match=r"batches of 8, which all ranks share"):
-        run(patches, weights, tmp_path / "s.zarr", rank_of(2, 1))
+        run(patches, weights, tmp_path / "s.zarr", shard_of(2, 1))
 
 
 # ------------------------------------------------------------------------------------------------- at the same moment

@@ -82,7 +82,7 @@ def candidates_table(runs: Sequence[RunRecord]) -> Table:
                 candidate.pooling,
                 f"{candidate.validation_auroc:.4f}",
                 f"{candidate.validation_balanced_accuracy:.4f}",
-                " ".join(f"{c:g}" for c in candidate.fit.chosen_strength or ()),
+                " ".join(f"{c:g}" for c in candidate.chosen_strength or ()),
                 "chosen" if is_chosen else "",
                 style="bold" if is_chosen else "dim",
             )

@@ -1,0 +1,334 @@
+"""Which public datasets are known, what do their tables say of each patch, and are these the published files?
+
+A known dataset is a row of `DATASETS`. Its files lie in a data folder that is laid out like a clone of the repository
+AMi-Br_Benchmark; `demo` is drawn and has no files.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from extract import demo, download
+from extract.images import check_files
+from extract.readers import PatchFile, first_of, list_classes
+from features.console import UserError
+from features.samples import TEST, TRAIN
+from features.tables import read_csv
+
+NORMAL, ATYPICAL = "Normal", "Atypical"
+DATA_VARIABLE = "MITOFM_DATA"
+AMI_BR_CSV = "AMI-BR.csv"  # of the AMi-Br repository; a clone of the benchmark does not have it
+AMI_BR_CSV_URL = f"https://raw.githubusercontent.com/DeepMicroscopy/AMi-Br/20a217b3/{AMI_BR_CSV}"
+AMI_BR_CSV_SHA256 = "49eb286b4b45f524f34ee2655c4d2e8f1e0c94618424a59b30ff7412fea77690"
+
+# The tables of the archive, verified with its patches.
+TABLE_SHA256 = {
+    "amibr_train_split.csv": "55b9e82113bea36da10461f6c4be3c8c7e920be86176d7def527507c1d9ec3e1",
+    "AtNorM-MD_expert_votes.csv": "363db789f5d1814be676d701d89646631703dc963b7f28b8f2c4db76eb543193",
+}
+
+_SLIDES_CSV = Path(__file__).parent / "data" / "atnorm_md_slides.csv"
+_AMI_BR_VOTES = ("expert1_atypical", "expert2_atypical", "expert3_atypical")
+_ATNORM_MD_VOTES = ("Expert_1", "Expert_2", "Expert_3", "Expert_4", "Expert_5")
+
+
+class Figure(NamedTuple):
+    """What the tables of a known dataset say of one mitotic figure."""
+
+    label: int
+    group: str
+    split: str
+    votes: tuple[int, ...]
+    domain: str
+
+
+@dataclass(frozen=True)
+class DatasetRecord:
+    """A known dataset and what it must contain.
+
+    Attributes:
+        title: its name in print.
+        folder: its folder below the data folder; empty for the drawn one.
+        n_atypical, n_normal: how many patches of each class (Table 1 of the paper).
+        n_bytes: the size of all files together; for the drawn one, of the pixels.
+        digest: SHA-256 over the sorted lines `<sha256>  <id>`, or None where it is not known yet.
+        annotation: who labelled the patches.
+        species, source: as in Table 1 of the paper.
+        figures: reads the dataset's tables from a data folder, by file name; None where there are no tables.
+        mpp: micrometres per pixel.
+    """
+
+    title: str
+    folder: str
+    n_atypical: int
+    n_normal: int
+    n_bytes: int
+    digest: str | None
+    annotation: str
+    species: str
+    source: str
+    figures: Callable[[Path], dict[str, Figure]] | None = None
+    mpp: float = 0.25
+
+
+# --- what the tables say ----------------------------------------------------------------------------------------------
+
+
+def _ami_br_figures(data: Path) -> dict[str, Figure]:
+    table, train_table = data / AMI_BR_CSV, data / "amibr_train_split.csv"
+    if not table.is_file():
+        table = download.fetch_file(AMI_BR_CSV_URL, AMI_BR_CSV_SHA256)
+    rows = read_csv(table, required=("slide", "dataset", "uid", *_AMI_BR_VOTES, "majority_atypical"))
+    train_rows = read_csv(train_table, required=("dataset_uid", "final_label"))
+    train = {row["dataset_uid"]: row["final_label"] for row in train_rows}
+    meaning = {"True": 1, "False": 0}
+    figures = {}
+    for row in rows:
+        file_name = f"{row['dataset']}_{row['uid']}.png"
+        votes = tuple(_vote(row[expert], meaning, table, row.line) for expert in _AMI_BR_VOTES)
+        label = _vote(row["majority_atypical"], meaning, table, row.line)
+        if file_name in train and (train[file_name] == ATYPICAL) != label:
+            raise UserError(f"{train_table} labels {file_name} {train[file_name]}, but {table} does not. Restore both.")
+        split = TRAIN if file_name in train else TEST
+        figures[file_name] = Figure(label, row["slide"], split, votes, row["dataset"])
+    if missing := sorted(set(train) - set(figures)):
+        raise UserError(f"{len(missing)} rows of {train_table} are not in {table} ({first_of(missing)}). Restore both.")
+    return figures
+
+
+def _atnorm_md_figures(data: Path) -> dict[str, Figure]:
+    slides: dict[str, tuple[str, str]] = {}  # by file name: the benchmark numbers the patches slide by slide
+    for row in read_csv(_SLIDES_CSV, required=("first_id", "last_id", "slide", "domain")):
+        for number in range(int(row["first_id"]), int(row["last_id"]) + 1):
+            slides[f"{number}.png"] = (row["slide"], row["domain"])
+    table = data / "AtNorM-MD_expert_votes.csv"
+    meaning = {ATYPICAL: 1, NORMAL: 0}
+    figures = {}
+    for row in read_csv(table, required=("Filename", *_ATNORM_MD_VOTES, "Majority")):
+        file_name = row["Filename"]
+        if file_name not in slides:
+            raise UserError(f"{table}, line {row.line}: {file_name!r} is not one of 1.png to {len(slides)}.png.")
+        slide, domain = slides[file_name]
+        votes = tuple(_vote(row[expert], meaning, table, row.line) for expert in _ATNORM_MD_VOTES)
+        label = _vote(row["Majority"], meaning, table, row.line)
+        figures[file_name] = Figure(label, slide, TEST, votes, domain)
+    return figures
+
+
+def _vote(cell: str, meaning: dict[str, int], table: Path, line: int) -> int:
+    if cell not in meaning:
+        raise UserError(f"{table}, line {line}: the vote is {cell!r}, expected {' or '.join(meaning)}.")
+    return meaning[cell]
+
+
+DATASETS: dict[str, DatasetRecord] = {
+    "demo": DatasetRecord(
+        title="demo",
+        folder="",
+        n_atypical=111,
+        n_normal=289,
+        n_bytes=demo.N_PATCHES * demo.SIZE * demo.SIZE * 3,
+        digest="542b44d052b57601313a7fb0596de9eaace6f96f23009178b17248844d2e7483",
+        annotation="3 simulated votes",
+        species="none",
+        source="drawn by mitofm",
+    ),
+    "ami-br": DatasetRecord(
+        title="AMi-Br",
+        folder="AMi-Br",
+        n_atypical=832,
+        n_normal=2_888,
+        n_bytes=113_012_974,
+        digest="d577c3a961c50254f4600cd5270a79ef602554d25595afe6b183a1fa64be62ef",
+        annotation="3-expert vote",
+        species="Human",
+        source="TUPAC16, MIDOG21",
+        figures=_ami_br_figures,
+    ),
+    "atnorm-md": DatasetRecord(
+        title="AtNorM-MD",
+        folder="AtNorM-MD",
+        n_atypical=219,
+        n_normal=1_888,
+        n_bytes=77_124_777,
+        digest=None,  # not computed yet: the commit of the archive, the counts and the size stand in for it
+        annotation="5-expert vote",
+        species="Human + Canine",
+        source="MIDOG++",
+        figures=_atnorm_md_figures,
+    ),
+    "atnorm-br": DatasetRecord(
+        title="AtNorM-Br",
+        folder="AtNorM-Br",
+        n_atypical=128,
+        n_normal=618,
+        n_bytes=21_796_933,
+        digest="c4add2ecb13ad26730f0b62b25ee1832447524014cb8142581ff964ad5ff5a19",
+        annotation="Single expert",
+        species="Human",
+        source="TCGA (BRCA)",
+    ),
+}
+
+
+# --- the files --------------------------------------------------------------------------------------------------------
+
+
+def known_files(name: str, data: Path) -> list[PatchFile]:
+    """List the files of a known dataset.
+
+    Raises:
+        UserError: if the dataset's folder is missing, or a class has more or fewer files than were published.
+    """
+    record = DATASETS[name]
+    folder = data / record.folder
+    if not folder.is_dir():
+        raise UserError(
+            f"{data} has no folder {record.folder}, which holds the patches of {name}. Expected a clone of the "
+            "AMi-Br_Benchmark repository (folders AMi-Br, AtNorM-Br, AtNorM-MD and two CSV files). Give its path with "
+            f"`data` or {DATA_VARIABLE}, or leave both out to download it."
+        )
+    files = list_classes(folder, (ATYPICAL, NORMAL))
+    counts = Counter(file.label for file in files)
+    if (counts[ATYPICAL], counts[NORMAL]) != (record.n_atypical, record.n_normal):
+        raise UserError(
+            f"{folder} has {counts[ATYPICAL]:,} patches in {ATYPICAL} and {counts[NORMAL]:,} in {NORMAL}; {name} has "
+            f"{record.n_atypical:,} and {record.n_normal:,}. Restore the missing files or remove the added ones; to "
+            "use the folder as it is, give its path as the dataset."
+        )
+    return files
+
+
+def known_figures(name: str, data: Path, files: Sequence[PatchFile]) -> list[Figure]:
+    """Look up what the dataset's tables say of each file.
+
+    Raises:
+        UserError: if a file is in no table, or lies in the folder of another class than its table says.
+    """
+    record = DATASETS[name]
+    if record.figures is None:
+        return [Figure(int(file.label == ATYPICAL), "", TEST, (), "") for file in files]
+    figures = record.figures(data)
+    unknown = [file.id for file in files if file.path.name not in figures]
+    if unknown:
+        raise UserError(
+            f"{len(unknown)} patches of {record.title} are in no table ({first_of(unknown)}). Expected the files of "
+            "the repository under their own names; restore them."
+        )
+    joined = [figures[file.path.name] for file in files]
+    wrong = [file.id for file, figure in zip(files, joined, strict=True) if (file.label == ATYPICAL) != figure.label]
+    if wrong:
+        raise UserError(
+            f"{len(wrong)} patches of {record.title} lie in the folder of the class that their table contradicts "
+            f"({first_of(wrong)}). Expected folder and majority vote to agree; restore the files or the table."
+        )
+    return joined
+
+
+# --- the published files ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class DataVerdict:
+    """The state of one dataset or table of a data folder.
+
+    Attributes:
+        what: the dataset's name, or the table's file name.
+        found: how many patches, or "as published"; otherwise how it differs.
+        published: whether it is the published one, as far as was checked.
+        usable: whether it is accepted as it is.
+    """
+
+    what: str
+    found: str
+    published: bool
+    usable: bool
+
+
+def check_data(data: Path, *, whole: bool = False) -> list[DataVerdict]:
+    """Compare what a data folder holds with the published files.
+
+    Args:
+        data: laid out like a clone of AMi-Br_Benchmark; datasets that are absent are left out.
+        whole: read and hash every patch. Otherwise tables are hashed, and patches counted and their sizes added up.
+    """
+    verdicts = []
+    for name, expected in (TABLE_SHA256 | {AMI_BR_CSV: AMI_BR_CSV_SHA256}).items():
+        if (data / name).is_file():
+            same = _sha256(data / name) == expected
+            verdicts.append(DataVerdict(name, "as published" if same else "another SHA-256 than published", same, True))
+    for name, record in DATASETS.items():
+        if not record.folder or not (data / record.folder).is_dir():
+            continue
+        try:
+            files = known_files(name, data)
+            if whole:
+                difference = difference_to_published(name, files, *check_known_files(name, files))
+            else:
+                difference = _size_difference(record, sum(file.path.stat().st_size for file in files))
+        except UserError as error:
+            verdicts.append(DataVerdict(name, str(error), False, False))
+            continue
+        checked = "every byte" if whole and record.digest else "number and size"
+        found = f"{len(files):,} patches, {difference or f'as published ({checked})'}"
+        verdicts.append(DataVerdict(name, found, difference is None, True))
+    return verdicts
+
+
+def verify_download(data: Path) -> None:
+    """Raise UserError unless a downloaded folder holds the published tables and patches."""
+    for name, expected in TABLE_SHA256.items():
+        digest = _sha256(data / name) if (data / name).is_file() else "no such file"
+        if digest != expected:
+            raise UserError(f"{name} has SHA-256 {digest}, expected {expected}.")
+    for name, record in DATASETS.items():
+        if record.folder:
+            files = known_files(name, data)
+            if difference := difference_to_published(name, files, *check_known_files(name, files)):
+                raise UserError(f"{record.title} differs from the published files: {difference}.")
+
+
+def check_known_files(name: str, files: Sequence[PatchFile]) -> tuple[list[str], int]:
+    """Read and hash the files of a known dataset; see `check_files`."""
+    return check_files([file.path for file in files], DATASETS[name].title)
+
+
+def difference_to_published(name: str, files: Sequence[PatchFile], sha256: Sequence[str], n_bytes: int) -> str | None:
+    """Say how files differ from the published ones; None if they do not.
+
+    Args:
+        name: of the dataset.
+        files: its files.
+        sha256: the digest of each.
+        n_bytes: the size of all together.
+    """
+    record = DATASETS[name]
+    if difference := _size_difference(record, n_bytes):
+        return difference
+    digest = files_digest([file.id for file in files], sha256)
+    if record.digest is not None and digest != record.digest:
+        return f"digest {digest}, expected {record.digest}"
+    return None
+
+
+def files_digest(ids: Iterable[str], sha256: Iterable[str]) -> str:
+    """SHA-256 over the sorted lines `<sha256>  <id>`, which is what `sha256sum` prints of the files.
+
+    >>> files_digest(["b.png", "a.png"], ["22", "11"])[:16]
+    '77eb3b0cb0dc4f6a'
+    """
+    lines = sorted(f"{digest}  {id}\n" for digest, id in zip(sha256, ids, strict=True))
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def _size_difference(record: DatasetRecord, n_bytes: int) -> str | None:
+    return None if n_bytes == record.n_bytes else f"{n_bytes:,} bytes, expected {record.n_bytes:,}"
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
