@@ -1,5 +1,6 @@
 # make demo: a first run on drawn patches.  make test: every check.  make bench: speed, as ratios.
-# make torture: kills, flipped bits, full disks, hostile files.  make test-arithmetic: every test as older processors compute.
+# make torture: kills, flipped bits, full disks, hostile files.
+# make test-arithmetic: every test, computed as older processors would.
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed

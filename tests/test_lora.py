@@ -597,6 +597,24 @@ def test_what_is_dropped_follows_from_fold_and_seed() -> None:
         assert not torch.allclose(one, two), "two seeds have dropped the same"
 
 
+@pytest.mark.parametrize("dropout", [0.1, 0.4, 0.75])
+def test_a_layer_drops_the_share_of_its_inputs_that_was_asked_for(dropout: float) -> None:
+    model = nn.Sequential(nn.Linear(40, 40, bias=False)).double()
+    add_adapters(model, LoraOptions(rank=40, alpha=40, dropout=dropout, targets="0"), n_folds=2, seed=7)
+    with torch.no_grad():
+        for parameter in trainable(model):
+            parameter.copy_(torch.eye(40).expand_as(parameter))
+        model[0].base.weight.zero_()  # then an output is its input: dropped, or enlarged
+        select_folds(model, [0, 1], step=3)
+        found = model(torch.ones(200, 40, dtype=torch.float64))
+    n = found.numel()
+    deviation = (dropout * (1 - dropout) / n) ** 0.5
+    assert abs((found == 0).double().mean().item() - dropout) < 5 * deviation + 1 / 512  # honoured to 1/256
+    kept = found[found != 0]
+    torch.testing.assert_close(kept, kept[:1].expand_as(kept))
+    assert kept[0].item() == pytest.approx(1 / (1 - dropout), rel=0.01)
+
+
 def test_two_layers_drop_different_inputs() -> None:
     torch.manual_seed(0)
     first = nn.Linear(24, 6)

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from probe.tables import leaderboard, published
 
 from features.console import UserError
 from features.folds import grouped_folds
@@ -14,9 +13,11 @@ from features.store import FeatureStore
 from probe import experiment
 from probe.evidence import evaluate
 from probe.linear import fit_exact
-from probe.metrics import auroc
+from probe.metrics import FoldFigure, RunMetrics, SetMetrics, auroc
 from probe.probing import ProbeOptions, probe_store
-from probe.runs import read_predictions, read_run
+from probe.report.published import published
+from probe.report.terminal import leaderboard
+from probe.runs import FoldsRecord, RunRecord, read_predictions, read_run
 
 WIDTH = 12
 
@@ -215,17 +216,22 @@ def test_a_damaged_run_is_named(store, tmp_path):
 
 def test_published_figures_stand_beside_ours():
     assert len(published()) == 2 * 17 * 3
-    best = {row["model"]: row for row in published() if row["source"] == "table-3" and row["method"] == "lora"}
-    assert (best["virchow2"]["dataset"], best["h-optimus-1"]["auroc"]) == ("atnorm-md", "0.6019")
-    figures = {"folds": {name: {"mean": 0.5, "std": 0.01} for name in ("balanced_accuracy", "auroc")}}
-    run = {
-        "model": "uni",
-        "method": "probe",
-        "view": "full",
-        "pooling": "card",
-        "train": "ami-br",
-        "metrics": {"sets": {"ami-br/validation": figures, "ami-br/test": figures}},
-    }
+    best = {row.model: row for row in published() if row.source == "table-3" and row.method == "lora"}
+    assert (best["virchow2"].dataset, best["h-optimus-1"].figures["auroc"].mean) == ("atnorm-md", 0.6019)
+    figures = {name: FoldFigure(0.5, 0.01, (0.49, 0.51)) for name in ("balanced_accuracy", "auroc")}
+    metrics = SetMetrics(n=9, n_positive=4, folds=figures, ensemble=None)
+    run = RunRecord(
+        kind="probe",
+        model="uni",
+        method="probe",
+        options={},
+        train="ami-br",
+        view="full",
+        pooling="card",
+        card_pooling="cls",
+        folds=FoldsRecord(n=2, digest=""),
+        metrics=RunMetrics(0.5, {"ami-br/validation": metrics, "ami-br/test": metrics}),
+    )
     table = leaderboard([run])
     cells = [list(column.cells) for column in table.columns]
     assert cells[0] == ["uni (probe)", "  paper, Table 3", "  authors' re-run"]

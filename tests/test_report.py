@@ -24,8 +24,6 @@ import numpy as np
 import pytest
 import typer
 from PIL import Image
-from probe.gallery import PAGE_BYTES, GalleryPatches, embedding_maps, make_thumbnails, open_store, shown
-from probe.page import commands
 from sklearn.decomposition import PCA
 from sklearn.metrics import (
     average_precision_score,
@@ -45,13 +43,24 @@ from features.samples import make_samples
 from features.store import FeatureStore
 from finetune.cli import report_main
 from finetune.report import make_report
-from probe import gallery
 from probe.curve import CurvePoint, curve_csv
 from probe.evidence import COMPARED, compare, ensemble_of
 from probe.metrics import as_dict
-from probe.report import collect, labels_of, read_runs
+from probe.predictions import VALIDATION, Predictions, concatenate, predictions_of
+from probe.report import gallery
+from probe.report.collect import collect
+from probe.report.gallery import (
+    PAGE_BYTES,
+    GalleryPatches,
+    embedding_maps,
+    make_thumbnails,
+    open_store,
+    select_patches,
+)
+from probe.report.provenance import commands
+from probe.report.read import labels_of, read_runs
 from probe.resample import Resampling
-from probe.runs import VALIDATION, Predictions, concatenate, predictions_of, read_predictions
+from probe.runs import FoldsRecord, RunRecord, read_predictions, read_run
 
 QUICK = Resampling(replicates=200)
 OTHER_FOLDS = "beef" * 16
@@ -122,7 +131,7 @@ def test_a_record_without_what_is_needed_is_refused(key, tmp_path):
 @pytest.mark.parametrize("folds", [{"n": 5}, {"digest": "x"}, {}, "abc", None, []])
 def test_a_record_without_folds_is_refused(folds, tmp_path):
     edit_record(made_run(tmp_path), folds=folds)
-    with pytest.raises(UserError, match=r"run\.json lacks folds"):
+    with pytest.raises(UserError, match=r"run\.json (lacks folds|is damaged \(folds lacks n or digest\))"):
         read_runs(tmp_path)
 
 
@@ -210,14 +219,18 @@ def test_a_set_that_one_run_lacks_is_a_note(tmp_path):
 
 def record(model: str = "uni", method: str = "probe", *, view: str = "full", pooling: str = "card", **options: Any):
     number = next(_numbers)
-    return {
-        "id": f"{method}-{model}-20260101-000000-{number:04x}",
-        "model": model,
-        "method": method,
-        "view": view,
-        "pooling": pooling,
-        "options": {"seed": 42, "recipe": "exact", "view": None, "test": None} | options,
-    }
+    return RunRecord(
+        id=f"{method}-{model}-20260101-000000-{number:04x}",
+        kind="probe",
+        model=model,
+        method=method,
+        train="ami-br",
+        view=view,
+        pooling=pooling,
+        card_pooling="cls",
+        folds=FoldsRecord(n=N_FOLDS, digest=""),
+        options={"seed": 42, "recipe": "exact", "view": None, "test": None} | options,
+    )
 
 
 _numbers = itertools.count()
@@ -256,8 +269,8 @@ def test_which_sets_were_scored_tells_nothing():
 
 def test_identical_runs_are_told_apart_by_their_ids():
     runs = [record() for _ in range(3)]
-    assert labels_of(runs) == [f"uni probe #{run['id'][-4:]}" for run in runs]
-    runs[1]["id"] = "x" + runs[0]["id"]  # the same last digits, on another day
+    assert labels_of(runs) == [f"uni probe #{run.id[-4:]}" for run in runs]
+    runs[1] = replace(runs[1], id="x" + runs[0].id)  # the same last digits, on another day
     assert len(set(labels_of(runs))) == 3
 
 
@@ -270,7 +283,7 @@ def test_no_two_runs_share_a_name():
         labels = labels_of(records)
         assert len(set(labels)) == len(labels)
         for label, one in zip(labels, records, strict=True):
-            assert label.startswith(f"{one['model']} {one['method']}")
+            assert label.startswith(f"{one.model} {one.method}")
 
 
 # --- figures ----------------------------------------------------------------------------------------------------------
@@ -366,7 +379,7 @@ def test_the_fullest_patch_table_serves_all_runs(tmp_path):
         assert as_dict(on.domains) == as_dict(before.domains)
     assert set(report.sets[0].raters) == set(report.sets[2].domains) == {"uni probe", "virchow probe"}
     assert (report.sets[1].raters, report.sets[1].domains) == ({}, {})
-    patches_shown = shown(report, runs)
+    patches_shown = select_patches(report, runs)
     assert set(patches_shown.votes) >= {"111", "000"}
     assert set(patches_shown.domain.tolist()) == {"", "domain 0", "domain 1", "domain 2"}
 
@@ -377,7 +390,7 @@ def test_domains_without_votes_are_shown_whichever_run_knows_them(tmp_path):
     (first / "samples.csv").unlink()
     report, runs = collected(tmp_path)
     assert report.sets[0].domains
-    found = shown(report, runs)
+    found = select_patches(report, runs)
     domain = dict(zip(table.id.tolist(), table.domain.tolist(), strict=True))
     assert found.domain.tolist() == [domain[id] for id in found.id.tolist()]
 
@@ -403,12 +416,12 @@ def test_patches_may_come_in_any_order(tmp_path):
         again = by_name[on.name]
         for part in ("raters", "domains", "comparison"):
             assert flat(as_dict(getattr(again, part))) == pytest.approx(flat(as_dict(getattr(on, part))), abs=1e-12)
-    found = shown(report, runs)
+    found = select_patches(report, runs)
     for run, probability in zip(runs, found.probability, strict=True):
         for k, on in enumerate(report.sets):
             judged = ensemble_of(run.predictions, on.dataset, on.split)
             of = dict(zip(judged.id.tolist(), judged.probability.tolist(), strict=True))
-            rows = np.flatnonzero(found.on == k)
+            rows = np.flatnonzero(found.set_index == k)
             assert probability[rows].tolist() == [of[id] for id in found.id[rows].tolist()]
 
 
@@ -699,7 +712,7 @@ def test_the_gallery_calls_wrong_what_the_confusion_calls_wrong(tmp_path):
         for (k, run), (s, on) in itertools.product(enumerate(data["runs"]), enumerate(figures["sets"])):
             said = [
                 (data["label"][row], data["probability"][k][row] >= data["thresholds"][k][s])
-                for row, of in enumerate(data["on"])
+                for row, of in enumerate(data["set"])
                 if of == s
             ]
             counts = on["confusion"][run]
@@ -817,11 +830,11 @@ def test_nothing_published_stands_beside_runs_trained_on_other_data(train, tmp_p
 def test_all_patches_are_shown_where_they_are_few(tmp_path):
     two_runs(tmp_path)
     report, runs = collected(tmp_path)
-    found = shown(report, runs)
+    found = select_patches(report, runs)
     assert found.n_left_out == (0, 0, 0, 0)
-    assert np.bincount(found.on).tolist() == [on.n for on in report.sets] == [24, 24, 48, 36]
+    assert np.bincount(found.set_index).tolist() == [on.n for on in report.sets] == [24, 24, 48, 36]
     for k, on in enumerate(report.sets):
-        rows = found.on == k
+        rows = found.set_index == k
         part = TABLES[on.dataset].select(np.isin(TABLES[on.dataset].id, found.id[rows]))
         place = {id: row for row, id in enumerate(part.id.tolist())}
         of = part.select(np.array([place[id] for id in found.id[rows].tolist()]))
@@ -834,25 +847,27 @@ def test_all_patches_are_shown_where_they_are_few(tmp_path):
 def test_of_many_patches_the_worst_and_some_others_are_shown(tmp_path, monkeypatch):
     two_runs(tmp_path)
     report, runs = collected(tmp_path)
-    whole = shown(report, runs)
+    whole = select_patches(report, runs)
     monkeypatch.setattr(gallery, "MOST", 40)
-    found = shown(report, runs)
+    found = select_patches(report, runs)
     kept = [40 * on.n // 132 for on in report.sets]
-    assert np.bincount(found.on).tolist() == kept == [7, 7, 14, 10]
+    assert np.bincount(found.set_index).tolist() == kept == [7, 7, 14, 10]
     assert found.n_left_out == tuple(on.n - n for on, n in zip(report.sets, kept, strict=True))
     random = 0
     for k, n in enumerate(kept):
-        rows, all_rows = found.on == k, whole.on == k
+        rows, all_rows = found.set_index == k, whole.set_index == k
         wrong = np.abs(whole.probability[:, all_rows] - whole.label[all_rows]).max(axis=0)
         order = whole.id[all_rows][np.argsort(-wrong, kind="stable")].tolist()
         mine = set(found.id[rows].tolist())
         assert set(order[: n // 2]) <= mine
         random += mine != set(order[:n])
     assert random  # the others are not the next worst
-    again = shown(report, runs)
+    again = select_patches(report, runs)
     assert again.id.tolist() == found.id.tolist()
-    place = {(on, id): row for row, (on, id) in enumerate(zip(whole.on.tolist(), whole.id.tolist(), strict=True))}
-    at = [place[key] for key in zip(found.on.tolist(), found.id.tolist(), strict=True)]
+    place = {
+        (on, id): row for row, (on, id) in enumerate(zip(whole.set_index.tolist(), whole.id.tolist(), strict=True))
+    }
+    at = [place[key] for key in zip(found.set_index.tolist(), found.id.tolist(), strict=True)]
     assert found.probability.tolist() == whole.probability[:, at].tolist()
     assert found.votes == tuple(whole.votes[row] for row in at)
     text = check_page(page_of(tmp_path)).text
@@ -863,8 +878,8 @@ def test_a_patch_that_a_run_was_not_scored_on_has_no_probability(tmp_path):
     made_run(tmp_path, "uni")
     made_run(tmp_path, "virchow", tables={"ami-br": TABLES["ami-br"]}, seed=1)
     report, runs = collected(tmp_path)
-    found = shown(report, runs)
-    missing = np.array([runs[1].label in on.missing for on in report.sets])[found.on]
+    found = select_patches(report, runs)
+    missing = np.array([runs[1].label in on.missing for on in report.sets])[found.set_index]
     assert np.isnan(found.probability[1]).tolist() == missing.tolist()
     assert not np.isnan(found.probability[0]).any()
     page = page_of(tmp_path)
@@ -892,7 +907,7 @@ def colour_of(id: str) -> tuple[int, int, int]:
 
 def drawn(thumbnails: gallery.Thumbnails, row: int) -> np.ndarray:
     """The thumbnail of a row, cut from its sheet."""
-    size, at = thumbnails.size, int(thumbnails.place[row])
+    size, at = thumbnails.size, int(thumbnails.picture[row])
     left, top = at % 256 % 16 * size, at % 256 // 16 * size
     return decoded(thumbnails.sheets[at // 256])[top : top + size, left : left + size]
 
@@ -913,9 +928,9 @@ def test_every_thumbnail_is_of_its_own_patch():
     thumbnails = make_thumbnails(found, report, {"a": flat, "b": flat}, budget=PAGE_BYTES)
     assert thumbnails.size == 32
     assert len(thumbnails.sheets) == 2
-    assert (thumbnails.place < 0).tolist() == (found.on == 1).tolist()
-    assert sorted(thumbnails.place[thumbnails.place >= 0].tolist()) == list(range(300))
-    for row in np.flatnonzero(thumbnails.place >= 0):
+    assert (thumbnails.picture < 0).tolist() == (found.set_index == 1).tolist()
+    assert sorted(thumbnails.picture[thumbnails.picture >= 0].tolist()) == list(range(300))
+    for row in np.flatnonzero(thumbnails.picture >= 0):
         mean = drawn(thumbnails, row)[8:-8, 8:-8].mean(axis=(0, 1))
         assert np.abs(mean - colour_of(str(found.id[row]))).max() < 8, row
 
@@ -956,7 +971,7 @@ def test_the_middle_of_a_patch_that_is_not_square_is_shown(shape):
 def test_no_patches_at_hand_are_no_thumbnails():
     found, report = of_patches(3, "a")
     thumbnails = make_thumbnails(found, report, {}, budget=PAGE_BYTES)
-    assert (thumbnails.sheets, thumbnails.place.tolist()) == ((), [-1, -1, -1])
+    assert (thumbnails.sheets, thumbnails.picture.tolist()) == ((), [-1, -1, -1])
 
 
 @pytest.fixture
@@ -992,7 +1007,7 @@ def test_the_patches_that_the_runs_saw_are_shown(own_patches, tmp_path, capsys):
     data = embedded(page, "data")
     pictures = embedded(page, "thumbnails")
     sheets = tuple(base64.b64decode(sheet) for sheet in pictures["sheets"])
-    thumbnails = gallery.Thumbnails(pictures["size"], sheets, np.array(pictures["place"]))
+    thumbnails = gallery.Thumbnails(pictures["size"], sheets, np.array(pictures["picture"]))
     assert pictures["side"] == 16
     for row, id in enumerate(data["id"]):
         mean = drawn(thumbnails, row)[8:-8, 8:-8].mean(axis=(0, 1))
@@ -1014,7 +1029,7 @@ def test_other_patches_than_the_runs_saw_are_not_shown(change, own_patches, tmp_
     root = check_page(page)
     assert capsys.readouterr().err.count("No pictures of own: ") == 1
     assert embedded(page, "thumbnails")["sheets"] == []
-    assert set(embedded(page, "thumbnails")["place"]) == {-1}
+    assert set(embedded(page, "thumbnails")["picture"]) == {-1}
     assert "The patches themselves are not at hand" in root.text
 
 
@@ -1056,11 +1071,11 @@ def test_a_map_is_the_principal_components_of_the_embeddings(store, tmp_path):
     fingerprints = {name: embed(store, name) for name in ("ami-br", "atnorm-br")}
     made_run(tmp_path / "runs", store=str(store.path), fingerprints=fingerprints)
     report, runs = collected(tmp_path / "runs")
-    found = shown(report, runs)
+    found = select_patches(report, runs)
     (one,) = embedding_maps(found, report, runs, store)
     assert one.title == "uni, full, card"
     rows, X = [], []
-    for row, (on, id) in enumerate(zip(found.on.tolist(), found.id.tolist(), strict=True)):
+    for row, (on, id) in enumerate(zip(found.set_index.tolist(), found.id.tolist(), strict=True)):
         name = report.sets[on].dataset
         if name in fingerprints:
             rows.append(row)
@@ -1073,7 +1088,7 @@ def test_a_map_is_the_principal_components_of_the_embeddings(store, tmp_path):
     np.testing.assert_allclose(mine * sign, expected, atol=1e-3 * np.abs(expected).max())
     assert one.explained == pytest.approx(reference.explained_variance_ratio_, abs=1e-4)
     unknown = np.setdiff1d(np.arange(len(found.id)), rows)
-    assert {report.sets[on].dataset for on in found.on[unknown]} == {"atnorm-md"}
+    assert {report.sets[on].dataset for on in found.set_index[unknown]} == {"atnorm-md"}
     assert np.isnan(one.coordinates[unknown]).all()
 
     page = page_of(tmp_path / "runs")
@@ -1090,7 +1105,7 @@ def test_embeddings_of_another_fingerprint_are_not_mapped(store, tmp_path):
     embed(store, "ami-br")
     made_run(tmp_path / "runs", store=str(store.path), fingerprints={"ami-br": "another"})
     report, runs = collected(tmp_path / "runs")
-    assert embedding_maps(shown(report, runs), report, runs, store) == []
+    assert embedding_maps(select_patches(report, runs), report, runs, store) == []
     assert "No map:" in check_page(page_of(tmp_path / "runs")).text
 
 
@@ -1102,9 +1117,9 @@ def test_every_run_of_a_backbone_brings_its_sets_to_the_map(store, tmp_path):
     )
     edit_record(last, created="2099-01-01T00:00:00Z")
     report, runs = collected(tmp_path)
-    found = shown(report, runs)
+    found = select_patches(report, runs)
     (one,) = embedding_maps(found, report, runs, store)
-    on = [report.sets[k].dataset for k in found.on[np.isfinite(one.coordinates[:, 0])]]
+    on = [report.sets[k].dataset for k in found.set_index[np.isfinite(one.coordinates[:, 0])]]
     assert set(on) == {"ami-br", "atnorm-br"}
 
 
@@ -1141,30 +1156,23 @@ def options_of(line: str) -> dict[str, Any]:
 
 
 def test_the_commands_shown_mean_the_options_that_the_run_had():
-    probe = {
-        "kind": "probe",
-        "method": "probe",
-        "model": "timm/a model",
+    options = {
+        "cv": 3,
         "train": "ami-br",
         "test": ["atnorm-br"],
-        "view": "center64",
-        "options": {
-            "cv": 3,
-            "train": "ami-br",
-            "test": ["atnorm-br"],
-            "view": None,
-            "pooling": "cls+mean",
-            "recipe": "exact",
-            "seed": 7,
-            "fractions": [0.5, 1.0],
-        },
+        "view": None,
+        "pooling": "cls+mean",
+        "recipe": "exact",
+        "seed": 7,
+        "fractions": [0.5, 1.0],
     }
+    probe = replace(record("timm/a model"), train="ami-br", test=("atnorm-br",), view="center64", options=options)
     extract, again = map(options_of, commands(probe))
     assert extract["model"] == again["model"] == "timm/a model"
     assert (extract["dataset"], extract["view"]) == ("ami-br,atnorm-br", "center64")
     assert (again["cv"], again["train"], again["test"], again["view"]) == (3, "ami-br", "atnorm-br", None)
     assert (again["pooling"], again["seed"], again["fractions"]) == ("cls+mean", 7, "0.5,1.0")
-    alone = options_of(commands(probe | {"test": [], "options": probe["options"] | {"test": []}})[1])
+    alone = options_of(commands(replace(probe, test=(), options={**probe.options, "test": []}))[1])
     assert alone["test"] == ""  # without it, every dataset of the store would be scored
 
     for method in ("lora", "full", "head"):
@@ -1184,7 +1192,7 @@ def test_the_commands_shown_mean_the_options_that_the_run_had():
             "precision": "fp32",
             "positive": "Atypical",
         }
-        tuned = {"kind": "finetune", "method": method, "model": "uni", "train": "patches", "options": options}
+        tuned = replace(record(method=method), kind="finetune", train="patches", options=options)
         (line,) = commands(tuned)
         again = options_of(line)
         for name, value in options.items():
@@ -1196,7 +1204,7 @@ def test_the_commands_shown_mean_the_options_that_the_run_had():
 
 def test_patches_of_one_s_own_are_extracted_from_where_they_lie(own_patches, tmp_path):
     folder = run_on(own_patches, tmp_path)
-    extract, _ = commands(json.loads((folder / "run.json").read_text()))
+    extract, _ = commands(read_run(folder))
     assert options_of(extract)["dataset"] == str(own_patches.resolve())
 
 

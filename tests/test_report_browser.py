@@ -23,8 +23,6 @@ import numpy as np
 import pytest
 from conftest import REPOSITORY
 from PIL import Image
-from probe.gallery import EmbeddingMap, make_thumbnails, shown
-from probe.page import html, with_thumbnails
 from test_runs import edit_record
 
 from extract.datasets import load_dataset
@@ -33,10 +31,14 @@ from features.samples import Samples, make_samples
 from features.store import FeatureStore
 from finetune.report import make_report, write_report
 from probe.metrics import RunMetrics
+from probe.predictions import concatenate, predictions_of, threshold_of
 from probe.probing import ProbeOptions, probe_store
-from probe.report import collect, read_runs
+from probe.report.collect import collect
+from probe.report.gallery import EmbeddingMap, make_thumbnails, select_patches
+from probe.report.page import html, with_thumbnails
+from probe.report.read import read_runs
 from probe.resample import Resampling
-from probe.runs import concatenate, predictions_of, read_predictions, read_run, threshold_of, write_run
+from probe.runs import Cost, FoldsRecord, RunRecord, read_predictions, read_run, write_run
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
@@ -150,14 +152,27 @@ def adapted(runs: Path, like: Path, samples: Samples) -> Path:
             predictions_of("patches", test, split="test", fold=np.arange(3), logit=judged),
         ]
     )
-    record = {key: value for key, value in read_run(like).items() if key not in ("metrics", "learning_curve", "sha256")}
-    for written in ("id", "created", "format", "versions"):
-        del record[written]
-    record |= {"kind": "finetune", "method": "lora", "test": [], "options": {"cv": 3, "lora": {"rank": 8}, "epochs": 2}}
-    record |= {"n_trained": 1234, "cost": {"images_per_second": 70.0}}
-    return write_run(
-        runs, record, predictions, tables={"patches": samples}, metrics=RunMetrics(0.5, {}), weights={}, seconds=12.0
+    record = replace(
+        read_run(like),
+        kind="finetune",
+        method="lora",
+        test=(),
+        options={"cv": 3, "lora": {"rank": 8}, "epochs": 2},
+        n_trained=1234,
+        cost=Cost(images_per_second=70.0),
+        learning_curve=None,
     )
+    written = write_run(
+        runs,
+        record,
+        predictions=predictions,
+        tables={"patches": samples},
+        metrics=RunMetrics(0.5, {}),
+        weights={},
+        seconds=12.0,
+    )
+    assert written.folder is not None
+    return written.folder
 
 
 @pytest.fixture(scope="module")
@@ -848,23 +863,25 @@ def large(tmp_path_factory) -> Path:
         domain=[f"lab {row % 6}" for row in range(MANY)],
     )
     folds = grouped_folds(samples, 5, seed=42)
-    record = {
-        "kind": "probe",
-        "method": "probe",
-        "train": "many",
-        "view": "full",
-        "pooling": "card",
-        "options": {},
-        "label_names": ["Normal", "Atypical"],
-        "folds": {"n": 5, "digest": folds.digest},
-    }
+    record = RunRecord(
+        kind="probe",
+        model="one",
+        method="probe",
+        train="many",
+        view="full",
+        pooling="card",
+        card_pooling="card",
+        options={},
+        label_names=("Normal", "Atypical"),
+        folds=FoldsRecord(n=5, digest=folds.digest),
+    )
     for model in ("one", "two"):
         scores = rng.standard_normal(MANY) + samples.label
         predictions = predictions_of("many", samples, split="validation", fold=folds.fold, logit=scores)
         write_run(
             folder / "runs",
-            record | {"model": model},
-            predictions,
+            replace(record, model=model),
+            predictions=predictions,
             tables={"many": samples},
             metrics=RunMetrics(0.5, {}),
             weights={},
@@ -872,7 +889,7 @@ def large(tmp_path_factory) -> Path:
         )
     runs, notes = read_runs(folder / "runs")
     report = collect(runs, notes, resampling=QUICK)
-    of = shown(report, runs)
+    of = select_patches(report, runs)
     noise = rng.integers(0, 256, (64, 64, 3), dtype=np.uint8).repeat(4, axis=0).repeat(4, axis=1)
 
     def pixels(id: str) -> np.ndarray:

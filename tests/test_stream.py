@@ -51,6 +51,14 @@ def test_the_optimum_is_that_of_the_solver_in_memory_whatever_the_sample(problem
         assert_same(fit_streamed(X, y, masks=masks, strengths=STRENGTHS, sample=sample), expected)
 
 
+@pytest.mark.parametrize("supported", [False, True])
+def test_the_optimum_is_the_same_with_bfloat16_hardware_and_without(problem, monkeypatch, supported):
+    X, y, masks = problem
+    expected = fit_logistic(X.read(), y, masks=masks, strengths=STRENGTHS)
+    monkeypatch.setattr(stream, "multiplies_bfloat16", lambda device: supported)
+    assert_same(fit_streamed(X, y, masks=masks, strengths=STRENGTHS, sample=300), expected)
+
+
 def test_the_sample_may_be_all_rows(problem):
     X, y, masks = problem
     expected = fit_logistic(X.read(), y, masks=masks, strengths=STRENGTHS)

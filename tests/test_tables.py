@@ -5,17 +5,22 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from probe.tables import Cell, Grid, ensemble_table, grids, latex, markdown, published, published_for, result_tables
 from rich.console import Console
 from test_runs import TABLES, made_run, patches, predicted
 
 from probe.evidence import ensemble_of, evaluate, judge
-from probe.report import Report, Run, collect, read_runs
+from probe.predictions import VALIDATION
+from probe.report.collect import Report, collect
+from probe.report.published import published, published_for
+from probe.report.read import Run, read_runs
+from probe.report.tables import Cell, Grid, grids, latex, markdown
+from probe.report.terminal import ensemble_table, result_tables
 from probe.resample import Resampling
-from probe.runs import VALIDATION, read_predictions, read_run
+from probe.runs import RunRecord, read_predictions, read_run
 
 QUICK = Resampling(replicates=200)
 HOSTILE = (
@@ -139,12 +144,14 @@ TABLE_3 = {"ami-br": (0.6477, 0.7171), "atnorm-br": (0.6217, 0.6774), "atnorm-md
 RE_RUN = {"ami-br": (0.6339, 0.6949), "atnorm-br": (0.6406, 0.7028), "atnorm-md": (0.5510, 0.5892)}
 
 
-def test_uni_s_linear_probe_was_published_twice():
+def test_uni_s_linear_probe_was_published_twice(tmp_path):
+    uni = read_run(made_run(tmp_path, "uni"))
     for source, of in (("table-3", TABLE_3), ("re-run", RE_RUN)):
         for dataset, values in of.items():
             for figure, value in zip(("balanced_accuracy", "auroc"), values, strict=True):
-                found = published_for({"train": "ami-br", "model": "uni", "method": "probe"}, dataset, figure)
-                assert [one.mean for one in found if one.source == source] == [value]
+                rows = published_for(uni, dataset, "test")
+                assert rows[source].figures[figure].mean == value
+    assert published_for(uni, "ami-br", VALIDATION) == {}
 
 
 def test_what_was_published_stands_below_the_run_that_it_is_of(tmp_path):
@@ -186,9 +193,9 @@ def test_nothing_published_stands_beside_anything_else(change, tmp_path):
 
 def test_published_figures_are_shares_of_known_sources():
     for row in published():
-        assert row["source"] in ("table-3", "re-run")
-        assert all(0.4 < float(row[figure]) < 1 for figure in ("balanced_accuracy", "auroc"))
-    keys = [(row["source"], row["model"], row["method"], row["dataset"]) for row in published()]
+        assert row.source in ("table-3", "re-run")
+        assert all(0.4 < row.figures[figure].mean < 1 for figure in ("balanced_accuracy", "auroc"))
+    keys = [(row.source, row.model, row.method, row.dataset) for row in published()]
     assert len(keys) == len(set(keys))
 
 
@@ -317,7 +324,7 @@ def test_latex_compiles(tmp_path):
 # --- on a terminal ----------------------------------------------------------------------------------------------------
 
 
-def shown(*records: dict) -> str:
+def shown(*records: RunRecord) -> str:
     console = Console(width=240, markup=False, highlight=False)
     with console.capture() as capture:
         for table in result_tables(records):
@@ -325,8 +332,8 @@ def shown(*records: dict) -> str:
     return capture.get()
 
 
-def with_metrics(folder: Path) -> dict:
-    return read_run(folder) | {"metrics": evaluate(read_predictions(folder), resampling=QUICK).as_dict()}
+def with_metrics(folder: Path) -> RunRecord:
+    return replace(read_run(folder), metrics=evaluate(read_predictions(folder), resampling=QUICK))
 
 
 def test_ensembles_are_shown_with_their_intervals(tmp_path):
@@ -336,12 +343,13 @@ def test_ensembles_are_shown_with_their_intervals(tmp_path):
     )
     text = shown(first, second)
     for record in (first, second):
-        assert f"{record['metrics']['threshold']:.3f}" in text
-        for name, of in record["metrics"]["sets"].items():
-            assert f"{of['folds']['auroc']['mean']:.4f} ± {of['folds']['auroc']['std']:.4f}" in text
-            if not name.endswith(VALIDATION):
-                low, high = of["intervals"]["figures"]["auroc"]
-                assert f"{of['ensemble']['auroc']:.4f} ({low:.3f}–{high:.3f})" in text
+        assert f"{record.figures.threshold:.3f}" in text
+        for name, metrics in record.figures.sets.items():
+            assert f"{metrics.folds['auroc'].mean:.4f} ± {metrics.folds['auroc'].std:.4f}" in text
+            assert (metrics.ensemble is None) == name.endswith(VALIDATION)
+            if metrics.ensemble is not None:
+                figure = metrics.ensemble.figures["auroc"]
+                assert f"{figure.value:.4f} ({figure.low:.3f}–{figure.high:.3f})" in text
     assert "95% intervals" in text
     for heading in ("6 slides", "24 samples", "12 slides"):
         assert heading in text

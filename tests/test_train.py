@@ -56,8 +56,9 @@ RECIPE = Recipe(
 PLATEAU = replace(
     RECIPE, optimizer="adam", weight_decay=1e-3, schedule="plateau", plateau_patience=0, min_learning_rate=1e-3
 )
-# Differences of the order in which sums are formed, after some dozen steps of Adam.
-TIGHT = {"rtol": 1e-8, "atol": 1e-9}
+# Differences of the order in which float64 sums are formed: 1e-15 of a gradient. A step of Adam is at most
+# lr / eps = 2e-2 / 1e-8 = 2e6 times as much, and there are some sixteen. A wrong gradient moves a value by 2e-2.
+TIGHT = {"rtol": 1e-6, "atol": 1e-6}
 
 
 def patches(dtype: torch.dtype = torch.float64) -> TrainingSet:
@@ -311,8 +312,9 @@ def test_a_fold_ends_as_in_a_plain_loop(recipe: Recipe) -> None:
         assert len(set(expected.rates)) > 1, "the rate of this example must fall"
     for row, plain in ((state.values[fold], expected.values), (state.best[fold], expected.best)):
         for name, value in of_row(network, row.clone(), fold).items():
+            # Means and deviations of colours are float32, so pixels differ by 1e-8, which steps of Adam magnify.
             torch.testing.assert_close(
-                value, plain[name], rtol=1e-5, atol=1e-6, msg=lambda said, name=name: name + said
+                value, plain[name], rtol=1e-4, atol=1e-5, msg=lambda said, name=name: name + said
             )
 
 
@@ -343,9 +345,9 @@ def test_full_training_ends_as_in_a_plain_loop() -> None:
     network.values.copy_(state.values)
     for name, expected in model.state_dict().items():
         torch.testing.assert_close(
-            network.model.state_dict()[name], expected, rtol=1e-5, atol=1e-6, msg=lambda said, name=name: name + said
+            network.model.state_dict()[name], expected, rtol=1e-4, atol=1e-5, msg=lambda said, name=name: name + said
         )
-    torch.testing.assert_close(network.weight[0], head.weight, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(network.weight[0], head.weight, rtol=1e-4, atol=1e-5)
 
 
 # ------------------------------------------------------------------------------------------------- sampling and judging
