@@ -36,7 +36,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import probe.probing
 from PIL import Image
 
 import extract.cli
@@ -46,6 +45,7 @@ import finetune.cli
 import finetune.predict
 import finetune.report
 import probe.cli
+import probe.probing
 from extract import demo, images
 from extract.datasets import load_dataset, load_patches
 from features.console import UserError
