@@ -169,7 +169,7 @@ def in_original_units(
 def predict_logits(
     X: NDArray[np.floating] | Embeddings, coef: NDArray[np.float32], intercept: NDArray[np.float64]
 ) -> NDArray[np.float32]:
-    """Compute the logits (m, ...) float32 of new rows X (m, d) under coefficients (..., d) and intercepts (...) of a fit.
+    """Compute logits (m, ...) float32 of new rows X (m, d) under coefficients (..., d) and intercepts (...) of a fit.
 
     Rows that are still in a store are read block by block.
     """
@@ -275,7 +275,9 @@ def inverse_std(variance: Tensor, scale: Tensor) -> Tensor:
 
 
 def leading_curvature(data: Standardised) -> tuple[Tensor, Tensor]:
-    """Find the leading eigenvalues (r,), ascending, and eigenvectors (r, d) of X^T diag(weight) X / 4, by subspace iteration.
+    """Find the leading eigenvalues (r,), ascending, and eigenvectors (r, d) of X^T diag(weight) X / 4.
+
+    The method is subspace iteration.
 
     Weights are the folds' average; a tall X is thinned to evenly spaced rows, as a preconditioner need not be exact.
     """
@@ -399,7 +401,7 @@ def descend(
 
 
 def _precondition(basis: tuple[Tensor, Tensor], ridge: Tensor, gradient: Tensor) -> Tensor:
-    """Multiply the gradient (K, d + 1) by an approximate inverse Hessian: curvature of the basis, its smallest elsewhere."""
+    """Multiply the gradient (K, d + 1) by an approximate inverse Hessian, made of the leading curvature."""
     curvature, eigenvectors = basis  # (r,), (r, d)
     outside = 1 / (curvature[0] + ridge)  # (K, 1)
     inside = 1 / (curvature + ridge)  # (K, r)

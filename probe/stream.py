@@ -1,12 +1,12 @@
 """How are all folds and strengths solved where the rows do not fit into memory?
 
 The problem and its optimum are those of `probe.logistic`. The rows stay in the store and are read in blocks. The
-conjugate gradients of `probe.logistic` would read all rows twice in every step, forty times over, and keep n numbers per
-column in between. Here a step reads all rows once, and about nine steps are enough:
+conjugate gradients of `probe.logistic` would read all rows twice in every step, forty times over, and keep n numbers
+per column in between. Here a step reads all rows once, and about nine steps are enough:
 
 1. A sample stands for all rows. Where rows are many and features few, the loss over some ten thousand rows curves
-   nearly as the loss over all rows does. So `logistic.descend` runs on the sample, in memory, but with the gradient over *all*
-   rows at its start: from theta_0, it minimises
+   nearly as the loss over all rows does. So `logistic.descend` runs on the sample, in memory, but with the gradient
+   over *all* rows at its start: from theta_0, it minimises
 
        loss_sample(theta) + (gradient_all(theta_0) - gradient_sample(theta_0)) . theta,
 
@@ -175,7 +175,7 @@ def _direction(
     *,
     tol: float,
 ) -> tuple[Tensor, Tensor]:
-    """Compute the L-BFGS direction (K, d + 1), with a descent on the sample in place of a Hessian solve; and its steps (K,)."""
+    """Compute the L-BFGS direction (K, d + 1), a descent on the sample in place of a Hessian; and its steps (K,)."""
     shares = []
     columns.gradient = columns.gradient.clone()
     for pair in reversed(pairs):
