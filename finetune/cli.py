@@ -84,11 +84,11 @@ def finetune(
     ] = False,
     as_json: JsonOption = False,
 ) -> None:
-    from finetune.finetune import finetune
-    from finetune.finetune import resume as resume_training
     from finetune.lora import LoraOptions
     from finetune.options import ComputeOptions, FinetuneOptions
     from finetune.process_group import join_process_group
+    from finetune.run import finetune
+    from finetune.run import resume as resume_training
 
     with join_process_group() as process_group:
         options = FinetuneOptions(

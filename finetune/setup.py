@@ -104,7 +104,7 @@ def prepare(
     """Find and check everything that a fine-tuning needs.
 
     Raises:
-        UserError: see `finetune.finetune.finetune`.
+        UserError: see `finetune.run.finetune`.
     """
     device = find_device(
         compute_options.device,

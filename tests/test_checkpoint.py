@@ -22,12 +22,12 @@ from extract.views import make_transform, parse_view
 from features import files
 from features.console import UserError
 from finetune import checkpoint, score, setup
-from finetune import finetune as finetuning
+from finetune import run as finetuning
 from finetune.checkpoint import CHECKPOINT_FILE, FORMAT, START_FILE, State, load_state, save_state
-from finetune.finetune import finetune, resume
 from finetune.lora import LoraOptions
 from finetune.network import Method
 from finetune.options import ComputeOptions, FinetuneOptions
+from finetune.run import finetune, resume
 from probe.runs import EpochRecord, RunRecord, read_predictions, read_run
 
 CPU = torch.device("cpu")

@@ -26,7 +26,7 @@ from extract.backbones import find_backbone
 from extract.views import make_transform, parse_view
 from features.console import UserError
 from finetune import cli
-from finetune import finetune as finetuning
+from finetune import run as finetuning
 from probe.evidence import evaluate
 from probe.runs import read_predictions, read_run
 

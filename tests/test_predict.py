@@ -18,10 +18,10 @@ from extract.datasets import load_dataset, load_patches
 from extract.embed import ExtractOptions, extract_dataset
 from features.console import UserError
 from features.store import FeatureStore
-from finetune.finetune import finetune
 from finetune.lora import LoraOptions
 from finetune.options import ComputeOptions, FinetuneOptions
 from finetune.predict import predict_paths
+from finetune.run import finetune
 from probe.probing import ProbeOptions, probe_store
 from probe.runs import read_predictions, read_run
 

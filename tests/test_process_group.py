@@ -30,10 +30,9 @@ from torch.distributed import HashStore, PrefixStore
 
 from features import console
 from features.console import UserError
-from finetune import finetune as finetuning
+from finetune import run as finetuning
 from finetune.checkpoint import CHECKPOINT_FILE, START_FILE, load_state
 from finetune.dropout import keep_mask
-from finetune.finetune import finetune, resume
 from finetune.options import ComputeOptions, FinetuneOptions
 from finetune.process_group import (
     SINGLE_PROCESS,
@@ -44,6 +43,7 @@ from finetune.process_group import (
     join_process_group,
     synchronize_batch_norms,
 )
+from finetune.run import finetune, resume
 
 WORKER = Path(__file__).with_name("process_group_worker.py")
 OPTIONS = (*SMALL, "--model", "timm/test_vit", "--weights", "vit.safetensors", "--train", "patches.csv")

@@ -1,0 +1,11 @@
+from .backbones import build_model as build_model
+from .backbones import fetch_weights as fetch_weights
+from .backbones import find_backbone as find_backbone
+from .datasets import PatchDataset as PatchDataset
+from .datasets import load_dataset as load_dataset
+from .embed import extract_dataset as extract_dataset
+from .prepare import ExtractOptions as ExtractOptions
+from .registry import Backbone as Backbone
+from .registry import list_models as list_models
+from .views import View as View
+from .views import parse_view as parse_view

@@ -1,0 +1,10 @@
+from .blocks import Embeddings as Embeddings
+from .console import UserError as UserError
+from .entry import Entry as Entry
+from .folds import Folds as Folds
+from .folds import grouped_folds as grouped_folds
+from .samples import Audit as Audit
+from .samples import Samples as Samples
+from .samples import audit as audit
+from .samples import make_samples as make_samples
+from .store import FeatureStore as FeatureStore
