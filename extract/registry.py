@@ -1,9 +1,9 @@
 """Which models does mitofm know, and what do their cards say?
 
-One frozen record per model. Kwargs are complete and explicit: the configuration files on the hub leave out what
-decides the features (LayerScale, the activation of a gated MLP), so they are never consulted for a registered model.
-Sources: the model cards and the packages that load these models; docs/models.md has the table, the licences, and how
-to add a record.
+There is one frozen record per model. Its kwargs are complete: the configuration files on the hub leave out arguments
+that decide the features (LayerScale, the activation of a gated MLP), so they are not read for a registered model.
+Sources are the model cards and the packages that load these models. docs/models.md has the table, the licences, and
+how to add a record.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ HALF: RGB = (0.5, 0.5, 0.5)
 NATURAL_IMAGES: tuple[float, ...] = ()  # mpp of a model that was not trained on slides
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class Backbone:
     """One model: where its weights are, how timm builds it, how its card prepares a patch and reads the output.
 
@@ -36,10 +36,10 @@ class Backbone:
         layout: naming of the checkpoint's tensors, a key of `extract.keymaps.KEYMAPS`.
         arch: timm architecture.
         kwargs: complete arguments of that architecture, JSON values; `num_classes=0` is implied.
-        resample_pos_embed: the checkpoint's position table belongs to another image size and is resampled on loading
-            (bicubic, antialiased: timm's way). Without it another size is an error.
+        resample_pos_embed: the checkpoint's position table is of another image size and is resampled on loading
+            (bicubic and antialiased, as timm does it). Where this is false, another size is an error.
         input_size: edge of the network's input in pixels.
-        resize: edge in pixels the patch is resized to before the centre crop to `input_size`.
+        resize: edge in pixels to which the patch is resized before the centre crop to `input_size`.
         mean, std: normalisation of RGB in 0..1.
         interpolation: "bicubic" or "bilinear", of that resize.
         mpp: micrometres per pixel of the training patches; several for mixed magnifications, empty for natural images.
@@ -77,6 +77,10 @@ class Backbone:
     gflops: float | None
     licence: str
     gated: bool = False
+
+    def __repr__(self) -> str:
+        size = f"{self.n_parameters / 1e6:,.1f} M parameters"
+        return f"Backbone({self.name!r}: {self.arch}, {size}, {self.embedding_dim:,} numbers by {self.card_pooling})"
 
     @property
     def url(self) -> str:
@@ -129,7 +133,7 @@ _HIBOU = partial(
     licence="Apache-2.0",
     gated=True,
 )
-_LUNIT = partial(Backbone, kwargs={"img_size": 224}, embedding_dim=384, licence="Lunit non-commercial")
+_LUNIT = partial(Backbone, kwargs={"img_size": 224}, licence="Lunit non-commercial")
 _DINOV2 = partial(
     Backbone,
     layout="timm-hub",
@@ -143,6 +147,17 @@ _DINOV3 = partial(
     Backbone, layout="timm-hub", kwargs={"global_pool": "token"}, mpp=NATURAL_IMAGES, licence="DINOv3 License"
 )
 _IMAGENET = partial(Backbone, layout="timm-hub", mpp=NATURAL_IMAGES)
+
+
+def _architecture(arch: str, n_parameters: int, embedding_dim: int, gflops: float) -> dict[str, Any]:
+    return {"arch": arch, "n_parameters": n_parameters, "embedding_dim": embedding_dim, "gflops": gflops}
+
+
+# Architectures that several models share.
+_VIT_S8 = _architecture("vit_small_patch8_224", 21_670_272, 384, 44.81)
+_VIT_S16 = _architecture("vit_small_patch16_224", 21_665_664, 384, 9.2)
+_VIT_B16 = _architecture("vit_base_patch16_224", 85_798_656, 768, 35.13)
+_DINOV2_L14 = _architecture("vit_large_patch14_dinov2", 303_227_904, 1024, 162.02)
 
 _RECORDS = (
     Backbone(
@@ -304,12 +319,9 @@ _RECORDS = (
         revision="057cc0295895c2df3dd7681a89680da6015cbefe",
         sha256="d01642bfeb683c6b039622eca273e0a8e4208065a4595b63edba178c1c4cfa68",
         layout="hf-vit",
-        arch="vit_base_patch16_224",
+        **_VIT_B16,
         kwargs={"img_size": 224},
         interpolation="bilinear",
-        n_parameters=85_798_656,
-        embedding_dim=768,
-        gflops=35.13,
         licence="Owkin non-commercial",
     ),
     Backbone(
@@ -330,28 +342,19 @@ _RECORDS = (
         name="kaiko-s16",
         title="Kaiko ViT-S/16",
         hub_id="1aurent/vit_small_patch16_224.kaiko_ai_towards_large_pathology_fms",
-        arch="vit_small_patch16_224",
-        n_parameters=21_665_664,
-        embedding_dim=384,
-        gflops=9.2,
+        **_VIT_S16,
     ),
     _KAIKO(
         name="kaiko-s8",
         title="Kaiko ViT-S/8",
         hub_id="1aurent/vit_small_patch8_224.kaiko_ai_towards_large_pathology_fms",
-        arch="vit_small_patch8_224",
-        n_parameters=21_670_272,
-        embedding_dim=384,
-        gflops=44.81,
+        **_VIT_S8,
     ),
     _KAIKO(
         name="kaiko-b16",
         title="Kaiko ViT-B/16",
         hub_id="1aurent/vit_base_patch16_224.kaiko_ai_towards_large_pathology_fms",
-        arch="vit_base_patch16_224",
-        n_parameters=85_798_656,
-        embedding_dim=768,
-        gflops=35.13,
+        **_VIT_B16,
     ),
     _KAIKO(
         name="kaiko-b8",
@@ -423,11 +426,8 @@ _RECORDS = (
         revision="c2e0c6c7cea4d7ae67151c3375d780712f82254e",
         weight_file="GPFM.pth",
         sha256="ebde1a9d7d9098848034bcff30f8771034c8d0b69e32846fa266940f2fd4604c",
-        arch="vit_large_patch14_dinov2",
+        **_DINOV2_L14,
         kwargs={"img_size": 224, "init_values": 1e-5, "dynamic_img_size": True},
-        n_parameters=303_227_904,
-        embedding_dim=1024,
-        gflops=162.02,
         licence="MIT or CC-BY-NC-ND (sources differ)",
     ),
     _LUNIT(
@@ -436,9 +436,7 @@ _RECORDS = (
         hub_id="1aurent/vit_small_patch8_224.lunit_dino",
         revision="c23bc01cfbe022bc1f2a8a9306125a07818e4eb4",
         sha256="0b7e0236ce430064b31485bbb6f85e661dc5eca0cde709e8f04d59f1c2b23e0b",
-        arch="vit_small_patch8_224",
-        n_parameters=21_670_272,
-        gflops=44.81,
+        **_VIT_S8,
     ),
     _LUNIT(
         name="lunit-s16",
@@ -446,11 +444,9 @@ _RECORDS = (
         hub_id="1aurent/vit_small_patch16_224.lunit_dino",
         revision="9ed09909d93f9d39a092d8e49717ae48f9b44e6f",
         sha256="a19eb37d6cf038a7e8a34c7e9ec50698d02759b2f49dd799492f6ce7e4cb5937",
-        arch="vit_small_patch16_224",
+        **_VIT_S16,
         mean=HALF,
         std=HALF,
-        n_parameters=21_665_664,
-        gflops=9.2,
     ),
     _DINOV2(
         name="dinov2-s",
@@ -476,10 +472,7 @@ _RECORDS = (
         hub_id="timm/vit_large_patch14_dinov2.lvd142m",
         revision="4741e1cafbf45415e77074bb0cb42dba76c8684a",
         sha256="0424a5d1b515278cba3c6640ccbeaacc41de59d3a93df0dd5e494285eea2b355",
-        arch="vit_large_patch14_dinov2",
-        n_parameters=303_227_904,
-        embedding_dim=1024,
-        gflops=162.02,
+        **_DINOV2_L14,
     ),
     _DINOV2(
         name="dinov2-g",

@@ -1,7 +1,8 @@
-"""Which pixels does the network see, and how do they get there?
+"""Which pixels of a patch does the network see, and at what size?
 
-A view is the input policy, part of every fingerprint: `full` is the whole patch prepared as the model's card says (the
-paper's way); `centerN` is its central N source pixels, where the figure sits. Extraction and fine-tuning use the same.
+A view is the input policy and part of every fingerprint: `full` is the whole patch, prepared as the model's card says
+(as in the paper); `centerN` is its central N source pixels, where the figure is. Extraction and fine-tuning use the
+same views.
 """
 
 from __future__ import annotations
@@ -39,24 +40,36 @@ class View:
 def parse_view(text: str) -> View:
     """Read a view's name: `full`, or `centerN` (central N source pixels), either with `@M` (input of M pixels).
 
+    >>> parse_view("full")
+    View(name='full', crop=None, input_size=None)
+    >>> parse_view("center64@160")
+    View(name='center64@160', crop=64, input_size=160)
+
     Raises:
         UserError: if the name is none of these.
     """
-    found = re.fullmatch(r"(full|center([1-9]\d*))(?:@([1-9]\d*))?", text)
-    if not found:
+    match = re.fullmatch(r"(full|center([1-9]\d*))(?:@([1-9]\d*))?", text)
+    if not match:
         raise UserError(
             f"unknown view {text!r}: use 'full' (the whole patch), 'center64' (its central 64 pixels) or "
             "'center64@160' (the same, resized to an input of 160 pixels)."
         )
-    return View(text, int(found[2]) if found[2] else None, int(found[3]) if found[3] else None)
+    return View(text, int(match[2]) if match[2] else None, int(match[3]) if match[3] else None)
 
 
 @dataclass(frozen=True)
 class Transform:
-    """Patch to network input. `crop` source pixels, shorter edge to `resize`, centre `input_size`, then normalise.
+    """Turn patches into network input: crop, resize, crop to the input size, normalise.
 
-    The resize is antialiased and rounded to whole grey levels, as PIL does it on the images that the models were
-    trained on: torch's uint8 kernel on CPU, the same kernel in float32 and rounded on other devices.
+    The resize is antialiased and rounded to whole grey levels, as PIL does it, with which the models were trained. On
+    a CPU it is torch's uint8 kernel, on other devices the same kernel in float32, with the result rounded.
+
+    Attributes:
+        crop: edge of the central square of source pixels; None for the whole patch.
+        resize: to how many pixels the shorter edge is resized.
+        input_size: edge of the central square that is then kept.
+        interpolation: "bicubic" or "bilinear".
+        mean, std: of each channel, for RGB in 0 to 1.
     """
 
     crop: int | None
@@ -67,7 +80,7 @@ class Transform:
     std: tuple[float, ...]
 
     def __call__(self, patches: Sequence[NDArray[np.uint8]], device: torch.device) -> Tensor:
-        """Patches, each (h, w, 3) uint8, to a normalised float32 batch (b, 3, input_size, input_size).
+        """Turn patches, each (h, w, 3) uint8, into a normalised float32 batch (b, 3, input_size, input_size).
 
         Raises:
             UserError: if a patch is smaller than the view's crop.
@@ -75,7 +88,7 @@ class Transform:
         return self.normalise(self.resized(patches, device))
 
     def resized(self, patches: Sequence[NDArray[np.uint8]], device: torch.device) -> Tensor:
-        """Patches, each (h, w, 3) uint8, of any sizes, to pixels (b, 3, input_size, input_size) in whole grey levels.
+        """Crop and resize patches, each (h, w, 3) uint8, to (b, 3, input_size, input_size) in whole grey levels.
 
         Raises:
             UserError: if a patch is smaller than the view's crop.
@@ -85,7 +98,7 @@ class Transform:
         return torch.cat([self._resized(torch.from_numpy(patch[None]), device) for patch in patches])
 
     def normalise(self, pixels: Tensor) -> Tensor:
-        """Pixels (b, 3, h, w) in 0..255, of any dtype, to float32 network input."""
+        """Normalise pixels (b, 3, h, w) in 0..255, of any dtype, to float32 network input."""
         # x/255 normalised by mean and std, as one multiplication and one addition.
         std = torch.tensor(self.std, device=pixels.device).view(3, 1, 1)
         mean = torch.tensor(self.mean, device=pixels.device).view(3, 1, 1)
@@ -97,7 +110,7 @@ class Transform:
             if min(height, width) < self.crop:
                 raise UserError(
                     f"a patch of {width} x {height} pixels has no central {self.crop} pixels. "
-                    f"Use --view center{min(height, width)} or --view full."
+                    f"Use `view='center{min(height, width)}'` or `view='full'`."
                 )
             top, left = (height - self.crop) // 2, (width - self.crop) // 2
             patches = patches[:, top : top + self.crop, left : left + self.crop]
@@ -129,7 +142,10 @@ class Transform:
 
 
 def make_transform(backbone: Backbone, view: View) -> Transform:
-    """The card's transform for `full`; a centre view goes straight to the network's input, with nothing cropped off."""
+    """Make the transform of a view: for `full` the card's; other views are resized to the input size itself.
+
+    Those lose no pixels to the card's crop after resizing.
+    """
     size = view.input_size or backbone.input_size
     as_card = view.crop is None and view.input_size is None
     return Transform(

@@ -55,7 +55,7 @@ def verify(
         raise typer.Exit(1 if problems else 0)
     if problems:
         lines = "\n".join(f"  {problem.what}" for problem in problems)
-        raise UserError(f"{store} is not sound ({len(problems)} problems):\n{lines}")
+        raise UserError(f"{store} is not sound ({len(problems)} found):\n{lines}")
     say(f"{store} is sound.")
 
 

@@ -35,7 +35,7 @@ class LocalStorage:
     def list_folder(self, key: str) -> dict[str, int]:
         try:
             with os.scandir(self.path(key)) as entries:
-                return {entry.name: entry.stat().st_size if entry.is_file() else 0 for entry in entries}
+                return {entry.name: _size(entry) for entry in entries}
         except (FileNotFoundError, NotADirectoryError):
             return {}
 
@@ -111,6 +111,13 @@ class LocalStorage:
 
     def map(self, function: Callable[[T], R], items: Iterable[T]) -> list[R]:
         return [function(item) for item in items]
+
+
+def _size(entry: os.DirEntry[str]) -> int:
+    try:
+        return entry.stat().st_size if entry.is_file() else 0
+    except FileNotFoundError:  # another writer has just renamed its unfinished file
+        return 0
 
 
 def _write_folder(folder: Path, files: Mapping[str, Pieces]) -> Path:

@@ -1,14 +1,15 @@
-"""Would more slides help? Every fold's model again, trained on a share of its slides: a learning curve.
+"""Would more slides help? A learning curve: every fold's model again, trained on a share of its slides.
 
-Subsets are of whole slides and nested: a draw is one seeded permutation of the slides, and a fraction q takes the first
-ceil(q n) of the n that are left when the held-out folds are taken out. They follow from the patch table, the folds and
-the seed, so every model of a store trains on the same ones, and where curves cross, backbones differ and not the draws.
+A subset holds whole slides. A draw is one seeded permutation of the slides; a fraction q takes the first ceil(q n) of
+the n slides that do not validate, so that larger subsets contain the smaller ones. Subsets follow from the patch table,
+the folds and the seed alone: every model of a store trains on the same ones, and where two curves cross, the reason is
+the backbone and not the draw.
 
-Choosing the strength is part of learning from few slides. Where folds f and g are held out, the permutation is that of
-the draw, so one fit serves both, as in `probe.protocol`; but fold f judges it on those rows of g alone that f's own
-subset holds: a label that the subset does not have judges nothing.
+The strength C is chosen anew on every subset, as it would be with few slides. As in `probe.linear`, the fit without
+folds f and g serves both: the permutation is the same for both. For fold f it is scored on those rows of g that f's
+subset holds, so that no label outside the subset takes part in the choice.
 
-A slide here is what a fold never cuts (`features.folds.effective_groups`): a patch without a slide counts as one.
+A slide here is what a fold never cuts (`features.folds.effective_groups`). A patch without a slide counts as one.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -104,7 +106,7 @@ class CurveSummary:
 
 
 def parse_fractions(text: str) -> tuple[float, ...]:
-    """A comma-separated option as distinct fractions, ascending.
+    """Read a comma-separated list as distinct fractions, ascending.
 
     Raises:
         UserError: if there is none, or one is no number or not in (0, 1].
@@ -123,7 +125,7 @@ def parse_fractions(text: str) -> tuple[float, ...]:
 
 
 def checked_fractions(values: Iterable[float]) -> tuple[float, ...]:
-    """Distinct fractions, ascending.
+    """Sort fractions, drop repeated ones, and check them.
 
     Raises:
         UserError: if one is not in (0, 1].
@@ -147,7 +149,7 @@ def draw_subsets(
     fractions: Sequence[float],
     seed: int,
 ) -> tuple[Subset, ...]:
-    """The subsets of every fraction and draw, in this order.
+    """Draw the subsets of every fraction, sorted by fraction and draw.
 
     Args:
         label: (n,) 0 or 1, of the training split.
@@ -187,7 +189,7 @@ def draw_subsets(
 def curve_points(
     subset: Subset, label: NDArray[np.integer], strength: Sequence[float], predictions: Predictions
 ) -> list[CurvePoint]:
-    """What the models of one subset reach on the sets that they predict.
+    """Score the models of one subset on the sets that they predict.
 
     Args:
         subset: its first F masks leave out one fold each, in order.
@@ -219,14 +221,14 @@ def curve_points(
 
 
 def curve_csv(points: Iterable[CurvePoint]) -> bytes:
-    """The content of learning_curve.csv; a figure that does not exist is an empty cell."""
+    """Make learning_curve.csv; a figure that does not exist is an empty cell."""
     ordered = sorted(points, key=lambda point: (point.fraction, point.draw, point.fold))
     rows = [["" if value != value else value for value in astuple(point)] for point in ordered]  # NaN is no number
     return csv_bytes([field.name for field in fields(CurvePoint)], rows)
 
 
 def read_curve(folder: Path) -> tuple[CurvePoint, ...]:
-    """A run's learning curve; empty if it has none.
+    """Read a run's learning curve; empty if it has none.
 
     Raises:
         UserError: if the file is not the one that the run wrote, or holds a malformed or impossible value.
@@ -239,16 +241,16 @@ def read_curve(folder: Path) -> tuple[CurvePoint, ...]:
 def _parse_curve(text: str) -> tuple[CurvePoint, ...]:
     columns = parse_columns(text, [field.name for field in fields(CurvePoint)])
     points = []
-    for line, row in enumerate(zip(*columns.values(), strict=True), start=2):
+    for line, cells in enumerate(zip(*columns.values(), strict=True), start=2):
         try:
-            points.append(_point(row))
+            points.append(_point(dict(zip(columns, cells, strict=True))))
         except ValueError as error:
             raise ValueError(f"line {line}: {error}") from None
     return tuple(points)
 
 
 def summarise(points: Iterable[CurvePoint]) -> tuple[CurveSummary, ...]:
-    """Every set's fractions, ascending, over all folds and draws; sets in order of appearance."""
+    """Average over folds and draws: one summary per set and fraction, sets in order of appearance."""
     of: dict[tuple[str, str], dict[float, list[CurvePoint]]] = {}
     for point in points:
         of.setdefault((point.dataset, point.split), {}).setdefault(point.fraction, []).append(point)
@@ -260,7 +262,7 @@ def summarise(points: Iterable[CurvePoint]) -> tuple[CurveSummary, ...]:
 
 
 def curve_tables(curves: Mapping[str, Sequence[CurvePoint]]) -> list[Table]:
-    """A table per set: by run (named by the keys) and fraction, what was trained on and what it reached."""
+    """Make a table per set: by run (named by the keys) and fraction, what was trained on and what it reached."""
     from rich.table import Table
 
     tables: dict[tuple[str, str], Table] = {}
@@ -289,7 +291,7 @@ def curve_tables(curves: Mapping[str, Sequence[CurvePoint]]) -> list[Table]:
 
 
 def _places(slide: NDArray[np.intp], left: NDArray[np.bool_], *, seed: tuple[int, int]) -> tuple[NDArray[np.intp], int]:
-    """(n,) the place of each row's slide in the permutation of those with a row left, and how many these are.
+    """Permute the slides that have a row left; return the position (n,) of each row's slide, and how many there are.
 
     Rows that are held out come after all of them.
     """
@@ -307,7 +309,7 @@ def _places(slide: NDArray[np.intp], left: NDArray[np.bool_], *, seed: tuple[int
 def _needed(
     place: NDArray[np.intp], n_left: int, label: NDArray[np.integer], fold: NDArray[np.intp], held: tuple[int, ...]
 ) -> int:
-    """How many slides, first ones first, it takes to fit with these folds held out.
+    """Count the slides, from the first on, that a fit needs with these folds held out.
 
     Both classes; for a single fold even within one of the others, to choose the strength on.
     """
@@ -329,34 +331,21 @@ def _too_few(fraction: float, draw: int, held: tuple[int, ...], taken: int, n_le
     )
 
 
-def _point(row: Sequence[str]) -> CurvePoint:
-    if len(row) != len(fields(CurvePoint)):
-        raise ValueError(f"{len(row)} cells, expected {len(fields(CurvePoint))}")
-    fraction, draw, fold, n_slides, n_patches, n_positive, strength, dataset, split, *figures = row
-    accuracy, area = (float(cell) if cell else math.nan for cell in figures)
-    point = CurvePoint(
-        fraction=float(fraction),
-        draw=int(draw),
-        fold=int(fold),
-        n_slides=int(n_slides),
-        n_patches=int(n_patches),
-        n_positive=int(n_positive),
-        strength=float(strength),
-        dataset=dataset,
-        split=split,
-        balanced_accuracy=accuracy,
-        auroc=area,
-    )
-    if not 0 < point.fraction <= 1:
-        raise ValueError(f"the fraction is {point.fraction:g}")
-    if min(point.draw, point.fold) < 0 or not 0 < point.n_slides <= point.n_patches:
-        raise ValueError("impossible numbers")
-    if not 0 < point.n_positive < point.n_patches or not 0 < point.strength < math.inf:
-        raise ValueError("impossible numbers")
-    for name in _FIGURES:
-        value = getattr(point, name)
-        if not (0 <= value <= 1 or math.isnan(value)):
-            raise ValueError(f"{name} is {value:g}")
+def _point(row: Mapping[str, str]) -> CurvePoint:
+    """Make a point of one row of learning_curve.csv, and refuse numbers that no point can have."""
+    cells = {name: "nan" if name in _FIGURES and not cell else cell for name, cell in row.items()}
+    point = msgspec.convert(cells, CurvePoint, strict=False)  # numbers are read from their text
+    possible = {
+        "fraction": 0 < point.fraction <= 1,
+        "draw": point.draw >= 0,
+        "fold": point.fold >= 0,
+        "n_slides": 0 < point.n_slides <= point.n_patches,
+        "n_positive": 0 < point.n_positive < point.n_patches,
+        "strength": 0 < point.strength < math.inf,
+    } | {name: math.isnan(value := getattr(point, name)) or 0 <= value <= 1 for name in _FIGURES}
+    for name, holds in possible.items():
+        if not holds:
+            raise ValueError(f"{name} is {cells[name]}")
     return point
 
 

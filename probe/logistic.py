@@ -149,7 +149,7 @@ def fit_logistic(
 def in_original_units(
     data: Standardised, fold: Tensor, theta: Tensor, *, logits: Tensor, norm: Tensor, n_iter: Tensor, tol: float
 ) -> Fits:
-    """What `fit_logistic` returns, of the solution theta (F * S, d + 1) in the folds' standardised spaces."""
+    """Convert solutions theta (F * S, d + 1) in the folds' standardised spaces into `Fits` of the features as given."""
     F, d = data.mean.shape
     coef = theta[:, :d] * data.inv_std[fold] / data.scale
     # float64: with embeddings far off centre the intercept is a small difference of large sums.
@@ -169,7 +169,7 @@ def in_original_units(
 def predict_logits(
     X: NDArray[np.floating] | Embeddings, coef: NDArray[np.float32], intercept: NDArray[np.float64]
 ) -> NDArray[np.float32]:
-    """Logits (m, ...) float32 of new rows X (m, d) under coefficients (..., d) and intercepts (...) of a fit.
+    """Compute logits (m, ...) float32 of new rows X (m, d) under coefficients (..., d) and intercepts (...) of a fit.
 
     Rows that are still in a store are read block by block.
     """
@@ -184,7 +184,11 @@ def predict_logits(
 def check(
     shape: tuple[int, ...], y: NDArray[np.integer], *, masks: NDArray[np.bool_], strengths: NDArray[np.float64]
 ) -> None:
-    """Refuse what `fit_logistic` refuses, but for the embeddings' numbers, of which only the shape is looked at."""
+    """Check the arguments of `fit_logistic`; of the embeddings, only their shape.
+
+    Raises:
+        UserError: as `fit_logistic`, except for NaN and infinite embeddings.
+    """
     if len(shape) != 2 or y.shape != shape[:1] or masks.ndim != 2 or masks.shape[1:] != shape[:1]:
         raise UserError(
             f"the probe was given embeddings {shape}, labels {y.shape} and fold masks {masks.shape}; "
@@ -261,7 +265,7 @@ def _prepare(
 
 
 def inverse_std(variance: Tensor, scale: Tensor) -> Tensor:
-    """(F, d) inverse standard deviations in units of `scale` (d,), of variances in its square; 0 for constants.
+    """Compute inverse standard deviations (F, d) in units of `scale` (d,) from variances; 0 for constant features.
 
     Divided by next to nothing, a feature that all but never varies in training would rule the rows where it does.
     """
@@ -271,7 +275,9 @@ def inverse_std(variance: Tensor, scale: Tensor) -> Tensor:
 
 
 def leading_curvature(data: Standardised) -> tuple[Tensor, Tensor]:
-    """Leading eigenvalues (r,), ascending, and eigenvectors (r, d) of X^T diag(weight) X / 4, by subspace iteration.
+    """Find the leading eigenvalues (r,), ascending, and eigenvectors (r, d) of X^T diag(weight) X / 4.
+
+    The method is subspace iteration.
 
     Weights are the folds' average; a tall X is thinned to evenly spaced rows, as a preconditioner need not be exact.
     """
@@ -313,14 +319,14 @@ class Columns:
 
 
 def _times(X: Tensor, mean: Tensor, inv_std: Tensor, step: Tensor) -> Tensor:
-    """Logits (K, n) of coefficients and intercepts (K, d + 1), in the precision of X."""
+    """Compute the logits (K, n) of coefficients and intercepts (K, d + 1), in the precision of X."""
     W = (step[:, :-1] * inv_std).to(X.dtype)
     offset = step[:, -1] - dot(W.float(), mean)
     return (W @ X.T).float() + offset[:, None]
 
 
 def _transposed_times(X: Tensor, mean: Tensor, inv_std: Tensor, residual: Tensor) -> Tensor:
-    """Derivatives (K, d + 1) by coefficients and intercept, from derivatives by the logits (K, n)."""
+    """Convert derivatives by the logits (K, n) into derivatives (K, d + 1) by coefficients and intercept."""
     total = residual.sum(dim=1, keepdim=True)
     product = (residual.to(X.dtype) @ X).float()
     return torch.cat([(product - total * mean) * inv_std, total], dim=1)
@@ -331,14 +337,14 @@ def dot(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _penalty(ridge: Tensor, theta: Tensor) -> Tensor:
-    """Gradient of the penalty: the intercept is free."""
+    """Compute the gradient of the penalty; the intercept has none."""
     gradient = ridge * theta
     gradient[:, -1] = 0
     return gradient
 
 
 def _derivatives(weight: Tensor, label: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
-    """First and second derivative of the weighted logistic loss by the logits, each (K, n)."""
+    """Compute the first and second derivative of the weighted logistic loss by the logits, each (K, n)."""
     p = torch.sigmoid(logits)
     residual = weight * (p - label)
     curvature = weight * (p - p * p)
@@ -346,7 +352,7 @@ def _derivatives(weight: Tensor, label: Tensor, logits: Tensor) -> tuple[Tensor,
 
 
 def evaluate(data: Standardised, fold: Tensor, ridge: Tensor, theta: Tensor) -> Columns:
-    """Logits, residuals and gradients at theta (K, d + 1) in float32."""
+    """Compute logits, residuals and gradients at theta (K, d + 1) in float32."""
     mean, inv_std, weight = data.mean[fold], data.inv_std[fold], data.weight[fold]
     logits = _times(data.X, mean, inv_std, theta)
     residual, curvature = _derivatives(weight, data.label, logits)
@@ -357,7 +363,7 @@ def evaluate(data: Standardised, fold: Tensor, ridge: Tensor, theta: Tensor) -> 
 def descend(
     data: Standardised, X: Tensor, basis: tuple[Tensor, Tensor], columns: Columns, *, target: Tensor, budget: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Preconditioned conjugate gradients until each column's gradient (largest component) is at its target.
+    """Run preconditioned conjugate gradients until each column's gradient (largest component) is at its target.
 
     Returns:
         theta (K, d + 1) and the steps taken (K,), of all columns given.
@@ -395,7 +401,7 @@ def descend(
 
 
 def _precondition(basis: tuple[Tensor, Tensor], ridge: Tensor, gradient: Tensor) -> Tensor:
-    """The gradient (K, d + 1) times an approximate inverse Hessian: the basis' curvature, and its smallest outside."""
+    """Multiply the gradient (K, d + 1) by an approximate inverse Hessian, made of the leading curvature."""
     curvature, eigenvectors = basis  # (r,), (r, d)
     outside = 1 / (curvature[0] + ridge)  # (K, 1)
     inside = 1 / (curvature + ridge)  # (K, r)
@@ -407,7 +413,7 @@ def _precondition(basis: tuple[Tensor, Tensor], ridge: Tensor, gradient: Tensor)
 def _line_search(
     c: Columns, label: Tensor, shift: Tensor, *, slope: Tensor, stiffening: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Each column's minimum along logits + t * shift, by Newton's method kept inside a bracket.
+    """Find each column's minimum along logits + t * shift, by Newton's method kept inside a bracket.
 
     The slope at t is taken as the slope at 0 plus changes, so that it agrees with the incremental gradient. A step is
     accepted where |slope| has fallen to a quarter: it then meets the approximate Wolfe conditions (Hager & Zhang 2005),

@@ -432,7 +432,11 @@ def read_run(folder: Path) -> RunRecord:
     if digests.get("metrics.json") not in (None, hashlib.sha256(contents["metrics.json"]).hexdigest()):
         raise _not_as_written(folder / "metrics.json")
     metrics = _parsed(folder, "metrics.json", lambda: RunMetrics.from_dict(_json_object(contents["metrics.json"])))
-    return replace(_parsed(folder, "run.json", lambda: RunRecord.from_json(raw)), metrics=metrics, folder=folder)
+    record = _parsed(folder, "run.json", lambda: RunRecord.from_json(raw))
+    missing = [name for name in ("id", "created") if not getattr(record, name)]
+    if missing:
+        raise UserError(f"{folder / 'run.json'} is damaged ({' and '.join(missing)} missing). Run the command again.")
+    return replace(record, metrics=metrics, folder=folder)
 
 
 def _json_object(content: bytes) -> dict[str, Any]:

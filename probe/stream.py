@@ -1,23 +1,23 @@
 """How are all folds and strengths solved where the rows do not fit into memory?
 
-The problem and its optimum are those of `probe.logistic`; the rows stay in the store and pass by in blocks. A step of
-its conjugate gradients would take one pass for the direction's logits and one for the gradient, forty times over, and
-n numbers per column in between. Here a step takes one pass, and nine or so are enough:
+The problem and its optimum are those of `probe.logistic`. The rows stay in the store and are read in blocks. The
+conjugate gradients of `probe.logistic` would read all rows twice in every step, forty times over, and keep n numbers
+per column in between. Here a step reads all rows once, and about nine steps are enough:
 
-1. A sample stands in for all rows. Where rows are many and features few, the loss over some ten thousand rows has
-   nearly the curvature of the loss over all. So `logistic.descend` runs on the sample, in memory, but starts from the
-   gradient over *all* rows: from theta_0, it minimises
+1. A sample stands for all rows. Where rows are many and features few, the loss over some ten thousand rows curves
+   nearly as the loss over all rows does. So `logistic.descend` runs on the sample, in memory, but with the gradient
+   over *all* rows at its start: from theta_0, it minimises
 
        loss_sample(theta) + (gradient_all(theta_0) - gradient_sample(theta_0)) . theta,
 
-   which leaves theta_0 where it is only if that is the optimum over all rows (DANE: Shamir, Srebro & Zhang 2014;
-   statistical preconditioning: Hendrikx et al. 2020). The sample decides how many passes it takes, not where they lead.
-2. What the sample has wrong of the curvature, the last steps know: they enter as in L-BFGS (Nocedal & Wright 2006,
-   ch. 7), with the descent on the sample in place of the scaled identity. It halves the passes.
-3. The sample holds as many rows of either class, as the loss weighs them, and prefers rows far from the mean: a rare
-   kind of row bends the loss more than its number says. Weights undo both.
-4. A step that ends uphill, as steeply as it began downhill, is taken back and tried shorter. Convergence is declared on
-   the float32 gradient over all rows alone, summed in float64.
+   whose minimum is theta_0 only if theta_0 is the optimum over all rows (DANE: Shamir, Srebro & Zhang 2014;
+   statistical preconditioning: Hendrikx et al. 2020). The sample decides how many steps are needed, not where they end.
+2. The last steps correct what the sample gets wrong of the curvature, as in L-BFGS (Nocedal & Wright 2006, ch. 7): the
+   descent on the sample takes the place of the scaled identity. This halves the number of steps.
+3. The sample holds equally many rows of either class, as the loss weighs the classes equally. It prefers rows far from
+   the mean, because a rare kind of row bends the loss more than its number says. Weights undo both preferences.
+4. A step that ends uphill, as steeply as it began downhill, is taken back and tried again, shorter.
+   Convergence is declared only on the float32 gradient over all rows, summed in float64.
 
 Measured choices and figures: docs/decisions/solver.md.
 """
@@ -63,12 +63,12 @@ MAX_STEPS = 500  # of one descent on the sample
 
 
 def bytes_per_row(d: int, n_columns: int) -> int:
-    """What `fit_logistic` holds per row: embeddings in float16, float32 and bfloat16, and thirty numbers per column."""
+    """Count the bytes that `fit_logistic` holds per row: embeddings in three types, and thirty numbers per column."""
     return 8 * d + 120 * n_columns
 
 
 def fits_in_memory(shape: tuple[int, int], n_columns: int) -> bool:
-    """Whether `fit_logistic` of (n, d) float16 embeddings stays within `BUDGET`."""
+    """Say whether `fit_logistic` of (n, d) float16 embeddings stays within `BUDGET`."""
     return shape[0] * bytes_per_row(shape[1], n_columns) <= BUDGET
 
 
@@ -82,7 +82,7 @@ def fit_streamed(
     device: str = "cpu",
     sample: int | None = None,
 ) -> Fits:
-    """`fit_logistic` of embeddings in a store: the same optimum, in memory for `sample` rows and for the logits.
+    """Fit as `fit_logistic` does, with the embeddings left in the store; memory holds a sample of rows, and the logits.
 
     Args:
         X: (n, d), in ascending order of rows.
@@ -148,7 +148,7 @@ def fit_streamed(
 
 @dataclass(frozen=True, eq=False)
 class _Pair:
-    """A step of all columns, what it changed in their gradients, and the inverse of the two's product."""
+    """A step of all columns, the change of their gradients by it, and the inverse of the product of the two."""
 
     step: Tensor  # (K, d + 1)
     change: Tensor  # (K, d + 1)
@@ -159,7 +159,7 @@ class _Pair:
 
 
 def _pair(which: Tensor, step: Tensor, change: Tensor, *, like: Tensor) -> _Pair:
-    """Of the columns `which`, (k, d + 1) each, within all of them."""
+    """Select the columns `which`: step and change, (k, d + 1) each."""
     product = dot(step, change)[:, None]  # positive, as the loss is convex, but for rounding
     pair = _Pair(torch.zeros_like(like), torch.zeros_like(like), torch.zeros_like(like[:, :1]))
     pair.step[which], pair.change[which] = step, change
@@ -175,7 +175,7 @@ def _direction(
     *,
     tol: float,
 ) -> tuple[Tensor, Tensor]:
-    """The L-BFGS direction (K, d + 1), in which a descent on the sample solves with the Hessian; and its steps (K,)."""
+    """Compute the L-BFGS direction (K, d + 1), a descent on the sample in place of a Hessian; and its steps (K,)."""
     shares = []
     columns.gradient = columns.gradient.clone()
     for pair in reversed(pairs):
@@ -211,11 +211,11 @@ class _Rows:
         return torch.where(self.label[rows] > 0, positive, negative) * self.mask[:, rows]
 
     def standardise(self, embeddings: Tensor) -> Tensor:
-        """(b, d) float16 on the device, as float32 about the centre in units of the scale."""
+        """Standardise rows (b, d) float16 on the device: float32, about the centre, in units of the scale."""
         return embeddings.float().sub_(self.centre).div_(self.scale)
 
     def pieces(self) -> Iterator[tuple[slice, Tensor]]:
-        """One pass over the store: which rows, and their standardised embeddings (b, d)."""
+        """Read the store once; yield row numbers and their standardised embeddings (b, d)."""
         pinned = self.device.type == "cuda"  # the next block is copied there while this one is multiplied
         for rows, block in self.X.blocks():
             size = len(block) if pinned else PIECE
@@ -245,7 +245,7 @@ def _rows(X: Embeddings, y: NDArray[np.integer], *, masks: NDArray[np.bool_], de
 
 
 def _sampled(rows: _Rows, *, size: int) -> tuple[_Rows, Standardised]:
-    """The rows with the centre and scale of all of them, and the sample; means and deviations take one pass."""
+    """Find the centre and scale of all rows, in one pass, and draw the sample."""
     (F, n), d = rows.mask.shape, rows.X.shape[1]
     mask = torch.cat([rows.mask, torch.ones_like(rows.mask[:1])])  # each fold's rows and, last, all
     count = mask.sum(dim=1, keepdim=True)
@@ -277,7 +277,7 @@ def _sampled(rows: _Rows, *, size: int) -> tuple[_Rows, Standardised]:
 
 
 def _mended(rows: _Rows, mask: Tensor, mean: Tensor, mean_square: Tensor) -> Tensor:
-    """Variances (F, d) of the rows of each mask, from the moments (F, d); small differences of these are made anew.
+    """Compute the variances (F, d) of the rows of each mask from moments (F, d); imprecise ones are computed again.
 
     A feature that is constant on a fold's rows has a variance of 0 there, not one of rounding.
     """
@@ -304,7 +304,7 @@ def _mended(rows: _Rows, mask: Tensor, mean: Tensor, mean_square: Tensor) -> Ten
 def _draw(
     label: NDArray[np.float32], length: NDArray[np.float32], size: int
 ) -> tuple[NDArray[np.intp], NDArray[np.float64]]:
-    """Which rows stand in for all, ascending, and how many of all each stands for.
+    """Draw the rows of the sample, ascending, and how many rows each of them stands for.
 
     As many of either class, all of one that is small; half of them evenly over the table, half by squared length.
     """
@@ -328,7 +328,7 @@ def _draw(
 def _gradient(
     rows: _Rows, data: Standardised, fold: Tensor, ridge: Tensor, theta: Tensor, logits: Tensor, which: Tensor
 ) -> Tensor:
-    """Gradients (K, d + 1) over all rows at theta (K, d + 1), in one pass; the logits go to `logits[which]`."""
+    """Compute gradients (K, d + 1) over all rows at theta (K, d + 1) in one pass; logits go to `logits[which]`."""
     mean, inv_std = data.mean[fold], data.inv_std[fold]
     W = theta[:, :-1] * inv_std
     offset = (theta[:, -1] - dot(W, mean))[:, None]

@@ -152,7 +152,7 @@ def test_places_that_cannot_be_written(stub: StubHub, monkeypatch: pytest.Monkey
     monkeypatch.setattr(doctor.os, "access", lambda *arguments: False)
     places = {line.name: line for line in diagnose(DoctorOptions(models=("efficientnet-lite0",))).checks}
     assert (places["runs"].status, places["weights"].status) == ("fail", "fail")
-    assert "--runs" in places["runs"].remedy
+    assert "`runs`" in places["runs"].remedy
     assert "HF_HOME" in places["weights"].remedy
     (disk,) = [line for line in diagnose(DoctorOptions()).checks if (line.group, line.name) == ("disk", "store")]
     assert disk.status == "note"  # what is there can be read

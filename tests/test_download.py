@@ -235,7 +235,7 @@ def test_two_processes_at_once_download_once(server: Server, cache: Path) -> Non
 
 def test_an_unreachable_server_is_one_message_with_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MITOFM_DATA_URL", "http://127.0.0.1:9/x.tar.gz")
-    with pytest.raises(UserError, match=r"Could not download http://127.0.0.1:9.*refused.*--data DIR"):
+    with pytest.raises(UserError, match=r"Could not download http://127.0.0.1:9.*refused.*`data=DIR`"):
         load_dataset("ami-br")
 
 

@@ -227,13 +227,21 @@ def test_equal_slides_need_no_more_than_students_t():
     assert resample.make_spread(0.0, drawn, moved, n_clusters=40).freedom < 2.5
 
 
-@pytest.mark.parametrize(("freedom", "tolerance"), [(3, 0.04), (7, 0.004), (30, 2e-4), (1000, 1e-6)])
-def test_students_quantiles(freedom, tolerance):
-    for level in (0.6, 0.9, 0.975, 0.995):
-        t = resample._to_t(stats.norm.ppf(level), freedom)
-        assert t == pytest.approx(stats.t.ppf(level, freedom), rel=tolerance)
-        assert resample._to_z(t, freedom) == pytest.approx(stats.norm.ppf(level), rel=1e-12)
-    assert resample._to_t(-1.96, freedom) == -resample._to_t(1.96, freedom)
+@pytest.mark.parametrize("freedom", [1.0, 1.5, 3.0, 7.0, 30.0, 1000.0])
+def test_intervals_and_p_values_are_those_of_students_t(freedom):
+    """Of resamples that are normal, the ends lie at t times their scatter, and p is that of t."""
+    drawn = stats.norm.ppf((np.arange(200_000) + 0.5) / 200_000)
+    spread = resample.Spread(0.0, drawn, 0, ratio=1.0, freedom=freedom, usable=True)
+    for level in (0.6, 0.8, 0.95):
+        t = stats.t.ppf((1 + level) / 2, freedom)
+        low, high = spread.ends(level)
+        assert (low, high) == pytest.approx((-t, t), rel=2e-3)
+        assert spread.p_value(low) == pytest.approx(1 - level, rel=5e-3)
+    known = {1.0: 12.706, 3.0: 3.1824, 7.0: 2.3646, 30.0: 2.0423}  # two-sided 95 %, from printed tables
+    if freedom in known:
+        assert spread.ends(0.95)[1] == pytest.approx(known[freedom], rel=2e-3)
+    wider = replace(spread, ratio=1.25)
+    assert wider.ends(0.8)[1] == pytest.approx(1.25 * stats.t.ppf(0.9, freedom), rel=5e-3)
 
 
 def test_no_interval_where_the_data_give_none():

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from PIL import Image
+from patch_folders import MODEL, content, write_patches, write_weights
 from safetensors.torch import save_file
 
 from extract import compute, embed, prepare
@@ -35,26 +35,12 @@ N = 150  # patches: three blocks, the last one short
 
 @pytest.fixture(scope="module")
 def patches(tmp_path_factory) -> Path:
-    """A folder of 150 small patches in two classes."""
-    folder = tmp_path_factory.mktemp("patches")
-    rng = np.random.default_rng(0)
-    for row in range(N):
-        path = folder / ("Atypical" if row % 3 == 0 else "Normal") / f"{row:03}.png"
-        path.parent.mkdir(exist_ok=True)
-        Image.fromarray(rng.integers(0, 255, (32, 32, 3), dtype=np.uint8)).save(path)
-    return folder
+    return write_patches(tmp_path_factory.mktemp("patches"), N, size=32)
 
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory) -> Path:
-    """Random weights for timm's smallest transformer, as a local checkpoint."""
-    torch.manual_seed(0)
-    path = tmp_path_factory.mktemp("weights") / "tiny.safetensors"
-    save_file(timm.create_model("test_vit", num_classes=0).state_dict(), path)
-    return path
-
-
-MODEL = "timm/test_vit"
+    return write_weights(tmp_path_factory.mktemp("weights") / "tiny.safetensors")
 
 
 def run(patches: Path, weights: Path, path: Path, **options) -> FeatureStore:
@@ -63,15 +49,6 @@ def run(patches: Path, weights: Path, path: Path, **options) -> FeatureStore:
     options = ExtractOptions(**({"views": ("full", "center16"), "precision": "fp32"} | options))
     extract_dataset(dataset, [find_backbone(MODEL)], store=store, options=options, weights=weights)
     return store
-
-
-def content(path: Path) -> dict[str, str]:
-    """Digest of every file of a store, by its place."""
-    return {
-        str(file.relative_to(path)): hashlib.sha256(file.read_bytes()).hexdigest()
-        for file in sorted(path.rglob("*"))
-        if file.is_file()
-    }
 
 
 def test_every_pooling_and_view_equals_a_plain_forward_pass(patches, weights, tmp_path):
@@ -136,8 +113,7 @@ def test_a_changed_label_updates_the_table_and_keeps_the_embeddings(patches, wei
 def test_other_weights_are_refused_and_nothing_is_lost(patches, weights, tmp_path):
     store = run(patches, weights, tmp_path / "s.zarr")
     before = content(store.path)
-    torch.manual_seed(1)
-    save_file(timm.create_model("test_vit", num_classes=0).state_dict(), tmp_path / "other.safetensors")
+    write_weights(tmp_path / "other.safetensors", seed=1)
     with pytest.raises(UserError, match=r"(?s)weights_sha256.*`overwrite=True`"):
         run(patches, tmp_path / "other.safetensors", store.path)
     assert content(store.path) == before

@@ -147,10 +147,12 @@ def test_missing_repository_revision_and_file(stub: StubHub) -> None:
 
 @pytest.mark.parametrize("status", [429, 503])
 @pytest.mark.parametrize("answered", [0, 1, 2])  # the question, huggingface_hub's own question, the download
-def test_a_hub_that_turns_busy_is_said_at_once(stub: StubHub, status: int, answered: int) -> None:
+def test_a_busy_hub_is_said_at_once_and_one_that_turns_busy_after_a_while(
+    stub: StubHub, status: int, answered: int
+) -> None:
     stub.repos["org/open"].fault = status
     stub.repos["org/open"].fault_after = answered
-    fails_with(f"answered {status}", "Try again")
+    fails_with(f"answered {status}", "Try again", pause=30 if answered else 0)
 
 
 @pytest.fixture
@@ -197,7 +199,7 @@ def test_a_hub_that_never_answers(stub: StubHub, monkeypatch: pytest.MonkeyPatch
     [("org/busy", "429 (too many requests)"), ("org/broken", "503"), ("org/forbidden", "refused org/forbidden (403)")],
 )
 def test_faults_of_the_hub(stub: StubHub, repo: str, part: str) -> None:
-    fails_with(part, "--weights", repo=repo)
+    fails_with(part, "`weights=PATH`", repo=repo)
     assert len(stub.requests) == 1
 
 

@@ -7,7 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_extract import content, patches, weights  # noqa: F401 - fixtures
+from patch_folders import content
+from test_extract import patches, weights  # noqa: F401 - fixtures
 from test_extract import run as run_alone
 
 needs_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="Ray is not installed")

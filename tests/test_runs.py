@@ -115,6 +115,7 @@ def made_run(
         "test": [name for name in tables if name != train],
         "view": "full",
         "pooling": "card",
+        "card_pooling": "pooled",
         "label_names": ["Normal", "Atypical"],
         "sources": dict.fromkeys(tables, ""),
         "fingerprints": {},

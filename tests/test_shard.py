@@ -7,13 +7,9 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-import numpy as np
 import pytest
-import timm
 import torch
-from PIL import Image
-from safetensors.torch import save_file
-from test_extract import MODEL, content
+from patch_folders import MODEL, content, write_patches, write_weights
 
 from extract import compute, embed, prepare
 from extract.backbones import find_backbone
@@ -32,23 +28,12 @@ KILLED_RANK = Path(__file__).with_name("killed_shard.py")
 
 @pytest.fixture(scope="module")
 def patches(tmp_path_factory) -> Path:
-    """A folder of 330 small patches in two classes."""
-    folder = tmp_path_factory.mktemp("patches")
-    rng = np.random.default_rng(0)
-    for row in range(N):
-        path = folder / ("Atypical" if row % 3 == 0 else "Normal") / f"{row:03}.png"
-        path.parent.mkdir(exist_ok=True)
-        Image.fromarray(rng.integers(0, 255, (16, 16, 3), dtype=np.uint8)).save(path)
-    return folder
+    return write_patches(tmp_path_factory.mktemp("patches"), N, size=16)
 
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory) -> Path:
-    """Random weights for timm's smallest transformer, as a local checkpoint."""
-    torch.manual_seed(0)
-    path = tmp_path_factory.mktemp("weights") / "tiny.safetensors"
-    save_file(timm.create_model("test_vit", num_classes=0).state_dict(), path)
-    return path
+    return write_weights(tmp_path_factory.mktemp("weights") / "tiny.safetensors")
 
 
 def run(patches: Path, weights: Path, path: Path, shard: Shard = Shard(), **options):

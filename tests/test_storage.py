@@ -17,6 +17,7 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 
 import killed_writer
 import numpy as np
@@ -627,7 +628,7 @@ def test_of_several_that_find_the_same_dead_lock_only_one_takes_it_over(
     url: str, monkeypatch: pytest.MonkeyPatch, overtaken: bool
 ) -> None:
     """Another writer is quicker by one request; its lock then runs out in turn."""
-    monkeypatch.setattr(storage_bucket, "_LEASE", 0.2)
+    clock(monkeypatch)
     there, put = find_storage(url), obstore.put
     with there.lock():
         (lock,) = lock_of(url)
@@ -649,9 +650,9 @@ def test_of_several_that_find_the_same_dead_lock_only_one_takes_it_over(
     assert lock_of(url) == []
 
 
-def test_a_living_writer_s_lock_is_waited_for(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One whose lock keeps changing hands is alive, however long it takes together."""
-    monkeypatch.setattr(storage_bucket, "_LEASE", 0.3)
+def test_a_lock_that_changes_hands_is_waited_for_anew(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As long as others come and go they are alive, however long it takes together; the last of them is killed."""
+    slept = clock(monkeypatch)
     there, get, looked = find_storage(url), obstore.get, []
     with there.lock():
         (lock,) = lock_of(url)
@@ -660,14 +661,25 @@ def test_a_living_writer_s_lock_is_waited_for(url: str, monkeypatch: pytest.Monk
     def seen(store: object, key: str, **options: object) -> object:
         result = get(store, key, **options)
         if key == lock:
-            looked.append(key)
+            looked.append(sum(slept))
             if len(looked) < 12:
                 obstore.put(store, key, str(len(looked)).encode())  # the next of them holds it now
         return result
 
     monkeypatch.setattr(obstore, "get", seen)
     with there.lock():
-        assert len(looked) > 12
+        waited = sum(slept) - looked[11]  # since the last one was seen for the first time
+        assert waited > storage_bucket._LEASE
+        assert waited < 2 * storage_bucket._LEASE
+
+
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Time passes only where it is slept; the naps so far."""
+    slept: list[float] = []
+    told = SimpleNamespace(monotonic=lambda: sum(slept), sleep=slept.append)
+    monkeypatch.setattr(storage_bucket, "time", told)
+    monkeypatch.setattr(storage_bucket, "_LEASE", 2.0)
+    return slept
 
 
 def changes(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
@@ -724,10 +736,12 @@ def test_what_makes_a_folder_count_is_put_after_its_content(url: str, monkeypatc
         assert content <= set(inside[:made])
     del found[:]
     killed_writer.rewrite(url)  # type: ignore[arg-type]
-    entry = [key for kind, key in found if key == "data/model/full/zarr.json" or key.startswith("data/model/full/cls/")]
-    kinds = [kind for kind, key in found if key == "data/model/full/zarr.json"]
-    assert kinds[:2] == ["delete", "put"]
-    assert entry.index("data/model/full/zarr.json") == 0  # the old one goes before anything of it
+    for folder in ("data/model/full", "data/samples"):
+        inside = [(kind, key) for kind, key in found if key.startswith(f"{folder}/") and not key.endswith(".0")]
+        assert inside[0] == ("delete", f"{folder}/zarr.json")  # the old one goes before anything of it
+        puts = [key for kind, key in inside if kind == "put"]
+        assert len(puts) > 2
+        assert puts[-1] == f"{folder}/zarr.json"
 
 
 def killed_writer_content(url: str, folder: str) -> list[str]:

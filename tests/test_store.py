@@ -11,6 +11,7 @@ import subprocess
 import sys
 import zipfile
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -529,6 +530,25 @@ def test_verify_names_a_dataset_in_the_folder_of_another_and_refuses_one_that_is
     assert any("attributes are those of the dataset 'ami-br'" in problem.what for problem in full.verify())
     with pytest.raises(UserError, match="no dataset 'ami-br'"):
         full.verify("ami-br")
+
+
+def test_blocks_are_seen_while_another_writer_renames_its_unfinished_file(
+    empty: FeatureStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    writer = begin(empty)
+    fill(writer, n_blocks=2)
+    unfinished = writer.entry.folder / "mean" / ".c.2.0.0123.partial"
+    scandir = os.scandir
+
+    def renamed_meanwhile(path: Path):  # type: ignore[no-untyped-def]
+        unfinished.write_bytes(b"half")
+        with scandir(path) as listed:
+            entries = list(listed)
+        unfinished.unlink()
+        return nullcontext(entries)
+
+    monkeypatch.setattr("features.storage_local.os.scandir", renamed_meanwhile)
+    assert writer.missing() == [range(128, 150)]
 
 
 def test_a_dataset_folder_without_metadata_is_written_anew(full: FeatureStore) -> None:

@@ -190,7 +190,7 @@ def test_files_of_the_wrong_kind_are_refused(path: Path, tmp_path: Path) -> None
     (tmp_path / "x.csv").write_text("id,label\na,Atypical\n")
     (tmp_path / "header.csv").write_text("name\na\n")
     for arguments, match in [
-        ((tmp_path / "x.npy",), "--ids belongs to .npy"),
+        ((tmp_path / "x.npy",), "`ids` belongs to .npy"),
         ((tmp_path / "x.pt",), "give one of .npy, .npz"),
         ((tmp_path / "none.npz",), "cannot be read.*No such file"),
         ((tmp_path / "text.h5",), "cannot be read as .h5"),
@@ -200,7 +200,7 @@ def test_files_of_the_wrong_kind_are_refused(path: Path, tmp_path: Path) -> None
         with pytest.raises(UserError, match=match):
             call("import", *arguments, *select)
     (tmp_path / "x.csv").write_text("id,label\na,1\n")
-    with pytest.raises(UserError, match="Leave out --table"):
+    with pytest.raises(UserError, match="Leave out `table`"):
         call("import", tmp_path / "x.npy", "--ids", tmp_path / "x.csv", "--table", tmp_path / "x.csv", *select)
     with pytest.raises(UserError, match="unknown format 'parquet'"):
         call("export", "--store", path, "--dataset", "ami-br", "--model", "uni", "--format", "parquet", "--out", "x")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Sequence
 from dataclasses import astuple, dataclass, replace
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -662,6 +664,12 @@ def test_a_fold_is_shown_its_own_training_rows_classes_equally_and_rows_of_a_cla
         expected = counts.sum() / 2 / np.bincount(label)[label]
         statistic = ((counts[own] - expected) ** 2 / expected).sum()
         assert statistic < chi2.isf(1e-6, len(own) - 1), f"fold {fold}: {counts}"
+        # The last batch is filled up by draws of its own, not by repeating one.
+        share = 1 / 2 / np.bincount(label)[label]
+        expected_same, last = (share**2).sum(), np.array(epochs)[:, -1]
+        deviation = (expected_same * (1 - expected_same) / n_epochs) ** 0.5
+        for first, second in combinations(last.T, 2):
+            assert (first == second).mean() < expected_same + 5 * deviation, f"fold {fold}"
 
 
 def test_folds_epochs_and_seeds_draw_differently() -> None:
@@ -674,6 +682,18 @@ def test_folds_epochs_and_seeds_draw_differently() -> None:
             own = np.flatnonzero(data.folds.fold != fold)
             places += [tuple(np.searchsorted(own, np.array(epoch).flatten())) for epoch in epochs]
     assert len(set(places)) == len(places) == 2 * N_FOLDS * 3
+
+
+@pytest.mark.usefixtures("exact")
+def test_random_numbers_of_others_change_nothing() -> None:
+    found = []
+    for other in (1, 2):
+        network = double(lora=DROPPING)
+        torch.manual_seed(other)
+        np.random.seed(other)
+        random.seed(other)
+        found.append(trained(network, replace(RECIPE, epochs=1)).values)
+    torch.testing.assert_close(*found, **TIGHT)
 
 
 def test_every_image_is_changed_by_numbers_of_its_own() -> None:

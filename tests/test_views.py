@@ -79,7 +79,7 @@ def test_a_wide_patch_keeps_its_proportions():
 
 
 def test_a_patch_smaller_than_its_crop_is_refused_with_the_remedy():
-    with pytest.raises(UserError, match=r"48 x 48 pixels has no central 64 pixels. Use --view center48"):
+    with pytest.raises(UserError, match=r"48 x 48 pixels has no central 64 pixels. Use `view='center48'`"):
         pixels(find_backbone("uni"), "center64", patch(48, 48))
 
 

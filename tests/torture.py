@@ -36,7 +36,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import probe.protocol
 from PIL import Image
 
 import extract.cli
@@ -46,6 +45,7 @@ import finetune.cli
 import finetune.predict
 import finetune.report
 import probe.cli
+import probe.probing
 from extract import demo, images
 from extract.datasets import load_dataset, load_patches
 from features.console import UserError
@@ -373,14 +373,14 @@ def _whole_store(path: Path) -> object:
 
 
 def _whole_run(path: Path) -> object:
-    record = read_run(path)
-    check_weights(path, record)
+    run = read_run(path)
+    check_weights(path, run)
     predictions = read_predictions(path)
     tables = {name: asdict(table) for name, table in read_samples(path, predictions).items()}
     weights = {name: zlib.crc32(data) for name, data in tree(path).items() if name.startswith("fold-")}
-    if record["kind"] == "probe":
+    if run.kind == "probe":
         weights = {name: zlib.crc32(array.tobytes()) for name, array in read_weights(path).items()}
-    return [record, asdict(predictions), tables, [asdict(point) for point in read_curve(path)], weights]
+    return [run.as_json(), asdict(predictions), tables, [asdict(point) for point in read_curve(path)], weights]
 
 
 def _whole_training(path: Path) -> object:
