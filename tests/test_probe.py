@@ -365,4 +365,4 @@ def test_a_run_records_the_fingerprints_of_the_view_it_was_probed_on(store, tmp_
     run = read_run(folder)
     found = {entry.dataset: entry for entry in store.entries(model="good") if entry.view == view}
     assert run.fingerprints == {name: entry.fingerprint for name, entry in found.items()}
-    assert run["embedding"] == found["ami-br"].parts
+    assert run.embedding == found["ami-br"].parts
