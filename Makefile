@@ -41,7 +41,7 @@ OLDER := $(NATIVE) ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 OPENBLAS_COR
 OLDEST := $(NATIVE) ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 OPENBLAS_CORETYPE=Prescott MKL_CBWR=COMPATIBLE OMP_NUM_THREADS=1
 PYTEST := $(BIN)/python -m pytest --numprocesses 2 --dist worksteal
 # Numbers against numbers, a minute or two on two cores: `make test` has these computed as the oldest processor would.
-NUMERICAL := $(addprefix tests/test_,curve.py logistic.py stream.py paper_probe.py lora.py network.py train.py augment.py metrics.py)
+NUMERICAL := $(addprefix tests/test_,curve.py logistic.py stream.py paper.py lora.py network.py train.py augment.py metrics.py)
 TESTS ?=
 
 # TESTS=tests/test_train.py restricts it.

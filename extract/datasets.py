@@ -147,7 +147,7 @@ def binary_labels(classes: Sequence[str], positive: str | None) -> tuple[list[in
     if positive is None:
         positive = next((name for name in names if name.lower() == ATYPICAL.lower()), names[-1])
         if positive.lower() != ATYPICAL.lower() and names != ["0", "1"]:
-            say(f"The positive class (label 1) is {positive!r}; choose another with --positive.")
+            say(f"The positive class (label 1) is {positive!r}; the option `positive` names another.")
     others = [name for name in names if name != positive]
     negative = others[0] if len(others) == 1 else f"not {positive}"
     return [int(name == positive) for name in classes], (negative, positive)

@@ -1,10 +1,10 @@
-"""What patches can everybody have at once? Drawn ones: H&E-like mitotic figures, the same bytes on every machine.
+"""How are the patches of the demo dataset drawn: H&E-like mitotic figures, the same bytes on every machine?
 
-They exercise the whole path (slides, scanners, votes, train and test) where no data can be had, and show how a method
-behaves. They say nothing about real tissue: no score on them belongs beside a published one.
+They need no download and exercise everything (slides, scanners, votes, train and test). They say nothing about real
+tissue: no score on them may stand beside a published one.
 
-Only additions, products, quotients, square roots and maxima of IEEE doubles are used, and only `random()` of PCG64:
-each is exactly defined, whereas `exp` or a matrix product differ in the last bit from machine to machine.
+Only additions, products, quotients, square roots and maxima of IEEE doubles are used, and only `random()` of PCG64,
+because each of these is exactly defined. `exp` or a matrix product differ in the last bit from machine to machine.
 """
 
 from __future__ import annotations
@@ -70,13 +70,15 @@ def draw() -> Demo:
     rng = np.random.Generator(np.random.PCG64(SEED))
     slides = [_slide(rng, number) for number in range(N_SLIDES)]
     # Squares make a few large slides and many small ones, as in real cohorts.
-    owners = np.concatenate([np.arange(N_SLIDES), (rng.random(N_PATCHES - N_SLIDES) ** 2 * N_SLIDES).astype(int)])
-    owners.sort()
+    slide_numbers = np.concatenate(
+        [np.arange(N_SLIDES), (rng.random(N_PATCHES - N_SLIDES) ** 2 * N_SLIDES).astype(int)]
+    )
+    slide_numbers.sort()
     pixels = np.empty((N_PATCHES, SIZE, SIZE, 3), dtype=np.uint8)
     votes = np.empty((N_PATCHES, N_RATERS), dtype=np.int8)
     with progress("draw demo", N_PATCHES) as advance:
-        for row, owner in enumerate(owners):
-            slide = slides[owner]
+        for row, number in enumerate(slide_numbers):
+            slide = slides[number]
             atypical = rng.random() < 0.05 + 0.42 * slide.grade
             votes[row] = (rng.random(N_RATERS) < _ERROR_RATE) != atypical
             pixels[row] = _patch(rng, slide, _pick(rng, _ATYPICAL_KINDS if atypical else _NORMAL_KINDS))
@@ -87,11 +89,11 @@ def draw() -> Demo:
         [f"{('Normal', 'Atypical')[y]}/{row:03d}" for row, y in enumerate(label)],
         label,
         sha256=[hashlib.sha256(patch.tobytes()).hexdigest() for patch in pixels],
-        group=[slides[owner].name for owner in owners],
+        group=[slides[number].name for number in slide_numbers],
         # Every fourth slide is a test slide: large and small ones, from both scanners.
-        split=[TEST if owner % 4 == 1 else TRAIN for owner in owners],
+        split=[TEST if number % 4 == 1 else TRAIN for number in slide_numbers],
         votes=votes,
-        domain=[slides[owner].scanner for owner in owners],
+        domain=[slides[number].scanner for number in slide_numbers],
     )
     return Demo(samples, pixels)
 

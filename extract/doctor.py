@@ -324,8 +324,8 @@ def _hub() -> tuple[list[Check], bool]:
 def _models(names: tuple[str, ...], *, reachable: bool) -> list[ModelCheck]:
     # A hf-hub: name is read from its repository's config.json; every other is known without the hub.
     records: dict[str, Callable[[], Backbone]] = {name: partial(find_backbone, name) for name in names or BACKBONES}
-    found = _answers(records, within=_HUB_SECONDS)
-    backbones = {name: record for name, record in found.items() if isinstance(record, Backbone)}
+    answers = _answers(records, within=_HUB_SECONDS)
+    backbones = {name: record for name, record in answers.items() if isinstance(record, Backbone)}
     questions = {name: partial(_ask_for, record) for name, record in backbones.items() if record.hub_id and reachable}
     with progress("asking the hub", len(questions), unit="models") as advance:
         access = _answers(questions, within=_MODELS_SECONDS, advance=advance)
@@ -334,7 +334,7 @@ def _models(names: tuple[str, ...], *, reachable: bool) -> list[ModelCheck]:
         _model(name, record, access, failed)
         if isinstance(record, Backbone)
         else ModelCheck(name, "fail", "", None, False, "not granted", str(record))
-        for name, record in found.items()
+        for name, record in answers.items()
     ]
 
 

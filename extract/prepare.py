@@ -244,20 +244,16 @@ def _finished_entry(extraction: Extraction, backbone: Backbone, weights: Weights
         return None
     asked = extraction.options.precision
     precision = asked if asked != "auto" else str(entry.parts.get("precision"))
-    dataset, device = extraction.dataset, extraction.device
-    parts = fingerprint_parts(dataset, backbone, weights, view, precision=precision, device=device)
+    parts = fingerprint_parts(
+        extraction.dataset, backbone, weights, view, precision=precision, device=extraction.device
+    )
     parts["poolings"] = entry.parts.get("poolings")
     return entry if fingerprint(parts) == entry.fingerprint else None
 
 
 def _make_job(extraction: Extraction, backbone: Backbone, weights: Weights, model: nn.Module, view: View) -> Job:
     """Open the entry of a model and view; the process that creates it decides precision and batch size for all."""
-    dataset, options, device, shared = (
-        extraction.dataset,
-        extraction.options,
-        extraction.device,
-        extraction.shard.shared,
-    )
+    options, device, shared = extraction.options, extraction.device, extraction.shard.shared
     transform = make_transform(backbone, view)
     check_input_size(model, backbone, transform.input_size)
     images = transform(extraction.examples, device)
@@ -267,9 +263,9 @@ def _make_job(extraction: Extraction, backbone: Backbone, weights: Weights, mode
     widths = pooling_widths(model, backbone)
 
     def begin(precision: str) -> Writer:
-        parts = fingerprint_parts(dataset, backbone, weights, view, precision=precision, device=device)
+        parts = fingerprint_parts(extraction.dataset, backbone, weights, view, precision=precision, device=device)
         return extraction.store.begin(
-            dataset.name,
+            extraction.dataset.name,
             model=backbone.name,
             view=view.name,
             poolings=widths,

@@ -36,10 +36,10 @@ class Backbone:
         layout: naming of the checkpoint's tensors, a key of `extract.keymaps.KEYMAPS`.
         arch: timm architecture.
         kwargs: complete arguments of that architecture, JSON values; `num_classes=0` is implied.
-        resample_pos_embed: the checkpoint's position table belongs to another image size and is resampled on loading
-            (bicubic, antialiased: timm's way). Without it another size is an error.
+        resample_pos_embed: the checkpoint's position table is of another image size and is resampled on loading
+            (bicubic and antialiased, as timm does it). Where this is false, another size is an error.
         input_size: edge of the network's input in pixels.
-        resize: edge in pixels the patch is resized to before the centre crop to `input_size`.
+        resize: edge in pixels to which the patch is resized before the centre crop to `input_size`.
         mean, std: normalisation of RGB in 0..1.
         interpolation: "bicubic" or "bilinear", of that resize.
         mpp: micrometres per pixel of the training patches; several for mixed magnifications, empty for natural images.

@@ -357,3 +357,12 @@ def test_sets_that_differ_in_their_patches_alone_are_compared(tmp_path, part):
 def test_of_imported_embeddings_nobody_knows_the_parts(tmp_path):
     store = stored_with(tmp_path, {"weights_sha256": "b" * 64}, imported=True)
     assert probe_store(store, options=ProbeOptions(cv=3, train="mine"), runs=tmp_path / "runs")
+
+
+@pytest.mark.parametrize("view", ["full", "center64"])
+def test_a_run_records_the_fingerprints_of_the_view_it_was_probed_on(store, tmp_path, view):
+    (folder,) = probe_store(store, ["good"], options=ProbeOptions(view=view, cv=3), runs=tmp_path / "runs")
+    run = read_run(folder)
+    found = {entry.dataset: entry for entry in store.entries(model="good") if entry.view == view}
+    assert run["fingerprints"] == {name: entry.fingerprint for name, entry in found.items()}
+    assert run["embedding"] == found["ami-br"].parts

@@ -166,6 +166,16 @@ def test_a_shared_norm_of_one_process_is_the_norm(kind: type[nn.BatchNorm2d], dt
     torch.testing.assert_close(model.eval()(x), norms[0].eval()(x), **close)
 
 
+def test_a_shared_norm_in_float32_is_the_exact_one_of_values_far_from_zero() -> None:
+    """A variance as the mean square less the squared mean would be off by 1000**2 * 2**-24, some hundredths of it."""
+    x = torch.randn(64, 3, 8, 8, generator=torch.Generator().manual_seed(0)) + 1000
+    model = nn.Sequential(nn.BatchNorm2d(3))
+    synchronize_batch_norms(model, SINGLE_PROCESS)
+    exact = nn.BatchNorm2d(3).double()
+    torch.testing.assert_close(model(x).double(), exact(x.double()), rtol=0, atol=4 * 1000 * 2**-24)
+    torch.testing.assert_close(model[0].running_var.double(), exact.running_var, rtol=1e-4, atol=0)
+
+
 def test_a_norm_of_another_kind_is_refused() -> None:
     class Own(nn.BatchNorm2d):
         pass

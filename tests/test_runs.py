@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import csv
 import json
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from test_store import Disk
 
 from features.console import UserError
 from features.samples import Samples, make_samples
@@ -392,3 +394,13 @@ def test_csv_files_made_in_pieces_are_the_same(tmp_path, monkeypatch):
         assert (pieces / name).read_bytes() == (whole / name).read_bytes()
         assert read_run(pieces).sha256[name] == read_run(whole).sha256[name]
     read_samples(pieces, read_predictions(pieces))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="what a descriptor is of, as Linux tells it")
+def test_a_run_has_its_name_only_when_all_of_it_is_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    disk = Disk(monkeypatch)
+    folder = made_run(tmp_path, files={"more.txt": b"more"})
+    assert disk.check() == 1
+    assert [path for what, path in disk.events if what == "rename"][-1] == folder
+    assert disk.events[-1] == ("fsync", tmp_path)
+    assert list(tmp_path.iterdir()) == [folder]
