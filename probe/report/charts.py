@@ -1,7 +1,8 @@
 """How are plots drawn? As SVG, without a plotting library.
 
-It follows the page's light or dark theme, prints, and needs no script. Lines are told apart by dash and number as well as by colour; the style sheet gives class `s0` .. `s7` both. A plotting
-library's SVG carries style attributes, which the page's content policy forbids.
+It follows the page's light or dark theme, prints, and needs no script. Lines are told apart by dash and number as well
+as by colour; the style sheet gives class `s0` .. `s7` both. The SVG of a plotting library carries style attributes,
+which the page's content policy forbids.
 """
 
 from __future__ import annotations
