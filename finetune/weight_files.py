@@ -204,7 +204,8 @@ def load_adapter(model: nn.Module, folder: Path, *, fold: int) -> dict[str, Tens
         factors[f"{_PEFT_PREFIX}{name}.lora_B.weight"] = module.B.data[fold]
     head_prefix = f"{_PEFT_PREFIX}{classifier_name(model)}."
     head = {key.removeprefix(head_prefix): tensors.pop(key) for key in list(tensors) if key.startswith(head_prefix)}
-    copy_tensors({key: tensor.flatten(1) for key, tensor in tensors.items()}, factors, path)
+    flat = {key: tensor.flatten(1) if tensor.ndim > 1 else tensor for key, tensor in tensors.items()}
+    copy_tensors(flat, factors, path)
     return head
 
 
