@@ -193,6 +193,13 @@ def rows_of(ensemble: Ensemble, ids: NDArray[np.str_]) -> NDArray[np.intp]:
 def judge(ensemble: Ensemble, *, resampling: Resampling = Resampling()) -> Judgement:
     """Compute every figure of one run on one set, each with its interval.
 
+    >>> label, k = np.array([0, 1] * 10, dtype=np.int8), np.arange(20)  # 20 patches of 5 slides
+    >>> probability = np.where(k % 7 < 5, 0.2 + 0.6 * label, 0.5)
+    >>> run = Ensemble("mine", "test", k.astype(str), label, (k // 4).astype(str), probability, threshold=0.5)
+    >>> judgement = judge(run, resampling=Resampling(replicates=1_000))
+    >>> print(judgement.n_clusters, judgement.unit, judgement.figures["auroc"])
+    5 slide 0.970 (0.875–1.000)
+
     Args:
         ensemble: the run on the set.
         resampling: how resamples are drawn.

@@ -82,6 +82,14 @@ def fit_exact(
 ) -> Probe:
     """Fit L2-regularised logistic regressions by nested, grouped cross-validation, as one batched solve.
 
+    >>> from features import grouped_folds, make_samples
+    >>> slides = [f"slide {k // 2}" for k in range(12)]
+    >>> samples = make_samples([f"{k}.png" for k in range(12)], [0, 1] * 6, sha256=[""] * 12, group=slides)
+    >>> X = np.stack([samples.label, np.arange(12) % 3], axis=1).astype(np.float32)
+    >>> probe = fit_exact(X, samples.label, folds=grouped_folds(samples, 3))
+    >>> probe.coef.shape, probe.predict(X).tolist()
+    ((3, 2), [0, 1, 0, 1, 0, 1, 0, 1, 0, 1, 0, 1])
+
     Args:
         X: (n, d) embeddings of the training rows, in memory or still in the store.
         y: (n,) labels, 0 or 1.
