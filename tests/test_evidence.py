@@ -242,6 +242,7 @@ def test_intervals_and_p_values_are_those_of_students_t(freedom):
         assert spread.ends(0.95)[1] == pytest.approx(known[freedom], rel=2e-3)
     wider = replace(spread, ratio=1.25)
     assert wider.ends(0.8)[1] == pytest.approx(1.25 * stats.t.ppf(0.9, freedom), rel=5e-3)
+    assert wider.p_value(wider.ends(0.8)[0]) == pytest.approx(0.2, rel=5e-3)
 
 
 def test_no_interval_where_the_data_give_none():
