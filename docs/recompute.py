@@ -13,16 +13,16 @@ from probe.report.collect import collect
 from probe.report.read import read_runs
 from probe.resample import Resampling
 
-shown = json.loads(re.search(r'id="figures">(.*?)</script>', Path(sys.argv[1]).read_text(encoding="utf-8"))[1])
-runs = [run for run in read_runs(Path(sys.argv[2]), folds=shown["fold_digest"])[0] if run.label in shown["labels"]]
-found = as_dict(collect(runs, resampling=Resampling(**shown["how"])))
-for on, again in zip(shown["sets"], found["sets"], strict=True):
-    assert {name: again[name] for name in on} == on, f"{on['dataset']}/{on['split']} differs"
-    for run in (run for run in runs if run.label not in on["missing"]):  # and by scikit-learn, from predictions.csv
-        one, figures = (
-            ensemble_of(run.predictions, on["dataset"], on["split"]),
-            on["comparison"]["judgements"][run.label],
-        )
+page, folder = map(Path, sys.argv[1:3])
+printed = json.loads(re.search(r'id="figures">(.*?)</script>', page.read_text(encoding="utf-8"))[1])
+runs = [run for run in read_runs(folder, folds=printed["fold_digest"])[0] if run.label in printed["labels"]]
+recomputed = as_dict(collect(runs, resampling=Resampling(**printed["how"])))
+for was, now in zip(printed["sets"], recomputed["sets"], strict=True):
+    dataset, split = was["dataset"], was["split"]
+    assert {name: now[name] for name in was} == was, f"{dataset}/{split} differs"
+    for run in (run for run in runs if run.label not in was["missing"]):  # and by scikit-learn, from predictions.csv
+        ensemble = ensemble_of(run.predictions, dataset, split)
+        figures = was["comparison"]["judgements"][run.label]["figures"]
         for name, score in (("auroc", roc_auc_score), ("average_precision", average_precision_score)):
-            assert abs(figures["figures"][name]["value"] - score(one.label, one.probability)) < 1e-12
-print(f"{len(re.findall(r'[0-9][.][0-9]', json.dumps(shown)))} figures, none differs")
+            assert abs(figures[name]["value"] - score(ensemble.label, ensemble.probability)) < 1e-12
+print(f"{len(re.findall(r'[0-9][.][0-9]', json.dumps(printed)))} figures, none differs")

@@ -45,7 +45,7 @@ class RaterView:
     Attributes:
         unanimous, disputed: figures with at least two votes, all equal or not; None where there are none.
         n_unrated: figures with fewer than two votes.
-        raters: one per column of votes; what a human reaches.
+        raters: one per column of votes: what a human reaches.
     """
 
     unanimous: Judgement | None

@@ -85,7 +85,8 @@ def test_archived_runs_stand_in_one_report(archive: Path) -> None:
 def test_an_archived_run_predicts_as_it_did(archive: Path, kind: str, tmp_path: Path) -> None:
     predict_paths(archive / kind, [archive / "patches"], out=tmp_path / "out.csv", device="cpu")
     old, new = (
-        list(csv.DictReader(path.open())) for path in (archive / f"{kind}-predictions.csv", tmp_path / "out.csv")
+        list(csv.DictReader(path.read_text().splitlines()))
+        for path in (archive / f"{kind}-predictions.csv", tmp_path / "out.csv")
     )
     assert [row["id"] for row in new] == [row["id"] for row in old]
     # Another processor, or another form of a convolution, moves a float32 logit by some 1e-4 of its size.

@@ -266,7 +266,7 @@ def test_rows_without_a_split_are_never_scored_as_test_nor_trained_on_beside_tra
     samples = relabelled(samples, [names[s % 3] for s in slide])
     store = FeatureStore.open_or_create(tmp_path / "store.zarr")
     add(store, "mine", samples, "m", "full", signal=0.5)
-    (folder,) = probe_store(store, options=ProbeOptions(cv=3), runs=tmp_path / "runs")
+    (folder,) = probed(store, options=ProbeOptions(cv=3), runs=tmp_path / "runs")
     expected = {name: set(samples.id[samples.split == name].tolist()) for name in set(names)}
     assert scored(folder, "mine", "validation") == set().union(*(expected[name] for name in training))
     assert scored(folder, "mine", "test") == set().union(*(expected[name] for name in testing))
@@ -279,7 +279,7 @@ def test_another_dataset_is_scored_whole_whatever_its_split_says(tmp_path):
     other = relabelled(other, [("train", "test", "")[row % 3] for row in range(100)])
     add(store, "other", other, "m", "full", signal=0.5, seed=1)
     options = ProbeOptions(cv=3, train="mine")
-    (folder,) = probe_store(store, options=options, runs=tmp_path / "runs")
+    (folder,) = probed(store, options=options, runs=tmp_path / "runs")
     assert scored(folder, "other", "test") == set(other.id.tolist())
     assert scored(folder, "other", "validation") == set()
 
@@ -324,8 +324,8 @@ def stored_with(tmp_path, changes: dict, *, imported: bool = False) -> FeatureSt
         common = PARTS | {"dataset_digest": samples.images_digest, "source_mpp": 0.25}
         writer = store.begin(
             name,
-            "m",
-            "full",
+            model="m",
+            view="full",
             poolings={"cls": WIDTH},
             card_pooling="cls",
             parts=common | parts,
@@ -350,7 +350,7 @@ def test_sets_whose_embeddings_differ_in_one_part_are_not_compared(tmp_path, par
 @pytest.mark.parametrize("part", OWN_PARTS)
 def test_sets_that_differ_in_their_patches_alone_are_compared(tmp_path, part):
     store = stored_with(tmp_path, {part: OWN_PARTS[part]})
-    (folder,) = probe_store(store, options=ProbeOptions(cv=3, train="mine"), runs=tmp_path / "runs")
+    (folder,) = probed(store, options=ProbeOptions(cv=3, train="mine"), runs=tmp_path / "runs")
     assert scored(folder, "other", "test") == set(store.samples("other").id.tolist())
 
 
@@ -361,8 +361,8 @@ def test_of_imported_embeddings_nobody_knows_the_parts(tmp_path):
 
 @pytest.mark.parametrize("view", ["full", "center64"])
 def test_a_run_records_the_fingerprints_of_the_view_it_was_probed_on(store, tmp_path, view):
-    (folder,) = probe_store(store, ["good"], options=ProbeOptions(view=view, cv=3), runs=tmp_path / "runs")
+    (folder,) = probed(store, ["good"], options=ProbeOptions(view=view, cv=3), runs=tmp_path / "runs")
     run = read_run(folder)
     found = {entry.dataset: entry for entry in store.entries(model="good") if entry.view == view}
-    assert run["fingerprints"] == {name: entry.fingerprint for name, entry in found.items()}
-    assert run["embedding"] == found["ami-br"].parts
+    assert run.fingerprints == {name: entry.fingerprint for name, entry in found.items()}
+    assert run.embedding == found["ami-br"].parts

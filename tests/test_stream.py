@@ -55,7 +55,7 @@ def test_the_optimum_is_that_of_the_solver_in_memory_whatever_the_sample(problem
 def test_the_optimum_is_the_same_with_bfloat16_hardware_and_without(problem, monkeypatch, supported):
     X, y, masks = problem
     expected = fit_logistic(X.read(), y, masks=masks, strengths=STRENGTHS)
-    monkeypatch.setattr(stream, "multiplies_bfloat16", lambda device: supported)
+    monkeypatch.setattr(stream, "has_bf16", lambda device: supported)
     assert_same(fit_streamed(X, y, masks=masks, strengths=STRENGTHS, sample=300), expected)
 
 

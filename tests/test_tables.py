@@ -365,3 +365,26 @@ def test_figures_that_do_not_exist_are_dashes_on_a_terminal(tmp_path):
     text = shown(record)
     assert "None" not in text
     assert "–" in text
+
+
+# --- in a notebook ----------------------------------------------------------------------------------------------------
+
+
+def test_results_show_themselves_in_a_notebook(tmp_path):
+    made_run(tmp_path, "uni")
+    made_run(tmp_path, "<b>", seed=1)
+    report, runs = collected(tmp_path)
+    first = report.sets[0]
+    ensemble = ensemble_of(runs[0].predictions, "ami-br", "test")
+    assert repr(ensemble) == f"Ensemble(ami-br/test: 24 patches, 8 positive, threshold {ensemble.threshold:.3f})"
+    judgement = first.comparison.judgements["uni probe"]
+    auroc = judgement.figures["auroc"]
+    assert f"auroc {auroc.value:.3f} ({auroc.low:.3f}–{auroc.high:.3f})" in repr(judgement)
+    assert repr(judgement).startswith("Judgement(24 patches, 8 positive, 6 slides: balanced_accuracy ")
+    assert repr(report).startswith("Report(2 runs trained on ami-br, 3 folds: ami-br/test, ")
+    html = report._repr_html_()
+    assert html.count("<table>") == len(report.sets)
+    rank = first.comparison.ranks["auroc"]["uni probe"].value
+    assert f"<td>{auroc}</td><td>{rank}</td>" in html
+    assert "&lt;b&gt; probe" in html
+    assert "<b>" not in html

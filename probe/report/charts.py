@@ -1,7 +1,8 @@
-"""How do figures look? SVG drawn by hand: it follows the page's light or dark theme, prints, and needs no script.
+"""How are plots drawn? As SVG, without a plotting library.
 
-Lines are told apart by dash and number as well as by colour; the style sheet gives class `s0` .. `s7` both. A plotting
-library's SVG carries style attributes, which the page's content policy forbids.
+It follows the page's light or dark theme, prints, and needs no script. Lines are told apart by dash and number as well
+as by colour; the style sheet gives class `s0` .. `s7` both. The SVG of a plotting library carries style attributes,
+which the page's content policy forbids.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ class Row:
         style: number of its line style.
         value, low, high: per panel; NaN where there is none.
         folds: per panel, what each fold model reaches.
-        published: per panel, (source, value, what a pointer on it says) of published figures.
+        published: per panel, (source, value, hint on it) of published figures.
     """
 
     label: str
@@ -45,17 +46,17 @@ class Row:
 
 @dataclass(frozen=True)
 class Line:
-    """A line of a square plot: (x, y) points, a label, and what a pointer on it says."""
+    """A line of a square plot: (x, y) points, a label, and the hint shown on it."""
 
     label: str
     style: int
     points: Sequence[tuple[float, float]]
-    said: str
+    hint: str
     spread: Sequence[float] = ()  # above and below every point
 
 
 def intervals(panels: Sequence[str], rows: Sequence[Row], *, title: str) -> Markup:
-    """Values with their intervals, a panel per figure, a row per run."""
+    """Draw values with their intervals, a panel per figure, a row per run."""
     height = _ROW * len(rows)
     width = _LABEL + len(panels) * (_PANEL + _GAP)
     body = [
@@ -89,24 +90,24 @@ def _marks(row: Row, panel: int, scale: _Scale, y: float) -> Iterator[Markup]:
         if math.isfinite(value):
             yield _line(scale(value), y - 6, scale(value), y + 6, "fold")
     low, high, value = row.low[panel], row.high[panel], row.value[panel]
-    said = f"{row.label}: {value:.3f}" + (f" ({low:.3f} to {high:.3f})" if math.isfinite(low) else "")
+    hint = f"{row.label}: {value:.3f}" + (f" ({low:.3f} to {high:.3f})" if math.isfinite(low) else "")
     if math.isfinite(low):
-        yield Markup('<g class="s{}">{}</g>').format(row.style, _line(scale(low), y, scale(high), y, "interval", said))
+        yield Markup('<g class="s{}">{}</g>').format(row.style, _line(scale(low), y, scale(high), y, "interval", hint))
     if math.isfinite(value):
         yield Markup('<circle class="dot s{}" cx="{:.1f}" cy="{:.1f}" r="4.5"><title>{}</title></circle>').format(
-            row.style, scale(value), y, said
+            row.style, scale(value), y, hint
         )
-    for source, published, said in row.published[panel]:
+    for source, published, hint in row.published[panel]:
         shape = "M0-5L5 0L0 5L-5 0Z" if source == "table-3" else "M-4-4H4V4H-4Z"
         yield Markup(
             '<path class="published" transform="translate({:.1f} {:.1f})" d="{}"><title>{}</title></path>'
-        ).format(scale(published), y, shape, said)
+        ).format(scale(published), y, shape, hint)
 
 
 def square(
     lines: Sequence[Line], *, title: str, x: str, y: str, diagonal: bool = False, level: float | None = None
 ) -> Markup:
-    """Curves in the unit square; `diagonal` and `level` are what chance or perfect calibration gives."""
+    """Draw curves in the unit square, with what chance gives: the `diagonal`, or a `level`."""
     across, up = _Scale(0, 1, _MARGIN, _MARGIN + _SIDE), _Scale(0, 1, 12 + _SIDE, 12)
     body = list(_axes(across, up, [0, 0.2, 0.4, 0.6, 0.8, 1], [0, 0.2, 0.4, 0.6, 0.8, 1], x, y))
     if diagonal:
@@ -118,23 +119,23 @@ def square(
 
 
 def reliability(bins: Sequence[tuple[float, float, int]], *, title: str, style: int) -> Markup:
-    """Observed rate over mean probability; a circle's area is its bin's number of patches."""
+    """Draw the observed rate over the mean probability; a circle's area is its bin's number of patches."""
     across, up = _Scale(0, 1, _MARGIN, _MARGIN + 190), _Scale(0, 1, 202, 12)
     body = list(_axes(across, up, [0, 0.5, 1], [0, 0.5, 1], "mean probability", "observed rate"))
     body.append(_line(across(0), up(0), across(1), up(1), "chance"))
     most = max((count for _, _, count in bins), default=1)
     for mean, rate, count in bins:
-        said = f"{count:,} patches: probability {mean:.2f}, observed {rate:.2f}"
+        hint = f"{count:,} patches: probability {mean:.2f}, observed {rate:.2f}"
         body.append(
             Markup('<circle class="bin s{}" cx="{:.1f}" cy="{:.1f}" r="{:.1f}"><title>{}</title></circle>').format(
-                style, across(mean), up(rate), 3 + 8 * math.sqrt(count / most), said
+                style, across(mean), up(rate), 3 + 8 * math.sqrt(count / most), hint
             )
         )
     return _svg(_MARGIN + 204, 244, title, body)
 
 
 def over_slides(lines: Sequence[Line], *, title: str, y: str) -> Markup:
-    """Learning curves: a figure over the number of training slides; points without a figure are left out."""
+    """Draw learning curves: a figure over the number of training slides; points without a figure are left out."""
     lines = [_defined(line) for line in lines]
     xs = [x for line in lines for x, _ in line.points]
     ys = [
@@ -166,7 +167,7 @@ def _defined(line: Line) -> Line:
 
 @dataclass(frozen=True)
 class _Scale:
-    """A value's place in pixels."""
+    """Turn a value into pixels."""
 
     low: float
     high: float
@@ -201,19 +202,19 @@ def _axes(
 def _curve(line: Line, across: _Scale, up: _Scale) -> Markup:
     d = " ".join(f"{across(x):.1f},{up(y):.1f}" for x, y in line.points)
     return Markup('<polyline class="curve s{}" points="{}"><title>{}</title></polyline>').format(
-        line.style, d, line.said
+        line.style, d, line.hint
     )
 
 
-def _line(x1: float, y1: float, x2: float, y2: float, name: str, said: str = "") -> Markup:
-    title = Markup("<title>{}</title>").format(said) if said else Markup()
+def _line(x1: float, y1: float, x2: float, y2: float, name: str, hint: str = "") -> Markup:
+    title = Markup("<title>{}</title>").format(hint) if hint else Markup()
     return Markup('<line class="{}" x1="{:.1f}" y1="{:.1f}" x2="{:.1f}" y2="{:.1f}">{}</line>').format(
         name, x1, y1, x2, y2, title
     )
 
 
-def _text(x: float, y: float, text: str, name: str, said: str = "") -> Markup:
-    title = Markup("<title>{}</title>").format(said) if said and said != text else Markup()
+def _text(x: float, y: float, text: str, name: str, hint: str = "") -> Markup:
+    title = Markup("<title>{}</title>").format(hint) if hint and hint != text else Markup()
     return Markup('<text class="{}" x="{:.1f}" y="{:.1f}">{}{}</text>').format(name, x, y, text, title)
 
 

@@ -1,5 +1,6 @@
 "use strict";
-// Sorting, theme, map and gallery. Everything comes from the JSON elements of the page; text is only ever set as text.
+// Sorts tables, switches the theme, and draws the gallery and the map from the JSON elements of the page. Text is only
+// ever set as text, never as HTML.
 const data = JSON.parse(document.getElementById("data").textContent);
 const n = data.id.length;
 const css = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
@@ -12,7 +13,7 @@ const make = (tag, text, name) => {
 
 // ---------------------------------------------------------------------------------------------------------------- theme
 const theme = document.getElementById("theme");
-// A control without the script would be a dead one: it stays hidden until there is something behind it.
+// Controls stay hidden until the script that serves them runs.
 const reveal = (...elements) => elements.forEach((element) => { element.hidden = false; });
 const prefersDark = matchMedia("(prefers-color-scheme: dark)");
 const isDark = () => (document.documentElement.dataset.theme ?? (prefersDark.matches ? "dark" : "light")) === "dark";
@@ -28,15 +29,15 @@ theme.addEventListener("click", () => {
   themed();
 });
 prefersDark.addEventListener("change", themed);
-// Paper is white, and a canvas keeps the colours that it was drawn in.
-let onScreen;
+// Print in light colours. A canvas keeps the colours that it was drawn in, so it is drawn again.
+let screenTheme;
 addEventListener("beforeprint", () => {
-  onScreen = document.documentElement.dataset.theme;
+  screenTheme = document.documentElement.dataset.theme;
   document.documentElement.dataset.theme = "light";
   themed();
 });
 addEventListener("afterprint", () => {
-  if (onScreen) document.documentElement.dataset.theme = onScreen;
+  if (screenTheme) document.documentElement.dataset.theme = screenTheme;
   else delete document.documentElement.dataset.theme;
   themed();
 });
@@ -110,7 +111,7 @@ const outcome = (run, row) => {
 const OUTCOMES = {
   right: "✓ correct", missed: `✗ missed ${data.names[1]}`, alarm: `✗ false ${data.names[1]}`, none: "not scored",
 };
-// How far beyond the threshold a mistake lies, as a share of the way; below zero for what is right.
+// How far beyond the threshold a mistake lies, as a share of the way to certainty; below zero where the run is right.
 const wrongness = (run, row) => {
   if (!has(run, row)) return -2;
   const p = data.probability[run][row];

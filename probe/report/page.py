@@ -27,7 +27,7 @@ from probe.report.gallery import EmbeddingMap, GalleryPatches, Thumbnails
 from probe.report.provenance import provenance
 from probe.report.published import SOURCES
 from probe.report.read import Run
-from probe.report.views import TITLES, learning_views, set_view
+from probe.report.views import TITLES, costs, learning_views, set_view
 
 _PICTURES = Markup("<!--pictures-->")  # no name can be taken for it: the template escapes them
 # Control characters, and those that turn the direction of what follows a name.
@@ -69,7 +69,8 @@ def html(
         figures=NAMES,
         compared=COMPARED,
         sources=SOURCES,
-        views=[set_view(set_report, runs, sizes) for set_report in report.sets],
+        views=[set_view(set_report, runs) for set_report in report.sets],
+        costs={run.label: costs(run, sizes.get(run.record.model)) for run in runs},
         learning=learning_views(report, runs),
         provenance=[provenance(run) for run in runs],
         pictures=_PICTURES,

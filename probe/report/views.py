@@ -9,12 +9,12 @@ from dataclasses import dataclass, replace
 from markupsafe import Markup
 
 from probe.curve import CurveSummary, summarise
-from probe.evidence import COMPARED, Rank
-from probe.metrics import FoldFigure, Interval, Judgement
+from probe.evidence import COMPARED
+from probe.metrics import Interval
 from probe.report import charts
 from probe.report.charts import N_STYLES, Line, Row
 from probe.report.collect import Report, SetReport
-from probe.report.published import SOURCES, Published, published_for, published_on
+from probe.report.published import SOURCES, Published, published_on
 from probe.report.read import Run
 from probe.significance import Difference
 
@@ -35,28 +35,6 @@ Numbered = Sequence[tuple[int, Run]]  # runs with their number in the report, wh
 
 
 @dataclass(frozen=True)
-class BoardRow:
-    """A row of the leaderboard.
-
-    Attributes:
-        run: whose row it is.
-        judgement: of its ensemble.
-        folds: figure to what its fold models reach.
-        ranks: figure (`COMPARED`) to rank.
-        published: source to what was published of the same model and method.
-        cost: seconds, images per second, peak memory in MiB, parameters trained per fold, parameters of the backbone;
-            None where unknown.
-    """
-
-    run: Run
-    judgement: Judgement
-    folds: Mapping[str, FoldFigure]
-    ranks: Mapping[str, Rank]
-    published: Mapping[str, Published]
-    cost: tuple[float | None, ...]
-
-
-@dataclass(frozen=True)
 class CurvePanel:
     """ROC and precision-recall curves of runs of one method, or of all.
 
@@ -73,41 +51,29 @@ class CurvePanel:
 
 
 @dataclass(frozen=True)
-class PublishedRow:
-    """What was published of one model on a set, beside our best run.
-
-    Attributes:
-        model, method: of the model.
-        sources: source to its figures.
-        deltas: source and figure to our best fold mean minus the published figure.
-    """
-
-    model: str
-    method: str
-    sources: Mapping[str, Published]
-    deltas: Mapping[tuple[str, str], float]
-
-
-@dataclass(frozen=True)
 class SetView:
     """One set in all sections.
 
     Attributes:
         report: its figures.
-        board: the leaderboard's rows, best AUROC first.
+        board: the runs, best AUROC first.
+        published_for: label to what was published of the same model and method, by source.
+        published: every published model and method to what was published of it, by source.
+        best: figure (`COMPARED`) to the highest mean over fold models of our runs.
         intervals: plot of all runs.
         panels: ROC and precision-recall curves.
         calibration: label to reliability plot.
-        published: every published model.
         matrices: figure to rows of differences; None where row and column are the same run.
     """
 
     report: SetReport
-    board: Sequence[BoardRow]
+    board: Sequence[Run]
+    published_for: Mapping[str, Mapping[str, Published]]
+    published: Mapping[tuple[str, str], Mapping[str, Published]]
+    best: Mapping[str, float]
     intervals: Markup
     panels: Sequence[CurvePanel]
     calibration: Mapping[str, Markup]
-    published: Sequence[PublishedRow]
     matrices: Mapping[str, Sequence[tuple[str, Sequence[Difference | None]]]]
 
 
@@ -120,19 +86,26 @@ class LearningView:
     plots: Sequence[Markup]
 
 
-def set_view(set_report: SetReport, runs: Sequence[Run], sizes: Mapping[str, int]) -> SetView:
+def set_view(set_report: SetReport, runs: Sequence[Run]) -> SetView:
     """Arrange and draw one set.
 
     Args:
         set_report: its figures.
         runs: all of the report.
-        sizes: model to the parameters of its backbone, as far as they are known.
     """
     scored = [(number, run) for number, run in enumerate(runs) if run.label not in set_report.missing]
+    published = published_on(set_report.dataset, set_report.split, train=runs[0].record.train)
+    models: dict[tuple[str, str], dict[str, Published]] = {}
+    for row in published:
+        models.setdefault((row.model, row.method), {})[row.source] = row
+    ranks = set_report.comparison.ranks["auroc"]
     return SetView(
         report=set_report,
-        board=_board(set_report, scored, sizes),
-        intervals=_intervals(set_report, scored),
+        board=sorted((run for _, run in scored), key=lambda run: ranks[run.label].value),
+        published_for={run.label: models.get((run.record.model, run.record.method), {}) for _, run in scored},
+        published=models,
+        best={name: max(folds[name].mean for folds in set_report.folds.values()) for name in COMPARED},
+        intervals=_intervals(set_report, scored, published),
         panels=_panels(set_report, scored),
         calibration={
             run.label: charts.reliability(
@@ -142,32 +115,19 @@ def set_view(set_report: SetReport, runs: Sequence[Run], sizes: Mapping[str, int
             )
             for number, run in scored
         },
-        published=_published(set_report, scored),
         matrices={name: _matrix(set_report, name) for name in COMPARED},
     )
 
 
-def _board(set_report: SetReport, scored: Numbered, sizes: Mapping[str, int]) -> list[BoardRow]:
-    comparison = set_report.comparison
-    rows = [
-        BoardRow(
-            run=run,
-            judgement=comparison.judgements[run.label],
-            folds=set_report.folds[run.label],
-            ranks={figure: comparison.ranks[figure][run.label] for figure in COMPARED},
-            published=published_for(run.record, set_report.dataset, set_report.split),
-            cost=_cost(run, sizes),
-        )
-        for _, run in scored
-    ]
-    return sorted(rows, key=lambda row: row.ranks["auroc"].value)
+def costs(run: Run, n_parameters: int | None) -> tuple[float | None, ...]:
+    """What a run cost: seconds, images per second, peak memory in MiB, parameters per fold and of the backbone.
 
-
-def _cost(run: Run, sizes: Mapping[str, int]) -> tuple[float | None, ...]:
+    What is not known is None.
+    """
     cost, n_trained = run.record.cost, run.record.n_trained
     memory = cost.peak_memory_mb if cost.peak_device_memory_mb is None else cost.peak_device_memory_mb
     n_trained = _n_trained_by_probe(run) if n_trained is None else n_trained
-    return cost.seconds, cost.images_per_second, memory, n_trained, sizes.get(run.record.model)
+    return cost.seconds, cost.images_per_second, memory, n_trained, n_parameters
 
 
 def _n_trained_by_probe(run: Run) -> int | None:
@@ -181,11 +141,11 @@ def _n_trained_by_probe(run: Run) -> int | None:
         return None  # no figure depends on it
 
 
-def _intervals(set_report: SetReport, scored: Numbered) -> Markup:
+def _intervals(set_report: SetReport, scored: Numbered, published: Sequence[Published]) -> Markup:
     rows = []
     for number, run in scored:
         figures = set_report.comparison.judgements[run.label].figures
-        published = published_for(run.record, set_report.dataset, set_report.split)
+        same = [row for row in published if (row.model, row.method) == (run.record.model, run.record.method)]
         rows.append(
             Row(
                 label=run.label,
@@ -194,16 +154,12 @@ def _intervals(set_report: SetReport, scored: Numbered) -> Markup:
                 low=[figures[name].low for name in COMPARED],
                 high=[figures[name].high for name in COMPARED],
                 folds=[set_report.folds[run.label][name].each for name in COMPARED],
-                published=[
-                    [_mark(published[source], name, run.label) for source in SOURCES if source in published]
-                    for name in COMPARED
-                ],
+                published=[[_mark(row, name, run.label) for row in same] for name in COMPARED],
             )
         )
     rows.sort(key=lambda row: -row.value[1])
-    everything = published_on(set_report.dataset, set_report.split, train=scored[0][1].record.train)
-    if everything:
-        rows += [_published_marks([row for row in everything if row.source == source], source) for source in SOURCES]
+    if published:
+        rows += [_published_marks([row for row in published if row.source == source], source) for source in SOURCES]
     title = f"{set_report.title}: ensembles with {set_report.any_judgement.level:.0%} intervals"
     return charts.intervals([TITLES[name] for name in COMPARED], rows, title=title)
 
@@ -287,27 +243,6 @@ def _panel(set_report: SetReport, scored: Numbered, method: str | None) -> Curve
             level=set_report.n_positive / set_report.n,
         ),
     )
-
-
-def _published(set_report: SetReport, scored: Numbered) -> list[PublishedRow]:
-    """Every published model on this set, both sources side by side."""
-    models: dict[tuple[str, str], dict[str, Published]] = {}
-    for row in published_on(set_report.dataset, set_report.split, train=scored[0][1].record.train):
-        models.setdefault((row.model, row.method), {})[row.source] = row
-    best = {name: max(folds[name].mean for folds in set_report.folds.values()) for name in COMPARED}
-    return [
-        PublishedRow(
-            model=model,
-            method=method,
-            sources=sources,
-            deltas={
-                (source, name): best[name] - row.figures[name].mean
-                for source, row in sources.items()
-                for name in COMPARED
-            },
-        )
-        for (model, method), sources in models.items()
-    ]
 
 
 def learning_views(report: Report, runs: Sequence[Run]) -> list[LearningView]:
