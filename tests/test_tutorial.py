@@ -17,7 +17,7 @@ TUTORIAL = REPOSITORY / "docs" / "tutorial.ipynb"
 
 def execute(notebook: NotebookNode) -> NotebookNode:
     """Run every cell in a new kernel of this Python; a cell that fails raises its error."""
-    client = NotebookClient(notebook, timeout=600, kernel_name="python3", record_timing=False)
+    client = NotebookClient(notebook, timeout=600, kernel_name="python3", record_timing=False, coalesce_streams=True)
     # tqdm advises to install widgets, naming a file of this machine.
     environment = {"PYTHONPATH": str(REPOSITORY), "PYTHONWARNINGS": "ignore:IProgress not found"}
     return client.execute(env=os.environ | environment)
@@ -29,7 +29,8 @@ def code_cells() -> list[NotebookNode]:
 
 @pytest.mark.filterwarnings("default")  # the client's, which are not ours to mend
 def test_every_cell_of_the_tutorial_runs(monkeypatch, tmp_path):
-    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    for variable in ("TMPDIR", "IPYTHONDIR", "JUPYTER_RUNTIME_DIR"):
+        monkeypatch.setenv(variable, str(tmp_path))
     before = nbformat.read(TUTORIAL, as_version=4)
     kinds = [[output.output_type for output in cell.outputs] for cell in code_cells()]
     after = [cell for cell in execute(before).cells if cell.cell_type == "code"]
