@@ -345,7 +345,7 @@ def test_logits_of_a_single_fold_are_a_linear_layers() -> None:
 
 
 def test_initial_classifiers_are_uniform_as_a_linear_layers() -> None:
-    heads = [tiny_network("head", seed=seed) for seed in range(40)]
+    heads = [tiny_network("head", seed=seed) for seed in range(15)]
     bound = VIT.embedding_dim**-0.5
     for drawn in (
         torch.cat([head.weight.flatten() for head in heads]),
