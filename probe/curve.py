@@ -334,7 +334,10 @@ def _too_few(fraction: float, draw: int, held: tuple[int, ...], taken: int, n_le
 def _point(row: Mapping[str, str]) -> CurvePoint:
     """Make a point of one row of learning_curve.csv, and refuse numbers that no point can have."""
     cells = {name: "nan" if name in _FIGURES and not cell else cell for name, cell in row.items()}
-    point = msgspec.convert(cells, CurvePoint, strict=False)  # numbers are read from their text
+    try:
+        point = msgspec.convert(cells, CurvePoint, strict=False)  # numbers are read from their text
+    except msgspec.ValidationError as error:
+        raise ValueError(f"{error}: {','.join(row.values())}") from None
     possible = {
         "fraction": 0 < point.fraction <= 1,
         "draw": point.draw >= 0,

@@ -182,7 +182,7 @@ class RunRecord:
     test: tuple[str, ...] = ()
     view: str
     pooling: str
-    card_pooling: str
+    card_pooling: str = ""
     label_names: tuple[str, str] = ("0", "1")
     sources: Mapping[str, str] = field(default_factory=dict)
     adapted_modules: tuple[str, ...] | None = None
@@ -429,9 +429,9 @@ def read_run(folder: Path) -> RunRecord:
     digests = _digests(raw)
     if digests.get("run.json") not in (None, _own_digest(raw)):
         raise _not_as_written(folder / "run.json")
+    metrics = _parsed(folder, "metrics.json", lambda: RunMetrics.from_dict(_json_object(contents["metrics.json"])))
     if digests.get("metrics.json") not in (None, hashlib.sha256(contents["metrics.json"]).hexdigest()):
         raise _not_as_written(folder / "metrics.json")
-    metrics = _parsed(folder, "metrics.json", lambda: RunMetrics.from_dict(_json_object(contents["metrics.json"])))
     record = _parsed(folder, "run.json", lambda: RunRecord.from_json(raw))
     missing = [name for name in ("id", "created") if not getattr(record, name)]
     if missing:

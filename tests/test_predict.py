@@ -132,8 +132,8 @@ def altered(run: Path, to: Path, **parts) -> Path:
     """A copy of a run whose record says something else, and has no digests, as those of older versions."""
     shutil.copytree(run, to)
     record = json.loads((to / "run.json").read_text())
-    record.embedding |= parts
-    del record.sha256
+    record["embedding"] |= parts
+    del record["sha256"]
     (to / "run.json").write_text(json.dumps(record))
     return to
 
@@ -160,7 +160,7 @@ def test_a_run_from_another_device_is_used_with_a_note(runs, table, weights, tmp
 def test_imported_embeddings_are_refused(runs, table, weights, tmp_path):
     run = altered(runs["probe"], tmp_path / "run")
     record = json.loads((run / "run.json").read_text())
-    record.embedding = {"source": "theirs.npz"}
+    record["embedding"] = {"source": "theirs.npz"}
     (run / "run.json").write_text(json.dumps(record))
     with pytest.raises(UserError, match="imported embeddings"):
         predict_paths(run, [table], out=tmp_path / "out.csv", weights=weights)
@@ -209,7 +209,7 @@ class TestNewPatches:
 
     def test_a_csv_of_missing_files(self, tmp_path):
         (tmp_path / "t.csv").write_text("path\na.png\n")
-        with pytest.raises(UserError, match=r"1 of 1 files do not exist \(line 2: a.png\)"):
+        with pytest.raises(UserError, match=r"does not exist in 1 of 1 rows \(line 2: a.png\)"):
             load_patches(tmp_path / "t.csv")
 
     def test_an_empty_csv(self, tmp_path):
