@@ -102,7 +102,7 @@ def exact_embed(model: Any, backbone: object, images: Tensor) -> dict[str, Tenso
 def _train(folder: Path) -> None:
     from finetune import network
 
-    network.embed = exact_embed  # type: ignore[assignment]
+    network.forward_poolings = exact_embed  # type: ignore[assignment]
     with join_process_group() as process_group:
         device = torch.device("cpu")
         process_group.connect(device)

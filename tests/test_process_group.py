@@ -84,7 +84,7 @@ def own_words(done: subprocess.CompletedProcess[str]) -> list[str]:
 @pytest.fixture(scope="module")
 def alone() -> dict[str, Any]:
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr("finetune.network.embed", exact_embed)
+        patched.setattr("finetune.network.forward_poolings", exact_embed)
         return {name: trained_alone(case) for name, case in CASES.items()}
 
 

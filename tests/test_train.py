@@ -85,7 +85,7 @@ def exact(monkeypatch: pytest.MonkeyPatch) -> None:
         features = model.forward_features(images)
         return {"cls": features[:, 0]} if features.ndim == 3 else {"pooled": model.forward_head(features, True)}
 
-    monkeypatch.setattr("finetune.network.embed", embed)
+    monkeypatch.setattr("finetune.network.forward_poolings", embed)
 
 
 def nothing(*_: object) -> None:
