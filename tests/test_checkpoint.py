@@ -28,6 +28,7 @@ from finetune.lora import LoraOptions
 from finetune.network import Method
 from finetune.options import ComputeOptions, FinetuneOptions
 from finetune.run import finetune, resume
+from probe import experiment
 from probe.runs import EpochRecord, RunRecord, read_predictions, read_run
 
 CPU = torch.device("cpu")
@@ -666,8 +667,8 @@ def test_the_seed_asked_for_is_the_seed_trained_with(material: Path, tmp_path: P
 
 def test_merged_weights_of_a_training_in_bf16_are_not_rounded_to_bf16(material: Path, tmp_path: Path) -> None:
     asked = options(material, "lora", precision="bf16", epochs=1, lora=LoraOptions(rank=2, alpha=5))
-    how = replace(compute(material, "lora"), merge=True)
-    folder = finetune(asked, compute=how, runs=tmp_path) / "fold-1"
+    merging = replace(compute_options(material, "lora"), merge=True)
+    folder = run_folder(finetune(asked, compute_options=merging, runs=tmp_path)) / "fold-1"
     frozen = load_file(material / "test_vit.safetensors")
     factors, merged = load_file(folder / "adapter_model.safetensors"), load_file(folder / "model.safetensors")
     n_adapted = 0
@@ -693,10 +694,10 @@ def test_the_papers_folds_belong_to_the_papers_recipe_and_data(
         asked.append(named["scheme"])
         raise Killed
 
-    patches = protocol.load_dataset(str(material / "patches.csv"))
+    patches = replace(setup.load_dataset(str(material / "patches.csv")), name=train)
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(protocol, "load_dataset", lambda *_, **__: patches)
-        patched.setattr(protocol, "grouped_folds", listen)
+        patched.setattr(setup, "load_dataset", lambda *_, **__: patches)
+        patched.setattr(experiment, "grouped_folds", listen)
         with pytest.raises(Killed):
-            protocol.prepare(options(material, "head", train=train, recipe=recipe), compute(material, "head"))
+            setup.prepare(options(material, "head", train=train, recipe=recipe), compute_options(material, "head"))
     assert asked == [scheme]
