@@ -215,7 +215,7 @@ def _fetch_from_hub(backbone: Backbone) -> hub.HubFile:
 
 
 def weight_files(backbone: Backbone) -> list[str]:
-    """The names under which a repository may hold the weights, in the order to ask for them."""
+    """List the names under which a repository may hold the weights, in the order to ask for them."""
     if backbone.name in BACKBONES:
         return [backbone.weight_file]
     names = list(dict.fromkeys((backbone.weight_file, "pytorch_model.bin")))  # older repositories have the second
@@ -269,8 +269,8 @@ def build_model(backbone: Backbone, weights: Weights | None, *, dynamic: bool = 
         dynamic: accept other input sizes than the record's.
 
     Raises:
-        UserError: the checkpoint does not fit (named tensors, counts, likely cause), a gated MLP without SiLU, or an
-            architecture of fixed input size when `dynamic`.
+        UserError: if the checkpoint does not fit (the message gives tensors, counts and the likely cause), a gated MLP
+            is without SiLU, or an architecture of fixed input size is to be `dynamic`.
     """
     if weights is None:
         model = _create(backbone, dynamic)
@@ -408,7 +408,7 @@ def check_input_size(model: nn.Module, backbone: Backbone, size: int) -> None:
 
 
 def center_window(grid: int) -> slice:
-    """The central cells along one axis: 30 % is left out on either side, and at least one cell is kept.
+    """Find the central cells along one axis: 30 % is left out on either side, and at least one cell is kept.
 
     >>> center_window(16), center_window(7)
     (slice(5, 11, None), slice(2, 5, None))
@@ -418,7 +418,7 @@ def center_window(grid: int) -> slice:
 
 
 def pooling_widths(model: nn.Module, backbone: Backbone) -> dict[str, int]:
-    """Width of every pooling that `forward_poolings` returns, in its order: the order in which a store writes them."""
+    """Give the width of every pooling that `forward_poolings` returns, in its order, which a store writes them in."""
     return {pooling: _width(model, pooling) for pooling in _poolings(model, backbone)}
 
 
@@ -475,7 +475,7 @@ def _poolings(model: Any, backbone: Backbone) -> tuple[str, ...]:
 
 
 def _default_pooling(model: Any) -> Pooling:
-    """How the model itself turns features into an embedding, for models outside the registry."""
+    """Find how the model itself turns features into an embedding, for models outside the registry."""
     if not _has_tokens(model):
         return "pooled"
     pool = getattr(model, "global_pool", "")

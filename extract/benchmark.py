@@ -260,8 +260,9 @@ def check_data(data: Path, *, whole: bool = False) -> list[DataVerdict]:
     verdicts = []
     for name, expected in (TABLE_SHA256 | {AMI_BR_CSV: AMI_BR_CSV_SHA256}).items():
         if (data / name).is_file():
-            same = _sha256(data / name) == expected
-            verdicts.append(DataVerdict(name, "as published" if same else "another SHA-256 than published", same, True))
+            intact = _sha256(data / name) == expected
+            found = "as published" if intact else "another SHA-256 than published"
+            verdicts.append(DataVerdict(name, found, published=intact, usable=True))
     for name, record in DATASETS.items():
         if not record.folder or not (data / record.folder).is_dir():
             continue
@@ -272,11 +273,11 @@ def check_data(data: Path, *, whole: bool = False) -> list[DataVerdict]:
             else:
                 difference = _size_difference(record, sum(file.path.stat().st_size for file in files))
         except UserError as error:
-            verdicts.append(DataVerdict(name, str(error), False, False))
+            verdicts.append(DataVerdict(name, str(error), published=False, usable=False))
             continue
         checked = "every byte" if whole and record.digest else "number and size"
         found = f"{len(files):,} patches, {difference or f'as published ({checked})'}"
-        verdicts.append(DataVerdict(name, found, difference is None, True))
+        verdicts.append(DataVerdict(name, found, published=difference is None, usable=True))
     return verdicts
 
 
@@ -317,7 +318,7 @@ def difference_to_published(name: str, files: Sequence[PatchFile], sha256: Seque
 
 
 def files_digest(ids: Iterable[str], sha256: Iterable[str]) -> str:
-    """SHA-256 over the sorted lines `<sha256>  <id>`, which is what `sha256sum` prints of the files.
+    """Compute SHA-256 over the sorted lines `<sha256>  <id>`, which is what `sha256sum` prints of the files.
 
     >>> files_digest(["b.png", "a.png"], ["22", "11"])[:16]
     'c805dee2e555ec38'

@@ -52,7 +52,7 @@ def extract(
     precision: Annotated[
         str,
         typer.Option(
-            help="auto, fp32, bf16 or fp16. auto: as the model card asks, else bf16 where it changes nothing."
+            help="auto, fp32, bf16 or fp16. auto: as the model card asks, else bf16 where embeddings hardly change."
         ),
     ] = "auto",
     batch_size: Annotated[
@@ -173,7 +173,7 @@ def _show_lists(models: bool, datasets: bool, data: Path | None, as_json: bool) 
 def doctor(
     model: Annotated[
         str | None,
-        typer.Option(help="Models, comma-separated, that must be available here. Default: a look at every one."),
+        typer.Option(help="Models, comma-separated, that must be available here. Default: all, as information."),
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N; a GPU that is named must be there.")] = "auto",
     data: DataOption = None,
@@ -239,12 +239,12 @@ def _show_diagnosis(diagnosis: Diagnosis, *, all_models: bool) -> None:
 
 
 def main() -> None:
-    """Entry point of `fm-extract`."""
+    """Run `fm-extract` from the command line."""
     run(app)
 
 
 def doctor_main() -> None:
-    """Entry point of `fm-doctor`."""
+    """Run `fm-doctor` from the command line."""
     run(doctor_app)
 
 

@@ -112,15 +112,15 @@ def is_at_hand(name: str, data: Path | None = None) -> bool:
 
 
 def local_data(data: Path | None = None) -> Path | None:
-    """The folder of the known datasets that is here already: the one given, MITOFM_DATA's, or an earlier download."""
+    """Find a folder of the known datasets that is here already: the given one, MITOFM_DATA's, or a download."""
     return data or _default_data() or download.downloaded()
 
 
 def binary_labels(classes: Sequence[str], positive: str | None) -> tuple[list[int], tuple[str, str]]:
-    """Class names to labels: 1 for the positive class, 0 for every other.
+    """Turn class names into labels: 1 for the positive class, 0 for every other.
 
     The positive class is `positive`; else, of two classes, the one named Atypical (in any case); else the one that
-    sorts last (so 1 of 0 and 1), and this choice is said on stderr.
+    sorts last (so 1 of 0 and 1), and a message names the choice.
 
     >>> binary_labels(["Normal", "Atypical", "Normal"], None)
     ([0, 1, 0], ('Normal', 'Atypical'))
@@ -181,7 +181,7 @@ def _drawn(name: str) -> PatchDataset:
 
 
 def _safe_name(path: Path) -> str:
-    """A store name from a path: lower case, plain characters, and never the name of a known dataset."""
+    """Make a store name from a path: lower case, plain characters, and never the name of a known dataset."""
     name = re.sub(r"[^a-z0-9._-]+", "-", path.resolve().name.lower()).strip("-._") or "patches"
     return f"my-{name}" if name in DATASETS else name
 

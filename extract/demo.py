@@ -115,7 +115,7 @@ def _slide(rng: np.random.Generator, number: int) -> _Slide:
 
 
 def _patch(rng: np.random.Generator, slide: _Slide, kind: str) -> NDArray[np.uint8]:
-    """One patch, (SIZE, SIZE, 3): stain amounts, then Beer and Lambert's law, then the scanner."""
+    """Draw one patch, (SIZE, SIZE, 3): stain amounts, then Beer and Lambert's law, then the scanner."""
     haematoxylin, eosin = _tissue(rng, slide.grade)
     chromatin = _chromatin(rng, kind)
     cell = _ellipse(
@@ -141,7 +141,7 @@ def _patch(rng: np.random.Generator, slide: _Slide, kind: str) -> NDArray[np.uin
 
 
 def _tissue(rng: np.random.Generator, grade: float) -> tuple[Map, Map]:
-    """Haematoxylin and eosin of the tissue around the figure: stroma with cracks, and resting nuclei."""
+    """Draw haematoxylin and eosin of the tissue around the figure: stroma with cracks, and resting nuclei."""
     coarse, medium, fine = _noise(rng, 4), _noise(rng, 13), _noise(rng, 47)
     eosin = 0.20 + 0.25 * coarse + 0.30 * medium + 0.25 * fine
     cracks = _soft((0.6 * _noise(rng, 5) + 0.35 * medium + 0.05 * fine - 0.66) * 8)
@@ -167,7 +167,7 @@ def _tissue(rng: np.random.Generator, grade: float) -> tuple[Map, Map]:
 
 
 def _chromatin(rng: np.random.Generator, kind: str) -> Map:
-    """The condensed chromosomes of one figure, 0 to 1: a union of small clumps with ragged edges."""
+    """Draw the condensed chromosomes of one figure, 0 to 1: a union of small clumps with ragged edges."""
     u, v, radius = (
         1.2 * column for column in _FIGURES[kind](rng)
     )  # in the figure's own axes: u along the plate, v from pole to pole
@@ -212,7 +212,7 @@ def _prometaphase(rng: np.random.Generator) -> Clumps:
 
 
 def _anaphase(rng: np.random.Generator, second: float = 1.0) -> Clumps:
-    """Two plates moving apart; `second` scales the size of the second one."""
+    """Draw two plates that move apart; `second` scales the size of the second one."""
     half, length, radius = 6 + 6 * rng.random(), 9 + 4 * rng.random(), 2.9 + 1.1 * rng.random()
     bend = 1 + 2 * rng.random()
     return _together(
@@ -268,7 +268,7 @@ _FIGURES: dict[str, Callable[[np.random.Generator], Clumps]] = {
 def _ellipse(
     x: float, y: float, radius: float, axis: tuple[float, float], aspect: float, *, box: tuple[slice, ...] = ()
 ) -> Map:
-    """1 at the centre, 0 on the outline, negative outside; over `box`, by default the whole patch."""
+    """Draw an ellipse: 1 at the centre, 0 on the outline, negative outside; over `box`, by default the whole patch."""
     c, s = axis
     dx, dy = _X[box] - x, _Y[box] - y
     u, v = c * dx + s * dy, (c * dy - s * dx) / aspect
@@ -276,13 +276,13 @@ def _ellipse(
 
 
 def _soft(values: Map) -> Map:
-    """A smooth step from 0 at 0 to 1 at 1."""
+    """Apply a smooth step from 0 at 0 to 1 at 1."""
     t: Map = np.minimum(np.maximum(values, 0), 1)
     return t * t * (3 - 2 * t)
 
 
 def _noise(rng: np.random.Generator, cells: int) -> Map:
-    """Smooth noise in 0 to 1: random values on a lattice of `cells` x `cells`, interpolated."""
+    """Draw smooth noise in 0 to 1: random values on a lattice of `cells` x `cells`, interpolated."""
     lattice = rng.random((cells + 1, cells + 1))
     position = (np.arange(SIZE) + 0.5) * cells / SIZE
     low = position.astype(int)
@@ -302,7 +302,7 @@ def _signed(rng: np.random.Generator) -> float:
 
 
 def _direction(rng: np.random.Generator) -> tuple[float, float]:
-    """A random unit vector, by rejection: no sine or cosine is needed."""
+    """Draw a random unit vector, by rejection: no sine or cosine is needed."""
     while True:
         x, y = _signed(rng), _signed(rng)
         squared = x * x + y * y

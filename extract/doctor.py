@@ -42,7 +42,7 @@ Answer = TypeVar("Answer")
 _HUB_SECONDS = 8.0  # for the first question; a resolver or proxy may take longer than any timeout of a request
 _MODELS_SECONDS = 15.0  # for the questions about all models together
 _AT_ONCE = 8  # questions
-_FEW_BYTES = 1_000_000_000  # free space worth a word
+_FEW_BYTES = 1_000_000_000  # less free space than this is noted
 DEFAULT_STORE = "embeddings.zarr"
 _SHOWN = 5  # how many of many damaged blocks are named
 
@@ -70,7 +70,7 @@ class DoctorOptions:
 
 @dataclass(frozen=True)
 class Check:
-    """One line. Status "fail" is a lack that something asked for needs, "note" one that nothing needs."""
+    """One line. Status "fail": what was asked for cannot work; "note": a lack that nothing asked for needs."""
 
     group: Literal["machine", "disk", "data", "store", "hub"]
     name: str
@@ -85,9 +85,9 @@ class ModelCheck:
 
     Attributes:
         name: as it was asked for.
-        status: "ok": it is here, or can be downloaded; otherwise "fail" where it was asked for by name, else "note".
-        repository: "organisation/name"; empty for the embedded one.
-        cached: the commit of the weights in the cache (a package's version for the embedded one), or None.
+        status: "ok" if it is here or can be downloaded; otherwise "fail" if it was asked for by name, else "note".
+        repository: "organisation/name"; empty for the bundled one.
+        cached: the commit of the weights in the cache (a package's version for the bundled one), or None.
         gated: whether access has to be requested.
         access: whether the hub would let it be downloaded.
         remedy: what helps.
@@ -151,14 +151,14 @@ def _memory() -> str:
 
 
 def _memory_limit(total: int) -> str:
-    """How much of the memory a container or a cluster's job may use, where that is less than all."""
+    """Say how much of the memory a container or a cluster's job may use, where that is less than all."""
     limit = Path("/sys/fs/cgroup/memory.max")
     text = limit.read_text().strip() if limit.is_file() else "max"
     return f"; at most {_gigabytes(int(text))} here" if text.isdigit() and int(text) < total else ""
 
 
 def _gpus(device: str) -> list[Check]:
-    asked: Status = "fail" if device.startswith("cuda") else "note"
+    if_missing: Status = "fail" if device.startswith("cuda") else "note"
     installed = _nvidia_smi()
     with warnings.catch_warnings(record=True) as caught:  # torch says in a warning why it cannot use a GPU
         warnings.simplefilter("always")
@@ -173,18 +173,18 @@ def _gpus(device: str) -> list[Check]:
                 f"nvidia-smi lists {installed[0]}, but this torch is built for CPUs only: install one built for CUDA "
                 "(pytorch.org has the command), or work with `device='cpu'`."
             )
-        elif installed or asked == "fail":
+        elif installed or if_missing == "fail":
             remedy = reason or (
                 f"nvidia-smi lists {installed[0]}, but torch sees no GPU: look at CUDA_VISIBLE_DEVICES, or update the "
                 "driver."
                 if installed
                 else "This machine has no NVIDIA GPU and driver: run on one that has, or with `device='cpu'`."
             )
-        checks = [Check("machine", "GPU", asked, "none that torch can use", remedy)]
+        checks = [Check("machine", "GPU", if_missing, "none that torch can use", remedy)]
     try:
         find_device(device)
     except UserError as error:
-        if asked == "note" or available:
+        if if_missing == "note" or available:
             checks.append(Check("machine", "device", "fail", f"{device!r} is not here", str(error)))
     return checks
 
@@ -203,7 +203,7 @@ def _gpu(index: int, installed: list[str]) -> Check:
 
 
 def _nvidia_smi() -> list[str]:
-    """Name and driver version of every installed GPU, whether torch can use it or not."""
+    """List name and driver version of every installed GPU, whether torch can use it or not."""
     command = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=5)
@@ -295,11 +295,11 @@ def _store(options: DoctorOptions) -> list[Check]:
 
 
 def _hub() -> tuple[list[Check], bool]:
-    """Check the hub and the token; also says whether the hub can be asked about models."""
+    """Check the hub and the token; return the checks, and whether the hub can be asked about models."""
     where = hub.endpoint()
     has_token = get_token() is not None
-    none = "none: gated models need one, in HF_TOKEN or by `hf auth login`"
-    token = Check("hub", "token", "ok" if has_token else "note", "present" if has_token else none)
+    no_token = "none: gated models need one, in HF_TOKEN or by `hf auth login`"
+    token = Check("hub", "token", "ok" if has_token else "note", "present" if has_token else no_token)
     if constants.HF_HUB_OFFLINE:
         return [
             Check("hub", "hub", "note", f"{where} not asked: HF_HUB_OFFLINE is set, only the cache is used"),
@@ -414,11 +414,11 @@ def _answers(
         for _ in questions:
             finished.get(timeout=max(0.0, deadline - time.monotonic()))
             advance(1)
-    silence = UserError(
+    no_answer = UserError(
         f"{hub.endpoint()} gave no answer in {within:.0f} seconds. Check the connection, name resolution, HF_ENDPOINT "
         "and any proxy; what is in the cache works without the hub, at once with HF_HUB_OFFLINE=1."
     )
-    return {name: answers.get(name, silence) for name in questions}
+    return {name: answers.get(name, no_answer) for name in questions}
 
 
 def _gigabytes(n_bytes: int) -> str:

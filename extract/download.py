@@ -50,14 +50,14 @@ _DAMAGED_ARCHIVE = (tarfile.TarError, gzip.BadGzipFile, zlib.error, EOFError)
 
 
 def cache_folder() -> Path:
-    """Where downloads are kept: MITOFM_CACHE, else XDG_CACHE_HOME/mitofm, else ~/.cache/mitofm."""
+    """Find where downloads are kept: MITOFM_CACHE, else XDG_CACHE_HOME/mitofm, else ~/.cache/mitofm."""
     if folder := os.environ.get("MITOFM_CACHE"):
         return Path(folder)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mitofm"
 
 
 def downloaded() -> Path | None:
-    """The folder of the verified download, or None where there has been none."""
+    """Find the folder of the verified download; None where there has been none."""
     folder = cache_folder() / FOLDER
     return folder if folder.is_dir() else None
 
@@ -151,7 +151,7 @@ def unpack(archive: Path, folder: Path) -> None:
 
 
 def _wanted_path(member: tarfile.TarInfo) -> PurePosixPath | None:
-    """Where a member goes below the data folder; None for what is not needed.
+    """Find where a member goes below the data folder; None for what is not needed.
 
     A name that points outside the archive is refused even if the file is not needed: whoever made it meant harm.
     """
@@ -243,7 +243,7 @@ def _copy(response: IO[bytes], part: Path, *, start: int, total: int | None) -> 
 
 
 def _opener() -> urllib.request.OpenerDirector:
-    """An opener for http and https only: urllib's default one follows a redirect to ftp and opens file addresses."""
+    """Make an opener for http and https only: urllib's default one follows redirects to ftp and opens files."""
     opener = urllib.request.OpenerDirector()
     for handler in (
         urllib.request.ProxyHandler(),

@@ -44,7 +44,7 @@ _UNITS_AHEAD = 2  # decoded, or waiting to be written
 class Summary:
     """How long one model and view took, and how it was computed. Seconds run from the first decode to the last write.
 
-    `n_new` rows were embedded by this process; `n_missing` blocks, of all, were not in the store when it ended.
+    `n_new` counts the rows that this process embedded, `n_missing` all blocks that were missing when it ended.
     """
 
     dataset: str
@@ -63,13 +63,13 @@ class Summary:
     n_missing: int = 0
 
     def as_json(self) -> dict[str, Any]:
-        """The summary as `--json` prints it, where a shard is called a rank."""
+        """Make the object that `--json` prints, where a shard is called a rank."""
         values = asdict(self)
         n_missing = values.pop("n_missing")
         return values | {"rank": values.pop("shard"), "n_ranks": values.pop("n_shards"), "n_missing": n_missing}
 
     def line(self) -> str:
-        """The summary as one sentence; that of one of several shards also says whether the whole is complete now."""
+        """Make one sentence of the summary; for one of several shards it also says whether all is complete now."""
         head = f"{self.dataset} / {self.model} / {self.view}: "
         if self.n_shards > 1:
             head = f"rank {self.shard} of {self.n_shards}: {head}"
@@ -206,7 +206,7 @@ def decoded(decode: Decode, units: Sequence[Rows]) -> Generator[tuple[Rows, list
 
 @contextmanager
 def _map_batches(device: torch.device) -> Iterator[Callable[..., Iterator[Any]]]:
-    """A `map` over batches: on a CPU as many at once as torch has threads, on a GPU one after the other."""
+    """Give a `map` over batches: on a CPU as many at once as torch has threads, on a GPU one after the other."""
     if device.type != "cpu":
         yield map
         return

@@ -1,4 +1,4 @@
-"""How does a file get here from the Hugging Face hub, or else one message that says why not?
+"""How does a file get here from the Hugging Face hub, and what does a message say if it does not?
 
 Everything goes through huggingface_hub's public functions, so its cache, its environment variables (`HF_HOME`,
 `HF_ENDPOINT`, `HF_HUB_OFFLINE`, `HF_TOKEN`) and its login work as everywhere else. A cached file of a pinned commit
@@ -99,7 +99,7 @@ def fetch_file(repo: str, filename: str, *, revision: str, licence: str = "") ->
 
 
 def endpoint() -> str:
-    """The hub's address, without a password."""
+    """Return the hub's address, without a password."""
     return re.sub(r"//[^/@]*@", "//", constants.ENDPOINT)
 
 
@@ -151,13 +151,13 @@ def check_access(repo: str, filename: str, *, revision: str, licence: str = "") 
 
 
 def cached_commit(repo: str, filename: str, *, revision: str) -> str | None:
-    """The commit of the cached file that `revision` means, or None where it is not cached; asks no server."""
+    """Find the commit of the cached file that `revision` means; None where it is not cached. No server is asked."""
     path = _cached(repo, filename, revision)
     return None if path is None else _commit(path, filename)
 
 
 def published_sha256(path: Path) -> str | None:
-    """What the hub says the SHA-256 of a cached file is, or None where it said nothing.
+    """Find the SHA-256 that the hub gave for a cached file; None where it gave none.
 
     The cache keeps a file under its ETag, which for large files is that digest; a snapshot's name is a link to it.
     huggingface_hub itself compares sizes only.
@@ -167,7 +167,7 @@ def published_sha256(path: Path) -> str | None:
 
 
 def sha256_of(path: Path) -> str:
-    """Hex SHA-256 of the file's own bytes, with a progress bar (weights reach 4.5 GB)."""
+    """Compute the hex SHA-256 of a file, with a progress bar (weights reach 4.5 GB)."""
     digest = hashlib.sha256()
     with path.open("rb") as file, progress(f"checking {path.name}", path.stat().st_size, unit="bytes") as advance:
         while block := file.read(1 << 23):
@@ -195,11 +195,11 @@ def _quiet() -> Iterator[None]:
 
 def _cached(repo: str, filename: str, revision: str) -> Path | None:
     path = try_to_load_from_cache(repo, filename, revision=revision)
-    return Path(path) if isinstance(path, str) else None  # also a marker object: "known not to exist"
+    return Path(path) if isinstance(path, str) else None  # or a marker object for "known not to exist"
 
 
 def _commit(path: Path, filename: str) -> str:
-    """The commit in `<cache>/models--org--name/snapshots/<commit>/<filename>`."""
+    """Read the commit from the path `<cache>/models--org--name/snapshots/<commit>/<filename>`."""
     return path.parents[filename.count("/")].name
 
 
@@ -219,7 +219,7 @@ _DISK_ERRORS = {
 def _explain(error: Exception, repo: str, filename: str, revision: str, licence: str) -> NoReturn:
     """Raise a UserError that explains a failed download. The cause is dropped: it may quote request headers."""
     if isinstance(error, LocalEntryNotFoundError) and isinstance(error.__cause__, _DOWNLOAD_ERRORS):
-        error = error.__cause__  # "could not ask, and have no copy": why it could not be asked is the message
+        error = error.__cause__  # out of reach, and nothing cached: the cause says why it is out of reach
     page = f"https://huggingface.co/{repo}"
     local = "Or pass a local file with `weights=PATH`."
     status = error.response.status_code if isinstance(error, HfHubHTTPError) else None

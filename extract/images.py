@@ -77,7 +77,7 @@ def check_files(paths: Sequence[Path], title: str) -> tuple[list[str], int]:
 
 
 def _check_file(path: Path) -> tuple[str, int, str | None]:
-    """SHA-256, size, and why the file cannot be used (None when it can)."""
+    """Check one file: return its SHA-256, its size, and why it cannot be used (None when it can)."""
     try:
         status = path.stat()
         if not stat.S_ISREG(status.st_mode):  # reading a pipe or a device might never end
@@ -91,7 +91,7 @@ def _check_file(path: Path) -> tuple[str, int, str | None]:
 
 
 def file_decoder(paths: Sequence[Path]) -> Decode:
-    """A thread-safe function that reads and decodes the file of a row."""
+    """Make a thread-safe function that reads and decodes the file of a row."""
 
     def decode_row(row: int) -> NDArray[np.uint8]:
         try:
@@ -162,7 +162,7 @@ def _open(data: bytes) -> ImageFile.ImageFile:
 
 
 def _bits(data: bytes, image: Image.Image) -> int:
-    """Bits per sample as stored: Pillow opens 16-bit RGB as 8-bit RGB and keeps the upper byte."""
+    """Find the bits per sample as stored: Pillow opens 16-bit RGB as 8-bit RGB and keeps the upper byte."""
     if image.format == "PNG":
         return data[24]  # IHDR: signature 8, length 4, type 4, width 4, height 4, depth
     if isinstance(image, TiffImagePlugin.TiffImageFile):

@@ -111,7 +111,7 @@ class Job:
         return _step(self.writer.entry, self.batch_size)
 
     def steps(self) -> list[range]:
-        """The rows of every step of this shard in which a block is missing."""
+        """List the rows of every step of this shard in which a block is missing."""
         return _missing_steps(self.writer.entry, self.batch_size, self.shard)
 
 
@@ -124,7 +124,7 @@ class Prepared:
     entries: dict[tuple[str, str], Entry]  # by model and view, in the order asked for; those of jobs go out of date
 
     def units(self) -> list[range]:
-        """Row ranges that can be embedded independently of each other: whole steps of every job with work in them."""
+        """List row ranges that can be embedded independently: whole steps of every job that has work there."""
         unit = math.lcm(*(job.step for job in self.jobs))
         units: dict[int, range] = {}
         for job in self.jobs:
@@ -183,7 +183,7 @@ def prepare(extraction: Extraction) -> Prepared:
 def fingerprint_parts(
     dataset: PatchDataset, backbone: Backbone, weights: Weights, view: View, *, precision: str, device: torch.device
 ) -> dict[str, Any]:
-    """Everything that decides an embedding's numbers, as plain JSON values; the store hashes it."""
+    """List everything that decides an embedding's numbers, as plain JSON values; the store hashes it."""
     return backbone_parts(backbone, weights, view, precision=precision, device=device) | {
         "source_mpp": dataset.mpp,
         "dataset_digest": dataset.samples.images_digest,
@@ -193,7 +193,7 @@ def fingerprint_parts(
 def backbone_parts(
     backbone: Backbone, weights: Weights, view: View, *, precision: str, device: torch.device
 ) -> dict[str, Any]:
-    """The part of `fingerprint_parts` that does not depend on the patches."""
+    """List those of `fingerprint_parts` that do not depend on the patches."""
     return {
         "model": backbone.name,
         "hub_id": backbone.hub_id,
@@ -211,7 +211,7 @@ def backbone_parts(
 
 
 def whole_blocks(batch_size: int, rows_per_block: int) -> int:
-    """The largest batch of at most `batch_size` images that is whole blocks, where it is larger than one block.
+    """Round a batch size down to whole blocks; one that is no larger than a block stays as it is.
 
     >>> whole_blocks(200, 64), whole_blocks(48, 64)
     (192, 48)
@@ -236,14 +236,14 @@ def _stored_entry(extraction: Extraction, backbone: Backbone, view: View) -> Ent
 
 
 def _finished_entry(extraction: Extraction, backbone: Backbone, weights: Weights, view: View) -> Entry | None:
-    """The stored entry, if it was computed just as asked and this shard has nothing left to do: no network is built."""
+    """Find the stored entry if it was computed just as asked and this shard has nothing left to do; else None."""
     entry = _stored_entry(extraction, backbone, view)
     if entry is None:
         return None
     if not entry.complete and (entry.batch_size is None or _missing_steps(entry, entry.batch_size, extraction.shard)):
         return None
-    asked = extraction.options.precision
-    precision = asked if asked != "auto" else str(entry.parts.get("precision"))
+    wanted = extraction.options.precision
+    precision = wanted if wanted != "auto" else str(entry.parts.get("precision"))
     parts = fingerprint_parts(
         extraction.dataset, backbone, weights, view, precision=precision, device=extraction.device
     )
@@ -257,8 +257,8 @@ def _make_job(extraction: Extraction, backbone: Backbone, weights: Weights, mode
     transform = make_transform(backbone, view)
     check_input_size(model, backbone, transform.input_size)
     images = transform(extraction.examples, device)
-    asked = _recorded_precision(extraction, backbone, weights, view) or options.precision
-    precision = choose_precision(asked, backbone, model, images)
+    wanted = _recorded_precision(extraction, backbone, weights, view) or options.precision
+    precision = choose_precision(wanted, backbone, model, images)
     batch_size = _choose_batch_size(extraction, backbone, model, view, images[:1], precision)
     widths = pooling_widths(model, backbone)
 
@@ -290,7 +290,7 @@ def _make_job(extraction: Extraction, backbone: Backbone, weights: Weights, mode
 
 
 def _recorded_precision(extraction: Extraction, backbone: Backbone, weights: Weights, view: View) -> str | None:
-    """What `auto` meant before for this network, view and kind of device; None if it is not asked for, or is new.
+    """Find the precision that `auto` was for this network, view and device before; None if not asked for, or new.
 
     So an interrupted run continues as it began, and all datasets of a store are embedded alike.
     """
@@ -308,7 +308,7 @@ def _recorded_precision(extraction: Extraction, backbone: Backbone, weights: Wei
 def _choose_batch_size(
     extraction: Extraction, backbone: Backbone, model: nn.Module, view: View, image: Tensor, precision: str
 ) -> int:
-    """The batch size that is asked for, else the recorded one, else the one that suits this device."""
+    """Choose the batch size: the one asked for, else the recorded one, else the one that suits this device."""
     options = extraction.options
     stored = None if options.overwrite else _stored_entry(extraction, backbone, view)
     batch_size = options.batch_size or (stored.batch_size if stored else None)
@@ -324,7 +324,7 @@ def _choose_batch_size(
 
 
 def _agree_on_batch_size(writer: Writer, batch_size: int, *, asked: int | None, shared: bool) -> int:
-    """The batch size to go on with: the recorded one, unless the user of a single process asks for another."""
+    """Agree on the batch size to go on with: the recorded one, unless the user of a single process asks for another."""
     recorded = writer.entry.batch_size
     if recorded is not None and recorded != batch_size:
         if asked is None:

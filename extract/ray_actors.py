@@ -52,7 +52,7 @@ class ExtractionSpec:
 
 
 class EmbeddingActor:
-    """The actor."""
+    """An actor: it loads the networks once, then embeds the row ranges that the driver sends it."""
 
     # Not in __init__: an actor whose __init__ fails is dead, and the driver would not learn why.
     def prepare(self, spec: ExtractionSpec) -> tuple[list[range], list[Summary]]:

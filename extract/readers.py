@@ -181,7 +181,7 @@ def _is_ignored(name: str) -> bool:
 
 
 def _natural(text: str) -> tuple[list[str | int], str]:
-    """A sort key under which 10.png follows 9.png."""
+    """Make a sort key under which 10.png follows 9.png."""
     parts = re.split(r"([0-9]+)", text)  # text and number in turn
     return [int(part) if position % 2 else part for position, part in enumerate(parts)], text
 
@@ -210,8 +210,8 @@ def _from_csv(table: Path, *, labelled: bool) -> Patches:
             "an id or path that occurs more than once",
             "Every patch needs one row and an id of its own.",
         )
-        same = _repeated([os.path.normpath(path) for path in paths])
-        refuse(same, "a path that occurs more than once", "Keep one row of each.")
+        repeated_paths = _repeated([os.path.normpath(path) for path in paths])
+        refuse(repeated_paths, "a path that occurs more than once", "Keep one row of each.")
         unknown = [row for row, split in enumerate(cells.get("split", ())) if split not in (TRAIN, TEST, "")]
         refuse(unknown, "an unknown split", f"A split is '{TRAIN}', '{TEST}' or empty (folds are made from '{TRAIN}').")
     missing = [row for row, path in enumerate(paths) if not _is_file(path)]
@@ -296,5 +296,5 @@ def _hdf5_array(path: Path, key: str) -> h5py.Dataset:
 
 
 def first_of(names: Sequence[str]) -> str:
-    """The first few of many names, for an error."""
+    """Join the first few of many names, for an error."""
     return ", ".join(names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")

@@ -29,7 +29,7 @@ class Backbone:
     Attributes:
         name: what `--model` takes.
         title: what tables print.
-        hub_id: "organisation/name"; empty for the embedded network, whose weights are in an installed package.
+        hub_id: "organisation/name"; empty for the bundled network, whose weights are in an installed package.
         revision: the pinned commit, or "main" where the hub's current commit is used and recorded.
         weight_file: file name in the repository.
         sha256: digest of that file as published; None where it is not known beforehand.
@@ -579,7 +579,7 @@ BACKBONES: dict[str, Backbone] = {backbone.name: backbone for backbone in _RECOR
 
 
 def list_models() -> list[dict[str, Any]]:
-    """One row per registered model, for `fm-extract --list-models`."""
+    """List the registered models, a row each, for `fm-extract --list-models`."""
     return [
         {
             "name": backbone.name,

@@ -57,7 +57,7 @@ class DatasetSummary:
         return self.n_atypical / self.n_total
 
     def as_json(self) -> dict[str, Any]:
-        """The summary as `--json` prints it."""
+        """Make the object that `--json` prints."""
         return asdict(self) | {"n_total": self.n_total, "atypical_rate": self.atypical_rate}
 
 
@@ -72,7 +72,7 @@ def table1(data: Path | None = None) -> list[DatasetSummary]:
 
 
 def table1_rows(summaries: Sequence[DatasetSummary]) -> list[tuple[str, list[str]]]:
-    """The table in words: the title of each row, and its cell for each dataset."""
+    """Put the table into words: the title of each row, and its cell for each dataset."""
     cells: dict[str, Callable[[DatasetSummary], str]] = {
         "Patches": lambda s: f"{s.n_total:,}",
         "Atypical": lambda s: f"{s.n_atypical:,}",
@@ -135,7 +135,7 @@ def _summary(name: str, data: Path | None) -> DatasetSummary:
 
 
 def _table_samples(figures: dict[str, Figure]) -> Samples:
-    """A patch table of the dataset's tables alone, for counting: without images there are no digests."""
+    """Make a patch table of the dataset's tables alone, for counting: without images there are no digests."""
     columns = {name: [getattr(figure, name) for figure in figures.values()] for name in Figure._fields}
     votes = np.array(columns.pop("votes"), dtype=np.int8)
     return make_samples(list(figures), columns.pop("label"), sha256=[""] * len(figures), votes=votes, **columns)

@@ -128,7 +128,7 @@ class Transform:
         return pixels[:, :, top : top + self.input_size, left : left + self.input_size]
 
     def record(self) -> dict[str, Any]:
-        """The transform as the fingerprint keeps it."""
+        """Describe the transform as the fingerprint keeps it."""
         return {
             "crop": self.crop,
             "resize": self.resize,
@@ -144,7 +144,7 @@ class Transform:
 def make_transform(backbone: Backbone, view: View) -> Transform:
     """Make the transform of a view: for `full` the card's; other views are resized to the input size itself.
 
-    Those lose no pixels to the card's crop after resizing.
+    So the other views lose no pixels to the crop that the card makes after resizing.
     """
     size = view.input_size or backbone.input_size
     as_card = view.crop is None and view.input_size is None

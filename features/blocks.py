@@ -21,7 +21,7 @@ from features.layout import ROWS_PER_CHUNK, decode_block, not_finite
 from features.storage import DamageError, Fetched, Storage
 
 _MOST_KEPT = 256  # blocks; a process may usually have 1,024 files open
-# Of blocks that are held in memory; and of an array whose blocks stay mapped: pages of a mapped file count as memory.
+# Limits the fetched blocks in memory, and the size of an array whose blocks stay mapped: mapped pages count as memory.
 _MOST_BYTES = 2**30
 
 Chunks = NDArray[np.float16]  # of one block: (chunks, rows per chunk, width)
@@ -41,7 +41,7 @@ def to_float16(
     Raises:
         UserError: if one is NaN, infinite, or beyond the range of float16.
     """
-    with np.errstate(over="ignore"):  # looked for below
+    with np.errstate(over="ignore"):  # reported below
         halves = np.ascontiguousarray(embeddings, dtype="<f2")
     bad = np.flatnonzero(not_finite(halves).any(axis=1))
     if len(bad):
@@ -59,8 +59,8 @@ class BlockReader:
     def __init__(self, storage: Storage) -> None:
         self._storage = storage
         self._verified: set[Hashable] = set()  # versions of blocks whose checksums were right
-        self._kept: dict[Hashable, Chunks] = {}  # each holds a file descriptor or, if fetched, memory:
-        self._bytes = 0
+        self._kept: dict[Hashable, Chunks] = {}  # a mapped block holds a file descriptor
+        self._bytes = 0  # of fetched blocks, which are held in memory
 
     def forget(self) -> None:
         """Verify every block anew when it is next read."""
@@ -118,9 +118,9 @@ class BlockReader:
                 yield block, None
 
     def _calls(self, entry: Entry, pooling: str, blocks: Sequence[int]) -> Iterator[tuple[int, Callable[[], Chunks]]]:
-        """The number of each block and a call that reads it, while the storage fetches ahead."""
+        """Yield the number of each block and a call that reads it, while the storage fetches ahead."""
         if self._is_full():
-            self._let_go()  # now, not in between: what is kept when fetching begins must still be there later
+            self._let_go()  # only here: the storage does not fetch what is kept when fetching begins
         names = [block_name(block) for block in blocks]
         fetched = self._storage.fetch(f"{entry.key}/{pooling}", names, self._kept.__contains__)
         for block, get in zip(blocks, fetched, strict=True):
@@ -154,7 +154,7 @@ class BlockReader:
 
 def _bad_block(entry: Entry, pooling: str, block: int, what: str) -> DamageError:
     rows = entry.rows(block)
-    # Without its last pooling the block counts as missing, and only it is computed again.
+    # Without the file of its last pooling a block counts as missing, and only this block is computed again.
     last = entry.block_path(entry.last_pooling, block)
     remedy = (
         "import it again with `overwrite=True`"
@@ -194,8 +194,8 @@ class Embeddings:
 
     def select(self, rows: NDArray[np.intp] | NDArray[np.bool_]) -> Embeddings:
         """Select some of these rows, by index in the order given or by mask."""
-        before = np.arange(len(self)) if self.rows is None else self.rows
-        return replace(self, rows=before[rows])
+        current = np.arange(len(self)) if self.rows is None else self.rows
+        return replace(self, rows=current[rows])
 
     def read(self) -> NDArray[np.float16]:
         """Read all of them into memory.
@@ -240,7 +240,7 @@ class Embeddings:
     def _chunk_rows(
         self, pooling: str, start: int, stop: int, held: dict[str, tuple[int, Chunks]]
     ) -> NDArray[np.float16]:
-        """Rows `start` to `stop` of these, which lie in one chunk."""
+        """Read rows `start` to `stop` of these embeddings, which lie in one chunk."""
         rows = np.arange(start, stop) if self.rows is None else self.rows[start:stop]
         block, row_in_block = np.divmod(rows, self.entry.rows_per_block)
         chunk, row = np.divmod(row_in_block, ROWS_PER_CHUNK)

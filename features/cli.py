@@ -203,5 +203,5 @@ def _print_contents(contents: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    """The console script."""
+    """Run `fm-store` from the command line."""
     run(app)

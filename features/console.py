@@ -43,26 +43,26 @@ class Interrupted(BaseException):
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """A ' Did you mean ...?' suffix naming the closest known names, or an empty string when none is close."""
+    """Make a ' Did you mean ...?' suffix of the closest known names; an empty string when none is close."""
     close = difflib.get_close_matches(name, list(known), n=3, cutoff=0.5)
     return f" Did you mean {' or '.join(close)}?" if close else ""
 
 
 def quieten(quiet: bool) -> None:
-    """Say and show nothing from now on, or again: of several processes of one command only one speaks."""
+    """Silence this process's messages and results, or end the silence: of several processes only one speaks."""
     global _quiet
     _quiet = quiet
 
 
 def say(message: str) -> None:
-    """One message on stderr; a hostile file name in it cannot drive the terminal."""
+    """Print one message on stderr; a hostile file name in it cannot drive the terminal."""
     if _quiet:
         return
     print("\n".join(map(printable, message.split("\n"))), file=sys.stderr, flush=True)
 
 
 def print_json(value: dict[str, Any]) -> None:
-    """The one JSON object that `--json` promises, on stdout; what could drive a terminal stands as \\u escapes."""
+    """Print the one JSON object that `--json` promises on stdout; control characters become \\u escapes."""
     if _quiet:
         return
     text = json.dumps(value, indent=2, ensure_ascii=False)
@@ -70,7 +70,7 @@ def print_json(value: dict[str, Any]) -> None:
 
 
 def show(*tables: Table) -> None:
-    """Tables on stdout, as wide as the terminal; in a pipe or file as wide as they need."""
+    """Print tables on stdout, as wide as the terminal; in a pipe or file as wide as they need."""
     if _quiet:
         return
     from rich.console import Console
@@ -78,7 +78,7 @@ def show(*tables: Table) -> None:
 
     class Plain(Console):
         def render_str(self, text: str, **options: Any) -> Text:
-            """Names are data: neither markup nor control characters."""
+            """Render a name as data: markup is not read, and control characters are escaped."""
             return super().render_str("\n".join(map(printable, text.split("\n"))), **options)
 
     console = Plain(width=None if sys.stdout.isatty() else _PIPE_WIDTH, markup=False, highlight=False)
@@ -87,19 +87,19 @@ def show(*tables: Table) -> None:
 
 
 def printable(text: str) -> str:
-    """`text` with control characters escaped."""
+    """Escape the control characters of `text`."""
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 def no_progress() -> None:
-    """No progress bars from this process: another one draws its own on the same terminal."""
+    """Draw no progress bars in this process: another one draws its own on the same terminal."""
     global _bars
     _bars = False
 
 
 @contextmanager
 def progress(description: str, total: int, unit: str = "images") -> Iterator[ProgressCallback]:
-    """A progress bar with rate and time left on a terminal's stderr; nothing at all elsewhere.
+    """Show a progress bar with rate and time left if stderr is a terminal; elsewhere show nothing.
 
     Yields:
         `advance(n)`, to be called after every `n` finished units; safe to call from any thread.
@@ -159,7 +159,7 @@ def run(app: typer.Typer) -> None:
     except OSError as error:
         if error.errno != errno.ENAMETOOLONG:
             raise
-        _fail(f"{error.filename}: this name is longer than a file system takes. Give the name of what is there.")
+        _fail(f"{error.filename}: this name is longer than a file system takes. Name a file or folder that exists.")
     except Interrupted:
         _fail("interrupted. Everything finished so far is kept: run the same command again to finish the rest.")
 
@@ -192,7 +192,7 @@ _ARGUMENT = re.compile(r"`(?P<name>[a-z_]+)(=(?P<value>'[^'`]*'|\"[^\"`]*\"|[\w.
 
 
 def _flags(app: typer.Typer) -> dict[str, str]:
-    """Parameter -> flag of every option of an application, of all its commands together."""
+    """Map parameter -> flag for every option of an application, of all its commands together."""
     from typer.main import get_command
 
     command = get_command(app)

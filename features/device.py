@@ -40,7 +40,7 @@ def find_device(name: str, *, local_rank: int | None = None, n_processes: int = 
         raise UserError(f"device {name!r} is not supported: use auto, cpu, cuda or cuda:N.")
     if device.index is not None and device.type == "cuda" and n_processes > 1:
         raise UserError(
-            f"device {name!r} was asked for, for all of {n_processes} processes. Use auto or cuda, by which each "
+            f"device {name!r} names one GPU for all of {n_processes} processes. Use auto or cuda, by which each "
             "process takes a GPU of its own, or cpu."
         )
     if device.type == "cuda" and (device.index or 0) >= n_gpus:

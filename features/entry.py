@@ -21,7 +21,7 @@ class Entry:
     """The embeddings of one dataset by one model through one view, as their metadata describe them.
 
     Attributes:
-        dataset, model, view: true names, as given by the user.
+        dataset, model, view: names as the user gives them; those of folders are made from them.
         poolings: name -> width, in the order in which a block is written.
         card_pooling: the embedding that the model's card recommends, a sum of poolings: "cls", "cls+mean", "pooled".
         fingerprint: SHA-256 over `parts`.
@@ -68,7 +68,7 @@ class Entry:
 
     @property
     def folder(self) -> Path | str:
-        """What messages call its folder."""
+        """The path or address of its folder, as messages name it."""
         return self.storage.path(self.key)
 
     @property
@@ -77,29 +77,29 @@ class Entry:
         return list(self.poolings)[-1]
 
     def rows(self, block: int) -> range:
-        """The rows of a block."""
+        """Return the rows of a block."""
         start = block * self.rows_per_block
         return range(start, min(start + self.rows_per_block, self.n_rows))
 
     def grid(self, pooling: str) -> Grid:
-        """How the array of a pooling is cut into blocks."""
+        """Describe how the array of a pooling is cut into blocks."""
         return Grid(self.n_rows, self.poolings[pooling], self.rows_per_block)
 
     def block_key(self, pooling: str, block: int) -> str:
-        """The key of a block's file."""
+        """Make the key of a block's file."""
         return f"{self.key}/{pooling}/{block_name(block)}"
 
     def block_path(self, pooling: str, block: int) -> Path | str:
-        """What messages call a block's file."""
+        """Make the path or address of a block's file, as messages name it."""
         return self.storage.path(self.block_key(pooling, block))
 
     def missing_blocks(self) -> list[int]:
-        """The numbers of the blocks that are not there now: those without a file of the last pooling."""
-        there = self.storage.list_folder(f"{self.key}/{self.last_pooling}")
-        return [block for block in range(self.n_blocks) if block_name(block) not in there]
+        """List the numbers of the blocks that are missing now: those without a file of the last pooling."""
+        written = self.storage.list_folder(f"{self.key}/{self.last_pooling}")
+        return [block for block in range(self.n_blocks) if block_name(block) not in written]
 
     def size(self) -> int:
-        """The bytes of all its files."""
+        """Sum the bytes of all its files."""
         folders = [self.key, *(f"{self.key}/{pooling}" for pooling in self.poolings)]
         return sum(sum(self.storage.list_folder(folder).values()) for folder in folders)
 
@@ -112,7 +112,7 @@ class Entry:
         check_array(self.storage, f"{self.key}/{pooling}", self.grid(pooling).metadata(), remedy=_REMEDY)
 
     def incomplete(self) -> str:
-        """The sentence that says how many blocks are missing and what to do."""
+        """Make the sentence that says how many blocks are missing and what to do."""
         command = "fm-store import" if self.imported else "fm-extract"
         return (
             f"{self.name} is not complete: {self.n_blocks - self.n_done} of {self.n_blocks} blocks are missing. "
@@ -121,17 +121,17 @@ class Entry:
 
 
 def block_name(block: int) -> str:
-    """The name of a block's file."""
+    """Make the name of a block's file."""
     return f"c.{block}.0"
 
 
 def folder_name(name: str) -> str:
-    """The name with the characters replaced that a folder of the store may not have."""
+    """Replace those characters of a name that a folder of the store may not have."""
     return re.sub(r"[^\w.@+=-]", "-", re.sub(r"[/:\\]+", "--", name))
 
 
 def store_key(name: str) -> str:
-    """The folder name of a dataset, model or view: `timm/x` -> `timm--x`, `hf-hub:a/b@r` -> `hf-hub--a--b@r`.
+    """Make the folder name of a dataset, model or view: `timm/x` -> `timm--x`, `hf-hub:a/b@r` -> `hf-hub--a--b@r`.
 
     Raises:
         UserError: if the name is empty, climbs (`..`), holds control characters, or would clash with a Zarr name.
@@ -145,13 +145,13 @@ def store_key(name: str) -> str:
 
 
 def entry_key(dataset: str, model: str, view: str) -> str:
-    """The key of an entry's folder. Raises UserError as `store_key`."""
+    """Make the key of an entry's folder. Raises UserError as `store_key`."""
     if store_key(model) == "samples":
         raise UserError("a model cannot be called 'samples': that is the name of the patch table.")
     return "/".join(map(store_key, (dataset, model, view)))
 
 
-# What is recorded: how much is done is seen from the files, and where they lie is known to whoever reads them.
+# The recorded fields. The files themselves show how much is done, and whoever reads them knows where they lie.
 _RECORDED = [field.name for field in fields(Entry) if field.name not in ("n_done", "storage", "key")]
 
 
@@ -183,10 +183,10 @@ def read_entry(storage: Storage, key: str) -> Entry:
 
 
 def create_entry(entry: Entry, *, replace: bool) -> None:
-    """Make an entry's folder, without blocks and all at once; with `replace` it takes the place of one that is there.
+    """Make an entry's folder in one step, without blocks; with `replace` it takes the place of an existing one.
 
     Raises:
-        ValueError: if its poolings cannot be named so or do not make its card pooling.
+        ValueError: if a pooling has an impossible name or width, or the card pooling is not made of the poolings.
         UserError: if the entry to be replaced is being written.
     """
     for name, width in entry.poolings.items():

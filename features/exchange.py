@@ -36,8 +36,8 @@ def export_embeddings(
 
     Args:
         store: where they are.
-        dataset, model, view: true names.
-        pooling: as `FeatureStore.read`.
+        dataset, model, view: which embeddings.
+        pooling: as for `FeatureStore.read`.
         format: one of `FORMATS`.
         out: the file; it is replaced in one step.
 
@@ -79,7 +79,7 @@ def _columns(samples: Samples) -> Columns:
 
 
 def _write_hdf5(path: Path, embeddings: NDArray[np.float16], samples: Samples, record: Record) -> None:
-    """The layout of TRIDENT and CLAM: a dataset `features` (n, d); row-aligned columns beside it."""
+    """Write the layout of TRIDENT and CLAM: a dataset `features` (n, d), and row-aligned columns beside it."""
     with h5py.File(path, "w") as file:
         file["features"] = embeddings
         for name, values in _columns(samples).items():

@@ -2,7 +2,7 @@
 
 Everything new is made under a temporary name (`.<name>.<random>.partial`), flushed to the disk, and only then renamed;
 so a final name always stands for something whole. What a killed writer leaves behind is ignored by readers and removed
-by the next writer. Linux and macOS.
+by the next writer. This works on Linux and macOS.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pathlib import Path
 from features.console import UserError
 
 PARTIAL = ".partial"
-_KEPT_OF_NAME = 50  # characters, of up to four bytes each: with the rest of a temporary name below 255 bytes
+_KEPT_OF_NAME = 50  # characters of up to four bytes: a temporary name stays below 255 bytes, the usual limit
 
 _CANNOT_WRITE = {
     errno.ENOSPC: "free some space",
@@ -55,7 +55,7 @@ def write_file(path: Path, pieces: Iterable[bytes | memoryview]) -> None:
 
 @contextmanager
 def new_file(path: Path) -> Iterator[Path]:
-    """A temporary name to write to; at the end that file replaces `path` in one step. An error removes it."""
+    """Give a temporary name to write to; at the end that file replaces `path` in one step. An error removes it."""
     temporary = temporary_name(path)
     try:
         yield temporary
@@ -68,7 +68,7 @@ def new_file(path: Path) -> Iterator[Path]:
 
 
 def temporary_name(path: Path) -> Path:
-    """A name beside `path` that nobody else uses, and no longer than a file system takes."""
+    """Make a name beside `path` that nobody else uses, and no longer than a file system takes."""
     return path.with_name(f".{path.name[:_KEPT_OF_NAME]}.{uuid.uuid4().hex}{PARTIAL}")
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 
 def fingerprint(parts: Mapping[str, Any]) -> str:
-    """SHA-256 (hex) over the canonical JSON of everything that decides an embedding's numbers."""
+    """Compute the SHA-256 (hex) over the canonical JSON of everything that decides an embedding's numbers."""
     text = json.dumps(parts, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()
 

@@ -82,7 +82,7 @@ def grouped_folds(samples: Samples, n_folds: int, *, seed: int = SEED, scheme: S
     Args:
         samples: (n,) patch table; only these rows are assigned.
         n_folds: at least 2.
-        seed: decides the order in which equally unequal groups are assigned.
+        seed: decides the order of groups whose classes are equally unbalanced.
         scheme: "paper" takes the assignment of the paper's runs (AMi-Br, five folds, seed 42 only).
 
     Raises:
@@ -155,7 +155,7 @@ def _frozen(samples: Samples, n_folds: int, seed: int, scheme: Scheme) -> NDArra
 def _deal(label: NDArray[np.int8], groups: NDArray[np.intp], n_folds: int, seed: int) -> NDArray[np.intp]:
     """Assign groups to folds, those with the most unequal classes first, each to the fold that keeps classes most even.
 
-    Of equally good folds the smallest one is taken.
+    Of equally good folds, the one with the fewest rows is taken.
 
     The unevenness of a class c is the variance over folds of its share n_kc / n_c. Adding a group with g_c rows of
     class c to fold k raises the sum of squared shares by ((n_kc + g_c)^2 - n_kc^2) / n_c^2; only that increment
@@ -166,8 +166,8 @@ def _deal(label: NDArray[np.int8], groups: NDArray[np.intp], n_folds: int, seed:
     np.add.at(counts, (groups, label.astype(np.intp)), 1)
     # RandomState, not Generator: its permutations are guaranteed never to change.
     shuffled = np.random.RandomState(seed).permutation(n_groups)
-    lopsided = np.abs(counts[shuffled, 0] - counts[shuffled, 1])
-    order = shuffled[np.argsort(-lopsided, kind="stable")]
+    imbalance = np.abs(counts[shuffled, 0] - counts[shuffled, 1])
+    order = shuffled[np.argsort(-imbalance, kind="stable")]
 
     n_negative, n_positive = (int(total) for total in counts.sum(axis=0))
     weights = (max(n_positive, 1) ** 2, max(n_negative, 1) ** 2)  # 1/n_c^2, times both squares

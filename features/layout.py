@@ -27,7 +27,7 @@ _STRINGS: dict[str, Any] = {"data_type": "string", "fill_value": "", "codecs": [
 
 
 def rows_per_block(n: int) -> int:
-    """How many rows of `n` are written at once: a power of two that makes at most 128 blocks, but 64 to 65,536 rows.
+    """Choose how many of `n` rows form a block: a power of two that makes at most 128 blocks, from 64 to 65,536.
 
     The lower bound keeps files from being tiny, the upper one what a writer must hold in memory.
     """
@@ -48,16 +48,16 @@ class Grid:
 
     @property
     def chunks_per_shard(self) -> int:
-        """0 if a block is a plain chunk, not a shard."""
+        """Chunks of a block that is a shard; 0 if blocks are plain chunks."""
         return self.rows_per_block // ROWS_PER_CHUNK if self.rows_per_block > ROWS_PER_CHUNK else 0
 
     @property
     def chunk_bytes(self) -> int:
-        """Without the checksum."""
+        """Bytes of a chunk without its checksum."""
         return self.rows_per_chunk * self.width * 2
 
     def metadata(self) -> dict[str, Any]:
-        """The array's zarr.json."""
+        """Make the array's zarr.json."""
         codecs = _HALVES
         if self.chunks_per_shard:
             sharding = {"chunk_shape": [self.rows_per_chunk, self.width], "codecs": codecs, "index_codecs": codecs}
@@ -67,7 +67,7 @@ class Grid:
 
 
 def column_metadata(n_samples: int, n_raters: int) -> dict[str, dict[str, Any]]:
-    """The zarr.json of every column of a patch table, each one chunk; without raters there is no column of votes."""
+    """Make the zarr.json of every column of a patch table, each one chunk; without raters there are no votes."""
     per_sample = _array((n_samples,), (n_samples,), ("sample",))
     columns = dict.fromkeys(STRING_COLUMNS, per_sample | _STRINGS) | {"label": per_sample | _INT8}
     if n_raters:
@@ -76,7 +76,7 @@ def column_metadata(n_samples: int, n_raters: int) -> dict[str, dict[str, Any]]:
 
 
 def group_metadata(attributes: dict[str, Any]) -> dict[str, Any]:
-    """The zarr.json of a group."""
+    """Make the zarr.json of a group."""
     return {"zarr_format": 3, "node_type": "group", "attributes": attributes}
 
 
@@ -93,7 +93,7 @@ def _array(shape: tuple[int, ...], chunk_shape: tuple[int, ...], dimensions: tup
 
 
 def encode_block(values: NDArray[np.float16], grid: Grid) -> list[memoryview]:
-    """The bytes of a block's file, in pieces: its chunks, and the index if it is a shard, each with its CRC-32C.
+    """Encode a block as the bytes of its file, in pieces: chunks and, of a shard, the index, each with its CRC-32C.
 
     Args:
         values: (rows of the block, width).
@@ -112,7 +112,7 @@ def encode_block(values: NDArray[np.float16], grid: Grid) -> list[memoryview]:
 
 
 def decode_block(data: mmap.mmap | bytes, n_rows: int, grid: Grid, *, check: bool) -> NDArray[np.float16]:
-    """The chunks in the bytes of a block of `n_rows` rows, without a copy.
+    """Decode the bytes of a block of `n_rows` rows into its chunks, without a copy.
 
     Returns:
         (chunks, rows per chunk, width) float16; rows beyond the block's are fill value.
@@ -141,13 +141,13 @@ def decode_block(data: mmap.mmap | bytes, n_rows: int, grid: Grid, *, check: boo
 
 
 def not_finite(values: NDArray[np.float16]) -> NDArray[np.bool_]:
-    """Where all exponent bits are set; ten times faster than numpy's isfinite on float16."""
+    """Mark NaN and infinity by their exponent bits, ten times as fast as numpy's isfinite on float16."""
     finite: NDArray[np.bool_] = (values.view(np.uint16) & 0x7C00) != 0x7C00
     return ~finite
 
 
 def _shard_index(n_chunks: int, grid: Grid) -> NDArray[np.uint8]:
-    """Offset and size of every chunk of a shard; those beyond the array's end are not there."""
+    """Make a shard's index, offset and size of every chunk; chunks beyond the array's end are marked absent."""
     index = np.full((grid.chunks_per_shard, 2), _NO_CHUNK, "<u8")
     index[:n_chunks, 0] = np.arange(n_chunks) * (grid.chunk_bytes + _CRC_BYTES)
     index[:n_chunks, 1] = grid.chunk_bytes + _CRC_BYTES

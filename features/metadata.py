@@ -25,8 +25,8 @@ def read_attributes(storage: Storage, key: str) -> dict[str, Any]:
     attributes = document.get("attributes", {})
     if document.get("zarr_format") != 3 or document.get("node_type") != "group" or not isinstance(attributes, dict):
         raise damage(storage.path(key), "this is not a Zarr v3 group", "restore it from a copy, or use another `store`")
-    written = attributes.pop(_DIGEST, None)
-    if written not in (None, fingerprint(attributes)):
+    recorded = attributes.pop(_DIGEST, None)
+    if recorded not in (None, fingerprint(attributes)):
         raise damage(storage.path(key), "its attributes do not match their digest", remedy)
     return attributes
 
@@ -37,7 +37,7 @@ def write_attributes(storage: Storage, key: str, attributes: dict[str, Any]) -> 
 
 
 def encode_group(attributes: dict[str, Any]) -> bytes:
-    """The zarr.json of a group, with a digest: nothing else would show that a bit of, say, a label's name flipped."""
+    """Encode the zarr.json of a group with a digest, which shows that a bit of, say, a label's name has flipped."""
     return encode_json(group_metadata(attributes | {_DIGEST: fingerprint(attributes)}))
 
 
@@ -56,12 +56,12 @@ def check_array(storage: Storage, key: str, expected: dict[str, Any], *, remedy:
 
 
 def encode_json(document: Mapping[str, Any]) -> bytes:
-    """A zarr.json as format 1 writes it."""
+    """Encode a zarr.json as format 1 writes it."""
     return json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False).encode()
 
 
 def damage(path: Path | str, what: str, remedy: str) -> DamageError:
-    """The error that says where the damage is, what it is, and what to do."""
+    """Make the error that says where the damage is, what it is, and what to do."""
     return DamageError(f"{path} is damaged: {what}. To mend it, {remedy}.")
 
 

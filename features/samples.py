@@ -115,9 +115,9 @@ def make_samples(
     if not np.isin(labels, (0, 1)).all():
         raise UserError(f"labels must be 0 or 1 (1 = the positive class); found {sorted(set(labels.tolist()))}.")
     splits = _strings(unknown if split is None else split)
-    others = sorted(set(splits.tolist()) - {TRAIN, TEST, ""})
-    if others:
-        raise UserError(f"unknown split {others[0]!r}: a split is 'train', 'test' or empty.")
+    unknown_splits = sorted(set(splits.tolist()) - {TRAIN, TEST, ""})
+    if unknown_splits:
+        raise UserError(f"unknown split {unknown_splits[0]!r}: a split is 'train', 'test' or empty.")
     return Samples(
         id=ids,
         label=labels,
@@ -169,7 +169,7 @@ class Audit:
         return sum(len(ids) - 1 for ids in self.duplicates)
 
     def lines(self) -> list[str]:
-        """Say the findings in sentences; none if there are none."""
+        """Describe the findings, one sentence each; an empty list if there are none."""
         lines = []
         if self.duplicates:
             n_files = sum(map(len, self.duplicates))
@@ -198,7 +198,7 @@ class Audit:
         return lines
 
     def as_dict(self) -> dict[str, object]:
-        """The findings as plain JSON values."""
+        """Give the findings as plain JSON values."""
         return {
             "duplicates": [list(ids) for ids in self.duplicates],
             "conflicts": [list(ids) for ids in self.conflicts],

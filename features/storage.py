@@ -46,13 +46,13 @@ class Storage(Protocol):
         """Whether `claim` keeps other processes from replacing what is being written."""
 
     def path(self, key: str) -> Path | str:
-        """What messages call a file or folder."""
+        """Make the path or address of a file or folder, as messages name it."""
 
     def exists(self, key: str) -> bool:
-        """Whether a file is there; of the empty key, whether anything is."""
+        """Whether a file is there; for the empty key, whether the root holds anything."""
 
     def list_folder(self, key: str) -> dict[str, int]:
-        """The names of the files and folders right below a folder, with the files' sizes; empty if it is not there."""
+        """List the files and folders right below a folder by name, with the files' sizes; empty if it is not there."""
 
     def read(self, key: str) -> bytes:
         """Read a whole file. Raises OSError if it is not there or cannot be read."""
@@ -60,7 +60,7 @@ class Storage(Protocol):
     def fetch(
         self, folder: str, names: Sequence[str], known: Callable[[Hashable], bool]
     ) -> Iterator[Callable[[], Fetched]]:
-        """Read named files of a folder, where it pays several ahead.
+        """Read named files of a folder, several ahead where that is faster.
 
         Yields:
             for each name a call that returns the file's version and its bytes (none if that version is `known`), or
@@ -73,12 +73,12 @@ class Storage(Protocol):
     def put_folder(self, key: str, files: Mapping[str, Pieces], *, replace: bool = False) -> None:
         """Make a folder of these files, zarr.json among them, none of which appears before all are safe.
 
-        If a folder with a zarr.json is there by then, it stays; with `replace` it is removed first. The former needs
-        no lock: of several processes that put a folder at once, the first one's stays.
+        A folder with a zarr.json that is already there stays or, with `replace`, is removed first. Without `replace`
+        no lock is needed: of several processes that put a folder at once, the first one's stays.
         """
 
     def remove(self, key: str) -> None:
-        """Remove a file or a folder, if it is there; of a folder first what makes it count as there."""
+        """Remove a file or a folder, if it is there; a folder's zarr.json goes first: without it the folder is gone."""
 
     def sweep(self, key: str) -> None:
         """Remove what killed writers have left in a folder and in those right below it."""
@@ -86,7 +86,7 @@ class Storage(Protocol):
     def lock(self) -> AbstractContextManager[bool]:
         """Wait until no other process adds or replaces folders.
 
-        Its value says whether there is a lock. Without one, unfinished files may be another process's at work.
+        The context's value says whether there is a lock. Without one, unfinished files may be another process's work.
         """
 
     def claim(self, key: str, *, shared: bool = False) -> object:
@@ -100,11 +100,11 @@ class Storage(Protocol):
 
 
 def find_groups(storage: Storage, key: str) -> list[str]:
-    """The keys of the finished folders right below a folder, sorted: those with a zarr.json."""
+    """List the keys of the finished folders right below a folder, sorted: those with a zarr.json."""
     names = sorted(name for name in storage.list_folder(key) if name[0] != "." and name != METADATA)
     keys = [f"{key}/{name}" if key else name for name in names]
     finished = storage.map(lambda group: storage.exists(f"{group}/{METADATA}"), keys)
-    return [group for group, there in zip(keys, finished, strict=True) if there]
+    return [group for group, is_finished in zip(keys, finished, strict=True) if is_finished]
 
 
 def find_storage(where: Path | str) -> Storage:

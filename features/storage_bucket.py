@@ -117,7 +117,7 @@ class BucketStorage:
             self.write(f"{key}/{METADATA}", files[METADATA])
             return
         below = {item["path"] for item in self._list_below(key)}
-        if self.exists(f"{key}/{METADATA}"):  # asked after the list: if not, all listed is of an unfinished folder
+        if self.exists(f"{key}/{METADATA}"):  # asked after listing: without it, all that was listed is unfinished
             return
         self._delete(sorted(below.difference(f"{key}/{name}" for name in files)))
         self._put_content(key, files)
@@ -209,7 +209,7 @@ class BucketStorage:
 
     @contextmanager
     def _asking(self, what: str = "read", *, but: tuple[type[Exception], ...] = ()) -> Iterator[None]:
-        """Turn refusals into one message each, `but` for some. The server's own text may echo keys and is not repeated.
+        """Turn refusals into one message each, except for `but`. The server's text may hold keys and is not repeated.
 
         Raises:
             FileNotFoundError: if there is no such object.
@@ -240,9 +240,9 @@ _KEYS_REFUSED = {"AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", 
 def _refusal(error: Exception, root: str) -> tuple[str | None, str]:
     """Say what went wrong and what to do; no fault if an object is simply not there."""
     text = str(error).partition("Debug source")[0]
-    named = re.search(r"<Code>(\w{1,60})</Code>", text)
+    xml_code = re.search(r"<Code>(\w{1,60})</Code>", text)
     status = re.search(r"status code: (\d{3})", text)
-    code = named[1] if named else f"HTTP status {status[1]}" if status else ""
+    code = xml_code[1] if xml_code else f"HTTP status {status[1]}" if status else ""
     bucket = "/".join(root.split("/")[:3])
     if code in _NO_BUCKET or "bucket does not exist" in text:
         return f"{bucket} does not exist ({code})", "make it or name another `store`"
@@ -275,8 +275,8 @@ def connect(root: str) -> Any:
 
 def _from_aws(root: str) -> dict[str, Any]:
     """Find credentials, region and endpoint as the AWS tools do."""
-    named = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
-    options: dict[str, Any] = {"endpoint": named} if named else {}
+    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+    options: dict[str, Any] = {"endpoint": endpoint} if endpoint else {}
     env = os.environ
     if env.get("AWS_SKIP_SIGNATURE") or (env.get("AWS_ACCESS_KEY_ID") and env.get("AWS_SECRET_ACCESS_KEY")):
         return options  # obstore reads them itself
@@ -291,7 +291,7 @@ def _from_aws(root: str) -> dict[str, Any]:
         session = boto3.Session()
         if session.get_credentials() is None:
             raise UserError(missing)
-        if not named:
+        if not endpoint:
             url = session.client("s3").meta.endpoint_url
             options |= {} if "amazonaws.com" in url else {"endpoint": url}
     except BotoCoreError as error:

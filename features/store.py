@@ -1,4 +1,4 @@
-"""Where do embeddings live, and when is one of them there, whole and right?
+"""Where are embeddings stored, and how is it known that they are complete and undamaged?
 
 A Zarr v3 store (docs/store-format.md is its specification). Every array has its final shape from the start and is
 written in blocks of whole rows, each once. The blocks are plain files that `features.blocks` reads and
@@ -111,12 +111,12 @@ class FeatureStore:
         return cls._open(storage)
 
     def datasets(self) -> list[str]:
-        """The true names of all datasets."""
+        """List the names of all datasets, as the user gave them."""
         keys = find_groups(self.storage, "")
         return self.storage.map(lambda key: str(read_attributes(self.storage, key).get("name")), keys)
 
     def dataset_attrs(self, dataset: str) -> dict[str, Any]:
-        """A dataset's attributes: its name, digests, counts, and what its maker recorded about it.
+        """Read a dataset's attributes: its name, digests, counts, and what its maker recorded about it.
 
         Raises:
             UserError: if the store has no such dataset, or its metadata are damaged.
@@ -152,10 +152,10 @@ class FeatureStore:
     def put_samples(
         self, dataset: str, samples: Samples, *, attrs: Mapping[str, Any], overwrite: bool = False, shared: bool = False
     ) -> bool:
-        """Record a dataset's patch table. The same table twice is no work.
+        """Record a dataset's patch table; nothing is written if the same table is there.
 
         Args:
-            dataset: true name.
+            dataset: its name.
             samples: the table; its row order is that of every embedding of this dataset.
             attrs: what else to record about the dataset, as JSON values.
             overwrite: whether to discard this dataset, with all its embeddings, if its images have changed.
@@ -213,7 +213,7 @@ class FeatureStore:
         return True
 
     def entries(self, dataset: str | None = None, model: str | None = None) -> list[Entry]:
-        """Everything embedded so far, complete or not, in the order of the names.
+        """List everything embedded so far, complete or not, in the order of the names.
 
         Raises:
             UserError: if an entry's metadata are damaged.
@@ -223,7 +223,7 @@ class FeatureStore:
         return [entry for entry in entries if model in (None, entry.model)]
 
     def entry(self, dataset: str, *, model: str, view: str) -> Entry:
-        """What the store knows about one dataset seen by one model through one view, complete or not.
+        """Read what the store knows about one dataset seen by one model through one view, complete or not.
 
         Raises:
             UserError: if there is none, or its metadata are damaged.
@@ -263,12 +263,12 @@ class FeatureStore:
 
         Args:
             dataset: a dataset whose patch table is in the store.
-            model: true name.
+            model: its name.
             view: input policy, as "full" or "center64".
             poolings: name -> width, in the order in which they shall be written.
             card_pooling: the poolings, joined by "+", that make the embedding recommended by the model's card.
             parts: everything that decides the numbers, as JSON values.
-            overwrite: whether to discard what another fingerprint, or this one, has left.
+            overwrite: whether to discard what is there under these names, whatever its fingerprint.
             imported: whether the embeddings were computed elsewhere.
             batch_size: images per forward pass, recorded if the entry is new; one that is there keeps its own.
             shared: whether other machines may be doing the same at this moment. Then nothing unfinished is swept up.
@@ -299,9 +299,9 @@ class FeatureStore:
         with self.storage.lock() as locked:
             if locked and not shared:
                 self.storage.sweep(store_key(dataset))
-            there = self.storage.exists(f"{entry.key}/{METADATA}")  # one that appears from now on is whole, and stays
-            if overwrite or not there:
-                create_entry(entry, replace=there)
+            exists = self.storage.exists(f"{entry.key}/{METADATA}")  # one that appears from now on is whole, and stays
+            if overwrite or not exists:
+                create_entry(entry, replace=exists)
             stored = read_entry(self.storage, entry.key)
             refuse_other(stored, entry)
             return Writer(stored, self.samples(dataset).id, shared=shared)
@@ -320,7 +320,7 @@ class FeatureStore:
         Each block's checksum is computed once per open store, when the block is first touched.
 
         Args:
-            dataset, model, view: true names.
+            dataset, model, view: which embeddings.
             pooling: a stored pooling, several joined by "+", or "card" for what the model's card recommends.
             rows: which rows, as indices in any order or as a mask; all by default.
 
@@ -341,7 +341,7 @@ class FeatureStore:
         pooling: str = "card",
         rows: NDArray[np.intp] | NDArray[np.bool_] | None = None,
     ) -> Embeddings:
-        """The same embeddings, not read yet. Args and raises: as `read`, but for the checksums."""
+        """Find the embeddings that `read` would read, still unread. Args and raises: as `read`, but for checksums."""
         entry = self.entry(dataset, model=model, view=view)
         if not entry.complete:
             missing = [f"{rows.start}–{rows.stop - 1}" for rows in map(entry.rows, entry.missing_blocks())]

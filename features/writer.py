@@ -29,7 +29,7 @@ class Writer:
         self._claim = entry.storage.claim(entry.key, shared=shared)
 
     def missing(self, within: range | None = None) -> list[range]:
-        """The rows of every block that is not there now; with `within`, of those blocks that lie in these rows."""
+        """List the rows of every block that is missing now; with `within`, only of blocks that lie in these rows."""
         blocks = [self.entry.rows(block) for block in self.entry.missing_blocks()]
         if within is None:
             return blocks
@@ -60,7 +60,7 @@ class Writer:
             for name in expected
         }
         self._require_not_replaced()
-        # In declared order, each safely in its place before the next: the last one there means all are.
+        # In declared order, each on the disk before the next is begun: where the last one is, all are.
         try:
             for name, values in halves.items():
                 entry.storage.write(entry.block_key(name, block), encode_block(values, entry.grid(name)))
@@ -87,7 +87,7 @@ class Writer:
         self.entry = replace(self.entry, batch_size=n)
 
     def _require_not_replaced(self) -> None:
-        """Where nothing keeps others from replacing the entry, look whether one has."""
+        """Raise UserError if another process has replaced the entry, which is possible where there are no locks."""
         entry = self.entry
         if entry.storage.has_locks:
             return

@@ -144,7 +144,7 @@ def recolour(images: Tensor, draws: Tensor, options: AugmentOptions) -> Tensor:
 
 
 def _hue_rotation(turn: Tensor) -> Tensor:
-    """Colour matrices (b, 3, 3) of angles (b,): RGB to YIQ, rotate I and Q, back."""
+    """Compute colour matrices (b, 3, 3) of angles (b,): RGB to YIQ, rotate I and Q, back."""
     to_yiq = turn.new_tensor(
         [[0.299, 0.587, 0.114], [0.59590059, -0.27455667, -0.32134392], [0.21153661, -0.52273617, 0.31119955]]
     )

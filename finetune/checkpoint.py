@@ -61,7 +61,7 @@ class State:
     n_images: int = 0
 
     def scores(self, fold: int) -> list[float]:
-        """A fold's validation balanced accuracy after each epoch so far."""
+        """List a fold's validation balanced accuracy after each epoch so far."""
         return [epoch.balanced_accuracy for epoch in self.history[fold]]
 
 
@@ -114,7 +114,7 @@ def load_state(folder: Path, device: torch.device) -> State | None:
 
 
 def _digest(described: dict[str, Any], tensors: dict[str, Tensor]) -> str:
-    """SHA-256 over everything in a checkpoint: training would go on from a flipped bit without an error."""
+    """Compute SHA-256 over all of a checkpoint: without it, training would go on from a flipped bit unnoticed."""
     digest = hashlib.sha256(json.dumps(described, sort_keys=True).encode())
     for name in sorted(tensors):
         digest.update(tensors[name].cpu().contiguous().flatten().view(torch.uint8).numpy().data)

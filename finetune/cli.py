@@ -56,11 +56,11 @@ def finetune(
         str | None, typer.Option(help="full, centerN, centerN@M as in fm-extract. Default: the recipe's.")
     ] = None,
     cv: CvOption = 5,
-    epochs: Annotated[int | None, typer.Option(min=1, help="At most. Default: the recipe's.")] = None,
+    epochs: Annotated[int | None, typer.Option(min=1, help="Epochs, at most. Default: the recipe's.")] = None,
     batch_size: Annotated[
         int | None, typer.Option(min=1, help="Patches per fold and step. Default: the recipe's.")
     ] = None,
-    learning_rate: Annotated[float | None, typer.Option(help="Default: the recipe's.")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="At its start or peak. Default: the recipe's.")] = None,
     seed: SeedOption = 42,
     precision: Annotated[str, typer.Option(help="auto, fp32 or bf16.")] = "auto",
     positive: PositiveOption = None,
@@ -72,7 +72,7 @@ def finetune(
     ] = None,
     compile: Annotated[bool, typer.Option("--compile", help="Compile the backbone with torch.compile.")] = False,
     grad_checkpointing: Annotated[
-        bool, typer.Option("--grad-checkpointing", help="Less memory, a third more time.")
+        bool, typer.Option("--grad-checkpointing", help="Recompute activations: less memory, a third more time.")
     ] = False,
     merge: Annotated[
         bool, typer.Option("--merge", help="Also write each fold as a plain timm network, adapters merged.")
@@ -144,7 +144,7 @@ def finetune(
 
 
 def _given(context: typer.Context) -> list[str]:
-    """The parameters that stood on the command line."""
+    """List the parameters that stood on the command line."""
     sources = {name: context.get_parameter_source(name) for name in context.params}
     return [name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"]
 
@@ -253,17 +253,17 @@ def report(
 
 
 def main() -> None:
-    """Entry point of `fm-finetune`."""
+    """Run `fm-finetune` from the command line."""
     run(finetune_app)
 
 
 def predict_main() -> None:
-    """Entry point of `fm-predict`."""
+    """Run `fm-predict` from the command line."""
     run(predict_app)
 
 
 def report_main() -> None:
-    """Entry point of `fm-report`."""
+    """Run `fm-report` from the command line."""
     run(report_app)
 
 

@@ -39,7 +39,7 @@ class Compute:
     process_group: ProcessGroup = SINGLE_PROCESS
 
     def autocast(self) -> AbstractContextManager[Any]:
-        """The precision as a context."""
+        """Return a context that computes in the precision."""
         return torch.autocast(self.device.type, torch.bfloat16) if self.precision == "bf16" else nullcontext()
 
     def passes(self, folds: Sequence[int]) -> Iterator[list[int]]:

@@ -27,7 +27,7 @@ WHOLE_BATCH = BatchRows(0, 1, 1)
 
 
 def drop_threshold(dropout: float) -> int:
-    """The number of byte values, of 256, that drop their element: the probability, rounded, but never all of them.
+    """Count the byte values, of 256, that drop their element: the probability, rounded, but never all of them.
 
     >>> drop_threshold(0.3)
     77
@@ -78,7 +78,7 @@ def _random_bytes(seed: int, n: int, device: torch.device) -> Tensor:
 
 @cache
 def _generator(device: torch.device) -> torch.Generator:
-    """One generator per device, seeded anew for every mask: making one takes longer than drawing from it."""
+    """Give a device's generator, seeded anew for every mask: making one takes longer than drawing from it."""
     return torch.Generator(device)
 
 

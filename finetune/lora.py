@@ -41,7 +41,7 @@ FAMILY_TARGETS = {
 
 @dataclass(frozen=True)
 class LoraOptions:
-    """What decides an adapter.
+    """The options of LoRA adapters.
 
     >>> LoraOptions(rank=16, alpha=32)
     LoraOptions(rank=16, alpha=32, dropout=0.3, targets=None)
@@ -112,7 +112,7 @@ def add_adapters(model: nn.Module, options: LoraOptions, *, n_folds: int, seed: 
 
 
 def default_targets(model: nn.Module) -> str:
-    """The pattern in `FAMILY_TARGETS` that matches most of the model's module names."""
+    """Find the pattern in `FAMILY_TARGETS` that matches most of the model's module names."""
     names = [name for name, _ in model.named_modules()]
     return max(FAMILY_TARGETS.values(), key=lambda targets: sum(bool(re.fullmatch(targets, name)) for name in names))
 
@@ -187,7 +187,7 @@ def adapters(model: nn.Module) -> Iterator[tuple[str, StackedLora]]:
 
 
 def trainable(model: nn.Module) -> list[Parameter]:
-    """The stacked factors: for each layer A (n_folds, rank, in) and B (n_folds, out, rank).
+    """List the stacked factors: for each layer A (n_folds, rank, in) and B (n_folds, out, rank).
 
     A fold that is not in the batch gets zero gradients.
     """
@@ -242,7 +242,7 @@ class StackedLora(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """(n, ..., in) -> (n, ..., out), or (n, in, h, w) -> (n, out, h, w); n = active folds x images per fold."""
+        """Map (n, ..., in) to (n, ..., out), or (n, in, h, w) to (n, out, h, w); n = active folds x images per fold."""
         if len(x) % len(self.folds):
             raise ValueError(f"a batch of {len(x)} images cannot hold equally many of {len(self.folds)} folds")
         if torch.is_autocast_enabled(x.device.type):
@@ -329,7 +329,7 @@ class _AdaptedLinear(torch.autograd.Function):
 
 
 def _by_fold(x: Tensor, n_folds: int) -> Tensor:
-    """(n, ..., d) -> (f, t, d): all tokens or pixels of a fold's images below each other."""
+    """Reshape (n, ..., d) to (f, t, d): all tokens or pixels of a fold's images below each other."""
     return x.reshape(n_folds, -1, x.shape[-1])
 
 

@@ -1,4 +1,4 @@
-"""What is trained, and where do its numbers live? A backbone with one classifier per fold, by one of three methods.
+"""What is trained, and where do its numbers lie? A backbone with one classifier per fold, by one of three methods.
 
 - lora: one frozen backbone, an adapter and a classifier per fold; a batch holds the images of several folds.
 - head: one frozen backbone, a classifier per fold.
@@ -175,7 +175,7 @@ class Network(nn.Module):
         return self.gradients.shape[1]
 
     def rows(self) -> list[Tensor]:
-        """The trained part of each row, (p_trained,), with its gradient; both share memory with the network."""
+        """List the trained part of each row, (p_trained,), with its gradient; both share memory with the network."""
         rows = [row[: self.n_trained] for row in self.values]
         for row, gradient in zip(rows, self.gradients, strict=True):
             row.grad = gradient
@@ -269,7 +269,7 @@ class Network(nn.Module):
 
 
 def _new_head(width: int, seed: int, fold: int) -> tuple[Tensor, Tensor]:
-    """A classifier's initial weight (2, d) and bias (2,), drawn from the distribution that `nn.Linear` uses."""
+    """Draw a classifier's initial weight (2, d) and bias (2,) from the distribution that `nn.Linear` uses."""
     generator = torch.Generator().manual_seed(seed_of(seed, fold, _HEAD_SEED))
     bound = 1 / math.sqrt(width)
     weight, bias = torch.empty(N_CLASSES, width), torch.empty(N_CLASSES)

@@ -70,29 +70,29 @@ class FinetuneOptions:
 
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> FinetuneOptions:
-        """The options of a run or of an interrupted training, as its JSON holds them."""
+        """Read the options of a run or of an interrupted training from its JSON values."""
         test = record["test"]
         nested = {"lora": LoraOptions(**record["lora"]), "test": None if test is None else tuple(test)}
         return cls(**{**record, **nested})
 
     def by_name(self) -> dict[str, Any]:
-        """All options by name, the adapters' as "lora.rank" and so on."""
+        """List all options by name, the adapters' as "lora.rank" and so on."""
         named = asdict(self)
         adapter = named.pop("lora")
         return named | {f"lora.{name}": value for name, value in adapter.items()}
 
     def resolved_recipe(self, backbone: Backbone) -> Recipe:
-        """The recipe for this method and backbone, with what the user chose instead."""
+        """Find the recipe for this method and backbone, changed where the user chose something else."""
         recipe = recipe_for(self.recipe, method=self.method, convolutional=is_convolutional(backbone))
         chosen = {name: getattr(self, name) for name in ("epochs", "batch_size", "learning_rate")}
         return replace(recipe, **{name: value for name, value in chosen.items() if value is not None})
 
     def resolved_view(self, backbone: Backbone) -> View:
-        """The user's view, else the recipe's, else the backbone's."""
+        """Choose the view: the user's, else the recipe's, else the backbone's."""
         return parse_view(self.view or RECIPES[self.recipe].view or backbone.finetune_view)
 
     def network_folds(self, n_folds: int) -> list[tuple[int, ...]]:
-        """The folds that each network holds: one network for all folds, or one per fold for "full"."""
+        """List the folds that each network holds: one network for all folds, or one per fold for "full"."""
         return [(fold,) for fold in range(n_folds)] if self.method == "full" else [tuple(range(n_folds))]
 
 
@@ -120,17 +120,17 @@ class ComputeOptions:
 
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> ComputeOptions:
-        """The options that `as_record` gave."""
+        """Read the options that `as_record` gave."""
         paths = {name: None if record[name] is None else Path(record[name]) for name in ("data", "weights")}
         return cls(**{**record, **paths})
 
     def as_record(self) -> dict[str, Any]:
-        """As JSON values; paths are absolute, so that a run can be resumed from any folder."""
+        """Give the options as JSON values; paths are absolute, so that a run can be resumed from any folder."""
         paths = {"data": self.data, "weights": self.weights}
         return asdict(self) | {name: None if path is None else str(path.resolve()) for name, path in paths.items()}
 
     def resolved_folds_at_once(self, device: torch.device, n_folds: int) -> int:
-        """Folds per forward pass: at most `n_folds`, and by default all on a GPU and one on a CPU.
+        """Choose the folds per forward pass: at most `n_folds`, and by default all on a GPU and one on a CPU.
 
         A CPU is faster with one: the activations of several folds would not fit into its caches.
         """
@@ -138,7 +138,7 @@ class ComputeOptions:
 
 
 def training_precision(asked: str, backbone: Backbone, device: torch.device) -> str:
-    """The precision to train in, "fp32" or "bf16".
+    """Choose the precision to train in, "fp32" or "bf16".
 
     "auto" is bf16 where the processor has it, on a CPU for transformers only: convolutions are no faster in it there.
     """

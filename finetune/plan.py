@@ -110,12 +110,12 @@ def make_plan(options: FinetuneOptions, compute_options: ComputeOptions = Comput
 
 
 def _kept_bytes(network: Network, images: Tensor, precision: str) -> int:
-    """Bytes that one step of one fold keeps for its backward pass, each storage counted once, without parameters."""
+    """Count the bytes that a step of one fold keeps for its backward pass, each storage once, without parameters."""
     sizes: dict[int, int] = {}
     parameters = {
         tensor.untyped_storage()._cdata for tensor in (network.values, *network.parameters(), *network.buffers())
     }
-    alive = []  # or the address of a freed tensor could be counted for another
+    alive = []  # keeps tensors alive: the address of a freed one could be given to another
 
     def keep(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()

@@ -1,4 +1,4 @@
-"""What does a run say of new patches? The mean probability of its fold models, and the class at the run's threshold."""
+"""What does a run predict for new patches? The mean probability of its fold models, and the class at its threshold."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from probe.runs import RunRecord, check_weights, read_run, read_weights
 
 COLUMNS = ("source", "id", "probability", "predicted", "spread")
 _BATCH = {"cpu": 8, "cuda": 64}  # images per forward pass of a frozen backbone
-# Parts of a fingerprint that say where and on what numbers were computed, not which function computed them.
+# Parts of a fingerprint that say where, and of which patches, embeddings were computed, but not by which function.
 _CIRCUMSTANCES = ("dataset_digest", "source_mpp", "poolings", "device", "revision")
 _Predictor = Callable[[Patches, ProgressCallback], NDArray[np.float32]]  # patches to logits (n, n_folds)
 

@@ -74,7 +74,7 @@ class ProcessGroup:
         return self.rank == 0
 
     def shard_rows(self, n: int) -> slice:
-        """The rows of n that this process computes: contiguous, in order of rank, as many as others' or one more."""
+        """Return the rows of n that this process computes: contiguous, in order of rank, in nearly equal shares."""
         return slice(n * self.rank // self.world_size, n * (self.rank + 1) // self.world_size)
 
     # ------------------------------------------------------------------------------------------------------- texts
@@ -202,7 +202,7 @@ def _lost_if_unreachable() -> Iterator[None]:
 
 @contextmanager
 def join_process_group() -> Iterator[ProcessGroup]:
-    """The process group that torchrun, or whatever else sets its environment variables, has started this process in.
+    """Join the process group in which torchrun, or what else sets its environment variables, started this process.
 
     When several processes fail, only the first to fail prints its message: the others' failures follow from it.
 
@@ -337,7 +337,7 @@ class SynchronizedBatchNorm(nn.Module):
         self.train(norm.training)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(n, c, ...) -> (n, c, ...)."""
+        """Normalise and activate (n, c, ...)."""
         mean: Tensor = self.running_mean  # type: ignore[assignment]
         var: Tensor = self.running_var  # type: ignore[assignment]
         if self.training:
@@ -407,5 +407,5 @@ class _SynchronizedBatchNorm(torch.autograd.Function):
 
 
 def _axes(x: Tensor) -> tuple[list[int], list[int]]:
-    """The axes that a batch norm averages over, and the shape in which one value per channel broadcasts against x."""
+    """Find the axes that a batch norm averages over, and the shape in which a value per channel broadcasts to x."""
     return [0, *range(2, x.ndim)], [1, -1] + [1] * (x.ndim - 2)

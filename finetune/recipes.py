@@ -83,7 +83,7 @@ RECIPES = {
 }
 
 # Learning rates of our own recipe, by method and whether the backbone is convolutional. 1e-3 for adapters of
-# convolutions was chosen by cross-validation on the embedded network (3e-3 diverges). In the authors' runs on
+# convolutions was chosen by cross-validation on the bundled network (3e-3 diverges). In the authors' runs on
 # H-optimus, a transformer, 1e-3 cost .2 balanced accuracy against 5e-5, so transformers stay at the paper's 1e-4.
 RATES = {
     ("lora", True): 1e-3,
@@ -96,7 +96,7 @@ RATES = {
 
 
 def recipe_for(name: str, *, method: str, convolutional: bool) -> Recipe:
-    """A recipe of `RECIPES`; ours with the learning rate in `RATES`.
+    """Find a recipe of `RECIPES`; ours gets its learning rate from `RATES`.
 
     >>> recipe_for("default", method="full", convolutional=True).learning_rate
     0.0001
@@ -106,7 +106,7 @@ def recipe_for(name: str, *, method: str, convolutional: bool) -> Recipe:
 
 
 def learning_rate(scores: Sequence[float], recipe: Recipe, *, batch: int, n_batches: int) -> float:
-    """The learning rate of one batch of a fold's next epoch.
+    """Compute the learning rate of one batch of a fold's next epoch.
 
     >>> learning_rate([0.7, 0.6, 0.6, 0.6, 0.6], RECIPES["paper"], batch=0, n_batches=100)
     5e-05

@@ -114,8 +114,8 @@ def resume(
 
 
 def _require_same_options(folder: Path, options: FinetuneOptions, given: Mapping[str, Any]) -> None:
-    own = options.by_name()
-    differing = [f"{name} {value!r} instead of {own[name]!r}" for name, value in given.items() if value != own[name]]
+    old = options.by_name()
+    differing = [f"{name} {value!r} instead of {old[name]!r}" for name, value in given.items() if value != old[name]]
     if differing:
         raise UserError(
             f"{folder} was started with other options: found {', '.join(differing)}. Resume it without them, or start "
@@ -163,7 +163,7 @@ def _begun_before(setup: Setup, runs: Path) -> Path | None:
 
 
 def _train_and_finish(setup: Setup, folder: Path, network: Network) -> RunRecord | None:
-    """Train, score and write the run; whatever stops it on the way says how to go on."""
+    """Train, score and write the run; an interruption on the way says how to go on."""
     process_group = setup.compute.process_group
     say(f"{folder}: training. If it is interrupted: fm-finetune --resume {folder}")
     try:
@@ -249,7 +249,7 @@ def _merge_folds(setup: Setup, folder: Path) -> None:
 
 
 def _record(setup: Setup, run_id: str, network: Network, state: State) -> RunRecord:
-    """What run.json says of a fine-tuned run."""
+    """Make the record of a fine-tuned run for run.json."""
     experiment, options, compute = setup.experiment, setup.options, setup.compute
     on_gpu = compute.device.type == "cuda"
     return RunRecord(

@@ -1,7 +1,7 @@
-"""What do the saved fold models say of patches?
+"""How are patches scored by the saved fold models?
 
 Scoring starts from the weights on disk, not from those in memory: so a run's predictions are those of the weights that
-it keeps, also where training was interrupted between the two.
+it keeps, even if the process was stopped between saving and scoring.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from probe.experiment import FoldLogits
 
 
 def fold_folder(run: Path, fold: int) -> Path:
-    """Where a run keeps the weights of a fold."""
+    """Return the folder in which a run keeps the weights of a fold."""
     return run / f"fold-{fold}"
 
 

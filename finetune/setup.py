@@ -77,13 +77,13 @@ class Setup:
         return self.options.network_folds(self.experiment.folds.n_folds)
 
     def fingerprint_parts(self, patches: PatchDataset) -> dict[str, Any]:
-        """The parts of the fingerprint of a dataset's embeddings, as extraction records them."""
+        """List the parts of the fingerprint of a dataset's embeddings, as extraction records them."""
         precision, device = self.compute.precision, self.compute.device
         parts = fingerprint_parts(patches, self.backbone, self.weights, self.view, precision=precision, device=device)
         return parts | {"transform": self.transform.record()}
 
     def identity(self) -> dict[str, Any]:
-        """What must not change between the start and the end of a training, as JSON values."""
+        """Describe what must not change between the start and the end of a training, as JSON values."""
         digests = self.experiment.table_digests
         identity = {
             "options": asdict(self.options),
@@ -155,7 +155,7 @@ def _load_datasets(options: FinetuneOptions, data: Path | None) -> dict[str, Pat
 
 
 def _test_names(options: FinetuneOptions, data: Path | None) -> list[str]:
-    """The datasets to score besides the training set's own test split."""
+    """List the datasets to score besides the training set's own test split."""
     if options.test is not None:
         return [name for name in options.test if name != options.train]
     if options.train not in DATASETS or not DATASETS[options.train].folder:
@@ -168,13 +168,13 @@ def _test_names(options: FinetuneOptions, data: Path | None) -> list[str]:
 
 
 def training_transform(backbone: Backbone, view: View, statistics: str) -> Transform:
-    """The view's transform, normalising by the card's statistics ("card") or by ImageNet's ("imagenet")."""
+    """Make the view's transform, normalising by the card's statistics ("card") or by ImageNet's ("imagenet")."""
     transform = make_transform(backbone, view)
     return transform if statistics == "card" else replace(transform, mean=IMAGENET_MEAN, std=IMAGENET_STD)
 
 
 def new_network(setup: Setup, folds: Sequence[int]) -> Network:
-    """The network of some folds before training, set up to compute as the user wants it."""
+    """Build the network of some folds before training, set up to compute as the user wants it."""
     device = setup.compute.device
     network = build_network(setup.backbone, setup.weights, setup.options, setup.view, folds, device=device)
     network.compute_in(setup.compute.precision)
@@ -194,7 +194,7 @@ def build_network(
     *,
     device: torch.device,
 ) -> Network:
-    """The backbone on its device, with the adapters and classifiers of some folds.
+    """Build the backbone on its device, with the adapters and classifiers of some folds.
 
     Raises:
         UserError: weights that do not fit, an input size that does not, or targets that match nothing.
@@ -216,7 +216,7 @@ def load_training_set(setup: Setup) -> TrainingSet:
 
 
 def _pixels(setup: Setup) -> Tensor:
-    """The patches as (n, 3, s, s) uint8, resized as extraction does it."""
+    """Decode the patches to (n, 3, s, s) uint8, resized as extraction does it."""
     rows, size = setup.experiment.rows, setup.transform.input_size
     shape = (len(rows), 3, size, size)
     device = setup.compute.device

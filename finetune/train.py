@@ -57,16 +57,16 @@ class TrainingSet:
     transform: Transform
 
     def take(self, rows: Tensor) -> Tensor:
-        """Pixels (m, 3, s, s) of rows, which may have any shape, m in all."""
+        """Take the pixels (m, 3, s, s) of m row numbers, which may come in any shape."""
         return self.pixels[rows.flatten().to(self.pixels.device)]
 
     def held_out(self, fold: int) -> NDArray[np.intp]:
-        """The rows that validate in a fold."""
+        """List the rows that validate in a fold."""
         return np.flatnonzero(self.folds.fold == fold)
 
 
 def new_state(network: Network, *, after: State | None = None) -> State:
-    """The state before the first step of the network's folds; `after` is the state at the end of other folds."""
+    """Make the state before the first step of the network's folds; `after` is the state at the end of other folds."""
     return State(
         folds=network.folds,
         values=network.values,
@@ -111,8 +111,8 @@ def train(
     process_group.broadcast_(network.values)  # another processor may have drawn another last bit
     state.values = network.values
     optimizers = {
-        fold: _optimizer(row, recipe, state.moments[at], state.n_steps[at])
-        for at, (fold, row) in enumerate(zip(network.folds, network.rows(), strict=True))
+        fold: _optimizer(row, recipe, state.moments[index], state.n_steps[index])
+        for index, (fold, row) in enumerate(zip(network.folds, network.rows(), strict=True))
     }
     labels = data.label.cpu().numpy()
 
@@ -155,8 +155,8 @@ def train(
             )
             state.history[fold].append(record)
             if best_epoch(state.scores(fold)) == epoch:
-                at = network.folds.index(fold)
-                state.best[at] = network.values[at]
+                index = network.folds.index(fold)
+                state.best[index] = network.values[index]
         state.seconds += time.perf_counter() - started
         save(state)
         advance(0, _describe_epoch(epoch, [state.history[fold][-1] for fold in active]))
@@ -170,7 +170,7 @@ def _describe_epoch(epoch: int, records: Sequence[EpochRecord]) -> str:
 
 
 def _optimizer(row: Tensor, recipe: Recipe, moments: Tensor, n_steps: int) -> torch.optim.Optimizer:
-    """An optimiser of one fold's row, whose moments lie in the given memory."""
+    """Make an optimiser of one fold's row, whose moments lie in the given memory."""
     kind = torch.optim.AdamW if recipe.optimizer == "adamw" else torch.optim.Adam
     optimizer = kind([row], lr=recipe.learning_rate, weight_decay=recipe.weight_decay, fused=row.is_cuda)
     steps = torch.tensor(float(n_steps), device=row.device if row.is_cuda else None)
@@ -226,7 +226,7 @@ def draw_epoch(data: TrainingSet, fold: int, recipe: Recipe, *, seed: int, epoch
 def _images(
     data: TrainingSet, recipe: Recipe, batches: Sequence[EpochBatches], batch: int, shard: slice, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """This process's rows of one batch of each fold, fold after fold.
+    """Prepare this process's rows of one batch of each fold, fold after fold.
 
     Returns:
         Augmented, normalised images (f * b, 3, s, s), and labels (f * b,).

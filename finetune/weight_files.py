@@ -142,7 +142,7 @@ def save_adapter(model: nn.Module, folder: Path, *, fold: int, head: Mapping[str
 
 
 def classifier_name(model: nn.Module) -> str:
-    """timm's name of the classifier: "head" of ViTs, "head.fc" of Swin, "classifier" of EfficientNets."""
+    """Find timm's name of the classifier: "head" of ViTs, "head.fc" of Swin, "classifier" of EfficientNets."""
     described: Mapping[str, Any] = getattr(model, "pretrained_cfg", {})
     return str(described.get("classifier") or "head")
 
@@ -210,7 +210,7 @@ def load_adapter(model: nn.Module, folder: Path, *, fold: int) -> dict[str, Tens
 
 
 def merge(model: nn.Module, fold: int) -> dict[str, Tensor]:
-    """The backbone's state dict under timm's names, with a fold's adapters added to the weights they adapt.
+    """Make the backbone's state dict under timm's names, with a fold's adapters added to the weights they adapt.
 
     The sum is formed in float64. Tensors that no adapter touches are the model's own, not copies.
     """

@@ -113,5 +113,5 @@ def _say_what_did_not_converge(record: RunRecord) -> None:
 
 
 def main() -> None:
-    """Entry point of `fm-probe`."""
+    """Run `fm-probe` from the command line."""
     run(app)

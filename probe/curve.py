@@ -5,9 +5,9 @@ the n slides that do not validate, so that larger subsets contain the smaller on
 the folds and the seed alone: every model of a store trains on the same ones, and where two curves cross, the reason is
 the backbone and not the draw.
 
-The strength C is chosen anew on every subset, as it would be with few slides. As in `probe.linear`, the fit without
-folds f and g serves both: the permutation is the same for both. For fold f it is scored on those rows of g that f's
-subset holds, so that no label outside the subset takes part in the choice.
+The strength C is chosen anew on every subset, as it would be with few slides. As in `probe.linear`, one fit without
+folds f and g serves the choices of both, whose slides are in the same order. For the choice of fold f it is scored on
+those rows of g that are in f's subset, so that no label outside the subset takes part.
 
 A slide here is what a fold never cuts (`features.folds.effective_groups`). A patch without a slide counts as one.
 """
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 CURVE_FILE = "learning_curve.csv"
 DRAWS = 3  # permutations per fraction below 1: with five folds, fifteen models
-_THOUSAND = 1000  # a fraction that works is named in thousandths
+_THOUSAND = 1000  # messages give the smallest possible fraction in thousandths
 _FIGURES = ("balanced_accuracy", "auroc")
 
 
@@ -47,7 +47,7 @@ class Subset:
         fraction: of the slides, in (0, 1].
         draw: which permutation, from 0; fraction 1 has but one.
         masks: (m, n) bool; the rows to train on.
-        n_slides: (m,) int; how many slides these are of.
+        n_slides: (m,) int; how many slides those rows come from.
     """
 
     fraction: float
@@ -130,14 +130,14 @@ def checked_fractions(values: Iterable[float]) -> tuple[float, ...]:
     Raises:
         UserError: if one is not in (0, 1].
     """
-    found = tuple(sorted(set(values)))
-    for value in found:
+    distinct = tuple(sorted(set(values)))
+    for value in distinct:
         if not 0 < value <= 1:
             raise UserError(
                 f"`fractions`: {value:g} is no share of the training slides; expected more than 0 and at most 1, "
                 "such as 0.1,0.25,0.5,1."
             )
-    return found
+    return distinct
 
 
 def draw_subsets(
@@ -160,13 +160,13 @@ def draw_subsets(
         seed: of the permutations.
 
     Raises:
-        UserError: if a fraction is not in (0, 1], or so small that a fit lacks a class, or that a fold has none to
-            choose its strength on: one of the others in which its subset has both classes.
+        UserError: if a fraction is not in (0, 1], or so small that a fit lacks a class, or that a fold cannot choose a
+            strength, because its subset has both classes in no other fold.
     """
     fractions = checked_fractions(fractions)
     subsets = []
     smallest = 0  # the fraction that is enough for every fit, in thousandths
-    short = ""  # what the first one that is not lacks
+    too_few = ""  # what is wrong with the first fraction that is not enough
     for draw in range(DRAWS):
         places = [_places(slide, ~np.isin(fold, held), seed=(seed, draw)) for held in left_out]
         for q in fractions:
@@ -177,12 +177,12 @@ def draw_subsets(
                 needed = _needed(place, n, label, fold, held)
                 # ceil(q n) slides are enough from q above (needed - 1) / n on.
                 smallest = max(smallest, (needed - 1) * _THOUSAND // n + 1)
-                if k < needed and not short:
-                    short = _too_few(q, draw, held, k, n)
+                if k < needed and not too_few:
+                    too_few = _too_few(q, draw, held, k, n)
             masks = np.stack([place < k for (place, _), k in zip(places, taken, strict=True)])
             subsets.append(Subset(q, draw, masks, np.array(taken, dtype=np.intp)))
-    if short:
-        raise UserError(f"{short} The smallest fraction that works is {smallest / _THOUSAND:g}.")
+    if too_few:
+        raise UserError(f"{too_few} The smallest fraction that works is {smallest / _THOUSAND:g}.")
     return tuple(sorted(subsets, key=lambda subset: (subset.fraction, subset.draw)))
 
 
@@ -251,13 +251,13 @@ def _parse_curve(text: str) -> tuple[CurvePoint, ...]:
 
 def summarise(points: Iterable[CurvePoint]) -> tuple[CurveSummary, ...]:
     """Average over folds and draws: one summary per set and fraction, sets in order of appearance."""
-    of: dict[tuple[str, str], dict[float, list[CurvePoint]]] = {}
+    grouped: dict[tuple[str, str], dict[float, list[CurvePoint]]] = {}
     for point in points:
-        of.setdefault((point.dataset, point.split), {}).setdefault(point.fraction, []).append(point)
+        grouped.setdefault((point.dataset, point.split), {}).setdefault(point.fraction, []).append(point)
     return tuple(
-        _summary(dataset, split, fraction, of[dataset, split][fraction])
-        for dataset, split in of
-        for fraction in sorted(of[dataset, split])
+        _summary(dataset, split, fraction, grouped[dataset, split][fraction])
+        for dataset, split in grouped
+        for fraction in sorted(grouped[dataset, split])
     )
 
 
@@ -291,9 +291,9 @@ def curve_tables(curves: Mapping[str, Sequence[CurvePoint]]) -> list[Table]:
 
 
 def _places(slide: NDArray[np.intp], left: NDArray[np.bool_], *, seed: tuple[int, int]) -> tuple[NDArray[np.intp], int]:
-    """Permute the slides that have a row left; return the position (n,) of each row's slide, and how many there are.
+    """Permute the slides that have rows in `left`; return the position (n,) of each row's slide, and their number.
 
-    Rows that are held out come after all of them.
+    The other rows, which are held out, get a position after all of these.
     """
     n_slides = int(slide.max()) + 1
     rank = np.empty(n_slides, dtype=np.intp)
@@ -311,7 +311,7 @@ def _needed(
 ) -> int:
     """Count the slides, from the first on, that a fit needs with these folds held out.
 
-    Both classes; for a single fold even within one of the others, to choose the strength on.
+    A fit needs both classes; with a single fold held out, both within one other fold, to choose the strength on it.
     """
 
     def both(rows: NDArray[np.bool_]) -> int:

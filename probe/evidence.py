@@ -27,7 +27,7 @@ from probe.resample import Clusters, Resampling, intervals, make_clusters, resam
 from probe.significance import DeLong, Difference, adjusted, delong_tests, difference
 from probe.tally import Tally, tally
 
-COMPARED = ("balanced_accuracy", "auroc")  # the figures that differences, tests and ranks are of
+COMPARED = ("balanced_accuracy", "auroc")  # the figures for which there are differences, tests and ranks
 
 
 @dataclass(frozen=True, eq=False)
@@ -138,7 +138,7 @@ def ensemble_of(predictions: Predictions, dataset: str, split: str) -> Ensemble:
     if not len(part.id):
         known = ", ".join(sorted(f"{a}/{b}" for a, b in predictions.sets())) or "none"
         raise UserError(f"this run has no predictions of {name}; it has: {known}. Run it again with --test {dataset}.")
-    # A patch's fold models mostly stand together: a string per run of rows is compared, not one per row.
+    # A patch's rows mostly follow each other: its id is compared once per stretch of them, not once per row.
     starts = np.flatnonzero(np.append(True, part.id[1:] != part.id[:-1]))
     ids, first, row = np.unique(part.id[starts], return_index=True, return_inverse=True)
     first, row = starts[first], np.repeat(row, np.diff(starts, append=len(part.id)))
@@ -302,7 +302,7 @@ def compare(runs: Mapping[str, Ensemble], *, resampling: Resampling = Resampling
 
 
 def _matched(runs: Mapping[str, Ensemble]) -> list[Ensemble]:
-    """The runs with their rows in the order of the first."""
+    """Return the runs with their rows in the order of the first run's."""
     if not runs:
         raise UserError("no runs to compare. Run fm-probe or fm-finetune first.")
     (name, first), *others = runs.items()

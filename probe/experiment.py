@@ -4,7 +4,7 @@ An experiment is made once, from patch tables alone, and is the same for a probe
 
     patch tables -> Experiment -> fit -> FoldLogits -> Predictions -> run
 
-`fit` is all in which the two differ. Test rows choose nothing: no fit sees them before it has ended.
+The two differ in `fit` alone. Test rows choose nothing: no fit sees them before it has ended.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from features.samples import TEST, Samples
 from probe.predictions import VALIDATION, Predictions, concatenate, predictions_of
 from probe.runs import FoldsRecord
 
-AMI_BR = "ami-br"  # whose fold assignment the paper's runs share
+AMI_BR = "ami-br"  # the dataset for which the paper's fold assignment is kept
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,7 +35,7 @@ class TestSet:
         samples: (m,) their patch table.
     """
 
-    __test__ = False  # no class of tests
+    __test__ = False  # tells pytest that this class holds no tests
 
     dataset: str
     rows: NDArray[np.intp]
@@ -64,7 +64,7 @@ class Experiment:
         tables: dataset to patch table, that of `train` first.
         rows: (n,) the rows of the training table that cross-validation uses.
         folds: in which fold each of them validates.
-        seed: that the folds were asked for with.
+        seed: from which the folds were drawn.
     """
 
     train: str
@@ -116,7 +116,7 @@ class Experiment:
         return fingerprint({"folds": self.folds.digest, "train": self.train, "tables": self.table_digests})
 
     def folds_record(self) -> FoldsRecord:
-        """The fold assignment as a run records it."""
+        """Describe the fold assignment as a run records it."""
         folds = self.folds
         return FoldsRecord(n=folds.n_folds, source=folds.source, digest=folds.digest, seed=self.seed)
 
@@ -158,7 +158,7 @@ def make_experiment(
     Experiment(mine: 6 rows in 3 folds; tests: mine (2))
 
     Args:
-        train: dataset whose training split is cross-validated; without one, all its rows but those of the test split.
+        train: dataset whose training split is cross-validated; if it has none, all its rows but the test split's.
         tables: dataset to patch table, of `train` and of every dataset to score.
         cv: number of folds.
         seed: of the fold assignment.

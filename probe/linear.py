@@ -39,7 +39,7 @@ class Probe:
 
     Attributes:
         coef: (F, d) float32.
-        intercept: (F,) float64; with uncentred embeddings a small difference of large sums.
+        intercept: (F,) float64, because for uncentred embeddings it is a small difference of large sums.
         validation_logit: (n,) each training row under the model of the fold that it validates.
         threshold: with the highest balanced accuracy on the validation rows; `predict` uses it.
         fit: what was chosen and how well it converged.
@@ -98,7 +98,7 @@ def fit_exact(
         device: where to compute, as torch names it.
 
     Raises:
-        UserError: with fewer than three folds, which leave nothing to nest; and as `fit_logistic` does.
+        UserError: if there are fewer than three folds, so that none is left to choose on; and as `fit_logistic` does.
     """
     held_out = held_out_folds(folds.n_folds)
     masks = np.stack([~np.isin(folds.fold, held) for held in held_out])
@@ -131,8 +131,8 @@ def fit_subset(
     """
     used = np.flatnonzero(subset.masks.any(axis=0))
     masks, fold = subset.masks[:, used], folds.fold[used]
-    some = X[used] if isinstance(X, np.ndarray) else in_memory(X.select(used), folds.n_folds)
-    fits = _fit(some, y[used], masks=masks, strengths=strengths, device=device)
+    X_used = X[used] if isinstance(X, np.ndarray) else in_memory(X.select(used), folds.n_folds)
+    fits = _fit(X_used, y[used], masks=masks, strengths=strengths, device=device)
     held_out = held_out_folds(folds.n_folds)
     chosen, record = _choose_strengths(fits, y[used], fold=fold, masks=masks, held_out=held_out, strengths=strengths)
     every_fold = np.arange(folds.n_folds)
@@ -167,7 +167,7 @@ def _probe(
 
 
 def in_memory(stored: Embeddings, n_folds: int) -> NDArray[np.float16] | Embeddings:
-    """Read embeddings into memory, if all fits of them fit there too; else leave them in the store."""
+    """Read embeddings into memory if there is room for them and their solver; else leave them in the store."""
     n_columns = n_folds * (n_folds + 1) // 2 * len(STRENGTHS)
     return stored.read() if fits_in_memory(stored.shape, n_columns) else stored
 

@@ -21,7 +21,7 @@ ch. 5), in which every column takes its own steps. Four ideas make it fast:
    over t is a safeguarded Newton iteration on n numbers.
 2. One preconditioner for all columns. The Hessian is X^T diag(w p (1 - p)) X + I / (C n_f). Folds and strengths share
    the leading eigenvectors of X^T diag(w) X, and where predictions are confident, p (1 - p) shrinks everywhere by much
-   the same factor, to which conjugate gradients are blind: 1/4 will do. Subspace iteration finds the eigenvectors
+   the same factor, to which conjugate gradients are blind: 1/4 stands for it. Subspace iteration finds the eigenvectors
    (Halko, Martinsson & Tropp 2011); inverting "eigenvalue / 4 plus penalty" in their basis is the preconditioner of
    Frangella, Tropp & Udell (2023).
 3. bfloat16 products, float32 truth. Inside a descent the products only ever see *changes* of coefficients and
@@ -53,7 +53,7 @@ OVERSAMPLE = 32  # vectors of the subspace iteration beyond these: its last ones
 SKETCH_ROWS = 8192  # enough to find the leading eigenvectors of however many rows
 SLOPE = 0.25  # the line search stops at |slope| <= this times the initial slope
 REFINEMENT = 1e-2  # the fall of the gradient after which bfloat16 products are corrected
-NEGLIGIBLE = 1e-4  # a standard deviation below this times the root mean square of all features' counts as none
+NEGLIGIBLE = 1e-4  # of the root mean square of all features' standard deviations: a feature below counts as constant
 FLOOR = 1e-8  # where the gradient of a mean loss is rounding in float32: no descent aims lower
 
 
@@ -110,7 +110,7 @@ def fit_logistic(
     data = _prepare(X, y, masks=masks, device=torch.device(device))
     basis = leading_curvature(data)
 
-    # Column k = f * S + s. All start at zero, where the strengths of a fold do not differ yet: F evaluations serve.
+    # Column k = f * S + s. All start at zero, where a fold's strengths do not differ yet: F evaluations are enough.
     fold = torch.arange(F, device=data.X.device).repeat_interleave(S)
     ridge = torch.from_numpy(1 / (masks.sum(axis=1)[:, None] * C)).to(data.X).reshape(-1, 1)  # (K, 1): 1 / (C n_f)
     start = evaluate(data, torch.arange(F, device=fold.device), ridge[::S], data.X.new_zeros(F, d + 1))
@@ -201,16 +201,16 @@ def check(
     for f, mask in enumerate(masks):
         classes = np.unique(y[mask])
         if len(classes) < 2:
-            found = f"only class {classes[0]}" if len(classes) else "no rows"
+            content = f"only class {classes[0]}" if len(classes) else "no rows"
             raise UserError(
-                f"fold {f}: its {mask.sum()} training rows hold {found}, and a probe needs both classes. "
+                f"fold {f}: its {mask.sum()} training rows hold {content}, and a probe needs both classes. "
                 "Use fewer folds, or stratify them by class."
             )
 
 
 @dataclass(frozen=True, eq=False)
 class Standardised:
-    """What all columns share: X centred and scaled over all rows, and what is left to do so for each fold's own."""
+    """What all columns share: X standardised over all rows, and each fold's own mean and deviation relative to that."""
 
     X: Tensor  # (n, d) float32
     fast: Tensor  # (n, d) the same in bfloat16 where the hardware multiplies it faster, else X itself
@@ -240,8 +240,8 @@ def _prepare(
         squares += sums[:, rows] @ A[rows].square()
     if not bool(torch.isfinite(squares).all()):
         bad = np.flatnonzero(~np.isfinite(X).all(axis=1))
-        found = f"{len(bad)} rows with NaN or infinity (first: row {bad[0]})" if len(bad) else "values beyond 1e18"
-        raise UserError(f"the embeddings have {found}; a probe needs finite numbers. Extract these rows again.")
+        fault = f"{len(bad)} rows with NaN or infinity (first: row {bad[0]})" if len(bad) else "values beyond 1e18"
+        raise UserError(f"the embeddings have {fault}; a probe needs finite numbers. Extract these rows again.")
     scale = (squares[-1] / n).sqrt()
     scale[scale == 0] = 1
     A /= scale
@@ -267,7 +267,7 @@ def _prepare(
 def inverse_std(variance: Tensor, scale: Tensor) -> Tensor:
     """Compute inverse standard deviations (F, d) in units of `scale` (d,) from variances; 0 for constant features.
 
-    Divided by next to nothing, a feature that all but never varies in training would rule the rows where it does.
+    Divided by next to nothing, a feature that hardly varies in training would outweigh all others where it varies.
     """
     std = variance.clamp_min(0).sqrt() * scale
     negligible = std <= NEGLIGIBLE * std.square().mean(dim=1, keepdim=True).sqrt()

@@ -267,7 +267,7 @@ class RunMetrics:
     sets: dict[str, SetMetrics]
 
     def as_dict(self) -> dict[str, Any]:
-        """The JSON object of metrics.json. A figure that does not exist is null."""
+        """Make the JSON object of metrics.json. A figure that does not exist is null."""
         return dict(as_dict({"threshold": self.threshold, "sets": {k: _set_as_dict(v) for k, v in self.sets.items()}}))
 
     @classmethod

@@ -161,11 +161,11 @@ def parse_predictions(text: str) -> Predictions:
     undefined = np.flatnonzero(~np.isfinite(predictions.logit))
     if len(undefined):
         raise ValueError(f"the logit of line {undefined[0] + 2} is no number")
-    off = np.flatnonzero(~(np.abs(predictions.probability - written) < _ROUNDED))
-    if len(off):
+    wrong = np.flatnonzero(~(np.abs(predictions.probability - written) < _ROUNDED))
+    if len(wrong):
         raise ValueError(
-            f"line {off[0] + 2}: the probability is {written[off[0]]:g}, that of its logit is "
-            f"{predictions.probability[off[0]]:.6f}"
+            f"line {wrong[0] + 2}: the probability is {written[wrong[0]]:g}, that of its logit is "
+            f"{predictions.probability[wrong[0]]:.6f}"
         )
     return predictions
 
@@ -225,7 +225,7 @@ def _table(columns: Mapping[str, Sequence[str]], rows: NDArray[np.intp]) -> Samp
 
 
 def samples_from(predictions: Predictions) -> dict[str, Samples]:
-    """Make the patch tables that predictions alone tell: without votes, domains and digests."""
+    """Make patch tables of predictions alone, which hold no votes, domains and digests."""
     tables = {}
     for name in dict.fromkeys(predictions.dataset.tolist()):
         part = predictions.select(predictions.dataset == name)
@@ -275,14 +275,14 @@ class _Lines:
 
 
 def csv_bytes(header: Sequence[str], rows: Iterable[Sequence[object]]) -> bytes:
-    """Make a CSV file from which every cell comes back, whatever characters it holds.
+    """Make a CSV file that gives every cell back unchanged, whatever characters it holds.
 
     Args:
         header: names of the columns; empty for a further piece of a file.
         rows: cells.
     """
     out = _Lines()
-    writer = csv.writer(out, lineterminator="\r\n")  # told "\n", Python before 3.13 leaves a lone "\r" unquoted
+    writer = csv.writer(out, lineterminator="\r\n")  # given "\n", Python before 3.13 would leave a lone "\r" unquoted
     if header:
         writer.writerow(header)
     writer.writerows(rows)

@@ -75,7 +75,7 @@ class _Setup:
 
     store: FeatureStore
     options: ProbeOptions
-    experiment: Experiment  # of all datasets in the store; a backbone's has those that it has embedded
+    experiment: Experiment  # with all datasets of the store; `_experiment_of` keeps those to score
     subsets: tuple[Subset, ...]  # of the learning curve
     device: str
 
@@ -204,18 +204,18 @@ def _require_dataset(store: FeatureStore, name: str) -> None:
 
 
 def _experiment_of(setup: _Setup, model: str) -> Experiment:
-    """The experiment with the datasets to score: those asked for, or all that have this model complete but the demo."""
-    store, experiment, asked = setup.store, setup.experiment, setup.options.test
-    for name in asked or ():
+    """Make the experiment of a model: with the datasets asked for, or all but the demo that it has embedded."""
+    store, experiment, requested = setup.store, setup.experiment, setup.options.test
+    for name in requested or ():
         _require_dataset(store, name)
-    if asked is None:
+    if requested is None:
         tests = [
             name
             for name in experiment.test
             if name != DEMO and any(entry.complete for entry in store.entries(name, model))
         ]
     else:
-        tests = [name for name in asked if name != experiment.train]
+        tests = [name for name in requested if name != experiment.train]
     return replace(experiment, tables={name: experiment.tables[name] for name in (experiment.train, *tests)})
 
 
@@ -268,27 +268,27 @@ def _training_embeddings(setup: _Setup, experiment: Experiment, entry: Entry, po
 
 
 def _candidates(setup: _Setup, experiment: Experiment, model: str) -> list[tuple[Entry, str]]:
-    """The (training entry, pooling) pairs to choose from: views that every dataset has, poolings that the store has."""
+    """List the pairs (training entry, pooling) to choose from: views that every dataset has, and all poolings."""
     store, train, tests, options = setup.store, experiment.train, experiment.test, setup.options
     view = options.view or ("full" if options.recipe == "paper" else None)
     pooling = options.pooling or ("card" if options.recipe == "paper" else None)
     by_view = {entry.view: entry for entry in store.entries(train, model) if entry.complete}
     for name in tests:
-        of_test = {entry.view: entry for entry in store.entries(name, model) if entry.complete}
-        if view is not None and view in by_view and view not in of_test:
+        test_entries = {entry.view: entry for entry in store.entries(name, model) if entry.complete}
+        if view is not None and view in by_view and view not in test_entries:
             raise UserError(
                 f"{name} has no complete embeddings of {model} in view {view}. "
                 f"Run: fm-extract --model {model} --dataset {name} --view {view}"
             )
-        by_view = {key: entry for key, entry in by_view.items() if key in of_test}
+        by_view = {key: entry for key, entry in by_view.items() if key in test_entries}
         for key, entry in by_view.items():
-            _require_same_embedding(entry, of_test[key])
+            _require_same_embedding(entry, test_entries[key])
     if view is not None:
         by_view = {key: entry for key, entry in by_view.items() if key == view}
     if not by_view:
-        asked = f"in view {view}" if view else f"in a view that {', '.join([train, *tests])} share"
+        where = f"in view {view}" if view else f"in a view that {', '.join([train, *tests])} share"
         raise UserError(
-            f"{store.path} has no complete embeddings of {model} {asked}. "
+            f"{store.path} has no complete embeddings of {model} {where}. "
             f"Run: fm-extract --model {model} --dataset {','.join([train, *tests])} --view {view or 'full'}"
         )
     return [
@@ -297,7 +297,7 @@ def _candidates(setup: _Setup, experiment: Experiment, model: str) -> list[tuple
 
 
 def _distinct_poolings(entry: Entry) -> list[str]:
-    """The card's embedding first, then every stored pooling that differs from it."""
+    """List the card's embedding first, then every stored pooling that differs from it."""
     return ["card", *(name for name in entry.poolings if name != entry.card_pooling)]
 
 

@@ -19,12 +19,12 @@ RATER_FIGURES = ("balanced_accuracy", "sensitivity", "specificity")  # a rater g
 
 @dataclass(frozen=True)
 class Rater:
-    """One rater, and the run, against the majority of the other raters on the same figures.
+    """One rater, and the run, against the majority of the other raters on the same patches.
 
     Attributes:
-        n, n_positive: figures with a vote of this rater and a majority among the others, and those positive by it.
-        n_missing: figures without a vote of this rater, or of any other.
-        n_tied: figures left out because the others are split evenly.
+        n, n_positive: patches with a vote of this rater and a majority among the others, and those positive by it.
+        n_missing: patches without a vote of this rater, or of any other.
+        n_tied: patches left out because the others are split evenly.
         rater, run: figure (`RATER_FIGURES`) to interval, both against the others' majority.
         difference: run minus rater in balanced accuracy.
     """
@@ -43,9 +43,9 @@ class RaterView:
     """Scores by how far the raters agree.
 
     Attributes:
-        unanimous, disputed: figures with at least two votes, all equal or not; None where there are none.
-        n_unrated: figures with fewer than two votes.
-        raters: one per column of votes: what a human reaches.
+        unanimous, disputed: on patches with at least two votes, all equal or not; None where there are none.
+        n_unrated: patches with fewer than two votes.
+        raters: one per column of votes; they show what a human reaches.
     """
 
     unanimous: Judgement | None
@@ -55,10 +55,10 @@ class RaterView:
 
 
 def by_agreement(ensemble: Ensemble, votes: NDArray[np.integer], *, resampling: Resampling = Resampling()) -> RaterView:
-    """Judge a run on figures that the raters agreed on, on those they did not, and beside each rater.
+    """Judge a run on patches that the raters agreed on, on those they did not, and beside each rater.
 
-    A rater is judged by the majority of the others, never by one that contains this rater's vote; the run is judged
-    beside, on the same figures by the same majority. Where the others are evenly split there is no majority.
+    A rater is judged by the majority of the others, which never contains this rater's own vote, and the run by the
+    same majority on the same patches. Where the others are evenly split there is no majority.
 
     Args:
         ensemble: the run on the set.

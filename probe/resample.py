@@ -1,4 +1,4 @@
-"""How far would a figure lie elsewhere on other slides? Resampling by slide, and the intervals that follow from it.
+"""How much would a figure change on other slides? Resampling by slide, and the intervals that follow from it.
 
 A test set is a sample of slides, and patches of one slide resemble each other. Whole slides are therefore drawn where
 slides are known (Field and Welsh, JRSS B 69, 2007), and patches elsewhere; every result says which. A resample is a
@@ -26,7 +26,7 @@ _BIASED_UPWARD = frozenset({"ece"})  # sampling adds to it, and resampling once 
 _BLOCK = 2**17  # counts drawn at a time
 _MOST_LEFT_OUT = 5_000  # clusters; with more of them percentiles need no widening
 _MANY = 2**17  # patches: in a set of more, clusters are drawn in bundles
-_BUNDLES = 2**12  # of them; the standard error of a figure is then known to a hundredth
+_BUNDLES = 2**12  # bundles drawn then; the standard error of a figure is then known to a hundredth
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Resampling:
 
 @dataclass(frozen=True, eq=False)
 class Clusters:
-    """What is drawn: cluster `index[i]` (of n) brings patch i.
+    """The clusters that are drawn: patch i comes with cluster `index[i]`, one of n.
 
     In a set of very many patches each cluster may be a random bundle of several: a bootstrap of random groups (Wolter,
     Introduction to Variance Estimation, 2007, ch. 2). Bundles of independent clusters are as independent, so intervals
@@ -135,7 +135,7 @@ def resample(
 
 
 def _draws(n_clusters: int, resampling: Resampling) -> Iterator[NDArray[np.intp]]:
-    """Blocks of (b, n_clusters) counts: n_clusters draws with replacement, once per replicate."""
+    """Yield blocks of (b, n_clusters) counts: n_clusters draws with replacement, once per replicate."""
     rng = np.random.default_rng(resampling.seed)
     step = max(1, _BLOCK // max(1, n_clusters))
     for start in range(0, resampling.replicates, step):
@@ -145,7 +145,7 @@ def _draws(n_clusters: int, resampling: Resampling) -> Iterator[NDArray[np.intp]
 
 
 def _left_out(n_clusters: int) -> Iterator[NDArray[np.intp]]:
-    """Blocks of (b, n_clusters) counts: all clusters but one, each in turn."""
+    """Yield blocks of (b, n_clusters) counts: all clusters but one, each in turn."""
     if n_clusters > _MOST_LEFT_OUT:
         return
     step = max(1, _BLOCK // max(1, n_clusters))
@@ -160,13 +160,13 @@ def _left_out(n_clusters: int) -> Iterator[NDArray[np.intp]]:
 class Spread:
     """How a figure scatters over resamples, and how far that scatter is to be trusted.
 
-    The interval is that of percentiles, made wider: by how much Student's t with `freedom` degrees of freedom exceeds
-    the normal, times `ratio`. That is the percentile interval expanded for small samples (Hesterberg, The American
+    The interval is that of percentiles, made wider by two factors: Student's t with `freedom` degrees of freedom over
+    the normal, and `ratio`. That is the percentile interval expanded for small samples (Hesterberg, The American
     Statistician 69, 2015), here for clusters of unequal weight. The jackknife that leaves out each cluster in turn
-    (Efron and Stein, Annals of Statistics 9, 1981) gives both. `ratio` is its standard error over that of the
-    resamples, which few clusters make too small. `freedom` is Satterthwaite's for a sum of unequal squares (Biometrics
-    Bulletin 2, 1946; for clusters Imbens and Kolesar, Review of Economics and Statistics 98, 2016): with equal clusters
-    their number less one, with one heavy slide among light ones hardly more than one.
+    (Efron and Stein, Annals of Statistics 9, 1981) gives both. `ratio` is the jackknife's standard error over that of
+    the resamples, which is too small with few clusters. `freedom` is Satterthwaite's for a sum of unequal squares
+    (Biometrics Bulletin 2, 1946; for clusters Imbens and Kolesar, Review of Economics and Statistics 98, 2016): with
+    equal clusters their number less one, with one heavy slide among light ones hardly more than one.
     """
 
     value: float
@@ -177,7 +177,7 @@ class Spread:
     usable: bool
 
     def ends(self, level: float) -> tuple[float, float]:
-        """The ends of the interval of that level; NaN where there is none.
+        """Compute the ends of the interval of a level; NaN where there is none.
 
         Where it reaches beyond all resamples, their scatter is continued as a normal distribution.
         """
@@ -192,7 +192,7 @@ class Spread:
         return low, high
 
     def p_value(self, null: float) -> float:
-        """One minus the level of the interval that ends at `null`; two-sided."""
+        """Compute the two-sided p-value: one minus the level of the interval that ends at `null`."""
         if not self.usable:
             return math.nan
         below, above = float((self.drawn < null).mean()), float((self.drawn > null).mean())
@@ -222,17 +222,17 @@ def make_spread(value: float, drawn: NDArray[np.float64], without: NDArray[np.fl
         and defined[0] < defined[-1]
     )
     if usable and len(without):
-        moved = (without - without.mean()) ** 2
-        if moved.any():
-            error = math.sqrt(float(moved.sum()) * (n_clusters - 1) / n_clusters)
+        squares = (without - without.mean()) ** 2
+        if squares.any():
+            error = math.sqrt(float(squares.sum()) * (n_clusters - 1) / n_clusters)
             ratio = max(1.0, error / float(defined.std()))
-            share = moved / moved.sum()
+            share = squares / squares.sum()
             freedom = min(freedom, max(1.0, 3 / float((share**2).sum()) - 1))  # 3: the kurtosis of a normal
     return Spread(value, defined, len(drawn) - len(defined), ratio, freedom, usable)
 
 
 def interval(name: str, spread: Spread, level: float) -> Interval:
-    """Give a figure its interval, within the figure's range.
+    """Give a figure its interval, cut to the figure's range.
 
     Sampling adds to the calibration error, and resampling adds once more: its interval holds the percentiles and their
     reflection about the figure.

@@ -257,7 +257,7 @@ class RunRecord:
         return str((self.recipe or {}).get("statistics", "card"))
 
     def as_json(self) -> dict[str, Any]:
-        """The object of run.json, with that of metrics.json under `metrics` once there is one."""
+        """Make the object of run.json, with that of metrics.json under `metrics` once there is one."""
         described = replace(self, metrics=None, folder=None)
         record: dict[str, Any] = msgspec.json.decode(msgspec.json.encode(described))
         for part in (record, record["cost"], *(record["candidates"] or ())):  # of options and the like, None is a value
@@ -279,7 +279,7 @@ class RunRecord:
 
 
 def new_run_id(kind: str, model: str) -> str:
-    """Name a run: what, of which model, when, and four random digits."""
+    """Name a run by its kind, its model, the time and four random digits."""
     stamp = time.strftime("%Y%m%d-%H%M%S", time.gmtime())
     return f"{kind}-{store_key(model)}-{stamp}-{secrets.token_hex(2)}"
 
@@ -348,7 +348,7 @@ def finish_run(
     files: Mapping[str, bytes] | None = None,
     metrics: RunMetrics | None = None,
 ) -> RunRecord:
-    """Add to a folder that holds a run's weights what makes it a run; `run.json` comes last. See `write_run`.
+    """Complete a folder that holds a run's weights: predictions, tables, metrics, and last `run.json`. See `write_run`.
 
     Raises:
         OSError: if the folder cannot be written.
@@ -544,19 +544,19 @@ def check_weights(folder: Path, record: RunRecord) -> None:
 
 
 def _weight_files(folder: Path) -> list[Path]:
-    """The weights of a probe, or all files that the fold folders of a fine-tuned run hold."""
+    """List the weights of a probe, or all files that the fold folders of a fine-tuned run hold."""
     candidates = (folder / WEIGHTS_FILE, *folder.glob("fold-*/*"))
     return sorted(path for path in candidates if path.is_file() and not path.name.endswith(PARTIAL))
 
 
 def _digests(raw: Mapping[str, Any]) -> dict[str, str]:
-    """File to SHA-256, as run.json has it."""
+    """Read the SHA-256 of every file from run.json."""
     digests = raw.get("sha256")
     return digests if isinstance(digests, dict) else {}
 
 
 def _own_digest(raw: Mapping[str, Any]) -> str:
-    """SHA-256 of the canonical JSON of run.json without this digest."""
+    """Compute the SHA-256 of the canonical JSON of run.json without this digest."""
     others = {name: digest for name, digest in _digests(raw).items() if name != "run.json"}
     text = json.dumps(dict(raw) | {"sha256": others}, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()

@@ -62,13 +62,13 @@ _Test = TypeVar("_Test", Difference, DeLong)
 
 
 def difference(resampled: Resampled, name: str, first: int, second: int) -> Difference:
-    """Compare a figure of two tallies on the same resamples: first minus second; `p_holm` stays open."""
+    """Compare a figure of two tallies on the same resamples: first minus second; `p_holm` stays NaN."""
 
-    def less(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    def subtract(values: NDArray[np.float64]) -> NDArray[np.float64]:
         return np.asarray(values[first] - values[second])
 
-    value = float(less(resampled.value[name]))
-    drawn, without = less(resampled.drawn[name]), less(resampled.without[name])
+    value = float(subtract(resampled.value[name]))
+    drawn, without = subtract(resampled.drawn[name]), subtract(resampled.without[name])
     spread = make_spread(value, drawn, without, n_clusters=resampled.n_clusters)
     if value == 0 and not spread.drawn.any():
         return Difference(0.0, 0.0, 0.0, 1.0, math.nan, spread.n_undefined)  # the two never differ

@@ -57,7 +57,7 @@ PIECE = 512  # rows multiplied at a time on a processor: 3 MB in float32, which 
 START = 1e-2  # gradient to which the sample alone is solved first: its optimum is no nearer to that of all rows
 FALL = 0.1  # of the gradient in one descent on the sample, which resembles all rows no better than that
 MEMORY = 5  # steps whose change of the gradient is remembered
-TOO_FAR = 0.9  # of the slope at its start, upwards, is where a step has gained nothing
+TOO_FAR = 0.9  # of its initial slope: a step that ends uphill more steeply than this has gained nothing
 MAX_PASSES = 60  # after which a column is given back as it is
 MAX_STEPS = 500  # of one descent on the sample
 
@@ -122,7 +122,7 @@ def fit_streamed(
             ahead = _gradient(rows, data, fold[u], ridge[u], theta[u] + step[u], logits, u)
             slope, slope_ahead = dot(gradient[u], step[u]), dot(ahead, step[u])
             taken = slope_ahead <= TOO_FAR * slope.abs() if k else torch.ones_like(slope, dtype=torch.bool)
-            # Too far: to where the slope, taken as linear, is zero.
+            # Shorten a step that went too far to where the slope, taken as linear, is zero.
             step[u[~taken]] *= (slope / (slope - slope_ahead)).clamp(0.1, 0.9)[~taken, None]
             u = u[taken]
             if k:
@@ -140,7 +140,7 @@ def fit_streamed(
             columns.gradient = gradient[u]
             step[u], steps = _direction(data, basis, columns, [pair.of(u) for pair in pairs], tol=tol)
             n_iter[u] += steps
-        if len(unfinished):  # given up: logits are those of a point ahead
+        if len(unfinished):  # not converged: `logits` holds those of the last trial, not of theta
             u = unfinished
             _gradient(rows, data, fold[u], ridge[u], theta[u], logits, u)
     return in_original_units(data, fold, theta, logits=logits, norm=norm, n_iter=n_iter, tol=tol)
@@ -159,7 +159,7 @@ class _Pair:
 
 
 def _pair(which: Tensor, step: Tensor, change: Tensor, *, like: Tensor) -> _Pair:
-    """Select the columns `which`: step and change, (k, d + 1) each."""
+    """Make a pair of all columns; step and change, (k, d + 1) each, are those of `which`, others get zero."""
     product = dot(step, change)[:, None]  # positive, as the loss is convex, but for rounding
     pair = _Pair(torch.zeros_like(like), torch.zeros_like(like), torch.zeros_like(like[:, :1]))
     pair.step[which], pair.change[which] = step, change
@@ -206,7 +206,7 @@ class _Rows:
         return self.label.device
 
     def weight(self, rows: slice) -> Tensor:
-        """(F, b) as in `Standardised`."""
+        """Compute the weights (F, b) of some rows, as in `Standardised`."""
         negative, positive = self.class_weight[:, :1], self.class_weight[:, 1:]
         return torch.where(self.label[rows] > 0, positive, negative) * self.mask[:, rows]
 
@@ -292,10 +292,11 @@ def _mended(rows: _Rows, mask: Tensor, mean: Tensor, mean_square: Tensor) -> Ten
     for at, A in rows.pieces():
         values = A[:, features].double()
         for f, within in enumerate(mask[:, at]):
-            own = values[within]
-            if len(own):
-                squares[f] += (own - centre[f]).square().sum(dim=0)
-                low[f], high[f] = torch.minimum(low[f], own.amin(dim=0)), torch.maximum(high[f], own.amax(dim=0))
+            chosen = values[within]
+            if len(chosen):
+                squares[f] += (chosen - centre[f]).square().sum(dim=0)
+                low[f] = torch.minimum(low[f], chosen.amin(dim=0))
+                high[f] = torch.maximum(high[f], chosen.amax(dim=0))
     exact = torch.where(low == high, 0.0, squares / mask.sum(dim=1, keepdim=True))
     variance[:, features] = torch.where(doubtful[:, features], exact, variance[:, features])
     return variance
@@ -306,23 +307,23 @@ def _draw(
 ) -> tuple[NDArray[np.intp], NDArray[np.float64]]:
     """Draw the rows of the sample, ascending, and how many rows each of them stands for.
 
-    As many of either class, all of one that is small; half of them evenly over the table, half by squared length.
+    It draws as many of either class, or all of a small one; half evenly over the table, half by squared length.
     """
-    found = []
+    drawn = []
     smaller, larger = sorted((np.flatnonzero(label == value) for value in (0, 1)), key=len)
     for of_class, wanted in ((smaller, size // 2), (larger, size - min(size // 2, len(smaller)))):
         if len(of_class) <= wanted:
-            found.append((of_class, np.ones(len(of_class))))
+            drawn.append((of_class, np.ones(len(of_class))))
             continue
         part = length[of_class].astype(np.float64)
         share = 0.5 / len(of_class) + 0.5 * part / part.sum() if part.any() else np.full(len(part), 1 / len(part))
         # Systematic: at even steps of the cumulated shares, so that no stretch of the table is left out.
         steps = (np.arange(wanted) + 0.5) / wanted
         picked, hits = np.unique(np.searchsorted(np.cumsum(share), steps), return_counts=True)
-        found.append((of_class[picked], hits / (wanted * share[picked])))
-    chosen = np.concatenate([rows for rows, _ in found])
+        drawn.append((of_class[picked], hits / (wanted * share[picked])))
+    chosen = np.concatenate([rows for rows, _ in drawn])
     order = np.argsort(chosen)
-    return chosen[order], np.concatenate([times for _, times in found])[order]
+    return chosen[order], np.concatenate([times for _, times in drawn])[order]
 
 
 def _gradient(

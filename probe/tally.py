@@ -15,7 +15,7 @@ from numpy.typing import ArrayLike, NDArray
 from probe.metrics import ECE_BINS, NAMES, THRESHOLD, auroc, average_precision, calibration_bin, confusion_figures
 
 _BLOCK = 2**17  # counts resampled at a time: a megabyte, which stays in the cache
-_MANY = 2**17  # samples: of more of them, resamples rank scores rounded to quantiles of the positives'
+_MANY = 2**17  # samples: in larger sets, scores are rounded to quantiles of the positives' scores before ranking
 _STEPS = 2**11  # quantiles: at a million samples they moved an interval's ends by less than a hundredth of its width
 _DENSE = 40  # one multiplication of a matrix product takes a fortieth of one step of a gathered sum
 

@@ -1,4 +1,4 @@
-"""What do runs say together? One comparison per set, computed from run folders alone.
+"""How do all runs compare? One comparison per set, computed from run folders alone.
 
     folders -> read_runs -> collect -> Report -> probe.report.page (HTML), probe.report.tables (Markdown, LaTeX)
 
@@ -265,6 +265,6 @@ def _curves(ensemble: Ensemble) -> Curves:
 
 
 def _thinned(x: NDArray[np.float64], y: NDArray[np.float64]) -> tuple[tuple[float, float], ...]:
-    """The points of a curve, at most `_POINTS` of them, both ends kept."""
+    """Thin a curve to at most `_POINTS` points, both ends kept."""
     rows = np.unique(np.linspace(0, len(x) - 1, min(len(x), _POINTS)).astype(np.intp))
     return tuple(zip(x[rows].tolist(), y[rows].tolist(), strict=True))

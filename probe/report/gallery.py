@@ -79,7 +79,7 @@ class Thumbnails:
     picture: NDArray[np.intp]
 
     def as_json(self) -> dict[str, Any]:
-        """The object that the page's script reads."""
+        """Make the object that the page's script reads."""
         return {
             "size": self.size,
             "side": _SIDE,
@@ -103,7 +103,7 @@ class EmbeddingMap:
     coordinates: NDArray[np.float64]
 
     def as_json(self) -> dict[str, Any]:
-        """The object that the page's script reads: every component scaled to 0 .. 1000, null where unknown."""
+        """Make the object that the page's script reads: every component scaled to 0 .. 1000, null where unknown."""
         low, high = np.nanmin(self.coordinates, axis=0), np.nanmax(self.coordinates, axis=0)
         scaled = 1000 * (self.coordinates - low) / np.where(high > low, high - low, 1)
         rows = [[None if not np.isfinite(value) else round(float(value)) for value in column] for column in scaled.T]
@@ -195,7 +195,7 @@ def make_thumbnails(
 
 
 def _size_within(budget: int, sample: Sequence[Image.Image], n: int) -> int:
-    """The largest of `_SIZES` at which n pictures like these stay within the budget; no larger than the pictures."""
+    """Choose the largest of `_SIZES`, at most the pictures' own, at which n like these stay within the budget."""
     largest = max(picture.width for picture in sample)
     for size in _SIZES:
         if size <= max(largest, _SIZES[-1]):
@@ -251,7 +251,7 @@ def _embeddings(
     pooling: str,
     fingerprints: set[tuple[str, str]],
 ) -> tuple[NDArray[np.float32], NDArray[np.intp]]:
-    """(m, d) embeddings of the patches whose dataset the store holds with one of the fingerprints, and their rows."""
+    """Read embeddings (m, d) of patches whose dataset the store holds with a known fingerprint, and their rows."""
     datasets = np.array([set_report.dataset for set_report in report.sets])
     X, rows = [np.empty((0, 0), dtype=np.float32)], [np.empty(0, dtype=np.intp)]
     for dataset in dict.fromkeys(datasets.tolist()):

@@ -113,7 +113,7 @@ def _digest(text: str) -> str:
 
 
 def _json(value: Any) -> Markup:
-    """JSON that can stand inside a script element: no `<` ends it."""
+    """Encode JSON that can stand inside a script element: no `<` ends it."""
     return Markup(json.dumps(value, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c"))
 
 
@@ -140,7 +140,7 @@ def _count(value: float | None) -> str:
 
 
 def _figures_record(report: Report) -> dict[str, Any]:
-    """Every figure of the page, for whoever wants to check it; curves are drawn, not tabulated."""
+    """Record every figure of the page, for whoever wants to check it; curves are drawn, not tabulated."""
     record = dict(as_dict(report))
     for set_report in record["sets"]:
         del set_report["curves"]
@@ -154,7 +154,7 @@ def _script_data(
     maps: Sequence[EmbeddingMap],
     names: tuple[str, str],
 ) -> dict[str, Any]:
-    """What the script needs; strings that repeat are numbered."""
+    """Gather what the script needs; strings that repeat are numbered."""
     groups, group = _numbered(patches.group.tolist())
     domains, domain = _numbered(patches.domain.tolist())
     votes, vote = _numbered(patches.votes)
@@ -183,7 +183,7 @@ def _script_data(
 
 
 def _rounded(value: float, threshold: float | None) -> float | None:
-    """Four digits, unless they would lie on the other side of the threshold."""
+    """Round to four digits, unless that would cross the threshold."""
     if threshold is None or math.isnan(value):
         return None
     short = round(value, 4)

@@ -17,19 +17,19 @@ from probe.curve import CurvePoint, read_curve
 from probe.predictions import Predictions
 from probe.runs import RunRecord, read_predictions, read_run, read_samples
 
-# Options in which runs of one name may differ without being told apart by it: the record says which view and pooling
-# were chosen, and a run is the same whatever else it scored.
+# Options that never become part of a run's name: the record says which view and pooling were chosen, and a run is the
+# same whatever else it scored.
 _NOT_TELLING = frozenset({"view", "pooling", "fractions", "test"})
 _DIGITS = 8  # of a digest, in names and messages
 
 
 @dataclass(frozen=True, eq=False)
 class Run:
-    """A run, read.
+    """A run that has been read.
 
     Attributes:
         folder: where it is.
-        label: its name in tables: model and method, and what tells it from others of the same.
+        label: its name in tables: model and method, and what distinguishes it from others of the same.
         record: its run.json and metrics.json.
         predictions: all of them.
         tables: dataset to the patch table of what was predicted.
@@ -81,7 +81,7 @@ def read_runs(runs: Path, *, named: Sequence[Path] = (), folds: str | None = Non
 
 
 def _folders(runs: Path) -> tuple[list[Path], list[str]]:
-    """The folders of finished runs, and notes on unfinished ones."""
+    """List the folders of finished runs, and notes on unfinished ones."""
     if not runs.is_dir():
         raise UserError(
             f"{runs} {'is not a folder' if runs.exists() else 'does not exist'}. Expected the folder of all runs; "
@@ -154,10 +154,10 @@ def _repeated(labels: Sequence[str]) -> list[str]:
 
 
 def _facts(record: RunRecord) -> dict[str, Any]:
-    """What may tell a run from its namesakes: what came out of choosing, then what was asked for."""
-    asked = {name: value for name, value in record.options.items() if name not in _NOT_TELLING}
-    nested = {inner: value for outer in asked.values() if isinstance(outer, dict) for inner, value in outer.items()}
-    flat = {name: value for name, value in asked.items() if not isinstance(value, dict)}
+    """Gather what may distinguish a run from its namesakes: view and pooling, then the options."""
+    options = {name: value for name, value in record.options.items() if name not in _NOT_TELLING}
+    nested = {inner: value for outer in options.values() if isinstance(outer, dict) for inner, value in outer.items()}
+    flat = {name: value for name, value in options.items() if not isinstance(value, dict)}
     return {"view": record.view, "pooling": record.pooling, **nested, **flat}
 
 

@@ -120,9 +120,9 @@ def set_view(set_report: SetReport, runs: Sequence[Run]) -> SetView:
 
 
 def costs(run: Run, n_parameters: int | None) -> tuple[float | None, ...]:
-    """What a run cost: seconds, images per second, peak memory in MiB, parameters per fold and of the backbone.
+    """Gather what a run cost: seconds, images per second, peak memory in MiB, parameters per fold and of the backbone.
 
-    What is not known is None.
+    Where a figure is not known, it is None.
     """
     cost, n_trained = run.record.cost, run.record.n_trained
     memory = cost.peak_memory_mb if cost.peak_device_memory_mb is None else cost.peak_device_memory_mb
@@ -131,7 +131,7 @@ def costs(run: Run, n_parameters: int | None) -> tuple[float | None, ...]:
 
 
 def _n_trained_by_probe(run: Run) -> int | None:
-    """Numbers that a fold's probe trains: one per feature and one more."""
+    """Count the numbers that a fold's probe trains: one per feature and one more."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -165,7 +165,7 @@ def _intervals(set_report: SetReport, scored: Numbered, published: Sequence[Publ
 
 
 def _published_marks(rows: Sequence[Published], source: str) -> Row:
-    """A row of the interval plot with every published model."""
+    """Make a row of the interval plot with every published model."""
     nothing = [math.nan] * len(COMPARED)
     return Row(
         label=f"published: {SOURCES[source]}",
@@ -184,7 +184,7 @@ def _mark(row: Published, name: str, label: str) -> tuple[str, float, str]:
 
 
 def _matrix(set_report: SetReport, name: str) -> list[tuple[str, list[Difference | None]]]:
-    """Row minus column for every two runs; None where they are the same."""
+    """Tabulate row minus column for every two runs; None where they are the same."""
     labels = list(set_report.comparison.judgements)
     differences = {(pair.first, pair.second): pair.differences[name] for pair in set_report.comparison.pairs}
 
@@ -200,7 +200,7 @@ def _matrix(set_report: SetReport, name: str) -> list[tuple[str, list[Difference
 
 
 def _panels(set_report: SetReport, scored: Numbered) -> list[CurvePanel]:
-    """ROC and precision-recall curves: all runs together, or apart by method where they are many."""
+    """Draw ROC and precision-recall curves: all runs together, or apart by method where they are many."""
     if len(scored) <= _MANY:
         return [_panel(set_report, scored, None)]
     return [
