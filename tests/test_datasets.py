@@ -661,3 +661,17 @@ def test_the_real_atnorm_md_votes_are_consistent(real_data: Path) -> None:
     votes = np.array([figure.votes for figure in figures.values()]).sum(axis=1)
     assert np.bincount(votes).tolist() == [1_407, 364, 117, 83, 77, 59]
     assert [figure.label for figure in figures.values()] == (votes >= 3).astype(int).tolist()
+
+
+def test_two_ways_to_one_file_are_one_patch(patches: Path) -> None:
+    rows = (("x", "png/0.png", "a"), ("y", "png/../png/0.png", "b"))
+    table = write_csv(patches / "t.csv", ("id", "path", "label"), *rows)
+    with pytest.raises(UserError, match="a path that occurs more than once in 2 of 2 rows"):
+        load_dataset(str(table))
+
+
+@pytest.mark.parametrize(("n", "first", "last"), [(2, "0", "1"), (10, "0", "9"), (11, "00", "10"), (100, "00", "99")])
+def test_rows_of_an_hdf5_file_are_numbered_as_wide_as_the_last(tmp_path: Path, n: int, first: str, last: str) -> None:
+    pixels = np.arange(n * 12, dtype=np.int64).reshape(n, 2, 2, 3).astype(np.uint8)
+    dataset = load_dataset(str(write_hdf5(tmp_path / "all.h5", x=pixels, y=np.arange(n) % 2)))
+    assert (dataset.samples.id[0], dataset.samples.id[-1]) == (first, last)

@@ -47,6 +47,7 @@ def test_each_process_takes_a_gpu_of_its_own(gpus, n_gpus, name, local_rank, exp
         (2, "cuda:2", {}, "torch sees 2 GPUs here"),
         (2, "auto", {"local_rank": 2}, r"process 2 of this machine .* torch sees 2 GPUs"),
         (4, "cuda:1", {"local_rank": 1, "n_processes": 4}, "for all of 4 processes"),
+        (4, "cuda:1", {"local_rank": 0, "n_processes": 2}, "for all of 2 processes"),
         (4, "mps", {}, "not supported"),
         (4, "gpu", {}, "unknown device 'gpu'"),
     ],

@@ -649,3 +649,20 @@ def test_results_are_plain_json():
         plain = as_dict(result)
         assert json.loads(json.dumps(plain, allow_nan=False)) == plain
     assert as_dict(results[4])["figures"]["auroc"]["value"] is None
+
+
+def test_a_figure_without_the_raters_vote_or_any_other_is_missing_and_not_tied():
+    votes = np.array([[1, 1, 1], [0, 0, 0], [-1, 1, 0], [1, -1, -1], [0, 1, 0]])  # split others; no others; a tie
+    judged = patches([1, 0, 1, 1, 0], [0.9, 0.1, 0.6, 0.7, 0.2])
+    first = by_agreement(judged, votes, resampling=QUICK).raters[0]
+    assert (first.n, first.n_missing, first.n_tied) == (2, 2, 1)
+
+
+def test_the_share_of_the_worst_domain_is_that_of_the_largest_error():
+    rng = np.random.default_rng(4)
+    label = np.tile([0, 1], 60).astype(np.int8)
+    bad = np.arange(120) < 60
+    sure = np.where(label == 1, 0.9, 0.1) + 0.05 * rng.standard_normal(120).clip(-1, 1)
+    view = by_domain(patches(label, np.where(bad, 1 - sure, sure)), np.where(bad, "bad", "good"), resampling=QUICK)
+    for name in ("brier", "balanced_accuracy"):
+        assert (view.worst[name].domain, view.worst[name].share) == ("bad", 1.0)

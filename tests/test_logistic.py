@@ -11,7 +11,9 @@ from sklearn.preprocessing import StandardScaler
 
 from features.console import UserError
 from probe import logistic
+from probe.linear import Probe
 from probe.logistic import Fits, fit_logistic, predict_logits
+from probe.runs import FitRecord
 
 STRENGTHS = np.logspace(-4, 0, 4)
 
@@ -303,3 +305,29 @@ def test_a_gpu_gives_the_same_answer():
     masks = five_folds(600)
     fits = fit_logistic(X, y, masks=masks, strengths=STRENGTHS, device="cuda")
     assert_agrees(X, y, masks, STRENGTHS, fits, atol=2e-3)
+
+
+def hand_made_probe(threshold: float) -> Probe:
+    """Two folds of one feature: logits x and 3 x."""
+    return Probe(
+        coef=np.array([[1], [3]], dtype=np.float32),
+        intercept=np.zeros(2),
+        validation_logit=np.zeros(2, dtype=np.float32),
+        threshold=threshold,
+        fit=FitRecord(),
+    )
+
+
+def test_a_probes_probabilities_are_means_over_folds_and_class_0_comes_first():
+    x = np.array([[-1.0], [0.0], [2.0]], dtype=np.float32)
+    positive = (1 / (1 + np.exp(-x[:, 0])) + 1 / (1 + np.exp(-3 * x[:, 0]))) / 2
+    np.testing.assert_allclose(
+        hand_made_probe(0.5).predict_proba(x), np.stack([1 - positive, positive], axis=1), rtol=1e-5
+    )
+
+
+def test_a_probe_calls_positive_from_its_threshold_on():
+    x = np.array([[-1.0], [0.0], [2.0]], dtype=np.float32)  # the middle one has probability 0.5 exactly
+    assert hand_made_probe(0.5).predict(x).tolist() == [0, 1, 1]
+    assert hand_made_probe(0.51).predict(x).tolist() == [0, 0, 1]
+    assert hand_made_probe(0.1).predict(x).tolist() == [1, 1, 1]

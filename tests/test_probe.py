@@ -366,3 +366,50 @@ def test_a_run_records_the_fingerprints_of_the_view_it_was_probed_on(store, tmp_
     found = {entry.dataset: entry for entry in store.entries(model="good") if entry.view == view}
     assert run.fingerprints == {name: entry.fingerprint for name, entry in found.items()}
     assert run.embedding == found["ami-br"].parts
+
+
+def test_which_dataset_trains_is_part_of_the_question():
+    samples = table(n=96)
+    tables = {"one": samples, "two": samples}
+    first, second = (experiment.make_experiment(name, tables, cv=3) for name in tables)
+    assert first.folds.digest == second.folds.digest
+    assert first.digest != second.digest
+    assert list(second.tables) == ["two", "one"]
+    assert second.test == ("one",)
+
+
+def test_only_ami_br_has_the_papers_folds():
+    samples = table(n=96)
+    for asked in (False, True):
+        assert experiment.make_experiment("mine", {"mine": samples}, cv=3, paper_folds=asked).folds.source.startswith(
+            "greedy"
+        )
+
+
+def test_of_candidates_that_score_alike_the_first_is_chosen(tmp_path):
+    store = FeatureStore.open_or_create(tmp_path / "store.zarr")
+    samples = table(n=120)
+    store.put_samples("mine", samples, attrs={})
+    X = np.random.default_rng(0).standard_normal((120, WIDTH)) + samples.label[:, None]
+    writer = store.begin(
+        "mine", model="m", view="full", poolings={"cls": WIDTH, "mean": WIDTH}, card_pooling="cls", parts={"model": "m"}
+    )
+    for rows in writer.missing():
+        writer.write(rows, dict.fromkeys(("cls", "mean"), X[rows.start : rows.stop]))
+    (run,) = probe_store(store, options=ProbeOptions(cv=3), runs=tmp_path / "runs")
+    card, mean = run.candidates
+    assert card.validation_auroc == mean.validation_auroc
+    assert (card.pooling, mean.pooling, run.pooling) == ("card", "mean", "card")
+
+
+def test_the_demo_is_scored_only_if_asked_for_and_never_chosen_beside_another(tmp_path):
+    store = FeatureStore.open_or_create(tmp_path / "store.zarr")
+    add(store, "demo", table(n=120), "m", "full", signal=0.5)
+    (alone,) = probe_store(store, options=ProbeOptions(cv=3), runs=tmp_path / "runs")
+    assert (alone.train, alone.test) == ("demo", ())
+    add(store, "mine", table(n=120, seed=1), "m", "full", signal=0.5, seed=1)
+    add(store, "tested", table(n=24, seed=2, split=False), "m", "full", signal=0.5, seed=2)
+    (beside,) = probe_store(store, options=ProbeOptions(cv=3), runs=tmp_path / "runs")
+    assert (beside.train, beside.test) == ("mine", ("tested",))
+    (asked,) = probe_store(store, options=ProbeOptions(cv=3, test=("demo",)), runs=tmp_path / "runs")
+    assert (asked.train, asked.test) == ("mine", ("demo",))

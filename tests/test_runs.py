@@ -17,7 +17,16 @@ from features.console import UserError
 from features.samples import Samples, make_samples
 from probe import predictions as prediction_files
 from probe.metrics import RunMetrics
-from probe.predictions import COLUMNS, SAMPLE_COLUMNS, VALIDATION, Predictions, concatenate, predictions_of
+from probe.predictions import (
+    COLUMNS,
+    SAMPLE_COLUMNS,
+    VALIDATION,
+    Predictions,
+    concatenate,
+    parse_predictions,
+    predictions_csv,
+    predictions_of,
+)
 from probe.runs import (
     RunRecord,
     check_weights,
@@ -404,3 +413,52 @@ def test_a_run_has_its_name_only_when_all_of_it_is_on_the_disk(tmp_path: Path, m
     assert [path for what, path in disk.events if what == "rename"][-1] == folder
     assert disk.events[-1] == ("fsync", tmp_path)
     assert list(tmp_path.iterdir()) == [folder]
+
+
+@pytest.mark.parametrize("name", ["predictions.csv", "metrics.json", "weights.safetensors"])
+def test_a_digest_that_was_changed_to_fit_a_changed_file_is_refused(name, tmp_path):
+    folder = made_run(tmp_path)
+    record = json.loads((folder / "run.json").read_text())
+    record["sha256"][name] = "0" * 64
+    (folder / "run.json").write_text(json.dumps(record))
+    with pytest.raises(UserError, match=r"run\.json is not the file that the run wrote"):
+        read_run(folder)
+
+
+@pytest.mark.parametrize("key", ["id", "created"])
+@pytest.mark.parametrize("value", [None, ""])
+def test_a_record_without_name_or_date_is_damaged(key, value, tmp_path):
+    folder = made_run(tmp_path)
+    edit_record(folder, **{key: value})
+    with pytest.raises(UserError, match=rf"run\.json is damaged \({key} missing\)"):
+        read_run(folder)
+
+
+def test_rows_are_selected_by_any_mask_and_contiguous_ones_without_a_copy():
+    predictions = predicted(TABLES, "ami-br")
+    n = len(predictions)
+    scattered, middle, none = np.arange(n) % 3 == 1, np.zeros(n, dtype=bool), np.zeros(n, dtype=bool)
+    middle[5:9] = True
+    for mask in (scattered, middle, none, ~none):
+        part = predictions.select(mask)
+        assert part.id.tolist() == predictions.id[np.flatnonzero(mask)].tolist()
+        assert part.logit.tolist() == predictions.logit[np.flatnonzero(mask)].tolist()
+    assert np.shares_memory(predictions.select(middle).logit, predictions.logit)
+    assert not len(predictions.select(none).select(np.zeros(0, dtype=bool)))
+
+
+def test_a_file_of_no_predictions_has_its_header_and_is_read():
+    nothing = predicted(TABLES, "ami-br").select(np.zeros(0, dtype=np.intp))
+    (content,) = predictions_csv(nothing)
+    assert content.decode() == ",".join(COLUMNS) + "\n"
+    assert len(parse_predictions(content.decode())) == 0
+
+
+def test_none_is_kept_in_options_and_left_out_of_what_was_not_measured(tmp_path):
+    folder = made_run(tmp_path)
+    record = json.loads((folder / "run.json").read_text())
+    assert record["options"] == read_run(folder).options
+    assert record["options"]["test"] is None
+    assert record["options"]["view"] is None
+    assert None not in record.values()
+    assert None not in record["cost"].values()
