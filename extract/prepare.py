@@ -121,7 +121,7 @@ class Prepared:
 
     extraction: Extraction
     jobs: list[Job]
-    entries: dict[tuple[str, str], Entry]  # by model and view, in the order asked for; those of jobs go out of date
+    entries: dict[tuple[str, str], Entry]  # by model and view, as asked; a job's writer has the newer one
 
     def units(self) -> list[range]:
         """List row ranges that can be embedded independently: whole steps of every job that has work there."""

@@ -1,4 +1,4 @@
-"""Patches to adapted backbones: LoRA of all folds at once, end-to-end training, and what a run says of new patches.
+"""Patches to adapted backbones: LoRA of all folds at once, end-to-end training, and predictions for new patches.
 
     >>> from finetune import FinetuneOptions, finetune, predict_paths  # doctest: +SKIP
     >>> run = finetune(FinetuneOptions(model="uni", train="ami-br"), runs=Path("runs"))  # doctest: +SKIP

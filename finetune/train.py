@@ -36,7 +36,7 @@ from probe.metrics import auroc, balanced_accuracy
 from probe.runs import EpochRecord
 from probe.schedule import best_epoch, should_stop
 
-_DRAW_SEED = 2  # keeps these generators apart from those of initial values
+_DRAW_SEED = 2  # keeps these generators apart from those that draw initial values
 
 
 @dataclass(frozen=True, eq=False)

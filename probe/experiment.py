@@ -44,7 +44,7 @@ class TestSet:
 
 @dataclass(frozen=True, eq=False)
 class FoldLogits:
-    """What a fit says of an experiment's patches: logits, positive for class 1.
+    """The result of a fit: the logits of an experiment's patches, positive for class 1.
 
     Attributes:
         validation: (n,) float32; each training row under the model of the fold that it validates.

@@ -179,7 +179,7 @@ def _probe_model(setup: _Setup, model: str, runs: Path) -> RunRecord:
 
 
 def _train_dataset(store: FeatureStore, trainable: dict[str, bool], options: ProbeOptions) -> str:
-    """Find the dataset to train on; `trainable` says of each whether it has rows outside its test split."""
+    """Find the dataset to train on; `trainable` says for each whether it has rows outside its test split."""
     if not trainable:
         raise UserError(f"{store.path} holds no dataset yet. Run: fm-extract")
     if options.train is not None:

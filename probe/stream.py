@@ -113,7 +113,7 @@ def fit_streamed(
         )
 
         logits = torch.empty(F * S, n)  # off the device: with the labels, all here that grows with n
-        theta, gradient = torch.zeros_like(step), torch.zeros_like(step)  # the point reached, and the one there
+        theta, gradient = torch.zeros_like(step), torch.zeros_like(step)  # the point reached, and the gradient there
         norm = torch.full((F * S,), torch.inf, device=rows.device)
         unfinished = torch.arange(F * S, device=rows.device)
         pairs: deque[_Pair] = deque(maxlen=MEMORY)

@@ -140,7 +140,7 @@ def labels_of(records: Sequence[RunRecord]) -> list[str]:
         telling = [name for name in known if len({str(fact.get(name, "")) for fact in facts}) > 1]
         for row, fact in zip(rows, facts, strict=True):
             labels[row] = " ".join([label, *(_fact(name, fact[name]) for name in telling if name in fact)])
-    for shorten in (True, False):  # the last digits of the id; all of it where these are the same
+    for shorten in (True, False):  # the id's last digits; the whole id where these are the same
         repeated = _repeated(labels)
         labels = [
             f"{label} #{record.id.rpartition('-')[2] if shorten else record.id}" if label in repeated else label
