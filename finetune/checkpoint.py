@@ -110,7 +110,7 @@ def load_state(folder: Path, device: torch.device) -> State | None:
     except FileNotFoundError:
         return None
     except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path} is damaged ({error}). Delete it to train from the start, with `resume`.") from error
+        raise UserError(f"{path} is damaged ({error}). Delete it: `resume` then trains from the start.") from error
 
 
 def _digest(described: dict[str, Any], tensors: dict[str, Tensor]) -> str:
