@@ -358,6 +358,15 @@ def test_only_a_writer_that_is_alone_sweeps_or_overwrites(empty: FeatureStore) -
     assert not leftover.exists()
 
 
+def test_a_writer_that_shares_its_entry_with_other_machines_sweeps_nothing(empty: FeatureStore) -> None:
+    leftover = begin(empty).entry.folder / "cls" / ".c.0.0.0123.partial"
+    leftover.write_bytes(b"half")
+    begin(empty, shared=True)
+    assert leftover.exists()  # locks of this machine say nothing of another's writer
+    begin(empty)
+    assert not leftover.exists()
+
+
 def test_remove_takes_an_entry_a_model_or_a_dataset(full: FeatureStore) -> None:
     with pytest.raises(ValueError, match="of one model"):
         full.remove("ami-br", view="full")
