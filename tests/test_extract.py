@@ -403,3 +403,22 @@ def test_auto_precision_follows_what_the_same_weights_chose_and_no_others(small_
     fourth = embedded(store, others, dataset=drawn(name="d", seed=3), precision="auto")
     assert fourth.parts["precision"] == "bf16"  # as the same weights before
     assert embedded(store, small_weights, dataset=drawn(name="e"), precision="auto").parts["precision"] == "fp32"
+
+
+def test_what_a_card_says_of_precision_is_for_gpus(monkeypatch):
+    backbone = dataclasses.replace(CARD, amp="fp16")
+    monkeypatch.setattr(compute, "has_bf16", lambda device: False)
+    assert choose_precision("auto", backbone, torch.nn.Identity(), torch.zeros(1, 3, 32, 32)) == "fp32"
+
+
+def test_auto_precision_does_not_follow_what_was_chosen_on_another_kind_of_device(small_weights, tmp_path, monkeypatch):
+    monkeypatch.setattr(compute, "has_bf16", lambda device: False)
+    store = FeatureStore.open_or_create(tmp_path / "s.zarr")
+    sha256 = hashlib.sha256(small_weights.read_bytes()).hexdigest()
+    for name, device in (("a", "cuda"), ("b", "cpu")):
+        store.put_samples(name, drawn(name=name).samples, attrs={})
+        parts = {"weights_sha256": sha256, "device": device, "precision": "bf16"}
+        store.begin(name, model=CARD.name, view="full", poolings={"cls": 32}, card_pooling="cls", parts=parts)
+        found = embedded(tmp_path / "s.zarr", small_weights, dataset=drawn(name=f"of {name}"), precision="auto")
+        assert found.parts["precision"] == {"cuda": "fp32", "cpu": "bf16"}[device]
+        store.remove(f"of {name}")

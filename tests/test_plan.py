@@ -1,14 +1,19 @@
 """Is the dry run true: modules, parameters, and memory as a real step keeps it?"""
 
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 import torch
 
 from extract.backbones import build_model, find_backbone
 from features.console import UserError
+from finetune import options as training_options
 from finetune.lora import LoraOptions
 from finetune.network import Network
-from finetune.options import ComputeOptions, FinetuneOptions
+from finetune.options import ComputeOptions, FinetuneOptions, training_precision
 from finetune.plan import make_plan
+from finetune.recipes import RECIPES
 
 COMPUTE = ComputeOptions(device="cpu")
 
@@ -59,3 +64,37 @@ def test_more_folds_at_once_keep_more():
 def test_targets_that_match_nothing_are_refused():
     with pytest.raises(UserError, match="match no module"):
         make_plan(FinetuneOptions(lora=LoraOptions(targets="nothing")), COMPUTE)
+
+
+def test_paths_of_a_training_are_recorded_for_any_folder_and_come_back(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    record = ComputeOptions(data=Path("data"), weights=Path("w.pt"), folds_at_once=2).as_record()
+    assert (record["data"], record["weights"]) == (str(tmp_path / "data"), str(tmp_path / "w.pt"))
+    back = ComputeOptions.from_record(record)
+    assert back == ComputeOptions(data=tmp_path / "data", weights=tmp_path / "w.pt", folds_at_once=2)
+    assert ComputeOptions.from_record(ComputeOptions().as_record()) == ComputeOptions()
+
+
+@pytest.mark.parametrize(
+    ("asked", "device", "expected"), [(None, "cpu", 1), (None, "cuda", 5), (2, "cpu", 2), (2, "cuda", 2), (9, "cpu", 5)]
+)
+def test_folds_at_once_are_at_most_all(asked, device, expected):
+    assert ComputeOptions(folds_at_once=asked).resolved_folds_at_once(torch.device(device), 5) == expected
+
+
+def test_auto_precision_trains_convolutions_of_a_cpu_in_fp32(monkeypatch):
+    convolutional, transformer = find_backbone("efficientnet-lite0"), find_backbone("h-optimus-1")
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    for has_it, expected in ((True, ("fp32", "bf16", "bf16", "bf16")), (False, ("fp32",) * 4)):
+        monkeypatch.setattr(training_options, "has_bf16", lambda device, has_it=has_it: has_it)
+        pairs = ((convolutional, cpu), (convolutional, gpu), (transformer, cpu), (transformer, gpu))
+        assert tuple(training_precision("auto", *pair) for pair in pairs) == expected
+        assert training_precision("bf16", convolutional, cpu) == "bf16"
+
+
+def test_the_users_view_goes_before_the_recipes_and_that_before_the_backbones():
+    backbone = replace(find_backbone("h-optimus-1"), finetune_view="center48")
+    assert FinetuneOptions().resolved_view(backbone).name == "center48"
+    assert FinetuneOptions(recipe="paper").resolved_view(backbone).name == RECIPES["paper"].view == "full"
+    for recipe in RECIPES:
+        assert FinetuneOptions(recipe=recipe, view="center64").resolved_view(backbone).name == "center64"

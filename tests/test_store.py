@@ -358,6 +358,15 @@ def test_only_a_writer_that_is_alone_sweeps_or_overwrites(empty: FeatureStore) -
     assert not leftover.exists()
 
 
+def test_a_writer_that_shares_its_entry_with_other_machines_sweeps_nothing(empty: FeatureStore) -> None:
+    leftover = begin(empty).entry.folder / "cls" / ".c.0.0.0123.partial"
+    leftover.write_bytes(b"half")
+    begin(empty, shared=True)
+    assert leftover.exists()  # locks of this machine say nothing of another's writer
+    begin(empty)
+    assert not leftover.exists()
+
+
 def test_remove_takes_an_entry_a_model_or_a_dataset(full: FeatureStore) -> None:
     with pytest.raises(ValueError, match="of one model"):
         full.remove("ami-br", view="full")
@@ -743,3 +752,41 @@ def test_a_file_replaces_another_only_when_it_is_on_the_disk(tmp_path: Path, dis
         files.write_file(tmp_path / "x", pieces())
     assert [path.name for path in tmp_path.iterdir()] == ["x"]
     assert (tmp_path / "x").read_bytes() == b"new"
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("card_pooling", "cls+max"), ("card_pooling", ""), ("n_rows", 0), ("model", "timm/y"), ("rows_per_block", 1)],
+)
+def test_an_entry_that_contradicts_itself_is_refused(full: FeatureStore, name: str, value: object) -> None:
+    path = next(full.path.glob("ami-br/*/*/zarr.json"))
+    document = json.loads(path.read_text())
+    document["attributes"][name] = value
+    del document["attributes"]["attributes_digest"]
+    path.write_text(json.dumps(document))
+    with pytest.raises(UserError, match="its attributes contradict each other"):
+        full.entries()
+
+
+@pytest.mark.parametrize("poolings", [{"card": 4}, {"cls+mean": 4}, {"cls": 0}, {"a/b": 4}])
+def test_a_pooling_that_could_be_taken_for_another_is_a_programming_error(
+    full: FeatureStore, poolings: dict[str, int]
+) -> None:
+    (name,) = poolings
+    with pytest.raises(ValueError, match=r"cannot be a pooling"):
+        full.begin("ami-br", model="y", view="full", poolings=poolings, card_pooling=name, parts={})
+    assert full.entries("ami-br", "y") == []
+
+
+def test_an_entrys_folder_and_files_are_where_it_says(full: FeatureStore) -> None:
+    (entry,) = full.entries()
+    assert (Path(entry.folder) / "zarr.json").is_file()
+    assert Path(entry.block_path("mean", 2)) == Path(entry.folder) / "mean" / "c.2.0"
+    assert Path(entry.block_path("mean", 2)).is_file()
+
+
+@pytest.mark.parametrize("rows", [[3, 3, 5], [5, 4], [70, 3]])
+def test_blocks_of_repeated_or_descending_rows_are_refused(full: FeatureStore, rows: list[int]) -> None:
+    stored = full.embeddings("ami-br", model="timm/x", view="full", rows=np.array(rows))
+    with pytest.raises(ValueError, match="ascending order only"):
+        list(stored.blocks())
