@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from dataclasses import replace
 
 import numpy as np
@@ -298,14 +297,6 @@ def test_of_very_many_patches_bundles_are_drawn_and_intervals_stay_as_wide(monke
         expected = alone.figures[name]
         assert figure.value == pytest.approx(expected.value, abs=1e-12)
         assert figure.high - figure.low == pytest.approx(expected.high - expected.low, rel=0.15)
-
-
-def test_ten_thousand_replicates_take_well_under_two_seconds():
-    rng = np.random.default_rng(0)
-    label = np.arange(2107) % 10 == 0
-    started = time.process_time()
-    judge(patches(label, rng.random(2107)), resampling=Resampling(replicates=10_000))
-    assert time.process_time() - started < 2
 
 
 # --- runs together ----------------------------------------------------------------------------------------------------

@@ -534,7 +534,8 @@ def test_memory_that_cannot_hold_one_fold_checkpoints_gradients_and_changes_noth
     found = trained(double(lora=DROPPING))
     torch.testing.assert_close(found.values, expected.values, **TIGHT)
     assert [one for one in memory.seen if one[0] > 1] == [(3, False), (2, False)]
-    assert memory.seen.count((1, False)) == 1
+    # Groups train side by side, one per thread: of (two folds, one) the one, then each of three, may meet the limit.
+    assert 1 <= memory.seen.count((1, False)) <= 4
     assert "gradient checkpointing" in capsys.readouterr().err
 
 
