@@ -33,6 +33,7 @@ from extract.benchmark import DATA_VARIABLE, check_data
 from extract.datasets import local_data
 from features.console import ProgressCallback, UserError, progress
 from features.device import find_device, has_bf16
+from features.options import DEFAULT_STORE
 from features.store import FeatureStore
 
 Status = Literal["ok", "note", "fail"]
@@ -43,7 +44,6 @@ _HUB_SECONDS = 8.0  # for the first question; a resolver or proxy may take longe
 _MODELS_SECONDS = 15.0  # for the questions about all models together
 _AT_ONCE = 8  # questions
 _FEW_BYTES = 1_000_000_000  # less free space than this is noted
-DEFAULT_STORE = "embeddings.zarr"
 _SHOWN = 5  # how many of many damaged blocks are named
 
 

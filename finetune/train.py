@@ -33,6 +33,7 @@ from finetune.dropout import seed_of
 from finetune.network import Network
 from finetune.recipes import Recipe, learning_rate
 from probe.metrics import auroc, balanced_accuracy
+from probe.paper import draw_batches
 from probe.runs import EpochRecord
 from probe.schedule import best_epoch, should_stop
 
@@ -206,21 +207,14 @@ class EpochBatches:
 
 
 def draw_epoch(data: TrainingSet, fold: int, recipe: Recipe, *, seed: int, epoch: int) -> EpochBatches:
-    """Draw a fold's batches with replacement, rows weighted inversely to the frequency of their class.
-
-    As many patches are drawn as the fold trains on, rounded up to whole batches.
-    """
+    """Draw a fold's batches of one epoch (see `probe.paper.draw_batches`), and how each patch is augmented."""
     generator = torch.Generator().manual_seed(seed_of(seed, fold, epoch, _DRAW_SEED))
     rows = torch.from_numpy(np.flatnonzero(data.folds.fold != fold))
-    label = data.label.cpu()[rows]
-    weight = (1.0 / torch.bincount(label))[label]
-    n_batches = -(-len(rows) // recipe.batch_size)
-    n = n_batches * recipe.batch_size
-    drawn = rows[torch.multinomial(weight, n, replacement=True, generator=generator)]
+    batches = draw_batches(rows, data.label.cpu()[rows], batch_size=recipe.batch_size, generator=generator)
     draws = None
     if recipe.augment is not None:
-        draws = draw(n, recipe.augment, generator=generator).view(n_batches, recipe.batch_size, -1)
-    return EpochBatches(drawn.view(n_batches, -1), draws)
+        draws = draw(batches.numel(), recipe.augment, generator=generator).view(*batches.shape, -1)
+    return EpochBatches(batches, draws)
 
 
 def _images(

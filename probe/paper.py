@@ -104,7 +104,6 @@ def _fit_fold(
     optimizer = torch.optim.Adam(layer.parameters(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
     rows = torch.from_numpy(np.flatnonzero(mask))
     held_out = torch.from_numpy(~mask)
-    sampling_weight = 1.0 / torch.bincount(target[rows])[target[rows]]
     scores: list[float] = []
     best = layer.weight.detach().clone(), layer.bias.detach().clone()
     while not should_stop(scores, patience=recipe.patience, max_epochs=recipe.max_epochs):
@@ -115,7 +114,7 @@ def _fit_fold(
             patience=recipe.plateau_patience,
             minimum=recipe.min_learning_rate,
         )
-        for batch in draw_batches(rows, sampling_weight, recipe.batch_size, generator):
+        for batch in draw_batches(rows, target[rows], batch_size=recipe.batch_size, generator=generator):
             optimizer.zero_grad()
             torch.autograd.backward(F.cross_entropy(layer(features[batch]), target[batch]))
             optimizer.step()
@@ -128,20 +127,21 @@ def _fit_fold(
     return *best, scores
 
 
-def draw_batches(rows: Tensor, weight: Tensor, batch_size: int, generator: torch.Generator) -> Tensor:
-    """Draw one epoch of rows with replacement, each with a probability in proportion to its weight.
+def draw_batches(rows: Tensor, label: Tensor, *, batch_size: int, generator: torch.Generator) -> Tensor:
+    """Draw one epoch of rows with replacement, each weighted inversely to the frequency of its class.
 
-    The epoch has whole batches only: the last one is filled up rather than cut short.
+    As many rows are drawn as there are, rounded up to whole batches.
 
     Args:
         rows: (n,) row numbers.
-        weight: (n,) of each row.
+        label: (n,) their labels, 0 or 1.
         batch_size: rows per batch.
         generator: decides the draws.
 
     Returns:
         (n_batches, batch_size) row numbers.
     """
+    weight = (1.0 / torch.bincount(label))[label]
     n_batches = -(-len(rows) // batch_size)
     drawn = torch.multinomial(weight, n_batches * batch_size, replacement=True, generator=generator)
     return rows[drawn].view(n_batches, batch_size)
