@@ -15,12 +15,13 @@ from typing import NamedTuple
 
 from extract import demo, download
 from extract.images import check_files
-from extract.readers import PatchFile, first_of, list_classes
+from extract.readers import PatchFile, list_classes
 from features.console import UserError
+from features.labels import ATYPICAL as ATYPICAL
 from features.samples import TEST, TRAIN
-from features.tables import read_csv
+from features.tables import first_of, read_table
 
-NORMAL, ATYPICAL = "Normal", "Atypical"
+NORMAL = "Normal"
 DATA_VARIABLE = "MITOFM_DATA"
 AMI_BR_CSV = "AMI-BR.csv"  # of the AMi-Br repository; a clone of the benchmark does not have it
 AMI_BR_CSV_URL = f"https://raw.githubusercontent.com/DeepMicroscopy/AMi-Br/20a217b3/{AMI_BR_CSV}"
@@ -83,8 +84,8 @@ def _ami_br_figures(data: Path) -> dict[str, Figure]:
     table, train_table = data / AMI_BR_CSV, data / "amibr_train_split.csv"
     if not table.is_file():
         table = download.fetch_file(AMI_BR_CSV_URL, AMI_BR_CSV_SHA256)
-    rows = read_csv(table, required=("slide", "dataset", "uid", *_AMI_BR_VOTES, "majority_atypical"))
-    train_rows = read_csv(train_table, required=("dataset_uid", "final_label"))
+    rows = read_table(table, required=("slide", "dataset", "uid", *_AMI_BR_VOTES, "majority_atypical"))
+    train_rows = read_table(train_table, required=("dataset_uid", "final_label"))
     train = {row["dataset_uid"]: row["final_label"] for row in train_rows}
     meaning = {"True": 1, "False": 0}
     figures = {}
@@ -103,13 +104,13 @@ def _ami_br_figures(data: Path) -> dict[str, Figure]:
 
 def _atnorm_md_figures(data: Path) -> dict[str, Figure]:
     slides: dict[str, tuple[str, str]] = {}  # by file name: the benchmark numbers the patches slide by slide
-    for row in read_csv(_SLIDES_CSV, required=("first_id", "last_id", "slide", "domain")):
+    for row in read_table(_SLIDES_CSV, required=("first_id", "last_id", "slide", "domain")):
         for number in range(int(row["first_id"]), int(row["last_id"]) + 1):
             slides[f"{number}.png"] = (row["slide"], row["domain"])
     table = data / "AtNorM-MD_expert_votes.csv"
     meaning = {ATYPICAL: 1, NORMAL: 0}
     figures = {}
-    for row in read_csv(table, required=("Filename", *_ATNORM_MD_VOTES, "Majority")):
+    for row in read_table(table, required=("Filename", *_ATNORM_MD_VOTES, "Majority")):
         file_name = row["Filename"]
         if file_name not in slides:
             raise UserError(f"{table}, line {row.line}: {file_name!r} is not one of 1.png to {len(slides)}.png.")

@@ -16,9 +16,11 @@ from features.options import (
     DataOption,
     DeviceOption,
     JsonOption,
+    LabelsOption,
     OverwriteOption,
     PositiveOption,
     RunsOption,
+    SkipUnlabelledOption,
     StoreOption,
     WeightsOption,
     parse_names,
@@ -39,7 +41,7 @@ def extract(
     dataset: Annotated[
         str,
         typer.Option(
-            help="Datasets, comma-separated: a name of --list-datasets, a class-per-folder path, CSV or HDF5."
+            help="Datasets, comma-separated: names of --list-datasets, or PATH or NAME=PATH (folder, CSV, HDF5 or NPZ)."
         ),
     ] = "demo",
     data: DataOption = None,
@@ -60,6 +62,8 @@ def extract(
     ] = None,
     weights: WeightsOption = None,
     positive: PositiveOption = None,
+    labels: LabelsOption = None,
+    skip_unlabelled: SkipUnlabelledOption = False,
     overwrite: OverwriteOption = False,
     shard: Annotated[
         str | None,
@@ -80,11 +84,12 @@ def extract(
         return
 
     from extract.backbones import find_backbone
-    from extract.datasets import load_dataset, local_data
+    from extract.datasets import load_dataset, local_data, require_distinct_names
     from extract.embed import extract_dataset
     from extract.prepare import ExtractOptions
     from extract.shard import find_shard
     from extract.views import parse_view
+    from features.labels import parse_renaming
     from features.samples import audit
     from features.store import FeatureStore
 
@@ -106,17 +111,24 @@ def extract(
         no_progress()
     # Every mistake in a name is found before the first patch is read.
     backbones = [find_backbone(name) for name in parse_names(model, option="--model")]
+    datasets = parse_names(dataset, option="--dataset")
+    require_distinct_names(datasets)
+    reading: dict[str, Any] = {
+        "positive": positive,
+        "labels": parse_renaming(labels),
+        "skip_unlabelled": skip_unlabelled,
+    }
     if part.n_shards > 1 and not part.local_rank:
         say(f"This is rank {part.index} of {part.n_shards}: it embeds its shard of the blocks. --shard 0/1 takes all.")
     summaries = []
-    for name in parse_names(dataset, option="--dataset"):
-        patches = load_dataset(name, data=data, positive=positive)
+    for name in datasets:
+        patches = load_dataset(name, data=data, **reading)
         for line in audit(patches.samples).lines() if not part.local_rank else ():
             say(f"{patches.name}: {line}.")
         target = FeatureStore.open_or_create(store)
         if engine == "ray":
             models = tuple(backbone.name for backbone in backbones)
-            spec = ExtractionSpec(name, models, store, local_data(data), positive, weights, options)
+            spec = ExtractionSpec(name, models, store, {"data": local_data(data), **reading}, weights, options)
             done = embed_by_ray(spec, n_actors=workers)
         else:
             done = extract_dataset(patches, backbones, store=target, options=options, weights=weights, shard=part)

@@ -1,15 +1,16 @@
 """What is a dataset of labelled patches, and how does a name or a path become one?
 
-A dataset is a known name (a row of `DATASETS`), a folder with one sub-folder per class, a CSV, or an HDF5 file. All of
-them become a `PatchDataset`: the patch table, and a function that reads one patch.
+A dataset is a known name (a row of `DATASETS`), a folder with one sub-folder per class, a table, or a file of arrays.
+All of them become a `PatchDataset`: the patch table, and a function that reads one patch.
 """
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+import unicodedata
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -32,7 +33,9 @@ from extract.readers import Patches as Patches
 from extract.readers import list_patches
 from extract.readers import load_patches as load_patches
 from features.console import UserError, nearest, say
+from features.labels import Classes, aligned, binary_labels, read_labels
 from features.samples import Samples, make_samples
+from features.tables import known_cells, read_splits
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -51,7 +54,7 @@ class PatchDataset:
 
     name: str
     samples: Samples
-    label_names: tuple[str, str]
+    label_names: Classes
     source: str
     mpp: float | None
     decode: Decode
@@ -62,17 +65,29 @@ class PatchDataset:
         return f"PatchDataset({self.name!r}, {len(self.samples):,} patches: {classes}; source={self.source!r})"
 
 
-def load_dataset(name_or_path: str, *, data: Path | None = None, positive: str | None = None) -> PatchDataset:
+def load_dataset(
+    name_or_path: str,
+    *,
+    data: Path | None = None,
+    positive: str | None = None,
+    labels: Mapping[str, str] | None = None,
+    classes: Classes | None = None,
+    skip_unlabelled: bool = False,
+) -> PatchDataset:
     """Load the patch table of a dataset: list its patches, check and hash every file, and join what is known of each.
 
     >>> load_dataset("demo")
     PatchDataset('demo', 400 patches: 289 Normal, 111 Atypical; source='drawn by mitofm')
 
     Args:
-        name_or_path: a name of `DATASETS`; or a folder with one sub-folder per class, a CSV, or an HDF5 file.
+        name_or_path: a name of `DATASETS`; or a folder with one sub-folder per class, a table, or a file of arrays,
+            also as NAME=PATH, to name the dataset otherwise than its path does.
         data: the folder of the known datasets, laid out like a clone of AMi-Br_Benchmark; by default the one in the
             environment variable MITOFM_DATA, else a download kept in the cache.
-        positive: the class that is label 1, for paths; see `binary_labels`.
+        positive: the class that is label 1, for paths; see `features.labels.binary_labels`.
+        labels: old class name to new, for paths; applied first.
+        classes: the classes of the training set, if these patches are to test its models.
+        skip_unlabelled: leave out patches whose label is missing, instead of refusing them.
 
     Raises:
         UserError: when the name is unknown, files are missing, too many or unreadable, or tables contradict them.
@@ -83,26 +98,88 @@ def load_dataset(name_or_path: str, *, data: Path | None = None, positive: str |
                 f"{name_or_path} has the positive class {ATYPICAL}, not {positive!r}: leave `positive` out."
             )
         if not record.folder:
-            return _drawn(name_or_path)
-        return _known(name_or_path, data or _default_data() or download.fetch_benchmark(verify_download))
-    path = Path(name_or_path)
+            dataset = _drawn(name_or_path)
+        else:
+            dataset = _known(name_or_path, data or _default_data() or download.fetch_benchmark(verify_download))
+        return dataset if classes is None else aligned_dataset(dataset, classes, labels or {})
+    name, path = parse_source(name_or_path)
     if not (path.is_dir() or path.is_file()):
         raise UserError(
-            f"There is no dataset and no file or folder named {name_or_path!r}.{nearest(name_or_path, DATASETS)} "
-            f"Known datasets: {', '.join(DATASETS)}. Otherwise give a folder with one sub-folder per class, a CSV with "
-            "the columns path and label, or an HDF5 file with x and y."
+            f"There is no dataset and no file or folder named {str(path)!r}.{nearest(str(path), DATASETS)} "
+            f"Known datasets: {', '.join(DATASETS)}. Otherwise give a folder with one sub-folder per class, a table "
+            "with the columns path and label, or a file of arrays with x and y."
         )
     patches = list_patches(path, labelled=True)
+    where = [patches.where(row) for row in range(len(patches.id))]
+    named, rows = read_labels(patches.columns["label"], labels, source=path, where=where, skip=skip_unlabelled)
+    if len(rows) < len(patches.id):
+        patches, where = patches.select(rows), [where[row] for row in rows]
     try:
-        label, label_names = binary_labels(patches.columns["label"], positive)
+        label, label_names = binary_labels(named, positive, classes=classes)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
-    known = patches.columns.get
+    columns = patches.columns
     samples = make_samples(
-        patches.id, label, sha256=patches.digests(), group=known("group"), split=known("split"), domain=known("domain")
+        patches.id,
+        label,
+        sha256=patches.digests(),
+        group=known_cells(columns.get("group")),
+        split=read_splits(columns.get("split"), source=path, where=where),
+        domain=known_cells(columns.get("domain")),
     )
-    name = _safe_name(path if path.is_dir() else path.with_suffix(""))
     return PatchDataset(name, samples, label_names, str(path.resolve()), None, patches.decode)
+
+
+def aligned_dataset(test: PatchDataset, classes: Classes, labels: Mapping[str, str]) -> PatchDataset:
+    """Read the labels of a test set by the classes of the training set.
+
+    Raises:
+        UserError: see `features.labels.aligned`.
+    """
+    turned = aligned(classes, test.label_names, train_name="the training set", test_name=test.name, labels=labels)
+    return replace(test, samples=test.samples.swapped() if turned else test.samples, label_names=classes)
+
+
+def parse_source(name_or_path: str) -> tuple[str, Path]:
+    """Split NAME=PATH, or make a name of a path.
+
+    >>> parse_source("site-b=/data/b/patches.csv")
+    ('site-b', PosixPath('/data/b/patches.csv'))
+    >>> parse_source("My Patches/")[0]
+    'my-patches'
+
+    Returns:
+        The name in the store and in every result, in lower case and plain characters; and the path.
+
+    Raises:
+        UserError: if there is no name, or it is that of a known dataset.
+    """
+    given, equals, rest = name_or_path.partition("=")
+    if not equals or Path(name_or_path).exists() or re.search(r"[/\\]", given):
+        given, rest = "", name_or_path
+    path = Path(rest).expanduser()
+    if given in DATASETS:
+        raise UserError(f"{given!r} is a known dataset: give {rest} another name.")
+    stem = path.resolve().name if path.is_dir() else path.with_suffix("").name
+    name = re.sub(r"[^\w.-]+", "-", unicodedata.normalize("NFC", given or stem).lower()).strip("-._")
+    if not name:
+        raise UserError(f"{given or stem!r} gives no name to a dataset: write NAME={rest}.")
+    return (f"my-{name}" if name in DATASETS else name), path
+
+
+def require_distinct_names(names_or_paths: Iterable[str]) -> None:
+    """Refuse two datasets of one name, before any is read.
+
+    Raises:
+        UserError: naming both, and how to name one of them otherwise.
+    """
+    first: dict[str, str] = {}
+    for text in names_or_paths:
+        name = text if text in DATASETS else parse_source(text)[0]
+        if first.setdefault(name, text) != text:
+            raise UserError(
+                f"{first[name]} and {text} would both be the dataset {name!r}. Name one of them otherwise: NAME={text}."
+            )
 
 
 def is_at_hand(name: str, data: Path | None = None) -> bool:
@@ -114,43 +191,6 @@ def is_at_hand(name: str, data: Path | None = None) -> bool:
 def local_data(data: Path | None = None) -> Path | None:
     """Find a folder of the known datasets that is here already: the given one, MITOFM_DATA's, or a download."""
     return data or _default_data() or download.downloaded()
-
-
-def binary_labels(classes: Sequence[str], positive: str | None) -> tuple[list[int], tuple[str, str]]:
-    """Turn class names into labels: 1 for the positive class, 0 for every other.
-
-    The positive class is `positive`; else, of two classes, the one named Atypical (in any case); else the one that
-    sorts last (so 1 of 0 and 1), and a message names the choice.
-
-    >>> binary_labels(["Normal", "Atypical", "Normal"], None)
-    ([0, 1, 0], ('Normal', 'Atypical'))
-    >>> binary_labels(["stroma", "tumour", "fat"], "tumour")
-    ([0, 1, 0], ('not tumour', 'tumour'))
-
-    Returns:
-        The labels, and the names of class 0 and class 1.
-
-    Raises:
-        UserError: for fewer than two classes, an unknown `positive`, or three and more classes without `positive`.
-    """
-    names = sorted(set(classes))
-    if len(names) < 2:
-        raise UserError(f"found {len(names)} class ({', '.join(names) or 'none'}); a probe needs two.")
-    if positive is not None and positive not in names:
-        raise UserError(
-            f"there is no class {positive!r}.{nearest(positive, names)} The classes are {', '.join(names)}."
-        )
-    if positive is None and len(names) > 2:
-        raise UserError(
-            f"found {len(names)} classes ({', '.join(names)}); name the one to tell from all others with `positive`."
-        )
-    if positive is None:
-        positive = next((name for name in names if name.lower() == ATYPICAL.lower()), names[-1])
-        if positive.lower() != ATYPICAL.lower() and names != ["0", "1"]:
-            say(f"The positive class (label 1) is {positive!r}; the option `positive` names another.")
-    others = [name for name in names if name != positive]
-    negative = others[0] if len(others) == 1 else f"not {positive}"
-    return [int(name == positive) for name in classes], (negative, positive)
 
 
 def _known(name: str, data: Path) -> PatchDataset:
@@ -178,12 +218,6 @@ def _drawn(name: str) -> PatchDataset:
     samples, pixels = demo.draw()
     source = DATASETS[name].source
     return PatchDataset(name, samples, (NORMAL, ATYPICAL), source, demo.MPP, lambda row: pixels[row].copy())
-
-
-def _safe_name(path: Path) -> str:
-    """Make a store name from a path: lower case, plain characters, and never the name of a known dataset."""
-    name = re.sub(r"[^a-z0-9._-]+", "-", path.resolve().name.lower()).strip("-._") or "patches"
-    return f"my-{name}" if name in DATASETS else name
 
 
 def _default_data() -> Path | None:

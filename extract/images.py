@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageFile, TiffImagePlugin
+from PIL import Image, ImageFile, ImageOps, TiffImagePlugin
 
 from features.console import UserError, progress
 
@@ -182,6 +182,7 @@ def _has_alpha(image: ImageFile.ImageFile) -> bool:
 
 def _pixels(image: ImageFile.ImageFile) -> NDArray[np.uint8]:
     try:
+        ImageOps.exif_transpose(image, in_place=True)  # cameras and some exporters store a turned image
         if not _has_alpha(image):
             return np.array(image.convert("RGB"))  # a copy: torch wants writable memory
         rgba = np.asarray(image.convert("RGBA"))

@@ -15,7 +15,7 @@ import os
 import signal
 import time
 from collections import Counter, deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -44,8 +44,8 @@ class ExtractionSpec:
     dataset: str
     models: tuple[str, ...]
     store: str
-    data: Path | None  # given explicitly: an actor's machine need not have this one's environment
-    positive: str | None
+    # Arguments of load_dataset; `data` among them, because an actor's machine need not have this one's environment.
+    reading: Mapping[str, Any]
     weights: Path | None
     options: ExtractOptions
     folder: Path = field(default_factory=Path.cwd)
@@ -71,7 +71,7 @@ class EmbeddingActor:
             )
         os.chdir(spec.folder)
         extraction = Extraction(
-            load_dataset(spec.dataset, data=spec.data, positive=spec.positive),
+            load_dataset(spec.dataset, **spec.reading),
             tuple(map(find_backbone, spec.models)),
             FeatureStore.open_or_create(spec.store),
             spec.options,

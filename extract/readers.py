@@ -1,4 +1,4 @@
-"""Which patches does a path hold, and how is each read: an image, a folder, a CSV or an HDF5 file?
+"""Which patches does a path hold, and how is each read: an image, a folder, a table, or a file of arrays?
 
 Each form is read in one place, for labelled patches (`extract.datasets.load_dataset`) and for new ones without labels
 (`load_patches`). Of labelled patches nothing is left out silently, and every doubt is an error.
@@ -13,23 +13,22 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from threading import Lock
 from typing import NamedTuple
-
-import h5py
-import numpy as np
-from numpy.typing import NDArray
+from urllib.parse import unquote, urlsplit
 
 from extract import images
+from extract.arrays import SUFFIXES as ARRAY_SUFFIXES
+from extract.arrays import ImageArrays, read_arrays
 from extract.images import Decode, check_files, file_decoder
 from features.console import UserError, progress, say
-from features.samples import TEST, TRAIN
-from features.tables import read_csv
+from features.tables import Table, first_of, is_missing, read_table, refuse_rows
 
-_OPTIONAL_COLUMNS = ("id", "group", "split", "domain")  # of a CSV of labelled patches
-_SHOWN = 5  # how many of many bad files or rows an error names
-_HDF5_ROWS = 256  # rows hashed per read
-_HDF5_SUFFIXES = frozenset({".h5", ".hdf5"})
+_OPTIONAL_COLUMNS = ("id", "group", "split", "domain")
+_COLUMNS = ("label", "group", "split", "domain")
+_ROWS = 256  # rows of an array hashed per read
+_TABLE_SUFFIXES = frozenset({".csv", ".tsv", ".txt"})
+_FOREIGN = re.compile(r"[A-Za-z]:[\\/]|\\\\|(https?|ftp|s3|gs|az)://", re.IGNORECASE)
+_SPLIT_FOLDERS = frozenset({"train", "training", "test", "testing", "val", "valid", "validation"})
 _SYSTEM_FILES = frozenset({"Thumbs.db", "desktop.ini"})
 _IMAGE_SUFFIXES = ", ".join(sorted(images.SUFFIXES))
 
@@ -44,7 +43,8 @@ class Patches:
         decode: `decode(row)` gives that patch as (height, width, 3) uint8 RGB; thread-safe; raises UserError naming
             the patch when it cannot be decoded. Patches may differ in size.
         digests: reads every patch once and gives its hex SHA-256; raises UserError naming those that cannot be used.
-        columns: what is known of every patch, column by column; `label` if labels were asked for.
+        columns: what is known of every patch, column by column as it was written: `label`, `group`, `split`, `domain`.
+        lines: the line of the table on which each patch stands, where there is one.
     """
 
     source: str
@@ -52,6 +52,22 @@ class Patches:
     decode: Decode
     digests: Callable[[], list[str]] = field(repr=False)
     columns: Mapping[str, list[str]] = field(default_factory=dict, repr=False)
+    lines: Sequence[int] = field(default=(), repr=False)
+
+    def where(self, row: int) -> str:
+        """Name a patch for a message: its line in the table, if there is one, and its id."""
+        return f"line {self.lines[row]}: {self.id[row]}" if self.lines else self.id[row]
+
+    def select(self, rows: Sequence[int]) -> Patches:
+        """Select some of the patches, in that order."""
+        return Patches(
+            self.source,
+            tuple(self.id[row] for row in rows),
+            lambda row: self.decode(rows[row]),
+            lambda: list(map(self.digests().__getitem__, rows)),
+            {name: [cells[row] for row in rows] for name, cells in self.columns.items()},
+            [self.lines[row] for row in rows] if self.lines else (),
+        )
 
 
 class PatchFile(NamedTuple):
@@ -63,15 +79,17 @@ class PatchFile(NamedTuple):
 
 
 def load_patches(path: Path) -> Patches:
-    """List and check new patches: an image, a folder (images at any depth), a CSV with a column path, or HDF5 with x.
+    """List and check new patches: an image, a folder (images at any depth), a table with a column path, or arrays.
 
-    Labels are neither needed nor read. Every file is checked first.
+    Labels are not needed. Every file is checked first.
 
     Raises:
         UserError: no such path, no patches, or patches that cannot be read.
     """
     patches = list_patches(path, labelled=False)
-    if not _is_hdf5(path):  # the rows of an HDF5 file have one type and shape; a file may hold anything
+    if (
+        path.suffix.lower() not in ARRAY_SUFFIXES
+    ):  # the rows of an array have one type and shape; a file may hold anything
         patches.digests()
     return patches
 
@@ -80,33 +98,45 @@ def list_patches(path: Path, *, labelled: bool) -> Patches:
     """List the patches of a path without reading their pixels.
 
     Args:
-        path: a folder, a CSV or an HDF5 file; without labels also an image file.
-        labelled: whether every patch must have a label: by its class folder, a column `label`, or the array `y`.
+        path: a folder, a table (.csv, .tsv), or a file of arrays (.h5, .npz); without labels also an image file.
+        labelled: whether every patch must have a label: by its class folder, a column `label`, or an array of labels.
 
     Raises:
         UserError: no such path, another kind of file, no patches, or entries that contradict each other.
     """
+    suffix = path.suffix.lower()
     if path.is_dir():
         return _from_class_folders(path) if labelled else _from_any_folder(path)
-    if path.is_file() and path.suffix.lower() == ".csv":
-        return _from_csv(path, labelled=labelled)
-    if path.is_file() and _is_hdf5(path):
-        return _from_hdf5(path, labelled=labelled)
-    if labelled:
-        raise UserError(f"{path} is neither a CSV (.csv) nor an HDF5 file (.h5, .hdf5), and not a folder of patches.")
-    if path.is_file() and path.suffix.lower() in images.SUFFIXES:
+    if path.is_file() and suffix in _TABLE_SUFFIXES:
+        return _from_table(path, labelled=labelled)
+    if path.is_file() and suffix in ARRAY_SUFFIXES:
+        return _from_arrays(path, labelled=labelled)
+    if path.is_file() and suffix in images.SUFFIXES and not labelled:
         return _of_files(path, [path.name], [path])
-    raise UserError(
-        f"{path} is {'no patch' if path.exists() else 'not there'}. Expected an image ({_IMAGE_SUFFIXES}), a folder of "
-        "images, a CSV with a column path, or an HDF5 file with x."
+    found = f"no file of patches{_hint(suffix)}" if path.exists() else "not there"
+    expected = (
+        "a folder with one sub-folder per class, a table (.csv, .tsv) with the columns path and label, or arrays of "
+        "images and labels (.h5, .npz)"
+        if labelled
+        else f"an image ({_IMAGE_SUFFIXES}), a folder of images, a table (.csv, .tsv) with a column path, or arrays of "
+        "images (.h5, .npz)"
     )
+    raise UserError(f"{path} is {found}. Expected {expected}.")
+
+
+def _hint(suffix: str) -> str:
+    return {".xlsx": ": save the workbook as CSV", ".xls": ": save the workbook as CSV"}.get(suffix, "")
 
 
 def _of_files(
-    source: Path, ids: Sequence[str], paths: Sequence[Path], columns: Mapping[str, list[str]] | None = None
+    source: Path,
+    ids: Sequence[str],
+    paths: Sequence[Path],
+    columns: Mapping[str, list[str]] | None = None,
+    lines: Sequence[int] = (),
 ) -> Patches:
     return Patches(
-        str(source), tuple(ids), file_decoder(paths), lambda: check_files(paths, source.name)[0], columns or {}
+        str(source), tuple(ids), file_decoder(paths), lambda: check_files(paths, source.name)[0], columns or {}, lines
     )
 
 
@@ -114,15 +144,38 @@ def _of_files(
 
 
 def _from_class_folders(folder: Path) -> Patches:
-    entries = [entry for entry in sorted(folder.iterdir()) if not _is_ignored(entry.name)]
-    loose = [entry.name for entry in entries if entry.suffix.lower() in images.SUFFIXES]
-    classes = [entry.name for entry in entries if entry.is_dir()]
-    if loose or len(classes) < 2:
-        content = f"{len(loose)} images outside them ({first_of(loose)})" if loose else f"{len(classes)} sub-folders"
-        raise UserError(f"{folder} has {content}. Expected one sub-folder per class with the class's patches inside.")
-    files = list_classes(folder, classes)
+    """List `<class>/<patch>`, or `train/<class>/<patch>` and `test/<class>/<patch>`."""
+    classes = _sub_folders(folder)
+    splits = [name for name in classes if name.casefold() in _SPLIT_FOLDERS]
+    if not splits:
+        return _of_class_files(folder, list_classes(folder, classes))
+    if len(splits) < len(classes):
+        others = [name for name in classes if name not in splits]
+        raise UserError(
+            f"{folder} has {first_of(splits)} beside {first_of(others)}: are these splits or classes? Expected one "
+            "sub-folder per class, or train and test with one sub-folder per class in each. Move the others away."
+        )
+    files, split = [], []
+    for name in splits:
+        listed = list_classes(folder / name, _sub_folders(folder / name))
+        files += [PatchFile(f"{name}/{file.id}", file.label, file.path) for file in listed]
+        split += [name] * len(listed)
+    return _of_class_files(folder, files, split=split)
+
+
+def _of_class_files(folder: Path, files: Sequence[PatchFile], **columns: list[str]) -> Patches:
     labels = {"label": [file.label for file in files]}
-    return _of_files(folder, [file.id for file in files], [file.path for file in files], labels)
+    return _of_files(folder, [file.id for file in files], [file.path for file in files], labels | columns)
+
+
+def _sub_folders(folder: Path) -> list[str]:
+    entries = [entry for entry in sorted(folder.iterdir()) if not _is_ignored(entry.name)]
+    loose = [entry.name for entry in entries if entry.suffix.lower() in images.SUFFIXES and not entry.is_dir()]
+    classes = [entry.name for entry in entries if entry.is_dir()]
+    if loose or not classes:
+        content = f"{len(loose)} images outside them ({first_of(loose)})" if loose else "no sub-folders"
+        raise UserError(f"{folder} has {content}. Expected one sub-folder per class with the class's patches inside.")
+    return classes
 
 
 def _from_any_folder(folder: Path) -> Patches:
@@ -186,41 +239,27 @@ def _natural(text: str) -> tuple[list[str | int], str]:
     return [int(part) if position % 2 else part for position, part in enumerate(parts)], text
 
 
-# --- CSV --------------------------------------------------------------------------------------------------------------
+# --- tables -----------------------------------------------------------------------------------------------------------
 
 
-def _from_csv(table: Path, *, labelled: bool) -> Patches:
+def _from_table(path: Path, *, labelled: bool) -> Patches:
     required = ("path", "label") if labelled else ("path",)
-    rows = read_csv(table, required=required)
-    optional = [name for name in _OPTIONAL_COLUMNS if labelled and name in rows[0]]
-    cells = {name: [row[name].strip() for row in rows] for name in (*required, *optional)}
-    paths = [table.parent / path for path in cells["path"]]
-    ids = cells.get("id", cells["path"])
-
-    def refuse(bad: Iterable[int], what: str, remedy: str) -> None:
-        named = [f"line {rows[row].line}: {ids[row] or '(empty)'}" for row in bad]
-        if named:
-            raise UserError(f"{table}: {what} in {len(named)} of {len(rows)} rows ({first_of(named)}). {remedy}")
-
-    refuse(_empty(cells["path"]), "an empty path", "Every row needs the path of its patch.")
+    table = read_table(path, required=required, optional=_OPTIONAL_COLUMNS if labelled else ("id", "label"))
+    paths = _locate(table)
+    ids = table.columns.get("id", table.columns["path"])
+    columns = {name: table.columns[name] for name in _COLUMNS if name in table.columns}
+    patches = _of_files(path, ids, paths, columns, table.lines)
     if labelled:
-        refuse(_empty(cells["label"]), "an empty label", "Every row needs a label; remove unlabelled patches.")
-        refuse(
-            _repeated(ids),
-            "an id or path that occurs more than once",
-            "Every patch needs one row and an id of its own.",
+        places = [os.path.normpath(path) for path in paths]
+        _refuse(
+            patches, _repeated(ids), "an id or path that occurs more than once", "Every patch needs an id of its own."
         )
-        repeated_paths = _repeated([os.path.normpath(path) for path in paths])
-        refuse(repeated_paths, "a path that occurs more than once", "Keep one row of each.")
-        unknown = [row for row, split in enumerate(cells.get("split", ())) if split not in (TRAIN, TEST, "")]
-        refuse(unknown, "an unknown split", f"A split is '{TRAIN}', '{TEST}' or empty (folds are made from '{TRAIN}').")
-    missing = [row for row, path in enumerate(paths) if not _is_file(path)]
-    refuse(missing, "a file that does not exist", f"Paths are relative to {table.parent.resolve()}.")
-    return _of_files(table, ids, paths, cells)
+        _refuse(patches, _repeated(places), "a path that occurs more than once", "Keep one row of each.")
+    return patches
 
 
-def _empty(cells: Sequence[str]) -> list[int]:
-    return [row for row, cell in enumerate(cells) if not cell]
+def _refuse(patches: Patches, rows: Iterable[int], what: str, remedy: str) -> None:
+    refuse_rows(patches.source, [patches.where(row) for row in rows], len(patches.id), what, remedy)
 
 
 def _repeated(values: Sequence[str]) -> list[int]:
@@ -228,73 +267,69 @@ def _repeated(values: Sequence[str]) -> list[int]:
     return [row for row, value in enumerate(values) if counts[value] > 1]
 
 
+def _locate(table: Table) -> list[Path]:
+    """Find the file of every row: relative to the table, absolute, from the home folder (~), or a file:// address."""
+    cells, folder = table.columns["path"], table.path.parent
+
+    def refuse(rows: Iterable[int], what: str, remedy: str) -> None:
+        named = [f"line {table.lines[row]}: {cells[row] or '(empty)'}" for row in rows]
+        refuse_rows(table.path, named, len(table), what, remedy)
+
+    refuse(
+        (row for row, cell in enumerate(cells) if is_missing(cell)),
+        "an empty path",
+        "Every row needs the path of its patch.",
+    )
+    refuse(
+        (row for row, cell in enumerate(cells) if _FOREIGN.match(cell)),
+        "a path on a Windows drive, the web or a bucket",
+        "Copy the patches to this machine and give their paths here, best relative to the table.",
+    )
+    paths = [folder / _as_path(cell) for cell in cells]
+    missing = [row for row, path in enumerate(paths) if not _is_file(path)]
+    turned = {row: folder / _as_path(cells[row].replace("\\", "/")) for row in missing if "\\" in cells[row]}
+    if missing and len(turned) == len(missing) and all(map(_is_file, turned.values())):
+        say(f"{table.path}: backslashes in {len(turned)} paths are read as slashes.")
+        return [turned.get(row, path) for row, path in enumerate(paths)]
+    elsewhere = bool(missing) and all(_is_file(Path(cells[row])) for row in missing)
+    hint = " They are there relative to the current folder: move the table there." if elsewhere else ""
+    refuse(missing, "a file that does not exist", f"Paths are relative to {folder.resolve()}.{hint}")
+    return paths
+
+
+def _as_path(cell: str) -> Path:
+    if cell.lower().startswith("file://"):
+        return Path(unquote(urlsplit(cell).path))
+    return Path(cell).expanduser() if cell.startswith("~/") else Path(cell)
+
+
 def _is_file(path: Path) -> bool:
     try:
         return path.is_file()
-    except OSError:  # a name longer than a file system takes
+    except (OSError, ValueError):  # a name longer than a file system takes, or with a null character
         return False
 
 
-# --- HDF5 -------------------------------------------------------------------------------------------------------------
+# --- arrays -----------------------------------------------------------------------------------------------------------
 
 
-def _is_hdf5(path: Path) -> bool:
-    return path.suffix.lower() in _HDF5_SUFFIXES
+def _from_arrays(path: Path, *, labelled: bool) -> Patches:
+    arrays = read_arrays(path, labelled=labelled)
+    columns = dict(arrays.columns)
+    width = len(str(arrays.n - 1))
+    ids = columns.pop("id", None) or [f"{row:0{width}d}" for row in range(arrays.n)]  # numbers that sort as text
+    repeated = [id for id, count in Counter(ids).items() if count > 1]
+    if not arrays.n or repeated:
+        found = f"{len(repeated)} ids that occur more than once ({first_of(repeated)})" if repeated else "no patches"
+        raise UserError(f"{path} has {found}. Expected one or more patches, each with an id of its own.")
+    return Patches(str(path), tuple(ids), arrays.read, lambda: _array_digests(path, arrays), columns)
 
 
-def _from_hdf5(path: Path, *, labelled: bool) -> Patches:
-    x = _hdf5_array(path, "x")
-    if x.ndim != 4 or x.shape[-1] != 3 or x.dtype != np.uint8:
-        raise UserError(f"{path}: x is {x.dtype} of shape {x.shape}, expected uint8 of shape (n, height, width, 3).")
-    lock = Lock()  # HDF5 files are not safe to read from several threads
-
-    def read(rows: int | slice) -> NDArray[np.uint8]:
-        try:
-            with lock:
-                return np.asarray(x[rows])
-        except OSError as error:
-            raise UserError(f"{path}, row {rows} cannot be read ({error}). Restore the file, then run again.") from None
-
-    n = x.shape[0]
-    ids = tuple(f"{row:0{len(str(n - 1))}d}" for row in range(n))  # row numbers that sort as text
-    columns = {"label": _hdf5_labels(path, x)} if labelled else {}
-    return Patches(str(path), ids, read, lambda: _hdf5_digests(path, n, read), columns)
-
-
-def _hdf5_digests(path: Path, n: int, read: Callable[[slice], NDArray[np.uint8]]) -> list[str]:
+def _array_digests(path: Path, arrays: ImageArrays) -> list[str]:
     digests = []
-    with progress(f"check {path.name}", n) as advance:
-        for start in range(0, n, _HDF5_ROWS):
-            block = read(slice(start, start + _HDF5_ROWS))  # (rows, height, width, 3)
-            digests += [hashlib.sha256(patch.tobytes()).hexdigest() for patch in block]
+    with progress(f"check {path.name}", arrays.n) as advance:
+        for start in range(0, arrays.n, _ROWS):
+            block = arrays.read(slice(start, start + _ROWS))  # (rows, height, width, 3)
+            digests += [hashlib.sha256(patch).hexdigest() for patch in block]
             advance(len(block))
     return digests
-
-
-def _hdf5_labels(path: Path, x: h5py.Dataset) -> list[str]:
-    # PatchCamelyon ships images and labels as two files, ..._x.h5 and ..._y.h5.
-    sibling = path.with_name(re.sub(r"(?<![A-Za-z0-9])x(?![A-Za-z0-9])", "y", path.name))
-    y = _hdf5_array(path if "y" in x.file or not sibling.is_file() else sibling, "y")
-    n = x.shape[0]
-    if not n or y.size != n:
-        raise UserError(f"{path}: x holds {n} patches and y {y.size} labels; expected one label per patch.")
-    values = y[()].reshape(n).tolist()
-    return [value.decode() if isinstance(value, bytes) else str(value) for value in values]
-
-
-def _hdf5_array(path: Path, key: str) -> h5py.Dataset:
-    try:
-        file = h5py.File(path, "r")
-    except OSError as error:
-        raise UserError(f"{path} is not a readable HDF5 file ({error}). Expected datasets x and y.") from None
-    if not isinstance(file.get(key), h5py.Dataset):
-        raise UserError(
-            f"{path} has no dataset {key!r} (it has {', '.join(sorted(file)) or 'nothing'}). Expected x, (n, height, "
-            "width, 3) uint8, and y, one label per patch, in the same file or in one named with y in place of x."
-        )
-    return file[key]
-
-
-def first_of(names: Sequence[str]) -> str:
-    """Join the first few of many names, for an error."""
-    return ", ".join(names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")

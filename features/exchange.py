@@ -17,9 +17,10 @@ from features.blocks import to_float16
 from features.console import UserError, progress
 from features.entry import Entry
 from features.files import new_file, writing
+from features.labels import NUMBERS, Classes, binary_labels, read_labels
 from features.samples import Samples, make_samples
 from features.store import FeatureStore
-from features.tables import read_csv
+from features.tables import known_cells, read_splits, read_table
 
 IMPORTED_POOLING = "pooled"  # the one pooling of an imported embedding, whatever its maker calls it
 _COLUMNS = ("features", "embeddings", "ids")  # of a file of embeddings
@@ -143,7 +144,7 @@ def import_embeddings(
     Raises:
         UserError: if a file is not as described, ids are repeated, missing or unknown, or numbers do not fit float16.
     """
-    samples = store.samples(dataset) if table is None else _read_table(table)
+    samples, classes = (store.samples(dataset), None) if table is None else _read_samples(table)
     if table is not None and dataset in store.datasets():
         stored = store.dataset_attrs(dataset)
         if stored.get("images_digest") != samples.images_digest:
@@ -155,7 +156,8 @@ def import_embeddings(
     positions = _match(source_ids, samples, source)
     halves = to_float16(embeddings[positions], str(source), ids=samples.id)
     if table is not None:
-        store.put_samples(dataset, samples, attrs={"source": f"imported from {table.name}"})
+        attrs = {"source": f"imported from {table.name}", "label_names": list(classes or NUMBERS)}
+        store.put_samples(dataset, samples, attrs=attrs)
     with source.open("rb") as file:
         parts = {"source_sha256": hashlib.file_digest(file, "sha256").hexdigest()}
     parts |= {"ids_digest": _digest(source_ids), "images_digest": samples.images_digest}
@@ -236,31 +238,32 @@ _READERS: dict[str, Callable[[Path], Columns]] = {
 
 def _read_ids(path: Path) -> list[str]:
     if path.suffix == ".csv":
-        return [row["id"] for row in read_csv(path, required=("id",))]
+        return read_table(path, required=("id",)).columns["id"]
     try:
         return path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} cannot be read as a text file of ids: {error}.") from error
 
 
-def _read_table(path: Path) -> Samples:
-    """Read a patch table from a CSV. The images are not at hand, so their digests stay unknown."""
-    rows = read_csv(path, required=("id", "label"))
-    strange = sorted({row["label"] for row in rows} - {"0", "1"})
-    if strange:
-        raise UserError(f"{path}: label {strange[0]!r} is neither 0 nor 1 (1 = the positive class, Atypical).")
-
-    def column(name: str) -> list[str] | None:
-        return [row[name] for row in rows] if name in rows[0] else None
-
-    return make_samples(
-        [row["id"] for row in rows],
-        [int(row["label"]) for row in rows],
-        sha256=[""] * len(rows),
-        group=column("group"),
-        split=column("split"),
-        domain=column("domain"),
+def _read_samples(path: Path) -> tuple[Samples, Classes]:
+    """Read a patch table. The images are not at hand, so their digests stay unknown."""
+    table = read_table(path, required=("id", "label"), optional=("group", "split", "domain"))
+    columns, ids = table.columns, table.columns["id"]
+    where = [f"line {line}: {id}" for line, id in zip(table.lines, ids, strict=True)]
+    names, _ = read_labels(columns["label"], None, source=path, where=where, skip=False)
+    try:
+        labels, classes = binary_labels(names)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    samples = make_samples(
+        ids,
+        labels,
+        sha256=[""] * len(ids),
+        group=known_cells(columns.get("group")),
+        split=read_splits(columns.get("split"), source=path, where=where),
+        domain=known_cells(columns.get("domain")),
     )
+    return samples, classes
 
 
 def _match(ids: NDArray[np.str_], samples: Samples, source: Path) -> NDArray[np.intp]:

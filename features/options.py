@@ -1,6 +1,13 @@
 """Which options do several commands share, and what do they mean?
 
-Each is the annotation of a parameter, whose default stands in the command: `device: DeviceOption = "auto"`.
+Each is the annotation of a parameter, whose default stands in the command: `device: LabelsOption = Annotated[
+    str | None,
+    typer.Option("--labels", help="old=new,...: what classes of your own datasets are called elsewhere: cancer=tumor."),
+]
+SkipUnlabelledOption = Annotated[
+    bool, typer.Option("--skip-unlabelled", help="Leave out patches without a label, instead of refusing them.")
+]
+DeviceOption = "auto"`.
 """
 
 from __future__ import annotations
@@ -26,6 +33,13 @@ WeightsOption = Annotated[
 ]
 PositiveOption = Annotated[
     str | None, typer.Option("--positive", help="The class that counts as positive, for datasets of your own.")
+]
+LabelsOption = Annotated[
+    str | None,
+    typer.Option("--labels", help="old=new,...: what classes of your own datasets are called elsewhere: cancer=tumor."),
+]
+SkipUnlabelledOption = Annotated[
+    bool, typer.Option("--skip-unlabelled", help="Leave out patches without a label, instead of refusing them.")
 ]
 DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")]
 CvOption = Annotated[int, typer.Option("--cv", help="Number of cross-validation folds; groups (slides) are never cut.")]

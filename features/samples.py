@@ -82,6 +82,12 @@ class Samples:
         """Select the rows of a boolean mask or an index array, in that order."""
         return replace(self, **{field.name: getattr(self, field.name)[rows] for field in fields(self)})
 
+    def swapped(self) -> Samples:
+        """Turn labels and votes round: the positive class becomes the other."""
+        return replace(
+            self, label=1 - self.label, votes=np.where(self.votes == MISSING_VOTE, self.votes, 1 - self.votes)
+        )
+
 
 def make_samples(
     id: Sequence[str],

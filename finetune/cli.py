@@ -15,9 +15,11 @@ from features.options import (
     DataOption,
     DeviceOption,
     JsonOption,
+    LabelsOption,
     PositiveOption,
     RunsOption,
     SeedOption,
+    SkipUnlabelledOption,
     WeightsOption,
     parse_names,
 )
@@ -64,6 +66,8 @@ def finetune(
     seed: SeedOption = 42,
     precision: Annotated[str, typer.Option(help="auto, fp32 or bf16.")] = "auto",
     positive: PositiveOption = None,
+    labels: LabelsOption = None,
+    skip_unlabelled: SkipUnlabelledOption = False,
     data: DataOption = None,
     weights: WeightsOption = None,
     device: DeviceOption = "auto",
@@ -106,6 +110,8 @@ def finetune(
             seed=seed,
             precision=precision,
             positive=positive,
+            labels=labels,
+            skip_unlabelled=skip_unlabelled,
         )
         compute_options = ComputeOptions(
             data=data,

@@ -33,7 +33,8 @@ class FinetuneOptions:
         cv: number of folds.
         seed: of folds, initial values, sampling, augmentation and dropout.
         precision: "auto", "fp32" or "bf16".
-        positive: the class that is label 1, for datasets of your own.
+        positive, labels, skip_unlabelled: for datasets of your own, see `extract.datasets.load_dataset`; `labels` as
+            "old=new,old=new".
 
     Raises:
         UserError: a value outside its range.
@@ -53,6 +54,8 @@ class FinetuneOptions:
     seed: int = SEED
     precision: str = "auto"
     positive: str | None = None
+    labels: str | None = None
+    skip_unlabelled: bool = False
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:

@@ -21,13 +21,14 @@ from extract.backbones import (
     fetch_weights,
     find_backbone,
 )
-from extract.datasets import DATASETS, PatchDataset, is_at_hand, load_dataset
+from extract.datasets import DATASETS, PatchDataset, is_at_hand, load_dataset, require_distinct_names
 from extract.embed import decoded
 from extract.prepare import fingerprint_parts
 from extract.registry import IMAGENET_MEAN, IMAGENET_STD
 from extract.views import Transform, View, make_transform
-from features.console import UserError, progress, say
+from features.console import progress, say
 from features.device import find_device
+from features.labels import parse_renaming
 from features.samples import audit
 from finetune.compute import Compute, checkpoint_gradients
 from finetune.network import Network
@@ -143,15 +144,14 @@ def prepare(
 
 def _load_datasets(options: FinetuneOptions, data: Path | None) -> dict[str, PatchDataset]:
     """Load the training set and those to score, by name."""
-    patches = load_dataset(options.train, data=data, positive=options.positive)
+    tests = _test_names(options, data)
+    require_distinct_names((options.train, *tests))
+    reading: dict[str, Any] = {"labels": parse_renaming(options.labels), "skip_unlabelled": options.skip_unlabelled}
+    patches = load_dataset(options.train, data=data, positive=options.positive, **reading)
     for line in audit(patches.samples).lines():
         say(f"{patches.name}: {line}.")
-    tests = [load_dataset(name, data=data, positive=options.positive) for name in _test_names(options, data)]
-    datasets = {dataset.name: dataset for dataset in (patches, *tests)}
-    if len(datasets) < 1 + len(tests):
-        names = [dataset.name for dataset in (patches, *tests)]
-        raise UserError(f"two of the datasets have the same name: {', '.join(names)}. Rename a folder or file.")
-    return datasets
+    loaded = [load_dataset(name, data=data, classes=patches.label_names, **reading) for name in tests]
+    return {dataset.name: dataset for dataset in (patches, *loaded)}
 
 
 def _test_names(options: FinetuneOptions, data: Path | None) -> list[str]:

@@ -3,15 +3,16 @@
 import pytest
 
 from features.console import UserError
-from features.tables import read_csv
+from features.tables import read_table
 
 
 def test_cells_come_as_strings_with_the_line_that_each_row_ends_on(tmp_path):
     path = tmp_path / "t.csv"
     path.write_bytes('\ufeffid,note\r\n001,"two\nlines"\r\nb,\r\n'.encode())
-    rows = read_csv(path, required=("id",))
-    assert rows == [{"id": "001", "note": "two\nlines"}, {"id": "b", "note": ""}]
-    assert [row.line for row in rows] == [3, 4]
+    table = read_table(path, required=("id",))
+    assert list(table) == [{"id": "001", "note": "two\nlines"}, {"id": "b", "note": ""}]
+    assert table.columns["id"] == ["001", "b"]
+    assert table.lines == [row.line for row in table] == [3, 4]
 
 
 @pytest.mark.parametrize(
@@ -20,19 +21,21 @@ def test_cells_come_as_strings_with_the_line_that_each_row_ends_on(tmp_path):
         (b"", r"t.csv lacks the columns id and label; it has none. Expected"),
         (b"id\na\n", r"t.csv lacks the column label; it has id"),
         (b"id,label\n", "no rows below its header"),
-        (b"id,label\na,1\nb\nc,1,2\n", r"2 rows do not have the header's 2 cells \(line 3, line 4\)"),
-        (b"\xff\xfe\x00", "not a UTF-8 CSV"),
-        (b'id,label\n"a\x00,1\n', "not a UTF-8 CSV|do not have the header's"),
+        (b"id,label\na,1\nb\nc,1,2\n", r"2 of 3 rows do not have the header's 2 cells \(line 3, line 4\)"),
+        (b"\xff\xfe\x00", "t.csv, line 1: bytes that are no text"),
+        (b"id,label\na\x00,1\n", "t.csv, line 2: bytes that are no text in utf-8"),
     ],
 )
 def test_a_faulty_file_is_one_message(tmp_path, content, message):
     (tmp_path / "t.csv").write_bytes(content)
     with pytest.raises(UserError, match=message):
-        read_csv(tmp_path / "t.csv", required=("id", "label"))
+        read_table(tmp_path / "t.csv", required=("id", "label"))
 
 
 def test_a_file_that_is_not_there_is_one_message(tmp_path):
-    with pytest.raises(UserError, match=r"no.csv does not exist. Expected a comma-separated file with id"):
-        read_csv(tmp_path / "no.csv", required=("id",))
+    with pytest.raises(
+        UserError, match=r"no.csv does not exist. Expected a table as text: .* with id in its first line"
+    ):
+        read_table(tmp_path / "no.csv", required=("id",))
     with pytest.raises(UserError, match="cannot be read"):
-        read_csv(tmp_path)
+        read_table(tmp_path, required=("id",))
