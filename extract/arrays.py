@@ -27,7 +27,8 @@ from features.tables import SYNONYMS, first_of, same_name
 HDF5_SUFFIXES = frozenset({".h5", ".hdf5", ".hdf"})
 SUFFIXES = HDF5_SUFFIXES | {".npz"}
 _IMAGES = ("x", "images", "patches", "imgs", "tiles", "data")
-_NAMES: Mapping[str, tuple[str, ...]] = {**SYNONYMS, "label": ("y", *SYNONYMS["label"])}
+_NAMES: Mapping[str, tuple[str, ...]] = {**SYNONYMS, "label": ("y", *SYNONYMS["label"]), "images": _IMAGES}
+_OWN_NAMES = {"images": ("x", "images"), "label": ("label", "labels", "y")}
 _COLUMNS = ("label", "group", "split", "domain", "id")
 _SPLITS = (TRAIN, "val", TEST)  # MedMNIST's prefixes
 _CHUNK_CACHE = 1 << 30  # at most so many bytes of decompressed chunks are kept
@@ -115,12 +116,12 @@ def _joined(path: Path, arrays: Mapping[str, Array], parts: Mapping[str, str], *
 
 
 def _pick(path: Path, what: str, arrays: Mapping[str, Array], found: Sequence[str]) -> str | None:
-    """Choose the one array for a purpose; of several, that with the usual name."""
-    usual = {"images": _IMAGES}.get(what, (what, *_NAMES.get(what, ())))
-    exact = [key for key in usual if key in found]
-    if len(found) > 1 and not exact:
+    """Choose the one array for a purpose: of several, the one that is called just so; of groups, the widest."""
+    exact = [key for key in _OWN_NAMES.get(what, (what,)) if key in found]
+    if len(found) > 1 and not exact and what != "group":
         raise UserError(f"{path} has {' and '.join(sorted(found))}, and each could be the {what}. Rename the others.")
-    return exact[0] if exact else next(iter(found), None)
+    order = [same_name(name) for name in _NAMES.get(what, ())]
+    return exact[0] if exact else min(found, key=lambda key: order.index(same_name(key)), default=None)
 
 
 # --------------------------------------------------------------------------------------------------------------- images

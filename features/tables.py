@@ -105,7 +105,7 @@ def read_table(path: Path, *, required: Sequence[str], optional: Sequence[str] =
     expected = _EXPECTED.format(columns=" and ".join(required) or "the columns' names")
     text = _decoded(path, expected)
     delimiter, text = _delimiter(text, required, optional)
-    reader = csv.reader(StringIO(text), delimiter=delimiter, skipinitialspace=True)
+    reader = csv.reader(StringIO(text), delimiter=delimiter, skipinitialspace=True, strict=True)
     header: list[str] = []
     rows, lines, ragged = [], [], []
     try:
@@ -127,6 +127,11 @@ def read_table(path: Path, *, required: Sequence[str], optional: Sequence[str] =
         raise UserError(
             f"{path}: {len(ragged)} of {len(rows)} rows do not have the header's {len(header)} cells "
             f"({first_of([f'line {line}' for line in ragged])}). Quote cells that contain {delimiter!r}."
+        )
+    broken = [line for cells, line in zip(rows, lines, strict=True) if any("\n" in cells[k] for k in found.values())]
+    if broken:
+        raise UserError(
+            f"{path}, line {broken[0]}: a cell goes over several lines. Is a quotation mark missing before?"
         )
     repeated = [line for cells, line in zip(rows, lines, strict=True) if cells == header]
     if repeated:
@@ -234,7 +239,7 @@ def _decoded(path: Path, expected: str) -> str:
     if strange:
         line = text[: text.index(strange)].count("\n") + 1
         raise UserError(f"{path}, line {line}: bytes that are no text in {encoding}. {expected}.")
-    return text
+    return re.sub("\r\n?", "\n", text)
 
 
 def _encoding(data: bytes) -> str:
@@ -258,8 +263,8 @@ def _delimiter(text: str, required: Sequence[str], optional: Sequence[str]) -> t
     Returns:
         The delimiter, and the text without a line `sep=;`, which Excel writes and reads.
     """
-    text = text.lstrip("\r\n")
-    if match := re.match(r"""["']?sep=(.)["']?\r?\n""", text):
+    text = text.lstrip("\n")
+    if match := re.match(r"""["']?sep=(.)["']?\n""", text):
         return match[1], text[match.end() :]
     line = next((line for line in text.splitlines() if line.strip()), "")
     wanted = {same_name(name) for column in (*required, *optional) for name in (column, *SYNONYMS.get(column, ()))}

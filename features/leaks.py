@@ -1,0 +1,149 @@
+"""Which patches of a test set has a model seen while it trained, or as good as seen?
+
+Three things are looked for between the training rows and every test set: the same bytes or pixels, the same group
+(slide, patient), and patches that look the same to the backbone: crops that overlap, copies saved in another format.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from features.blocks import Embeddings
+from features.samples import Samples
+
+# Two patches look the same if their standardised embeddings are closer than this share of what two patches drawn at
+# random are apart, squared (docs/protocol.md has the measurement).
+NEAR = 0.05
+_PROJECTED = 32  # dimensions in which pairs are looked for before they are measured
+_SLACK = 2.5  # a projected squared distance exceeds the true one by more once in 100,000 times
+_MOST_PAIRS = 2 * 10**10  # a minute or two; larger sets are not compared patch by patch
+_BLOCK = 4096
+
+
+@dataclass(frozen=True, eq=False)
+class Leak:
+    """The patches of a test set that the training rows know already; one patch may be found in several ways.
+
+    Attributes:
+        identical: (n,) bool; the same file or the same pixels trains.
+        grouped: (n,) bool; patches of the same group train.
+        similar: (n,) bool; a patch that looks the same to the backbone trains; all False where this was not looked for.
+    """
+
+    identical: NDArray[np.bool_]
+    grouped: NDArray[np.bool_]
+    similar: NDArray[np.bool_]
+
+    @property
+    def seen(self) -> NDArray[np.bool_]:
+        """(n,) found in any of the three ways."""
+        return self.identical | self.grouped | self.similar
+
+    def line(self, test: str, samples: Samples, *, train: str) -> str | None:
+        """Describe the finding in one sentence; None if there is none."""
+        found = [
+            (int(rows.sum()), what)
+            for rows, what in (
+                (self.identical, "identical"),
+                (self.similar & ~self.identical, "nearly identical"),
+                (self.grouped, "of a group (slide, patient) that trains"),
+            )
+        ]
+        if not self.seen.any():
+            return None
+        counted = ", ".join(f"{n:,} {what}" for n, what in found if n)
+        first = samples.id[np.flatnonzero(self.seen)[0]]
+        return (
+            f"{int(self.seen.sum()):,} of {len(self.seen):,} patches of {test} are known from the training patches of "
+            f"{train}: {counted} (first: {first})"
+        )
+
+
+def find_leak(
+    train: Samples,
+    test: Samples,
+    *,
+    similar: NDArray[np.bool_] | None = None,
+    pixels: tuple[list[str], list[str]] | None = None,
+) -> Leak:
+    """Compare a test set with the training rows by digest and by group.
+
+    >>> from features.samples import make_samples
+    >>> train = make_samples(["a", "b"], [0, 1], sha256=["1", "2"], group=["s1", "s2"])
+    >>> test = make_samples(["c", "d", "e"], [0, 1, 1], sha256=["2", "3", "4"], group=["", "s1", "s9"])
+    >>> leak = find_leak(train, test)
+    >>> leak.identical.tolist(), leak.grouped.tolist()
+    ([True, False, False], [False, True, False])
+
+    Args:
+        train: (n_train,) the rows that train.
+        test: (n,) the rows of a test set.
+        similar: (n,) what `similar_rows` found.
+        pixels: digests of the decoded pixels of `train` and of `test`, where patches have been decoded.
+    """
+    identical = _known(test.sha256, train.sha256)
+    if pixels is not None:
+        identical = identical | _known(np.array(pixels[1], np.str_), np.array(pixels[0], np.str_))
+    return Leak(
+        identical=identical,
+        grouped=_known(test.group, train.group),
+        similar=np.zeros(len(test), np.bool_) if similar is None else similar,
+    )
+
+
+def _known(values: NDArray[np.str_], known: NDArray[np.str_]) -> NDArray[np.bool_]:
+    return np.isin(values, known) & (values != "")
+
+
+def similar_rows(train: Embeddings, test: Embeddings) -> NDArray[np.bool_]:
+    """Mark the rows of `test` that look the same to the backbone as some row of `train`.
+
+    The nearest training row is looked for in a random projection, which keeps distances roughly, and then measured.
+    Sets of more than 2 * 10^10 pairs are not compared.
+
+    Returns:
+        (n_test,) bool.
+    """
+    n_train, d = train.shape
+    found = np.zeros(len(test), np.bool_)
+    if not n_train or not len(test) or n_train * len(test) > _MOST_PAIRS:
+        return found
+    mean, scale = _moments(train)
+    few = np.random.default_rng(0).standard_normal((d, _PROJECTED)).astype(np.float32) * scale[:, None]
+    known, asked = _projected(train, mean, few), _projected(test, mean, few)
+    sizes = (known**2).sum(axis=1)
+    limit = NEAR * 2 * np.count_nonzero(scale)  # standardised, two patches at random are 2 d apart, squared
+    for start in range(0, len(asked), _BLOCK):
+        part = asked[start : start + _BLOCK]
+        squared = sizes - 2 * part @ known.T  # but for what is the same for a whole row
+        nearest = squared.argmin(axis=1)
+        smallest = squared[np.arange(len(part)), nearest] + (part**2).sum(axis=1)
+        rows = np.flatnonzero(smallest < _SLACK * _PROJECTED * limit)
+        a = (test.select(start + rows).read().astype(np.float32) - mean) * scale
+        b = (train.select(nearest[rows]).read().astype(np.float32) - mean) * scale
+        found[start + rows] = ((a - b) ** 2).sum(axis=1) < limit
+    return found
+
+
+def _moments(embeddings: Embeddings) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Compute mean and inverse standard deviation of every feature; 0 for a constant one."""
+    n, d = embeddings.shape
+    total, squares = np.zeros(d), np.zeros(d)
+    for _, block in embeddings.blocks():
+        values = block.astype(np.float64)
+        total += values.sum(axis=0)
+        squares += (values**2).sum(axis=0)
+    mean = total / n
+    std = np.sqrt(np.maximum(squares / n - mean**2, 0))
+    constant = std <= 1e-6 * np.abs(mean)
+    return mean.astype(np.float32), np.where(constant, 0, 1 / np.where(constant, 1, std)).astype(np.float32)
+
+
+def _projected(embeddings: Embeddings, mean: NDArray[np.float32], few: NDArray[np.float32]) -> NDArray[np.float32]:
+    projected = np.empty((len(embeddings), few.shape[1]), np.float32)
+    for rows, block in embeddings.blocks():
+        projected[rows] = (block.astype(np.float32) - mean) @ few
+    return projected

@@ -1,0 +1,116 @@
+"""Do class names mean the same in every dataset, and is everything else refused or said?"""
+
+from __future__ import annotations
+
+import pytest
+
+from features.console import UserError
+from features.labels import aligned, binary_labels, compare_classes, parse_renaming, read_labels
+
+
+@pytest.mark.parametrize(
+    ("names", "positive", "labels", "classes"),
+    [
+        (["cancer", "normal"], None, [1, 0], ("normal", "cancer")),  # not the last in the alphabet
+        (["Non-Tumor", "Tumor"], None, [0, 1], ("Non-Tumor", "Tumor")),
+        (["benign", "normal"], None, [0, 1], ("benign", "normal")),  # both say "nothing": the last, and said
+        (["stroma", "tumour"], None, [0, 1], ("stroma", "tumour")),
+        (["1.0", "0.0", "1"], None, [1, 0, 1], ("0", "1")),
+        (["01", "00"], None, [1, 0], ("0", "1")),
+        (["2", "1"], None, [1, 0], ("1", "2")),
+        (["fat", "tumour", "stroma"], "TUMOUR", [0, 1, 0], ("not tumour", "tumour")),
+        (["tumour"], "tumour", [1], ("not tumour", "tumour")),
+        (["stroma"], "tumour", [0], ("stroma", "tumour")),
+        (["Atypical"], None, [1], ("not Atypical", "Atypical")),
+        (["normal"], None, [0], ("normal", "not normal")),
+        (["0", "0"], None, [0, 0], ("0", "1")),
+    ],
+)
+def test_the_positive_class_follows_from_the_names(names, positive, labels, classes):
+    assert binary_labels(names, positive) == (labels, classes)
+
+
+@pytest.mark.parametrize(
+    ("names", "arguments", "message"),
+    [
+        (["Tumor", "tumor", "normal"], {"positive": "Tumor"}, "'Tumor' and 'tumor' differ in case only"),
+        (["tumour"], {}, "found one class .* cannot tell whether it is the positive one"),
+        ([], {}, "no patches"),
+        (["normal", "cancer"], {"classes": ("normal", "tumor")}, "cancer is none of them.*labels='cancer=tumor'"),
+        # A slip of the pen must not turn the positive class into "every other".
+        (["tumor", "fat"], {"classes": ("not tumour", "tumour")}, "tumor is none|fat, tumor"),
+        (["fat", "tumor", "tumour"], {"classes": ("not tumour", "tumour")}, "tumor is none of them"),
+        (["2", "1"], {"classes": ("Normal", "Atypical")}, "1, 2 is none of them"),
+    ],
+)
+def test_what_could_mean_two_things_is_refused(names, arguments, message):
+    with pytest.raises(UserError, match=message):
+        binary_labels(names, **arguments)
+
+
+def test_a_test_set_takes_the_classes_of_the_training_set_by_name(capsys):
+    assert binary_labels(["TUMOR", "Normal"], classes=("normal", "tumor"))[0] == [1, 0]
+    assert binary_labels(["tumor", "tumor"], classes=("tumor", "normal"))[0] == [0, 0]  # the training set's side
+    assert binary_labels(["fat", "tumour"], classes=("not tumour", "tumour"))[0] == [0, 1]
+    assert capsys.readouterr().err == ""
+    assert binary_labels(["1", "0"], classes=("normal", "tumor"))[0] == [1, 0]
+    assert "0 and 1 are taken as normal and tumor" in capsys.readouterr().err
+
+
+def test_several_classes_that_count_as_negative_are_named(capsys):
+    binary_labels(["fat", "tumour", "stroma"], "tumour")
+    assert "every class but 'tumour': fat, stroma" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("spelling", ["", "NA", "nan", "None", "null", "?", "<NA>", "N/A", "unknown"])
+def test_a_missing_label_is_no_class(spelling, capsys):
+    cells, where = ["1", spelling, "0"], ["line 2: a", "line 3: b", "line 4: c"]
+    with pytest.raises(UserError, match=r"t.csv: no label in 1 of 3 rows \(line 3: b \("):
+        read_labels(cells, None, source="t.csv", where=where, skip=False)
+    assert read_labels(cells, None, source="t.csv", where=where, skip=True) == (["1", "0"], [0, 2])
+    assert "1 of 3 patches have no label and are left out" in capsys.readouterr().err
+    # Where it is the name of a class, the user says so.
+    renamed = {spelling: "2"}
+    assert read_labels(cells, renamed, source="t.csv", where=where, skip=False) == (["1", "2", "0"], [0, 1, 2])
+
+
+@pytest.mark.parametrize(
+    ("train", "test", "relation"),
+    [
+        (("normal", "tumor"), ("Normal", "TUMOR"), "same"),
+        (("normal", "tumor"), ("0", "1"), "same"),
+        (("0", "1"), ("Normal", "Atypical"), "same"),
+        (("not tumor", "tumor"), ("stroma", "tumor"), "same"),
+        (("stroma", "tumor"), ("not tumor", "tumor"), "same"),
+        (("normal", "tumor"), ("tumor", "normal"), "swapped"),
+        (("normal", "tumor"), ("cancer", "normal"), "swapped"),
+        (("normal", "tumor"), ("normal", "cancer"), "partly"),
+        (("normal", "tumor"), ("stroma", "tumor"), "partly"),
+        (("not tumour", "tumour"), ("fat", "tumor"), "other"),
+        (("normal", "tumor"), ("metaphase", "anaphase"), "other"),
+    ],
+)
+def test_classes_of_two_datasets_are_compared_by_name(train, test, relation):
+    assert compare_classes(train, test) == relation
+
+
+def test_labels_are_turned_round_only_where_the_user_says_what_they_mean():
+    def align(test, labels):
+        return aligned(("normal", "tumor"), test, train_name="a", test_name="b", labels=labels)
+
+    assert align(("normal", "tumor"), {}) is False
+    assert align(("normal", "cancer"), {"cancer": "tumor"}) is False
+    assert align(("cancer", "normal"), {"cancer": "tumor"}) is True
+    for test in (("tumor", "normal"), ("cancer", "normal"), ("normal", "cancer"), ("x", "y")):
+        with pytest.raises(UserError, match=r"b has the classes .* a has normal \(0\) and tumor \(1\): .*labels="):
+            align(test, {})
+    with pytest.raises(UserError, match="normal changes sides"):
+        align(("cancer", "normal"), {"something": "else"})
+
+
+def test_a_renaming_is_read_or_refused():
+    assert parse_renaming(None) == {}
+    assert parse_renaming("a=b, c = d") == {"a": "b", "c": "d"}
+    for text in ("a", "a=", "=b", "a=b,a=c"):
+        with pytest.raises(UserError, match="expected old=new"):
+            parse_renaming(text)
