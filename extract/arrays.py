@@ -120,7 +120,7 @@ def _pick(path: Path, what: str, arrays: Mapping[str, Array], found: Sequence[st
     exact = [key for key in _OWN_NAMES.get(what, (what,)) if key in found]
     if len(found) > 1 and not exact and what != "group":
         raise UserError(f"{path} has {' and '.join(sorted(found))}, and each could be the {what}. Rename the others.")
-    order = [same_name(name) for name in _NAMES.get(what, ())]
+    order = [same_name(name) for name in (what, *_NAMES.get(what, ()))]
     return exact[0] if exact else min(found, key=lambda key: order.index(same_name(key)), default=None)
 
 

@@ -90,6 +90,7 @@ def extract(
     from extract.shard import find_shard
     from extract.views import parse_view
     from features.labels import parse_renaming
+    from features.leaks import shared_with_others
     from features.samples import audit
     from features.store import FeatureStore
 
@@ -123,9 +124,12 @@ def extract(
     summaries = []
     for name in datasets:
         patches = load_dataset(name, data=data, **reading)
-        for line in audit(patches.samples).lines() if not part.local_rank else ():
-            say(f"{patches.name}: {line}.")
         target = FeatureStore.open_or_create(store)
+        if not part.local_rank:
+            for line in audit(patches.samples).lines():
+                say(f"{patches.name}: {line}.")
+            for line in shared_with_others(target, patches.name, patches.samples):
+                say(f"{line}.")
         if engine == "ray":
             models = tuple(backbone.name for backbone in backbones)
             spec = ExtractionSpec(name, models, store, {"data": local_data(data), **reading}, weights, options)

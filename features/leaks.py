@@ -6,6 +6,7 @@ Three things are looked for between the training rows and every test set: the sa
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,6 +14,7 @@ from numpy.typing import NDArray
 
 from features.blocks import Embeddings
 from features.samples import Samples
+from features.store import FeatureStore
 
 # Two patches look the same if their standardised embeddings are closer than this share of what two patches drawn at
 # random are apart, squared (docs/protocol.md has the measurement).
@@ -42,24 +44,19 @@ class Leak:
         """(n,) found in any of the three ways."""
         return self.identical | self.grouped | self.similar
 
-    def line(self, test: str, samples: Samples, *, train: str) -> str | None:
-        """Describe the finding in one sentence; None if there is none."""
-        found = [
-            (int(rows.sum()), what)
-            for rows, what in (
-                (self.identical, "identical"),
-                (self.similar & ~self.identical, "nearly identical"),
-                (self.grouped, "of a group (slide, patient) that trains"),
-            )
-        ]
-        if not self.seen.any():
-            return None
-        counted = ", ".join(f"{n:,} {what}" for n, what in found if n)
-        first = samples.id[np.flatnonzero(self.seen)[0]]
-        return (
-            f"{int(self.seen.sum()):,} of {len(self.seen):,} patches of {test} are known from the training patches of "
-            f"{train}: {counted} (first: {first})"
-        )
+    def found(self) -> str:
+        """Count the patches by how they were found; empty if there are none.
+
+        >>> yes, no = np.array([True, True, False]), np.zeros(3, np.bool_)
+        >>> Leak(identical=yes, grouped=no, similar=yes).found()
+        '2 identical'
+        """
+        counts = {
+            "identical": self.identical,
+            "nearly identical": self.similar & ~self.identical,
+            "of a group (slide, patient) in both": self.grouped,
+        }
+        return ", ".join(f"{int(rows.sum()):,} {what}" for what, rows in counts.items() if rows.any())
 
 
 def find_leak(
@@ -95,7 +92,8 @@ def find_leak(
 
 
 def _known(values: NDArray[np.str_], known: NDArray[np.str_]) -> NDArray[np.bool_]:
-    return np.isin(values, known) & (values != "")
+    found: NDArray[np.bool_] = np.isin(values, known) & (values != "")
+    return found
 
 
 def similar_rows(train: Embeddings, test: Embeddings) -> NDArray[np.bool_]:
@@ -147,3 +145,10 @@ def _projected(embeddings: Embeddings, mean: NDArray[np.float32], few: NDArray[n
     for rows, block in embeddings.blocks():
         projected[rows] = (block.astype(np.float32) - mean) @ few
     return projected
+
+
+def shared_with_others(store: FeatureStore, dataset: str, samples: Samples) -> Iterator[str]:
+    """Say which other datasets of a store hold patches or groups of this one, a sentence for each."""
+    for other in store.datasets():
+        if other != dataset and (found := find_leak(store.samples(other), samples).found()):
+            yield f"{dataset} shares patches with {other} ({found}): where one trains, the other is no independent test"
