@@ -25,7 +25,7 @@ from probe.curve import (
     read_curve,
     summarise,
 )
-from probe.linear import fit_exact, fit_subset
+from probe.linear import fit_exact
 from probe.logistic import fit_logistic
 from probe.metrics import balanced_log_loss
 from probe.probing import ProbeOptions, probe_store
@@ -152,7 +152,7 @@ def test_all_slides_are_the_runs_own_fit():
     X = embeddings(samples)
     (subset,) = subsets_of(samples, (1.0,))
     whole = fit_exact(X, samples.label, folds=folds, strengths=STRENGTHS)
-    again = fit_subset(X, samples.label, folds=folds, subset=subset, strengths=STRENGTHS)
+    again = fit_exact(X, samples.label, folds=folds, subset=subset, strengths=STRENGTHS)
     # Where a copy of the same rows lies in memory decides how products are cut up, so their last digits.
     rounded = {"max_gradient": None, "inner_loss": None}
     assert replace(again.fit, **rounded) == replace(whole.fit, **rounded)
@@ -172,7 +172,7 @@ def test_the_strength_is_chosen_on_the_subsets_labels_alone():
     folds, _ = cut(samples)
     X, y = embeddings(samples), samples.label
     for subset in subsets_of(samples, (0.4,)):
-        probe = fit_subset(X, y, folds=folds, subset=subset, strengths=STRENGTHS)
+        probe = fit_exact(X, y, folds=folds, subset=subset, strengths=STRENGTHS)
         for f in range(N_FOLDS):
             losses = np.zeros(len(STRENGTHS))
             for g in set(range(N_FOLDS)) - {f}:
