@@ -19,7 +19,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import astuple, dataclass, fields
 from fractions import Fraction
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import msgspec
 import numpy as np
@@ -29,9 +28,6 @@ from features.console import UserError
 from probe.metrics import scores
 from probe.predictions import Predictions, csv_bytes, parse_columns
 from probe.runs import read_checked
-
-if TYPE_CHECKING:
-    from rich.table import Table
 
 CURVE_FILE = "learning_curve.csv"
 DRAWS = 3  # permutations per fraction below 1: with five folds, fifteen models
@@ -111,16 +107,13 @@ def parse_fractions(text: str) -> tuple[float, ...]:
     Raises:
         UserError: if there is none, or one is no number or not in (0, 1].
     """
-    values = []
-    for part in filter(None, (part.strip() for part in text.split(","))):
-        try:
-            values.append(float(part))
-        except ValueError:
-            raise UserError(
-                f"`fractions`: {part!r} is no number. Give shares of the training slides, such as 0.1,0.25,0.5,1."
-            ) from None
+    such = "Give shares of the training slides, such as 0.1,0.25,0.5,1."
+    try:
+        values = [float(part) for part in text.split(",") if part.strip()]
+    except ValueError as error:
+        raise UserError(f"`fractions`: {error}. {such}") from None
     if not values:
-        raise UserError("`fractions` names none. Give shares of the training slides, such as 0.1,0.25,0.5,1.")
+        raise UserError(f"`fractions` names none. {such}")
     return checked_fractions(values)
 
 
@@ -261,35 +254,6 @@ def summarise(points: Iterable[CurvePoint]) -> tuple[CurveSummary, ...]:
     )
 
 
-def curve_tables(curves: Mapping[str, Sequence[CurvePoint]]) -> list[Table]:
-    """Make a table per set: by run (named by the keys) and fraction, what was trained on and what it reached."""
-    from rich.table import Table
-
-    tables: dict[tuple[str, str], Table] = {}
-    for name, points in curves.items():
-        previous: tuple[str, str] | None = None
-        for row in summarise(points):
-            key = (row.dataset, row.split)
-            if key not in tables:
-                title = f"Learning curve, {row.dataset}/{row.split}: mean ± std over folds and draws; threshold 0.5"
-                tables[key] = Table(title=title, title_style="bold", header_style="bold")
-                tables[key].add_column("Model")
-                for column in ("Fraction", "Slides", "Patches", "AUROC", "Bal. acc."):
-                    tables[key].add_column(column, justify="right")
-            if key != previous:
-                tables[key].add_section()
-            tables[key].add_row(
-                name if key != previous else "",
-                f"{row.fraction:g}",
-                f"{row.n_slides:,.0f}",
-                f"{row.n_patches:,.0f}",
-                _cell(row.auroc, row.auroc_std),
-                _cell(row.balanced_accuracy, row.balanced_accuracy_std),
-            )
-            previous = key
-    return list(tables.values())
-
-
 def _places(slide: NDArray[np.intp], left: NDArray[np.bool_], *, seed: tuple[int, int]) -> tuple[NDArray[np.intp], int]:
     """Permute the slides that have rows in `left`; return the position (n,) of each row's slide, and their number.
 
@@ -353,26 +317,10 @@ def _point(row: Mapping[str, str]) -> CurvePoint:
 
 
 def _summary(dataset: str, split: str, fraction: float, points: Sequence[CurvePoint]) -> CurveSummary:
-    def mean(name: str) -> float:
-        return float(np.mean([getattr(point, name) for point in points]))
-
-    def std(name: str) -> float:
-        return float(np.std([getattr(point, name) for point in points]))
-
-    return CurveSummary(
-        dataset=dataset,
-        split=split,
-        fraction=fraction,
-        n_models=len(points),
-        n_slides=mean("n_slides"),
-        n_patches=mean("n_patches"),
-        n_positive=mean("n_positive"),
-        balanced_accuracy=mean("balanced_accuracy"),
-        balanced_accuracy_std=std("balanced_accuracy"),
-        auroc=mean("auroc"),
-        auroc_std=std("auroc"),
-    )
-
-
-def _cell(mean: float, std: float) -> str:
-    return "none" if math.isnan(mean) else f"{mean:.4f} ± {std:.4f}"
+    values = {
+        name: np.array([getattr(point, name) for point in points])
+        for name in ("n_slides", "n_patches", "n_positive", *_FIGURES)
+    }
+    means = {name: float(column.mean()) for name, column in values.items()}
+    stds = {f"{name}_std": float(values[name].std()) for name in _FIGURES}
+    return CurveSummary(dataset=dataset, split=split, fraction=fraction, n_models=len(points), **means, **stds)

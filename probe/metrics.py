@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import msgspec
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
@@ -277,14 +278,14 @@ class RunMetrics:
         Raises:
             ValueError: if it lacks something, or holds something else than figures.
         """
+        record = _with_nan(record)
         try:
-            threshold = float(record["threshold"])
-            sets = {str(name): _set_from_dict(one, threshold) for name, one in record["sets"].items()}
+            sets = {name: _set_from_dict(one, record["threshold"]) for name, one in record["sets"].items()}
+            return msgspec.convert({**record, "sets": sets}, cls)
         except KeyError as error:
             raise ValueError(f"{error} is missing") from error
-        except (TypeError, AttributeError) as error:
+        except (TypeError, AttributeError, IndexError) as error:
             raise ValueError(str(error)) from error
-        return cls(threshold, sets)
 
 
 def _set_as_dict(metrics: SetMetrics) -> dict[str, Any]:
@@ -298,34 +299,26 @@ def _set_as_dict(metrics: SetMetrics) -> dict[str, Any]:
     return record
 
 
-def _set_from_dict(record: Mapping[str, Any], threshold: float) -> SetMetrics:
-    n, n_positive = int(record["n"]), int(record["n_positive"])
-    folds = {
-        name: FoldFigure(_number(one["mean"]), _number(one["std"]), tuple(map(_number, one["each"])))
-        for name, one in record["folds"].items()
-    }
+def _set_from_dict(record: Mapping[str, Any], threshold: float) -> dict[str, Any]:
+    """Arrange one set of metrics.json as `SetMetrics`."""
     judgement = None
     if "intervals" in record:  # runs of early versions have an ensemble without
-        sampled, ends = record["intervals"], record["intervals"]["figures"]
-        judgement = Judgement(
-            n=n,
-            n_positive=n_positive,
-            unit=str(sampled["unit"]),
-            n_clusters=int(sampled["n_clusters"]),
-            n_alone=int(sampled["n_alone"]),
-            threshold=threshold,
-            level=float(sampled["level"]),
-            replicates=int(sampled["replicates"]),
-            figures={
-                name: Interval(_number(value), _number(ends[name][0]), _number(ends[name][1]))
-                for name, value in record["ensemble"].items()
-            },
-        )
-    return SetMetrics(n, n_positive, folds, judgement)
+        ends = record["intervals"]["figures"]
+        figures = {
+            name: {"value": value, "low": ends[name][0], "high": ends[name][1]}
+            for name, value in record["ensemble"].items()
+        }
+        judgement = {**record, **record["intervals"], "threshold": threshold, "figures": figures}
+    return {**record, "ensemble": judgement}
 
 
-def _number(value: float | None) -> float:
-    return math.nan if value is None else float(value)
+def _with_nan(value: Any) -> Any:
+    """Undo what `as_dict` does to a figure that does not exist."""
+    if isinstance(value, Mapping):
+        return {name: _with_nan(one) for name, one in value.items()}
+    if isinstance(value, list):
+        return [_with_nan(one) for one in value]
+    return math.nan if value is None else value
 
 
 def as_dict(result: Any) -> Any:

@@ -34,6 +34,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from features.console import UserError
+from features.display import html_table
 from features.entry import store_key
 from features.files import PARTIAL, move_folder, write_file, writing
 from features.samples import Samples
@@ -207,17 +208,13 @@ class RunRecord:
     def _repr_html_(self) -> str:
         if self.metrics is None:
             return f"<p>{escape(repr(self))}</p>"
-        rows = "".join(
-            f"<tr><td>{escape(name)}</td><td>{figures.n:,}</td>"
-            + "".join(
-                f"<td>{figures.folds[figure].mean:.3f} ± {figures.folds[figure].std:.3f}</td>"
-                for figure in ("balanced_accuracy", "auroc")
-            )
-            + "</tr>"
-            for name, figures in self.metrics.sets.items()
-        )
-        head = "<tr><th>set</th><th>patches</th><th>balanced accuracy</th><th>AUROC</th></tr>"
-        return f"<p>{escape(repr(self))}; mean ± std over {self.folds.n} fold models</p><table>{head}{rows}</table>"
+        figures = ("balanced_accuracy", "auroc")
+        rows = [
+            (name, f"{one.n:,}", *(f"{one.folds[figure].mean:.3f} ± {one.folds[figure].std:.3f}" for figure in figures))
+            for name, one in self.metrics.sets.items()
+        ]
+        caption = f"{self!r}; mean ± std over {self.folds.n} fold models"
+        return html_table(("set", "patches", "balanced accuracy", "AUROC"), rows, caption=caption)
 
     @property
     def figures(self) -> RunMetrics:
@@ -413,25 +410,21 @@ def read_run(folder: Path) -> RunRecord:
         UserError: if the folder is no run, one of a newer format, or not as it was written.
     """
     folder = Path(folder)
-    try:
-        contents = {name: (folder / name).read_bytes() for name in ("run.json", "metrics.json")}
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise UserError(
-            f"{folder} is not a finished run: {Path(error.filename).name} is missing. Expected a folder written "
-            "by fm-probe or fm-finetune; an interrupted training goes on with fm-finetune --resume."
-        ) from error
-    raw = _parsed(folder, "run.json", lambda: _json_object(contents["run.json"]))
+    for name in ("run.json", "metrics.json"):
+        if not (folder / name).is_file():
+            raise UserError(
+                f"{folder} is not a finished run: {name} is missing. Expected a folder written by fm-probe or "
+                "fm-finetune; an interrupted training goes on with fm-finetune --resume."
+            )
+    raw = _parsed(folder, "run.json", lambda: _json_object((folder / "run.json").read_bytes()))
     if raw.get("format") != RUN_FORMAT:
         raise UserError(
             f"{folder} is a run of format {raw.get('format')}; this version reads format {RUN_FORMAT}. "
             "Update mitofm, or run the command again."
         )
-    digests = _digests(raw)
-    if digests.get("run.json") not in (None, _own_digest(raw)):
+    if _digests(raw).get("run.json") not in (None, _own_digest(raw)):
         raise _not_as_written(folder / "run.json")
-    metrics = _parsed(folder, "metrics.json", lambda: RunMetrics.from_dict(_json_object(contents["metrics.json"])))
-    if digests.get("metrics.json") not in (None, hashlib.sha256(contents["metrics.json"]).hexdigest()):
-        raise _not_as_written(folder / "metrics.json")
+    metrics = read_checked(folder, "metrics.json", parse=lambda text: RunMetrics.from_dict(_json_object(text)))
     record = _parsed(folder, "run.json", lambda: RunRecord.from_json(raw))
     missing = [name for name in ("id", "created") if not getattr(record, name)]
     if missing:
@@ -439,8 +432,8 @@ def read_run(folder: Path) -> RunRecord:
     return replace(record, metrics=metrics, folder=folder)
 
 
-def _json_object(content: bytes) -> dict[str, Any]:
-    record = json.loads(content.decode())
+def _json_object(content: str | bytes) -> dict[str, Any]:
+    record = json.loads(content)
     if not isinstance(record, dict):
         raise ValueError("expected a JSON object")
     return record

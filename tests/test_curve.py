@@ -19,7 +19,6 @@ from probe.curve import (
     DRAWS,
     CurvePoint,
     curve_csv,
-    curve_tables,
     draw_subsets,
     parse_fractions,
     read_curve,
@@ -29,6 +28,7 @@ from probe.linear import fit_exact
 from probe.logistic import fit_logistic
 from probe.metrics import balanced_log_loss
 from probe.probing import ProbeOptions, probe_store
+from probe.report.terminal import curve_tables
 from probe.runs import read_run
 
 WIDTH = 8
@@ -233,7 +233,7 @@ def test_fractions_are_read_distinct_and_ascending():
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("0.1,half", r"'half' is no number.*such as"),
+        ("0.1,half", r"could not convert.* 'half'.*such as"),
         ("", r"names none"),
         ("0,0.5", r"0 is no share.*more than 0 and at most 1"),
         ("25", r"25 is no share"),
@@ -335,7 +335,7 @@ def test_tables_lay_models_beside_each_other_per_set():
     cells = [list(column.cells) for column in tables[0].columns]
     assert cells[0] == ["a", "", "b", ""]
     assert cells[1] == ["0.25", "1"] * 2
-    assert cells[4] == ["0.7500 ± 0.0000"] * 2 + ["none"] * 2
+    assert cells[4] == ["0.7500 ± 0.0000"] * 2 + ["–"] * 2
 
 
 def test_the_command_shows_a_curve_and_speaks_json(store, tmp_path):

@@ -150,14 +150,12 @@ def _intervals(set_report: SetReport, scored: Numbered, published: Sequence[Publ
             Row(
                 label=run.label,
                 style=number % N_STYLES,
-                value=[figures[name].value for name in COMPARED],
-                low=[figures[name].low for name in COMPARED],
-                high=[figures[name].high for name in COMPARED],
+                figures=[figures[name] for name in COMPARED],
                 folds=[set_report.folds[run.label][name].each for name in COMPARED],
                 published=[[_mark(row, name, run.label) for row in same] for name in COMPARED],
             )
         )
-    rows.sort(key=lambda row: -row.value[1])
+    rows.sort(key=lambda row: -row.figures[1].value)
     if published:
         rows += [_published_marks([row for row in published if row.source == source], source) for source in SOURCES]
     title = f"{set_report.title}: ensembles with {set_report.any_judgement.level:.0%} intervals"
@@ -166,13 +164,10 @@ def _intervals(set_report: SetReport, scored: Numbered, published: Sequence[Publ
 
 def _published_marks(rows: Sequence[Published], source: str) -> Row:
     """Make a row of the interval plot with every published model."""
-    nothing = [math.nan] * len(COMPARED)
     return Row(
         label=f"published: {SOURCES[source]}",
         style=0,
-        value=nothing,
-        low=nothing,
-        high=nothing,
+        figures=[Interval(math.nan, math.nan, math.nan)] * len(COMPARED),
         folds=[()] * len(COMPARED),
         published=[[_mark(row, name, f"{row.model} {row.method}") for row in rows] for name in COMPARED],
     )
@@ -264,15 +259,11 @@ def learning_views(report: Report, runs: Sequence[Run]) -> list[LearningView]:
 def _learning_plot(
     set_report: SetReport, curves: Mapping[tuple[int, str], Sequence[CurveSummary]], figure: str
 ) -> Markup:
-    lines = [
-        Line(
-            label,
-            number % N_STYLES,
-            [(point.n_slides, getattr(point, figure)) for point in points],
-            label,
-            [getattr(point, f"{figure}_std") for point in points],
-        )
-        for (number, label), points in curves.items()
-    ]
+    lines = []
+    for (number, label), points in curves.items():
+        defined = [point for point in points if math.isfinite(getattr(point, figure))]
+        at = [(point.n_slides, getattr(point, figure)) for point in defined]
+        spread = [getattr(point, f"{figure}_std") for point in defined]
+        lines.append(Line(label, number % N_STYLES, at, label, spread))
     title = f"{TITLES[figure]} over training slides, {set_report.title}"
     return charts.over_slides(lines, title=title, y=TITLES[figure])
