@@ -197,10 +197,6 @@ def judge(ensemble: Ensemble, *, resampling: Resampling = Resampling()) -> Judge
     >>> judgement = judge(run, resampling=Resampling(replicates=1_000))
     >>> print(judgement.n_clusters, judgement.unit, judgement.figures["auroc"])
     5 slide 0.970 (0.875–1.000)
-
-    Args:
-        ensemble: the run on the set.
-        resampling: how resamples are drawn.
     """
     return compare({"run": ensemble}, resampling=resampling).judgements["run"]
 
@@ -217,12 +213,7 @@ def tally_of(ensemble: Ensemble, clusters: Clusters) -> Tally:
 
 
 def evaluate(predictions: Predictions, *, resampling: Resampling = Resampling()) -> RunMetrics:
-    """Compute the figures of a run from its predictions: those that metrics.json holds.
-
-    Args:
-        predictions: all of the run's.
-        resampling: how resamples are drawn.
-    """
+    """Compute the figures of a run from its predictions: those that metrics.json holds."""
     sets = {}
     for dataset, split in predictions.sets():
         ensemble = ensemble_of(predictions, dataset, split)

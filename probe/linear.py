@@ -173,13 +173,6 @@ def _choose_strengths(
     The fit that leaves out f and g is scored for f on those rows of g that f trains on, and the other way round. Where
     g has only one class among them, it says nothing for f.
 
-    Args:
-        fits: of `masks` and `strengths`.
-        y, fold: (n,) labels, and in which fold each row validates.
-        masks: (m, n) the rows that each fit trains on.
-        held_out: (m) the folds that each fit leaves out, in the order of `held_out_folds`.
-        strengths: (S,) values of C.
-
     Returns:
         (F,) index of the chosen strength, and the record.
     """

@@ -152,15 +152,7 @@ def best_threshold(label: ArrayLike, probability: ArrayLike) -> float:
 
 
 def balanced_log_loss(label: ArrayLike, logit: NDArray[np.floating]) -> NDArray[np.float64]:
-    """Compute the log loss with both classes weighing the same, as probes minimise it.
-
-    Args:
-        label: (n,) 0 or 1.
-        logit: (n, k).
-
-    Returns:
-        (k,)
-    """
+    """Compute the log loss (k,) of (n,) labels and (n, k) logits, both classes weighing the same, as probes do."""
     y = np.asarray(label).astype(bool)
     signed = np.where(y[:, None], -logit, logit).astype(np.float64)
     losses = np.logaddexp(0, signed)

@@ -114,18 +114,9 @@ def _fit_fold(
 
 
 def draw_batches(rows: Tensor, label: Tensor, *, batch_size: int, generator: torch.Generator) -> Tensor:
-    """Draw one epoch of rows with replacement, each weighted inversely to the frequency of its class.
+    """Draw one epoch of (n,) rows with replacement, each weighted inversely to the frequency of its class, 0 or 1.
 
-    As many rows are drawn as there are, rounded up to whole batches.
-
-    Args:
-        rows: (n,) row numbers.
-        label: (n,) their labels, 0 or 1.
-        batch_size: rows per batch.
-        generator: decides the draws.
-
-    Returns:
-        (n_batches, batch_size) row numbers.
+    As many rows are drawn as there are, rounded up to whole batches: (n_batches, batch_size) row numbers.
     """
     weight = (1.0 / torch.bincount(label))[label]
     n_batches = -(-len(rows) // batch_size)

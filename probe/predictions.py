@@ -170,12 +170,7 @@ def parse_predictions(text: str) -> Predictions:
 
 
 def samples_csv(predictions: Predictions, tables: Mapping[str, Samples]) -> Iterator[bytes]:
-    """Make samples.csv: the rows of every dataset's patch table that were predicted.
-
-    Args:
-        predictions: of a run.
-        tables: dataset to patch table, which may hold more rows.
-    """
+    """Make samples.csv: the rows of every dataset's patch table, of which there may be more, that were predicted."""
     yield csv_bytes(SAMPLE_COLUMNS, ())
     for name in dict.fromkeys(dataset for dataset, _ in predictions.sets()):
         table, ids = tables[name], predictions.id[predictions.dataset == name]
@@ -236,11 +231,7 @@ def samples_from(predictions: Predictions) -> dict[str, Samples]:
 
 
 def parse_columns(text: str, expected: Sequence[str]) -> dict[str, tuple[str, ...]]:
-    """Read a CSV file that `csv_bytes` made.
-
-    Args:
-        text: the file.
-        expected: its columns, in order.
+    """Read a CSV file that `csv_bytes` made: column to cells.
 
     Raises:
         ValueError: if it has other columns, or ragged rows.
@@ -269,9 +260,7 @@ class _Lines(list[str]):
 def csv_bytes(header: Sequence[str], rows: Iterable[Sequence[object]]) -> bytes:
     """Make a CSV file that gives every cell back unchanged, whatever characters it holds.
 
-    Args:
-        header: names of the columns; empty for a further piece of a file.
-        rows: cells.
+    The header is empty for a further piece of a file.
     """
     out = _Lines()
     writer = csv.writer(out, lineterminator="\r\n")  # given "\n", Python before 3.13 would leave a lone "\r" unquoted

@@ -290,7 +290,6 @@ def write_run(
     weights: Mapping[str, NDArray[Any]],
     seconds: float,
     files: Mapping[str, bytes] | None = None,
-    metrics: RunMetrics | None = None,
 ) -> RunRecord:
     """Write a new run's folder, whole or not at all.
 
@@ -302,7 +301,6 @@ def write_run(
         weights: name to array, saved as `weights.safetensors`.
         seconds: what the run took.
         files: name to content of whatever else the run keeps.
-        metrics: of the predictions; None to compute them.
 
     Returns:
         The run as it was written. The name of its folder is its id.
@@ -326,7 +324,6 @@ def write_run(
                 tables=tables,
                 seconds=seconds,
                 files=files,
-                metrics=metrics,
             )
             move_folder(unfinished, runs / run_id)
     except BaseException:
@@ -343,14 +340,13 @@ def finish_run(
     tables: Mapping[str, Samples],
     seconds: float,
     files: Mapping[str, bytes] | None = None,
-    metrics: RunMetrics | None = None,
 ) -> RunRecord:
     """Complete a folder that holds a run's weights: predictions, tables, metrics, and last `run.json`. See `write_run`.
 
     Raises:
         OSError: if the folder cannot be written.
     """
-    metrics = evaluate(predictions) if metrics is None else metrics
+    metrics = evaluate(predictions)
     contents: dict[str, Iterable[bytes]] = {
         "predictions.csv": predictions_csv(predictions),
         "samples.csv": samples_csv(predictions, tables),
@@ -459,9 +455,7 @@ def read_predictions(folder: Path) -> Predictions:
 def read_samples(folder: Path, predictions: Predictions) -> dict[str, Samples]:
     """Read the patch tables of a run, by dataset, from its samples.csv.
 
-    Args:
-        folder: of the run.
-        predictions: of the run. Early runs have no samples.csv: their tables hold what the predictions tell.
+    Early runs have none: their tables hold what the predictions tell.
 
     Raises:
         UserError: if the file is not the one that the run wrote, or is damaged.
@@ -482,12 +476,7 @@ def read_samples(folder: Path, predictions: Predictions) -> dict[str, Samples]:
 
 
 def read_checked(folder: Path, name: str, *, parse: Callable[[str], Parsed]) -> Parsed:
-    """Read a text file of a run and compare it with the digest in run.json.
-
-    Args:
-        folder: of the run.
-        name: of the file.
-        parse: makes the result of the text; raises ValueError if the text is damaged.
+    """Read a text file of a run and compare it with the digest in run.json; `parse` raises ValueError of damage.
 
     Raises:
         UserError: if the file is missing, damaged, or not the one that the run wrote.

@@ -46,9 +46,8 @@ class Row:
 
 @dataclass(frozen=True)
 class Line:
-    """A line of a square plot: (x, y) points, a label, and the hint shown on it."""
+    """A line of a square plot: (x, y) points, and the hint shown on it."""
 
-    label: str
     style: int
     points: Sequence[tuple[float, float]]
     hint: str

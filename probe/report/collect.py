@@ -139,12 +139,7 @@ class Report:
 
 
 def collect(runs: Sequence[Run], notes: Sequence[str] = (), *, resampling: Resampling = Resampling()) -> Report:
-    """Compare runs on every set that any of them has.
-
-    Args:
-        runs: of `read_runs`.
-        notes: to begin with.
-        resampling: how resamples are drawn.
+    """Compare runs, of `read_runs`, on every set that any of them has; the report's notes begin with those given.
 
     Raises:
         UserError: if runs disagree on a set's patches, labels or slides.

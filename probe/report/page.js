@@ -17,11 +17,11 @@ const theme = document.getElementById("theme");
 const reveal = (...elements) => elements.forEach((element) => { element.hidden = false; });
 const prefersDark = matchMedia("(prefers-color-scheme: dark)");
 const isDark = () => (document.documentElement.dataset.theme ?? (prefersDark.matches ? "dark" : "light")) === "dark";
-const redraws = [];
+let redraw = () => {}; // the map, where there is one
 const themed = () => {
   theme.textContent = isDark() ? "Light" : "Dark";
   theme.setAttribute("aria-label", `Switch to the ${isDark() ? "light" : "dark"} theme`);
-  for (const redraw of redraws) redraw();
+  redraw();
 };
 reveal(theme);
 theme.addEventListener("click", () => {
@@ -254,36 +254,30 @@ if (canvas) {
     else { to.strokeStyle = colour; to.lineWidth = 1.2; to.stroke(); }
   };
 
+  // How each patch looks: its entry in the legend, which is a text, a shape and a colour; none for what is left out there.
   const looks = () => {
     const run = Number(chosen.run.value);
-    const colours = [0, 1, 2, 3, 4, 5, 6, 7].map((k) => css(`--s${k}`));
-    switch (chosen.colour.value) {
-      case "outcome":
-        return {
-          of: (row) => ({ right: [0, css("--soft")], missed: [1, css("--s1")], alarm: [2, css("--s4")], none: [3, css("--rule")] })[outcome(run, row)],
-          legend: [["correct", 0, css("--soft")], [`missed ${data.names[1]}`, 1, css("--s1")], [`false ${data.names[1]}`, 2, css("--s4")]],
-        };
-      case "probability": {
-        const shade = (p) => `hsl(${220 - 195 * p} 75% ${isDark() ? 62 : 45}%)`;
-        return {
-          of: (row) => (has(run, row) ? [data.label[row] ? 1 : 0, shade(data.probability[run][row])] : [3, css("--rule")]),
-          legend: [[`${data.names[0]}, probability 0`, 0, shade(0)], ["probability 0.5", 0, shade(0.5)], [`${data.names[1]}, probability 1`, 1, shade(1)]],
-        };
-      }
-      case "set":
-        return {
-          of: (row) => [data.set[row] % 4, colours[data.set[row] % 8]],
-          legend: data.sets.map((set, k) => [set.title, k % 4, colours[k % 8]]),
-        };
-      default:
-        return {
-          of: (row) => (data.label[row] ? [1, css("--s1")] : [0, css("--s0")]),
-          legend: [[data.names[0], 0, css("--s0")], [data.names[1], 1, css("--s1")]],
-        };
-    }
+    const shade = (p) => `hsl(${220 - 195 * p} 75% ${isDark() ? 62 : 45}%)`;
+    const none = ["", 3, css("--rule")];
+    const [negative, positive] = data.names;
+    const right = ["correct", 0, css("--soft")];
+    const missed = [`missed ${positive}`, 1, css("--s1")];
+    const alarm = [`false ${positive}`, 2, css("--s4")];
+    const labels = [[negative, 0, css("--s0")], [positive, 1, css("--s1")]];
+    const sets = data.sets.map((set, k) => [set.title, k % 4, css(`--s${k % 8}`)]);
+    const shades = [[`${negative}, probability 0`, 0, 0], ["probability 0.5", 0, 0.5], [`${positive}, probability 1`, 1, 1]];
+    return {
+      label: { legend: labels, of: (row) => labels[data.label[row]] },
+      outcome: { legend: [right, missed, alarm], of: (row) => ({ right, missed, alarm, none })[outcome(run, row)] },
+      probability: {
+        legend: shades.map(([text, shape, p]) => [text, shape, shade(p)]),
+        of: (row) => (has(run, row) ? ["", data.label[row], shade(data.probability[run][row])] : none),
+      },
+      set: { legend: sets, of: (row) => sets[data.set[row]] },
+    }[chosen.colour.value];
   };
 
-  const redraw = () => {
+  redraw = () => {
     const ratio = window.devicePixelRatio || 1;
     const [width, height] = [760, 520];
     canvas.width = width * ratio;
@@ -302,7 +296,7 @@ if (canvas) {
       const x = MARGIN + (xs[row] / 1000) * (width - 2 * MARGIN);
       const y = height - MARGIN - (ys[row] / 1000) * (height - 2 * MARGIN);
       places.push([row, x, y]);
-      drawn.push([...look.of(row), x, y]);
+      drawn.push([...look.of(row).slice(1), x, y]);
     }
     drawn.sort((a, b) => a[0] - b[0]); // discs, the common case, below the other shapes
     for (const [shape, colour, x, y] of drawn) draw(context, shape, x, y, colour);
@@ -379,7 +373,5 @@ if (canvas) {
   });
   controls.addEventListener("submit", (event) => event.preventDefault());
   fillAxes();
-  redraws.push(redraw);
-  redraw();
 }
 themed();

@@ -87,12 +87,7 @@ class LearningView:
 
 
 def set_view(set_report: SetReport, runs: Sequence[Run]) -> SetView:
-    """Arrange and draw one set.
-
-    Args:
-        set_report: its figures.
-        runs: all of the report.
-    """
+    """Arrange and draw one set, with all runs of the report."""
     scored = [(number, run) for number, run in enumerate(runs) if run.label not in set_report.missing]
     published = published_on(set_report.dataset, set_report.split, train=runs[0].record.train)
     models: dict[tuple[str, str], dict[str, Published]] = {}
@@ -210,7 +205,6 @@ def _panel(set_report: SetReport, scored: Numbered, method: str | None) -> Curve
     def lines(kind: str, figure: str) -> list[Line]:
         return [
             Line(
-                run.label,
                 number % N_STYLES,
                 getattr(set_report.curves[run.label], kind),
                 f"{run.label}: {TITLES[figure]} {figures[run.label][figure].value:.3f}",
@@ -264,6 +258,6 @@ def _learning_plot(
         defined = [point for point in points if math.isfinite(getattr(point, figure))]
         at = [(point.n_slides, getattr(point, figure)) for point in defined]
         spread = [getattr(point, f"{figure}_std") for point in defined]
-        lines.append(Line(label, number % N_STYLES, at, label, spread))
+        lines.append(Line(number % N_STYLES, at, label, spread))
     title = f"{TITLES[figure]} over training slides, {set_report.title}"
     return charts.over_slides(lines, title=title, y=TITLES[figure])
