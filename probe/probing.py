@@ -231,9 +231,9 @@ def _embeddings(setup: _Setup, entry: Entry, pooling: str, dataset: str, rows: N
 def _predictions(setup: _Setup, chosen: _Fitted, probe: Probe) -> Predictions:
     """Predict every patch of the experiment by a probe of the chosen candidate."""
     experiment, tests = setup.experiment, {}
-    for test in experiment.tests:
-        stored = _embeddings(setup, chosen.entry, chosen.record.pooling, test.dataset, test.rows)
-        tests[test.dataset] = probe.decision_function(in_memory(stored, experiment.folds.n_folds))
+    for name, rows in experiment.tests.items():
+        stored = _embeddings(setup, chosen.entry, chosen.record.pooling, name, rows)
+        tests[name] = probe.decision_function(in_memory(stored, experiment.folds.n_folds))
     return experiment.predictions(FoldLogits(probe.validation_logit, tests))
 
 

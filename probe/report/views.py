@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 from markupsafe import Markup
 
+from features.console import UserError
 from probe.curve import CurveSummary, summarise
 from probe.evidence import COMPARED
 from probe.metrics import Interval
@@ -16,6 +17,7 @@ from probe.report.charts import N_STYLES, Line, Row
 from probe.report.collect import Report, SetReport
 from probe.report.published import SOURCES, Published, published_on
 from probe.report.read import Run
+from probe.runs import read_weights
 from probe.significance import Difference
 
 TITLES = {
@@ -127,12 +129,9 @@ def costs(run: Run, n_parameters: int | None) -> tuple[float | None, ...]:
 
 def _n_trained_by_probe(run: Run) -> int | None:
     """Count the numbers that a fold's probe trains: one per feature and one more."""
-    from safetensors import SafetensorError, safe_open
-
     try:
-        with safe_open(run.folder / "weights.safetensors", framework="numpy") as file:
-            return int(file.get_slice("coef").get_shape()[1]) + 1 if "coef" in file.keys() else None  # noqa: SIM118
-    except (OSError, SafetensorError):
+        return int(read_weights(run.folder)["coef"].shape[1]) + 1
+    except (UserError, KeyError):
         return None  # no figure depends on it
 
 
