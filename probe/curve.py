@@ -81,11 +81,7 @@ class CurvePoint:
 class CurveSummary:
     """A fraction on one set, over all folds and draws: means, and population standard deviations of the figures.
 
-    Attributes:
-        dataset, split, fraction: of the points.
-        n_models: how many there are, folds times draws.
-        n_slides, n_patches, n_positive: what they trained on, mean.
-        balanced_accuracy, balanced_accuracy_std, auroc, auroc_std: NaN where a point's figure is.
+    There are `n_models` of them, folds times draws. A figure is NaN where a point's is.
     """
 
     dataset: str
@@ -99,6 +95,11 @@ class CurveSummary:
     balanced_accuracy_std: float
     auroc: float
     auroc_std: float
+
+    @property
+    def name(self) -> str:
+        """Dataset and split, as in metrics.json."""
+        return f"{self.dataset}/{self.split}"
 
 
 def parse_fractions(text: str) -> tuple[float, ...]:

@@ -21,7 +21,7 @@ from features.console import UserError, nearest, progress
 from features.device import find_device
 from features.entry import Entry
 from features.folds import SEED, effective_groups
-from features.samples import TEST
+from features.samples import TEST, Samples
 from features.store import FeatureStore
 from probe.curve import (
     CURVE_FILE,
@@ -120,7 +120,7 @@ def probe_store(
     """
     device = str(find_device(options.device))
     tables = {name: store.samples(name) for name in store.datasets()}
-    train = _train_dataset(store, {name: bool((table.split != TEST).any()) for name, table in tables.items()}, options)
+    train = _train_dataset(store, tables, options)
     experiment = make_experiment(train, tables, cv=options.cv, seed=options.seed, paper_folds=options.recipe == "paper")
     embedded = list(dict.fromkeys(entry.model for entry in store.entries(train)))
     for model in models or ():
@@ -182,20 +182,20 @@ def _probe_model(setup: _Setup, model: str, runs: Path) -> RunRecord:
 # ------------------------------------------------------------------------------------------------------------- datasets
 
 
-def _train_dataset(store: FeatureStore, trainable: dict[str, bool], options: ProbeOptions) -> str:
-    """Find the dataset to train on; `trainable` says for each whether it has rows outside its test split."""
-    if not trainable:
+def _train_dataset(store: FeatureStore, tables: dict[str, Samples], options: ProbeOptions) -> str:
+    """Find the dataset to train on: that of the options, AMi-Br, or the only one with rows outside its test split."""
+    if not tables:
         raise UserError(f"{store.path} holds no dataset yet. Run: fm-extract")
     if options.train is not None:
         _require_dataset(store, options.train)
         return options.train
-    if AMI_BR in trainable:
+    if AMI_BR in tables:
         return AMI_BR
-    names = [name for name, can_train in trainable.items() if can_train]
+    names = [name for name, table in tables.items() if (table.split != TEST).any()]
     names = [name for name in names if name != DEMO] or names
     if len(names) == 1:
         return names[0]
-    raise UserError(f"{store.path} holds {', '.join(trainable)}: say which one to train on with `train`.")
+    raise UserError(f"{store.path} holds {', '.join(tables)}: say which one to train on with `train`.")
 
 
 def _require_dataset(store: FeatureStore, name: str) -> None:
@@ -271,9 +271,13 @@ def _candidates(setup: _Setup, model: str) -> list[tuple[Entry, str]]:
     store, train, tests, options = setup.store, setup.experiment.train, setup.experiment.test, setup.options
     view = options.view or ("full" if options.recipe == "paper" else None)
     pooling = options.pooling or ("card" if options.recipe == "paper" else None)
-    by_view = {entry.view: entry for entry in store.entries(train, model) if entry.complete}
+
+    def complete(dataset: str) -> dict[str, Entry]:
+        return {entry.view: entry for entry in store.entries(dataset, model) if entry.complete}
+
+    by_view = complete(train)
     for name in tests:
-        test_entries = {entry.view: entry for entry in store.entries(name, model) if entry.complete}
+        test_entries = complete(name)
         if view is not None and view in by_view and view not in test_entries:
             raise UserError(
                 f"{name} has no complete embeddings of {model} in view {view}. "

@@ -419,6 +419,7 @@ def choose(page: Page, wanted: dict[str, str], form: str = "#filters") -> None:
     for name, value in wanted.items():
         if name == "search":
             page.fill(f"{form} [name=search]", value)
+            page.press(f"{form} [name=search]", "Enter")  # sends the form nowhere
         elif name in ("set", "domain") and value:
             page.select_option(f"{form} [name={name}]", label=value)
         else:

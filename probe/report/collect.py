@@ -187,17 +187,8 @@ def _set_report(runs: Sequence[Run], dataset: str, split: str, resampling: Resam
     # The patch table in each run's order of patches.
     tables = {label: table.select(rows_of(ensemble, table.id)) for label, ensemble in ensembles.items()}
     samples = next(iter(tables.values()))
-    raters, domains = {}, {}
-    if ((samples.votes != MISSING_VOTE).sum(axis=1) >= 2).any():
-        raters = {
-            label: by_agreement(ensemble, tables[label].votes, resampling=resampling)
-            for label, ensemble in ensembles.items()
-        }
-    if len(set(samples.domain.tolist()) - {""}) >= 2:
-        domains = {
-            label: by_domain(ensemble, tables[label].domain, resampling=resampling)
-            for label, ensemble in ensembles.items()
-        }
+    has_raters = ((samples.votes != MISSING_VOTE).sum(axis=1) >= 2).any()
+    has_domains = len(set(samples.domain.tolist()) - {""}) >= 2
     return SetReport(
         dataset=dataset,
         split=split,
@@ -208,8 +199,16 @@ def _set_report(runs: Sequence[Run], dataset: str, split: str, resampling: Resam
         folds={run.label: fold_figures(run.predictions, dataset, split) for run in scored},
         confusion={label: _confusion(ensemble) for label, ensemble in ensembles.items()},
         curves={label: _curves(ensemble) for label, ensemble in ensembles.items()},
-        raters=raters,
-        domains=domains,
+        raters={
+            label: by_agreement(ensemble, tables[label].votes, resampling=resampling)
+            for label, ensemble in ensembles.items()
+            if has_raters
+        },
+        domains={
+            label: by_domain(ensemble, tables[label].domain, resampling=resampling)
+            for label, ensemble in ensembles.items()
+            if has_domains
+        },
         missing=tuple(run.label for run in runs if run not in scored),
     )
 

@@ -28,7 +28,7 @@ from probe.report.gallery import EmbeddingMap, GalleryPatches, Thumbnails
 from probe.report.provenance import commands, facts
 from probe.report.published import SOURCES
 from probe.report.read import Run
-from probe.report.views import TITLES, costs, learning_views, set_view
+from probe.report.views import TITLES, costs, set_view
 
 _PICTURES = Markup("<!--pictures-->")  # no name can be taken for it: the template escapes them
 # Control characters, and those that turn the direction of what follows a name.
@@ -72,7 +72,6 @@ def html(
         sources=SOURCES,
         views=[set_view(set_report, runs) for set_report in report.sets],
         costs={run.label: costs(run, sizes.get(run.record.model)) for run in runs},
-        learning=learning_views(report, runs),
         facts=facts,
         commands=commands,
         pictures=_PICTURES,

@@ -110,25 +110,24 @@ def training_table(run: RunRecord) -> Table:
 
 def curve_tables(curves: Mapping[str, Sequence[CurvePoint]]) -> list[Table]:
     """Make a table per set: by run (named by the keys) and fraction, what was trained on and what it reached."""
-    tables: dict[tuple[str, str], Table] = {}
-    for name, points in curves.items():
-        previous: tuple[str, str] | None = None
+    tables: dict[str, Table] = {}
+    for label, points in curves.items():
+        previous = ""
         for row in summarise(points):
-            key = (row.dataset, row.split)
-            if key not in tables:
-                title = f"Learning curve, {row.dataset}/{row.split}: mean ± std over folds and draws; threshold 0.5"
-                tables[key] = _table(title, "Model", "Fraction", "Slides", "Patches", "AUROC", "Bal. acc.")
-            if key != previous:
-                tables[key].add_section()
-            tables[key].add_row(
-                name if key != previous else "",
+            if row.name not in tables:
+                title = f"Learning curve, {row.name}: mean ± std over folds and draws; threshold 0.5"
+                tables[row.name] = _table(title, "Model", "Fraction", "Slides", "Patches", "AUROC", "Bal. acc.")
+            if row.name != previous:
+                tables[row.name].add_section()
+            tables[row.name].add_row(
+                label if row.name != previous else "",
                 f"{row.fraction:g}",
                 f"{row.n_slides:,.0f}",
                 f"{row.n_patches:,.0f}",
                 _spread(row.auroc, row.auroc_std),
                 _spread(row.balanced_accuracy, row.balanced_accuracy_std),
             )
-            previous = key
+            previous = row.name
     return list(tables.values())
 
 

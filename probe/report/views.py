@@ -14,7 +14,7 @@ from probe.evidence import COMPARED
 from probe.metrics import Interval
 from probe.report import charts
 from probe.report.charts import N_STYLES, Line, Row
-from probe.report.collect import Report, SetReport
+from probe.report.collect import SetReport
 from probe.report.published import SOURCES, Published, published_on
 from probe.report.read import Run
 from probe.runs import read_weights
@@ -66,6 +66,7 @@ class SetView:
         panels: ROC and precision-recall curves.
         calibration: label to reliability plot.
         matrices: figure to rows of differences; None where row and column are the same run.
+        learning, learning_plots: label to the points of its learning curve, of runs that have one; a plot per figure.
     """
 
     report: SetReport
@@ -77,15 +78,8 @@ class SetView:
     panels: Sequence[CurvePanel]
     calibration: Mapping[str, Markup]
     matrices: Mapping[str, Sequence[tuple[str, Sequence[Difference | None]]]]
-
-
-@dataclass(frozen=True)
-class LearningView:
-    """Learning curves on one set: of each run's label its points, and a plot per figure."""
-
-    report: SetReport
-    runs: Mapping[str, Sequence[CurveSummary]]
-    plots: Sequence[Markup]
+    learning: Mapping[str, Sequence[CurveSummary]]
+    learning_plots: Sequence[Markup]
 
 
 def set_view(set_report: SetReport, runs: Sequence[Run]) -> SetView:
@@ -96,6 +90,8 @@ def set_view(set_report: SetReport, runs: Sequence[Run]) -> SetView:
     for row in published:
         models.setdefault((row.model, row.method), {})[row.source] = row
     ranks = set_report.comparison.ranks["auroc"]
+    summaries = {run.label: summarise(run.curve) for _, run in scored}
+    learning = {label: [p for p in points if p.name == set_report.name] for label, points in summaries.items()}
     return SetView(
         report=set_report,
         board=sorted((run for _, run in scored), key=lambda run: ranks[run.label].value),
@@ -113,6 +109,8 @@ def set_view(set_report: SetReport, runs: Sequence[Run]) -> SetView:
             for number, run in scored
         },
         matrices={name: _matrix(set_report, name) for name in COMPARED},
+        learning={label: points for label, points in learning.items() if points},
+        learning_plots=[_learning_plot(set_report, scored, learning, figure) for figure in COMPARED],
     )
 
 
@@ -233,30 +231,15 @@ def _panel(set_report: SetReport, scored: Numbered, method: str | None) -> Curve
     )
 
 
-def learning_views(report: Report, runs: Sequence[Run]) -> list[LearningView]:
-    """Arrange and draw learning curves per set, of the runs that have one."""
-    summaries = [(number, run.label, summarise(run.curve)) for number, run in enumerate(runs) if run.curve]
-    views = []
-    for set_report in report.sets:
-        curves = {
-            (number, label): [p for p in points if (p.dataset, p.split) == (set_report.dataset, set_report.split)]
-            for number, label, points in summaries
-        }
-        curves = {key: points for key, points in curves.items() if points}
-        if curves:
-            plots = [_learning_plot(set_report, curves, figure) for figure in COMPARED]
-            views.append(LearningView(set_report, {label: points for (_, label), points in curves.items()}, plots))
-    return views
-
-
 def _learning_plot(
-    set_report: SetReport, curves: Mapping[tuple[int, str], Sequence[CurveSummary]], figure: str
+    set_report: SetReport, scored: Numbered, learning: Mapping[str, Sequence[CurveSummary]], figure: str
 ) -> Markup:
     lines = []
-    for (number, label), points in curves.items():
-        defined = [point for point in points if math.isfinite(getattr(point, figure))]
+    for number, run in scored:
+        defined = [point for point in learning[run.label] if math.isfinite(getattr(point, figure))]
         at = [(point.n_slides, getattr(point, figure)) for point in defined]
         spread = [getattr(point, f"{figure}_std") for point in defined]
-        lines.append(Line(number % N_STYLES, at, label, spread))
+        if learning[run.label]:
+            lines.append(Line(number % N_STYLES, at, run.label, spread))
     title = f"{TITLES[figure]} over training slides, {set_report.title}"
     return charts.over_slides(lines, title=title, y=TITLES[figure])
