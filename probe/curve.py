@@ -25,14 +25,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from features.console import UserError
-from probe.metrics import scores
+from probe.evidence import fold_figures
+from probe.metrics import COMPARED
 from probe.predictions import Predictions, csv_bytes, parse_columns
 from probe.runs import read_checked
 
 CURVE_FILE = "learning_curve.csv"
 DRAWS = 3  # permutations per fraction below 1: with five folds, fifteen models
 _THOUSAND = 1000  # messages give the smallest possible fraction in thousandths
-_FIGURES = ("balanced_accuracy", "auroc")
 
 
 @dataclass(frozen=True, eq=False)
@@ -193,10 +193,8 @@ def curve_points(
     """
     points = []
     for dataset, split in predictions.sets():
-        part = predictions.select((predictions.dataset == dataset) & (predictions.split == split))
-        probability = part.probability
+        figures = fold_figures(predictions, dataset, split)
         for f, C in enumerate(strength):
-            figures = scores(part.label[part.fold == f], probability[part.fold == f])
             points.append(
                 CurvePoint(
                     fraction=subset.fraction,
@@ -208,7 +206,7 @@ def curve_points(
                     strength=float(C),
                     dataset=dataset,
                     split=split,
-                    **{name: figures[name] for name in _FIGURES},
+                    **{name: figures[name].each[f] for name in COMPARED},
                 )
             )
     return points
@@ -298,7 +296,7 @@ def _too_few(fraction: float, draw: int, held: tuple[int, ...], taken: int, n_le
 
 def _point(row: Mapping[str, str]) -> CurvePoint:
     """Make a point of one row of learning_curve.csv, and refuse numbers that no point can have."""
-    cells = {name: "nan" if name in _FIGURES and not cell else cell for name, cell in row.items()}
+    cells = {name: "nan" if name in COMPARED and not cell else cell for name, cell in row.items()}
     try:
         point = msgspec.convert(cells, CurvePoint, strict=False)  # numbers are read from their text
     except msgspec.ValidationError as error:
@@ -310,7 +308,7 @@ def _point(row: Mapping[str, str]) -> CurvePoint:
         "n_slides": 0 < point.n_slides <= point.n_patches,
         "n_positive": 0 < point.n_positive < point.n_patches,
         "strength": 0 < point.strength < math.inf,
-    } | {name: math.isnan(value := getattr(point, name)) or 0 <= value <= 1 for name in _FIGURES}
+    } | {name: math.isnan(value := getattr(point, name)) or 0 <= value <= 1 for name in COMPARED}
     for name, holds in possible.items():
         if not holds:
             raise ValueError(f"{name} is {cells[name]}")
@@ -320,8 +318,8 @@ def _point(row: Mapping[str, str]) -> CurvePoint:
 def _summary(dataset: str, split: str, fraction: float, points: Sequence[CurvePoint]) -> CurveSummary:
     values = {
         name: np.array([getattr(point, name) for point in points])
-        for name in ("n_slides", "n_patches", "n_positive", *_FIGURES)
+        for name in ("n_slides", "n_patches", "n_positive", *COMPARED)
     }
     means = {name: float(column.mean()) for name, column in values.items()}
-    stds = {f"{name}_std": float(values[name].std()) for name in _FIGURES}
+    stds = {f"{name}_std": float(values[name].std()) for name in COMPARED}
     return CurveSummary(dataset=dataset, split=split, fraction=fraction, n_models=len(points), **means, **stds)

@@ -21,13 +21,11 @@ from numpy.typing import NDArray
 
 from features.console import UserError
 from features.display import html_table
-from probe.metrics import NAMES, FoldFigure, Judgement, RunMetrics, SetMetrics, scores
+from probe.metrics import COMPARED, NAMES, FoldFigure, Judgement, RunMetrics, SetMetrics, scores
 from probe.predictions import VALIDATION, Predictions, threshold_of
 from probe.resample import Clusters, Resampling, intervals, make_clusters, resample
 from probe.significance import DeLong, Difference, adjusted, delong_tests, difference
 from probe.tally import Tally, tally
-
-COMPARED = ("balanced_accuracy", "auroc")  # the figures for which there are differences, tests and ranks
 
 
 @dataclass(frozen=True, eq=False)

@@ -21,17 +21,19 @@ from numpy.typing import ArrayLike, NDArray
 
 THRESHOLD = 0.5  # the paper's
 ECE_BINS = 15  # Guo et al. 2017, On Calibration of Modern Neural Networks
-NAMES = (
-    "balanced_accuracy",
-    "auroc",
-    "average_precision",
-    "sensitivity",
-    "specificity",
-    "f1",
-    "mcc",
-    "brier",
-    "ece",
-)
+TITLES = {
+    "balanced_accuracy": "Balanced accuracy",
+    "auroc": "AUROC",
+    "average_precision": "Average precision",
+    "sensitivity": "Sensitivity",
+    "specificity": "Specificity",
+    "f1": "F1",
+    "mcc": "MCC",
+    "brier": "Brier",
+    "ece": "ECE",
+}
+NAMES = tuple(TITLES)
+COMPARED = ("balanced_accuracy", "auroc")  # the figures for which there are differences, tests, ranks, learning curves
 SMALLER_IS_BETTER = frozenset({"brier", "ece"})
 
 
@@ -314,13 +316,9 @@ def _with_nan(value: Any) -> Any:
 
 
 def as_dict(result: Any) -> Any:
-    """Turn a result into plain JSON values: records to objects, tuples to lists, NaN and infinities to null.
-
-    A field whose metadata has a `key` stands under that key.
-    """
+    """Turn a result into plain JSON values: records to objects, tuples to lists, NaN and infinities to null."""
     if dataclasses.is_dataclass(result):
-        fields = dataclasses.fields(result)
-        return {field.metadata.get("key", field.name): as_dict(getattr(result, field.name)) for field in fields}
+        result = vars(result)
     if isinstance(result, Mapping):
         return {str(key): as_dict(value) for key, value in result.items()}
     if isinstance(result, tuple | list):

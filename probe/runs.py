@@ -39,7 +39,7 @@ from features.entry import store_key
 from features.files import PARTIAL, move_folder, write_file, writing
 from features.samples import Samples
 from probe.evidence import evaluate
-from probe.metrics import RunMetrics
+from probe.metrics import COMPARED, RunMetrics
 from probe.predictions import (
     Predictions,
     parse_predictions,
@@ -208,9 +208,12 @@ class RunRecord:
     def _repr_html_(self) -> str:
         if self.metrics is None:
             return f"<p>{escape(repr(self))}</p>"
-        figures = ("balanced_accuracy", "auroc")
         rows = [
-            (name, f"{one.n:,}", *(f"{one.folds[figure].mean:.3f} ± {one.folds[figure].std:.3f}" for figure in figures))
+            (
+                name,
+                f"{one.n:,}",
+                *(f"{one.folds[figure].mean:.3f} ± {one.folds[figure].std:.3f}" for figure in COMPARED),
+            )
             for name, one in self.metrics.sets.items()
         ]
         caption = f"{self!r}; mean ± std over {self.folds.n} fold models"

@@ -11,7 +11,7 @@ import os
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from html import escape
 
 import numpy as np
@@ -115,7 +115,7 @@ class Report:
         labels: of the runs, by date.
         train: the dataset that all runs were trained on.
         fold_digest, n_folds: of the assignment that all runs share.
-        resampling: how resamples were drawn; its key in JSON is `how`.
+        how: resamples were drawn.
         sets: the test sets, that of the training dataset first, then the out-of-fold predictions.
         notes: what a reader must know: sets that runs lack, identical patches, what was left out.
     """
@@ -126,7 +126,7 @@ class Report:
     train: str
     fold_digest: str
     n_folds: int
-    resampling: Resampling = field(metadata={"key": "how"})
+    how: Resampling
     sets: tuple[SetReport, ...]
     notes: tuple[str, ...]
 
@@ -173,7 +173,7 @@ def collect(runs: Sequence[Run], notes: Sequence[str] = (), *, resampling: Resam
         train=first.train,
         fold_digest=first.folds.digest,
         n_folds=first.folds.n,
-        resampling=resampling,
+        how=resampling,
         sets=tuple(sets),
         notes=tuple(dict.fromkeys(all_notes)),
     )

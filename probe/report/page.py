@@ -20,15 +20,14 @@ from typing import Any
 from markupsafe import Markup
 
 from features.console import printable
-from probe.evidence import COMPARED
-from probe.metrics import NAMES, as_dict
+from probe.metrics import COMPARED, NAMES, TITLES, as_dict
 from probe.report.charts import N_STYLES
 from probe.report.collect import Report, SetReport
 from probe.report.gallery import EmbeddingMap, GalleryPatches, Thumbnails
 from probe.report.provenance import commands, facts
 from probe.report.published import SOURCES
 from probe.report.read import Run
-from probe.report.views import TITLES, costs, set_view
+from probe.report.views import costs, set_view
 
 _PICTURES = Markup("<!--pictures-->")  # no name can be taken for it: the template escapes them
 # Control characters, and those that turn the direction of what follows a name.

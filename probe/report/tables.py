@@ -73,7 +73,7 @@ def grids(report: Report, runs: Sequence[Run]) -> tuple[Grid, Grid]:
         ),
         Grid(
             f"Ensemble of {report.n_folds} fold models at the threshold chosen on out-of-fold predictions, with "
-            f"{report.resampling.level:.0%} cluster-bootstrap intervals ({units}).",
+            f"{report.how.level:.0%} cluster-bootstrap intervals ({units}).",
             groups,
             tuple(ensembles),
         ),

@@ -10,8 +10,7 @@ from markupsafe import Markup
 
 from features.console import UserError
 from probe.curve import CurveSummary, summarise
-from probe.evidence import COMPARED
-from probe.metrics import Interval
+from probe.metrics import COMPARED, TITLES, Interval
 from probe.report import charts
 from probe.report.charts import N_STYLES, Line, Row
 from probe.report.collect import SetReport
@@ -20,17 +19,6 @@ from probe.report.read import Run
 from probe.runs import read_weights
 from probe.significance import Difference
 
-TITLES = {
-    "balanced_accuracy": "Balanced accuracy",
-    "auroc": "AUROC",
-    "average_precision": "Average precision",
-    "sensitivity": "Sensitivity",
-    "specificity": "Specificity",
-    "f1": "F1",
-    "mcc": "MCC",
-    "brier": "Brier",
-    "ece": "ECE",
-}
 _MANY = 8  # runs in one square plot; more are drawn apart by method
 
 Numbered = Sequence[tuple[int, Run]]  # runs with their number in the report, which decides their line style
