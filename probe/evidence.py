@@ -252,7 +252,7 @@ def compare(runs: Mapping[str, Ensemble], *, resampling: Resampling = Resampling
     pairs = list(combinations(range(len(names)), 2))
     differences = {name: adjusted([difference(resampled, name, a, b) for a, b in pairs]) for name in COMPARED}
     tests: Sequence[DeLong | None] = [None] * len(pairs)
-    if clusters.independent:
+    if pairs and clusters.independent:
         tests = delong_tests(first.label, np.stack([ensemble.probability for ensemble in matched]), pairs)
     return Comparison(
         judgements={
