@@ -226,20 +226,24 @@ def _disk(options: DoctorOptions) -> list[Check]:
 
 
 def _folder(name: str, path: Path, choose: str) -> Check:
-    parent = _nearest_folder(path)
-    free = f"{path}: {_gigabytes(shutil.disk_usage(parent).free)} free"
+    parent, n_bytes = _nearest_folder(path), _free_bytes(path)
+    found = f"{path}: {_gigabytes(n_bytes)} free"
     if not os.access(parent, os.W_OK | os.X_OK):
         remedy = f"Permit writing to {parent}, or choose another folder with {choose}."
         if path.exists() and name != "runs":
-            return Check("disk", name, "note", f"{free}, read-only: its files can be used, none can be added", remedy)
-        return Check("disk", name, "fail", f"{free}, not writable", remedy)
-    if shutil.disk_usage(parent).free < _FEW_BYTES:
-        return Check("disk", name, "note", free, f"Make room in {parent}, or choose another folder with {choose}.")
-    return Check("disk", name, "ok", free)
+            return Check("disk", name, "note", f"{found}, read-only: its files can be used, none can be added", remedy)
+        return Check("disk", name, "fail", f"{found}, not writable", remedy)
+    if n_bytes < _FEW_BYTES:
+        return Check("disk", name, "note", found, f"Make room in {parent}, or choose another folder with {choose}.")
+    return Check("disk", name, "ok", found)
 
 
 def _nearest_folder(path: Path) -> Path:
     return next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.is_dir())
+
+
+def _free_bytes(path: Path) -> int:
+    return shutil.disk_usage(_nearest_folder(path)).free
 
 
 def _data(options: DoctorOptions) -> list[Check]:
@@ -345,33 +349,26 @@ def _model(name: str, backbone: Backbone, access: Mapping[str, Exception | None]
         except UserError as error:
             return ModelCheck(name, failed, "", None, False, "not needed", str(error))
         return ModelCheck(name, "ok", "", backbone.revision, False, "not needed")
-    cached = next(filter(None, (_cached(backbone, file) for file in weight_files(backbone))), None)
-    line = partial(ModelCheck, name, repository=backbone.hub_id, cached=cached, gated=backbone.gated)
-    answer = access.get(name)
-    granted: Access = "not asked" if name not in access else "granted" if answer is None else "not granted"
+    cached = hub.cached_commit(backbone.hub_id, weight_files(backbone)[0], revision=backbone.revision)
+    refusal = access.get(name)
+    granted: Access = "not asked" if name not in access else "granted" if refusal is None else "not granted"
+    needed, free = 4 * backbone.n_parameters, _free_bytes(Path(constants.HF_HUB_CACHE))
+    remedy = ""
     if cached:
-        return line(status="ok", access=granted)
-    if granted == "not asked":
+        pass
+    elif granted == "not asked":
         remedy = (
             f"{backbone.hub_id} is not in the cache {constants.HF_HUB_CACHE}, and the hub was not asked for it. "
             "Connect (see the hub's line), or pass a local file with `weights=PATH`."
         )
-        return line(status=failed, access=granted, remedy=remedy)
-    if granted == "not granted":
-        return line(status=failed, access=granted, remedy=str(answer))
-    needed = 4 * backbone.n_parameters
-    free = shutil.disk_usage(_nearest_folder(Path(constants.HF_HUB_CACHE))).free
-    if needed > free:
+    elif refusal is not None:
+        remedy = str(refusal)
+    elif needed > free:
         remedy = (
             f"Its weights take about {_gigabytes(needed)}, and {constants.HF_HUB_CACHE} has {_gigabytes(free)} free. "
             "Make room, or point HF_HOME at another disk."
         )
-        return line(status=failed, access=granted, remedy=remedy)
-    return line(status="ok", access=granted)
-
-
-def _cached(backbone: Backbone, file: str) -> str | None:
-    return hub.cached_commit(backbone.hub_id, file, revision=backbone.revision)
+    return ModelCheck(name, failed if remedy else "ok", backbone.hub_id, cached, backbone.gated, granted, remedy)
 
 
 def _ask_for(backbone: Backbone) -> None:
@@ -390,29 +387,25 @@ def _answers(
     advance: ProgressCallback = lambda n, note=None: None,
 ) -> dict[str, Answer | UserError]:
     """Ask all questions at once; the answer is a UserError where one was raised, or where none came in time."""
-    answers: dict[str, Answer | UserError] = {}
-    waiting = queue.SimpleQueue[str]()
-    for name in questions:
-        waiting.put(name)
-    finished = queue.SimpleQueue[str]()
+    slots = threading.Semaphore(_AT_ONCE)
+    finished = queue.SimpleQueue[tuple[str, Answer | UserError]]()
 
-    def work() -> None:
-        with suppress(queue.Empty):
-            while True:
-                name = waiting.get_nowait()
-                try:
-                    answers[name] = questions[name]()
-                except UserError as error:
-                    answers[name] = error
-                finished.put(name)
+    def ask(name: str) -> None:
+        with slots:
+            try:
+                finished.put((name, questions[name]()))
+            except UserError as error:
+                finished.put((name, error))
 
     # Daemon threads: one that waits for a name server cannot be stopped, and must not delay the exit.
-    for _ in range(min(_AT_ONCE, len(questions))):
-        threading.Thread(target=work, daemon=True).start()
+    for name in questions:
+        threading.Thread(target=ask, args=(name,), daemon=True).start()
+    answers: dict[str, Answer | UserError] = {}
     deadline = time.monotonic() + within
     with suppress(queue.Empty):
-        for _ in questions:
-            finished.get(timeout=max(0.0, deadline - time.monotonic()))
+        while len(answers) < len(questions):
+            name, answer = finished.get(timeout=max(0.0, deadline - time.monotonic()))
+            answers[name] = answer
             advance(1)
     no_answer = UserError(
         f"{hub.endpoint()} gave no answer in {within:.0f} seconds. Check the connection, name resolution, HF_ENDPOINT "
