@@ -16,13 +16,16 @@ from features.blocks import Embeddings
 from features.samples import Samples
 from features.store import FeatureStore
 
-# Two patches look the same if their standardised embeddings are closer than this share of what two patches drawn at
-# random are apart, squared (docs/protocol.md has the measurement).
-NEAR = 0.05
-_PROJECTED = 32  # dimensions in which pairs are looked for before they are measured
-_SLACK = 2.5  # a projected squared distance exceeds the true one by more once in 100,000 times
-_MOST_PAIRS = 2 * 10**10  # a minute or two; larger sets are not compared patch by patch
-_BLOCK = 4096
+# A patch looks the same as its nearest neighbour if that is nearer than IDENTICAL, or much nearer than the eleventh:
+# squared distances of standardised embeddings, the first as a share of what two patches drawn at random are apart.
+# docs/protocol.md has the measurement.
+IDENTICAL = 0.01
+NEARER = 0.4
+_RANK = 10
+_FEWEST = 50  # training rows; among fewer, neighbours say nothing
+_PROJECTED = 256  # dimensions: random projection to so many keeps squared distances to 9 %
+_MOST_PAIRS = 10**9  # some ten seconds; larger sets are not compared patch by patch
+_BLOCK = 1024
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,30 +102,30 @@ def _known(values: NDArray[np.str_], known: NDArray[np.str_]) -> NDArray[np.bool
 def similar_rows(train: Embeddings, test: Embeddings) -> NDArray[np.bool_]:
     """Mark the rows of `test` that look the same to the backbone as some row of `train`.
 
-    The nearest training row is looked for in a random projection, which keeps distances roughly, and then measured.
-    Sets of more than 2 * 10^10 pairs are not compared.
+    Sets of more than 10^9 pairs are not compared: nothing is marked.
 
     Returns:
         (n_test,) bool.
     """
     n_train, d = train.shape
     found = np.zeros(len(test), np.bool_)
-    if not n_train or not len(test) or n_train * len(test) > _MOST_PAIRS:
+    if not n_train or n_train * len(test) > _MOST_PAIRS:
         return found
     mean, scale = _moments(train)
-    few = np.random.default_rng(0).standard_normal((d, _PROJECTED)).astype(np.float32) * scale[:, None]
+    few = np.diag(scale)
+    if d > _PROJECTED:
+        few = np.random.default_rng(0).standard_normal((d, _PROJECTED), np.float32) * scale[:, None]
+        few /= np.sqrt(_PROJECTED, dtype=np.float32)
     known, asked = _projected(train, mean, few), _projected(test, mean, few)
     sizes = (known**2).sum(axis=1)
-    limit = NEAR * 2 * np.count_nonzero(scale)  # standardised, two patches at random are 2 d apart, squared
+    at_random = 2 * np.count_nonzero(scale)  # of a standardised feature, the squared difference is 2 on average
+    ranks = [0, _RANK] if n_train >= _FEWEST else [0]
     for start in range(0, len(asked), _BLOCK):
         part = asked[start : start + _BLOCK]
-        squared = sizes - 2 * part @ known.T  # but for what is the same for a whole row
-        nearest = squared.argmin(axis=1)
-        smallest = squared[np.arange(len(part)), nearest] + (part**2).sum(axis=1)
-        rows = np.flatnonzero(smallest < _SLACK * _PROJECTED * limit)
-        a = (test.select(start + rows).read().astype(np.float32) - mean) * scale
-        b = (train.select(nearest[rows]).read().astype(np.float32) - mean) * scale
-        found[start + rows] = ((a - b) ** 2).sum(axis=1) < limit
+        squared = (part**2).sum(axis=1)[:, None] + sizes - 2 * part @ known.T
+        nearest = np.partition(squared, ranks, axis=1)[:, ranks]
+        same = nearest[:, 0] < IDENTICAL * at_random
+        found[start : start + _BLOCK] = same | (nearest[:, 0] < NEARER * nearest[:, -1])
     return found
 
 

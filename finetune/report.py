@@ -18,6 +18,7 @@ from extract.datasets import DATASETS, PatchDataset, load_dataset, local_data
 from extract.registry import BACKBONES
 from features.console import UserError, say
 from features.files import write_file, writing
+from features.labels import NUMBERS, parse_renaming
 from probe.report.collect import Report, collect
 from probe.report.gallery import PAGE_BYTES, Pixels, embedding_maps, make_thumbnails, open_store, select_patches
 from probe.report.page import html, with_thumbnails
@@ -114,8 +115,14 @@ def _load_patches(dataset: str, run: RunRecord, data: Path | None) -> PatchDatas
     source = run.sources.get(dataset, "")
     if not Path(source).is_absolute() or not Path(source).exists():
         raise UserError(f"{source or 'where they lie'} is not {'there' if source else 'known'}.")
-    positive = run.label_names[1]
-    return load_dataset(source, positive=None if positive == "1" else positive)  # "1": the run is too old to know
+    named = run.label_names != NUMBERS  # early runs do not know the names of their classes
+    return load_dataset(
+        source,
+        positive=run.label_names[1] if named and dataset == run.train else None,
+        classes=run.label_names if named and dataset != run.train else None,
+        labels=parse_renaming(run.options.get("labels")),
+        skip_unlabelled=bool(run.options.get("skip_unlabelled")),
+    )
 
 
 def _reader(patches: PatchDataset) -> Pixels:

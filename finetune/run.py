@@ -25,7 +25,7 @@ from finetune.network import Network
 from finetune.options import ComputeOptions, FinetuneOptions
 from finetune.process_group import SINGLE_PROCESS, ProcessGroup, ProcessLostError
 from finetune.score import fold_folder, load_folds, score
-from finetune.setup import Setup, build_network, load_training_set, new_network, prepare
+from finetune.setup import Setup, build_network, find_copies, load_training_set, new_network, prepare
 from finetune.train import TrainingSet, new_state, train
 from probe.runs import Cost, RunRecord, finish_run, new_run_id, read_run, versions
 from probe.schedule import best_epoch
@@ -160,6 +160,7 @@ def _train_and_finish(setup: Setup, folder: Path, network: Network) -> RunRecord
     try:
         if setup.compute.device.type == "cuda":
             _compute_reproducibly()
+        copies = find_copies(setup) if process_group.is_first else {}
         data = load_training_set(setup)
         network, state = _train_networks(setup, folder, network, data)
         if setup.compute_options.merge and process_group.is_first:
@@ -170,7 +171,8 @@ def _train_and_finish(setup: Setup, folder: Path, network: Network) -> RunRecord
         seconds = state.seconds + time.perf_counter() - started
         if not process_group.is_first:
             return None
-        record, tables = _record(setup, folder.name, network, state), setup.experiment.tables
+        record = replace(_record(setup, folder.name, network, state), similar=copies or None)
+        tables = setup.experiment.tables
         with writing(folder, remedy=RESUME):
             run = finish_run(folder, record, predictions=predictions, tables=tables, seconds=seconds)
         clear_up(folder)

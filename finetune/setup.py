@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Sequence
 from contextlib import closing
@@ -11,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from extract.backbones import Backbone, Weights, build_model, check_input_size, fetch_weights, find_backbone
 from extract.datasets import DATASETS, PatchDataset, is_at_hand, load_dataset, require_distinct_names
@@ -18,7 +20,7 @@ from extract.embed import decoded
 from extract.prepare import fingerprint_parts
 from extract.registry import IMAGENET_MEAN, IMAGENET_STD
 from extract.views import Transform, View, make_transform
-from features.console import progress, say
+from features.console import ProgressCallback, progress, say
 from features.device import find_device
 from features.labels import parse_renaming
 from features.samples import audit
@@ -157,6 +159,35 @@ def _test_names(options: FinetuneOptions, data: Path | None) -> list[str]:
     for name in missing:
         say(f"{name} is not in the data folder and will not be scored.")
     return [name for name in others if name not in missing]
+
+
+def find_copies(setup: Setup) -> dict[str, tuple[str, ...]]:
+    """Find the test patches, by dataset, whose pixels are those of a training patch, in whatever format they are.
+
+    Raises:
+        UserError: a patch that cannot be read.
+    """
+    experiment = setup.experiment
+    tests = experiment.tests
+    with progress("compare pixels", len(experiment.rows) + sum(map(len, tests.values()))) as advance:
+        known = set(_pixel_digests(setup.patches, experiment.rows, advance))
+        copies = {}
+        for name, rows in tests.items():
+            digests = _pixel_digests(setup.datasets[name], rows, advance)
+            same = rows[[digest in known for digest in digests]]
+            if len(same):
+                copies[name] = tuple(experiment.tables[name].id[same].tolist())
+    return copies
+
+
+def _pixel_digests(patches: PatchDataset, rows: NDArray[np.intp], advance: ProgressCallback) -> list[bytes]:
+    batches = [rows[start : start + _DECODE_BATCH].tolist() for start in range(0, len(rows), _DECODE_BATCH)]
+    digests = []
+    with closing(decoded(patches.decode, batches)) as ready:
+        for _, images in ready:
+            digests += [hashlib.sha256(repr(image.shape).encode() + image.tobytes()).digest() for image in images]
+            advance(len(images))
+    return digests
 
 
 def training_transform(backbone: Backbone, view: View, statistics: str) -> Transform:

@@ -12,6 +12,7 @@ from features.options import (
     DEFAULT_STORE,
     CvOption,
     JsonOption,
+    LabelsOption,
     RunsOption,
     StoreOption,
     parse_names,
@@ -45,6 +46,7 @@ def probe(
     recipe: Annotated[
         str, typer.Option(help="exact: logistic regression, strength chosen inside training data. paper: the paper's.")
     ] = "exact",
+    labels: LabelsOption = None,
     seed: Annotated[
         int,
         typer.Option(
@@ -72,6 +74,7 @@ def probe(
         view=view,
         pooling=pooling,
         recipe=recipe,  # type: ignore[arg-type]
+        labels=labels,
         seed=seed,
         fractions=() if fractions is None else parse_fractions(fractions),
         device=device,

@@ -17,10 +17,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from features.blocks import Embeddings
-from features.console import UserError, nearest, progress
+from features.console import UserError, nearest, progress, say
 from features.device import find_device
 from features.entry import Entry
 from features.folds import SEED, effective_groups
+from features.labels import NUMBERS, Classes, aligned, compare_classes, parse_renaming, renamed_class
+from features.leaks import similar_rows
 from features.samples import TEST, Samples
 from features.store import FeatureStore
 from probe.curve import (
@@ -53,6 +55,7 @@ class ProbeOptions:
         view: one view, or None to choose among those in the store.
         pooling: "card", "cls", "mean", "center", "cls+mean", or None to choose.
         recipe: "exact" (`fit_exact`) or "paper" (`fit_paper`, the paper's folds, the card's embedding of `full`).
+        labels: what classes of the test sets are called in the training set, as "old=new,old=new".
         seed: of the folds, of the paper recipe's training, and of the learning curve's draws.
         fractions: of the training slides, in (0, 1], for a learning curve of the chosen candidate; none for no curve.
         device: where to fit: "auto", "cpu", "cuda" or "cuda:N". The paper's recipe, whose products are tiny, always
@@ -65,6 +68,7 @@ class ProbeOptions:
     view: str | None = None
     pooling: str | None = None
     recipe: Literal["exact", "paper"] = "exact"
+    labels: str | None = None
     seed: int = SEED
     fractions: tuple[float, ...] = ()
     device: str = "auto"
@@ -121,6 +125,7 @@ def probe_store(
     device = str(find_device(options.device))
     tables = {name: store.samples(name) for name in store.datasets()}
     train = _train_dataset(store, tables, options)
+    tables = {train: tables[train]} | _aligned_tests(store, train, tables, options)
     experiment = make_experiment(train, tables, cv=options.cv, seed=options.seed, paper_folds=options.recipe == "paper")
     embedded = list(dict.fromkeys(entry.model for entry in store.entries(train)))
     for model in models or ():
@@ -146,7 +151,6 @@ def _probe_model(setup: _Setup, model: str, runs: Path) -> RunRecord:
     entry, probe = chosen.entry, chosen.probe
     points, curve_fits = _learning_curve(setup, chosen) if setup.subsets else ([], None)
     attributes = {name: store.dataset_attrs(name) for name in experiment.tables}
-    names = attributes[experiment.train].get("label_names", ["0", "1"])
     record = RunRecord(
         kind="probe",
         model=model,
@@ -158,12 +162,13 @@ def _probe_model(setup: _Setup, model: str, runs: Path) -> RunRecord:
         view=entry.view,
         pooling=chosen.record.pooling,
         card_pooling=entry.card_pooling,
-        label_names=(names[0], names[1]),
+        label_names=_classes(store, experiment.train),
         sources={name: attrs.get("source", "") for name, attrs in attributes.items()},
         fingerprints={name: store.entry(name, model=model, view=entry.view).fingerprint for name in experiment.tables},
         embedding=entry.parts,
         folds=experiment.folds_record(),
         table_digests=experiment.table_digests,
+        similar=_similar(setup, chosen) or None,
         candidates=tuple(fitted.record for fitted in candidates),
         learning_curve=curve_fits,
         cost=Cost(device=setup.device),
@@ -207,6 +212,35 @@ def _require_dataset(store: FeatureStore, name: str) -> None:
         )
 
 
+def _aligned_tests(
+    store: FeatureStore, train: str, tables: dict[str, Samples], options: ProbeOptions
+) -> dict[str, Samples]:
+    """Select the datasets to score, their labels by the classes of the training set.
+
+    Those of another task are left out, and that is said, unless they were asked for.
+    """
+    renamed = parse_renaming(options.labels)
+    classes = _classes(store, train)
+    tests = {}
+    for name in options.test or [name for name in tables if name != DEMO and store.entries(name)]:
+        _require_dataset(store, name)
+        if name == train:
+            continue
+        names = _classes(store, name)
+        mapped = (renamed_class(names[0], renamed), renamed_class(names[1], renamed))
+        if options.test is None and compare_classes(classes, mapped) == "other":
+            say(f"{name} has other classes ({', '.join(names)}) than {train} ({', '.join(classes)}) and is not scored.")
+            continue
+        turned = aligned(classes, names, train_name=train, test_name=name, labels=renamed)
+        tests[name] = tables[name].swapped() if turned else tables[name]
+    return tests
+
+
+def _classes(store: FeatureStore, dataset: str) -> Classes:
+    names = store.dataset_attrs(dataset).get("label_names", NUMBERS)
+    return names[0], names[1]
+
+
 def _experiment_of(setup: _Setup, model: str) -> Experiment:
     """Make the experiment of a model: with the datasets asked for, or all but the demo that it has embedded."""
     store, experiment, requested = setup.store, setup.experiment, setup.options.test
@@ -226,6 +260,32 @@ def _experiment_of(setup: _Setup, model: str) -> Experiment:
 def _embeddings(setup: _Setup, entry: Entry, pooling: str, dataset: str, rows: NDArray[np.intp]) -> Embeddings:
     """Find the embeddings of rows of a dataset, by the model and in the view of an entry."""
     return setup.store.embeddings(dataset, model=entry.model, view=entry.view, pooling=pooling, rows=rows)
+
+
+def _similar(setup: _Setup, chosen: _Fitted) -> dict[str, tuple[str, ...]]:
+    """Find the test patches, by dataset, that look like training patches in the chosen embedding."""
+    experiment, entry, pooling = setup.experiment, chosen.entry, chosen.record.pooling
+    training = _embeddings(setup, entry, pooling, experiment.train, experiment.rows)
+    _say_what_folds_share(training, experiment)
+    found = {}
+    for name, rows in experiment.tests.items():
+        similar = similar_rows(training, _embeddings(setup, entry, pooling, name, rows))
+        if similar.any():
+            found[name] = tuple(experiment.tables[name].id[rows[similar]].tolist())
+    return found
+
+
+def _say_what_folds_share(training: Embeddings, experiment: Experiment) -> None:
+    """Say how many patches look like one in another fold: out-of-fold figures know them."""
+    shared = 0
+    for validates in ~experiment.folds.training:
+        others, held_out = (training.select(np.flatnonzero(rows)) for rows in (~validates, validates))
+        shared += int(similar_rows(others, held_out).sum())
+    if shared:
+        say(
+            f"{shared:,} training patches of {experiment.train} look like one in another fold: out-of-fold figures are "
+            "optimistic. If they are of one slide or patient, name it in `group`."
+        )
 
 
 def _predictions(setup: _Setup, chosen: _Fitted, probe: Probe) -> Predictions:

@@ -33,12 +33,13 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from features.console import UserError
+from features.console import UserError, say
 from features.display import html_table
 from features.entry import store_key
 from features.files import PARTIAL, move_folder, write_file, writing
 from features.samples import Samples
 from probe.evidence import evaluate
+from probe.leaks import known_patches, with_unseen
 from probe.metrics import COMPARED, RunMetrics
 from probe.predictions import (
     Predictions,
@@ -161,6 +162,7 @@ class RunRecord:
         embedding: everything that decides the embeddings' numbers, whose digest the fingerprint is.
         folds: the assignment that all fold models share.
         table_digests: dataset to the digest of its patch table.
+        similar: dataset to the ids of test patches that look like training patches, to the backbone or pixel by pixel.
         store, candidates, learning_curve: of a probe.
         recipe, adapted_modules, n_trained, best_epoch, history: of a fine-tuned run; `n_trained` parameters per fold,
             `best_epoch` and `history` per fold.
@@ -192,6 +194,7 @@ class RunRecord:
     embedding: Mapping[str, Any] = field(default_factory=dict)
     folds: FoldsRecord
     table_digests: Mapping[str, str] = field(default_factory=dict)
+    similar: Mapping[str, tuple[str, ...]] | None = None
     candidates: tuple[Candidate, ...] | None = None
     learning_curve: CurveFits | None = None
     best_epoch: tuple[int, ...] | None = None
@@ -349,7 +352,10 @@ def finish_run(
     Raises:
         OSError: if the folder cannot be written.
     """
-    metrics = evaluate(predictions)
+    known = known_patches(record.train, tables, record.similar or {})
+    for one in known.values():
+        say(f"{one.line(record.train)}.")
+    metrics = evaluate(with_unseen(predictions, known.values()))
     contents: dict[str, Iterable[bytes]] = {
         "predictions.csv": predictions_csv(predictions),
         "samples.csv": samples_csv(predictions, tables),

@@ -55,7 +55,7 @@ def write_patches(folder: Path, *, sizes: tuple[int, ...] = (32,), table: str = 
         pixels = rng.integers(0, 255, (edge, edge + row % len(sizes), 3), dtype=np.uint8)
         Image.fromarray(pixels).save(folder / f"{row}.png")
         label, split = ("Atypical" if row % 2 else "Normal"), ("train" if row < N_TRAIN else "test")
-        rows.append(f"{row}.png,{label},slide {row // 2},{split}")
+        rows.append(f"{row}.png,{label},slide {seed}.{row // 2},{split}")
     (folder / table).write_text("\n".join(rows) + "\n")
     return folder / table
 
@@ -476,19 +476,34 @@ def test_every_option_reaches_the_training(finetune: Command, tmp_path: Path) ->
     chosen = {
         **{"model": "timm/test_vit", "recipe": "paper", "method": "lora", "cv": 3, "epochs": 4, "batch_size": 3},
         **{"learning_rate": 0.002, "seed": 7, "precision": "bf16", "positive": "Normal", "view": "center16@32"},
+        **{"labels": "Ordinary=Normal"},
     }
     lora = {"rank": 3, "alpha": 5.0, "dropout": 0.1, "targets": r"blocks\.0\.attn\.qkv"}
     computing = {"weights": weights, "device": "cpu", "folds_at_once": 2}
     named = {**chosen, **{f"lora_{name}": value for name, value in lora.items()}, **computing}
     arguments = [word for name, value in named.items() for word in (f"--{name.replace('_', '-')}", value)]
-    flags = ("--test", "others/others.csv", "--grad-checkpointing", "--merge", "--runs", "elsewhere")
+    flags = (
+        "--test",
+        "others/others.csv",
+        "--grad-checkpointing",
+        "--merge",
+        "--skip-unlabelled",
+        "--runs",
+        "elsewhere",
+    )
     with pytest.MonkeyPatch.context() as patched:
         begin(patched)
         assert "killed" in refused(finetune(*arguments, *flags))
     (folder,) = (tmp_path / "elsewhere").iterdir()
     started = json.loads((folder / "training.json").read_bytes())
     identity, how = started["identity"], started["compute"]
-    assert identity["options"] == {**chosen, "train": "patches.csv", "test": ["others/others.csv"], "lora": lora}
+    assert identity["options"] == {
+        **chosen,
+        "skip_unlabelled": True,
+        "train": "patches.csv",
+        "test": ["others/others.csv"],
+        "lora": lora,
+    }
     recipe = {name: chosen[name] for name in ("epochs", "batch_size", "learning_rate")}
     recipe |= {"optimizer": "adam", "schedule": "plateau", "statistics": "imagenet", "view": "full"}
     assert {name: identity["recipe"][name] for name in recipe} == recipe

@@ -22,7 +22,7 @@ def samples_of(prefix, n, *, sha256=None, group=None):
 def add(store, dataset, X):
     store.put_samples(dataset, samples_of(dataset, len(X)), attrs={})
     writer = store.begin(
-        dataset, model="m", view="full", poolings={"cls": WIDTH}, card_pooling="cls", parts={"model": "m"}
+        dataset, model="m", view="full", poolings={"cls": X.shape[1]}, card_pooling="cls", parts={"model": "m"}
     )
     for rows in writer.missing():
         writer.write(rows, {"cls": X[rows.start : rows.stop]})
@@ -44,15 +44,16 @@ def test_a_patch_is_known_by_its_bytes_its_pixels_or_its_group():
     assert find_leak(train, test, similar=near).found().startswith("1 identical, 1 nearly identical, 1 of a group")
 
 
+@pytest.mark.parametrize("width", [48, 600])  # 600 are projected first
 @pytest.mark.parametrize("block", [7, 4096])
-def test_patches_that_look_the_same_are_found_and_no_others(tmp_path, monkeypatch, block):
+def test_patches_that_look_the_same_are_found_and_no_others(tmp_path, monkeypatch, block, width):
     monkeypatch.setattr(leaks, "_BLOCK", block)
     rng = np.random.default_rng(0)
-    scale = np.logspace(-2, 2, WIDTH)  # features differ in size; what looks the same does not depend on it
-    known, other = rng.standard_normal((300, WIDTH)), rng.standard_normal((40, WIDTH))
+    scale = np.logspace(-2, 2, width)  # features differ in size; what looks the same does not depend on it
+    known, other = rng.standard_normal((300, width)), rng.standard_normal((40, width))
     other[3] = known[17]
-    other[20] = known[299] + 0.15 * rng.standard_normal(WIDTH)  # about .011 of the distance of two at random, squared
-    other[39] = known[5] + 0.7 * rng.standard_normal(WIDTH)  # about .25 of it
+    other[20] = known[299] + 0.4 * rng.standard_normal(width)  # a fifth as far as its other neighbours, squared
+    other[39] = known[5] + 1.2 * rng.standard_normal(width)  # no nearer than others
     store = FeatureStore.open_or_create(tmp_path / "s.zarr")
     train = add(store, "a", known * scale + 3 * scale)
     test = add(store, "b", other * scale + 3 * scale)
@@ -61,14 +62,25 @@ def test_patches_that_look_the_same_are_found_and_no_others(tmp_path, monkeypatc
     assert np.flatnonzero(similar_rows(part, test.select(np.array([3, 20])))).tolist() == [1]
 
 
-def test_constant_features_decide_nothing(tmp_path):
+def test_many_copies_of_a_patch_are_no_neighbourhood(tmp_path):
+    """A dozen copies are as near as each other: that is no reason to think that none is a copy."""
     rng = np.random.default_rng(1)
-    known, other = rng.standard_normal((50, WIDTH)), rng.standard_normal((5, WIDTH))
-    known[:, 4:] = other[:, 4:] = 2.5
+    known = rng.standard_normal((100, WIDTH))
+    known[:12] = known[0] + 0.01 * rng.standard_normal((12, WIDTH))
     store = FeatureStore.open_or_create(tmp_path / "s.zarr")
-    found = similar_rows(add(store, "a", known), add(store, "b", other))
-    distance = (((known[None, :, :4] - other[:, None, :4]) / known[:, :4].std(axis=0)) ** 2).sum(axis=-1).min(axis=1)
-    assert found.tolist() == (distance < leaks.NEAR * 2 * 4).tolist()
+    train, test = add(store, "a", known), add(store, "b", known[:1])
+    assert similar_rows(train, test).tolist() == [True]
+
+
+@pytest.mark.parametrize("n", [3, 49])
+def test_among_few_patches_only_copies_are_found(tmp_path, n):
+    rng = np.random.default_rng(2)
+    known = rng.standard_normal((n, WIDTH))
+    other = np.stack([known[0], known[1] + 0.3 * rng.standard_normal(WIDTH)])
+    known[:, 4:] = other[:, 4:] = 2.5  # constant features decide nothing
+    other[1, :4] = known[1, :4] + 0.4
+    store = FeatureStore.open_or_create(tmp_path / "s.zarr")
+    assert similar_rows(add(store, "a", known), add(store, "b", other)).tolist() == [True, False]
 
 
 def test_sets_too_large_to_compare_are_left_alone(tmp_path, monkeypatch):

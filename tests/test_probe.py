@@ -33,7 +33,7 @@ def table(n: int = 240, seed: int = 0, split: bool = True) -> Samples:
     return make_samples(
         [f"{seed}-{row:03}.png" for row in range(n)],
         (rng.random(n) < 0.3).astype(int).tolist(),
-        group=[f"slide {s}" for s in slide],
+        group=[f"slide {s}" if split else f"other slide {s}" for s in slide],
         split=["train" if s % 4 else "test" for s in slide] if split else ["test"] * n,
         sha256=[f"{seed}-{row}" for row in range(n)],
     )

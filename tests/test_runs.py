@@ -58,6 +58,7 @@ def patches(
     name: str, n: int, *, raters: int = 0, domains: int = 0, slides: bool = True, test_from: int | None = None
 ) -> Samples:
     """A patch table: every third patch is positive, four patches lie on a slide, some votes are missing."""
+    prefix = "" if name == "ami-br" else f"{name} "  # no slide is in two datasets
     row = np.arange(n)
     label = (row % 3 == 0).astype(np.int8)
     votes = np.repeat(label[:, None], raters, axis=1)
@@ -67,7 +68,7 @@ def patches(
     return make_samples(
         [f"{name}/{k:03}.png" for k in range(n)],
         label.tolist(),
-        group=[f"slide {k // 4}" if slides else "" for k in range(n)],
+        group=[f"{prefix}slide {k // 4}" if slides else "" for k in range(n)],
         split=["train" if test_from is not None and k < test_from else "test" for k in range(n)],
         votes=votes,
         domain=[f"domain {k // 4 % domains}" if domains else "" for k in range(n)],

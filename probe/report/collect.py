@@ -9,24 +9,27 @@ from __future__ import annotations
 
 import os
 import time
+from collections import defaultdict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape
 
 import numpy as np
 from numpy.typing import NDArray
 
 from features.console import UserError, progress
-from features.samples import MISSING_VOTE, Samples, audit
+from features.samples import MISSING_VOTE, TEST, Samples, audit
 from probe.domains import DomainView, by_domain
 from probe.evidence import Comparison, Ensemble, compare, ensemble_of, fold_figures, rows_of
+from probe.leaks import UNSEEN, KnownPatches, known_patches, with_unseen
 from probe.metrics import ECE_BINS, FoldFigure, Judgement, calibration_bin
 from probe.predictions import VALIDATION
 from probe.raters import RaterView, by_agreement
 from probe.report.read import Run
 from probe.resample import Resampling
 
+_SPLIT_TITLES = {VALIDATION: "out of fold", TEST: "test", UNSEEN: "test without patches known from training"}
 _POINTS = 250  # at most, of a drawn curve
 
 
@@ -97,7 +100,7 @@ class SetReport:
     @property
     def title(self) -> str:
         """Dataset and split, for a reader."""
-        return f"{self.dataset}, {'out of fold' if self.is_validation else self.split}"
+        return f"{self.dataset}, {_SPLIT_TITLES[self.split]}"
 
     @property
     def any_judgement(self) -> Judgement:
@@ -147,8 +150,10 @@ def collect(runs: Sequence[Run], notes: Sequence[str] = (), *, resampling: Resam
     from importlib.metadata import version
 
     first = runs[0].record
+    runs, known = _with_unseen(runs)
     names = dict.fromkeys(pair for run in runs for pair in run.predictions.sets())
-    ordered = sorted(names, key=lambda pair: (pair[1] == VALIDATION, pair[0] != first.train))
+    datasets = list(dict.fromkeys((first.train, *(dataset for dataset, _ in names))))
+    ordered = sorted(names, key=lambda pair: (pair[1] == VALIDATION, datasets.index(pair[0]), pair[1] == UNSEEN))
     with progress("compare", len(ordered), unit="sets") as advance, ThreadPoolExecutor(os.cpu_count()) as pool:
 
         def compare_on(pair: tuple[str, str]) -> SetReport:
@@ -157,8 +162,10 @@ def collect(runs: Sequence[Run], notes: Sequence[str] = (), *, resampling: Resam
             return set_report
 
         sets = list(pool.map(compare_on, ordered))
-    all_notes = list(notes)
+    all_notes = [*notes, *(f"{one.line(first.train)}." for one in known)]
     for one in sets:
+        if one.split == UNSEEN:
+            continue
         all_notes += [
             f"{label} was not scored on {one.dataset}: run it again with --test {one.dataset}." for label in one.missing
         ]
@@ -177,6 +184,20 @@ def collect(runs: Sequence[Run], notes: Sequence[str] = (), *, resampling: Resam
         sets=tuple(sets),
         notes=tuple(dict.fromkeys(all_notes)),
     )
+
+
+def _with_unseen(runs: Sequence[Run]) -> tuple[list[Run], list[KnownPatches]]:
+    """Add the test patches that none of the runs knows from training, as sets that all runs share."""
+    train = runs[0].record.train
+    tables: dict[str, Samples] = {}
+    similar: dict[str, set[str]] = defaultdict(set)
+    for run in runs:
+        for name, table in run.tables.items():
+            tables[name] = fullest([table, tables.get(name, table)])
+        for name, ids in (run.record.similar or {}).items():
+            similar[name].update(ids)
+    known = list(known_patches(train, tables, similar).values())
+    return [replace(run, predictions=with_unseen(run.predictions, known)) for run in runs], known
 
 
 def _set_report(runs: Sequence[Run], dataset: str, split: str, resampling: Resampling) -> SetReport:

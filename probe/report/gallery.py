@@ -22,6 +22,7 @@ from features.console import UserError, progress
 from features.samples import MISSING_VOTE
 from features.store import FeatureStore
 from probe.evidence import ensemble_of, rows_of
+from probe.leaks import UNSEEN
 from probe.report.collect import Report, fullest
 from probe.report.read import Run
 
@@ -115,11 +116,14 @@ class EmbeddingMap:
 
 def select_patches(report: Report, runs: Sequence[Run]) -> GalleryPatches:
     """Select the patches of a page: all, or where they are too many half the worst judged of a set, half at random."""
-    total = sum(set_report.n for set_report in report.sets)
+    total = sum(set_report.n for set_report in report.sets if set_report.split != UNSEEN)
     columns: list[tuple[NDArray[Any], ...]] = []
     votes: list[str] = []
     n_left_out = []
     for index, set_report in enumerate(report.sets):
+        if set_report.split == UNSEEN:  # its patches are shown as those of the whole test set
+            n_left_out.append(0)
+            continue
         scored = {run.label: run for run in runs if run.label not in set_report.missing}
         ensembles = {
             label: ensemble_of(run.predictions, set_report.dataset, set_report.split) for label, run in scored.items()

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
 
-from probe.predictions import VALIDATION
+from features.samples import TEST
 from probe.runs import RunRecord
 
 SOURCES = {"table-3": "paper, Table 3", "re-run": "authors' re-run"}
@@ -67,7 +67,7 @@ def published() -> tuple[Published, ...]:
 
 def published_on(dataset: str, split: str, *, train: str) -> list[Published]:
     """List what was published on a test set, of models trained on the same data."""
-    if split == VALIDATION or train != TRAINED_ON:
+    if split != TEST or train != TRAINED_ON:
         return []
     return [row for row in published() if row.dataset == dataset]
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from features.console import UserError, nearest
+from features.labels import compare_classes
 from features.samples import Samples
 from probe.curve import CurvePoint, read_curve
 from probe.predictions import Predictions
@@ -77,7 +78,19 @@ def read_runs(runs: Path, *, named: Sequence[Path] = (), folds: str | None = Non
             f"{n_left_out} run{'s' * (n_left_out > 1)} on other folds left out: different folds are never tabulated "
             "together."
         )
+    _require_same_classes(kept)
     return [_read(record, label) for record, label in zip(kept, labels_of(kept), strict=True)], notes
+
+
+def _require_same_classes(records: Sequence[RunRecord]) -> None:
+    first = records[0]
+    for other in records[1:]:
+        if compare_classes(first.label_names, other.label_names) != "same":
+            raise UserError(
+                f"{_folder(first).name} tells {first.label_names[1]} (1) from {first.label_names[0]} (0), and "
+                f"{_folder(other).name} {other.label_names[1]} from {other.label_names[0]}: they answer different "
+                "questions. Report runs of one question, or run the others again with the same `positive` and `labels`."
+            )
 
 
 def _folders(runs: Path) -> tuple[list[Path], list[str]]:

@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from rich.table import Table
 
 from probe.curve import CurvePoint, summarise
+from probe.leaks import UNSEEN
 from probe.metrics import Interval
-from probe.predictions import VALIDATION
 from probe.report.published import FIGURES, SOURCES, published_for
 from probe.runs import RunRecord
 
@@ -29,7 +29,7 @@ def leaderboard(runs: Sequence[RunRecord]) -> Table:
     """
     sets = list(dict.fromkeys(name for run in runs for name in run.figures.sets))
     named = [name.rsplit("/", 1) for name in sets]
-    titles = [f"{dataset}\n{'validation' if split == VALIDATION else 'test'}" for dataset, split in named]
+    titles = [f"{dataset}\n{'test, unseen' if split == UNSEEN else split}" for dataset, split in named]
     columns = [f"{title}\n{figure}" for title in titles for figure in FIGURES.values()]
     table = _table("Mean ± std over fold models; threshold 0.5", "Model", "View, pooling", *columns)
     for run in runs:
