@@ -16,11 +16,9 @@ from features.blocks import Embeddings
 from features.samples import Samples
 from features.store import FeatureStore
 
-# A patch looks the same as its nearest neighbour if that is nearer than IDENTICAL, or much nearer than the eleventh:
-# squared distances of standardised embeddings, the first as a share of what two patches drawn at random are apart.
-# docs/protocol.md has the measurement.
+# Squared distance of standardised embeddings, as a share of what two patches drawn at random are apart.
 IDENTICAL = 0.01
-NEARER = 0.4
+_FALSE = 1e-4  # patches that are expected to be found by chance in a whole test set
 _RANK = 10
 _FEWEST = 50  # training rows; among fewer, neighbours say nothing
 _PROJECTED = 256  # dimensions: random projection to so many keeps squared distances to 9 %
@@ -102,31 +100,46 @@ def _known(values: NDArray[np.str_], known: NDArray[np.str_]) -> NDArray[np.bool
 def similar_rows(train: Embeddings, test: Embeddings) -> NDArray[np.bool_]:
     """Mark the rows of `test` that look the same to the backbone as some row of `train`.
 
-    Sets of more than 10^9 pairs are not compared: nothing is marked.
+    A patch does so if its nearest neighbour is closer than `IDENTICAL`, or so much closer than the next ten that this
+    would happen by chance once in ten thousand such test sets. How near the nearest of independent neighbours is
+    follows from the dimension of the data, estimated from the other neighbours (Levina and Bickel, NeurIPS 2004).
+    docs/protocol.md has what this finds. Sets of more than 10^9 pairs are not compared: nothing is marked.
 
     Returns:
         (n_test,) bool.
     """
-    n_train, d = train.shape
-    found = np.zeros(len(test), np.bool_)
-    if not n_train or n_train * len(test) > _MOST_PAIRS:
-        return found
+    n_train, n_features = train.shape
+    if not n_train or not len(test) or n_train * len(test) > _MOST_PAIRS:
+        return np.zeros(len(test), np.bool_)
     mean, scale = _moments(train)
     few = np.diag(scale)
-    if d > _PROJECTED:
-        few = np.random.default_rng(0).standard_normal((d, _PROJECTED), np.float32) * scale[:, None]
+    if n_features > _PROJECTED:
+        few = np.random.default_rng(0).standard_normal((n_features, _PROJECTED), np.float32) * scale[:, None]
         few /= np.sqrt(_PROJECTED, dtype=np.float32)
-    known, asked = _projected(train, mean, few), _projected(test, mean, few)
-    sizes = (known**2).sum(axis=1)
+    ranks = np.arange(_RANK + 1 if n_train >= _FEWEST else 1)
+    nearest = _nearest(_projected(train, mean, few), _projected(test, mean, few), ranks)  # (n_test, ranks)
     at_random = 2 * np.count_nonzero(scale)  # of a standardised feature, the squared difference is 2 on average
-    ranks = [0, _RANK] if n_train >= _FEWEST else [0]
+    same: NDArray[np.bool_] = nearest[:, 0] < IDENTICAL * at_random
+    if len(ranks) == 1 or same.all():
+        return same
+    # Of independent neighbours, (distance / distance of the last)^dimension is uniform.
+    ratio = np.maximum(nearest[:, :-1], 1e-12) / np.maximum(nearest[:, -1:], 1e-12)  # squared distances
+    dimension = -2 / np.log(ratio[~same, 1:]).mean()
+    chance = -np.expm1(_RANK * np.log1p(-np.minimum(ratio[:, 0] ** (dimension / 2), 0.5)))
+    found: NDArray[np.bool_] = same | (chance * len(test) < _FALSE)
+    return found
+
+
+def _nearest(known: NDArray[np.float32], asked: NDArray[np.float32], ranks: NDArray[np.intp]) -> NDArray[np.float32]:
+    """Find the squared distances of each row of `asked` to its nearest rows of `known`, in ascending order."""
+    nearest = np.empty((len(asked), len(ranks)), np.float32)
+    sizes = (known**2).sum(axis=1)
     for start in range(0, len(asked), _BLOCK):
         part = asked[start : start + _BLOCK]
         squared = (part**2).sum(axis=1)[:, None] + sizes - 2 * part @ known.T
-        nearest = np.partition(squared, ranks, axis=1)[:, ranks]
-        same = nearest[:, 0] < IDENTICAL * at_random
-        found[start : start + _BLOCK] = same | (nearest[:, 0] < NEARER * nearest[:, -1])
-    return found
+        few = np.partition(squared, ranks[-1], axis=1)[:, : len(ranks)]
+        nearest[start : start + _BLOCK] = np.sort(few, axis=1)
+    return nearest
 
 
 def _moments(embeddings: Embeddings) -> tuple[NDArray[np.float32], NDArray[np.float32]]:

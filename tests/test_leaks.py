@@ -53,7 +53,6 @@ def test_patches_that_look_the_same_are_found_and_no_others(tmp_path, monkeypatc
     known, other = rng.standard_normal((300, width)), rng.standard_normal((40, width))
     other[3] = known[17]
     other[20] = known[299] + 0.4 * rng.standard_normal(width)  # a fifth as far as its other neighbours, squared
-    other[39] = known[5] + 1.2 * rng.standard_normal(width)  # no nearer than others
     store = FeatureStore.open_or_create(tmp_path / "s.zarr")
     train = add(store, "a", known * scale + 3 * scale)
     test = add(store, "b", other * scale + 3 * scale)
