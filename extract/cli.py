@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from features.console import UserError, as_flags, no_progress, print_json, printable, run, say, show
+from features.console import UserError, as_flags, no_progress, print_json, print_text, printable, run, say, show
 from features.options import (
     DEFAULT_RUNS,
     DEFAULT_STORE,
@@ -227,15 +227,15 @@ def _show_diagnosis(diagnosis: Diagnosis, *, all_models: bool) -> None:
     show(checks, models)
     for check in diagnosis.checks:
         if check.status == "note" and check.remedy:
-            print(printable(f"{check.name}: {check.remedy}"))
+            print_text(f"{check.name}: {check.remedy}")
     if all_models and any(line.status == "note" for line in diagnosis.models):
-        print("`fm-doctor --model NAME` says what a model lacks.")
+        print_text("`fm-doctor --model NAME` says what a model lacks.")
     if diagnosis.failed:
         raise UserError(
             f"{len(diagnosis.failed)} of these cannot work as they are:\n"
             + "\n".join(f"- {line.name}: {line.remedy}" for line in diagnosis.failed)
         )
-    print("Everything that was asked for can work here.")
+    print_text("Everything that was asked for can work here.")
 
 
 def main() -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from features.console import UserError, print_json, printable, run, say, show
+from features.console import UserError, print_json, print_text, run, say, show
 from features.options import DEFAULT_STORE, JsonOption, OverwriteOption, StoreOption
 
 if TYPE_CHECKING:
@@ -199,7 +199,7 @@ def _print_contents(contents: dict[str, Any]) -> None:
     show(datasets, entries)
     for row in contents["datasets"]:
         for line in row["audit_lines"]:
-            print(printable(f"{row['name']}: {line}"))
+            print_text(f"{row['name']}: {line}")
 
 
 def main() -> None:

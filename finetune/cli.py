@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from features.console import UserError, print_json, run, say, show
+from features.console import UserError, print_json, print_text, run, say, show
 from features.options import (
     DEFAULT_RUNS,
     CvOption,
@@ -247,7 +247,7 @@ def report(
             f"{len(text.encode()) / 1e6:.1f} MB"
         )
     elif not as_json:
-        print(text, end="")
+        print_text(text.removesuffix("\n"))
     if as_json:
         print_json(as_dict(figures))
 
