@@ -13,6 +13,8 @@ from features.console import UserError, as_flags, no_progress, print_json, print
 from features.options import (
     DEFAULT_RUNS,
     DEFAULT_STORE,
+    MOST_IMAGES,
+    MOST_WORKERS,
     DataOption,
     DeviceOption,
     JsonOption,
@@ -56,7 +58,7 @@ def extract(
         ),
     ] = "auto",
     batch_size: Annotated[
-        int | None, typer.Option(min=1, help="Images per forward pass. Default: found automatically.")
+        int | None, typer.Option(min=1, max=MOST_IMAGES, help="Images per forward pass. Default: found automatically.")
     ] = None,
     weights: WeightsOption = None,
     positive: PositiveOption = None,
@@ -67,7 +69,8 @@ def extract(
     ] = None,
     engine: Annotated[str, typer.Option(help="local, or ray: a pool of Ray actors, one per GPU.")] = "local",
     workers: Annotated[
-        int | None, typer.Option(min=1, help="Ray actors. Default: one per GPU, else one per four processors.")
+        int | None,
+        typer.Option(min=1, max=MOST_WORKERS, help="Ray actors. Default: one per GPU, else one per four processors."),
     ] = None,
     list_models: Annotated[bool, typer.Option("--list-models", help="Show every model and stop.")] = False,
     list_datasets: Annotated[

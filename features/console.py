@@ -186,6 +186,8 @@ def run(app: typer.Typer) -> None:
     If whoever reads stdout stops reading, as `head` does, the command ends quietly with 141, as others do there.
     """
     os.environ.setdefault("GOMP_SPINCOUNT", _SPIN_COUNT)
+    if not os.environ.get("TERMINAL_WIDTH", "0").isdecimal():
+        del os.environ["TERMINAL_WIDTH"]  # typer reads it as a number, when it first prints
     open_streams()
     signal.signal(signal.SIGINT, _interrupt)
     signal.signal(signal.SIGTERM, _interrupt)

@@ -5,6 +5,7 @@ Each is the annotation of a parameter, whose default stands in the command: `dev
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Annotated
 
@@ -28,7 +29,12 @@ PositiveOption = Annotated[
     str | None, typer.Option("--positive", help="The class that counts as positive, for datasets of your own.")
 ]
 DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")]
-CvOption = Annotated[int, typer.Option("--cv", help="Number of cross-validation folds; groups (slides) are never cut.")]
+# Upper ends of numbers: far beyond any use, and small enough that asking for them fails at once and not by and by.
+MOST_FOLDS, MOST_IMAGES, MOST_EPOCHS, MOST_WORKERS = 10_000, 65_536, 100_000, 10_000
+CvOption = Annotated[
+    int,
+    typer.Option("--cv", max=MOST_FOLDS, help="Number of cross-validation folds; groups (slides) are never cut."),
+]
 SeedOption = Annotated[
     int,
     typer.Option("--seed", min=0, max=2**32 - 1, help="Seed of the folds and of everything that is drawn at random."),
@@ -37,6 +43,13 @@ OverwriteOption = Annotated[
     bool, typer.Option("--overwrite", help="Replace embeddings that are there under the same names.")
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, and nothing else there.")]
+
+
+def number(value: float | None) -> float | None:
+    """Refuse NaN, which lies in every range that typer checks; the `callback` of an option that is a float."""
+    if value is not None and math.isnan(value):
+        raise typer.BadParameter("nan is not a number.")
+    return value
 
 
 def parse_names(text: str, *, option: str | None = None) -> tuple[str, ...]:

@@ -9,8 +9,12 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from features.console import UserError, print_json, print_text, run, say, show
+from features.files import check_output
 from features.options import (
     DEFAULT_RUNS,
+    MOST_EPOCHS,
+    MOST_FOLDS,
+    MOST_IMAGES,
     CvOption,
     DataOption,
     DeviceOption,
@@ -19,11 +23,14 @@ from features.options import (
     RunsOption,
     SeedOption,
     WeightsOption,
+    number,
     parse_names,
 )
 
 if TYPE_CHECKING:  # torch takes seconds to import: commands import it when they run
     from finetune.plan import Plan
+
+MOST_RANK, MOST_ALPHA, MOST_REPLICATES = 1_024, 1e6, 1_000_000  # see features/options.py
 
 finetune_app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 predict_app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -33,10 +40,12 @@ report_app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 @finetune_app.command(help="fm-finetune: adapt a backbone to patches, by LoRA or as a whole, all folds at once.")
 def finetune(
     context: typer.Context,
-    lora_rank: Annotated[int, typer.Option(help="Inner width of the adapters.")] = 8,
-    lora_alpha: Annotated[float, typer.Option(help="Adapters are scaled by alpha / rank.")] = 16,
+    lora_rank: Annotated[int, typer.Option(max=MOST_RANK, help="Inner width of the adapters.")] = 8,
+    lora_alpha: Annotated[
+        float, typer.Option(max=MOST_ALPHA, callback=number, help="Adapters are scaled by alpha / rank.")
+    ] = 16,
     lora_dropout: Annotated[
-        float, typer.Option(help="Fraction of an adapter's inputs that is dropped while training.")
+        float, typer.Option(callback=number, help="Fraction of an adapter's inputs that is dropped while training.")
     ] = 0.3,
     lora_targets: Annotated[
         str | None, typer.Option(help="Regular expression of whole module names. Default: the family's, see --dry-run.")
@@ -56,9 +65,11 @@ def finetune(
         str | None, typer.Option(help="full, centerN, centerN@M as in fm-extract. Default: the recipe's.")
     ] = None,
     cv: CvOption = 5,
-    epochs: Annotated[int | None, typer.Option(min=1, help="Epochs, at most. Default: the recipe's.")] = None,
+    epochs: Annotated[
+        int | None, typer.Option(min=1, max=MOST_EPOCHS, help="Epochs, at most. Default: the recipe's.")
+    ] = None,
     batch_size: Annotated[
-        int | None, typer.Option(min=1, help="Patches per fold and step. Default: the recipe's.")
+        int | None, typer.Option(min=1, max=MOST_IMAGES, help="Patches per fold and step. Default: the recipe's.")
     ] = None,
     learning_rate: Annotated[float | None, typer.Option(help="At its start or peak. Default: the recipe's.")] = None,
     seed: SeedOption = 42,
@@ -68,7 +79,8 @@ def finetune(
     weights: WeightsOption = None,
     device: DeviceOption = "auto",
     folds_at_once: Annotated[
-        int | None, typer.Option(min=1, help="Folds per forward pass. Default: all on a GPU, one on a CPU.")
+        int | None,
+        typer.Option(min=1, max=MOST_FOLDS, help="Folds per forward pass. Default: all on a GPU, one on a CPU."),
     ] = None,
     compile: Annotated[bool, typer.Option("--compile", help="Compile the backbone with torch.compile.")] = False,
     grad_checkpointing: Annotated[
@@ -182,10 +194,12 @@ def predict(
     device: DeviceOption = "auto",
     weights: WeightsOption = None,
     threshold: Annotated[
-        float | None, typer.Option(help="Positive from this probability on. Default: the run's own.")
+        float | None,
+        typer.Option(min=0, max=1, callback=number, help="Positive from this probability on. Default: the run's own."),
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
+    check_output(out)
     from finetune.predict import predict_paths
 
     summary = predict_paths(folder, paths, out=out, device=device, weights=weights, threshold=threshold)
@@ -217,12 +231,17 @@ def report(
     store: Annotated[
         str | None, typer.Option(help="Feature store of the embedding map. Default: the one that was probed.")
     ] = None,
-    replicates: Annotated[int, typer.Option(help="Resamples that intervals and tests are drawn from.")] = 10_000,
-    seed: Annotated[int, typer.Option(help="Seed of the resamples.")] = 42,
+    replicates: Annotated[
+        int, typer.Option(max=MOST_REPLICATES, help="Resamples that intervals and tests are drawn from.")
+    ] = 10_000,
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of the resamples.")] = 42,
     as_json: JsonOption = False,
 ) -> None:
     if format not in ("html", "markdown", "latex"):
         raise UserError(f"unknown format {format!r}: use html, markdown or latex.")
+    path = Path("report.html") if out is None and format == "html" else out
+    if path is not None:
+        check_output(path)
     from finetune.report import make_report, write_report
     from probe.metrics import as_dict
     from probe.resample import Resampling
@@ -238,8 +257,7 @@ def report(
     )
     for note in figures.notes:
         say(f"note: {note}")
-    if out is not None or format == "html":
-        path = out or Path("report.html")
+    if path is not None:
         write_report(text, path)
         n_runs, n_sets = len(figures.labels), len(figures.sets)
         say(
