@@ -242,9 +242,9 @@ def _refused(error: OSError) -> str:
 def _not_text(error: UnicodeEncodeError) -> str:
     found = printable(error.object[max(0, error.start - 20) : error.end + 20])
     if error.encoding.startswith("utf"):
-        return f"{found!r} is no UTF-8 text. Expected a name in UTF-8: rename it."
+        return f"'{found}' is no UTF-8 text. Expected a name in UTF-8: rename it."
     return (
-        f"{found!r} cannot be written in {error.encoding}, the encoding of file names here. Set a UTF-8 locale "
+        f"'{found}' cannot be written in {error.encoding}, the encoding of file names here. Set a UTF-8 locale "
         "(LC_ALL=C.UTF-8) or PYTHONUTF8=1, then run this again."
     )
 
