@@ -14,7 +14,7 @@ import re
 import signal
 import sys
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
@@ -28,6 +28,8 @@ _PIPE_WIDTH = 240
 # Rounds of a waiting OpenMP thread before it sleeps. Without a limit, two-thread products beside any other busy process
 # take up to fifty times as long (docs/decisions/solver.md); torch reads it when it is loaded.
 _SPIN_COUNT = "10000"
+# torch's RuntimeErrors on a GPU and a CPU; this module is too light to import torch.
+_OUT_OF_MEMORY = re.compile(r"^OutOfMemoryError|can't allocate memory|Storage size calculation overflowed")
 _READER_LEFT = 128 + signal.SIGPIPE  # the status that a shell gives a command which died of it
 _bars, _quiet = True, False
 
@@ -192,10 +194,8 @@ def run(app: typer.Typer) -> None:
     signal.signal(signal.SIGINT, _interrupt)
     signal.signal(signal.SIGTERM, _interrupt)
     status = _run(app)
-    try:
+    with suppress(OutputError):  # something else has been said by then
         flush_results()
-    except OutputError as error:
-        status = status or _lost(error)
     sys.exit(status)
 
 
@@ -206,11 +206,8 @@ def _run(app: typer.Typer) -> int | str | None:
     except FileNotFoundError:
         return _fail("the current folder has been removed. Change to one that exists (cd), then run this again.")
     try:
-        app()
-    except SystemExit as end:
-        if isinstance(end.__context__, BrokenPipeError):  # not stdout's: see OutputError
-            return _fail("a connection was closed from the other side. Run the same command again.")
-        return end.code
+        status = _status(app)
+        flush_results()
     except UserError as error:
         return _fail(as_flags(str(error), _flags(app)))
     except OutputError as error:
@@ -225,6 +222,23 @@ def _run(app: typer.Typer) -> int | str | None:
         return _fail(_not_text(error))
     except Interrupted:
         return _fail("interrupted. Everything finished so far is kept: run the same command again to finish the rest.")
+    except RuntimeError as error:
+        if not _OUT_OF_MEMORY.search(f"{type(error).__name__}: {error}"):
+            raise
+        return _fail(
+            f"there is not enough memory ({str(error).splitlines()[0]}). Close other programs, or ask for less."
+        )
+    return status
+
+
+def _status(app: typer.Typer) -> int | str | None:
+    """Run an application. Returns the exit status that typer gives it."""
+    try:
+        app()
+    except SystemExit as end:
+        if isinstance(end.__context__, BrokenPipeError):  # not stdout's: see OutputError
+            return _fail("a connection was closed from the other side. Run the same command again.")
+        return end.code
     return 0
 
 

@@ -30,7 +30,7 @@ PositiveOption = Annotated[
 ]
 DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")]
 # Upper ends of numbers: far beyond any use, and small enough that asking for them fails at once and not by and by.
-MOST_FOLDS, MOST_IMAGES, MOST_EPOCHS, MOST_WORKERS = 10_000, 65_536, 100_000, 10_000
+MOST_FOLDS, MOST_IMAGES, MOST_EPOCHS, MOST_WORKERS = 1_000, 65_536, 100_000, 10_000
 CvOption = Annotated[
     int,
     typer.Option("--cv", max=MOST_FOLDS, help="Number of cross-validation folds; groups (slides) are never cut."),

@@ -180,7 +180,8 @@ class Outcome:
         if self.status == 0:
             return "an error, and status 0" * (n_errors > 0)
         if self.status == 1:
-            as_json = "--json" in self.trial.arguments and re.search(r'"(ok|sound)": false', said)
+            lost = self.trial.out == "closed"
+            as_json = "--json" in self.trial.arguments and (lost or re.search(r'"(ok|sound)": false', said))
             return "" if n_errors == 1 or as_json or not heard else f"{n_errors} messages"
         if self.status == 2:
             said_so = "Usage" in said or "COLUMNS" in self.trial.environment  # too narrow for a word
@@ -223,10 +224,10 @@ def _mutations(rng: random.Random, name: str) -> Iterator[list[str]]:
         kind = str(described.annotation if described else option.type).lower()
         pool = NUMBERS if re.search("int|float", kind) else PATHS if "path" in kind else TEXTS
         # A text may be a path, a path anything.
-        pool = rng.choice((pool, pool, pool, TEXTS, PATHS, HOSTILE)) if pool is not NUMBERS else pool
+        pool = rng.choice((pool, pool, pool, TEXTS, PATHS, HOSTILE or PATHS)) if pool is not NUMBERS else pool
         value = rng.choice(pool)
         yield [f"{flag}={value}"] if rng.random() < 0.8 else [flag, value]
-    yield [rng.choice(rng.choice((PATHS, HOSTILE, TEXTS)))]
+    yield [rng.choice(rng.choice((PATHS, HOSTILE or PATHS, TEXTS)))]
     yield ["--" + rng.choice(TEXTS)]
 
 
