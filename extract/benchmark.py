@@ -233,54 +233,6 @@ def known_figures(name: str, data: Path, files: Sequence[PatchFile]) -> list[Fig
 # --- the published files ----------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class DataVerdict:
-    """The state of one dataset or table of a data folder.
-
-    Attributes:
-        what: the dataset's name, or the table's file name.
-        found: how many patches, or "as published"; otherwise how it differs.
-        published: whether it is the published one, as far as was checked.
-        usable: whether it is accepted as it is.
-    """
-
-    what: str
-    found: str
-    published: bool
-    usable: bool
-
-
-def check_data(data: Path, *, whole: bool = False) -> list[DataVerdict]:
-    """Compare what a data folder holds with the published files.
-
-    Args:
-        data: laid out like a clone of AMi-Br_Benchmark; datasets that are absent are left out.
-        whole: read and hash every patch. Otherwise tables are hashed, and patches counted and their sizes added up.
-    """
-    verdicts = []
-    for name, expected in (TABLE_SHA256 | {AMI_BR_CSV: AMI_BR_CSV_SHA256}).items():
-        if (data / name).is_file():
-            intact = _sha256(data / name) == expected
-            found = "as published" if intact else "another SHA-256 than published"
-            verdicts.append(DataVerdict(name, found, published=intact, usable=True))
-    for name, record in DATASETS.items():
-        if not record.folder or not (data / record.folder).is_dir():
-            continue
-        try:
-            files = known_files(name, data)
-            if whole:
-                difference = difference_to_published(name, files, *check_known_files(name, files))
-            else:
-                difference = _size_difference(record, sum(file.path.stat().st_size for file in files))
-        except UserError as error:
-            verdicts.append(DataVerdict(name, str(error), published=False, usable=False))
-            continue
-        checked = "every byte" if whole and record.digest else "number and size"
-        found = f"{len(files):,} patches, {difference or f'as published ({checked})'}"
-        verdicts.append(DataVerdict(name, found, published=difference is None, usable=True))
-    return verdicts
-
-
 def verify_download(data: Path) -> None:
     """Raise UserError unless a downloaded folder holds the published tables and patches."""
     for name, expected in TABLE_SHA256.items():
@@ -299,22 +251,24 @@ def check_known_files(name: str, files: Sequence[PatchFile]) -> tuple[list[str],
     return check_files([file.path for file in files], DATASETS[name].title)
 
 
-def difference_to_published(name: str, files: Sequence[PatchFile], sha256: Sequence[str], n_bytes: int) -> str | None:
+def difference_to_published(
+    name: str, files: Sequence[PatchFile], sha256: Sequence[str] | None, n_bytes: int
+) -> str | None:
     """Say how files differ from the published ones; None if they do not.
 
     Args:
         name: of the dataset.
         files: its files.
-        sha256: the digest of each.
+        sha256: the digest of each; None compares sizes only.
         n_bytes: the size of all together.
     """
     record = DATASETS[name]
-    if difference := _size_difference(record, n_bytes):
-        return difference
+    if n_bytes != record.n_bytes:
+        return f"{n_bytes:,} bytes, expected {record.n_bytes:,}"
+    if sha256 is None or record.digest is None:
+        return None
     digest = files_digest([file.id for file in files], sha256)
-    if record.digest is not None and digest != record.digest:
-        return f"digest {digest}, expected {record.digest}"
-    return None
+    return None if digest == record.digest else f"digest {digest}, expected {record.digest}"
 
 
 def files_digest(ids: Iterable[str], sha256: Iterable[str]) -> str:
@@ -325,10 +279,6 @@ def files_digest(ids: Iterable[str], sha256: Iterable[str]) -> str:
     """
     lines = sorted(f"{digest}  {id}\n" for digest, id in zip(sha256, ids, strict=True))
     return hashlib.sha256("".join(lines).encode()).hexdigest()
-
-
-def _size_difference(record: DatasetRecord, n_bytes: int) -> str | None:
-    return None if n_bytes == record.n_bytes else f"{n_bytes:,} bytes, expected {record.n_bytes:,}"
 
 
 def _sha256(path: Path) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -127,7 +128,7 @@ def extract(
             say(summary.line())
         summaries += done
     if as_json:
-        print_json({"store": store, "embeddings": [summary.as_json() for summary in summaries]})
+        print_json({"store": store, "embeddings": [asdict(summary) for summary in summaries]})
 
 
 def _show_lists(models: bool, datasets: bool, data: Path | None, as_json: bool) -> None:
@@ -241,14 +242,7 @@ def _show_diagnosis(diagnosis: Diagnosis, *, all_models: bool) -> None:
     print_text("Everything that was asked for can work here.")
 
 
-def main() -> None:
-    """Run `fm-extract` from the command line."""
-    run(app)
-
-
-def doctor_main() -> None:
-    """Run `fm-doctor` from the command line."""
-    run(doctor_app)
+main, doctor_main = partial(run, app), partial(run, doctor_app)  # the commands fm-extract and fm-doctor
 
 
 if __name__ == "__main__":  # torchrun -m extract.cli

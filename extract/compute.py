@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -100,9 +101,22 @@ def choose_precision(asked: str, backbone: Backbone, model: nn.Module, images: T
 def embed_batch(model: nn.Module, backbone: Backbone, images: Tensor, *, precision: str) -> dict[str, Tensor]:
     """Run one forward pass: (b, 3, h, w) float32 normalised images to every pooling, each (b, d) float32."""
     dtype = _AUTOCAST.get(precision)
-    autocast: AbstractContextManager[Any] = torch.autocast(images.device.type, dtype=dtype) if dtype else nullcontext()
-    with torch.inference_mode(), autocast:
+    with torch.inference_mode(), torch.autocast(images.device.type, dtype, enabled=dtype is not None):
         return {name: values.float() for name, values in forward_poolings(model, backbone, images).items()}
+
+
+@contextmanager
+def side_by_side(device: torch.device, n: int) -> Iterator[Callable[..., Iterator[Any]]]:
+    """Give a `map` that computes n calls at once, which share torch's threads; on a GPU one call after the other."""
+    n_threads = torch.get_num_threads()
+    if device.type != "cpu" or n == 1:
+        yield map
+        return
+    try:
+        with ThreadPoolExecutor(n, "forward", initializer=torch.set_num_threads, initargs=(n_threads // n,)) as pool:
+            yield pool.map
+    finally:
+        torch.set_num_threads(n_threads)  # a setting of each thread, but new threads begin with the last one set
 
 
 def largest_batch(forward: Callable[[int], None], *, at_most: int = MAX_BATCH) -> int:

@@ -31,14 +31,13 @@ SEED = 2025
 
 Map = NDArray[np.float64]  # (SIZE, SIZE), or a part of it
 Clumps = tuple[Map, Map, Map]  # positions u, v and radii in pixels, each (clumps,)
+Figure = Callable[[np.random.Generator], Clumps]
 
 _Y: Map
 _X: Map
 _Y, _X = np.mgrid[:SIZE, :SIZE].astype(np.float64)
 _HAEMATOXYLIN = (0.65, 0.70, 0.29)  # optical density per unit of stain in R, G, B (after Ruifrok and Johnston 2001)
 _EOSIN = (0.18, 0.90, 0.36)
-_NORMAL_KINDS = ("plate", "plate", "ring", "anaphase", "prometaphase")
-_ATYPICAL_KINDS = ("tripolar", "lagging", "bridge", "asymmetric", "fragments")
 _ERROR_RATE = 0.07  # of one rater on one figure
 
 
@@ -81,7 +80,8 @@ def draw() -> Demo:
             slide = slides[number]
             atypical = rng.random() < 0.05 + 0.42 * slide.grade
             votes[row] = (rng.random(N_RATERS) < _ERROR_RATE) != atypical
-            pixels[row] = _patch(rng, slide, _pick(rng, _ATYPICAL_KINDS if atypical else _NORMAL_KINDS))
+            figures = _ATYPICAL if atypical else _NORMAL
+            pixels[row] = _patch(rng, slide, figures[int(len(figures) * rng.random())])
             advance(1)
     pixels.setflags(write=False)
     label = (votes.sum(axis=1) * 2 > N_RATERS).astype(int).tolist()
@@ -114,10 +114,10 @@ def _slide(rng: np.random.Generator, number: int) -> _Slide:
     )
 
 
-def _patch(rng: np.random.Generator, slide: _Slide, kind: str) -> NDArray[np.uint8]:
+def _patch(rng: np.random.Generator, slide: _Slide, figure: Figure) -> NDArray[np.uint8]:
     """Draw one patch, (SIZE, SIZE, 3): stain amounts, then Beer and Lambert's law, then the scanner."""
     haematoxylin, eosin = _tissue(rng, slide.grade)
-    chromatin = _chromatin(rng, kind)
+    chromatin = _chromatin(rng, figure)
     cell = _ellipse(
         SIZE / 2 + 4 * _signed(rng), SIZE / 2 + 4 * _signed(rng), 27 + 7 * rng.random(), _direction(rng), 0.85
     )
@@ -166,11 +166,10 @@ def _tissue(rng: np.random.Generator, grade: float) -> tuple[Map, Map]:
     return haematoxylin, eosin
 
 
-def _chromatin(rng: np.random.Generator, kind: str) -> Map:
+def _chromatin(rng: np.random.Generator, figure: Figure) -> Map:
     """Draw the condensed chromosomes of one figure, 0 to 1: a union of small clumps with ragged edges."""
-    u, v, radius = (
-        1.2 * column for column in _FIGURES[kind](rng)
-    )  # in the figure's own axes: u along the plate, v from pole to pole
+    # In the figure's own axes: u along the plate, v from pole to pole.
+    u, v, radius = (1.2 * column for column in figure(rng))
     if rng.random() < 0.35:  # a dark speck beside the figure: debris, which must not give the class away
         u, v, radius = np.append(u, 24 * _signed(rng)), np.append(v, 28 + 6 * rng.random()), np.append(radius, 2.0)
     c, s = _direction(rng)
@@ -252,17 +251,8 @@ def _fragments(rng: np.random.Generator) -> Clumps:
     return _together(_plate(rng), lost)
 
 
-_FIGURES: dict[str, Callable[[np.random.Generator], Clumps]] = {
-    "plate": _plate,
-    "ring": _ring,
-    "prometaphase": _prometaphase,
-    "anaphase": _anaphase,
-    "tripolar": _tripolar,
-    "lagging": _lagging,
-    "bridge": _bridge,
-    "asymmetric": _asymmetric,
-    "fragments": _fragments,
-}
+_NORMAL: tuple[Figure, ...] = (_plate, _plate, _ring, _anaphase, _prometaphase)
+_ATYPICAL: tuple[Figure, ...] = (_tripolar, _lagging, _bridge, _asymmetric, _fragments)
 
 
 def _ellipse(
@@ -309,7 +299,3 @@ def _direction(rng: np.random.Generator) -> tuple[float, float]:
         if 0.01 < squared <= 1:
             length = math.sqrt(squared)
             return x / length, y / length
-
-
-def _pick(rng: np.random.Generator, kinds: tuple[str, ...]) -> str:
-    return kinds[int(len(kinds) * rng.random())]

@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -29,7 +29,16 @@ from huggingface_hub import constants, get_token
 
 from extract import download, hub
 from extract.backbones import BACKBONES, Backbone, fetch_weights, find_backbone, weight_files
-from extract.benchmark import DATA_VARIABLE, check_data
+from extract.benchmark import (
+    AMI_BR_CSV,
+    AMI_BR_CSV_SHA256,
+    DATA_VARIABLE,
+    DATASETS,
+    TABLE_SHA256,
+    check_known_files,
+    difference_to_published,
+    known_files,
+)
 from extract.datasets import local_data
 from features.console import ProgressCallback, UserError, progress
 from features.device import find_device, has_bf16
@@ -44,6 +53,7 @@ _HUB_SECONDS = 8.0  # for the first question; a resolver or proxy may take longe
 _MODELS_SECONDS = 15.0  # for the questions about all models together
 _AT_ONCE = 8  # questions
 _FEW_BYTES = 1_000_000_000  # less free space than this is noted
+_DIFFERS = "It is used as it is; restore the published files to compare with published figures."
 _SHOWN = 5  # how many of many damaged blocks are named
 
 
@@ -128,18 +138,16 @@ def diagnose(options: DoctorOptions) -> Diagnosis:
 
 def _machine(device: str) -> list[Check]:
     build = f"for CUDA {torch.version.cuda}" if torch.version.cuda else "for CPUs only"
-    packages = ", ".join(f"{name} {metadata.version(name)}" for name in ("timm", "huggingface_hub", "zarr"))
-    python = f"{platform.python_version()} on {platform.system()} {platform.machine()} ({sys.prefix})"
     n_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    cpu = torch.device("cpu")
-    return [
-        Check("machine", "Python", "ok", python),
-        Check("machine", "torch", "ok", f"{torch.__version__}, built {build}"),
-        Check("machine", "packages", "ok", packages),
-        Check("machine", "processor", "ok", f"{n_cores} cores, bf16 {'in hardware' if has_bf16(cpu) else 'not there'}"),
-        Check("machine", "memory", "ok", _memory()),
-        *_gpus(device),
-    ]
+    bf16 = "in hardware" if has_bf16(torch.device("cpu")) else "not there"
+    facts = {
+        "Python": f"{platform.python_version()} on {platform.system()} {platform.machine()} ({sys.prefix})",
+        "torch": f"{torch.__version__}, built {build}",
+        "packages": ", ".join(f"{name} {metadata.version(name)}" for name in ("timm", "huggingface_hub", "zarr")),
+        "processor": f"{n_cores} cores, bf16 {bf16}",
+        "memory": _memory(),
+    }
+    return [*(Check("machine", name, "ok", found) for name, found in facts.items()), *_gpus(device)]
 
 
 def _memory() -> str:
@@ -226,20 +234,24 @@ def _disk(options: DoctorOptions) -> list[Check]:
 
 
 def _folder(name: str, path: Path, choose: str) -> Check:
-    parent = _nearest_folder(path)
-    free = f"{path}: {_gigabytes(shutil.disk_usage(parent).free)} free"
+    parent, n_bytes = _nearest_folder(path), _free_bytes(path)
+    found = f"{path}: {_gigabytes(n_bytes)} free"
     if not os.access(parent, os.W_OK | os.X_OK):
         remedy = f"Permit writing to {parent}, or choose another folder with {choose}."
         if path.exists() and name != "runs":
-            return Check("disk", name, "note", f"{free}, read-only: its files can be used, none can be added", remedy)
-        return Check("disk", name, "fail", f"{free}, not writable", remedy)
-    if shutil.disk_usage(parent).free < _FEW_BYTES:
-        return Check("disk", name, "note", free, f"Make room in {parent}, or choose another folder with {choose}.")
-    return Check("disk", name, "ok", free)
+            return Check("disk", name, "note", f"{found}, read-only: its files can be used, none can be added", remedy)
+        return Check("disk", name, "fail", f"{found}, not writable", remedy)
+    if n_bytes < _FEW_BYTES:
+        return Check("disk", name, "note", found, f"Make room in {parent}, or choose another folder with {choose}.")
+    return Check("disk", name, "ok", found)
 
 
 def _nearest_folder(path: Path) -> Path:
     return next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.is_dir())
+
+
+def _free_bytes(path: Path) -> int:
+    return shutil.disk_usage(_nearest_folder(path)).free
 
 
 def _data(options: DoctorOptions) -> list[Check]:
@@ -247,24 +259,46 @@ def _data(options: DoctorOptions) -> list[Check]:
     if folder is None:
         found = f"none here: public datasets are downloaded (215 MB) when first used, unless {DATA_VARIABLE} names them"
         return [Check("data", "folder", "note", found)]
-    verdicts = check_data(folder, whole=options.verify)
-    if not any(verdict.what in ("ami-br", "atnorm-br", "atnorm-md") for verdict in verdicts):
+    checks = [*_tables(folder), *_datasets(folder, whole=options.verify)]
+    if not any(check.name in DATASETS for check in checks):
         found = "no dataset in it" if folder.is_dir() else "there is no such folder"
         remedy = (
             "Expected a clone of AMi-Br_Benchmark (folders AMi-Br, AtNorM-Br, AtNorM-MD and two CSV files). Give its "
             f"path with `data` or {DATA_VARIABLE}, or leave both out to download it."
         )
         return [Check("data", "folder", "fail", f"{folder}: {found}", remedy)]
-    checks = [Check("data", "folder", "ok", str(folder))]
-    for verdict in verdicts:
-        if not verdict.usable:
-            checks.append(Check("data", verdict.what, "fail", "cannot be used", verdict.found))
-        elif not verdict.published:
-            remedy = "It is used as it is; restore the published files to compare with published figures."
-            checks.append(Check("data", verdict.what, "note", verdict.found, remedy))
+    return [Check("data", "folder", "ok", str(folder)), *checks]
+
+
+def _tables(folder: Path) -> Iterator[Check]:
+    for name, published in (TABLE_SHA256 | {AMI_BR_CSV: AMI_BR_CSV_SHA256}).items():
+        if not (folder / name).is_file():
+            continue
+        if hub.sha256_of(folder / name) == published:
+            yield Check("data", name, "ok", "as published")
         else:
-            checks.append(Check("data", verdict.what, "ok", verdict.found))
-    return checks
+            yield Check("data", name, "note", "another SHA-256 than published", _DIFFERS)
+
+
+def _datasets(folder: Path, *, whole: bool) -> Iterator[Check]:
+    """Compare the datasets that are there with the published ones: by every byte, or by number and size of patches."""
+    for name, record in DATASETS.items():
+        if not record.folder or not (folder / record.folder).is_dir():
+            continue
+        try:
+            files = known_files(name, folder)
+            sha256, n_bytes = None, sum(file.path.stat().st_size for file in files)
+            if whole:
+                sha256, n_bytes = check_known_files(name, files)
+            difference = difference_to_published(name, files, sha256, n_bytes)
+        except UserError as error:
+            yield Check("data", name, "fail", "cannot be used", str(error))
+            continue
+        if difference:
+            yield Check("data", name, "note", f"{len(files):,} patches, {difference}", _DIFFERS)
+        else:
+            checked = "every byte" if whole and record.digest else "number and size"
+            yield Check("data", name, "ok", f"{len(files):,} patches, as published ({checked})")
 
 
 def _store(options: DoctorOptions) -> list[Check]:
@@ -297,14 +331,12 @@ def _store(options: DoctorOptions) -> list[Check]:
 def _hub() -> tuple[list[Check], bool]:
     """Check the hub and the token; return the checks, and whether the hub can be asked about models."""
     where = hub.endpoint()
-    has_token = get_token() is not None
-    no_token = "none: gated models need one, in HF_TOKEN or by `hf auth login`"
-    token = Check("hub", "token", "ok" if has_token else "note", "present" if has_token else no_token)
+    token = Check("hub", "token", "ok", "present")
+    if get_token() is None:
+        token = Check("hub", "token", "note", "none: gated models need one, in HF_TOKEN or by `hf auth login`")
     if constants.HF_HUB_OFFLINE:
-        return [
-            Check("hub", "hub", "note", f"{where} not asked: HF_HUB_OFFLINE is set, only the cache is used"),
-            token,
-        ], False
+        found = f"{where} not asked: HF_HUB_OFFLINE is set, only the cache is used"
+        return [Check("hub", "hub", "note", found), token], False
     try:
         hub.refuse_malformed_token()
     except UserError as error:
@@ -345,33 +377,26 @@ def _model(name: str, backbone: Backbone, access: Mapping[str, Exception | None]
         except UserError as error:
             return ModelCheck(name, failed, "", None, False, "not needed", str(error))
         return ModelCheck(name, "ok", "", backbone.revision, False, "not needed")
-    cached = next(filter(None, (_cached(backbone, file) for file in weight_files(backbone))), None)
-    line = partial(ModelCheck, name, repository=backbone.hub_id, cached=cached, gated=backbone.gated)
-    answer = access.get(name)
-    granted: Access = "not asked" if name not in access else "granted" if answer is None else "not granted"
+    cached = hub.cached_commit(backbone.hub_id, weight_files(backbone)[0], revision=backbone.revision)
+    refusal = access.get(name)
+    granted: Access = "not asked" if name not in access else "granted" if refusal is None else "not granted"
+    needed, free = 4 * backbone.n_parameters, _free_bytes(Path(constants.HF_HUB_CACHE))
+    remedy = ""
     if cached:
-        return line(status="ok", access=granted)
-    if granted == "not asked":
+        pass
+    elif granted == "not asked":
         remedy = (
             f"{backbone.hub_id} is not in the cache {constants.HF_HUB_CACHE}, and the hub was not asked for it. "
             "Connect (see the hub's line), or pass a local file with `weights=PATH`."
         )
-        return line(status=failed, access=granted, remedy=remedy)
-    if granted == "not granted":
-        return line(status=failed, access=granted, remedy=str(answer))
-    needed = 4 * backbone.n_parameters
-    free = shutil.disk_usage(_nearest_folder(Path(constants.HF_HUB_CACHE))).free
-    if needed > free:
+    elif refusal is not None:
+        remedy = str(refusal)
+    elif needed > free:
         remedy = (
             f"Its weights take about {_gigabytes(needed)}, and {constants.HF_HUB_CACHE} has {_gigabytes(free)} free. "
             "Make room, or point HF_HOME at another disk."
         )
-        return line(status=failed, access=granted, remedy=remedy)
-    return line(status="ok", access=granted)
-
-
-def _cached(backbone: Backbone, file: str) -> str | None:
-    return hub.cached_commit(backbone.hub_id, file, revision=backbone.revision)
+    return ModelCheck(name, failed if remedy else "ok", backbone.hub_id, cached, backbone.gated, granted, remedy)
 
 
 def _ask_for(backbone: Backbone) -> None:
@@ -390,29 +415,25 @@ def _answers(
     advance: ProgressCallback = lambda n, note=None: None,
 ) -> dict[str, Answer | UserError]:
     """Ask all questions at once; the answer is a UserError where one was raised, or where none came in time."""
-    answers: dict[str, Answer | UserError] = {}
-    waiting = queue.SimpleQueue[str]()
-    for name in questions:
-        waiting.put(name)
-    finished = queue.SimpleQueue[str]()
+    slots = threading.Semaphore(_AT_ONCE)
+    finished = queue.SimpleQueue[tuple[str, Answer | UserError]]()
 
-    def work() -> None:
-        with suppress(queue.Empty):
-            while True:
-                name = waiting.get_nowait()
-                try:
-                    answers[name] = questions[name]()
-                except UserError as error:
-                    answers[name] = error
-                finished.put(name)
+    def ask(name: str) -> None:
+        with slots:
+            try:
+                finished.put((name, questions[name]()))
+            except UserError as error:
+                finished.put((name, error))
 
     # Daemon threads: one that waits for a name server cannot be stopped, and must not delay the exit.
-    for _ in range(min(_AT_ONCE, len(questions))):
-        threading.Thread(target=work, daemon=True).start()
+    for name in questions:
+        threading.Thread(target=ask, args=(name,), daemon=True).start()
+    answers: dict[str, Answer | UserError] = {}
     deadline = time.monotonic() + within
     with suppress(queue.Empty):
-        for _ in questions:
-            finished.get(timeout=max(0.0, deadline - time.monotonic()))
+        while len(answers) < len(questions):
+            name, answer = finished.get(timeout=max(0.0, deadline - time.monotonic()))
+            answers[name] = answer
             advance(1)
     no_answer = UserError(
         f"{hub.endpoint()} gave no answer in {within:.0f} seconds. Check the connection, name resolution, HF_ENDPOINT "

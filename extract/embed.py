@@ -16,10 +16,10 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing, contextmanager
-from dataclasses import asdict, dataclass
+from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from extract.backbones import Backbone
-from extract.compute import embed_batch
+from extract.compute import embed_batch, side_by_side
 from extract.datasets import Decode, PatchDataset
 from extract.prepare import DEFAULTS, Extraction, ExtractOptions, Job, Prepared, prepare, whole_blocks
 from extract.shard import Shard
@@ -58,33 +58,27 @@ class Summary:
     batch_size: int | None
     device: str
     fingerprint: str
-    shard: int = 0
-    n_shards: int = 1
+    rank: int = 0
+    n_ranks: int = 1
     n_missing: int = 0
-
-    def as_json(self) -> dict[str, Any]:
-        """Make the object that `--json` prints, where a shard is called a rank."""
-        values = asdict(self)
-        n_missing = values.pop("n_missing")
-        return values | {"rank": values.pop("shard"), "n_ranks": values.pop("n_shards"), "n_missing": n_missing}
 
     def line(self) -> str:
         """Make one sentence of the summary; for one of several shards it also says whether all is complete now."""
         head = f"{self.dataset} / {self.model} / {self.view}: "
-        if self.n_shards > 1:
-            head = f"rank {self.shard} of {self.n_shards}: {head}"
+        if self.n_ranks > 1:
+            head = f"rank {self.rank} of {self.n_ranks}: {head}"
         if self.n_new:
             done = (
                 f"{self.n_new:,} of {self.n_rows:,} patches in {self.seconds:.1f} s "
                 f"({rate(self.images_per_second)}, {self.precision} on {self.device}, batch {self.batch_size})"
             )
-        elif self.n_shards > 1 and self.n_missing:
+        elif self.n_ranks > 1 and self.n_missing:
             done = "nothing left to do in this share"
         else:
             done = f"all {self.n_rows:,} patches were already in the store"
         if self.n_missing:
             return f"{head}{done}; not complete yet, {self.n_missing:,} blocks are left to other ranks"
-        return f"{head}{done}; complete" if self.n_shards > 1 and self.n_new else head + done
+        return f"{head}{done}; complete" if self.n_ranks > 1 and self.n_new else head + done
 
 
 def extract_dataset(
@@ -98,10 +92,7 @@ def extract_dataset(
 ) -> list[Summary]:
     """Embed every patch of `dataset` by every backbone in every view, and write all poolings to the store.
 
-    Blocks that are already there are kept; only missing ones are computed.
-
-    Args:
-        dataset, backbones, store, options, weights, shard: see `Extraction`.
+    Blocks that are already there are kept; only missing ones are computed. `Extraction` describes the arguments.
 
     Returns:
         One summary per (backbone, view), in that order.
@@ -133,8 +124,8 @@ def summaries(prepared: Prepared, n_new: Mapping[tuple[str, str], int], *, secon
             batch_size=entry.batch_size,
             device=extraction.device.type,
             fingerprint=entry.fingerprint,
-            shard=extraction.shard.index,
-            n_shards=extraction.shard.n_shards,
+            rank=extraction.shard.index,
+            n_ranks=extraction.shard.n_shards,
             n_missing=len(entry.missing_blocks()),
         )
         for (model, view), entry in entries.items()
@@ -162,7 +153,7 @@ def embed_rows(prepared: Prepared, within: Sequence[range] | None = None) -> Cou
         ThreadPoolExecutor(1, thread_name_prefix="write") as writers,
         progress(extraction.dataset.name, total) as advance,
         closing(decoded(extraction.dataset.decode, units)) as ready,
-        _map_batches(extraction.device) as map_batches,
+        side_by_side(extraction.device, torch.get_num_threads()) as map_batches,
     ):
         writing: deque[Future[None]] = deque()
         for rows, patches in ready:
@@ -202,20 +193,6 @@ def decoded(decode: Decode, units: Sequence[Rows]) -> Generator[tuple[Rows, list
         except BaseException:
             decoders.shutdown(wait=False, cancel_futures=True)
             raise
-
-
-@contextmanager
-def _map_batches(device: torch.device) -> Iterator[Callable[..., Iterator[Any]]]:
-    """Give a `map` over batches: on a CPU as many at once as torch has threads, on a GPU one after the other."""
-    if device.type != "cpu":
-        yield map
-        return
-    n_threads = torch.get_num_threads()
-    try:
-        with ThreadPoolExecutor(n_threads, "forward", initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            yield pool.map
-    finally:
-        torch.set_num_threads(n_threads)  # a setting of each thread, but new threads begin with the last one set
 
 
 def _forward(

@@ -225,12 +225,9 @@ def _explain(error: Exception, repo: str, filename: str, revision: str, licence:
     status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
     message: str
     if isinstance(error, GatedRepoError):
-        if get_token() is None:
-            refusal = f"{repo} is gated and no token was found."
-        else:
-            refusal = f"{repo} is gated and your token has no access to it."
+        refusal = "no token was found" if get_token() is None else "your token has no access to it"
         message = (
-            f"{refusal}\n"
+            f"{repo} is gated and {refusal}.\n"
             f"  1. Request access on {page} (log in; licence: {licence or 'see that page'}) and wait for approval.\n"
             "  2. Create a token on https://huggingface.co/settings/tokens with read access to gated repositories.\n"
             f"  3. Pass it in the environment variable HF_TOKEN, or run `hf auth login`.\n{local}"

@@ -201,11 +201,7 @@ class _ActorPool:
 
 
 def find_ray() -> Any:
-    """Import Ray.
-
-    Raises:
-        UserError: if it is not installed.
-    """
+    """Import Ray; a UserError says how to install it."""
     try:
         return importlib.import_module("ray")
     except ImportError as error:

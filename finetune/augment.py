@@ -57,7 +57,7 @@ class AugmentOptions:
             raise ValueError(f"ratio must rise and be positive, got {self.ratio}")
 
 
-def draw(n: int, options: AugmentOptions, *, generator: torch.Generator) -> Tensor:
+def draw(n: int, *, generator: torch.Generator) -> Tensor:
     """Draw the changes of n samples: (n, 11) uniform numbers in [0, 1), on the generator's device.
 
     All randomness of `augment` is in them, so a resumed run that draws them again changes patches in the same way.

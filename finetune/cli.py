@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -169,18 +170,20 @@ def _show_plan(plan: Plan) -> None:
         modules.add_column(column, justify="left" if column in ("Module", "Kind") else "right", no_wrap=True)
     for module in plan.modules:
         modules.add_row(module.name, module.kind, f"{module.n_in:,}", f"{module.n_out:,}", f"{module.n_trained:,}")
+    memory = {
+        "frozen weights": plan.weights_mb,
+        "trained values, gradients, moments, best": plan.rows_mb,
+        f"activations ({plan.precision}, {plan.batch_size} images per fold)": plan.kept_mb,
+        "estimated peak": plan.weights_mb + plan.rows_mb + plan.kept_mb,
+    }
     total = Table(title="Together", header_style="bold", show_header=False)
     total.add_column()
     total.add_column(justify="right")
     total.add_row("Parameters of the backbone", f"{plan.n_parameters:,}")
     total.add_row("Trained per fold", f"{plan.n_trained:,} ({plan.n_trained / plan.n_parameters:.2%})")
     total.add_row("Folds", f"{plan.n_folds} ({plan.folds_at_once} per forward pass)")
-    total.add_row("Memory: frozen weights", f"{plan.weights_mb:,.0f} MB")
-    total.add_row("Memory: trained values, gradients, moments, best", f"{plan.rows_mb:,.0f} MB")
-    total.add_row(
-        f"Memory: activations ({plan.precision}, {plan.batch_size} images per fold)", f"{plan.kept_mb:,.0f} MB"
-    )
-    total.add_row("Memory: estimated peak", f"{plan.weights_mb + plan.rows_mb + plan.kept_mb:,.0f} MB")
+    for what, megabytes in memory.items():
+        total.add_row(f"Memory: {what}", f"{megabytes:,.0f} MB")
     show(*([modules] if plan.modules else []), total)
 
 
@@ -270,19 +273,8 @@ def report(
         print_json(as_dict(figures))
 
 
-def main() -> None:
-    """Run `fm-finetune` from the command line."""
-    run(finetune_app)
-
-
-def predict_main() -> None:
-    """Run `fm-predict` from the command line."""
-    run(predict_app)
-
-
-def report_main() -> None:
-    """Run `fm-report` from the command line."""
-    run(report_app)
+# The commands fm-finetune, fm-predict and fm-report.
+main, predict_main, report_main = partial(run, finetune_app), partial(run, predict_app), partial(run, report_app)
 
 
 if __name__ == "__main__":  # torchrun -m finetune.cli

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from queue import SimpleQueue
 from typing import Any, TypeVar
@@ -12,6 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from extract.compute import side_by_side
 from extract.views import Transform
 from features.console import UserError, say
 from features.device import out_of_memory
@@ -38,14 +37,9 @@ class Compute:
     folds_at_once: int
     process_group: ProcessGroup = SINGLE_PROCESS
 
-    def autocast(self) -> AbstractContextManager[Any]:
+    def autocast(self) -> torch.autocast:
         """Return a context that computes in the precision."""
-        return torch.autocast(self.device.type, torch.bfloat16) if self.precision == "bf16" else nullcontext()
-
-    def passes(self, folds: Sequence[int]) -> Iterator[list[int]]:
-        """Yield the folds of each forward pass: as many at a time as share one."""
-        for start in range(0, len(folds), self.folds_at_once):
-            yield list(folds[start : start + self.folds_at_once])
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
 
     def map_passes(
         self, network: Network, folds: Sequence[int], work: Callable[[Network, list[int]], Result]
@@ -55,11 +49,9 @@ class Compute:
         On a CPU passes run side by side, in as many threads as torch may use. The operations of one fold's batch are
         too short to be divided among threads: where a core is busy with other work, all would wait after every one.
         """
-        passes = list(self.passes(folds))
-        n_cores = torch.get_num_threads()
-        n = min(n_cores, len(passes)) if self.device.type == "cpu" else 1
-        if n == 1:
-            return [work(network, group) for group in passes]
+        starts = range(0, len(folds), self.folds_at_once)
+        passes = [list(folds[start : start + self.folds_at_once]) for start in starts]
+        n = min(torch.get_num_threads(), len(passes)) if self.device.type == "cpu" else 1
         idle: SimpleQueue[Network] = SimpleQueue()
         for replica in network.replicas(n):
             idle.put(replica)
@@ -71,11 +63,8 @@ class Compute:
             finally:
                 idle.put(replica)
 
-        try:
-            with ThreadPoolExecutor(n, initializer=torch.set_num_threads, initargs=(n_cores // n,)) as pool:
-                return list(pool.map(with_replica, passes))
-        finally:
-            torch.set_num_threads(n_cores)  # each thread has set its own, which later threads would start with
+        with side_by_side(self.device, n) as map_passes:
+            return list(map_passes(with_replica, passes))
 
 
 @torch.inference_mode()

@@ -98,8 +98,8 @@ def add_adapters(model: nn.Module, options: LoraOptions, *, n_folds: int, seed: 
     Raises:
         UserError: targets that match nothing, or something that is no linear layer.
     """
-    options = replace(options, targets=options.targets or default_targets(model))
-    names = find_targets(model, options)
+    targets = options.targets or default_targets(model)
+    options, names = replace(options, targets=targets), _find_targets(model, targets)
     model.requires_grad_(False)
     generators = [torch.Generator().manual_seed(seed_of(seed, fold)) for fold in range(n_folds)]
     for layer, name in enumerate(names):
@@ -117,13 +117,8 @@ def default_targets(model: nn.Module) -> str:
     return max(FAMILY_TARGETS.values(), key=lambda targets: sum(bool(re.fullmatch(targets, name)) for name in names))
 
 
-def find_targets(model: nn.Module, options: LoraOptions) -> tuple[str, ...]:
-    """Find the names of the modules to adapt.
-
-    Raises:
-        UserError: there are none, or one is neither `nn.Linear` nor a 1x1 `nn.Conv2d`.
-    """
-    targets = options.targets or default_targets(model)
+def _find_targets(model: nn.Module, targets: str) -> tuple[str, ...]:
+    """Find the names of the modules to adapt; each has to be an `nn.Linear` or a 1x1 `nn.Conv2d`."""
     modules = dict(model.named_modules())
     names = tuple(name for name in modules if re.fullmatch(targets, name))
     if not names:

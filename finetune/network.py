@@ -22,18 +22,10 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 from extract.backbones import Backbone, forward_poolings, pooling_widths
+from finetune import weight_files
 from finetune.dropout import WHOLE_BATCH, BatchRows, seed_of
 from finetune.lora import LoraOptions, add_adapters, cast_frozen, select_folds, trainable
 from finetune.process_group import ProcessGroup, synchronize_batch_norms
-from finetune.weight_files import (
-    classifier_name,
-    copy_tensors,
-    load_adapter,
-    merge,
-    read_tensors,
-    save_adapter,
-    write_tensors,
-)
 
 Method = Literal["lora", "full", "head"]
 METHODS: tuple[Method, ...] = ("lora", "full", "head")
@@ -69,12 +61,9 @@ class Network(nn.Module):
         folds: Sequence[int],
         seed: int,
     ) -> None:
-        """Adapt `model` in place.
+        """Adapt `model`, which `build_model` has built and which lies on its device (or on meta), in place.
 
         Args:
-            model: from `extract.backbones.build_model`, on its device (or on meta).
-            backbone: its record.
-            method: "lora", "full" or "head", see above.
             lora: the adapters' options; other methods ignore them.
             folds: 0, 1, ... for lora and head; a single fold for full.
             seed: of all initial values, which depend on (seed, fold) alone.
@@ -225,11 +214,11 @@ class Network(nn.Module):
         row = self.folds.index(fold)
         head = {"weight": self.weight[row].detach(), "bias": self.bias[row].detach()}
         if self.method == "lora":
-            save_adapter(self.model, folder, fold=row, head=head, base_model=self.backbone.name)
+            weight_files.save_adapter(self.model, folder, fold=row, head=head, base_model=self.backbone.name)
         elif self.method == "full":
             self.save_merged(folder, fold)
         else:
-            write_tensors(folder / HEAD_FILE, head)
+            weight_files.write_tensors(folder / HEAD_FILE, head)
 
     def save_merged(self, folder: Path, fold: int) -> None:
         """Write one fold as a plain timm network with its classifier, adapters added to the weights they adapt.
@@ -240,12 +229,12 @@ class Network(nn.Module):
             UserError: the disk cannot be written.
         """
         row = self.folds.index(fold)
-        state = merge(self.model, row) if self.method == "lora" else dict(self.model.state_dict())
-        name = classifier_name(self.model)
+        state = weight_files.merge(self.model, row) if self.method == "lora" else dict(self.model.state_dict())
+        name = weight_files.classifier_name(self.model)
         state |= self._counters
         state |= {f"{name}.weight": self.weight[row].detach(), f"{name}.bias": self.bias[row].detach()}
         timm = {"architecture": self.backbone.arch, "kwargs": dict(self.backbone.kwargs), "num_classes": N_CLASSES}
-        write_tensors(folder / MODEL_FILE, state, {"timm": json.dumps(timm)})
+        weight_files.write_tensors(folder / MODEL_FILE, state, {"timm": json.dumps(timm)})
 
     def load_fold(self, folder: Path, fold: int) -> None:
         """Read the weights that `save_fold` wrote.
@@ -255,17 +244,17 @@ class Network(nn.Module):
         """
         row = self.folds.index(fold)
         if self.method == "lora":
-            path, head = folder, load_adapter(self.model, folder, fold=row)
+            path, head = folder, weight_files.load_adapter(self.model, folder, fold=row)
         elif self.method == "head":
             path = folder / HEAD_FILE
-            head = read_tensors(path)
+            head = weight_files.read_tensors(path)
         else:
             path = folder / MODEL_FILE
-            tensors = read_tensors(path)
-            name = classifier_name(self.model)
+            tensors = weight_files.read_tensors(path)
+            name = weight_files.classifier_name(self.model)
             head = {leaf: tensors.pop(f"{name}.{leaf}") for leaf in ("weight", "bias") if f"{name}.{leaf}" in tensors}
-            copy_tensors(tensors, self.model.state_dict(), path)
-        copy_tensors(head, {"weight": self.weight.data[row], "bias": self.bias.data[row]}, path)
+            weight_files.copy_tensors(tensors, self.model.state_dict(), path)
+        weight_files.copy_tensors(head, {"weight": self.weight.data[row], "bias": self.bias.data[row]}, path)
 
 
 def _new_head(width: int, seed: int, fold: int) -> tuple[Tensor, Tensor]:

@@ -43,10 +43,10 @@ class Recipe:
     optimizer: Literal["adam", "adamw"]
     schedule: Literal["plateau", "cosine"]
     warmup: float = 0.0
-    plateau_factor: float = 0.5
-    plateau_patience: int = 3
-    min_learning_rate: float = 1e-7
-    patience: int = 15
+    plateau_factor: float = PAPER.plateau_factor
+    plateau_patience: int = PAPER.plateau_patience
+    min_learning_rate: float = PAPER.min_learning_rate
+    patience: int = PAPER.patience
     statistics: Literal["card", "imagenet"] = "card"
     augment: AugmentOptions | None = field(default_factory=AugmentOptions)
 
@@ -61,10 +61,6 @@ RECIPES = {
         weight_decay=PAPER.weight_decay,
         optimizer="adam",
         schedule="plateau",
-        plateau_factor=PAPER.plateau_factor,
-        plateau_patience=PAPER.plateau_patience,
-        min_learning_rate=PAPER.min_learning_rate,
-        patience=PAPER.patience,
         statistics="imagenet",
         augment=AugmentOptions(flip_vertical=0.0),
     ),

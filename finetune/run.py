@@ -20,16 +20,7 @@ import torch
 from features.console import Interrupted, UserError, progress, say
 from features.files import writing
 from features.fingerprint import differences, fingerprint
-from finetune.checkpoint import (
-    RESUME,
-    START_FILE,
-    State,
-    clear_up,
-    load_state,
-    read_start,
-    save_state,
-    write_start,
-)
+from finetune.checkpoint import RESUME, START_FILE, State, clear_up, load_state, read_start, save_state, write_start
 from finetune.network import Network
 from finetune.options import ComputeOptions, FinetuneOptions
 from finetune.process_group import SINGLE_PROCESS, ProcessGroup, ProcessLostError

@@ -45,17 +45,17 @@ def score(setup: Setup, run: Path, data: TrainingSet) -> FoldLogits:
     experiment, compute = setup.experiment, setup.compute
     n_folds = experiment.folds.n_folds
     validation = np.empty(len(experiment.rows), dtype=np.float32)
-    tests = {test.dataset: np.empty((len(test.rows), n_folds), dtype=np.float32) for test in experiment.tests}
+    tests = {name: np.empty((len(rows), n_folds), dtype=np.float32) for name, rows in experiment.tests.items()}
     with progress("score", n_folds * sum(map(len, tests.values()))) as advance:
         for folds in setup.network_folds:
             network = new_network(setup, folds)
             load_folds(network, run)
             for fold, logit in validation_logits(network, data, folds, compute=compute).items():
                 validation[data.held_out(fold)] = logit
-            for test in experiment.tests:
-                decode = setup.datasets[test.dataset].decode
-                tests[test.dataset][:, list(folds)] = patch_logits(
-                    network, decode, test.rows, setup.transform, compute=compute, advance=advance
+            for name, rows in experiment.tests.items():
+                decode = setup.datasets[name].decode
+                tests[name][:, list(folds)] = patch_logits(
+                    network, decode, rows, setup.transform, compute=compute, advance=advance
                 )
     return FoldLogits(validation, tests)
 

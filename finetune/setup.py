@@ -11,16 +11,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from extract.backbones import (
-    Backbone,
-    Weights,
-    build_model,
-    check_input_size,
-    fetch_weights,
-    find_backbone,
-)
+from extract.backbones import Backbone, Weights, build_model, check_input_size, fetch_weights, find_backbone
 from extract.datasets import DATASETS, PatchDataset, is_at_hand, load_dataset
 from extract.embed import decoded
 from extract.prepare import fingerprint_parts
@@ -211,12 +203,6 @@ def load_training_set(setup: Setup) -> TrainingSet:
     Raises:
         UserError: a patch that cannot be read.
     """
-    label = torch.from_numpy(setup.experiment.label.astype(np.int64)).to(setup.compute.device)
-    return TrainingSet(_pixels(setup), label, folds=setup.experiment.folds, transform=setup.transform)
-
-
-def _pixels(setup: Setup) -> Tensor:
-    """Decode the patches to (n, 3, s, s) uint8, resized as extraction does it."""
     rows, size = setup.experiment.rows, setup.transform.input_size
     shape = (len(rows), 3, size, size)
     device = setup.compute.device
@@ -232,4 +218,5 @@ def _pixels(setup: Setup) -> Tensor:
         for start, (batch, images) in zip(starts, ready, strict=True):
             pixels[start : start + len(batch)] = setup.transform.resized(images, setup.compute.device)
             advance(len(batch))
-    return pixels
+    label = torch.from_numpy(setup.experiment.label.astype(np.int64)).to(setup.compute.device)
+    return TrainingSet(pixels, label, folds=setup.experiment.folds, transform=setup.transform)

@@ -96,10 +96,8 @@ def train(
     Args:
         network: its rows are overwritten by the state's.
         data: the patches of all folds.
-        recipe: with its schedule and augmentation.
         state: from `new_state`, or from a checkpoint; updated in place.
         seed: of samplers, augmentation and dropout.
-        compute: device, precision, folds per pass, processes.
         save: called after every epoch.
         advance: progress, in images.
 
@@ -213,7 +211,7 @@ def draw_epoch(data: TrainingSet, fold: int, recipe: Recipe, *, seed: int, epoch
     batches = draw_batches(rows, data.label.cpu()[rows], batch_size=recipe.batch_size, generator=generator)
     draws = None
     if recipe.augment is not None:
-        draws = draw(batches.numel(), recipe.augment, generator=generator).view(*batches.shape, -1)
+        draws = draw(batches.numel(), generator=generator).view(*batches.shape, -1)
     return EpochBatches(batches, draws)
 
 

@@ -60,10 +60,10 @@ def probe(
     as_json: JsonOption = False,
 ) -> None:
     from features.store import FeatureStore
-    from probe.curve import curve_tables, parse_fractions, read_curve, summarise
+    from probe.curve import parse_fractions, read_curve, summarise
     from probe.metrics import as_dict
     from probe.probing import ProbeOptions, probe_store
-    from probe.report.terminal import candidates_table, result_tables
+    from probe.report.terminal import candidates_table, curve_tables, result_tables
 
     options = ProbeOptions(
         cv=cv,

@@ -19,24 +19,20 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import astuple, dataclass, fields
 from fractions import Fraction
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
 from features.console import UserError
-from probe.metrics import scores
+from probe.evidence import fold_figures
+from probe.metrics import COMPARED
 from probe.predictions import Predictions, csv_bytes, parse_columns
 from probe.runs import read_checked
-
-if TYPE_CHECKING:
-    from rich.table import Table
 
 CURVE_FILE = "learning_curve.csv"
 DRAWS = 3  # permutations per fraction below 1: with five folds, fifteen models
 _THOUSAND = 1000  # messages give the smallest possible fraction in thousandths
-_FIGURES = ("balanced_accuracy", "auroc")
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,11 +81,7 @@ class CurvePoint:
 class CurveSummary:
     """A fraction on one set, over all folds and draws: means, and population standard deviations of the figures.
 
-    Attributes:
-        dataset, split, fraction: of the points.
-        n_models: how many there are, folds times draws.
-        n_slides, n_patches, n_positive: what they trained on, mean.
-        balanced_accuracy, balanced_accuracy_std, auroc, auroc_std: NaN where a point's figure is.
+    There are `n_models` of them, folds times draws. A figure is NaN where a point's is.
     """
 
     dataset: str
@@ -104,6 +96,11 @@ class CurveSummary:
     auroc: float
     auroc_std: float
 
+    @property
+    def name(self) -> str:
+        """Dataset and split, as in metrics.json."""
+        return f"{self.dataset}/{self.split}"
+
 
 def parse_fractions(text: str) -> tuple[float, ...]:
     """Read a comma-separated list as distinct fractions, ascending.
@@ -111,16 +108,13 @@ def parse_fractions(text: str) -> tuple[float, ...]:
     Raises:
         UserError: if there is none, or one is no number or not in (0, 1].
     """
-    values = []
-    for part in filter(None, (part.strip() for part in text.split(","))):
-        try:
-            values.append(float(part))
-        except ValueError:
-            raise UserError(
-                f"`fractions`: {part!r} is no number. Give shares of the training slides, such as 0.1,0.25,0.5,1."
-            ) from None
+    such = "Give shares of the training slides, such as 0.1,0.25,0.5,1."
+    try:
+        values = [float(part) for part in text.split(",") if part.strip()]
+    except ValueError as error:
+        raise UserError(f"`fractions`: {error}. {such}") from None
     if not values:
-        raise UserError("`fractions` names none. Give shares of the training slides, such as 0.1,0.25,0.5,1.")
+        raise UserError(f"`fractions` names none. {such}")
     return checked_fractions(values)
 
 
@@ -199,10 +193,8 @@ def curve_points(
     """
     points = []
     for dataset, split in predictions.sets():
-        part = predictions.select((predictions.dataset == dataset) & (predictions.split == split))
-        probability = part.probability
+        figures = fold_figures(predictions, dataset, split)
         for f, C in enumerate(strength):
-            figures = scores(part.label[part.fold == f], probability[part.fold == f])
             points.append(
                 CurvePoint(
                     fraction=subset.fraction,
@@ -214,7 +206,7 @@ def curve_points(
                     strength=float(C),
                     dataset=dataset,
                     split=split,
-                    **{name: figures[name] for name in _FIGURES},
+                    **{name: figures[name].each[f] for name in COMPARED},
                 )
             )
     return points
@@ -261,35 +253,6 @@ def summarise(points: Iterable[CurvePoint]) -> tuple[CurveSummary, ...]:
     )
 
 
-def curve_tables(curves: Mapping[str, Sequence[CurvePoint]]) -> list[Table]:
-    """Make a table per set: by run (named by the keys) and fraction, what was trained on and what it reached."""
-    from rich.table import Table
-
-    tables: dict[tuple[str, str], Table] = {}
-    for name, points in curves.items():
-        previous: tuple[str, str] | None = None
-        for row in summarise(points):
-            key = (row.dataset, row.split)
-            if key not in tables:
-                title = f"Learning curve, {row.dataset}/{row.split}: mean ± std over folds and draws; threshold 0.5"
-                tables[key] = Table(title=title, title_style="bold", header_style="bold")
-                tables[key].add_column("Model")
-                for column in ("Fraction", "Slides", "Patches", "AUROC", "Bal. acc."):
-                    tables[key].add_column(column, justify="right")
-            if key != previous:
-                tables[key].add_section()
-            tables[key].add_row(
-                name if key != previous else "",
-                f"{row.fraction:g}",
-                f"{row.n_slides:,.0f}",
-                f"{row.n_patches:,.0f}",
-                _cell(row.auroc, row.auroc_std),
-                _cell(row.balanced_accuracy, row.balanced_accuracy_std),
-            )
-            previous = key
-    return list(tables.values())
-
-
 def _places(slide: NDArray[np.intp], left: NDArray[np.bool_], *, seed: tuple[int, int]) -> tuple[NDArray[np.intp], int]:
     """Permute the slides that have rows in `left`; return the position (n,) of each row's slide, and their number.
 
@@ -333,7 +296,7 @@ def _too_few(fraction: float, draw: int, held: tuple[int, ...], taken: int, n_le
 
 def _point(row: Mapping[str, str]) -> CurvePoint:
     """Make a point of one row of learning_curve.csv, and refuse numbers that no point can have."""
-    cells = {name: "nan" if name in _FIGURES and not cell else cell for name, cell in row.items()}
+    cells = {name: "nan" if name in COMPARED and not cell else cell for name, cell in row.items()}
     try:
         point = msgspec.convert(cells, CurvePoint, strict=False)  # numbers are read from their text
     except msgspec.ValidationError as error:
@@ -345,7 +308,7 @@ def _point(row: Mapping[str, str]) -> CurvePoint:
         "n_slides": 0 < point.n_slides <= point.n_patches,
         "n_positive": 0 < point.n_positive < point.n_patches,
         "strength": 0 < point.strength < math.inf,
-    } | {name: math.isnan(value := getattr(point, name)) or 0 <= value <= 1 for name in _FIGURES}
+    } | {name: math.isnan(value := getattr(point, name)) or 0 <= value <= 1 for name in COMPARED}
     for name, holds in possible.items():
         if not holds:
             raise ValueError(f"{name} is {cells[name]}")
@@ -353,26 +316,10 @@ def _point(row: Mapping[str, str]) -> CurvePoint:
 
 
 def _summary(dataset: str, split: str, fraction: float, points: Sequence[CurvePoint]) -> CurveSummary:
-    def mean(name: str) -> float:
-        return float(np.mean([getattr(point, name) for point in points]))
-
-    def std(name: str) -> float:
-        return float(np.std([getattr(point, name) for point in points]))
-
-    return CurveSummary(
-        dataset=dataset,
-        split=split,
-        fraction=fraction,
-        n_models=len(points),
-        n_slides=mean("n_slides"),
-        n_patches=mean("n_patches"),
-        n_positive=mean("n_positive"),
-        balanced_accuracy=mean("balanced_accuracy"),
-        balanced_accuracy_std=std("balanced_accuracy"),
-        auroc=mean("auroc"),
-        auroc_std=std("auroc"),
-    )
-
-
-def _cell(mean: float, std: float) -> str:
-    return "none" if math.isnan(mean) else f"{mean:.4f} ± {std:.4f}"
+    values = {
+        name: np.array([getattr(point, name) for point in points])
+        for name in ("n_slides", "n_patches", "n_positive", *COMPARED)
+    }
+    means = {name: float(column.mean()) for name, column in values.items()}
+    stds = {f"{name}_std": float(values[name].std()) for name in COMPARED}
+    return CurveSummary(dataset=dataset, split=split, fraction=fraction, n_models=len(points), **means, **stds)

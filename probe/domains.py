@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from features.console import UserError
-from probe.evidence import Ensemble, judge
+from probe.evidence import Ensemble, judge, tally_of
 from probe.metrics import SMALLER_IS_BETTER, Interval, Judgement
-from probe.resample import Resampling, interval, make_clusters, make_spread, resample
-from probe.tally import tally
+from probe.resample import Resampling, interval, make_clusters, resample
 
 
 @dataclass(frozen=True)
@@ -72,13 +71,7 @@ def by_domain(ensemble: Ensemble, domain: NDArray[np.str_], *, resampling: Resam
     # For the mean, slides are drawn from the whole set: a slide may lie in two domains.
     clusters = make_clusters(ensemble.group[known])
     tallies = [
-        tally(
-            part.label,
-            part.probability,
-            cluster=clusters.index[domain[known] == name],
-            n_clusters=clusters.n,
-            threshold=part.threshold,
-        )
+        tally_of(part, replace(clusters, index=clusters.index[domain[known] == name]))
         for name, part in zip(names, parts, strict=True)
     ]
     resampled = resample(tallies, clusters.n, resampling)
@@ -91,11 +84,12 @@ def by_domain(ensemble: Ensemble, domain: NDArray[np.str_], *, resampling: Resam
         if not len(rows):
             macro[name], worst[name] = Interval(math.nan, math.nan, math.nan, resampling.replicates), None
             continue
-        drawn, without = resampled.drawn[name][rows], resampled.without[name][rows]
-        means = drawn.mean(axis=0), without.mean(axis=0)
-        spread = make_spread(float(value[rows].mean()), *means, n_clusters=clusters.n)
-        macro[name] = interval(name, spread, resampling.level)
-        worst[name] = _worst(name, [names[row] for row in rows], value[rows], drawn)
+
+        def mean(values: NDArray[np.float64], rows: NDArray[np.intp] = rows) -> NDArray[np.float64]:
+            return np.asarray(values[rows].mean(axis=0))
+
+        macro[name] = interval(name, resampled.spread(name, mean), resampling.level)
+        worst[name] = _worst(name, [names[row] for row in rows], value[rows], resampled.drawn[name][rows])
     return DomainView(
         domains={name: judge(part, resampling=resampling) for name, part in zip(names, parts, strict=True)},
         n_without=int((~known).sum()),

@@ -14,20 +14,18 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from html import escape
 from itertools import combinations
 
 import numpy as np
 from numpy.typing import NDArray
 
 from features.console import UserError
-from probe.metrics import NAMES, FoldFigure, Interval, Judgement, RunMetrics, SetMetrics, scores
+from features.display import html_table
+from probe.metrics import COMPARED, NAMES, FoldFigure, Judgement, RunMetrics, SetMetrics, scores
 from probe.predictions import VALIDATION, Predictions, threshold_of
 from probe.resample import Clusters, Resampling, intervals, make_clusters, resample
 from probe.significance import DeLong, Difference, adjusted, delong_tests, difference
 from probe.tally import Tally, tally
-
-COMPARED = ("balanced_accuracy", "auroc")  # the figures for which there are differences, tests and ranks
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,14 +115,12 @@ class Comparison:
         return f"Comparison({len(self.judgements)} runs: {', '.join(self.judgements)})"
 
     def _repr_html_(self) -> str:
-        head = "".join(f"<th>{name.replace('_', ' ')}</th><th>rank</th>" for name in COMPARED)
-        rows = "".join(
-            f"<tr><td>{escape(run)}</td>"
-            + "".join(f"<td>{one.figures[name]}</td><td>{self.ranks[name][run].value}</td>" for name in COMPARED)
-            + "</tr>"
+        columns = [title for name in COMPARED for title in (name.replace("_", " "), "rank")]
+        rows = [
+            (run, *(cell for name in COMPARED for cell in (one.figures[name], self.ranks[name][run].value)))
             for run, one in self.judgements.items()
-        )
-        return f"<table><tr><th>run</th>{head}</tr>{rows}</table>"
+        ]
+        return html_table(("run", *columns), rows, caption=repr(self))
 
 
 def ensemble_of(predictions: Predictions, dataset: str, split: str) -> Ensemble:
@@ -199,14 +195,8 @@ def judge(ensemble: Ensemble, *, resampling: Resampling = Resampling()) -> Judge
     >>> judgement = judge(run, resampling=Resampling(replicates=1_000))
     >>> print(judgement.n_clusters, judgement.unit, judgement.figures["auroc"])
     5 slide 0.970 (0.875–1.000)
-
-    Args:
-        ensemble: the run on the set.
-        resampling: how resamples are drawn.
     """
-    clusters = make_clusters(ensemble.group)
-    resampled = resample([tally_of(ensemble, clusters)], clusters.n, resampling)
-    return _judgement(ensemble, clusters, intervals(resampled, 0), resampling)
+    return compare({"run": ensemble}, resampling=resampling).judgements["run"]
 
 
 def tally_of(ensemble: Ensemble, clusters: Clusters) -> Tally:
@@ -220,29 +210,8 @@ def tally_of(ensemble: Ensemble, clusters: Clusters) -> Tally:
     )
 
 
-def _judgement(
-    ensemble: Ensemble, clusters: Clusters, figures: dict[str, Interval], resampling: Resampling
-) -> Judgement:
-    return Judgement(
-        n=len(ensemble),
-        n_positive=int((ensemble.label == 1).sum()),
-        unit=clusters.unit,
-        n_clusters=clusters.n_units,
-        n_alone=clusters.n_alone,
-        threshold=ensemble.threshold,
-        level=resampling.level,
-        replicates=resampling.replicates,
-        figures=figures,
-    )
-
-
 def evaluate(predictions: Predictions, *, resampling: Resampling = Resampling()) -> RunMetrics:
-    """Compute the figures of a run from its predictions: those that metrics.json holds.
-
-    Args:
-        predictions: all of the run's.
-        resampling: how resamples are drawn.
-    """
+    """Compute the figures of a run from its predictions: those that metrics.json holds."""
     sets = {}
     for dataset, split in predictions.sets():
         ensemble = ensemble_of(predictions, dataset, split)
@@ -283,11 +252,21 @@ def compare(runs: Mapping[str, Ensemble], *, resampling: Resampling = Resampling
     pairs = list(combinations(range(len(names)), 2))
     differences = {name: adjusted([difference(resampled, name, a, b) for a, b in pairs]) for name in COMPARED}
     tests: Sequence[DeLong | None] = [None] * len(pairs)
-    if clusters.independent:
+    if pairs and clusters.independent:
         tests = delong_tests(first.label, np.stack([ensemble.probability for ensemble in matched]), pairs)
     return Comparison(
         judgements={
-            name: _judgement(ensemble, clusters, intervals(resampled, model), resampling)
+            name: Judgement(
+                n=len(ensemble),
+                n_positive=int((ensemble.label == 1).sum()),
+                unit=clusters.unit,
+                n_clusters=clusters.n_units,
+                n_alone=clusters.n_alone,
+                threshold=ensemble.threshold,
+                level=resampling.level,
+                replicates=resampling.replicates,
+                figures=intervals(resampled, model),
+            )
             for model, (name, ensemble) in enumerate(zip(names, matched, strict=True))
         },
         pairs=tuple(
@@ -306,7 +285,6 @@ def _matched(runs: Mapping[str, Ensemble]) -> list[Ensemble]:
     if not runs:
         raise UserError("no runs to compare. Run fm-probe or fm-finetune first.")
     (name, first), *others = runs.items()
-    order = np.argsort(first.id, kind="stable")
     matched = [first]
     for other_name, other in others:
         names = f"{name} and {other_name}"
@@ -322,9 +300,7 @@ def _matched(runs: Mapping[str, Ensemble]) -> list[Ensemble]:
                 f"{names} are judged on different patches of {first.dataset}: {', '.join(unshared)}. "
                 "Run both on the same data."
             )
-        rows = np.empty(len(first), dtype=np.intp)
-        rows[order] = np.argsort(other.id, kind="stable")
-        other = other.select(rows)
+        other = other.select(rows_of(first, other.id))
         for column, plural in (("label", "labels"), ("group", "slides")):
             values, other_values = getattr(first, column), getattr(other, column)
             differing = np.flatnonzero(values != other_values)

@@ -26,23 +26,6 @@ AMI_BR = "ami-br"  # the dataset for which the paper's fold assignment is kept
 
 
 @dataclass(frozen=True, eq=False)
-class TestSet:
-    """Patches that every fold model is scored on.
-
-    Attributes:
-        dataset: the name of their dataset.
-        rows: (m,) their rows in its patch table.
-        samples: (m,) their patch table.
-    """
-
-    __test__ = False  # tells pytest that this class holds no tests
-
-    dataset: str
-    rows: NDArray[np.intp]
-    samples: Samples
-
-
-@dataclass(frozen=True, eq=False)
 class FoldLogits:
     """The result of a fit: the logits of an experiment's patches, positive for class 1.
 
@@ -74,7 +57,7 @@ class Experiment:
     seed: int
 
     def __repr__(self) -> str:
-        tests = ", ".join(f"{test.dataset} ({len(test.rows):,})" for test in self.tests) or "none"
+        tests = ", ".join(f"{name} ({len(rows):,})" for name, rows in self.tests.items()) or "none"
         return f"Experiment({self.train}: {len(self.rows):,} rows in {self.folds.n_folds} folds; tests: {tests})"
 
     @property
@@ -93,17 +76,16 @@ class Experiment:
         return tuple(name for name in self.tables if name != self.train)
 
     @property
-    def tests(self) -> list[TestSet]:
-        """The training dataset's own test split, then every other dataset whole; those without a row left out."""
+    def tests(self) -> dict[str, NDArray[np.intp]]:
+        """Dataset to the rows that every fold model is scored on: of `train` its test split, of others all.
+
+        Those without a row are left out.
+        """
         rows = {
             name: np.flatnonzero(table.split == TEST) if name == self.train else np.arange(len(table))
             for name, table in self.tables.items()
         }
-        return [
-            TestSet(name, rows[name], table.select(rows[name]))
-            for name, table in self.tables.items()
-            if len(rows[name])
-        ]
+        return {name: chosen for name, chosen in rows.items() if len(chosen)}
 
     @property
     def table_digests(self) -> dict[str, str]:
@@ -130,14 +112,13 @@ class Experiment:
         parts = [
             predictions_of(self.train, self.samples, split=VALIDATION, fold=self.folds.fold, logit=logits.validation)
         ]
-        for test in self.tests:
-            logit = logits.tests.get(test.dataset)
-            if logit is None or logit.shape != (len(test.rows), self.folds.n_folds):
+        for name, rows in self.tests.items():
+            logit = logits.tests.get(name)
+            if logit is None or logit.shape != (len(rows), self.folds.n_folds):
                 shape = None if logit is None else logit.shape
-                raise ValueError(
-                    f"{test.dataset}: expected logits ({len(test.rows)}, {self.folds.n_folds}), got {shape}"
-                )
-            parts.append(predictions_of(test.dataset, test.samples, split=TEST, fold=every_fold, logit=logit))
+                raise ValueError(f"{name}: expected logits ({len(rows)}, {self.folds.n_folds}), got {shape}")
+            samples = self.tables[name].select(rows)
+            parts.append(predictions_of(name, samples, split=TEST, fold=every_fold, logit=logit))
         return concatenate(parts)
 
 

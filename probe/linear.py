@@ -10,7 +10,7 @@ that f holds out choose nothing.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import combinations
 
 import numpy as np
@@ -25,7 +25,6 @@ from probe.logistic import Fits, fit_logistic, predict_logits
 from probe.metrics import balanced_log_loss, best_threshold
 from probe.paper import fit_paper_probe
 from probe.runs import FitRecord
-from probe.schedule import PaperRecipe
 from probe.stream import fit_streamed, fits_in_memory
 
 # Inverse L2 strengths C, half a decade apart: from "only the mean direction" to "nearly unpenalised" on
@@ -77,6 +76,7 @@ def fit_exact(
     y: NDArray[np.integer],
     *,
     folds: Folds,
+    subset: Subset | None = None,
     strengths: Sequence[float] = STRENGTHS,
     device: str = "cpu",
 ) -> Probe:
@@ -94,6 +94,7 @@ def fit_exact(
         X: (n, d) embeddings of the training rows, in memory or still in the store.
         y: (n,) labels, 0 or 1.
         folds: in which fold each row validates.
+        subset: of `draw_subsets`, its masks in the order of `held_out_folds`: train on this share of the slides.
         strengths: (S,) values of C to choose from, per fold.
         device: where to compute, as torch names it.
 
@@ -101,69 +102,42 @@ def fit_exact(
         UserError: if there are fewer than three folds, so that none is left to choose on; and as `fit_logistic` does.
     """
     held_out = held_out_folds(folds.n_folds)
-    masks = np.stack([~np.isin(folds.fold, held) for held in held_out])
-    fits = _fit(X, y, masks=masks, strengths=strengths, device=device)
-    chosen, record = _choose_strengths(fits, y, fold=folds.fold, masks=masks, held_out=held_out, strengths=strengths)
-    every_fold = np.arange(folds.n_folds)
-    return _probe(
-        fits.coef[every_fold, chosen],
-        fits.intercept[every_fold, chosen],
-        fits.logits[np.arange(len(y)), folds.fold, chosen[folds.fold]],
-        y=y,
-        record=record,
+    fold, fitted, label = folds.fold, X, y
+    masks = np.stack([~np.isin(fold, held) for held in held_out])
+    if subset is not None:
+        used = np.flatnonzero(subset.masks.any(axis=0))
+        masks, fold, label = subset.masks[:, used], fold[used], y[used]
+        fitted = X[used] if isinstance(X, np.ndarray) else in_memory(X.select(used), folds.n_folds)
+    solved = (
+        fit_logistic(fitted, label, masks=masks, strengths=strengths, device=device)
+        if isinstance(fitted, np.ndarray)
+        else fit_streamed(fitted, label, masks=masks, strengths=strengths, device=device)
     )
-
-
-def fit_subset(
-    X: NDArray[np.floating] | Embeddings,
-    y: NDArray[np.integer],
-    *,
-    folds: Folds,
-    subset: Subset,
-    strengths: Sequence[float] = STRENGTHS,
-    device: str = "cpu",
-) -> Probe:
-    """Fit as `fit_exact`, on a share of the slides.
-
-    Args:
-        X, y, folds, strengths, device: as for `fit_exact`.
-        subset: of `draw_subsets`, its masks in the order of `held_out_folds`.
-    """
-    used = np.flatnonzero(subset.masks.any(axis=0))
-    masks, fold = subset.masks[:, used], folds.fold[used]
-    X_used = X[used] if isinstance(X, np.ndarray) else in_memory(X.select(used), folds.n_folds)
-    fits = _fit(X_used, y[used], masks=masks, strengths=strengths, device=device)
-    held_out = held_out_folds(folds.n_folds)
-    chosen, record = _choose_strengths(fits, y[used], fold=fold, masks=masks, held_out=held_out, strengths=strengths)
+    chosen, record = _choose_strengths(solved, label, fold=fold, masks=masks, held_out=held_out, strengths=strengths)
     every_fold = np.arange(folds.n_folds)
-    coef, intercept = fits.coef[every_fold, chosen], fits.intercept[every_fold, chosen]
-    logits = predict_logits(X, coef, intercept)  # (n, F)
-    return _probe(coef, intercept, logits[np.arange(len(y)), folds.fold], y=y, record=record)
+    coef, intercept = solved.coef[every_fold, chosen], solved.intercept[every_fold, chosen]
+    logits = solved.logits[:, every_fold, chosen] if subset is None else predict_logits(X, coef, intercept)
+    return _probe(coef, intercept, logits, y=y, folds=folds, record=record)
 
 
 def fit_paper(X: NDArray[np.floating], y: NDArray[np.integer], *, folds: Folds, seed: int) -> Probe:
     """Fit the paper's own probe; see `probe.paper`."""
-    recipe = PaperRecipe()
-    fit = fit_paper_probe(X, y, masks=folds.training, seed=seed, recipe=recipe)
-    logits = X.astype(np.float32) @ fit.coef.T + fit.intercept  # (n, F)
-    record = FitRecord(
-        recipe=asdict(recipe), best_epoch=tuple(fit.best_epoch.tolist()), n_epochs=tuple(fit.n_epochs.tolist())
-    )
-    validation = logits[np.arange(len(y)), folds.fold]
-    return _probe(fit.coef, fit.intercept.astype(np.float64), validation, y=y, record=record)
+    coef, intercept, record = fit_paper_probe(X, y, masks=folds.training, seed=seed)
+    return _probe(coef, intercept, predict_logits(X, coef, intercept), y=y, folds=folds, record=record)
 
 
 def _probe(
     coef: NDArray[np.float32],
     intercept: NDArray[np.float64],
-    validation_logit: NDArray[np.float32],
+    logits: NDArray[np.float32],
     *,
     y: NDArray[np.integer],
+    folds: Folds,
     record: FitRecord,
 ) -> Probe:
-    return Probe(
-        coef, intercept, validation_logit, best_threshold(y, expit(validation_logit.astype(np.float64))), record
-    )
+    """Make a probe of its folds' models and the logits (n, F) of the training rows under each of them."""
+    validation = logits[np.arange(len(y)), folds.fold]
+    return Probe(coef, intercept, validation, best_threshold(y, expit(validation.astype(np.float64))), record)
 
 
 def in_memory(stored: Embeddings, n_folds: int) -> NDArray[np.float16] | Embeddings:
@@ -185,19 +159,6 @@ def held_out_folds(n_folds: int) -> list[tuple[int, ...]]:
     return [(f,) for f in range(n_folds)] + list(combinations(range(n_folds), 2))
 
 
-def _fit(
-    X: NDArray[np.floating] | Embeddings,
-    y: NDArray[np.integer],
-    *,
-    masks: NDArray[np.bool_],
-    strengths: Sequence[float],
-    device: str,
-) -> Fits:
-    if isinstance(X, np.ndarray):
-        return fit_logistic(X, y, masks=masks, strengths=strengths, device=device)
-    return fit_streamed(X, y, masks=masks, strengths=strengths, device=device)
-
-
 def _choose_strengths(
     fits: Fits,
     y: NDArray[np.integer],
@@ -211,13 +172,6 @@ def _choose_strengths(
 
     The fit that leaves out f and g is scored for f on those rows of g that f trains on, and the other way round. Where
     g has only one class among them, it says nothing for f.
-
-    Args:
-        fits: of `masks` and `strengths`.
-        y, fold: (n,) labels, and in which fold each row validates.
-        masks: (m, n) the rows that each fit trains on.
-        held_out: (m) the folds that each fit leaves out, in the order of `held_out_folds`.
-        strengths: (S,) values of C.
 
     Returns:
         (F,) index of the chosen strength, and the record.

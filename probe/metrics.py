@@ -15,22 +15,25 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import msgspec
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 THRESHOLD = 0.5  # the paper's
 ECE_BINS = 15  # Guo et al. 2017, On Calibration of Modern Neural Networks
-NAMES = (
-    "balanced_accuracy",
-    "auroc",
-    "average_precision",
-    "sensitivity",
-    "specificity",
-    "f1",
-    "mcc",
-    "brier",
-    "ece",
-)
+TITLES = {
+    "balanced_accuracy": "Balanced accuracy",
+    "auroc": "AUROC",
+    "average_precision": "Average precision",
+    "sensitivity": "Sensitivity",
+    "specificity": "Specificity",
+    "f1": "F1",
+    "mcc": "MCC",
+    "brier": "Brier",
+    "ece": "ECE",
+}
+NAMES = tuple(TITLES)
+COMPARED = ("balanced_accuracy", "auroc")  # the figures for which there are differences, tests, ranks, learning curves
 SMALLER_IS_BETTER = frozenset({"brier", "ece"})
 
 
@@ -151,15 +154,7 @@ def best_threshold(label: ArrayLike, probability: ArrayLike) -> float:
 
 
 def balanced_log_loss(label: ArrayLike, logit: NDArray[np.floating]) -> NDArray[np.float64]:
-    """Compute the log loss with both classes weighing the same, as probes minimise it.
-
-    Args:
-        label: (n,) 0 or 1.
-        logit: (n, k).
-
-    Returns:
-        (k,)
-    """
+    """Compute the log loss (k,) of (n,) labels and (n, k) logits, both classes weighing the same, as probes do."""
     y = np.asarray(label).astype(bool)
     signed = np.where(y[:, None], -logit, logit).astype(np.float64)
     losses = np.logaddexp(0, signed)
@@ -277,14 +272,14 @@ class RunMetrics:
         Raises:
             ValueError: if it lacks something, or holds something else than figures.
         """
+        record = _with_nan(record)
         try:
-            threshold = float(record["threshold"])
-            sets = {str(name): _set_from_dict(one, threshold) for name, one in record["sets"].items()}
+            sets = {name: _set_from_dict(one, record["threshold"]) for name, one in record["sets"].items()}
+            return msgspec.convert({**record, "sets": sets}, cls)
         except KeyError as error:
             raise ValueError(f"{error} is missing") from error
-        except (TypeError, AttributeError) as error:
+        except (TypeError, AttributeError, IndexError) as error:
             raise ValueError(str(error)) from error
-        return cls(threshold, sets)
 
 
 def _set_as_dict(metrics: SetMetrics) -> dict[str, Any]:
@@ -298,44 +293,32 @@ def _set_as_dict(metrics: SetMetrics) -> dict[str, Any]:
     return record
 
 
-def _set_from_dict(record: Mapping[str, Any], threshold: float) -> SetMetrics:
-    n, n_positive = int(record["n"]), int(record["n_positive"])
-    folds = {
-        name: FoldFigure(_number(one["mean"]), _number(one["std"]), tuple(map(_number, one["each"])))
-        for name, one in record["folds"].items()
-    }
+def _set_from_dict(record: Mapping[str, Any], threshold: float) -> dict[str, Any]:
+    """Arrange one set of metrics.json as `SetMetrics`."""
     judgement = None
     if "intervals" in record:  # runs of early versions have an ensemble without
-        sampled, ends = record["intervals"], record["intervals"]["figures"]
-        judgement = Judgement(
-            n=n,
-            n_positive=n_positive,
-            unit=str(sampled["unit"]),
-            n_clusters=int(sampled["n_clusters"]),
-            n_alone=int(sampled["n_alone"]),
-            threshold=threshold,
-            level=float(sampled["level"]),
-            replicates=int(sampled["replicates"]),
-            figures={
-                name: Interval(_number(value), _number(ends[name][0]), _number(ends[name][1]))
-                for name, value in record["ensemble"].items()
-            },
-        )
-    return SetMetrics(n, n_positive, folds, judgement)
+        ends = record["intervals"]["figures"]
+        figures = {
+            name: {"value": value, "low": ends[name][0], "high": ends[name][1]}
+            for name, value in record["ensemble"].items()
+        }
+        judgement = {**record, **record["intervals"], "threshold": threshold, "figures": figures}
+    return {**record, "ensemble": judgement}
 
 
-def _number(value: float | None) -> float:
-    return math.nan if value is None else float(value)
+def _with_nan(value: Any) -> Any:
+    """Undo what `as_dict` does to a figure that does not exist."""
+    if isinstance(value, Mapping):
+        return {name: _with_nan(one) for name, one in value.items()}
+    if isinstance(value, list):
+        return [_with_nan(one) for one in value]
+    return math.nan if value is None else value
 
 
 def as_dict(result: Any) -> Any:
-    """Turn a result into plain JSON values: records to objects, tuples to lists, NaN and infinities to null.
-
-    A field whose metadata has a `key` stands under that key.
-    """
+    """Turn a result into plain JSON values: records to objects, tuples to lists, NaN and infinities to null."""
     if dataclasses.is_dataclass(result):
-        fields = dataclasses.fields(result)
-        return {field.metadata.get("key", field.name): as_dict(getattr(result, field.name)) for field in fields}
+        result = vars(result)
     if isinstance(result, Mapping):
         return {str(key): as_dict(value) for key, value in result.items()}
     if isinstance(result, tuple | list):

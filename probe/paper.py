@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict
 
 import numpy as np
 import torch
@@ -21,24 +21,8 @@ from torch import Tensor
 
 from features.console import ProgressCallback, progress
 from probe.metrics import balanced_accuracy
+from probe.runs import FitRecord
 from probe.schedule import PAPER, PaperRecipe, best_epoch, plateau_rate, should_stop
-
-
-@dataclass(frozen=True, eq=False)
-class PaperFit:
-    """Linear probes, one per fold: logit = x @ coef + intercept is the difference of the two class logits.
-
-    Attributes:
-        coef: (F, d) float32.
-        intercept: (F,) float32.
-        best_epoch: (F,) the epoch whose weights were kept, from 0.
-        n_epochs: (F,) how many epochs each fold ran.
-    """
-
-    coef: NDArray[np.float32]
-    intercept: NDArray[np.float32]
-    best_epoch: NDArray[np.intp]
-    n_epochs: NDArray[np.intp]
 
 
 def fit_paper_probe(
@@ -48,7 +32,7 @@ def fit_paper_probe(
     masks: NDArray[np.bool_],
     seed: int,
     recipe: PaperRecipe = PAPER,
-) -> PaperFit:
+) -> tuple[NDArray[np.float32], NDArray[np.float64], FitRecord]:
     """Train one linear layer per fold on raw embeddings, which are not standardised.
 
     Args:
@@ -58,6 +42,10 @@ def fit_paper_probe(
         seed: of the initial weights and the samplers. Each fold has its own generator, so a fold's result does not
             depend on the others.
         recipe: the hyperparameters.
+
+    Returns:
+        coef (F, d) and intercept (F,): logit = x @ coef + intercept is the difference of the two class logits; and for
+        how long each fold trained.
     """
     features = torch.from_numpy(np.ascontiguousarray(X, dtype=np.float32))
     target = torch.from_numpy(np.asarray(y, dtype=np.int64))
@@ -68,12 +56,10 @@ def fit_paper_probe(
         ]
     weights, biases, scores = zip(*folds, strict=True)
     weight, bias = torch.stack(weights), torch.stack(biases)  # (F, 2, d), (F, 2)
-    return PaperFit(
-        coef=(weight[:, 1] - weight[:, 0]).numpy(),
-        intercept=(bias[:, 1] - bias[:, 0]).numpy(),
-        best_epoch=np.array([best_epoch(fold) for fold in scores]),
-        n_epochs=np.array([len(fold) for fold in scores]),
+    record = FitRecord(
+        recipe=asdict(recipe), best_epoch=tuple(map(best_epoch, scores)), n_epochs=tuple(map(len, scores))
     )
+    return (weight[:, 1] - weight[:, 0]).numpy(), (bias[:, 1] - bias[:, 0]).double().numpy(), record
 
 
 @contextmanager
@@ -128,18 +114,9 @@ def _fit_fold(
 
 
 def draw_batches(rows: Tensor, label: Tensor, *, batch_size: int, generator: torch.Generator) -> Tensor:
-    """Draw one epoch of rows with replacement, each weighted inversely to the frequency of its class.
+    """Draw one epoch of (n,) rows with replacement, each weighted inversely to the frequency of its class, 0 or 1.
 
-    As many rows are drawn as there are, rounded up to whole batches.
-
-    Args:
-        rows: (n,) row numbers.
-        label: (n,) their labels, 0 or 1.
-        batch_size: rows per batch.
-        generator: decides the draws.
-
-    Returns:
-        (n_batches, batch_size) row numbers.
+    As many rows are drawn as there are, rounded up to whole batches: (n_batches, batch_size) row numbers.
     """
     weight = (1.0 / torch.bincount(label))[label]
     n_batches = -(-len(rows) // batch_size)

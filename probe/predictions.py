@@ -22,7 +22,17 @@ from features.samples import MISSING_VOTE, Samples, make_samples
 from probe.metrics import THRESHOLD, best_threshold
 
 VALIDATION = "validation"  # the split name of out-of-fold predictions
-COLUMNS = ("dataset", "id", "label", "group", "split", "fold", "logit", "probability")
+_TYPES: dict[str, type[np.generic]] = {
+    "dataset": np.str_,
+    "id": np.str_,
+    "label": np.int8,
+    "group": np.str_,
+    "split": np.str_,
+    "fold": np.intp,
+    "logit": np.float32,
+    "probability": np.float64,
+}
+COLUMNS = tuple(_TYPES)  # of predictions.csv: the fields of `Predictions`, and the probability
 SAMPLE_COLUMNS = ("dataset", "id", "label", "group", "split", "votes", "domain", "sha256")
 _VOTES = {"0": 0, "1": 1, "-": MISSING_VOTE}  # a rater's vote as a letter
 _LETTERS = {vote: letter for letter, vote in _VOTES.items()}
@@ -123,17 +133,10 @@ def predictions_csv(predictions: Predictions) -> Iterator[bytes]:
     """Make predictions.csv, a piece at a time."""
     for start in range(0, max(1, len(predictions)), _ROWS):
         part = predictions.select(np.arange(start, min(start + _ROWS, len(predictions))))
-        columns = (
-            part.dataset.tolist(),
-            part.id.tolist(),
-            part.label.tolist(),
-            part.group.tolist(),
-            part.split.tolist(),
-            part.fold.tolist(),
-            [f"{value:.9g}" for value in part.logit.tolist()],  # 9 digits give a float32 back exactly
-            [f"{value:.6f}" for value in part.probability.tolist()],
-        )
-        yield csv_bytes(() if start else COLUMNS, zip(*columns, strict=True))
+        columns = {field.name: getattr(part, field.name).tolist() for field in fields(part)}
+        columns["logit"] = [f"{value:.9g}" for value in columns["logit"]]  # 9 digits give a float32 back exactly
+        columns["probability"] = [f"{value:.6f}" for value in part.probability.tolist()]
+        yield csv_bytes(() if start else COLUMNS, zip(*columns.values(), strict=True))
 
 
 def parse_predictions(text: str) -> Predictions:
@@ -144,18 +147,11 @@ def parse_predictions(text: str) -> Predictions:
     """
     columns = parse_columns(text, COLUMNS)
     try:
-        predictions = Predictions(
-            dataset=np.array(columns["dataset"], dtype=np.str_),
-            id=np.array(columns["id"], dtype=np.str_),
-            label=np.array(columns["label"], dtype=np.int8),
-            group=np.array(columns["group"], dtype=np.str_),
-            split=np.array(columns["split"], dtype=np.str_),
-            fold=np.array(columns["fold"], dtype=np.intp),
-            logit=np.array(columns["logit"], dtype=np.float32),
-        )
-        written = np.array(columns["probability"], dtype=np.float64)
+        arrays: dict[str, Any] = {name: np.array(columns[name], dtype=dtype) for name, dtype in _TYPES.items()}
     except OverflowError as error:
         raise ValueError(str(error)) from error
+    written = arrays.pop("probability")
+    predictions = Predictions(**arrays)
     if not np.isin(predictions.label, (0, 1)).all():
         raise ValueError("a label is neither 0 nor 1")
     undefined = np.flatnonzero(~np.isfinite(predictions.logit))
@@ -174,12 +170,7 @@ def parse_predictions(text: str) -> Predictions:
 
 
 def samples_csv(predictions: Predictions, tables: Mapping[str, Samples]) -> Iterator[bytes]:
-    """Make samples.csv: the rows of every dataset's patch table that were predicted.
-
-    Args:
-        predictions: of a run.
-        tables: dataset to patch table, which may hold more rows.
-    """
+    """Make samples.csv: the rows of every dataset's patch table, of which there may be more, that were predicted."""
     yield csv_bytes(SAMPLE_COLUMNS, ())
     for name in dict.fromkeys(dataset for dataset, _ in predictions.sets()):
         table, ids = tables[name], predictions.id[predictions.dataset == name]
@@ -188,10 +179,9 @@ def samples_csv(predictions: Predictions, tables: Mapping[str, Samples]) -> Iter
             table = table.select(np.isin(table.id, ids))
         for start in range(0, len(table), _ROWS):
             rows = slice(start, start + _ROWS)
-            votes = ["".join(_LETTERS[vote] for vote in row) for row in table.votes[rows].tolist()]
-            columns = (table.id, table.label, table.group, table.split, None, table.domain, table.sha256)
-            listed = (votes if column is None else column[rows].tolist() for column in columns)
-            yield csv_bytes((), zip(repeat(name), *listed, strict=False))
+            columns = {column: getattr(table, column)[rows].tolist() for column in SAMPLE_COLUMNS[1:]}
+            columns["votes"] = ["".join(_LETTERS[vote] for vote in row) for row in columns["votes"]]
+            yield csv_bytes((), zip(repeat(name), *columns.values(), strict=False))
 
 
 def parse_samples(text: str) -> dict[str, Samples]:
@@ -241,11 +231,7 @@ def samples_from(predictions: Predictions) -> dict[str, Samples]:
 
 
 def parse_columns(text: str, expected: Sequence[str]) -> dict[str, tuple[str, ...]]:
-    """Read a CSV file that `csv_bytes` made.
-
-    Args:
-        text: the file.
-        expected: its columns, in order.
+    """Read a CSV file that `csv_bytes` made: column to cells.
 
     Raises:
         ValueError: if it has other columns, or ragged rows.
@@ -264,26 +250,21 @@ def parse_columns(text: str, expected: Sequence[str]) -> dict[str, tuple[str, ..
     return dict(zip(expected, cells, strict=False))
 
 
-class _Lines:
+class _Lines(list[str]):
     """Takes what a csv.writer writes: lines, whose "\\r\\n" becomes a bare line feed."""
 
-    def __init__(self) -> None:
-        self.lines: list[str] = []
-
     def write(self, line: str) -> None:
-        self.lines.append(line.removesuffix("\r\n") + "\n")
+        self.append(line.removesuffix("\r\n") + "\n")
 
 
 def csv_bytes(header: Sequence[str], rows: Iterable[Sequence[object]]) -> bytes:
     """Make a CSV file that gives every cell back unchanged, whatever characters it holds.
 
-    Args:
-        header: names of the columns; empty for a further piece of a file.
-        rows: cells.
+    The header is empty for a further piece of a file.
     """
     out = _Lines()
     writer = csv.writer(out, lineterminator="\r\n")  # given "\n", Python before 3.13 would leave a lone "\r" unquoted
     if header:
         writer.writerow(header)
     writer.writerows(rows)
-    return "".join(out.lines).encode()
+    return "".join(out).encode()

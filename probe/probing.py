@@ -21,12 +21,22 @@ from features.console import UserError, nearest, progress
 from features.device import find_device
 from features.entry import Entry
 from features.folds import SEED, effective_groups
-from features.samples import TEST
+from features.samples import TEST, Samples
 from features.store import FeatureStore
-from probe.curve import CURVE_FILE, DRAWS, Subset, checked_fractions, curve_csv, curve_points, draw_subsets
+from probe.curve import (
+    CURVE_FILE,
+    DRAWS,
+    CurvePoint,
+    Subset,
+    checked_fractions,
+    curve_csv,
+    curve_points,
+    draw_subsets,
+)
 from probe.experiment import AMI_BR, Experiment, FoldLogits, make_experiment
-from probe.linear import Probe, fit_exact, fit_paper, fit_subset, held_out_folds, in_memory
+from probe.linear import Probe, fit_exact, fit_paper, held_out_folds, in_memory
 from probe.metrics import auroc, balanced_accuracy
+from probe.predictions import Predictions
 from probe.runs import Candidate, Cost, CurveFits, RunRecord, write_run
 
 DEMO = "demo"
@@ -71,21 +81,20 @@ class ProbeOptions:
 
 @dataclass(frozen=True, eq=False)
 class _Setup:
-    """What the probes of all backbones of a store share."""
+    """What the probes of a backbone need; all but the datasets to score is the same for all of a store."""
 
     store: FeatureStore
     options: ProbeOptions
-    experiment: Experiment  # with all datasets of the store; `_experiment_of` keeps those to score
+    experiment: Experiment
     subsets: tuple[Subset, ...]  # of the learning curve
     device: str
 
 
 @dataclass(frozen=True, eq=False)
-class _Chosen:
+class _Fitted:
     """A candidate and its probe."""
 
     entry: Entry  # of the training dataset
-    pooling: str
     probe: Probe
     record: Candidate
 
@@ -111,7 +120,7 @@ def probe_store(
     """
     device = str(find_device(options.device))
     tables = {name: store.samples(name) for name in store.datasets()}
-    train = _train_dataset(store, {name: bool((table.split != TEST).any()) for name, table in tables.items()}, options)
+    train = _train_dataset(store, tables, options)
     experiment = make_experiment(train, tables, cv=options.cv, seed=options.seed, paper_folds=options.recipe == "paper")
     embedded = list(dict.fromkeys(entry.model for entry in store.entries(train)))
     for model in models or ():
@@ -123,24 +132,19 @@ def probe_store(
     if not embedded:
         raise UserError(f"{store.path} has no embeddings of {train}. Run: fm-extract --dataset {train}")
     setup = _Setup(store, options, experiment, _subsets(experiment, options), device)
-    return [_probe_model(setup, model, runs) for model in models or embedded]
+    return [
+        _probe_model(replace(setup, experiment=_experiment_of(setup, model)), model, runs)
+        for model in models or embedded
+    ]
 
 
 def _probe_model(setup: _Setup, model: str, runs: Path) -> RunRecord:
     started = time.perf_counter()
-    store, experiment = setup.store, _experiment_of(setup, model)
-    chosen, candidates = _choose(setup, experiment, model)
-    entry = chosen.entry
-    curve = _fit_curve(setup, experiment, chosen)
-    logits = [_score(setup, experiment, chosen, probe) for probe in (chosen.probe, *(probe for _, probe in curve))]
-    predictions = experiment.predictions(logits[0])
-    files = {}
-    if curve:
-        points = []
-        for (subset, probe), scored in zip(curve, logits[1:], strict=True):
-            strength = probe.fit.chosen_strength or ()
-            points += curve_points(subset, experiment.label, strength, experiment.predictions(scored))
-        files[CURVE_FILE] = curve_csv(points)
+    store, experiment = setup.store, setup.experiment
+    candidates = _fit_candidates(setup, model)
+    chosen = max(candidates, key=lambda fitted: fitted.record.validation_auroc)  # the first of equals
+    entry, probe = chosen.entry, chosen.probe
+    points, curve_fits = _learning_curve(setup, chosen) if setup.subsets else ([], None)
     attributes = {name: store.dataset_attrs(name) for name in experiment.tables}
     names = attributes[experiment.train].get("label_names", ["0", "1"])
     record = RunRecord(
@@ -152,7 +156,7 @@ def _probe_model(setup: _Setup, model: str, runs: Path) -> RunRecord:
         train=experiment.train,
         test=experiment.test,
         view=entry.view,
-        pooling=chosen.pooling,
+        pooling=chosen.record.pooling,
         card_pooling=entry.card_pooling,
         label_names=(names[0], names[1]),
         sources={name: attrs.get("source", "") for name, attrs in attributes.items()},
@@ -160,38 +164,38 @@ def _probe_model(setup: _Setup, model: str, runs: Path) -> RunRecord:
         embedding=entry.parts,
         folds=experiment.folds_record(),
         table_digests=experiment.table_digests,
-        candidates=tuple(candidates),
-        learning_curve=_curve_fits([probe for _, probe in curve if probe is not chosen.probe]) if curve else None,
+        candidates=tuple(fitted.record for fitted in candidates),
+        learning_curve=curve_fits,
         cost=Cost(device=setup.device),
     )
     return write_run(
         runs,
         record,
-        predictions=predictions,
+        predictions=_predictions(setup, chosen, probe),
         tables=experiment.tables,
-        weights={"coef": chosen.probe.coef, "intercept": chosen.probe.intercept},
+        weights={"coef": probe.coef, "intercept": probe.intercept},
         seconds=time.perf_counter() - started,
-        files=files,
+        files={CURVE_FILE: curve_csv(points)} if points else None,
     )
 
 
 # ------------------------------------------------------------------------------------------------------------- datasets
 
 
-def _train_dataset(store: FeatureStore, trainable: dict[str, bool], options: ProbeOptions) -> str:
-    """Find the dataset to train on; `trainable` says for each whether it has rows outside its test split."""
-    if not trainable:
+def _train_dataset(store: FeatureStore, tables: dict[str, Samples], options: ProbeOptions) -> str:
+    """Find the dataset to train on: that of the options, AMi-Br, or the only one with rows outside its test split."""
+    if not tables:
         raise UserError(f"{store.path} holds no dataset yet. Run: fm-extract")
     if options.train is not None:
         _require_dataset(store, options.train)
         return options.train
-    if AMI_BR in trainable:
+    if AMI_BR in tables:
         return AMI_BR
-    names = [name for name, can_train in trainable.items() if can_train]
+    names = [name for name, table in tables.items() if (table.split != TEST).any()]
     names = [name for name in names if name != DEMO] or names
     if len(names) == 1:
         return names[0]
-    raise UserError(f"{store.path} holds {', '.join(trainable)}: say which one to train on with `train`.")
+    raise UserError(f"{store.path} holds {', '.join(tables)}: say which one to train on with `train`.")
 
 
 def _require_dataset(store: FeatureStore, name: str) -> None:
@@ -219,33 +223,37 @@ def _experiment_of(setup: _Setup, model: str) -> Experiment:
     return replace(experiment, tables={name: experiment.tables[name] for name in (experiment.train, *tests)})
 
 
-def _score(setup: _Setup, experiment: Experiment, chosen: _Chosen, probe: Probe) -> FoldLogits:
-    tests = {}
-    for test in experiment.tests:
-        stored = setup.store.embeddings(
-            test.dataset, model=chosen.entry.model, view=chosen.entry.view, pooling=chosen.pooling, rows=test.rows
-        )
-        tests[test.dataset] = probe.decision_function(in_memory(stored, experiment.folds.n_folds))
-    return FoldLogits(probe.validation_logit, tests)
+def _embeddings(setup: _Setup, entry: Entry, pooling: str, dataset: str, rows: NDArray[np.intp]) -> Embeddings:
+    """Find the embeddings of rows of a dataset, by the model and in the view of an entry."""
+    return setup.store.embeddings(dataset, model=entry.model, view=entry.view, pooling=pooling, rows=rows)
+
+
+def _predictions(setup: _Setup, chosen: _Fitted, probe: Probe) -> Predictions:
+    """Predict every patch of the experiment by a probe of the chosen candidate."""
+    experiment, tests = setup.experiment, {}
+    for name, rows in experiment.tests.items():
+        stored = _embeddings(setup, chosen.entry, chosen.record.pooling, name, rows)
+        tests[name] = probe.decision_function(in_memory(stored, experiment.folds.n_folds))
+    return experiment.predictions(FoldLogits(probe.validation_logit, tests))
 
 
 # ----------------------------------------------------------------------------------------------------------- candidates
 
 
-def _choose(setup: _Setup, experiment: Experiment, model: str) -> tuple[_Chosen, list[Candidate]]:
-    """Fit every candidate; return the one with the highest validation AUROC, the first of equals, and all records."""
+def _fit_candidates(setup: _Setup, model: str) -> list[_Fitted]:
+    """Fit every candidate."""
+    experiment = setup.experiment
     y, folds = experiment.label, experiment.folds
-    best: _Chosen | None = None
-    candidates = []
-    for entry, pooling in _candidates(setup, experiment, model):
-        stored = _training_embeddings(setup, experiment, entry, pooling)
+    held_out = [folds.fold == f for f in range(folds.n_folds)]
+    fitted = []
+    for entry, pooling in _candidates(setup, model):
+        stored = _embeddings(setup, entry, pooling, experiment.train, experiment.rows)
         if setup.options.recipe == "paper":
             probe = fit_paper(stored.read(), y, folds=folds, seed=setup.options.seed)
         else:
             probe = fit_exact(in_memory(stored, folds.n_folds), y, folds=folds, device=setup.device)
-        held_out = [folds.fold == f for f in range(folds.n_folds)]
         logit = probe.validation_logit
-        candidate = Candidate(
+        record = Candidate(
             view=entry.view,
             pooling=pooling,
             validation_auroc=float(np.mean([auroc(y[rows], logit[rows]) for rows in held_out])),
@@ -254,27 +262,22 @@ def _choose(setup: _Setup, experiment: Experiment, model: str) -> tuple[_Chosen,
             ),
             **vars(probe.fit),
         )
-        candidates.append(candidate)
-        if best is None or candidate.validation_auroc > best.record.validation_auroc:
-            best = _Chosen(entry, pooling, probe, candidate)
-    assert best is not None  # _candidates raises rather than return none
-    return best, candidates
+        fitted.append(_Fitted(entry, probe, record))
+    return fitted
 
 
-def _training_embeddings(setup: _Setup, experiment: Experiment, entry: Entry, pooling: str) -> Embeddings:
-    return setup.store.embeddings(
-        experiment.train, model=entry.model, view=entry.view, pooling=pooling, rows=experiment.rows
-    )
-
-
-def _candidates(setup: _Setup, experiment: Experiment, model: str) -> list[tuple[Entry, str]]:
+def _candidates(setup: _Setup, model: str) -> list[tuple[Entry, str]]:
     """List the pairs (training entry, pooling) to choose from: views that every dataset has, and all poolings."""
-    store, train, tests, options = setup.store, experiment.train, experiment.test, setup.options
+    store, train, tests, options = setup.store, setup.experiment.train, setup.experiment.test, setup.options
     view = options.view or ("full" if options.recipe == "paper" else None)
     pooling = options.pooling or ("card" if options.recipe == "paper" else None)
-    by_view = {entry.view: entry for entry in store.entries(train, model) if entry.complete}
+
+    def complete(dataset: str) -> dict[str, Entry]:
+        return {entry.view: entry for entry in store.entries(dataset, model) if entry.complete}
+
+    by_view = complete(train)
     for name in tests:
-        test_entries = {entry.view: entry for entry in store.entries(name, model) if entry.complete}
+        test_entries = complete(name)
         if view is not None and view in by_view and view not in test_entries:
             raise UserError(
                 f"{name} has no complete embeddings of {model} in view {view}. "
@@ -333,30 +336,28 @@ def _subsets(experiment: Experiment, options: ProbeOptions) -> tuple[Subset, ...
     )
 
 
-def _fit_curve(setup: _Setup, experiment: Experiment, chosen: _Chosen) -> list[tuple[Subset, Probe]]:
-    """Fit every subset's probes of the chosen candidate; those of fraction 1 are the run's.
+def _learning_curve(setup: _Setup, chosen: _Fitted) -> tuple[list[CurvePoint], CurveFits]:
+    """Fit every subset's probes of the chosen candidate, and score them; those of fraction 1 are the run's.
 
     One batch per fraction and draw, not one for all: each takes only the rows of its subset, and none is larger than
     the run's own fit.
     """
-    if not setup.subsets:
-        return []
-    stored = _training_embeddings(setup, experiment, chosen.entry, chosen.pooling)
-    X: NDArray[np.float16] | Embeddings = in_memory(stored, experiment.folds.n_folds)
-    curve = []
-    with progress(f"learning curve {chosen.entry.model}", len(setup.subsets), "subsets") as advance:
+    experiment, model = setup.experiment, chosen.entry.model
+    X = in_memory(
+        _embeddings(setup, chosen.entry, chosen.record.pooling, experiment.train, experiment.rows),
+        experiment.folds.n_folds,
+    )
+    points, fits = [], []
+    with progress(f"learning curve {model}", len(setup.subsets), "subsets") as advance:
         for subset in setup.subsets:
             probe = chosen.probe
             if subset.fraction != 1:
-                probe = fit_subset(X, experiment.label, folds=experiment.folds, subset=subset, device=setup.device)
-            curve.append((subset, probe))
+                probe = fit_exact(X, experiment.label, folds=experiment.folds, subset=subset, device=setup.device)
+                fits.append(probe.fit)
+            strength = probe.fit.chosen_strength or ()
+            points += curve_points(subset, experiment.label, strength, _predictions(setup, chosen, probe))
             advance(1)
-    return curve
-
-
-def _curve_fits(probes: Sequence[Probe]) -> CurveFits:
-    fits = [probe.fit for probe in probes]
-    return CurveFits(
+    return points, CurveFits(
         draws=DRAWS,
         n_fits=sum(fit.n_fits or 0 for fit in fits),
         n_not_converged=sum(fit.n_not_converged or 0 for fit in fits),

@@ -78,15 +78,11 @@ def by_agreement(ensemble: Ensemble, votes: NDArray[np.integer], *, resampling: 
         raise UserError(
             f"{ensemble.dataset} has the votes of {votes.shape[1]} raters; agreement needs two. It has no rater view."
         )
-    given = votes != MISSING_VOTE
-    n_votes, n_for = given.sum(axis=1), (votes == 1).sum(axis=1)
+    n_votes, n_for = (votes != MISSING_VOTE).sum(axis=1), (votes == 1).sum(axis=1)
     agreed = (n_for == 0) | (n_for == n_votes)
     parts = [ensemble.select((n_votes >= 2) & rows) for rows in (agreed, ~agreed)]
     unanimous, disputed = (judge(part, resampling=resampling) if len(part) else None for part in parts)
-    raters = [
-        _rater(ensemble, votes[:, k], n_votes - given[:, k], n_for - (votes[:, k] == 1), resampling)
-        for k in range(votes.shape[1])
-    ]
+    raters = [_rater(ensemble, votes[:, k], np.delete(votes, k, axis=1), resampling) for k in range(votes.shape[1])]
     differences = adjusted([rater.difference for rater in raters])
     return RaterView(
         unanimous=unanimous,
@@ -99,10 +95,10 @@ def by_agreement(ensemble: Ensemble, votes: NDArray[np.integer], *, resampling: 
 def _rater(
     ensemble: Ensemble,
     vote: NDArray[np.integer],
-    n_others: NDArray[np.integer],
-    n_others_for: NDArray[np.integer],
+    others: NDArray[np.integer],
     resampling: Resampling,
 ) -> Rater:
+    n_others, n_others_for = (others != MISSING_VOTE).sum(axis=1), (others == 1).sum(axis=1)
     missing = (vote == MISSING_VOTE) | (n_others == 0)
     tied = ~missing & (2 * n_others_for == n_others)
     rows = ~(missing | tied)

@@ -10,8 +10,9 @@ docs/decisions/evidence.md measures by how much, and what is done about it here.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 
 import numpy as np
 from numpy.typing import NDArray
@@ -110,6 +111,11 @@ class Resampled:
     n_clusters: int
     level: float
 
+    def spread(self, name: str, combine: Callable[[NDArray[np.float64]], NDArray[np.float64]]) -> Spread:
+        """Measure the spread of what `combine` makes of a figure of the tallies: of (R, ...) numbers (...)."""
+        value, drawn, without = (combine(figures[name]) for figures in (self.value, self.drawn, self.without))
+        return make_spread(float(value), drawn, without, n_clusters=self.n_clusters)
+
 
 def resample(
     tallies: Sequence[Tally], n_clusters: int, resampling: Resampling, *, names: Collection[str] = NAMES
@@ -150,10 +156,7 @@ def _left_out(n_clusters: int) -> Iterator[NDArray[np.intp]]:
         return
     step = max(1, _BLOCK // max(1, n_clusters))
     for start in range(0, n_clusters, step):
-        b = min(step, n_clusters - start)
-        count = np.ones((b, n_clusters), dtype=np.intp)
-        count[np.arange(b), start + np.arange(b)] = 0
-        yield count
+        yield 1 - np.eye(min(step, n_clusters - start), n_clusters, start, dtype=np.intp)
 
 
 @dataclass(frozen=True, eq=False)
@@ -247,15 +250,5 @@ def interval(name: str, spread: Spread, level: float) -> Interval:
 def intervals(resampled: Resampled, model: int) -> dict[str, Interval]:
     """Give every figure of one of the tallies its interval."""
     return {
-        name: interval(
-            name,
-            make_spread(
-                float(value[model]),
-                resampled.drawn[name][model],
-                resampled.without[name][model],
-                n_clusters=resampled.n_clusters,
-            ),
-            resampled.level,
-        )
-        for name, value in resampled.value.items()
+        name: interval(name, resampled.spread(name, itemgetter(model)), resampled.level) for name in resampled.value
     }

@@ -34,11 +34,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from features.console import UserError
+from features.display import html_table
 from features.entry import store_key
 from features.files import PARTIAL, move_folder, write_file, writing
 from features.samples import Samples
 from probe.evidence import evaluate
-from probe.metrics import RunMetrics
+from probe.metrics import COMPARED, RunMetrics
 from probe.predictions import (
     Predictions,
     parse_predictions,
@@ -207,17 +208,16 @@ class RunRecord:
     def _repr_html_(self) -> str:
         if self.metrics is None:
             return f"<p>{escape(repr(self))}</p>"
-        rows = "".join(
-            f"<tr><td>{escape(name)}</td><td>{figures.n:,}</td>"
-            + "".join(
-                f"<td>{figures.folds[figure].mean:.3f} ± {figures.folds[figure].std:.3f}</td>"
-                for figure in ("balanced_accuracy", "auroc")
+        rows = [
+            (
+                name,
+                f"{one.n:,}",
+                *(f"{one.folds[figure].mean:.3f} ± {one.folds[figure].std:.3f}" for figure in COMPARED),
             )
-            + "</tr>"
-            for name, figures in self.metrics.sets.items()
-        )
-        head = "<tr><th>set</th><th>patches</th><th>balanced accuracy</th><th>AUROC</th></tr>"
-        return f"<p>{escape(repr(self))}; mean ± std over {self.folds.n} fold models</p><table>{head}{rows}</table>"
+            for name, one in self.metrics.sets.items()
+        ]
+        caption = f"{self!r}; mean ± std over {self.folds.n} fold models"
+        return html_table(("set", "patches", "balanced accuracy", "AUROC"), rows, caption=caption)
 
     @property
     def figures(self) -> RunMetrics:
@@ -293,7 +293,6 @@ def write_run(
     weights: Mapping[str, NDArray[Any]],
     seconds: float,
     files: Mapping[str, bytes] | None = None,
-    metrics: RunMetrics | None = None,
 ) -> RunRecord:
     """Write a new run's folder, whole or not at all.
 
@@ -305,7 +304,6 @@ def write_run(
         weights: name to array, saved as `weights.safetensors`.
         seconds: what the run took.
         files: name to content of whatever else the run keeps.
-        metrics: of the predictions; None to compute them.
 
     Returns:
         The run as it was written. The name of its folder is its id.
@@ -329,7 +327,6 @@ def write_run(
                 tables=tables,
                 seconds=seconds,
                 files=files,
-                metrics=metrics,
             )
             move_folder(unfinished, runs / run_id)
     except BaseException:
@@ -346,14 +343,13 @@ def finish_run(
     tables: Mapping[str, Samples],
     seconds: float,
     files: Mapping[str, bytes] | None = None,
-    metrics: RunMetrics | None = None,
 ) -> RunRecord:
     """Complete a folder that holds a run's weights: predictions, tables, metrics, and last `run.json`. See `write_run`.
 
     Raises:
         OSError: if the folder cannot be written.
     """
-    metrics = evaluate(predictions) if metrics is None else metrics
+    metrics = evaluate(predictions)
     contents: dict[str, Iterable[bytes]] = {
         "predictions.csv": predictions_csv(predictions),
         "samples.csv": samples_csv(predictions, tables),
@@ -413,25 +409,21 @@ def read_run(folder: Path) -> RunRecord:
         UserError: if the folder is no run, one of a newer format, or not as it was written.
     """
     folder = Path(folder)
-    try:
-        contents = {name: (folder / name).read_bytes() for name in ("run.json", "metrics.json")}
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise UserError(
-            f"{folder} is not a finished run: {Path(error.filename).name} is missing. Expected a folder written "
-            "by fm-probe or fm-finetune; an interrupted training goes on with fm-finetune --resume."
-        ) from error
-    raw = _parsed(folder, "run.json", lambda: _json_object(contents["run.json"]))
+    for name in ("run.json", "metrics.json"):
+        if not (folder / name).is_file():
+            raise UserError(
+                f"{folder} is not a finished run: {name} is missing. Expected a folder written by fm-probe or "
+                "fm-finetune; an interrupted training goes on with fm-finetune --resume."
+            )
+    raw = _parsed(folder, "run.json", lambda: _json_object((folder / "run.json").read_bytes()))
     if raw.get("format") != RUN_FORMAT:
         raise UserError(
             f"{folder} is a run of format {raw.get('format')}; this version reads format {RUN_FORMAT}. "
             "Update mitofm, or run the command again."
         )
-    digests = _digests(raw)
-    if digests.get("run.json") not in (None, _own_digest(raw)):
+    if _digests(raw).get("run.json") not in (None, _own_digest(raw)):
         raise _not_as_written(folder / "run.json")
-    metrics = _parsed(folder, "metrics.json", lambda: RunMetrics.from_dict(_json_object(contents["metrics.json"])))
-    if digests.get("metrics.json") not in (None, hashlib.sha256(contents["metrics.json"]).hexdigest()):
-        raise _not_as_written(folder / "metrics.json")
+    metrics = read_checked(folder, "metrics.json", parse=lambda text: RunMetrics.from_dict(_json_object(text)))
     record = _parsed(folder, "run.json", lambda: RunRecord.from_json(raw))
     missing = [name for name in ("id", "created") if not getattr(record, name)]
     if missing:
@@ -439,8 +431,8 @@ def read_run(folder: Path) -> RunRecord:
     return replace(record, metrics=metrics, folder=folder)
 
 
-def _json_object(content: bytes) -> dict[str, Any]:
-    record = json.loads(content.decode())
+def _json_object(content: str | bytes) -> dict[str, Any]:
+    record = json.loads(content)
     if not isinstance(record, dict):
         raise ValueError("expected a JSON object")
     return record
@@ -466,9 +458,7 @@ def read_predictions(folder: Path) -> Predictions:
 def read_samples(folder: Path, predictions: Predictions) -> dict[str, Samples]:
     """Read the patch tables of a run, by dataset, from its samples.csv.
 
-    Args:
-        folder: of the run.
-        predictions: of the run. Early runs have no samples.csv: their tables hold what the predictions tell.
+    Early runs have none: their tables hold what the predictions tell.
 
     Raises:
         UserError: if the file is not the one that the run wrote, or is damaged.
@@ -489,12 +479,7 @@ def read_samples(folder: Path, predictions: Predictions) -> dict[str, Samples]:
 
 
 def read_checked(folder: Path, name: str, *, parse: Callable[[str], Parsed]) -> Parsed:
-    """Read a text file of a run and compare it with the digest in run.json.
-
-    Args:
-        folder: of the run.
-        name: of the file.
-        parse: makes the result of the text; raises ValueError if the text is damaged.
+    """Read a text file of a run and compare it with the digest in run.json; `parse` raises ValueError of damage.
 
     Raises:
         UserError: if the file is missing, damaged, or not the one that the run wrote.

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from probe.metrics import mid_ranks
-from probe.resample import Resampled, make_spread
+from probe.resample import Resampled
 
 
 @dataclass(frozen=True)
@@ -63,13 +63,8 @@ _Test = TypeVar("_Test", Difference, DeLong)
 
 def difference(resampled: Resampled, name: str, first: int, second: int) -> Difference:
     """Compare a figure of two tallies on the same resamples: first minus second; `p_holm` stays NaN."""
-
-    def subtract(values: NDArray[np.float64]) -> NDArray[np.float64]:
-        return np.asarray(values[first] - values[second])
-
-    value = float(subtract(resampled.value[name]))
-    drawn, without = subtract(resampled.drawn[name]), subtract(resampled.without[name])
-    spread = make_spread(value, drawn, without, n_clusters=resampled.n_clusters)
+    spread = resampled.spread(name, lambda values: values[first] - values[second])
+    value = spread.value
     if value == 0 and not spread.drawn.any():
         return Difference(0.0, 0.0, 0.0, 1.0, math.nan, spread.n_undefined)  # the two never differ
     low, high = np.clip(spread.ends(resampled.level), -1, 1).tolist()

@@ -116,7 +116,7 @@ def fit_streamed(
         theta, gradient = torch.zeros_like(step), torch.zeros_like(step)  # the point reached, and the gradient there
         norm = torch.full((F * S,), torch.inf, device=rows.device)
         unfinished = torch.arange(F * S, device=rows.device)
-        pairs: deque[_Pair] = deque(maxlen=MEMORY)
+        pairs: deque[tuple[Tensor, Tensor, Tensor]] = deque(maxlen=MEMORY)
         for k in range(MAX_PASSES):
             u = unfinished
             ahead = _gradient(rows, data, fold[u], ridge[u], theta[u] + step[u], logits, u)
@@ -138,7 +138,9 @@ def fit_streamed(
             u = u[norm[u] > tol]
             columns = evaluate(data, fold[u], ridge[u], theta[u])
             columns.gradient = gradient[u]
-            step[u], steps = _direction(data, basis, columns, [pair.of(u) for pair in pairs], tol=tol)
+            step[u], steps = _direction(
+                data, basis, columns, [tuple(part[u] for part in pair) for pair in pairs], tol=tol
+            )
             n_iter[u] += steps
         if len(unfinished):  # not converged: `logits` holds those of the last trial, not of theta
             u = unfinished
@@ -146,47 +148,38 @@ def fit_streamed(
     return in_original_units(data, fold, theta, logits=logits, norm=norm, n_iter=n_iter, tol=tol)
 
 
-@dataclass(frozen=True, eq=False)
-class _Pair:
-    """A step of all columns, the change of their gradients by it, and the inverse of the product of the two."""
+def _pair(which: Tensor, step: Tensor, change: Tensor, *, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Spread a step of some columns, and the change of their gradients by it, (k, d + 1) each, over all columns.
 
-    step: Tensor  # (K, d + 1)
-    change: Tensor  # (K, d + 1)
-    scale: Tensor  # (K, 1); 0 for columns that took no such step
-
-    def of(self, which: Tensor) -> _Pair:
-        return _Pair(self.step[which], self.change[which], self.scale[which])
-
-
-def _pair(which: Tensor, step: Tensor, change: Tensor, *, like: Tensor) -> _Pair:
-    """Make a pair of all columns; step and change, (k, d + 1) each, are those of `which`, others get zero."""
+    Returns:
+        The step and the change (K, d + 1), and the inverse of their product (K, 1); 0 for columns not in `which`.
+    """
     product = dot(step, change)[:, None]  # positive, as the loss is convex, but for rounding
-    pair = _Pair(torch.zeros_like(like), torch.zeros_like(like), torch.zeros_like(like[:, :1]))
-    pair.step[which], pair.change[which] = step, change
-    pair.scale[which] = torch.where(product > 0, 1 / product, 0)
-    return pair
+    steps, changes, scale = torch.zeros_like(like), torch.zeros_like(like), torch.zeros_like(like[:, :1])
+    steps[which], changes[which], scale[which] = step, change, torch.where(product > 0, 1 / product, 0)
+    return steps, changes, scale
 
 
 def _direction(
     data: Standardised,
     basis: tuple[Tensor, Tensor],
     columns: Columns,
-    pairs: Sequence[_Pair],
+    pairs: Sequence[tuple[Tensor, ...]],
     *,
     tol: float,
 ) -> tuple[Tensor, Tensor]:
     """Compute the L-BFGS direction (K, d + 1), a descent on the sample in place of a Hessian; and its steps (K,)."""
     shares = []
     columns.gradient = columns.gradient.clone()
-    for pair in reversed(pairs):
-        shares.append(pair.scale * dot(pair.step, columns.gradient)[:, None])
-        columns.gradient -= shares[-1] * pair.change
+    for taken, change, scale in reversed(pairs):
+        shares.append(scale * dot(taken, columns.gradient)[:, None])
+        columns.gradient -= shares[-1] * change
     target = (FALL * columns.gradient.abs().amax(dim=1)).clamp_min(max(0.1 * tol, FLOOR))
     start, budget = columns.theta, torch.full((len(target),), MAX_STEPS, device=target.device)
     reached, steps = descend(data, data.fast, basis, columns, target=target, budget=budget)
     step = reached - start
-    for pair, share in zip(pairs, reversed(shares), strict=True):
-        step -= (share + pair.scale * dot(pair.change, step)[:, None]) * pair.step
+    for (taken, change, scale), share in zip(pairs, reversed(shares), strict=True):
+        step -= (share + scale * dot(change, step)[:, None]) * taken
     return step, steps
 
 

@@ -20,7 +20,7 @@ def only(**changes) -> AugmentOptions:
 
 
 def draws(n: int, seed: int = 0) -> torch.Tensor:
-    return draw(n, OFF, generator=torch.Generator().manual_seed(seed))
+    return draw(n, generator=torch.Generator().manual_seed(seed))
 
 
 def images(n: int, size: int = 24) -> torch.Tensor:
@@ -234,7 +234,7 @@ def test_changes_together_are_those_of_a_plain_computation(factors):
     generator = torch.Generator().manual_seed(5)
     batch = 0.3 + 0.4 * torch.rand(6, 3, 20, 29, generator=generator, dtype=torch.float64)
     batch *= torch.linspace(0.7, 1.0, 6, dtype=torch.float64).view(6, 1, 1, 1)  # no two images have the same mean
-    numbers = draw(6, options, generator=generator)
+    numbers = draw(6, generator=generator)
     found = augment(batch, numbers, size=17, options=options).numpy()
     for image, own, changed in zip(batch.numpy(), numbers.double().numpy(), found, strict=True):
         warped = plainly_warped(image, own, 17, options)

@@ -308,7 +308,7 @@ def test_a_training_killed_after_any_epoch_ends_as_if_it_had_not_been(
 
 
 MOMENTS = {
-    "before training": (setup, "_pixels", 1, 1),
+    "before training": (finetuning, "load_training_set", 1, 1),
     "before a network is trained": (finetuning, "train", 1, 2),
     "while folds are saved": (finetuning, "fold_folder", 2, 2),
     "before scoring": (finetuning, "score", 1, 1),

@@ -19,16 +19,16 @@ from probe.curve import (
     DRAWS,
     CurvePoint,
     curve_csv,
-    curve_tables,
     draw_subsets,
     parse_fractions,
     read_curve,
     summarise,
 )
-from probe.linear import fit_exact, fit_subset
+from probe.linear import fit_exact
 from probe.logistic import fit_logistic
 from probe.metrics import balanced_log_loss
 from probe.probing import ProbeOptions, probe_store
+from probe.report.terminal import curve_tables
 from probe.runs import read_run
 
 WIDTH = 8
@@ -152,7 +152,7 @@ def test_all_slides_are_the_runs_own_fit():
     X = embeddings(samples)
     (subset,) = subsets_of(samples, (1.0,))
     whole = fit_exact(X, samples.label, folds=folds, strengths=STRENGTHS)
-    again = fit_subset(X, samples.label, folds=folds, subset=subset, strengths=STRENGTHS)
+    again = fit_exact(X, samples.label, folds=folds, subset=subset, strengths=STRENGTHS)
     # Where a copy of the same rows lies in memory decides how products are cut up, so their last digits.
     rounded = {"max_gradient": None, "inner_loss": None}
     assert replace(again.fit, **rounded) == replace(whole.fit, **rounded)
@@ -172,7 +172,7 @@ def test_the_strength_is_chosen_on_the_subsets_labels_alone():
     folds, _ = cut(samples)
     X, y = embeddings(samples), samples.label
     for subset in subsets_of(samples, (0.4,)):
-        probe = fit_subset(X, y, folds=folds, subset=subset, strengths=STRENGTHS)
+        probe = fit_exact(X, y, folds=folds, subset=subset, strengths=STRENGTHS)
         for f in range(N_FOLDS):
             losses = np.zeros(len(STRENGTHS))
             for g in set(range(N_FOLDS)) - {f}:
@@ -233,7 +233,7 @@ def test_fractions_are_read_distinct_and_ascending():
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("0.1,half", r"'half' is no number.*such as"),
+        ("0.1,half", r"could not convert.* 'half'.*such as"),
         ("", r"names none"),
         ("0,0.5", r"0 is no share.*more than 0 and at most 1"),
         ("25", r"25 is no share"),
@@ -335,7 +335,7 @@ def test_tables_lay_models_beside_each_other_per_set():
     cells = [list(column.cells) for column in tables[0].columns]
     assert cells[0] == ["a", "", "b", ""]
     assert cells[1] == ["0.25", "1"] * 2
-    assert cells[4] == ["0.7500 ± 0.0000"] * 2 + ["none"] * 2
+    assert cells[4] == ["0.7500 ± 0.0000"] * 2 + ["–"] * 2
 
 
 def test_the_command_shows_a_curve_and_speaks_json(store, tmp_path):

@@ -23,14 +23,13 @@ import numpy as np
 import pytest
 from conftest import REPOSITORY
 from PIL import Image
-from test_runs import edit_record
+from test_runs import edit_record, unscored
 
 from extract.datasets import load_dataset
 from features.folds import grouped_folds
 from features.samples import Samples, make_samples
 from features.store import FeatureStore
 from finetune.report import make_report, write_report
-from probe.metrics import RunMetrics
 from probe.predictions import concatenate, predictions_of, threshold_of
 from probe.probing import ProbeOptions, probe_store
 from probe.report.collect import collect
@@ -162,15 +161,15 @@ def adapted(runs: Path, like: Path, samples: Samples) -> Path:
         cost=Cost(images_per_second=70.0),
         learning_curve=None,
     )
-    written = write_run(
-        runs,
-        record,
-        predictions=predictions,
-        tables={"patches": samples},
-        metrics=RunMetrics(0.5, {}),
-        weights={},
-        seconds=12.0,
-    )
+    with unscored():
+        written = write_run(
+            runs,
+            record,
+            predictions=predictions,
+            tables={"patches": samples},
+            weights={},
+            seconds=12.0,
+        )
     assert written.folder is not None
     return written.folder
 
@@ -420,6 +419,7 @@ def choose(page: Page, wanted: dict[str, str], form: str = "#filters") -> None:
     for name, value in wanted.items():
         if name == "search":
             page.fill(f"{form} [name=search]", value)
+            page.press(f"{form} [name=search]", "Enter")  # sends the form nowhere
         elif name in ("set", "domain") and value:
             page.select_option(f"{form} [name={name}]", label=value)
         else:
@@ -878,15 +878,15 @@ def large(tmp_path_factory) -> Path:
     for model in ("one", "two"):
         scores = rng.standard_normal(MANY) + samples.label
         predictions = predictions_of("many", samples, split="validation", fold=folds.fold, logit=scores)
-        write_run(
-            folder / "runs",
-            replace(record, model=model),
-            predictions=predictions,
-            tables={"many": samples},
-            metrics=RunMetrics(0.5, {}),
-            weights={},
-            seconds=1,
-        )
+        with unscored():
+            write_run(
+                folder / "runs",
+                replace(record, model=model),
+                predictions=predictions,
+                tables={"many": samples},
+                weights={},
+                seconds=1,
+            )
     runs, notes = read_runs(folder / "runs")
     report = collect(runs, notes, resampling=QUICK)
     of = select_patches(report, runs)

@@ -6,8 +6,10 @@ import csv
 import json
 import sys
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -134,18 +136,23 @@ def made_run(
         "folds": {"n": N_FOLDS, "source": "grouped", "digest": digest, "seed": 42},
     }
     unwritten = {"id": "", "created": "", "versions": {}, "cost": {}}
-    written = write_run(
-        runs,
-        RunRecord.from_json(unwritten | told | record),
-        predictions=predicted(tables, train, signal=signal, seed=seed) if predictions is None else predictions,
-        tables=tables,
-        metrics=RunMetrics(0.5, {}),
-        weights={"coef": np.zeros((N_FOLDS, 8), dtype=np.float32), "intercept": np.zeros(N_FOLDS)},
-        seconds=1.0,
-        files=files,
-    )
+    with unscored():
+        written = write_run(
+            runs,
+            RunRecord.from_json(unwritten | told | record),
+            predictions=predicted(tables, train, signal=signal, seed=seed) if predictions is None else predictions,
+            tables=tables,
+            weights={"coef": np.zeros((N_FOLDS, 8), dtype=np.float32), "intercept": np.zeros(N_FOLDS)},
+            seconds=1.0,
+            files=files,
+        )
     assert written.folder is not None
     return written.folder
+
+
+def unscored() -> AbstractContextManager[Any]:
+    """Runs are written without figures meanwhile, which would take longer than all else."""
+    return mock.patch("probe.runs.evaluate", return_value=RunMetrics(0.5, {}))
 
 
 def edit_record(folder: Path, **changes: Any) -> None:

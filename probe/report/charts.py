@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from markupsafe import Markup
+
+from probe.metrics import Interval
 
 N_STYLES = 8
 _ROW = 26  # height of a row of the interval plot
@@ -25,30 +27,27 @@ _MOST_LETTERS = 40
 
 @dataclass(frozen=True)
 class Row:
-    """A row of the interval plot; for every panel a value, its ends, and what else is marked.
+    """A row of the interval plot; for every panel a figure with its interval, and what else is marked.
 
     Attributes:
         label: the run.
         style: number of its line style.
-        value, low, high: per panel; NaN where there is none.
+        figures: per panel; NaN where there is none.
         folds: per panel, what each fold model reaches.
         published: per panel, (source, value, hint on it) of published figures.
     """
 
     label: str
     style: int
-    value: Sequence[float]
-    low: Sequence[float]
-    high: Sequence[float]
+    figures: Sequence[Interval]
     folds: Sequence[Sequence[float]]
     published: Sequence[Sequence[tuple[str, float, str]]]
 
 
 @dataclass(frozen=True)
 class Line:
-    """A line of a square plot: (x, y) points, a label, and the hint shown on it."""
+    """A line of a square plot: (x, y) points, and the hint shown on it."""
 
-    label: str
     style: int
     points: Sequence[tuple[float, float]]
     hint: str
@@ -68,7 +67,7 @@ def intervals(panels: Sequence[str], rows: Sequence[Row], *, title: str) -> Mark
             value
             for row in rows
             for value in (
-                *(row.value[panel], row.low[panel], row.high[panel], *row.folds[panel]),
+                *(row.figures[panel].value, row.figures[panel].low, row.figures[panel].high, *row.folds[panel]),
                 *(value for _, value, _ in row.published[panel]),
             )
             if math.isfinite(value)
@@ -89,14 +88,12 @@ def _marks(row: Row, panel: int, scale: _Scale, y: float) -> Iterator[Markup]:
     for value in row.folds[panel]:
         if math.isfinite(value):
             yield _line(scale(value), y - 6, scale(value), y + 6, "fold")
-    low, high, value = row.low[panel], row.high[panel], row.value[panel]
+    low, high, value = row.figures[panel].low, row.figures[panel].high, row.figures[panel].value
     hint = f"{row.label}: {value:.3f}" + (f" ({low:.3f} to {high:.3f})" if math.isfinite(low) else "")
     if math.isfinite(low):
-        yield Markup('<g class="s{}">{}</g>').format(row.style, _line(scale(low), y, scale(high), y, "interval", hint))
+        yield _line(scale(low), y, scale(high), y, f"interval s{row.style}", hint)
     if math.isfinite(value):
-        yield Markup('<circle class="dot s{}" cx="{:.1f}" cy="{:.1f}" r="4.5"><title>{}</title></circle>').format(
-            row.style, scale(value), y, hint
-        )
+        yield _circle(scale(value), y, 4.5, f"dot s{row.style}", hint)
     for source, published, hint in row.published[panel]:
         shape = "M0-5L5 0L0 5L-5 0Z" if source == "table-3" else "M-4-4H4V4H-4Z"
         yield Markup(
@@ -126,17 +123,12 @@ def reliability(bins: Sequence[tuple[float, float, int]], *, title: str, style: 
     most = max((count for _, _, count in bins), default=1)
     for mean, rate, count in bins:
         hint = f"{count:,} patches: probability {mean:.2f}, observed {rate:.2f}"
-        body.append(
-            Markup('<circle class="bin s{}" cx="{:.1f}" cy="{:.1f}" r="{:.1f}"><title>{}</title></circle>').format(
-                style, across(mean), up(rate), 3 + 8 * math.sqrt(count / most), hint
-            )
-        )
+        body.append(_circle(across(mean), up(rate), 3 + 8 * math.sqrt(count / most), f"bin s{style}", hint))
     return _svg(_MARGIN + 204, 244, title, body)
 
 
 def over_slides(lines: Sequence[Line], *, title: str, y: str) -> Markup:
-    """Draw learning curves: a figure over the number of training slides; points without a figure are left out."""
-    lines = [_defined(line) for line in lines]
+    """Draw learning curves: a figure over the number of training slides."""
     xs = [x for line in lines for x, _ in line.points]
     ys = [
         y + sign * spread
@@ -151,18 +143,10 @@ def over_slides(lines: Sequence[Line], *, title: str, y: str) -> Markup:
     body = list(_axes(across, up, slides, ticks, "training slides", y))
     for line in lines:
         for (at, value), spread in zip(line.points, line.spread, strict=True):
-            bar = _line(across(at), up(value - spread), across(at), up(value + spread), "thin")
-            dot = Markup('<circle class="dot s{}" cx="{:.1f}" cy="{:.1f}" r="3"/>').format(
-                line.style, across(at), up(value)
-            )
-            body += [Markup('<g class="s{}">{}</g>').format(line.style, bar), dot]
+            body.append(_line(across(at), up(value - spread), across(at), up(value + spread), f"thin s{line.style}"))
+            body.append(_circle(across(at), up(value), 3, f"dot s{line.style}"))
         body.append(_curve(line, across, up))
     return _svg(_MARGIN + _SIDE + 14, _SIDE + 54, title, body)
-
-
-def _defined(line: Line) -> Line:
-    kept = [(point, spread) for point, spread in zip(line.points, line.spread, strict=True) if math.isfinite(point[1])]
-    return replace(line, points=[point for point, _ in kept], spread=[spread for _, spread in kept])
 
 
 @dataclass(frozen=True)
@@ -207,15 +191,25 @@ def _curve(line: Line, across: _Scale, up: _Scale) -> Markup:
 
 
 def _line(x1: float, y1: float, x2: float, y2: float, name: str, hint: str = "") -> Markup:
-    title = Markup("<title>{}</title>").format(hint) if hint else Markup()
     return Markup('<line class="{}" x1="{:.1f}" y1="{:.1f}" x2="{:.1f}" y2="{:.1f}">{}</line>').format(
-        name, x1, y1, x2, y2, title
+        name, x1, y1, x2, y2, _titled(hint)
+    )
+
+
+def _circle(x: float, y: float, r: float, name: str, hint: str = "") -> Markup:
+    return Markup('<circle class="{}" cx="{:.1f}" cy="{:.1f}" r="{:.1f}">{}</circle>').format(
+        name, x, y, r, _titled(hint)
     )
 
 
 def _text(x: float, y: float, text: str, name: str, hint: str = "") -> Markup:
-    title = Markup("<title>{}</title>").format(hint) if hint and hint != text else Markup()
+    title = _titled(hint if hint != text else "")
     return Markup('<text class="{}" x="{:.1f}" y="{:.1f}">{}{}</text>').format(name, x, y, text, title)
+
+
+def _titled(hint: str) -> Markup:
+    """Make what a browser shows when one points at a shape."""
+    return Markup("<title>{}</title>").format(hint) if hint else Markup()
 
 
 def _short(text: str) -> str:

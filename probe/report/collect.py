@@ -11,7 +11,7 @@ import os
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from html import escape
 
 import numpy as np
@@ -115,7 +115,7 @@ class Report:
         labels: of the runs, by date.
         train: the dataset that all runs were trained on.
         fold_digest, n_folds: of the assignment that all runs share.
-        resampling: how resamples were drawn; its key in JSON is `how`.
+        how: resamples were drawn.
         sets: the test sets, that of the training dataset first, then the out-of-fold predictions.
         notes: what a reader must know: sets that runs lack, identical patches, what was left out.
     """
@@ -126,7 +126,7 @@ class Report:
     train: str
     fold_digest: str
     n_folds: int
-    resampling: Resampling = field(metadata={"key": "how"})
+    how: Resampling
     sets: tuple[SetReport, ...]
     notes: tuple[str, ...]
 
@@ -139,12 +139,7 @@ class Report:
 
 
 def collect(runs: Sequence[Run], notes: Sequence[str] = (), *, resampling: Resampling = Resampling()) -> Report:
-    """Compare runs on every set that any of them has.
-
-    Args:
-        runs: of `read_runs`.
-        notes: to begin with.
-        resampling: how resamples are drawn.
+    """Compare runs, of `read_runs`, on every set that any of them has; the report's notes begin with those given.
 
     Raises:
         UserError: if runs disagree on a set's patches, labels or slides.
@@ -178,7 +173,7 @@ def collect(runs: Sequence[Run], notes: Sequence[str] = (), *, resampling: Resam
         train=first.train,
         fold_digest=first.folds.digest,
         n_folds=first.folds.n,
-        resampling=resampling,
+        how=resampling,
         sets=tuple(sets),
         notes=tuple(dict.fromkeys(all_notes)),
     )
@@ -192,17 +187,8 @@ def _set_report(runs: Sequence[Run], dataset: str, split: str, resampling: Resam
     # The patch table in each run's order of patches.
     tables = {label: table.select(rows_of(ensemble, table.id)) for label, ensemble in ensembles.items()}
     samples = next(iter(tables.values()))
-    raters, domains = {}, {}
-    if ((samples.votes != MISSING_VOTE).sum(axis=1) >= 2).any():
-        raters = {
-            label: by_agreement(ensemble, tables[label].votes, resampling=resampling)
-            for label, ensemble in ensembles.items()
-        }
-    if len(set(samples.domain.tolist()) - {""}) >= 2:
-        domains = {
-            label: by_domain(ensemble, tables[label].domain, resampling=resampling)
-            for label, ensemble in ensembles.items()
-        }
+    has_raters = ((samples.votes != MISSING_VOTE).sum(axis=1) >= 2).any()
+    has_domains = len(set(samples.domain.tolist()) - {""}) >= 2
     return SetReport(
         dataset=dataset,
         split=split,
@@ -213,8 +199,16 @@ def _set_report(runs: Sequence[Run], dataset: str, split: str, resampling: Resam
         folds={run.label: fold_figures(run.predictions, dataset, split) for run in scored},
         confusion={label: _confusion(ensemble) for label, ensemble in ensembles.items()},
         curves={label: _curves(ensemble) for label, ensemble in ensembles.items()},
-        raters=raters,
-        domains=domains,
+        raters={
+            label: by_agreement(ensemble, tables[label].votes, resampling=resampling)
+            for label, ensemble in ensembles.items()
+            if has_raters
+        },
+        domains={
+            label: by_domain(ensemble, tables[label].domain, resampling=resampling)
+            for label, ensemble in ensembles.items()
+            if has_domains
+        },
         missing=tuple(run.label for run in runs if run not in scored),
     )
 

@@ -17,11 +17,11 @@ const theme = document.getElementById("theme");
 const reveal = (...elements) => elements.forEach((element) => { element.hidden = false; });
 const prefersDark = matchMedia("(prefers-color-scheme: dark)");
 const isDark = () => (document.documentElement.dataset.theme ?? (prefersDark.matches ? "dark" : "light")) === "dark";
-const redraws = [];
+let redraw = () => {}; // the map, where there is one
 const themed = () => {
   theme.textContent = isDark() ? "Light" : "Dark";
   theme.setAttribute("aria-label", `Switch to the ${isDark() ? "light" : "dark"} theme`);
-  for (const redraw of redraws) redraw();
+  redraw();
 };
 reveal(theme);
 theme.addEventListener("click", () => {
@@ -81,31 +81,33 @@ const sheetOf = (number) => {
   }
   return decoded.get(number);
 };
-const drawPatch = async (canvas, row) => {
+// A canvas of a patch, which is drawn once its sheet has been decoded.
+const canvasOf = (row, scale) => {
+  const canvas = make("canvas");
+  canvas.width = canvas.height = Math.max(size, 1) * scale;
   const number = picture[row];
-  canvas.dataset.row = row;
-  if (number < 0) return;
-  const image = await sheetOf(Math.floor(number / (side * side)));
-  if (canvas.dataset.row !== String(row)) return; // another patch was asked for meanwhile
-  const inSheet = number % (side * side);
-  const context = canvas.getContext("2d");
-  context.imageSmoothingQuality = "high";
-  context.drawImage(image, (inSheet % side) * size, Math.floor(inSheet / side) * size, size, size, 0, 0, canvas.width, canvas.height);
+  if (number < 0) return canvas;
+  sheetOf(Math.floor(number / (side * side))).then((image) => {
+    const inSheet = number % (side * side);
+    const context = canvas.getContext("2d");
+    context.imageSmoothingQuality = "high";
+    context.drawImage(image, (inSheet % side) * size, Math.floor(inSheet / side) * size, size, size, 0, 0, canvas.width, canvas.height);
+  });
+  return canvas;
 };
 
 // -------------------------------------------------------------------------------------------------------------- patches
-const votesOf = (row) => data.votes[data.vote[row]];
+const votesOf = (row) => [...data.votes[data.vote[row]]].filter((vote) => vote !== "-");
+const positives = (votes) => votes.filter((vote) => vote === "1").length;
 const dissent = (row) => {
-  const given = [...votesOf(row)].filter((vote) => vote !== "-");
-  const positive = given.filter((vote) => vote === "1").length;
-  return given.length < 2 ? 0 : Math.min(positive, given.length - positive) / given.length;
+  const votes = votesOf(row);
+  return votes.length < 2 ? 0 : Math.min(positives(votes), votes.length - positives(votes)) / votes.length;
 };
 const thresholdOf = (run, row) => data.thresholds[run][data.set[row]];
-const saysPositive = (run, row) => data.probability[run][row] >= thresholdOf(run, row);
 const has = (run, row) => data.probability[run][row] !== null;
 const outcome = (run, row) => {
   if (!has(run, row)) return "none";
-  const positive = saysPositive(run, row);
+  const positive = data.probability[run][row] >= thresholdOf(run, row);
   return positive === (data.label[row] === 1) ? "right" : positive ? "alarm" : "missed";
 };
 const OUTCOMES = {
@@ -125,8 +127,8 @@ const spread = (row) => {
 };
 const describe = (row) => {
   const lines = [`label ${data.names[data.label[row]]}`];
-  const votes = [...votesOf(row)].filter((vote) => vote !== "-");
-  if (votes.length) lines[0] += `, votes ${votes.filter((vote) => vote === "1").length}/${votes.length}`;
+  const votes = votesOf(row);
+  if (votes.length) lines[0] += `, votes ${positives(votes)}/${votes.length}`;
   const from = [data.groups[data.group[row]], data.domains[data.domain[row]]].filter(Boolean);
   if (from.length) lines.push(from.join(", "));
   return lines;
@@ -144,9 +146,7 @@ let found = [];
 let shown = 0;
 
 data.domains.map((name, k) => [name, k]).filter(([name]) => name).sort().forEach(([name, k]) => {
-  const option = make("option", name);
-  option.value = k;
-  filters.elements.domain.append(option);
+  filters.elements.domain.append(new Option(name, k));
 });
 for (const [name, empty] of [["domain", data.domains.every((d) => !d)], ["agreement", data.votes.every((v) => v.length < 2)]]) {
   filters.elements[name].disabled = empty;
@@ -155,8 +155,7 @@ for (const [name, empty] of [["domain", data.domains.every((d) => !d)], ["agreem
 const tileOf = (row, run) => {
   const is = outcome(run, row);
   const tile = make("figure", undefined, `tile ${is === "right" || is === "none" ? is : "wrong"}`);
-  const canvas = make("canvas");
-  canvas.width = canvas.height = Math.max(size, 1);
+  const canvas = canvasOf(row, 1);
   canvas.setAttribute("role", "img");
   canvas.setAttribute("aria-label", `Patch ${data.id[row]}`);
   const caption = make("figcaption");
@@ -166,7 +165,6 @@ const tileOf = (row, run) => {
   caption.append(make("div", data.id[row], "ends"), make("div", data.sets[data.set[row]].title, "ends"));
   tile.title = [data.id[row], ...scoresOf(row)].join("\n");
   tile.append(canvas, caption);
-  drawPatch(canvas, row);
   return tile;
 };
 
@@ -207,7 +205,6 @@ const filter = () => {
   showMore();
 };
 filters.addEventListener("input", filter);
-filters.addEventListener("submit", (event) => event.preventDefault());
 more.addEventListener("click", () => {
   const first = tiles.children.length;
   showMore();
@@ -233,57 +230,47 @@ if (canvas) {
   const fillAxes = () => {
     const map = data.maps[Number(chosen.map.value)];
     for (const [k, select] of [chosen.x, chosen.y].entries()) {
-      select.replaceChildren(...map.explained.map((share, component) => {
-        const option = make("option", `component ${component + 1} (${(100 * share).toFixed(1)} %)`);
-        option.value = component;
-        return option;
-      }));
+      const names = map.explained.map((share, component) => `component ${component + 1} (${(100 * share).toFixed(1)} %)`);
+      select.replaceChildren(...names.map((name, component) => new Option(name, component)));
       select.value = Math.min(k, map.explained.length - 1);
     }
   };
 
   // Shape says the same as colour, so that the map reads without it.
-  const draw = (to, shape, x, y, colour, filled = true) => {
+  const draw = (to, shape, x, y, colour) => {
     to.beginPath();
     if (shape === 0) to.arc(x, y, 3.2, 0, 2 * Math.PI);
     else if (shape === 1) { to.moveTo(x, y - 4.2); to.lineTo(x + 4, y + 3.2); to.lineTo(x - 4, y + 3.2); to.closePath(); }
     else if (shape === 2) to.rect(x - 3, y - 3, 6, 6);
     else { to.moveTo(x - 3.4, y - 3.4); to.lineTo(x + 3.4, y + 3.4); to.moveTo(x + 3.4, y - 3.4); to.lineTo(x - 3.4, y + 3.4); }
     if (shape === 3) { to.strokeStyle = colour; to.lineWidth = 1.6; to.stroke(); }
-    else if (filled) { to.fillStyle = colour; to.fill(); }
-    else { to.strokeStyle = colour; to.lineWidth = 1.2; to.stroke(); }
+    else { to.fillStyle = colour; to.fill(); }
   };
 
+  // How each patch looks: its entry in the legend, which is a text, a shape and a colour; none for what is left out there.
   const looks = () => {
     const run = Number(chosen.run.value);
-    const colours = [0, 1, 2, 3, 4, 5, 6, 7].map((k) => css(`--s${k}`));
-    switch (chosen.colour.value) {
-      case "outcome":
-        return {
-          of: (row) => ({ right: [0, css("--soft")], missed: [1, css("--s1")], alarm: [2, css("--s4")], none: [3, css("--rule")] })[outcome(run, row)],
-          legend: [["correct", 0, css("--soft")], [`missed ${data.names[1]}`, 1, css("--s1")], [`false ${data.names[1]}`, 2, css("--s4")]],
-        };
-      case "probability": {
-        const shade = (p) => `hsl(${220 - 195 * p} 75% ${isDark() ? 62 : 45}%)`;
-        return {
-          of: (row) => (has(run, row) ? [data.label[row] ? 1 : 0, shade(data.probability[run][row])] : [3, css("--rule")]),
-          legend: [[`${data.names[0]}, probability 0`, 0, shade(0)], ["probability 0.5", 0, shade(0.5)], [`${data.names[1]}, probability 1`, 1, shade(1)]],
-        };
-      }
-      case "set":
-        return {
-          of: (row) => [data.set[row] % 4, colours[data.set[row] % 8]],
-          legend: data.sets.map((set, k) => [set.title, k % 4, colours[k % 8]]),
-        };
-      default:
-        return {
-          of: (row) => (data.label[row] ? [1, css("--s1")] : [0, css("--s0")]),
-          legend: [[data.names[0], 0, css("--s0")], [data.names[1], 1, css("--s1")]],
-        };
-    }
+    const shade = (p) => `hsl(${220 - 195 * p} 75% ${isDark() ? 62 : 45}%)`;
+    const none = ["", 3, css("--rule")];
+    const [negative, positive] = data.names;
+    const right = ["correct", 0, css("--soft")];
+    const missed = [`missed ${positive}`, 1, css("--s1")];
+    const alarm = [`false ${positive}`, 2, css("--s4")];
+    const labels = [[negative, 0, css("--s0")], [positive, 1, css("--s1")]];
+    const sets = data.sets.map((set, k) => [set.title, k % 4, css(`--s${k % 8}`)]);
+    const shades = [[`${negative}, probability 0`, 0, 0], ["probability 0.5", 0, 0.5], [`${positive}, probability 1`, 1, 1]];
+    return {
+      label: { legend: labels, of: (row) => labels[data.label[row]] },
+      outcome: { legend: [right, missed, alarm], of: (row) => ({ right, missed, alarm, none })[outcome(run, row)] },
+      probability: {
+        legend: shades.map(([text, shape, p]) => [text, shape, shade(p)]),
+        of: (row) => (has(run, row) ? ["", data.label[row], shade(data.probability[run][row])] : none),
+      },
+      set: { legend: sets, of: (row) => sets[data.set[row]] },
+    }[chosen.colour.value];
   };
 
-  const redraw = () => {
+  redraw = () => {
     const ratio = window.devicePixelRatio || 1;
     const [width, height] = [760, 520];
     canvas.width = width * ratio;
@@ -302,7 +289,7 @@ if (canvas) {
       const x = MARGIN + (xs[row] / 1000) * (width - 2 * MARGIN);
       const y = height - MARGIN - (ys[row] / 1000) * (height - 2 * MARGIN);
       places.push([row, x, y]);
-      drawn.push([...look.of(row), x, y]);
+      drawn.push([...look.of(row).slice(1), x, y]);
     }
     drawn.sort((a, b) => a[0] - b[0]); // discs, the common case, below the other shapes
     for (const [shape, colour, x, y] of drawn) draw(context, shape, x, y, colour);
@@ -315,17 +302,14 @@ if (canvas) {
       item.append(sign, text);
       return item;
     }));
-    mark();
-  };
-
-  const mark = () => {
-    if (current < 0 || current >= places.length) return;
-    const [, x, y] = places[current];
-    context.beginPath();
-    context.arc(x, y, 7, 0, 2 * Math.PI);
-    context.strokeStyle = css("--ink");
-    context.lineWidth = 2;
-    context.stroke();
+    if (current >= 0) {
+      const [, x, y] = places[current];
+      context.beginPath();
+      context.arc(x, y, 7, 0, 2 * Math.PI);
+      context.strokeStyle = css("--ink");
+      context.lineWidth = 2;
+      context.stroke();
+    }
   };
 
   const select = (index) => {
@@ -333,11 +317,8 @@ if (canvas) {
     current = index;
     redraw();
     const row = places[index][0];
-    const large = make("canvas");
-    large.width = large.height = Math.max(size, 1) * 2;
-    drawPatch(large, row);
     const lines = [data.id[row], data.sets[data.set[row]].title, ...describe(row), ...scoresOf(row)];
-    point.replaceChildren(...(picture[row] >= 0 ? [large] : []), ...lines.map((line) => make("div", line)));
+    point.replaceChildren(...(picture[row] >= 0 ? [canvasOf(row, 2)] : []), ...lines.map((line) => make("div", line)));
   };
 
   const nearest = (x, y, accept = () => true) => {
@@ -377,9 +358,6 @@ if (canvas) {
     point.textContent = HINT;
     redraw();
   });
-  controls.addEventListener("submit", (event) => event.preventDefault());
   fillAxes();
-  redraws.push(redraw);
-  redraw();
 }
 themed();

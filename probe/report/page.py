@@ -13,21 +13,21 @@ import json
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from importlib.resources import files
 from typing import Any
 
 from markupsafe import Markup
 
 from features.console import printable
-from probe.evidence import COMPARED
-from probe.metrics import NAMES, as_dict
+from probe.metrics import COMPARED, NAMES, TITLES, as_dict
 from probe.report.charts import N_STYLES
 from probe.report.collect import Report, SetReport
 from probe.report.gallery import EmbeddingMap, GalleryPatches, Thumbnails
-from probe.report.provenance import provenance
+from probe.report.provenance import commands, facts
 from probe.report.published import SOURCES
 from probe.report.read import Run
-from probe.report.views import TITLES, costs, learning_views, set_view
+from probe.report.views import costs, set_view
 
 _PICTURES = Markup("<!--pictures-->")  # no name can be taken for it: the template escapes them
 # Control characters, and those that turn the direction of what follows a name.
@@ -71,8 +71,8 @@ def html(
         sources=SOURCES,
         views=[set_view(set_report, runs) for set_report in report.sets],
         costs={run.label: costs(run, sizes.get(run.record.model)) for run in runs},
-        learning=learning_views(report, runs),
-        provenance=[provenance(run) for run in runs],
+        facts=facts,
+        commands=commands,
         pictures=_PICTURES,
         has_pictures=has_pictures,
         maps=maps,
@@ -100,6 +100,7 @@ def _template() -> Any:
         "json": _json,
         "count": _count,
         "share": _share,
+        "indented": partial(json.dumps, indent=1),
     }
     return environment.from_string(_resource("page.html"))
 
@@ -121,8 +122,8 @@ def _figure(value: float | None, digits: int = 3) -> str:
     return "–" if value is None or not math.isfinite(value) else f"{value:.{digits}f}"
 
 
-def _signed(value: float, digits: int = 3) -> str:
-    return "–" if math.isnan(value) else f"{value:+.{digits}f}".replace("-", "−")
+def _signed(value: float) -> str:
+    return "–" if math.isnan(value) else f"{value:+.3f}".replace("-", "−")
 
 
 def _share(value: float) -> str:

@@ -2,42 +2,22 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import PurePath
 from typing import Any
 
-from probe.report.read import Run
 from probe.runs import RunRecord
 
 
-@dataclass(frozen=True)
-class Provenance:
-    """Where a run comes from.
-
-    Attributes:
-        label: of the run.
-        facts: a name and a value each: ids, digests, versions, cost.
-        commands: that would make it again.
-        options: what the user chose, as JSON.
-    """
-
-    label: str
-    facts: list[tuple[str, str]]
-    commands: list[str]
-    options: str
-
-
-def provenance(run: Run) -> Provenance:
-    """Gather what is known of a run's origin."""
-    record = run.record
+def facts(record: RunRecord) -> list[tuple[str, str]]:
+    """Gather what is known of a run's origin, a name and a value each: ids, digests, versions, cost."""
     weights = []
     if record.weights_sha256 is not None:
         weights = [("weights", f"{record.revision or 'local'}, SHA-256 {record.weights_sha256}")]
     costs = {name: value for name, value in asdict(record.cost).items() if value is not None}
-    facts = [
+    return [
         ("run", record.id),
         ("written", record.created),
         ("view, pooling", f"{record.view}, {record.pooling}"),
@@ -49,7 +29,6 @@ def provenance(run: Run) -> Provenance:
         ("versions", ", ".join(f"{name} {version}" for name, version in record.versions.items())),
         ("cost", ", ".join(f"{name} {value}" for name, value in costs.items())),
     ]
-    return Provenance(run.label, facts, commands(record), json.dumps(record.options, indent=1))
 
 
 def commands(record: RunRecord) -> list[str]:

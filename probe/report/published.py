@@ -30,14 +30,12 @@ class Published:
 
     Attributes:
         source: key of `SOURCES`.
-        date: year and month.
         model, method: as a run's record names them.
         dataset: the test set.
         figures: figure (`FIGURES`) to its value.
     """
 
     source: str
-    date: str
     model: str
     method: str
     dataset: str
@@ -55,7 +53,6 @@ def published() -> tuple[Published, ...]:
         return tuple(
             Published(
                 row["source"],
-                row["date"],
                 row["model"],
                 row["method"],
                 row["dataset"],

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from features.console import printable
+from probe.metrics import Interval
 from probe.report.collect import Report, SetReport
 from probe.report.published import FIGURES, SOURCES, published_for
 from probe.report.read import Run
@@ -22,6 +23,9 @@ class Cell:
     value: str
     aside: str = ""
     best: bool = False
+
+
+_NONE = Cell("–")
 
 
 @dataclass(frozen=True)
@@ -43,14 +47,23 @@ def grids(report: Report, runs: Sequence[Run]) -> tuple[Grid, Grid]:
     """Make two tables of the test sets: fold models and what was published of them; ensembles with intervals."""
     sets = [one for one in report.sets if not one.is_validation] or list(report.sets)
     groups = tuple(f"{one.title} (n = {one.n:,})" for one in sets)
+    columns = [(one, figure) for one in sets for figure in FIGURES]
+    fold_cells = [
+        _cells({label: (of[name].mean, f"± {_digits(of[name].std)}") for label, of in one.folds.items()})
+        for one, name in columns
+    ]
+    ensemble_cells = [
+        _cells({label: _with_ends(of.figures[name]) for label, of in one.comparison.judgements.items()})
+        for one, name in columns
+    ]
     folds, ensembles = [], []
     for run in runs:
-        folds.append((run.label, tuple(_fold_cell(run, *column) for column in _columns(sets)), False))
-        ensembles.append((run.label, tuple(_ensemble_cell(run, *column) for column in _columns(sets)), False))
+        folds.append((run.label, tuple(cells.get(run.label, _NONE) for cells in fold_cells), False))
+        ensembles.append((run.label, tuple(cells.get(run.label, _NONE) for cells in ensemble_cells), False))
         for source, title in SOURCES.items():
-            cells = tuple(_published_cell(run, *column, source) for column in _columns(sets))
-            if any(cell.value != "–" for cell in cells):
-                folds.append((f"{run.label}: {title}", cells, True))
+            published = tuple(_published_cell(run, *column, source) for column in columns)
+            if any(cell.value != "–" for cell in published):
+                folds.append((f"{run.label}: {title}", published, True))
     units = "; ".join(f"{one.title}: {one.any_judgement.n_clusters} {one.any_judgement.unit}s" for one in sets)
     return (
         Grid(
@@ -60,46 +73,31 @@ def grids(report: Report, runs: Sequence[Run]) -> tuple[Grid, Grid]:
         ),
         Grid(
             f"Ensemble of {report.n_folds} fold models at the threshold chosen on out-of-fold predictions, with "
-            f"{report.resampling.level:.0%} cluster-bootstrap intervals ({units}).",
+            f"{report.how.level:.0%} cluster-bootstrap intervals ({units}).",
             groups,
             tuple(ensembles),
         ),
     )
 
 
-def _columns(sets: Sequence[SetReport]) -> list[tuple[SetReport, str]]:
-    return [(one, figure) for one in sets for figure in FIGURES]
+def _cells(figures: Mapping[str, tuple[float, str]]) -> dict[str, Cell]:
+    """Print the figures of a column, run to value and what stands behind it; of equals in print all are the best."""
+    printed = {label: round(value, _DIGITS) for label, (value, _) in figures.items() if not math.isnan(value)}
+    best = max(printed.values(), default=math.nan)
+    return {label: Cell(_digits(value), aside, printed.get(label) == best) for label, (value, aside) in figures.items()}
 
 
-def _fold_cell(run: Run, set_report: SetReport, name: str) -> Cell:
-    if run.label in set_report.missing:
-        return Cell("–")
-    figure = set_report.folds[run.label][name]
-    is_best = _is_best(figure.mean, (folds[name].mean for folds in set_report.folds.values()))
-    return Cell(_digits(figure.mean), f"± {_digits(figure.std)}", is_best)
-
-
-def _ensemble_cell(run: Run, set_report: SetReport, name: str) -> Cell:
-    if run.label in set_report.missing:
-        return Cell("–")
-    judgements = set_report.comparison.judgements
-    figure = judgements[run.label].figures[name]
-    ends = f"[{_digits(figure.low)}, {_digits(figure.high)}]" if not math.isnan(figure.low) else ""
-    is_best = _is_best(figure.value, (judgement.figures[name].value for judgement in judgements.values()))
-    return Cell(_digits(figure.value), ends, is_best)
+def _with_ends(figure: Interval) -> tuple[float, str]:
+    ends = "" if math.isnan(figure.low) else f"[{_digits(figure.low)}, {_digits(figure.high)}]"
+    return figure.value, ends
 
 
 def _published_cell(run: Run, set_report: SetReport, name: str, source: str) -> Cell:
     row = published_for(run.record, set_report.dataset, set_report.split).get(source)
     if row is None:
-        return Cell("–")
+        return _NONE
     std = row.figures[name].std
     return Cell(_digits(row.figures[name].mean), "" if std is None else f"± {_digits(std)}")
-
-
-def _is_best(value: float, values: Iterable[float]) -> bool:
-    """Whether a value is the highest as printed; of equals in print all are."""
-    return round(value, _DIGITS) == max((round(other, _DIGITS) for other in values if not math.isnan(other)), default=0)
 
 
 def _digits(value: float) -> str:
@@ -117,10 +115,7 @@ def markdown(grid: Grid) -> str:
         "|" + "|".join(["---", *["--:"] * len(columns)]) + "|",
     ]
     for name, cells, others in grid.rows:
-        shown = [
-            " ".join(part for part in (f"**{cell.value}**" if cell.best else cell.value, cell.aside) if part)
-            for cell in cells
-        ]
+        shown = [_joined(f"**{cell.value}**" if cell.best else cell.value, cell.aside) for cell in cells]
         name = _markdown_text(name)
         lines.append("| " + " | ".join([f"*{name}*" if others else name, *shown]) + " |")
     return "\n".join(lines) + "\n"
@@ -143,19 +138,19 @@ def latex(grid: Grid) -> str:
     ]
     for name, cells, others in grid.rows:
         shown = [
-            " ".join(
-                part
-                for part in (
-                    f"\\textbf{{{_latex_text(cell.value)}}}" if cell.best else _latex_text(cell.value),
-                    f"{{\\scriptsize {_latex_text(cell.aside)}}}" if cell.aside else "",
-                )
-                if part
+            _joined(
+                f"\\textbf{{{_latex_text(cell.value)}}}" if cell.best else _latex_text(cell.value),
+                f"{{\\scriptsize {_latex_text(cell.aside)}}}" if cell.aside else "",
             )
             for cell in cells
         ]
         name = _latex_text(name)
         lines.append(" & ".join([f"\\quad\\textit{{{name}}}" if others else name, *shown]) + " \\\\")
     return "\n".join([*lines, "\\bottomrule", "\\end{tabular}", "\\end{table}"]) + "\n"
+
+
+def _joined(value: str, aside: str) -> str:
+    return f"{value} {aside}" if aside else value
 
 
 _LATEX = {

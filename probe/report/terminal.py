@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from rich.table import Table
 
-from probe.metrics import FoldFigure, Interval
+from probe.curve import CurvePoint, summarise
+from probe.metrics import Interval
 from probe.predictions import VALIDATION
-from probe.report.published import FIGURES, SOURCES, PublishedFigure, published_for
+from probe.report.published import FIGURES, SOURCES, published_for
 from probe.runs import RunRecord
+
+_TEXT = frozenset({"Model", "View", "Pooling", "View, pooling", "C per fold", ""})  # columns of words, not of numbers
 
 
 def result_tables(runs: Sequence[RunRecord]) -> list[Table]:
@@ -25,23 +28,24 @@ def leaderboard(runs: Sequence[RunRecord]) -> Table:
     Below each run stand the published figures of the same model and method, where there are any.
     """
     sets = list(dict.fromkeys(name for run in runs for name in run.figures.sets))
-    table = _table("Mean ± std over fold models; threshold 0.5")
-    table.add_column("Model")
-    table.add_column("View, pooling")
-    for name in sets:
-        dataset, split = name.rsplit("/", 1)
-        title = f"{dataset}\n{'validation' if split == VALIDATION else 'test'}"
-        for figure in FIGURES.values():
-            table.add_column(f"{title}\n{figure}", justify="right")
+    named = [name.rsplit("/", 1) for name in sets]
+    titles = [f"{dataset}\n{'validation' if split == VALIDATION else 'test'}" for dataset, split in named]
+    columns = [f"{title}\n{figure}" for title in titles for figure in FIGURES.values()]
+    table = _table("Mean ± std over fold models; threshold 0.5", "Model", "View, pooling", *columns)
     for run in runs:
         metrics = [run.figures.sets.get(name) for name in sets]
-        cells = [_fold_cell(one.folds[figure]) if one else "" for one in metrics for figure in FIGURES]
+        cells = [
+            _spread(one.folds[figure].mean, one.folds[figure].std) if one else ""
+            for one in metrics
+            for figure in FIGURES
+        ]
         table.add_row(f"{run.model} ({run.method})", f"{run.view}, {run.pooling}", *cells)
         published = [published_for(run, *name.rsplit("/", 1)) for name in sets]
         for source, title in SOURCES.items():
             rows = [by_source.get(source) for by_source in published]
             if any(rows):
-                cells = [_published_cell(row.figures[figure]) if row else "" for row in rows for figure in FIGURES]
+                figures = [row.figures[figure] if row else None for row in rows for figure in FIGURES]
+                cells = [_spread(figure.mean, figure.std) if figure else "" for figure in figures]
                 table.add_row(f"  {title}", "full, card", *cells, style="dim")
         table.add_section()
     return table
@@ -53,13 +57,10 @@ def ensemble_table(runs: Sequence[RunRecord]) -> Table | None:
     if not sets:
         return None
     level = next(iter(sets.values())).level
-    table = _table(f"Fold ensemble at the threshold of its out-of-fold predictions; {level:.0%} intervals")
-    table.add_column("Model")
-    table.add_column("Threshold", justify="right")
-    for name, judgement in sets.items():
-        title = f"{' '.join(name.rsplit('/', 1))}\n{judgement.n_clusters} {judgement.unit}s"
-        for figure in FIGURES.values():
-            table.add_column(f"{title}\n{figure}", justify="right")
+    titles = [f"{' '.join(name.rsplit('/', 1))}\n{one.n_clusters} {one.unit}s" for name, one in sets.items()]
+    columns = [f"{title}\n{figure}" for title in titles for figure in FIGURES.values()]
+    title = f"Fold ensemble at the threshold of its out-of-fold predictions; {level:.0%} intervals"
+    table = _table(title, "Model", "Threshold", *columns)
     for run in runs:
         metrics = [run.figures.sets.get(name) for name in sets]
         ensembles = [one.ensemble if one else None for one in metrics]
@@ -70,9 +71,8 @@ def ensemble_table(runs: Sequence[RunRecord]) -> Table | None:
 
 def candidates_table(runs: Sequence[RunRecord]) -> Table:
     """Tabulate what each run chose its view and pooling from: validation figures on training data, the choice bold."""
-    table = _table("Chosen by cross-validation on training data")
-    for column in ("Model", "View", "Pooling", "Validation AUROC", "Validation bal. acc.", "C per fold", ""):
-        table.add_column(column, justify="right" if column.startswith("Validation") else "left")
+    columns = ("Model", "View", "Pooling", "Validation AUROC", "Validation bal. acc.", "C per fold", "")
+    table = _table("Chosen by cross-validation on training data", *columns)
     for run in runs:
         for candidate in run.candidates or ():
             is_chosen = (candidate.view, candidate.pooling) == (run.view, run.pooling)
@@ -92,10 +92,8 @@ def candidates_table(runs: Sequence[RunRecord]) -> Table:
 
 def training_table(run: RunRecord) -> Table:
     """Tabulate how a fine-tuned run's folds trained: epochs, the one that was kept, and its validation figures."""
-    table = _table("Training: the epoch kept per fold")
     columns = ("Fold", "Epochs", "Kept", "Loss", "Validation bal. acc.", "Validation AUROC", "Learning rate")
-    for column in columns:
-        table.add_column(column, justify="right")
+    table = _table("Training: the epoch kept per fold", *columns)
     for fold, (history, kept) in enumerate(zip(run.history or (), run.best_epoch or (), strict=True)):
         best = history[kept]
         table.add_row(
@@ -110,12 +108,38 @@ def training_table(run: RunRecord) -> Table:
     return table
 
 
-def _table(title: str) -> Table:
-    return Table(title=title, title_style="bold", header_style="bold")
+def curve_tables(curves: Mapping[str, Sequence[CurvePoint]]) -> list[Table]:
+    """Make a table per set: by run (named by the keys) and fraction, what was trained on and what it reached."""
+    tables: dict[str, Table] = {}
+    for label, points in curves.items():
+        previous = ""
+        for row in summarise(points):
+            if row.name not in tables:
+                title = f"Learning curve, {row.name}: mean ± std over folds and draws; threshold 0.5"
+                tables[row.name] = _table(title, "Model", "Fraction", "Slides", "Patches", "AUROC", "Bal. acc.")
+            if row.name != previous:
+                tables[row.name].add_section()
+            tables[row.name].add_row(
+                label if row.name != previous else "",
+                f"{row.fraction:g}",
+                f"{row.n_slides:,.0f}",
+                f"{row.n_patches:,.0f}",
+                _spread(row.auroc, row.auroc_std),
+                _spread(row.balanced_accuracy, row.balanced_accuracy_std),
+            )
+            previous = row.name
+    return list(tables.values())
 
 
-def _fold_cell(figure: FoldFigure) -> str:
-    return "–" if math.isnan(figure.mean) else f"{figure.mean:.4f} ± {figure.std:.4f}"
+def _table(title: str, *columns: str) -> Table:
+    table = Table(title=title, title_style="bold", header_style="bold")
+    for column in columns:
+        table.add_column(column, justify="left" if column in _TEXT else "right")
+    return table
+
+
+def _spread(mean: float, std: float | None) -> str:
+    return "–" if math.isnan(mean) else f"{mean:.4f}" + ("" if std is None else f" ± {std:.4f}")
 
 
 def _interval_cell(figure: Interval) -> str:
@@ -123,7 +147,3 @@ def _interval_cell(figure: Interval) -> str:
         return "–"
     ends = "" if math.isnan(figure.low) else f" ({figure.low:.3f}–{figure.high:.3f})"
     return f"{figure.value:.4f}{ends}"
-
-
-def _published_cell(figure: PublishedFigure) -> str:
-    return f"{figure.mean:.4f}" + ("" if figure.std is None else f" ± {figure.std:.4f}")

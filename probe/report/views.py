@@ -8,27 +8,17 @@ from dataclasses import dataclass, replace
 
 from markupsafe import Markup
 
+from features.console import UserError
 from probe.curve import CurveSummary, summarise
-from probe.evidence import COMPARED
-from probe.metrics import Interval
+from probe.metrics import COMPARED, TITLES, Interval
 from probe.report import charts
 from probe.report.charts import N_STYLES, Line, Row
-from probe.report.collect import Report, SetReport
+from probe.report.collect import SetReport
 from probe.report.published import SOURCES, Published, published_on
 from probe.report.read import Run
+from probe.runs import read_weights
 from probe.significance import Difference
 
-TITLES = {
-    "balanced_accuracy": "Balanced accuracy",
-    "auroc": "AUROC",
-    "average_precision": "Average precision",
-    "sensitivity": "Sensitivity",
-    "specificity": "Specificity",
-    "f1": "F1",
-    "mcc": "MCC",
-    "brier": "Brier",
-    "ece": "ECE",
-}
 _MANY = 8  # runs in one square plot; more are drawn apart by method
 
 Numbered = Sequence[tuple[int, Run]]  # runs with their number in the report, which decides their line style
@@ -64,6 +54,7 @@ class SetView:
         panels: ROC and precision-recall curves.
         calibration: label to reliability plot.
         matrices: figure to rows of differences; None where row and column are the same run.
+        learning, learning_plots: label to the points of its learning curve, of runs that have one; a plot per figure.
     """
 
     report: SetReport
@@ -75,30 +66,20 @@ class SetView:
     panels: Sequence[CurvePanel]
     calibration: Mapping[str, Markup]
     matrices: Mapping[str, Sequence[tuple[str, Sequence[Difference | None]]]]
-
-
-@dataclass(frozen=True)
-class LearningView:
-    """Learning curves on one set: of each run's label its points, and a plot per figure."""
-
-    report: SetReport
-    runs: Mapping[str, Sequence[CurveSummary]]
-    plots: Sequence[Markup]
+    learning: Mapping[str, Sequence[CurveSummary]]
+    learning_plots: Sequence[Markup]
 
 
 def set_view(set_report: SetReport, runs: Sequence[Run]) -> SetView:
-    """Arrange and draw one set.
-
-    Args:
-        set_report: its figures.
-        runs: all of the report.
-    """
+    """Arrange and draw one set, with all runs of the report."""
     scored = [(number, run) for number, run in enumerate(runs) if run.label not in set_report.missing]
     published = published_on(set_report.dataset, set_report.split, train=runs[0].record.train)
     models: dict[tuple[str, str], dict[str, Published]] = {}
     for row in published:
         models.setdefault((row.model, row.method), {})[row.source] = row
     ranks = set_report.comparison.ranks["auroc"]
+    summaries = {run.label: summarise(run.curve) for _, run in scored}
+    learning = {label: [p for p in points if p.name == set_report.name] for label, points in summaries.items()}
     return SetView(
         report=set_report,
         board=sorted((run for _, run in scored), key=lambda run: ranks[run.label].value),
@@ -116,6 +97,8 @@ def set_view(set_report: SetReport, runs: Sequence[Run]) -> SetView:
             for number, run in scored
         },
         matrices={name: _matrix(set_report, name) for name in COMPARED},
+        learning={label: points for label, points in learning.items() if points},
+        learning_plots=[_learning_plot(set_report, scored, learning, figure) for figure in COMPARED],
     )
 
 
@@ -132,12 +115,9 @@ def costs(run: Run, n_parameters: int | None) -> tuple[float | None, ...]:
 
 def _n_trained_by_probe(run: Run) -> int | None:
     """Count the numbers that a fold's probe trains: one per feature and one more."""
-    from safetensors import SafetensorError, safe_open
-
     try:
-        with safe_open(run.folder / "weights.safetensors", framework="numpy") as file:
-            return int(file.get_slice("coef").get_shape()[1]) + 1 if "coef" in file.keys() else None  # noqa: SIM118
-    except (OSError, SafetensorError):
+        return int(read_weights(run.folder)["coef"].shape[1]) + 1
+    except (UserError, KeyError):
         return None  # no figure depends on it
 
 
@@ -150,14 +130,12 @@ def _intervals(set_report: SetReport, scored: Numbered, published: Sequence[Publ
             Row(
                 label=run.label,
                 style=number % N_STYLES,
-                value=[figures[name].value for name in COMPARED],
-                low=[figures[name].low for name in COMPARED],
-                high=[figures[name].high for name in COMPARED],
+                figures=[figures[name] for name in COMPARED],
                 folds=[set_report.folds[run.label][name].each for name in COMPARED],
                 published=[[_mark(row, name, run.label) for row in same] for name in COMPARED],
             )
         )
-    rows.sort(key=lambda row: -row.value[1])
+    rows.sort(key=lambda row: -row.figures[1].value)
     if published:
         rows += [_published_marks([row for row in published if row.source == source], source) for source in SOURCES]
     title = f"{set_report.title}: ensembles with {set_report.any_judgement.level:.0%} intervals"
@@ -166,13 +144,10 @@ def _intervals(set_report: SetReport, scored: Numbered, published: Sequence[Publ
 
 def _published_marks(rows: Sequence[Published], source: str) -> Row:
     """Make a row of the interval plot with every published model."""
-    nothing = [math.nan] * len(COMPARED)
     return Row(
         label=f"published: {SOURCES[source]}",
         style=0,
-        value=nothing,
-        low=nothing,
-        high=nothing,
+        figures=[Interval(math.nan, math.nan, math.nan)] * len(COMPARED),
         folds=[()] * len(COMPARED),
         published=[[_mark(row, name, f"{row.model} {row.method}") for row in rows] for name in COMPARED],
     )
@@ -215,7 +190,6 @@ def _panel(set_report: SetReport, scored: Numbered, method: str | None) -> Curve
     def lines(kind: str, figure: str) -> list[Line]:
         return [
             Line(
-                run.label,
                 number % N_STYLES,
                 getattr(set_report.curves[run.label], kind),
                 f"{run.label}: {TITLES[figure]} {figures[run.label][figure].value:.3f}",
@@ -245,34 +219,15 @@ def _panel(set_report: SetReport, scored: Numbered, method: str | None) -> Curve
     )
 
 
-def learning_views(report: Report, runs: Sequence[Run]) -> list[LearningView]:
-    """Arrange and draw learning curves per set, of the runs that have one."""
-    summaries = [(number, run.label, summarise(run.curve)) for number, run in enumerate(runs) if run.curve]
-    views = []
-    for set_report in report.sets:
-        curves = {
-            (number, label): [p for p in points if (p.dataset, p.split) == (set_report.dataset, set_report.split)]
-            for number, label, points in summaries
-        }
-        curves = {key: points for key, points in curves.items() if points}
-        if curves:
-            plots = [_learning_plot(set_report, curves, figure) for figure in COMPARED]
-            views.append(LearningView(set_report, {label: points for (_, label), points in curves.items()}, plots))
-    return views
-
-
 def _learning_plot(
-    set_report: SetReport, curves: Mapping[tuple[int, str], Sequence[CurveSummary]], figure: str
+    set_report: SetReport, scored: Numbered, learning: Mapping[str, Sequence[CurveSummary]], figure: str
 ) -> Markup:
-    lines = [
-        Line(
-            label,
-            number % N_STYLES,
-            [(point.n_slides, getattr(point, figure)) for point in points],
-            label,
-            [getattr(point, f"{figure}_std") for point in points],
-        )
-        for (number, label), points in curves.items()
-    ]
+    lines = []
+    for number, run in scored:
+        defined = [point for point in learning[run.label] if math.isfinite(getattr(point, figure))]
+        at = [(point.n_slides, getattr(point, figure)) for point in defined]
+        spread = [getattr(point, f"{figure}_std") for point in defined]
+        if learning[run.label]:
+            lines.append(Line(number % N_STYLES, at, run.label, spread))
     title = f"{TITLES[figure]} over training slides, {set_report.title}"
     return charts.over_slides(lines, title=title, y=TITLES[figure])
