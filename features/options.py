@@ -5,7 +5,6 @@ Each is the annotation of a parameter, whose default stands in the command: `dev
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Annotated
 
@@ -43,13 +42,6 @@ OverwriteOption = Annotated[
     bool, typer.Option("--overwrite", help="Replace embeddings that are there under the same names.")
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, and nothing else there.")]
-
-
-def number(value: float | None) -> float | None:
-    """Refuse NaN, which lies in every range that typer checks; the `callback` of an option that is a float."""
-    if value is not None and math.isnan(value):
-        raise typer.BadParameter("nan is not a number.")
-    return value
 
 
 def parse_names(text: str, *, option: str | None = None) -> tuple[str, ...]:

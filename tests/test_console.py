@@ -7,7 +7,7 @@ import typer
 
 from features import console
 from features.console import UserError, as_flags, rate
-from features.options import DeviceOption, number, parse_names
+from features.options import DeviceOption, parse_names
 
 FLAGS = {"device": "--device", "batch_size": "--batch-size", "as_json": "--json", "cv": "--cv"}
 
@@ -65,16 +65,3 @@ def test_a_slow_rate_also_says_how_long_each_takes(per_second, said):
 
 def test_a_rate_names_its_unit():
     assert rate(0.2, "rows") == "0.2 rows/s, 5 s a row"
-
-
-@pytest.mark.parametrize("value", ["nan", "-nan", "NaN"])
-def test_nan_is_in_no_range(value, monkeypatch, capsys):
-    app = typer.Typer()
-
-    @app.command()
-    def compute(share: Annotated[float, typer.Option(min=0, max=1, callback=number)] = 0.5) -> None: ...
-
-    monkeypatch.setattr("sys.argv", ["compute", f"--share={value}"])
-    with pytest.raises(SystemExit) as end:
-        console.run(app)
-    assert end.value.code == 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from numpy.typing import NDArray
 from features.console import UserError
 from features.embedding_files import coordinates
 from features.exchange import export_embeddings, import_embeddings
+from features.files import check_output
 from features.samples import make_samples
 from features.store import FeatureStore
 
@@ -321,3 +323,43 @@ def test_an_unknown_dtype_is_refused(store: FeatureStore, tmp_path: Path) -> Non
     come_in(store, npz(tmp_path, VALUES))
     with pytest.raises(UserError, match="unknown dtype 'float8': use float32 or float16"):
         go_out(store, tmp_path, "hdf5", "float8")
+
+
+@pytest.mark.parametrize(
+    ("out", "message"),
+    [
+        ("folder", "it is a folder"),
+        ("", "it is a folder"),
+        ("-", "not written to stdout"),
+        ("file/x.h5", "is a file and no folder"),
+        ("file/deep/x.h5", "is a file and no folder"),
+        ("/dev/null", "must not be replaced"),
+        ("/dev/stdout", "must not be replaced"),
+        ("/proc/self/fd/1", "must not be replaced"),
+        ("/dev/none", "must not be replaced"),
+        ("pipe", "must not be replaced"),
+    ],
+)
+def test_an_output_that_is_no_file_is_refused_before_anything_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, out: str, message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").write_text("")
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(UserError, match=message):
+        check_output(Path(out))
+    assert not (tmp_path / "file").is_dir()
+
+
+def test_an_output_in_folders_that_are_yet_to_be_made_is_right(tmp_path: Path) -> None:
+    check_output(tmp_path / "new" / "newer" / "x.h5")
+    (tmp_path / "x.h5").write_text("older")
+    check_output(tmp_path / "x.h5")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_an_output_in_a_folder_that_may_not_be_written_to_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "kept").mkdir(mode=0o500)
+    with pytest.raises(UserError, match="may not be written to"):
+        check_output(tmp_path / "kept" / "x.h5")
