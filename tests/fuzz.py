@@ -148,11 +148,13 @@ class Trial:
     encoding: str = "utf-8"
     out: str = "file"
     err: str = "file"
+    damage: tuple[str, str] | None = None  # a file, and what has happened to it
 
     def __str__(self) -> str:
         changes = [f"-u {name}" if value is None else f"{name}={value!r}" for name, value in self.environment.items()]
         streams = [f"PYTHONIOENCODING={self.encoding}"] * (self.encoding != "utf-8")
         streams += [f"{name}:{how}" for name, how in (("stdout", self.out), ("stderr", self.err)) if how != "file"]
+        changes += [f"[{self.damage[0]}: {self.damage[1]}]"] if self.damage else []
         return ascii(" ".join([*changes, *streams, shlex.join(self.arguments)]))[1:-1][:600]
 
 
@@ -205,7 +207,8 @@ def draw(rng: random.Random, only: str | None) -> Trial:
         variable = rng.choice(list(ENVIRONMENT))
         environment[variable] = rng.choice(ENVIRONMENT[variable])
     out, err = rng.choice(STREAMS), "file" if rng.random() < 0.9 else rng.choice(("closed", "full", "left"))
-    return Trial(tuple(arguments), environment, rng.choice(ENCODINGS), out, err)
+    damage = (rng.choice(DAMAGED), rng.choice(list(DAMAGES))) if DAMAGED and rng.random() < 0.3 else None
+    return Trial(tuple(arguments), environment, rng.choice(ENCODINGS), out, err, damage)
 
 
 def _mutations(rng: random.Random, name: str) -> Iterator[list[str]]:
@@ -234,6 +237,28 @@ def _mutations(rng: random.Random, name: str) -> Iterator[list[str]]:
 # --------------------------------------------------------------------------------------------------------- the folder
 
 HOSTILE: list[str] = []
+DAMAGED: list[str] = []  # files of stores, runs and tables that may be
+
+
+def _replace(change: Callable[[bytes], bytes]) -> Callable[[Path], object]:
+    return lambda path: path.write_bytes(change(path.read_bytes()))
+
+
+DAMAGES: dict[str, Callable[[Path], object]] = {
+    "gone": Path.unlink,
+    "empty": _replace(lambda content: b""),
+    "cut": _replace(lambda content: content[: len(content) // 2]),
+    "longer": _replace(lambda content: content * 2),
+    "junk": _replace(lambda content: bytes(range(256))),
+    "flipped": _replace(lambda content: content[:9] + bytes([content[9] ^ 1]) + content[10:] if content[9:] else b"x"),
+    "null": _replace(lambda content: b"null"),
+    "list": _replace(lambda content: b"[]"),
+    "object": _replace(lambda content: b"{}"),
+    "numbers": _replace(lambda content: re.sub(rb"[0-9]", b"9", content)),
+    "words": _replace(lambda content: re.sub(rb'": [^,\n{\[]+', b'": "x"', content)),
+    "folder": lambda path: (path.unlink(), path.mkdir()),
+    "loop": lambda path: (path.unlink(), path.symlink_to(path.name)),
+}
 
 
 def prepare(place: Path) -> None:
@@ -261,6 +286,10 @@ def prepare(place: Path) -> None:
         (found,) = (place / "runs").glob(f"{kind}-*")
         found.rename(place / target)
     _hostile_files(place / "hostile", values, ids)
+    for folder in ("embeddings.zarr", "runs"):
+        files = [path for path in (place / folder).rglob("*") if path.is_file()]
+        DAMAGED.extend(sorted(str(path.relative_to(place)) for path in files))
+    DAMAGED.extend(["patches.csv", "table.csv", "ids.txt", "good.npz", "good.npy", "0.png"])
     HOSTILE.extend(sorted(str(path.relative_to(place)) for path in (place / "hostile").iterdir()))
 
 
@@ -398,6 +427,8 @@ def campaign(n: int, *, seed: int, only: str | None = None, show: bool = False) 
             trial = draw(rng, only)
             cwd = Path(temporary) / "trial" / "place"
             shutil.copytree(material, cwd, symlinks=True)
+            if trial.damage:
+                DAMAGES[trial.damage[1]](cwd / trial.damage[0])
             outcome = run(trial, cwd)
             shutil.rmtree(cwd.parent)
             counts[f"status {outcome.status}"] += 1

@@ -23,7 +23,7 @@ from typer.testing import CliRunner
 def test_hostile_commands_end_with_one_message() -> None:
     """The faults that are found lie in front of the reader of a failure: each as a line that shows it again."""
     number, seed = (
-        os.environ.get(f"MITOFM_FUZZ_{name}", default) for name, default in (("COMMANDS", "40"), ("SEED", "0"))
+        os.environ.get(f"MITOFM_FUZZ_{name}", default) for name, default in (("COMMANDS", "25"), ("SEED", "0"))
     )
     command = [sys.executable, str(Path(fuzz.__file__)), "--commands", number, "--seed", seed]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
