@@ -125,8 +125,9 @@ def test_a_dead_column_among_many_is_said_and_comes_in(
         (lambda x: np.where(x == x[2, 1], np.inf, x), r"1 embedding \('.*x512_y128.png'\) holds NaN or infinity"),
         (lambda x: np.where(np.arange(N)[:, None] == 4, 0, x), r"1 embedding \('.*x1024_y256.png'\) holds zeros only"),
         (lambda x: np.broadcast_to(x[0], x.shape), r"all 12 embeddings are equal"),
+        (lambda x: np.tile(1e4 * np.random.default_rng(0).random(200), (N, 1)), r"all 12 embeddings are equal"),
     ],
-    ids=["too large", "infinite", "zeros", "equal"],
+    ids=["too large", "infinite", "zeros", "equal", "equal and wide"],
 )
 def test_what_cannot_be_an_embedding_is_refused(store: FeatureStore, tmp_path: Path, change, message: str) -> None:  # type: ignore[no-untyped-def]
     said = refused(store, npz(tmp_path, change(VALUES)))
