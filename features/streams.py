@@ -6,6 +6,7 @@ there is lost, and the command goes on.
 
 from __future__ import annotations
 
+import codecs
 import errno
 import io
 import os
@@ -18,6 +19,7 @@ _ALIKE = {
     "Δ": "delta", "µ": "u", "μ": "u", "σ": "sigma", "°": "deg", "·": "*", "²": "^2", "‘": "'", "’": "'", "“": '"',
     "”": '"',
 }  # fmt: skip
+_ALIKE_OR_CODE = "mitofm.alike"  # the name of the error handler below, for codecs
 
 
 class OutputError(Exception):
@@ -41,9 +43,18 @@ def encodable(text: str, stream: TextIO | Any) -> str:
     >>> encodable("0.80 ± 0.02", io.TextIOWrapper(io.BytesIO(), encoding="ascii"))
     '0.80 +- 0.02'
     """
-    if takes(text, stream):
-        return text
-    return "".join(c if takes(c, stream) else _ALIKE.get(c) or ascii(c)[1:-1] for c in text)
+    encoding = getattr(stream, "encoding", None) or "utf-8"
+    return text.encode(encoding, _ALIKE_OR_CODE).decode(encoding)
+
+
+def _alike_or_code(error: UnicodeError) -> tuple[str, int]:
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    lacking = error.object[error.start : error.end]
+    return "".join(_ALIKE.get(c) or ascii(c)[1:-1] for c in lacking), error.end
+
+
+codecs.register_error(_ALIKE_OR_CODE, _alike_or_code)
 
 
 def takes(text: str, stream: TextIO | Any) -> bool:
@@ -102,7 +113,7 @@ def _rebuilt(stream: TextIO | None, descriptor: int, kind: type[io.TextIOWrapper
         stream.flush()
         encoding, by_line = stream.encoding, stream.line_buffering or stream.write_through
     buffer = io.BufferedWriter(io.FileIO(descriptor, "w", closefd=False))
-    return kind(buffer, encoding, "backslashreplace", line_buffering=by_line)
+    return kind(buffer, encoding, _ALIKE_OR_CODE, line_buffering=by_line)
 
 
 def flush_results() -> None:

@@ -66,7 +66,7 @@ def test_json_is_the_same_in_any_encoding(folder: Path, encoding: str) -> None:
 def test_a_locale_without_unicode_gets_one_message_or_none(folder: Path) -> None:
     plain = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     fm_predict = FM_STORE.replace("features.cli import main", "finetune.cli import predict_main as main")
-    assert b"PATH\\u2026" in shell(f"{fm_predict} --help", folder, **plain).stdout
+    assert b"PATH..." in shell(f"{fm_predict} --help", folder, **plain).stdout
     done = shell(f"{FM_STORE} export --dataset Zellkerne-Ä-核 --model m --out x.h5", folder, **plain)
     assert done.returncode == 1
     assert done.stderr.startswith(b"error: ")
