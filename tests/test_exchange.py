@@ -225,12 +225,15 @@ def test_ids_may_be_bytes_or_a_column(store: FeatureStore, tmp_path: Path) -> No
         np.testing.assert_array_equal(come_in(store, tmp_path / "x.h5"), VALUES.astype(np.float16))
 
 
-def test_ids_apart_serve_any_file_without_its_own(store: FeatureStore, tmp_path: Path) -> None:
+def test_ids_apart_serve_any_file_without_its_own(
+    store: FeatureStore, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "ids.txt").write_bytes(b"\xef\xbb\xbf" + "\r\n".join(IDS).encode() + b"\r\n")  # as Windows saves it
     with h5py.File(tmp_path / "x.h5", "w") as file:  # a slide of CLAM's
         file["features"], file["coords"] = VALUES, np.zeros((N, 2), int)
     assert "holds coords, features; expected 'ids'" in refused(store, tmp_path / "x.h5")
     np.testing.assert_array_equal(come_in(store, tmp_path / "x.h5", tmp_path / "ids.txt"), VALUES.astype(np.float16))
+    assert capsys.readouterr().err == ""  # not even the byte order mark was in the way
     with pytest.raises(UserError, match="holds its ids: leave out `ids`"):
         come_in(store, npz(tmp_path, VALUES), tmp_path / "ids.txt")
 
