@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from features.console import UserError, as_flags, no_progress, print_json, printable, run, say, show
+from features.console import UserError, as_flags, no_progress, print_json, print_text, printable, run, say, show
 from features.options import (
     DEFAULT_RUNS,
     DEFAULT_STORE,
+    MOST_IMAGES,
+    MOST_WORKERS,
     DataOption,
     DeviceOption,
     JsonOption,
@@ -59,7 +61,7 @@ def extract(
         ),
     ] = "auto",
     batch_size: Annotated[
-        int | None, typer.Option(min=1, help="Images per forward pass. Default: found automatically.")
+        int | None, typer.Option(min=1, max=MOST_IMAGES, help="Images per forward pass. Default: found automatically.")
     ] = None,
     weights: WeightsOption = None,
     positive: PositiveOption = None,
@@ -72,7 +74,8 @@ def extract(
     ] = None,
     engine: Annotated[str, typer.Option(help="local, or ray: a pool of Ray actors, one per GPU.")] = "local",
     workers: Annotated[
-        int | None, typer.Option(min=1, help="Ray actors. Default: one per GPU, else one per four processors.")
+        int | None,
+        typer.Option(min=1, max=MOST_WORKERS, help="Ray actors. Default: one per GPU, else one per four processors."),
     ] = None,
     list_models: Annotated[bool, typer.Option("--list-models", help="Show every model and stop.")] = False,
     list_datasets: Annotated[
@@ -244,15 +247,15 @@ def _show_diagnosis(diagnosis: Diagnosis, *, all_models: bool) -> None:
     show(checks, models)
     for check in diagnosis.checks:
         if check.status == "note" and check.remedy:
-            print(printable(f"{check.name}: {check.remedy}"))
+            print_text(f"{check.name}: {check.remedy}")
     if all_models and any(line.status == "note" for line in diagnosis.models):
-        print("`fm-doctor --model NAME` says what a model lacks.")
+        print_text("`fm-doctor --model NAME` says what a model lacks.")
     if diagnosis.failed:
         raise UserError(
             f"{len(diagnosis.failed)} of these cannot work as they are:\n"
             + "\n".join(f"- {line.name}: {line.remedy}" for line in diagnosis.failed)
         )
-    print("Everything that was asked for can work here.")
+    print_text("Everything that was asked for can work here.")
 
 
 main, doctor_main = partial(run, app), partial(run, doctor_app)  # the commands fm-extract and fm-doctor

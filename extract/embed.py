@@ -31,7 +31,7 @@ from extract.compute import embed_batch, side_by_side
 from extract.datasets import Decode, PatchDataset
 from extract.prepare import DEFAULTS, Extraction, ExtractOptions, Job, Prepared, prepare, whole_blocks
 from extract.shard import Shard
-from features.console import UserError, progress, say
+from features.console import UserError, progress, rate, say
 from features.device import out_of_memory
 from features.store import FeatureStore
 from features.writer import Writer
@@ -70,7 +70,7 @@ class Summary:
         if self.n_new:
             done = (
                 f"{self.n_new:,} of {self.n_rows:,} patches in {self.seconds:.1f} s "
-                f"({self.images_per_second:,.0f} images/s, {self.precision} on {self.device}, batch {self.batch_size})"
+                f"({rate(self.images_per_second)}, {self.precision} on {self.device}, batch {self.batch_size})"
             )
         elif self.n_ranks > 1 and self.n_missing:
             done = "nothing left to do in this share"

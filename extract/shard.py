@@ -74,7 +74,7 @@ def find_shard(shard: str | None = None, environment: Mapping[str, str] = os.env
 
     local_rank = number("LOCAL_RANK", number("SLURM_LOCALID", 0))
     if shard is not None:
-        match = re.fullmatch(r"(\d+)/(\d+)", shard)
+        match = re.fullmatch(r"([0-9]{1,9})/([0-9]{1,9})", shard)
         if match is None or int(match[1]) >= int(match[2]):
             raise UserError(f"`shard={shard!r}`: expected I/N, I from 0 to N-1, as in 0/4, 1/4, 2/4 and 3/4.")
         return Shard(int(match[1]), int(match[2]), local_rank, shared=int(match[2]) > 1)

@@ -21,6 +21,8 @@ from torch import Tensor
 from extract.backbones import Backbone
 from features.console import UserError
 
+_MOST_PIXELS = 2_048  # edge of a network's input; its activations would not fit into any memory long before
+
 
 @dataclass(frozen=True)
 class View:
@@ -48,12 +50,14 @@ def parse_view(text: str) -> View:
     Raises:
         UserError: if the name is none of these.
     """
-    match = re.fullmatch(r"(full|center([1-9]\d*))(?:@([1-9]\d*))?", text)
+    match = re.fullmatch(r"(full|center([1-9][0-9]{0,8}))(?:@([1-9][0-9]{0,8}))?", text)
     if not match:
         raise UserError(
             f"unknown view {text!r}: use 'full' (the whole patch), 'center64' (its central 64 pixels) or "
             "'center64@160' (the same, resized to an input of 160 pixels)."
         )
+    if match[3] and int(match[3]) > _MOST_PIXELS:
+        raise UserError(f"view {text!r}: an input of {int(match[3]):,} pixels is too large; at most {_MOST_PIXELS:,}.")
     return View(text, int(match[2]) if match[2] else None, int(match[3]) if match[3] else None)
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from features.console import UserError, print_json, printable, run, say, show
+from features.console import UserError, print_json, print_text, run, say, show
 from features.options import DEFAULT_STORE, JsonOption, OverwriteOption, StoreOption
 
 if TYPE_CHECKING:
@@ -71,6 +71,7 @@ def export(
     format: Annotated[
         str, typer.Option("--format", help="hdf5 (as TRIDENT and CLAM write it), anndata or npz.")
     ] = "hdf5",
+    dtype: Annotated[str, typer.Option("--dtype", help="float32 or float16, which hold the same numbers.")] = "float32",
     store: StoreOption = DEFAULT_STORE,
     json: JsonOption = False,
 ) -> None:
@@ -79,10 +80,10 @@ def export(
     from features.store import FeatureStore
 
     n, d = export_embeddings(
-        FeatureStore.open(store), dataset, model=model, view=view, pooling=pooling, format=format, out=out
+        FeatureStore.open(store), dataset, model=model, view=view, pooling=pooling, format=format, out=out, dtype=dtype
     )
     if json:
-        print_json({"out": str(out), "format": format, "n_rows": n, "width": d})
+        print_json({"out": str(out), "format": format, "n_rows": n, "width": d, "dtype": dtype})
     else:
         say(f"{out}: {n:,} embeddings of width {d:,}.")
 
@@ -90,13 +91,14 @@ def export(
 @app.command("import")
 def import_(
     source: Annotated[
-        Path, typer.Argument(help=".npz or .h5 with `features` (or `embeddings`) and `ids`; or .npy with --ids.")
+        Path, typer.Argument(help=".npz or .h5 with `features` (or `embeddings`) and `ids`; .h5ad; or .npy with --ids.")
     ],
     dataset: Dataset,
     model: Model,
     view: View = "full",
     ids: Annotated[
-        Path | None, typer.Option("--ids", help="For .npy: the rows' ids, one per line, or a CSV with a column id.")
+        Path | None,
+        typer.Option("--ids", help="For files without ids: the rows' ids, one per line, or a CSV with a column id."),
     ] = None,
     table: Annotated[
         Path | None,
@@ -199,7 +201,7 @@ def _print_contents(contents: dict[str, Any]) -> None:
     show(datasets, entries)
     for row in contents["datasets"]:
         for line in row["audit_lines"]:
-            print(printable(f"{row['name']}: {line}"))
+            print_text(f"{row['name']}: {line}")
 
 
 def main() -> None:

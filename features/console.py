@@ -14,8 +14,11 @@ import re
 import signal
 import sys
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, NoReturn, Protocol
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, TextIO
+
+from features.streams import OutputError, drop_results, encodable, flush_results, open_streams, takes
 
 if TYPE_CHECKING:
     import typer
@@ -25,6 +28,9 @@ _PIPE_WIDTH = 240
 # Rounds of a waiting OpenMP thread before it sleeps. Without a limit, two-thread products beside any other busy process
 # take up to fifty times as long (docs/decisions/solver.md); torch reads it when it is loaded.
 _SPIN_COUNT = "10000"
+# torch's RuntimeErrors on a GPU and a CPU; this module is too light to import torch.
+_OUT_OF_MEMORY = re.compile(r"^OutOfMemoryError|can't allocate memory|Storage size calculation overflowed")
+_READER_LEFT = 128 + signal.SIGPIPE  # the status that a shell gives a command which died of it
 _bars, _quiet = True, False
 
 
@@ -58,14 +64,23 @@ def say(message: str) -> None:
     """Print one message on stderr; a hostile file name in it cannot drive the terminal."""
     if _quiet:
         return
-    print("\n".join(map(printable, message.split("\n"))), file=sys.stderr, flush=True)
+    print(_plain(message, sys.stderr), file=sys.stderr, flush=True)
+
+
+def print_text(text: str) -> None:
+    """Print a result on stdout, made safe as `say` makes its message."""
+    if not _quiet:
+        print(_plain(text, sys.stdout))
 
 
 def print_json(value: dict[str, Any]) -> None:
-    """Print the one JSON object that `--json` promises on stdout; control characters become \\u escapes."""
+    """Print the one JSON object that `--json` promises on stdout.
+
+    Control characters, and what the encoding of stdout lacks, become \\u escapes.
+    """
     if _quiet:
         return
-    text = json.dumps(value, indent=2, ensure_ascii=False)
+    text = json.dumps(value, indent=2, ensure_ascii=not takes("–é漢", sys.stdout))
     print("".join(c if c.isprintable() or c == "\n" else json.dumps(c)[1:-1] for c in text))
 
 
@@ -79,7 +94,7 @@ def show(*tables: Table) -> None:
     class Plain(Console):
         def render_str(self, text: str, **options: Any) -> Text:
             """Render a name as data: markup is not read, and control characters are escaped."""
-            return super().render_str("\n".join(map(printable, text.split("\n"))), **options)
+            return super().render_str(_plain(text, sys.stdout), **options)
 
     console = Plain(width=None if sys.stdout.isatty() else _PIPE_WIDTH, markup=False, highlight=False)
     for table in tables:
@@ -89,6 +104,26 @@ def show(*tables: Table) -> None:
 def printable(text: str) -> str:
     """Escape the control characters of `text`."""
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
+def _plain(text: str, stream: TextIO) -> str:
+    """Make text safe for a terminal, line by line, and for the encoding of `stream`."""
+    return encodable("\n".join(map(printable, text.split("\n"))), stream)
+
+
+def rate(per_second: float, unit: str = "images") -> str:
+    """Say how many units are done per second; of slow ones also how many seconds each takes.
+
+    >>> rate(1234.5), rate(3.14), rate(0.031)
+    ('1,234 images/s', '3.1 images/s', '0.031 images/s, 32 s an image')
+    """
+    if per_second >= 10 or per_second == 0:
+        return f"{per_second:,.0f} {unit}/s"
+    if per_second >= 1:
+        return f"{per_second:.1f} {unit}/s"
+    one = unit.removesuffix("s")
+    article = "an" if one[0] in "aeiou" else "a"
+    return f"{per_second:.2g} {unit}/s, {1 / per_second:,.0f} s {article} {one}"
 
 
 def no_progress() -> None:
@@ -122,7 +157,7 @@ def progress(description: str, total: int, unit: str = "images") -> Iterator[Pro
     class Rate(ProgressColumn):
         def render(self, task: Task) -> Text:
             speed = task.finished_speed or task.speed
-            return Text("" if speed is None else f"{speed:,.0f} {unit}/s")
+            return Text("" if speed is None else rate(speed, unit))
 
     columns = (
         TextColumn("{task.description}", markup=False),  # file names are no markup
@@ -148,20 +183,92 @@ def _interrupt(signum: int, frame: object) -> None:
 
 
 def run(app: typer.Typer) -> None:
-    """Run a typer application under the exit-status contract: 0 done, 1 one clear message, 2 wrong usage."""
+    """Run a typer application under the exit-status contract: 0 done, 1 one clear message, 2 wrong usage.
+
+    If whoever reads stdout stops reading, as `head` does, the command ends quietly with 141, as others do there.
+    """
     os.environ.setdefault("GOMP_SPINCOUNT", _SPIN_COUNT)
+    if not os.environ.get("TERMINAL_WIDTH", "0").isdecimal():
+        del os.environ["TERMINAL_WIDTH"]  # typer reads it as a number, when it first prints
+    open_streams()
     signal.signal(signal.SIGINT, _interrupt)
     signal.signal(signal.SIGTERM, _interrupt)
+    status = _run(app)
+    with suppress(OutputError):  # something else has been said by then
+        flush_results()
+    sys.exit(status)
+
+
+def _run(app: typer.Typer) -> int | str | None:
+    """Run an application, and say what ended it. Returns the exit status."""
+    try:
+        Path.cwd()
+    except FileNotFoundError:
+        return _fail("the current folder has been removed. Change to one that exists (cd), then run this again.")
+    try:
+        status = _status(app)
+        flush_results()
+    except UserError as error:
+        return _fail(as_flags(str(error), _flags(app)))
+    except OutputError as error:
+        return _lost(error)
+    except OSError as error:
+        return _fail(_refused(error))
+    except MemoryError as error:
+        return _fail(
+            f"there is not enough memory{f' ({error})' if str(error) else ''}. Close other programs, or ask for less."
+        )
+    except UnicodeEncodeError as error:
+        return _fail(_not_text(error))
+    except Interrupted:
+        return _fail("interrupted. Everything finished so far is kept: run the same command again to finish the rest.")
+    except RuntimeError as error:
+        if not _OUT_OF_MEMORY.search(f"{type(error).__name__}: {error}"):
+            raise
+        return _fail(
+            f"there is not enough memory ({str(error).splitlines()[0]}). Close other programs, or ask for less."
+        )
+    return status
+
+
+def _status(app: typer.Typer) -> int | str | None:
+    """Run an application. Returns the exit status that typer gives it."""
     try:
         app()
-    except UserError as error:
-        _fail(as_flags(str(error), _flags(app)))
-    except OSError as error:
-        if error.errno != errno.ENAMETOOLONG:
-            raise
-        _fail(f"{error.filename}: this name is longer than a file system takes. Name a file or folder that exists.")
-    except Interrupted:
-        _fail("interrupted. Everything finished so far is kept: run the same command again to finish the rest.")
+    except SystemExit as end:
+        if isinstance(end.__context__, BrokenPipeError):  # not stdout's: see OutputError
+            return _fail("a connection was closed from the other side. Run the same command again.")
+        return end.code
+    return 0
+
+
+def _refused(error: OSError) -> str:
+    """Say what the system has refused, where no other message does."""
+    if error.errno == errno.ENAMETOOLONG:
+        return f"{error.filename}: this name is longer than a file system takes. Name a file or folder that exists."
+    where = f"{error.filename}: " if error.filename is not None else ""
+    return (
+        f"{where}{error.strerror or error}. Expected files and folders that may be read and written here; look at what "
+        "is there, or name others."
+    )
+
+
+def _not_text(error: UnicodeEncodeError) -> str:
+    found = printable(error.object[max(0, error.start - 20) : error.end + 20])
+    if error.encoding.startswith("utf"):
+        return f"'{found}' is no UTF-8 text. Expected a name in UTF-8: rename it."
+    return (
+        f"'{found}' cannot be written in {error.encoding}, the encoding of file names here. Set a UTF-8 locale "
+        "(LC_ALL=C.UTF-8) or PYTHONUTF8=1, then run this again."
+    )
+
+
+def _lost(error: OutputError) -> int:
+    """Say why the results cannot be written to stdout, unless nobody reads them. Returns the exit status."""
+    drop_results()
+    if error.closed:
+        return _READER_LEFT
+    return _fail(f"the results cannot be written to stdout: {error}. Free some space, or write them elsewhere.")
 
 
 def as_flags(message: str, flags: Mapping[str, str]) -> str:
@@ -201,6 +308,6 @@ def _flags(app: typer.Typer) -> dict[str, str]:
     return {str(option.name): option.opts[0] for option in options}
 
 
-def _fail(message: str) -> NoReturn:
+def _fail(message: str) -> int:
     say(f"error: {message}")
-    sys.exit(1)
+    return 1

@@ -19,6 +19,7 @@ from features.console import UserError
 
 PARTIAL = ".partial"
 _KEPT_OF_NAME = 50  # characters of up to four bytes: a temporary name stays below 255 bytes, the usual limit
+_DEVICES, _PROCESSES = Path("/dev"), Path("/proc")  # below the latter, /dev/stdout
 
 _CANNOT_WRITE = {
     errno.ENOSPC: "free some space",
@@ -45,6 +46,27 @@ def writing(path: Path, *, remedy: str = "run the same command again") -> Iterat
             f"cannot write to {path}: {error.strerror}. Everything written so far is kept: "
             f"{_CANNOT_WRITE[error.errno]}, then {remedy}."
         ) from error
+
+
+def check_output(out: Path) -> None:
+    """Check, before the work begins, that a file can be written at its end, and that nothing but a file is replaced.
+
+    Raises:
+        UserError: `out` is a folder, a device, or `-`, or its folder is none or cannot be written to.
+    """
+    remedy = "Name a file in a folder that can be written to by `out`."
+    if out.is_dir():
+        raise UserError(f"cannot write to {str(out)!r}: it is a folder. {remedy}")
+    if str(out) == "-":
+        raise UserError(f"cannot write to '-': the result is a file, and is not written to stdout. {remedy}")
+    is_device = out.exists() and not out.is_file()
+    if is_device or out.absolute().parent == _DEVICES or _PROCESSES in out.absolute().parents:
+        raise UserError(f"cannot write to {out}: it is no file on a disk, and must not be replaced by one. {remedy}")
+    parent = next(folder for folder in out.absolute().parents if folder.exists())
+    if not parent.is_dir():
+        raise UserError(f"cannot write to {out}: {parent} is a file and no folder. {remedy}")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise UserError(f"cannot write to {out}: the folder {parent} may not be written to. {remedy}")
 
 
 def write_file(path: Path, pieces: Iterable[bytes | memoryview]) -> None:

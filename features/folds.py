@@ -92,6 +92,7 @@ def grouped_folds(samples: Samples, n_folds: int, *, seed: int = SEED, scheme: S
     if n_folds < 2:
         raise UserError(f"cross-validation needs at least 2 folds, got {n_folds}.")
     groups = effective_groups(samples)
+    _require_groups(samples.label, groups, n_folds)
     frozen = _frozen(samples, n_folds, seed, scheme)
     if frozen is not None:
         fold, source = frozen, f"AMi-Br, {_FROZEN_COLUMN[scheme].replace('_', '-', 1).replace('_', '.')}, frozen"
@@ -184,6 +185,18 @@ def _deal(label: NDArray[np.int8], groups: NDArray[np.intp], n_folds: int, seed:
         in_fold[best] = [n + g for n, g in zip(in_fold[best], new, strict=True)]
         fold_of[group] = best
     return np.asarray(fold_of[groups])
+
+
+def _require_groups(label: NDArray[np.int8], groups: NDArray[np.intp], n_folds: int) -> None:
+    """Refuse more folds than there are groups, before they are dealt."""
+    n_groups = len(np.unique(groups))
+    if n_folds > n_groups:
+        fewest = min(len(np.unique(groups[label == value])) for value in (0, 1))
+        fits = f"Use `cv={fewest}` or fewer" if fewest >= 2 else "Use fewer folds"
+        raise UserError(
+            f"{n_folds} folds were asked for, but there are {n_groups} groups (slides), which are never cut, and the "
+            f"rarer class occurs in {fewest}. {fits}, or label more slides."
+        )
 
 
 def _require_both_classes(

@@ -42,7 +42,12 @@ SkipUnlabelledOption = Annotated[
     bool, typer.Option("--skip-unlabelled", help="Leave out patches without a label, instead of refusing them.")
 ]
 DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")]
-CvOption = Annotated[int, typer.Option("--cv", help="Number of cross-validation folds; groups (slides) are never cut.")]
+# Upper ends of numbers: far beyond any use, and small enough that asking for them fails at once and not by and by.
+MOST_FOLDS, MOST_IMAGES, MOST_EPOCHS, MOST_WORKERS = 1_000, 65_536, 100_000, 10_000
+CvOption = Annotated[
+    int,
+    typer.Option("--cv", max=MOST_FOLDS, help="Number of cross-validation folds; groups (slides) are never cut."),
+]
 SeedOption = Annotated[
     int,
     typer.Option("--seed", min=0, max=2**32 - 1, help="Seed of the folds and of everything that is drawn at random."),

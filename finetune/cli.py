@@ -9,9 +9,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from features.console import UserError, print_json, run, say, show
+from features.console import UserError, print_json, print_text, run, say, show
+from features.files import check_output
 from features.options import (
     DEFAULT_RUNS,
+    MOST_EPOCHS,
+    MOST_FOLDS,
+    MOST_IMAGES,
     CvOption,
     DataOption,
     DeviceOption,
@@ -59,9 +63,11 @@ def finetune(
         str | None, typer.Option(help="full, centerN, centerN@M as in fm-extract. Default: the recipe's.")
     ] = None,
     cv: CvOption = 5,
-    epochs: Annotated[int | None, typer.Option(min=1, help="Epochs, at most. Default: the recipe's.")] = None,
+    epochs: Annotated[
+        int | None, typer.Option(min=1, max=MOST_EPOCHS, help="Epochs, at most. Default: the recipe's.")
+    ] = None,
     batch_size: Annotated[
-        int | None, typer.Option(min=1, help="Patches per fold and step. Default: the recipe's.")
+        int | None, typer.Option(min=1, max=MOST_IMAGES, help="Patches per fold and step. Default: the recipe's.")
     ] = None,
     learning_rate: Annotated[float | None, typer.Option(help="At its start or peak. Default: the recipe's.")] = None,
     seed: SeedOption = 42,
@@ -73,7 +79,8 @@ def finetune(
     weights: WeightsOption = None,
     device: DeviceOption = "auto",
     folds_at_once: Annotated[
-        int | None, typer.Option(min=1, help="Folds per forward pass. Default: all on a GPU, one on a CPU.")
+        int | None,
+        typer.Option(min=1, max=MOST_FOLDS, help="Folds per forward pass. Default: all on a GPU, one on a CPU."),
     ] = None,
     compile: Annotated[bool, typer.Option("--compile", help="Compile the backbone with torch.compile.")] = False,
     grad_checkpointing: Annotated[
@@ -191,10 +198,12 @@ def predict(
     device: DeviceOption = "auto",
     weights: WeightsOption = None,
     threshold: Annotated[
-        float | None, typer.Option(help="Positive from this probability on. Default: the run's own.")
+        float | None,
+        typer.Option(help="Positive from this probability on. Default: the run's own."),
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
+    check_output(out)
     from finetune.predict import predict_paths
 
     summary = predict_paths(folder, paths, out=out, device=device, weights=weights, threshold=threshold)
@@ -232,6 +241,9 @@ def report(
 ) -> None:
     if format not in ("html", "markdown", "latex"):
         raise UserError(f"unknown format {format!r}: use html, markdown or latex.")
+    path = Path("report.html") if out is None and format == "html" else out
+    if path is not None:
+        check_output(path)
     from finetune.report import make_report, write_report
     from probe.metrics import as_dict
     from probe.resample import Resampling
@@ -247,8 +259,7 @@ def report(
     )
     for note in figures.notes:
         say(f"note: {note}")
-    if out is not None or format == "html":
-        path = out or Path("report.html")
+    if path is not None:
         write_report(text, path)
         n_runs, n_sets = len(figures.labels), len(figures.sets)
         say(
@@ -256,7 +267,7 @@ def report(
             f"{len(text.encode()) / 1e6:.1f} MB"
         )
     elif not as_json:
-        print(text, end="")
+        print_text(text.removesuffix("\n"))
     if as_json:
         print_json(as_dict(figures))
 

@@ -37,6 +37,7 @@ FAMILY_TARGETS = {
     "EfficientNet: the 1x1 convolutions from the third stage on": r"blocks\.[2-9]\..*\.conv_(pw|pwl)",
     "ResNet with bottlenecks: the 1x1 convolutions": r"layer\d+\.\d+\.conv[13]",
 }
+MOST_RANK, MOST_ALPHA = 1_024, 1e6  # far beyond any use: a width in thousands would be no adapter
 
 
 @dataclass(frozen=True)
@@ -64,8 +65,13 @@ class LoraOptions:
     def __post_init__(self) -> None:
         if self.rank < 1:
             raise UserError(f"LoRA rank {self.rank}: expected 1 or more (8 is the default).")
-        if not self.alpha > 0:
-            raise UserError(f"LoRA alpha {self.alpha}: expected a number above 0 (twice the rank is usual).")
+        if self.rank > MOST_RANK:
+            raise UserError(f"LoRA rank {self.rank}: expected at most {MOST_RANK:,} (8 is the default).")
+        if not 0 < self.alpha <= MOST_ALPHA:
+            raise UserError(
+                f"LoRA alpha {self.alpha}: expected a number above 0 and at most {MOST_ALPHA:,.0f} (twice the rank is "
+                "usual)."
+            )
         if not 0 <= self.dropout < 1:
             raise UserError(f"LoRA dropout {self.dropout}: expected 0 or more and less than 1 (0.3 is the default).")
         try:

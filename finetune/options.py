@@ -18,6 +18,8 @@ from finetune.lora import LoraOptions
 from finetune.network import METHODS, Method
 from finetune.recipes import RECIPES, Recipe, recipe_for
 
+_MOST_FOLDS = 100
+
 
 @dataclass(frozen=True)
 class FinetuneOptions:
@@ -70,6 +72,10 @@ class FinetuneOptions:
             raise UserError(f"seed {self.seed}: expected a whole number from 0 to 2^32 - 1.")
         if self.cv < 2:
             raise UserError(f"cross-validation needs at least 2 folds, got {self.cv}.")
+        if self.cv > _MOST_FOLDS:
+            raise UserError(
+                f"{self.cv} folds: at most {_MOST_FOLDS} are fine-tuned; every fold has weights of its own."
+            )
 
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> FinetuneOptions:

@@ -65,8 +65,11 @@ def predict_paths(
         n, n_positive, n_folds, threshold, label_names, out.
 
     Raises:
-        UserError: no run, a backbone that cannot be had as it was, patches that cannot be read, or a full disk.
+        UserError: a threshold that is no probability, no run, a backbone that cannot be had as it was, patches that
+            cannot be read, or a full disk.
     """
+    if threshold is not None and not 0 <= threshold <= 1:
+        raise UserError(f"`threshold={threshold}` is no probability: expected a number from 0 to 1.")
     record = read_run(run)
     check_weights(run, record)
     torch_device = find_device(device)

@@ -271,7 +271,7 @@ def _record(setup: Setup, run_id: str, network: Network, state: State) -> RunRec
             device=compute.device.type,
             training_seconds=round(state.seconds, 3),
             training_images=state.n_images,
-            images_per_second=round(state.n_images / max(state.seconds, 1e-9), 2),
+            images_per_second=round(state.n_images / max(state.seconds, 1e-9), 4),
             folds_at_once=compute.folds_at_once,
             processes=compute.process_group.world_size,
             device_name=torch.cuda.get_device_name(compute.device) if on_gpu else None,

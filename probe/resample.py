@@ -22,6 +22,7 @@ from features.console import UserError
 from probe.metrics import NAMES, Interval
 from probe.tally import Tally, resampled_scores
 
+_MOST_REPLICATES = 1_000_000  # half a minute and more for every run and set
 SLIDE, SAMPLE = "slide", "sample"  # what is drawn
 _BIASED_UPWARD = frozenset({"ece"})  # sampling adds to it, and resampling once more
 _BLOCK = 2**17  # counts drawn at a time
@@ -47,6 +48,10 @@ class Resampling:
     def __post_init__(self) -> None:
         if self.replicates < 100:
             raise UserError(f"{self.replicates} replicates: an interval needs at least 100; 10,000 is the default.")
+        if self.replicates > _MOST_REPLICATES:
+            raise UserError(f"{self.replicates} replicates: at most {_MOST_REPLICATES:,}; 10,000 is the default.")
+        if not 0 <= self.seed < 2**32:
+            raise UserError(f"seed {self.seed}: expected a whole number from 0 to 2^32 - 1.")
         if not 0.5 <= self.level < 1:
             raise UserError(f"a level of {self.level}: intervals need one from 0.5 to below 1, such as 0.95.")
 

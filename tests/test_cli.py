@@ -95,6 +95,11 @@ def test_extract_probe_and_info_speak_json_alone_on_stdout(demo):
         (("fm-probe",), r"embeddings.zarr does not exist. Run fm-extract first"),
         (("fm-probe", "--recipe", "best"), r"unknown recipe 'best'"),
         (("fm-store", "info"), r"does not exist"),
+        (("fm-predict", "run", "0.png", "--out", "."), r"cannot write to '.': it is a folder.*by --out"),
+        (("fm-predict", "run", "0.png", "--threshold", "50"), r"--threshold 50.0 is no probability"),
+        (("fm-report", "--out", "-"), r"cannot write to '-'"),
+        (("fm-report", "--seed", "-1"), r"seed -1"),
+        (("fm-finetune", "--cv", "1000"), r"1000 folds: at most 100 are fine-tuned"),
     ],
 )
 def test_a_mistake_gets_one_clear_message(arguments, message, tmp_path):
@@ -106,6 +111,15 @@ def test_a_mistake_gets_one_clear_message(arguments, message, tmp_path):
 def test_wrong_usage_is_status_2(tmp_path):
     assert command("fm-extract", "--modle", "uni", cwd=tmp_path).returncode == 2
     assert command("fm-probe", "--cv", "many", cwd=tmp_path).returncode == 2
+    for arguments in (
+        ("fm-probe", "--cv", str(10**30)),
+        ("fm-extract", "--batch-size", str(10**30)),
+        ("fm-extract", "--workers", str(10**30)),
+        ("fm-finetune", "--batch-size", str(10**30)),
+        ("fm-finetune", "--epochs", str(10**30)),
+        ("fm-finetune", "--folds-at-once", str(10**30)),
+    ):
+        assert command(*arguments, cwd=tmp_path).returncode == 2, arguments
 
 
 def test_every_option_is_documented():

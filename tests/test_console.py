@@ -6,7 +6,7 @@ import pytest
 import typer
 
 from features import console
-from features.console import UserError, as_flags
+from features.console import UserError, as_flags, rate
 from features.options import DeviceOption, parse_names
 
 FLAGS = {"device": "--device", "batch_size": "--batch-size", "as_json": "--json", "cv": "--cv"}
@@ -45,3 +45,23 @@ def test_names_are_split_at_commas_and_kept_once():
     assert parse_names(" , ") == ()
     with pytest.raises(UserError, match="--model names nothing: found ' , '"):
         parse_names(" , ", option="--model")
+
+
+@pytest.mark.parametrize(
+    ("per_second", "said"),
+    [
+        (1234.5, "1,234 images/s"),
+        (35.2, "35 images/s"),
+        (3.14, "3.1 images/s"),
+        (0.5, "0.5 images/s, 2 s an image"),
+        (1 / 30, "0.033 images/s, 30 s an image"),
+        (0.0001, "0.0001 images/s, 10,000 s an image"),
+        (0, "0 images/s"),
+    ],
+)
+def test_a_slow_rate_also_says_how_long_each_takes(per_second, said):
+    assert rate(per_second) == said
+
+
+def test_a_rate_names_its_unit():
+    assert rate(0.2, "rows") == "0.2 rows/s, 5 s a row"

@@ -192,6 +192,10 @@ def test_a_wider_level_gives_a_wider_interval():
 def test_senseless_resampling_is_refused():
     with pytest.raises(UserError, match=r"50 replicates: an interval needs at least 100"):
         Resampling(replicates=50)
+    with pytest.raises(UserError, match=r"at most 1,000,000"):
+        Resampling(replicates=10**30)
+    with pytest.raises(UserError, match=r"seed -1: expected a whole number"):
+        Resampling(seed=-1)
     with pytest.raises(UserError, match=r"a level of 95: intervals need one from 0.5 to below 1"):
         Resampling(level=95)
 

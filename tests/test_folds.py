@@ -81,6 +81,14 @@ def test_a_class_in_one_group_only_is_refused_with_the_remedy():
         grouped_folds(samples, 5)
 
 
+@pytest.mark.parametrize("n_folds", [7, 10**30])
+def test_more_folds_than_groups_are_refused_before_they_are_dealt(n_folds):
+    ids, slides = list("abcdefgh"), list("11234566")
+    samples = make_samples(ids, [0, 1] * 4, sha256=[""] * 8, group=slides)
+    with pytest.raises(UserError, match=r"there are 6 groups.*rarer class occurs in 4\. Use `cv=4` or fewer"):
+        grouped_folds(samples, n_folds)
+
+
 def test_too_few_folds_is_refused():
     with pytest.raises(UserError, match="at least 2 folds"):
         grouped_folds(table(), 1)

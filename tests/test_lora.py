@@ -158,6 +158,10 @@ def test_each_family_has_default_targets(name: str, family: str, adapted: set[st
     ("options", "said"),
     [
         ({"rank": 0}, "rank 0: expected 1 or more"),
+        ({"rank": 10**9}, "rank 1000000000: expected at most 1,024"),
+        ({"alpha": float("inf")}, "alpha inf: expected a number above 0 and at most 1,000,000"),
+        ({"alpha": float("nan")}, "alpha nan"),
+        ({"dropout": float("nan")}, "dropout nan"),
         ({"alpha": 0}, "alpha 0: expected a number above 0"),
         ({"dropout": 1.0}, "dropout 1.0: expected 0 or more and less than 1"),
         ({"dropout": -0.1}, "dropout -0.1"),

@@ -119,6 +119,12 @@ def test_a_threshold_of_ones_own(runs, table, weights, tmp_path):
     assert {row["predicted"] for row in rows_of(tmp_path / "out.csv")} == {"Atypical"}
 
 
+@pytest.mark.parametrize("threshold", [50, -0.1, float("nan"), float("inf")])
+def test_a_threshold_that_is_no_probability_is_refused_before_the_run_is_read(threshold, tmp_path):
+    with pytest.raises(UserError, match=r"is no probability: expected a number from 0 to 1"):
+        predict_paths(tmp_path / "none", [tmp_path], out=tmp_path / "out.csv", threshold=threshold)
+
+
 def test_other_weights_are_refused_by_name(runs, table, tmp_path):
     torch.manual_seed(1)
     other = tmp_path / "other.safetensors"

@@ -123,6 +123,7 @@ def test_shard_overrules_the_environment():
     [
         ("2/2", {}, "I from 0 to N-1"),
         ("half", {}, "I/N"),
+        ("1/" + "9" * 5000, {}, "I/N"),
         (None, {"RANK": "two", "WORLD_SIZE": "2"}, "RANK is 'two'"),
         (None, {"RANK": "2", "WORLD_SIZE": "2"}, "rank 2 of 2"),
         (None, {"SLURM_ARRAY_TASK_ID": "7", "SLURM_ARRAY_TASK_MIN": "1", "SLURM_ARRAY_TASK_COUNT": "3"}, "has gaps"),

@@ -177,10 +177,11 @@ def test_rows_that_do_not_fit_are_named_and_nothing_is_imported(path: Path, tmp_
     refused("1 patches have no embedding.*69-é.png", features=CLS[:-1], ids=IDS[:-1])
     refused("2 of its ids are no patches.*'x', 'y'", features=np.vstack([CLS, CLS[:2]]), ids=[*IDS, "y", "x"])
     refused("1 of its rows repeat an id", embeddings=np.vstack([CLS, CLS[:1]]), ids=[*IDS, IDS[0]])
-    refused("expected 'features'", features=CLS)
-    refused("expected floats of shape", features=CLS[0], ids=IDS)
-    refused("cannot be read as .npz", features=CLS, ids=np.array(IDS, dtype=object))
-    refused(r"1 embeddings are NaN or infinite \(first: row 5", features=np.where(CLS == 15, np.nan, CLS), ids=IDS)
+    refused("expected 'ids'.*or give `ids`", features=CLS)
+    refused("expected 'features'", feats=CLS, ids=IDS)
+    refused(r"shape \(3,\), and there are 70 ids; expected \(70, d\)", features=CLS[0], ids=IDS)
+    refused("which is a pickle and is not read", features=CLS, ids=np.array(IDS, dtype=object))
+    refused(r"1 embedding \('Atypical/5-é.png'\) holds NaN", features=np.where(CLS == 15, np.nan, CLS), ids=IDS)
 
 
 def test_files_of_the_wrong_kind_are_refused(path: Path, tmp_path: Path) -> None:
@@ -190,7 +191,7 @@ def test_files_of_the_wrong_kind_are_refused(path: Path, tmp_path: Path) -> None
     (tmp_path / "x.csv").write_text("id,label\na,\n")
     (tmp_path / "header.csv").write_text("name\na\n")
     for arguments, match in [
-        ((tmp_path / "x.npy",), "`ids` belongs to .npy"),
+        ((tmp_path / "x.npy",), "or give `ids` apart"),
         ((tmp_path / "x.pt",), "give one of .npy, .npz"),
         ((tmp_path / "none.npz",), "cannot be read.*No such file"),
         ((tmp_path / "text.h5",), "cannot be read as .h5"),

@@ -83,10 +83,18 @@ def test_a_patch_smaller_than_its_crop_is_refused_with_the_remedy():
         pixels(find_backbone("uni"), "center64", patch(48, 48))
 
 
-@pytest.mark.parametrize("text", ["", "center", "center0", "middle64", "full@", "center64@0", "center64x"])
+@pytest.mark.parametrize(
+    "text", ["", "center", "center0", "middle64", "full@", "center64@0", "center64x", "full@9999999999", "full@٣"]
+)
 def test_an_unknown_view_is_refused(text):
     with pytest.raises(UserError, match="unknown view"):
         parse_view(text)
+
+
+def test_an_input_that_no_memory_holds_is_refused():
+    parse_view("full@2048")
+    with pytest.raises(UserError, match="an input of 2,049 pixels is too large; at most 2,048"):
+        parse_view("full@2049")
 
 
 def test_what_decides_the_pixels_is_recorded():

@@ -137,6 +137,8 @@ def _p_value(value: float) -> str:
 def _count(value: float | None) -> str:
     if value is None:
         return "–"
+    if 0 < value < 1:
+        return f"{value:.2g}"  # images per second of a large network on a CPU
     return f"{value / 1e6:,.1f} M" if value >= 1e6 else f"{value:,.0f}"
 
 
