@@ -335,11 +335,11 @@ def _fitting(model: nn.Module, path: Path, backbone: Backbone) -> StateDict:
     except KeyMapError as error:
         raise UserError(
             f"{path}: these weights do not fit {backbone.name} ({backbone.arch}): {error}. The file's tensors are "
-            f"{first_names(tensors)}. Likely a file of another model."
+            f"{first_names(tensors)}."
         ) from None
     state = {name: value for name, value in converted.items() if name in expected or not _CLASSIFIER.fullmatch(name)}
     if pretraining := [name for name in state if name not in expected and _PRETRAINING.fullmatch(name)]:
-        say(f"{path}: left out {len(pretraining)} tensors that only pretraining uses ({first_names(pretraining)}).")
+        say(f"{path}: left out what only pretraining uses: {first_names(pretraining)}.")
         state = {name: value for name, value in state.items() if name not in pretraining}
     if backbone.resample_pos_embed and "pos_embed" in state and "pos_embed" in expected:
         grid = model.patch_embed.grid_size  # type: ignore[union-attr]
@@ -465,7 +465,8 @@ def check_forward(model: nn.Module, backbone: Backbone, size: int) -> None:
 
 
 def _close(one: Tensor, other: Tensor) -> bool:
-    return torch.allclose(one, other.to(one.dtype), rtol=1e-3, atol=1e-4 * float(one.abs().max()))
+    one, other = one.float().nan_to_num(), other.nan_to_num()  # NaN is refused when a patch gives it
+    return torch.allclose(one, other, rtol=1e-3, atol=1e-4 * float(one.abs().max()))
 
 
 def _is_registered(backbone: Backbone) -> bool:

@@ -4,7 +4,7 @@ Training code wraps a network in dictionaries (`state_dict`, `teacher`, …) and
 (`module.`, `backbone.`, …). No list of wrappers is kept here: every dictionary of the file with every prefix in it is a
 candidate, and the one whose names and shapes fit the network is taken. Of several that fit, a teacher or a moving
 average (EMA) is taken first and a student last, as DINO and timm do. It is said what was taken, what was left out, and
-what else would fit.
+what else is there.
 """
 
 from __future__ import annotations
@@ -212,12 +212,16 @@ def network_tensors(
     fits = {id(candidate): _fit(candidate.state, expected, convert) for candidate in candidates}
     candidates.sort(key=lambda candidate: (-fits[id(candidate)], candidate.rank, len(candidate.prefix)))
     chosen = candidates[0]
-    others = [
+    others: list[_Candidate] = []
+    for other in candidates[1:]:
+        nested = any(one.contains(other) or other.contains(one) for one in [chosen, *others])
+        if not nested and 2 * fits[id(other)] > fits[id(chosen)]:
+            others.append(other)
+    rivals = [
         other
-        for other in candidates[1:]
-        if fits[id(other)] == fits[id(chosen)] and not (chosen.contains(other) or other.contains(chosen))
+        for other in others
+        if (fits[id(other)], other.rank) == (fits[id(chosen)], chosen.rank) and not _same(chosen.state, other.state)
     ]
-    rivals = [other for other in others if other.rank == chosen.rank and not _same(chosen.state, other.state)]
     if rivals and fits[id(chosen)] == 2 * len(expected):
         raise UserError(
             f"{path}: holds several networks of this kind: {', '.join(map(str, [chosen, *rivals]))}. Save the tensors "
@@ -264,7 +268,7 @@ def _account(path: Path, chosen: _Candidate, others: Iterable[_Candidate]) -> st
     if chosen.left_out:
         sentences.append(f"left out {len(chosen.left_out)} beside them ({first_names(chosen.left_out)})")
     if other := ", ".join(map(str, others)):
-        sentences.append(f"not taken, though it would fit: {other}")
+        sentences.append(f"also there, and not taken: {other}")
     return "; ".join(sentences) + "."
 
 

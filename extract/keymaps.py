@@ -76,7 +76,8 @@ def from_timm_hub(state: StateDict, model: nn.Module) -> StateDict:
             converted: StateDict = convert(dict(state), model)  # a copy: some converters change what they are given
     except TIMM_RAISES as error:
         raise KeyMapError(
-            f"timm's converter for {type(model).__name__} does not know this layout ({type(error).__name__}: {error})"
+            f"timm's converter for {type(model).__name__} does not know this layout ({type(error).__name__}: {error}); "
+            "likely a file of another model"
         ) from None
     for name, tensor in converted.items():
         before = state.get(name)

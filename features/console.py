@@ -25,6 +25,13 @@ _PIPE_WIDTH = 240
 # Rounds of a waiting OpenMP thread before it sleeps. Without a limit, two-thread products beside any other busy process
 # take up to fifty times as long (docs/decisions/solver.md); torch reads it when it is loaded.
 _SPIN_COUNT = "10000"
+# huggingface_hub reads these when it is loaded, and fails there on anything else.
+_SECONDS = re.compile(r"\s*\d*\s*"), "a whole number of seconds"
+_ADDRESS = (
+    re.compile(r"(https?://([^\s/@]*@)?(\[\S+\]|[^\s/:]+)(:\d+)?(/\S*)?)?"),
+    "an address like https://huggingface.co",
+)
+_SETTINGS = {"HF_HUB_ETAG_TIMEOUT": _SECONDS, "HF_HUB_DOWNLOAD_TIMEOUT": _SECONDS, "HF_ENDPOINT": _ADDRESS}
 _bars, _quiet = True, False
 
 
@@ -158,6 +165,9 @@ def run(app: typer.Typer) -> None:
     signal.signal(signal.SIGINT, _interrupt)
     signal.signal(signal.SIGTERM, _interrupt)
     try:
+        for name, (pattern, kind) in _SETTINGS.items():
+            if not pattern.fullmatch(os.environ.get(name, "")):
+                raise UserError(f"The environment variable {name} is not {kind}: correct it, or unset it.")
         app()
     except UserError as error:
         _fail(as_flags(str(error), _flags(app)))

@@ -108,10 +108,17 @@ def test_a_teacher_or_an_average_is_taken_first_and_a_student_last(
     if flat:
         content: dict[str, Any] = below(f"{worse}.", network(1)) | below(f"{better}.", network())
         assert f"from {better}.*" in (said := reads(content))
-        assert f"not taken, though it would fit: {worse}.*" in said
+        assert f"also there, and not taken: {worse}.*" in said
     else:
         said = reads({worse: network(1), better: below("module.", network())})
-        assert f"from {better}: module.*; not taken, though it would fit: {worse}." in said
+        assert f"from {better}: module.*; also there, and not taken: {worse}." in said
+
+
+def test_an_average_of_some_tensors_is_named_and_not_taken(reads: Reads) -> None:
+    average = {name: tensor for name, tensor in network(1).items() if "norm" not in name}
+    assert "from state_dict; also there, and not taken: model_ema." in reads(
+        {"state_dict": network(), "model_ema": average}
+    )
 
 
 def test_a_teacher_of_another_architecture_is_not_taken(reads: Reads) -> None:
@@ -143,9 +150,7 @@ def test_numbered_classifiers_and_what_pretraining_uses_are_left_out(reads: Read
     assert reads(network() | classifiers) == ""
     pretraining = {"mask_token": torch.zeros(1, 32), **head("dino_head.mlp"), "decoder_pos_embed": torch.ones(1),
                    "decoder_blocks.0.norm1.weight": torch.ones(2)}  # fmt: skip
-    assert "left out 5 tensors that only pretraining uses (dino_head (2), mask_token (1)" in reads(
-        network() | pretraining
-    )
+    assert "left out what only pretraining uses: dino_head (2), mask_token (1)" in reads(network() | pretraining)
 
 
 def test_what_does_not_fit_is_told_by_its_names(file: Path) -> None:
@@ -340,6 +345,17 @@ def test_tensors_of_another_size_are_never_resized_unseen(file: Path, family: st
     assert all(torch.equal(tensor, same.state_dict()[name]) for name, tensor in loaded.state_dict().items())
     with pytest.raises(UserError, match=r"do not fit tiny .*(another shape|resized a tensor of another shape)"):
         build_model(record, saved(below(prefix, dict(saved_.state_dict())), file))
+
+
+def test_a_table_that_has_its_shape_is_not_resized_either(file: Path) -> None:
+    """A window of 1 x 13 cells has 25 relative positions, which timm's converter takes for 5 x 5."""
+    window = {"img_size": (8, 104), "window_size": (1, 13)}
+    record = replace(
+        TINY, arch="swin_tiny_patch4_window7_224", kwargs=FAMILIES["swin window"][1] | window, layout="timm-hub"
+    )
+    state = build_model(record, None).state_dict()
+    loaded = build_model(record, saved(dict(state), file)).state_dict()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in state.items())
 
 
 def test_a_renamed_checkpoint_of_another_size_is_refused(file: Path) -> None:
