@@ -420,7 +420,7 @@ def check_input_size(model: nn.Module, backbone: Backbone, size: int) -> None:
     patch_size = getattr(getattr(model, "patch_embed", None), "patch_size", None)
     if patch_size is None:
         return
-    edge = int(patch_size[0])
+    edge = int(patch_size[0] if isinstance(patch_size, (tuple, list)) else patch_size)
     if size % edge:
         lower = max(size // edge, 1) * edge
         raise UserError(

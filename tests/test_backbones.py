@@ -367,6 +367,10 @@ def test_a_network_that_cannot_be_pooled_is_refused_by_its_name() -> None:
             find_backbone(f"timm/{name}")
 
 
+def test_a_patch_size_may_be_one_number() -> None:
+    assert find_backbone("timm/efficientvit_m0.r224_in1k").card_pooling == "pooled"
+
+
 def test_an_image_goes_through_before_patches_are_read() -> None:
     model = build_model(TINY, None)
     check_forward(model, TINY, 32)
