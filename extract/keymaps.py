@@ -65,7 +65,7 @@ def from_timm_hub(state: StateDict, model: nn.Module) -> StateDict:
     tensor is put back, so that strict loading reports the difference.
 
     Raises:
-        KeyMapError: if the converter fails, or has both renamed and resized a tensor.
+        KeyMapError: if the converter fails, has both renamed and resized a tensor, or has dropped biases that count.
     """
     convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
     if convert is None:
@@ -79,6 +79,13 @@ def from_timm_hub(state: StateDict, model: nn.Module) -> StateDict:
             f"timm's converter for {type(model).__name__} does not know this layout ({type(error).__name__}: {error}); "
             "likely a file of another model"
         ) from None
+    for name, bias in state.items():  # (3 d); dropped of DINOv3 if the network has none
+        if name.endswith("qkv.bias") and not converted.keys() & {name, name.replace("qkv.bias", "q_bias")}:
+            query, _, value = bias.chunk(3)
+            if not bias.is_meta and (query.any() or value.any()):
+                raise KeyMapError(
+                    f"timm's converter drops {name}, which is not zero; an architecture that ends in _qkvb has this bias"
+                )
     for name, tensor in converted.items():
         before = state.get(name)
         if before is not None and (_resized(tensor) or (before.ndim == tensor.ndim and before.shape != tensor.shape)):

@@ -413,6 +413,19 @@ def test_a_converter_prints_nothing(file: Path, capsys: pytest.CaptureFixture[st
     assert capsys.readouterr().out == ""
 
 
+def test_biases_that_count_are_never_dropped(file: Path) -> None:
+    record = replace(TINY, arch="vit_small_patch16_dinov3", kwargs={"depth": 1}, layout="timm-hub")
+    state = dict(build_model(record, None).state_dict())
+    state["storage_tokens"] = state.pop("reg_token")
+    zero = {"blocks.0.attn.qkv.bias": torch.zeros(3 * 384)}
+    build_model(record, saved(state | zero, file))
+    zero["blocks.0.attn.qkv.bias"][7] = 0.1
+    with pytest.raises(
+        UserError, match=r"drops blocks\.0\.attn\.qkv\.bias, which is not zero; an architecture .* _qkvb"
+    ):
+        build_model(record, saved(state | zero, file))
+
+
 def test_timm_resizes_without_a_word_so_the_check_is_needed() -> None:
     larger = torch.randn(1, 37, 32)
     assert timm.layers.resample_abs_pos_embed(larger, new_size=[4, 4], num_prefix_tokens=1).shape == (1, 17, 32)
