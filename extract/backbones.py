@@ -180,7 +180,7 @@ def _unregistered(
         **known,  # type: ignore[arg-type]
     )
     with torch.device("meta"):
-        model = _create(record(n_parameters=0, embedding_dim=0), dynamic=False)
+        model = _create(record(n_parameters=0, embedding_dim=0), dynamic=False).eval()
     pooling = _default_pooling(model)
     backbone = record(
         card_pooling=pooling,

@@ -371,6 +371,10 @@ def test_a_patch_size_may_be_one_number() -> None:
     assert find_backbone("timm/efficientvit_m0.r224_in1k").card_pooling == "pooled"
 
 
+def test_one_image_is_enough_for_a_network_with_batch_norms_of_single_cells() -> None:
+    assert find_backbone("timm/resnest14d.gluon_in1k").embedding_dim == 2048
+
+
 def test_an_image_goes_through_before_patches_are_read() -> None:
     model = build_model(TINY, None)
     check_forward(model, TINY, 32)
