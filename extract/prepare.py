@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from extract.backbones import Backbone, Weights, build_model, check_input_size, fetch_weights, pooling_widths
+from extract.backbones import Backbone, Weights, build_model, check_forward, fetch_weights, pooling_widths
 from extract.compute import choose_precision, embed_batch, largest_batch, optimize_for_inference
 from extract.datasets import PatchDataset
 from extract.shard import Shard
@@ -168,7 +168,9 @@ def prepare(extraction: Extraction) -> Prepared:
         finished = {view.name: _finished_entry(extraction, backbone, weights, view) for view in views}
         unfinished = [view for view in views if finished[view.name] is None]
         if unfinished:
-            model = build_model(backbone, weights, dynamic=any(view.input_size for view in unfinished))
+            model = build_model(backbone, weights, dynamic=any(view.input_size for view in unfinished)).to(device)
+            for view in unfinished:
+                check_forward(model, backbone, make_transform(backbone, view).input_size)
             images = make_transform(backbone, unfinished[0])(extraction.examples, device)
             model = optimize_for_inference(model, device, example=images)
         for view in views:
@@ -255,7 +257,6 @@ def _make_job(extraction: Extraction, backbone: Backbone, weights: Weights, mode
     """Open the entry of a model and view; the process that creates it decides precision and batch size for all."""
     options, device, shared = extraction.options, extraction.device, extraction.shard.shared
     transform = make_transform(backbone, view)
-    check_input_size(model, backbone, transform.input_size)
     images = transform(extraction.examples, device)
     wanted = _recorded_precision(extraction, backbone, weights, view) or options.precision
     precision = choose_precision(wanted, backbone, model, images)

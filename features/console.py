@@ -31,6 +31,13 @@ _SPIN_COUNT = "10000"
 # torch's RuntimeErrors on a GPU and a CPU; this module is too light to import torch.
 _OUT_OF_MEMORY = re.compile(r"^OutOfMemoryError|can't allocate memory|Storage size calculation overflowed")
 _READER_LEFT = 128 + signal.SIGPIPE  # the status that a shell gives a command which died of it
+# huggingface_hub reads these when it is loaded, and fails there on anything else.
+_SECONDS = re.compile(r"\s*\d*\s*"), "a whole number of seconds"
+_ADDRESS = (
+    re.compile(r"(https?://([^\s/@]*@)?(\[\S+\]|[^\s/:]+)(:\d+)?(/\S*)?)?"),
+    "an address like https://huggingface.co",
+)
+_SETTINGS = {"HF_HUB_ETAG_TIMEOUT": _SECONDS, "HF_HUB_DOWNLOAD_TIMEOUT": _SECONDS, "HF_ENDPOINT": _ADDRESS}
 _bars, _quiet = True, False
 
 
@@ -48,9 +55,14 @@ class Interrupted(BaseException):
     """Ctrl-C or SIGTERM, raised in the main thread. Not a KeyboardInterrupt: typer would answer that one itself."""
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
-    """Make a ' Did you mean ...?' suffix of the closest known names; an empty string when none is close."""
+def nearest(name: str, known: Iterable[str] | Mapping[str, str]) -> str:
+    """Make a ' Did you mean ...?' suffix of the closest known names; an empty string when none is close.
+
+    A mapping gives the known names in the spelling to compare -> in the spelling to print.
+    """
     close = difflib.get_close_matches(name, list(known), n=3, cutoff=0.5)
+    if isinstance(known, Mapping):
+        close = [known[spelling] for spelling in close]
     return f" Did you mean {' or '.join(close)}?" if close else ""
 
 
@@ -234,6 +246,9 @@ def _run(app: typer.Typer) -> int | str | None:
 def _status(app: typer.Typer) -> int | str | None:
     """Run an application. Returns the exit status that typer gives it."""
     try:
+        for name, (pattern, kind) in _SETTINGS.items():
+            if not pattern.fullmatch(os.environ.get(name, "")):
+                raise UserError(f"The environment variable {name} is not {kind}: correct it, or unset it.")
         app()
     except SystemExit as end:
         if isinstance(end.__context__, BrokenPipeError):  # not stdout's: see OutputError

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from extract.backbones import build_model, check_input_size, find_backbone
+from extract.backbones import build_model, check_forward, find_backbone
 from extract.views import make_transform
 from features.device import find_device
 from finetune.lora import adapters
@@ -76,7 +76,7 @@ def make_plan(options: FinetuneOptions, compute_options: ComputeOptions = Comput
     at_once = compute_options.resolved_folds_at_once(device, len(folds))
     with torch.device("meta"):  # where even constructors that compute with values run
         model = build_model(backbone, None, dynamic=view.input_size is not None)
-    check_input_size(model, backbone, transform.input_size)
+    check_forward(model, backbone, transform.input_size)
     n_parameters = sum(parameter.numel() for parameter in model.parameters())
     with FakeTensorMode(allow_non_fake_inputs=True):
         model = model.to_empty(device="cpu")

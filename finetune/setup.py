@@ -14,7 +14,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from extract.backbones import Backbone, Weights, build_model, check_input_size, fetch_weights, find_backbone
+from extract.backbones import (
+    Backbone,
+    Weights,
+    build_model,
+    check_forward,
+    fetch_weights,
+    find_backbone,
+)
 from extract.datasets import DATASETS, PatchDataset, is_at_hand, load_dataset, require_distinct_names
 from extract.embed import decoded
 from extract.prepare import fingerprint_parts
@@ -223,8 +230,8 @@ def build_network(
         UserError: weights that do not fit, an input size that does not, or targets that match nothing.
     """
     model = build_model(backbone, weights, dynamic=view.input_size is not None)
-    check_input_size(model, backbone, make_transform(backbone, view).input_size)
-    model = model.to(device).to(memory_format=torch.channels_last)  # of convolutions; other layers stay as they are
+    check_forward(model.to(device), backbone, make_transform(backbone, view).input_size)
+    model = model.to(memory_format=torch.channels_last)  # of convolutions; other layers stay as they are
     return Network(model, backbone, method=options.method, lora=options.lora, folds=folds, seed=options.seed)
 
 

@@ -21,14 +21,15 @@ from extract.backbones import (
     Weights,
     build_model,
     center_window,
+    check_forward,
     check_input_size,
     fetch_weights,
     find_backbone,
     forward_poolings,
     list_models,
     pooling_widths,
-    read_checkpoint,
 )
+from extract.checkpoints import read_checkpoint
 from extract.keymaps import KEYMAPS
 from features.console import UserError
 
@@ -112,6 +113,32 @@ def test_records_are_json_so_that_a_fingerprint_can_hold_them() -> None:
 def test_unknown_name_names_the_nearest() -> None:
     with pytest.raises(UserError, match="Did you mean virchow2 or virchow"):
         find_backbone("virchov2")
+
+
+@pytest.mark.parametrize(
+    ("name", "suggestion"),
+    [
+        *((name, "Did you mean uni?") for name in ("UNI", "MahmoodLab/UNI", "mahmoodlab/uni", "Uni")),
+        *((f"{page}/MahmoodLab/UNI{end}", "Did you mean uni?") for page in ("https://huggingface.co", "http://hf.mirror")
+          for end in ("", "/", "/tree/main", "/blob/main/pytorch_model.bin")),
+        *((name, "Did you mean h-optimus-1?") for name in ("H-optimus-1", "bioptimus/H-optimus-1", "h_optimus_1")),
+        *((name, "Did you mean uni2-h?") for name in ("uni2h", "UNI2-h", "UNI2_h")),
+        ("Virchow2", "Did you mean virchow2?"),
+        ("hf_hub:paige-ai/Virchow2", "Did you mean virchow2?"),
+        ("ResNet50", "Did you mean resnet50?"),
+        ("resnet50d", "Did you mean timm/resnet50d?"),
+        ("vit_base_patch16_224", "Did you mean timm/vit_base_patch16_224?"),
+        ("vit_base_patch16_224.augreg_in1k", "Did you mean timm/vit_base_patch16_224.augreg_in1k?"),
+        ("EfficientNet-B0", "Did you mean timm/efficientnet_b0?"),
+        ("org/repo", "For a repository of the hub write hf-hub:org/repo."),
+        ("https://huggingface.co/org/repo", "For a repository of the hub write hf-hub:org/repo."),
+        ("weights/mine.pth", "A file of weights is passed as `weights`"),
+    ],
+)  # fmt: skip
+def test_what_people_write_for_a_model_is_understood(name: str, suggestion: str) -> None:
+    with pytest.raises(UserError) as caught:
+        find_backbone(name)
+    assert f"unknown model '{name}'. {suggestion}" in str(caught.value)
 
 
 # ---------------------------------------------------------------------------------------------------- any other model
@@ -229,34 +256,6 @@ def test_weights_of_another_model_say_so(file: Path) -> None:
         build_model(TINY, saved({"conv1.weight": torch.zeros(3)}, file))
 
 
-@pytest.mark.parametrize("wrap", ["state_dict", "teacher"])
-def test_training_wrappers_come_off_and_half_precision_becomes_single(tmp_path: Path, wrap: str) -> None:
-    model = build_model(TINY, None)
-    prefix = {"state_dict": "module.", "teacher": "backbone."}[wrap]
-    half = {f"{prefix}{name}": tensor.bfloat16() for name, tensor in model.state_dict().items()}
-    loaded = build_model(TINY, saved({wrap: half, "epoch": 3}, tmp_path / "checkpoint.pth"))
-    assert {parameter.dtype for parameter in loaded.parameters()} == {torch.float32}
-    torch.testing.assert_close(loaded.pos_embed, model.pos_embed.bfloat16().float(), rtol=0, atol=0)
-
-
-def test_damaged_files_and_pickled_code_are_refused(tmp_path: Path) -> None:
-    model = build_model(TINY, None)
-    for suffix in (".safetensors", ".pth"):
-        whole = saved(model, tmp_path / f"whole{suffix}").path.read_bytes()
-        for name, content in (("cut", whole[: len(whole) // 2]), ("text", b"404 not found\n"), ("empty", b"")):
-            path = tmp_path / f"{name}{suffix}"
-            path.write_bytes(content)
-            with pytest.raises(UserError, match="not a readable weights file"):
-                read_checkpoint(path)
-    torch.save({"state_dict": Path("/")}, tmp_path / "code.pth")
-    with pytest.raises(UserError, match="not a readable weights file"):
-        read_checkpoint(tmp_path / "code.pth")
-    for content in ({"epoch": 3}, [torch.zeros(2)], torch.zeros(2), "text", {}, None):
-        torch.save(content, tmp_path / "none.pth")
-        with pytest.raises(UserError, match="holds no tensors"):
-            read_checkpoint(tmp_path / "none.pth")
-
-
 def test_older_swin_names_load(file: Path) -> None:
     record = replace(TINY, arch="swin_tiny_patch4_window7_224", kwargs=SMALL_SWIN, layout="timm-hub")
     model = build_model(record, None)
@@ -352,6 +351,47 @@ def test_embeddings_are_single_precision_under_autocast() -> None:
         assert {value.dtype for value in forward_poolings(model, TINY, images()).values()} == {torch.float32}
 
 
+def test_a_distilled_transformer_is_pooled_as_timm_does() -> None:
+    record = find_backbone("timm/deit_tiny_distilled_patch16_224.fb_in1k")
+    assert record.card_pooling == "pooled"
+    model = build_model(replace(record, kwargs=SMALL), None)
+    pooled = forward_poolings(model, record, images())
+    torch.testing.assert_close(pooled["pooled"], model.forward_features(images())[:, :2].mean(1))
+    assert list(pooled) == ["pooled", "cls", "mean", "center"]
+
+
+def test_a_network_that_cannot_be_pooled_is_refused_by_its_name() -> None:
+    for name, found in (("coat_tiny.in1k", "a list of several"), ("crossvit_tiny_240.in1k", "a list of several"),
+                        ("levit_128.fb_dist_in1k", "neither a square grid")):  # fmt: skip
+        with pytest.raises(UserError, match=rf"timm/{name}: \w+ returns features .*{found}.*Take another model"):
+            find_backbone(f"timm/{name}")
+
+
+def test_a_patch_size_may_be_one_number() -> None:
+    assert find_backbone("timm/efficientvit_m0.r224_in1k").card_pooling == "pooled"
+
+
+def test_one_image_is_enough_for_a_network_with_batch_norms_of_single_cells() -> None:
+    assert find_backbone("timm/resnest14d.gluon_in1k").embedding_dim == 2048
+
+
+def test_an_image_goes_through_before_patches_are_read() -> None:
+    model = build_model(TINY, None)
+    check_forward(model, TINY, 32)
+    with pytest.raises(
+        UserError, match=r"tiny: .*cannot embed an image of 40 px \(AssertionError.*its own 32 px, or take"
+    ):
+        check_forward(model, TINY, 40)
+    with pytest.raises(UserError, match=r"40 px is not a multiple|44 px is not a multiple"):
+        check_forward(model, TINY, 44)
+    with pytest.raises(UserError, match=r"\(1, 32\), in another way than by mean pooling"):
+        check_forward(model, replace(TINY, card_pooling="mean"), 32)
+    check_forward(model, replace(TINY, card_pooling="mean", hub_id="MahmoodLab/UNI"), 32)  # a card may differ from timm
+    model.forward_features = None
+    with pytest.raises(UserError, match=r"cannot embed an image of 32 px \(TypeError.*\)\. Take another model"):
+        check_forward(model, TINY, 32)
+
+
 def test_a_model_of_unknown_output_is_refused() -> None:
     record = replace(TINY, arch="mixer_s32_224", kwargs={}, input_size=224)
     with torch.device("meta"), pytest.raises(UserError, match="neither a square grid"):
@@ -422,7 +462,7 @@ def test_the_embedded_network_sees_what_is_in_a_photograph() -> None:
     weights = fetch_weights(record)
     assert weights.source == "package"
     model = build_model(record, weights)
-    state = KEYMAPS[record.layout](read_checkpoint(weights.path), model)
+    state = KEYMAPS[record.layout](read_checkpoint(weights.path)[""], model)
     assert len(state) == 296
     photograph = Image.fromarray(load_sample_image("flower.jpg")).resize((224, 224), Image.Resampling.BICUBIC)
     pooled = forward_poolings(model, record, ((pil_to_tensor(photograph) / 255 - 0.5) / 0.5)[None])
@@ -433,7 +473,7 @@ def test_the_embedded_network_sees_what_is_in_a_photograph() -> None:
 
 def test_a_reordered_embedded_checkpoint_is_refused(tmp_path: Path) -> None:
     record = BACKBONES["efficientnet-lite0"]
-    state = read_checkpoint(fetch_weights(record).path)
+    state = read_checkpoint(fetch_weights(record).path)[""]
     reordered = saved(dict(sorted(state.items())), tmp_path / "weights.pth")
     with pytest.raises(UserError, match="do not fit efficientnet-lite0"):
         build_model(record, reordered)
@@ -490,17 +530,6 @@ def test_the_norm_behind_the_pooling_is_applied_to_class_token_and_means_alike(
     tokens = model.forward_features(images(size=56))
     normed = model.fc_norm(torch.stack([tokens[:, 0], tokens[:, 1 + registers :].mean(1)]))
     torch.testing.assert_close(torch.stack([pooled["cls"], pooled["mean"]]), normed)
-
-
-def test_prefixes_go_only_where_every_name_has_them(file: Path) -> None:
-    state = {"module.a": torch.ones(1), "module.b": torch.ones(2, dtype=torch.float16)}
-    assert list(read_checkpoint(saved(state, file).path)) == ["a", "b"]
-    assert read_checkpoint(file)["b"].dtype == torch.float32
-    assert list(read_checkpoint(saved(state | {"c": torch.ones(1)}, file).path)) == ["c", "module.a", "module.b"]
-    nested = {"teacher": {"module.teacher.backbone.a": torch.arange(3)}}
-    found = read_checkpoint(saved(nested, file.with_suffix(".pth")).path)
-    assert list(found) == ["a"]
-    assert found["a"].dtype == torch.int64
 
 
 def test_only_a_classifier_is_left_out_by_name(file: Path) -> None:

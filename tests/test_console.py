@@ -65,3 +65,35 @@ def test_a_slow_rate_also_says_how_long_each_takes(per_second, said):
 
 def test_a_rate_names_its_unit():
     assert rate(0.2, "rows") == "0.2 rows/s, 5 s a row"
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "kind"),
+    [
+        *((name, value, "a whole number of seconds") for name in ("HF_HUB_ETAG_TIMEOUT", "HF_HUB_DOWNLOAD_TIMEOUT")
+          for value in ("ten", "0.5", "10s")),
+        *(("HF_ENDPOINT", value, "an address like https://huggingface.co") for value in
+          ("mirror", "host.example", "http://127.0.0.1:port", "http://", "ftp://127.0.0.1", " http://127.0.0.1")),
+    ],
+)  # fmt: skip
+def test_a_setting_that_the_hub_client_cannot_read_is_one_message(
+    name: str, value: str, kind: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv(name, value)
+    app = typer.Typer()
+    app.command()(lambda: pytest.fail("the command ran"))
+    with pytest.raises(SystemExit) as ended:
+        console.run(app)
+    assert ended.value.code == 1
+    assert f"The environment variable {name} is not {kind}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("value", ["", "10", " 10 ", "https://huggingface.co/", "http://user:pw@[::1]:80/hub"])
+def test_settings_that_it_can_read_are_left_alone(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_ENDPOINT" if "/" in value else "HF_HUB_ETAG_TIMEOUT", value)
+    app = typer.Typer()
+    app.command()(lambda: None)
+    monkeypatch.setattr("sys.argv", ["command"])
+    with pytest.raises(SystemExit) as ended:
+        console.run(app)
+    assert ended.value.code == 0

@@ -151,6 +151,16 @@ def test_a_truncated_patch_ends_with_its_name_and_keeps_finished_blocks(patches,
     assert store.entries()[0].complete
 
 
+def test_a_network_that_embeds_otherwise_than_its_record_says_is_refused_before_anything_is_stored(
+    patches, weights, tmp_path
+):
+    store = FeatureStore.open_or_create(tmp_path / "s.zarr")
+    backbone = dataclasses.replace(find_backbone(MODEL), card_pooling="mean")
+    with pytest.raises(UserError, match=r"in another way than by mean pooling"):
+        extract_dataset(load_dataset(str(patches)), [backbone], store=store, weights=weights)
+    assert store.entries() == []
+
+
 def test_not_a_number_is_refused_with_the_patch_named(patches, tmp_path):
     state = timm.create_model("test_vit", num_classes=0).state_dict()
     state["norm.weight"][0] = float("nan")

@@ -12,11 +12,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import huggingface_hub.utils
 import pytest
 from huggingface_hub import constants
 from stub_hub import COMMIT, StubHub, StubRepo
 
-from extract import hub
+from extract import hub, hub_settings
 from extract.backbones import BACKBONES, Backbone, fetch_weights
 from features.console import UserError
 
@@ -221,6 +222,61 @@ def test_a_disk_that_takes_no_more(stub: StubHub, monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(hub, "hf_hub_download", no_room)
     fails_with(part, "HF_HOME")
+
+
+@pytest.mark.parametrize("below", ["", "hub"])
+def test_a_cache_that_is_a_file(stub: StubHub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, below: str) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "file" / below))
+    monkeypatch.delenv("HF_HUB_CACHE", raising=False)
+    fails_with("could not be saved to the cache", "is a file, not a folder", "point HF_HOME at")
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "file" / below))
+    fails_with("point HF_HUB_CACHE at")
+
+
+SETTINGS = [
+    (
+        "SSL_CERT_FILE",
+        "/nonexistent/ca.pem",
+        "SSL_CERT_FILE names /nonexistent/ca.pem, which is no file of certificates",
+    ),
+    ("SSL_CERT_FILE", __file__, "which is no file of certificates"),
+    ("all_proxy", "socks5://user:secret@127.0.0.1:9", "all_proxy names a SOCKS proxy, for which the package socksio"),
+    ("HTTP_PROXY", "http://user:secret@127.0.0.1:port", "HTTP_PROXY is no address of a proxy"),
+    ("HTTP_PROXY", "http://[::1", "HTTP_PROXY is no address of a proxy"),
+    ("https_proxy", "ftp://127.0.0.1:9", "https_proxy is no address of a proxy"),
+]
+
+
+@pytest.mark.parametrize(("name", "value", "part"), SETTINGS)
+def test_a_setting_that_the_client_cannot_use_is_named_and_not_the_network(
+    stub: StubHub, monkeypatch: pytest.MonkeyPatch, name: str, value: str, part: str
+) -> None:
+    monkeypatch.setattr(hub_settings, "find_spec", lambda package: None)
+    monkeypatch.setenv(name, value)
+    message = fails_with("is not cached, and the hub cannot be asked", part, "`weights=PATH`")
+    assert "connection" not in message
+    assert "secret" not in message
+    with pytest.raises(UserError, match=part):
+        hub.check_hub()
+    with pytest.raises(UserError, match=part):
+        hub.check_access("org/open", "model.safetensors", revision="main")
+
+
+def test_a_setting_that_does_no_harm_is_not_complained_of(stub: StubHub, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub.fetch_file("org/open", "model.safetensors", revision="main")
+    monkeypatch.setenv("SSL_CERT_FILE", "/nonexistent/ca.pem")
+    huggingface_hub.utils.close_session()  # the next client cannot be built
+    assert hub.fetch_file("org/open", "model.safetensors", revision="main").commit == COMMIT
+
+
+def test_a_full_disk_is_no_matter_of_settings(stub: StubHub, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_room(*args: object, **kwargs: object) -> str:
+        monkeypatch.setenv("SSL_CERT_FILE", "/nonexistent/ca.pem")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(hub, "hf_hub_download", no_room)
+    fails_with("the disk is full", "HF_HOME")
 
 
 def test_a_file_with_another_digest_is_refused(stub: StubHub) -> None:

@@ -13,12 +13,16 @@ import safetensors.torch
 import timm
 import torch
 import torch.nn.functional as F
+from patch_folders import MODEL, write_weights
 from torch import Tensor, nn
 
-from extract.backbones import Backbone, build_model, forward_poolings
+from extract.backbones import Backbone, build_model, fetch_weights, find_backbone, forward_poolings
+from extract.views import parse_view
 from features.console import UserError
 from finetune.lora import LoraOptions, adapters
 from finetune.network import HEAD_FILE, METHODS, MODEL_FILE, Method, Network
+from finetune.options import FinetuneOptions
+from finetune.setup import build_network
 
 VIT = Backbone(
     name="tiny-vit",
@@ -366,3 +370,14 @@ def test_classifiers_and_adapters_draw_different_numbers() -> None:
     n = min(len(adapter), len(head))
     ratio = adapter[:n] / head[:n]
     assert ratio.std() > 0.1 * ratio.abs().mean()
+
+
+def test_a_network_that_embeds_otherwise_than_its_record_says_is_refused_before_patches_are_decoded(
+    tmp_path: Path,
+) -> None:
+    weights = fetch_weights(VIT, weights=write_weights(tmp_path / "weights.safetensors"))
+    record = replace(find_backbone(MODEL), card_pooling="mean")
+    with pytest.raises(UserError, match=r"in another way than by mean pooling"):
+        build_network(
+            record, weights, FinetuneOptions(model=MODEL), parse_view("full"), [0], device=torch.device("cpu")
+        )
