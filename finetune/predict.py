@@ -23,6 +23,8 @@ from features.console import ProgressCallback, UserError, progress, say
 from features.device import find_device
 from features.files import write_file, writing
 from features.fingerprint import differences
+from features.labels import binary_labels
+from features.tables import first_of, is_missing
 from finetune.compute import Compute
 from finetune.network import Network
 from finetune.options import ComputeOptions, FinetuneOptions
@@ -77,6 +79,8 @@ def predict_paths(
     loaded = fetch_weights(backbone, weights=weights)
     _require_same_backbone(run, record, backbone, loaded, torch_device)
     sources = [load_patches(path) for path in paths]
+    for patches in sources:
+        _say_other_classes(patches, record)
     make = _probe_predictor if record.kind == "probe" else _finetuned_predictor
     predict = make(run, record, backbone, loaded, torch_device)
     n_folds = record.folds.n
@@ -96,6 +100,18 @@ def predict_paths(
         "threshold": limit,
         "label_names": list(record.label_names),
     }
+
+
+def _say_other_classes(patches: Patches, record: RunRecord) -> None:
+    """Say that a table's labels, which are not used, are not the classes that are predicted."""
+    names = sorted({label for label in patches.columns.get("label", ()) if not is_missing(label)})
+    try:
+        binary_labels(names, classes=record.label_names)
+    except UserError:
+        say(
+            f"{patches.source}: its labels ({first_of(names)}) are not the classes of the run "
+            f"({', '.join(record.label_names)}), which are what is predicted."
+        )
 
 
 def _require_same_backbone(

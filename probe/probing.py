@@ -222,7 +222,8 @@ def _aligned_tests(
     renamed = parse_renaming(options.labels)
     classes = _classes(store, train)
     tests = {}
-    for name in options.test or [name for name in tables if name != DEMO and store.entries(name)]:
+    embedded = [name for name in tables if name != DEMO and store.entries(name)]
+    for name in embedded if options.test is None else options.test:
         _require_dataset(store, name)
         if name == train:
             continue
