@@ -193,8 +193,8 @@ class FeatureStore:
                 raise UserError(
                     f"{self.path} already has a dataset {dataset!r} of other images: {stored.get('n_samples')} "
                     f"with digest {stored.get('images_digest')}, now {len(samples)} with digest "
-                    f"{attributes['images_digest']}. Use another `store`, or `overwrite=True` to discard the stored "
-                    "dataset and all its embeddings."
+                    f"{attributes['images_digest']}. Name this one otherwise (NAME=PATH), use another `store`, or "
+                    "`overwrite=True` to discard the stored dataset and all its embeddings."
                 )
             self.storage.put_folder(key, files, replace=True)
         return False
