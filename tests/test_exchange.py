@@ -367,3 +367,8 @@ def test_an_output_in_a_folder_that_may_not_be_written_to_is_refused(tmp_path: P
     (tmp_path / "kept").mkdir(mode=0o500)
     with pytest.raises(UserError, match="may not be written to"):
         check_output(tmp_path / "kept" / "x.h5")
+
+
+def test_an_export_looks_at_its_output_before_it_reads(store: FeatureStore, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="it is a folder"):
+        export_embeddings(store, "none", model="m", view="full", pooling="card", format="hdf5", out=tmp_path)

@@ -325,7 +325,7 @@ def test_a_dry_run_needs_no_weights(bare: Command) -> None:
         (("--weights", "missing.safetensors"), r"missing.safetensors: no such weights file"),
         (("--positive", "Odd"), r"no class 'Odd'"),
         (("--cv", "1"), r"at least 2 folds, got 1"),
-        (("--cv", "7"), r"fold \d of 7 has no patch.*--cv 6"),
+        (("--cv", "7"), r"7 folds were asked for, but there are 6 groups.*--cv 6"),
         (("--model", "timm/test_vit", "--view", "full@40"), r"40 px is not a multiple of its 16 px"),
         (("--learning-rate", "-1"), r"learning.rate"),
         (("--learning-rate", "nan"), r"learning.rate"),
