@@ -95,7 +95,7 @@ def _suggestion(name: str) -> str:
         return f" Did you mean {found}{'.' * bool(tag)}{tag}?"
     if re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         return f" For a repository of the hub write hf-hub:{name}."
-    return nearest(_folded(name), names)
+    return nearest(name.lower(), BACKBONES)
 
 
 def _folded(name: str) -> str:

@@ -55,14 +55,9 @@ class Interrupted(BaseException):
     """Ctrl-C or SIGTERM, raised in the main thread. Not a KeyboardInterrupt: typer would answer that one itself."""
 
 
-def nearest(name: str, known: Iterable[str] | Mapping[str, str]) -> str:
-    """Make a ' Did you mean ...?' suffix of the closest known names; an empty string when none is close.
-
-    A mapping gives the known names in the spelling to compare -> in the spelling to print.
-    """
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Make a ' Did you mean ...?' suffix of the closest known names; an empty string when none is close."""
     close = difflib.get_close_matches(name, list(known), n=3, cutoff=0.5)
-    if isinstance(known, Mapping):
-        close = [known[spelling] for spelling in close]
     return f" Did you mean {' or '.join(close)}?" if close else ""
 
 
