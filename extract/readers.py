@@ -199,14 +199,14 @@ def list_classes(folder: Path, classes: Sequence[str]) -> list[PatchFile]:
     """
     files, others, empty, unprintable = [], [], [], []
     for label in classes:
-        class_folder = folder / label
-        entries = list(class_folder.iterdir()) if class_folder.is_dir() else []
+        class_folder = os.path.join(folder, label)
+        entries = list(os.scandir(class_folder)) if os.path.isdir(class_folder) else []
         entries = [entry for entry in entries if not _is_ignored(entry.name)]
         for entry in entries:
             if not entry.name.isprintable():  # names that are no UTF-8 are among these
                 unprintable.append(f"{label}/{entry.name!a}")
-            if entry.suffix.lower() in images.SUFFIXES and not entry.is_dir():
-                files.append(PatchFile(f"{label}/{entry.name}", label, entry))
+            if os.path.splitext(entry.name)[1].lower() in images.SUFFIXES and not entry.is_dir():
+                files.append(PatchFile(f"{label}/{entry.name}", label, Path(entry.path)))
             else:
                 others.append(f"{label}/{entry.name}")
         if not entries:
@@ -285,27 +285,27 @@ def _locate(table: Table) -> list[Path]:
         "a path on a Windows drive, the web or a bucket",
         "Copy the patches to this machine and give their paths here, best relative to the table.",
     )
-    paths = [folder / _as_path(cell) for cell in cells]
+    paths = [os.path.join(folder, _as_path(cell)) for cell in cells]
     missing = [row for row, path in enumerate(paths) if not _is_file(path)]
-    turned = {row: folder / _as_path(cells[row].replace("\\", "/")) for row in missing if "\\" in cells[row]}
+    turned = {row: os.path.join(folder, cells[row].replace("\\", "/")) for row in missing if "\\" in cells[row]}
     if missing and len(turned) == len(missing) and all(map(_is_file, turned.values())):
         say(f"{table.path}: backslashes in {len(turned)} paths are read as slashes.")
-        return [turned.get(row, path) for row, path in enumerate(paths)]
-    elsewhere = bool(missing) and all(_is_file(Path(cells[row])) for row in missing)
+        return [Path(turned.get(row, path)) for row, path in enumerate(paths)]
+    elsewhere = bool(missing) and all(_is_file(cells[row]) for row in missing)
     hint = " They are there relative to the current folder: move the table there." if elsewhere else ""
     refuse(missing, "a file that does not exist", f"Paths are relative to {folder.resolve()}.{hint}")
-    return paths
+    return list(map(Path, paths))
 
 
-def _as_path(cell: str) -> Path:
+def _as_path(cell: str) -> str:
     if cell.lower().startswith("file://"):
-        return Path(unquote(urlsplit(cell).path))
-    return Path(cell).expanduser() if cell.startswith("~/") else Path(cell)
+        return unquote(urlsplit(cell).path)
+    return os.path.expanduser(cell) if cell.startswith("~/") else cell
 
 
-def _is_file(path: Path) -> bool:
+def _is_file(path: str) -> bool:
     try:
-        return path.is_file()
+        return os.path.isfile(path)
     except (OSError, ValueError):  # a name longer than a file system takes, or with a null character
         return False
 
