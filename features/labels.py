@@ -243,8 +243,8 @@ def aligned(train: Classes, test: Classes, *, train_name: str, test_name: str, l
     }[relation]
     raise UserError(
         f"{test_name} has the classes {test[0]} (0) and {test[1]} (1), {train_name} has {train[0]} (0) and {train[1]} "
-        f"(1): {found}. Say what the classes of {test_name} mean, for example `labels='{unknown}={train[1]}'`; or load "
-        "it again with the right `positive`; or leave it out with `test`."
+        f"(1): {found}. Say what the classes of {test_name} mean, for example `labels='{unknown}={train[1]}'`; or name "
+        "the right positive class where it is loaded (fm-extract --positive); or leave it out with `test`."
     )
 
 
