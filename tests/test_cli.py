@@ -1,11 +1,14 @@
 """Do the commands keep their contract: exit status, one clear message, JSON alone on stdout, quick help, full docs?"""
 
+import importlib
 import json
 import re
 import resource
+import signal
 import subprocess
 import sys
 import tomllib
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -13,12 +16,31 @@ import pytest
 from PIL import Image
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-COMMANDS = sorted(tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]["scripts"])
+SCRIPTS = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]["scripts"]
+COMMANDS = sorted(SCRIPTS)
 
 
 def command(name: str, *arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
     script = str(Path(sys.executable).with_name(name))
     return subprocess.run([script, *arguments], capture_output=True, text=True, cwd=cwd, timeout=300)
+
+
+@pytest.fixture
+def here(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """A command in this process, which has imported everything, in an empty folder."""
+
+    def run(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+        module, _, function = SCRIPTS[name].partition(":")
+        with pytest.MonkeyPatch.context() as patched:
+            patched.chdir(tmp_path)
+            patched.setattr(sys, "argv", [name, *arguments])
+            patched.setattr(signal, "signal", lambda *_: None)  # pytest's own handlers stay
+            patched.setenv("GOMP_SPINCOUNT", "10000")
+            with pytest.raises(SystemExit) as end:
+                getattr(importlib.import_module(module), function)()
+        return subprocess.CompletedProcess(arguments, int(end.value.code or 0), *capsys.readouterr())
+
+    return run
 
 
 def refused(result: subprocess.CompletedProcess[str]) -> str:
@@ -54,16 +76,13 @@ def test_help_answers_at_once(name):
     assert command(name, "--help").returncode == 0
     assert processor_seconds() - before < 1  # well under half a second of it; torch alone would take several
     loaded = subprocess.run(
-        [sys.executable, "-X", "importtime", "-c", f"import {ENTRY[name]}"], capture_output=True, text=True, check=True
+        [sys.executable, "-X", "importtime", "-c", f"import {SCRIPTS[name].partition(':')[0]}"],
+        capture_output=True,
+        text=True,
+        check=True,
     ).stderr
     for heavy in ("torch", "timm", "zarr", "sklearn", "h5py", "numpy", "huggingface_hub"):
         assert not re.search(rf"\| +{heavy}$", loaded, re.MULTILINE), f"{name} --help imports {heavy}"
-
-
-ENTRY = {
-    name: target.partition(":")[0]
-    for name, target in tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]["scripts"].items()
-}
 
 
 def test_extract_probe_and_info_speak_json_alone_on_stdout(demo):
@@ -102,15 +121,15 @@ def test_extract_probe_and_info_speak_json_alone_on_stdout(demo):
         (("fm-finetune", "--cv", "1000"), r"1000 folds: at most 100 are fine-tuned"),
     ],
 )
-def test_a_mistake_gets_one_clear_message(arguments, message, tmp_path):
-    said = refused(command(*arguments, cwd=tmp_path))
+def test_a_mistake_gets_one_clear_message(arguments, message, here):
+    said = refused(here(*arguments))
     assert re.search(message, said.replace("\n", " ")), said
     assert said.startswith("error: ")
 
 
-def test_wrong_usage_is_status_2(tmp_path):
-    assert command("fm-extract", "--modle", "uni", cwd=tmp_path).returncode == 2
-    assert command("fm-probe", "--cv", "many", cwd=tmp_path).returncode == 2
+def test_wrong_usage_is_status_2(here):
+    assert here("fm-extract", "--modle", "uni").returncode == 2
+    assert here("fm-probe", "--cv", "many").returncode == 2
     for arguments in (
         ("fm-probe", "--cv", str(10**30)),
         ("fm-extract", "--batch-size", str(10**30)),
@@ -119,7 +138,7 @@ def test_wrong_usage_is_status_2(tmp_path):
         ("fm-finetune", "--epochs", str(10**30)),
         ("fm-finetune", "--folds-at-once", str(10**30)),
     ):
-        assert command(*arguments, cwd=tmp_path).returncode == 2, arguments
+        assert here(*arguments).returncode == 2, arguments
 
 
 def test_every_option_is_documented():

@@ -261,7 +261,7 @@ def command(patches: Path, weights: Path, store: Path) -> list[str]:
     ]
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
+@pytest.mark.parametrize("how", [signal.SIGKILL, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_an_interrupted_run_ends_bit_for_bit_like_an_undisturbed_one(patches, weights, tmp_path, how):
     undisturbed = content(run(patches, weights, tmp_path / "a.zarr", batch_size=8).path)
     path = tmp_path / "b.zarr"
