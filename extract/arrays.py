@@ -22,15 +22,14 @@ from numpy.typing import NDArray
 
 from features.console import UserError, say
 from features.samples import TEST, TRAIN
-from features.tables import SYNONYMS, first_of, same_name
+from features.tables import SYNONYMS, first_of, is_slip, same_name, widest
 
 HDF5_SUFFIXES = frozenset({".h5", ".hdf5", ".hdf"})
 SUFFIXES = HDF5_SUFFIXES | {".npz"}
 _IMAGES = ("x", "images", "patches", "imgs", "tiles", "data")
-_NAMES: Mapping[str, tuple[str, ...]] = {**SYNONYMS, "label": ("y", *SYNONYMS["label"]), "images": _IMAGES}
-_OWN_NAMES = {"images": ("x", "images"), "label": ("label", "labels", "y")}
+_NAMES: Mapping[str, tuple[str, ...]] = {**SYNONYMS, "label": ("y", *SYNONYMS["label"])}
 _COLUMNS = ("label", "group", "split", "domain", "id")
-_SPLITS = (TRAIN, "val", TEST)  # MedMNIST's prefixes
+_SPLITS = (TRAIN, "training", "val", "valid", "validation", TEST, "testing")  # prefixes: MedMNIST's, and their variants
 _CHUNK_CACHE = 1 << 30  # at most so many bytes of decompressed chunks are kept
 
 Array = Any  # h5py.Dataset or a memory-mapped array: shape, dtype, rows by index
@@ -58,29 +57,23 @@ def read_arrays(path: Path, *, labelled: bool) -> ImageArrays:
         UserError: not readable, no images or labels in it, or images that are not uint8 RGB or grey.
     """
     arrays = _open_npz(path) if path.suffix.lower() == ".npz" else _open_hdf5(path)
-    parts = {split: f"{split}_images" for split in _SPLITS if f"{split}_images" in arrays}
+    parts = [split for split in _SPLITS if f"{split}_images" in arrays]
     if parts:
         return _joined(path, arrays, parts, labelled=labelled)
-    name = _pick(path, "images", arrays, [key for key in arrays if same_name(key) in map(same_name, _IMAGES)])
+    named = _named(arrays, _IMAGES)
+    name = _pick(path, "images", arrays, [key for key in named if len(arrays[key].shape) > 2] or named[:1])
     if name is None:
+        found = first_of(sorted(arrays)) or "nothing at its top"
         raise UserError(
-            f"{path} has no dataset of images (it has {first_of(sorted(arrays)) or 'nothing'}). Expected x or images, "
-            "(n, height, width, 3) uint8, and y or labels, one per patch, in the same file or in one named with y in "
-            "place of x."
+            f"{path} has no dataset of images (it has {found}). Expected x or images, (n, height, width, 3) uint8, and "
+            "y or labels, one per patch, in the same file or in one named with y in place of x."
         )
     n, read = _image_reader(path, name, arrays[name])
-    sibling = _label_file(path)
     others = {key: array for key, array in arrays.items() if key != name}
-    if sibling is not None and not any(same_name(key) in map(same_name, ("label", *_NAMES["label"])) for key in others):
+    sibling = _label_file(path)
+    if sibling is not None and not _named(others, ("label", *_NAMES["label"])):
         others |= {key: array for key, array in _open_hdf5(sibling).items() if key not in others}
-    columns = {}
-    for column in _COLUMNS:
-        wanted = [same_name(key) for key in (column, *_NAMES[column])]
-        found = _pick(path, column, others, [key for key in others if same_name(key) in wanted])
-        if found is not None:
-            columns[column] = _texts(path, found, others[found], n)
-            if found not in (column, "y"):
-                say(f"{path}: using {found} as {column}.")
+    columns = _columns(path, others, n)
     if labelled and "label" not in columns:
         raise UserError(
             f"{path} has images in {name!r} and no labels (it has {first_of(sorted(arrays))}). Expected y or labels, "
@@ -89,39 +82,75 @@ def read_arrays(path: Path, *, labelled: bool) -> ImageArrays:
     return ImageArrays(n, read, columns)
 
 
-def _joined(path: Path, arrays: Mapping[str, Array], parts: Mapping[str, str], *, labelled: bool) -> ImageArrays:
+def _joined(path: Path, arrays: Mapping[str, Array], parts: Sequence[str], *, labelled: bool) -> ImageArrays:
     """Join the splits of a file laid out like MedMNIST's, one after the other."""
-    readers = [_image_reader(path, key, arrays[key]) for key in parts.values()]
+    unknown = [key for key in arrays if not key.startswith(tuple(f"{split}_" for split in parts))]
+    if unknown:
+        raise UserError(
+            f"{path} has {first_of(sorted(unknown))} beside the arrays of the splits {', '.join(parts)}, and what they "
+            "mean is not known. Remove or rename them: <split>_images, <split>_labels, <split>_group, ..."
+        )
+    readers = [_image_reader(path, f"{split}_images", arrays[f"{split}_images"]) for split in parts]
     ends = np.cumsum([n for n, _ in readers])
-    splits = [split for split, (n, _) in zip(parts, readers, strict=True) for _ in range(n)]
-    ids = [f"{split}/{row}" for split, (n, _) in zip(parts, readers, strict=True) for row in range(n)]
-    columns = {"split": splits, "id": ids}
-    labels = [f"{split}_labels" for split in parts]
-    if all(key in arrays for key in labels):
-        columns["label"] = [
-            text for key, (n, _) in zip(labels, readers, strict=True) for text in _texts(path, key, arrays[key], n)
-        ]
-    elif labelled:
-        missing = next(key for key in labels if key not in arrays)
-        raise UserError(f"{path} has no array {missing!r}. Expected the labels of every split, as MedMNIST ships them.")
+    columns: dict[str, list[str]] = {}
+    for split, (n, _) in zip(parts, readers, strict=True):
+        prefix = f"{split}_"
+        own = {key.removeprefix(prefix): array for key, array in arrays.items() if key.startswith(prefix)}
+        del own["images"]
+        known = {"split": [split] * n, "id": [f"{split}/{row}" for row in range(n)]} | _columns(path, own, n)
+        if columns and set(known) != set(columns):
+            odd = sorted(set(known) ^ set(columns))[0]
+            raise UserError(f"{path}: {odd} is known of some splits only. Expected the same arrays of every split.")
+        for name, cells in known.items():
+            columns[name] = columns.get(name, []) + cells
+    if labelled and "label" not in columns:
+        raise UserError(f"{path} has no array {parts[0]}_labels. Expected the labels of every split.")
 
     def read(rows: int | slice) -> NDArray[np.uint8]:
         if isinstance(rows, slice):
-            blocks = [read(row) for row in range(*rows.indices(len(ids)))]
+            blocks = [read(row) for row in range(*rows.indices(int(ends[-1])))]
             return np.stack(blocks) if blocks else np.empty((0, 0, 0, 3), np.uint8)
         part = int(np.searchsorted(ends, rows, side="right"))
         return readers[part][1](rows - int(ends[part] - readers[part][0]))
 
-    return ImageArrays(len(ids), read, columns)
+    return ImageArrays(int(ends[-1]), read, columns)
+
+
+def _columns(path: Path, arrays: Mapping[str, Array], n: int) -> dict[str, list[str]]:
+    """Read what arrays say of n patches, column by column; those that are not used are named."""
+    columns: dict[str, list[str]] = {}
+    used: list[str] = []
+    for column in _COLUMNS:
+        named = [key for key in _named(arrays, (column, *_NAMES[column])) if key not in used]
+        found = _pick(path, column, arrays, [key for key in named if arrays[key].size == n] or named)
+        if found is not None:
+            columns[column] = _texts(path, found, arrays[found], n)
+            used.append(found)
+            if found not in (column, "y", "labels"):
+                say(f"{path}: using {found} as {column}.")
+    unused = sorted(set(arrays) - set(used))
+    names = [name for column in _COLUMNS if column not in columns for name in (column, *_NAMES[column])]
+    near = [key for key in unused if any(is_slip(key, name) for name in names)]
+    if near:
+        raise UserError(f"{path} has an array {near[0]!r}, nearly the name of a known one. Rename or remove it.")
+    if unused:
+        say(f"{path}: arrays not used: {', '.join(unused)}.")
+    return columns
+
+
+def _named(arrays: Mapping[str, Array], names: Sequence[str]) -> list[str]:
+    wanted = set(map(same_name, names))
+    return [key for key in arrays if same_name(key) in wanted]
 
 
 def _pick(path: Path, what: str, arrays: Mapping[str, Array], found: Sequence[str]) -> str | None:
-    """Choose the one array for a purpose: of several, the one that is called just so; of groups, the widest."""
-    exact = [key for key in _OWN_NAMES.get(what, (what,)) if key in found]
-    if len(found) > 1 and not exact and what != "group":
+    """Choose the one array for a purpose: of several groups the widest; several others are refused."""
+    if len(found) > 1 and what != "group":
         raise UserError(f"{path} has {' and '.join(sorted(found))}, and each could be the {what}. Rename the others.")
-    order = [same_name(name) for name in (what, *_NAMES.get(what, ()))]
-    return exact[0] if exact else min(found, key=lambda key: order.index(same_name(key)), default=None)
+    if len(found) > 1 and what not in found:
+        chosen: str = widest([(key, _texts(path, key, arrays[key], arrays[key].size)) for key in found])
+        return chosen
+    return what if what in found else next(iter(found), None)
 
 
 # --------------------------------------------------------------------------------------------------------------- images

@@ -118,16 +118,18 @@ def extract(
     backbones = [find_backbone(name) for name in parse_names(model, option="--model")]
     datasets = parse_names(dataset, option="--dataset")
     require_distinct_names(datasets)
+    renamed = parse_renaming(labels)
     reading: dict[str, Any] = {
         "positive": positive,
-        "labels": parse_renaming(labels),
+        "labels": renamed,
         "skip_unlabelled": skip_unlabelled,
     }
     if part.n_shards > 1 and not part.local_rank:
         say(f"This is rank {part.index} of {part.n_shards}: it embeds its shard of the blocks. --shard 0/1 takes all.")
+    loaded = [load_dataset(name, data=data, **reading) for name in datasets]
+    renamed.require_met()
     summaries = []
-    for name in datasets:
-        patches = load_dataset(name, data=data, **reading)
+    for name, patches in zip(datasets, loaded, strict=True):
         target = FeatureStore.open_or_create(store)
         if not part.local_rank:
             for line in audit(patches.samples).lines():

@@ -164,7 +164,7 @@ def parse_source(name_or_path: str) -> tuple[str, Path]:
     name = re.sub(r"[^\w.-]+", "-", unicodedata.normalize("NFC", given or stem).lower()).strip("-._")
     if not name:
         raise UserError(f"{given or stem!r} gives no name to a dataset: write NAME={rest}.")
-    return (f"my-{name}" if name in DATASETS else name), path
+    return (f"my-{name}" if name in DATASETS else name), path  # never that of a known dataset
 
 
 def require_distinct_names(names_or_paths: Iterable[str]) -> None:

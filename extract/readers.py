@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -29,7 +30,7 @@ _ROWS = 256  # rows of an array hashed per read
 _TABLE_SUFFIXES = frozenset({".csv", ".tsv", ".txt"})
 _FOREIGN = re.compile(r"[A-Za-z]:[\\/]|\\\\|(https?|ftp|s3|gs|az)://", re.IGNORECASE)
 _SPLIT_FOLDERS = frozenset({"train", "training", "test", "testing", "val", "valid", "validation"})
-_SYSTEM_FILES = frozenset({"Thumbs.db", "desktop.ini"})
+_SYSTEM_FILES = frozenset({"Thumbs.db", "desktop.ini", "__MACOSX"})
 _IMAGE_SUFFIXES = ", ".join(sorted(images.SUFFIXES))
 
 
@@ -185,7 +186,8 @@ def _from_any_folder(folder: Path) -> Patches:
     if not ids:
         raise UserError(f"{folder} holds no images ({_IMAGE_SUFFIXES}), only {len(kept)} other files.")
     if len(ids) < len(kept):
-        say(f"{folder}: {len(kept) - len(ids)} files that are no images were left out.")
+        others = sorted(path.as_posix() for path in kept if path.suffix.lower() not in images.SUFFIXES)
+        say(f"{folder}: {len(others)} files that are no {_IMAGE_SUFFIXES} were left out: {first_of(others)}.")
     return _of_files(folder, ids, [folder / name for name in ids])
 
 
@@ -249,11 +251,9 @@ def _from_table(path: Path, *, labelled: bool) -> Patches:
     ids = table.columns.get("id", table.columns["path"])
     columns = {name: table.columns[name] for name in _COLUMNS if name in table.columns}
     patches = _of_files(path, ids, paths, columns, table.lines)
+    _refuse(patches, _repeated(ids), "an id or path that occurs more than once", "Every patch needs an id of its own.")
     if labelled:
         places = [os.path.normpath(path) for path in paths]
-        _refuse(
-            patches, _repeated(ids), "an id or path that occurs more than once", "Every patch needs an id of its own."
-        )
         _refuse(patches, _repeated(places), "a path that occurs more than once", "Keep one row of each.")
     return patches
 
@@ -291,6 +291,10 @@ def _locate(table: Table) -> list[Path]:
     if missing and len(turned) == len(missing) and all(map(_is_file, turned.values())):
         say(f"{table.path}: backslashes in {len(turned)} paths are read as slashes.")
         return [Path(turned.get(row, path)) for row, path in enumerate(paths)]
+    for form in ("NFC", "NFD"):  # a Mac writes names of files in the second, a spreadsheet in the first
+        turned = {row: os.path.join(folder, unicodedata.normalize(form, cells[row])) for row in missing}
+        if missing and all(map(_is_file, turned.values())):
+            return [Path(turned.get(row, path)) for row, path in enumerate(paths)]
     elsewhere = bool(missing) and all(_is_file(cells[row]) for row in missing)
     hint = " They are there relative to the current folder: move the table there." if elsewhere else ""
     refuse(missing, "a file that does not exist", f"Paths are relative to {folder.resolve()}.{hint}")

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import difflib
 import re
+import unicodedata
 from collections.abc import Mapping, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 from features.console import UserError, nearest, say
 from features.tables import first_of, is_missing, refuse_rows
@@ -19,7 +20,20 @@ ATYPICAL = "Atypical"
 NUMBERS: Classes = ("0", "1")  # labels that are no names: 1 is the positive class by convention
 # Names that mean "nothing found", as well as whatever begins with no, non or not.
 _NEGATIVE = frozenset(
-    {"absent", "background", "benign", "control", "false", "healthy", "neg", "negative", "no", "normal", "typical"}
+    {
+        "absent",
+        "background",
+        "benign",
+        "control",
+        "false",
+        "healthy",
+        "neg",
+        "negative",
+        "normal",
+        "typical",
+        "ordinary",
+    }
+    | {"free", "low", "unaffected", "uninvolved", "nein", "nee", "wildtype", "wt", "mss", "nmf", "no", "non", "not"}
 )
 
 
@@ -54,7 +68,7 @@ def binary_labels(
             and more classes without `positive`, or one class of which it is not known whether it is the positive one.
     """
     names = _whole_numbers(names)
-    present = sorted(set(names))
+    present = sorted(set(names), key=_natural)
     alike: dict[str, str] = {}
     for name in present:
         if alike.setdefault(name.casefold(), name) != name:
@@ -69,6 +83,8 @@ def binary_labels(
     else:
         positive = _choose_positive(present)
     others = [name for name in present if name != positive]
+    if positive == "1" and set(present) <= set(NUMBERS):
+        return [int(name) for name in names], NUMBERS
     if positive not in present:
         negative = others[0]
     else:
@@ -76,6 +92,12 @@ def binary_labels(
         if len(others) > 1:
             say(f"Class 0 is every class but {positive!r}: {', '.join(others)}.")
     return [int(name == positive) for name in names], (negative, positive)
+
+
+def _natural(name: str) -> tuple[list[str | int], str]:
+    """Make a sort key under which 10 follows 9, and grade 10 grade 9."""
+    parts = re.split(r"([0-9]+)", name)  # text and number in turn
+    return [int(part) if position % 2 else part for position, part in enumerate(parts)], name
 
 
 def _whole_numbers(names: Sequence[str]) -> Sequence[str]:
@@ -91,7 +113,7 @@ def _whole_numbers(names: Sequence[str]) -> Sequence[str]:
 
 def _labels_by_name(names: Sequence[str], present: Sequence[str], classes: Classes) -> list[int]:
     label = {name: side for name in present for side in (0, 1) if _equal(name, classes[side])}
-    if set(present) <= set(NUMBERS) and classes != NUMBERS:
+    if present and set(present) <= set(NUMBERS) and classes != NUMBERS:
         say(f"The labels 0 and 1 are taken as {classes[0]} and {classes[1]}.")
         label = {name: int(name) for name in present}
     if _equal(classes[0], f"not {classes[1]}"):  # of several classes of the training set, all but one
@@ -126,8 +148,9 @@ def _choose_positive(present: Sequence[str]) -> str:
         raise UserError(
             f"found {len(present)} classes ({first_of(present)}); name the one to tell from all others with `positive`."
         )
-    if ATYPICAL.casefold() in (name.casefold() for name in present):
-        return next(name for name in present if name.casefold() == ATYPICAL.casefold())
+    atypical = [name for name in present if ATYPICAL.casefold() in _words(name) and not is_negative(name)]
+    if len(atypical) == 1:
+        return atypical[0]
     negative = [name for name in present if is_negative(name)]
     if len(present) == 1:
         if negative or tuple(present) == ("0",):
@@ -150,7 +173,11 @@ def is_negative(name: str) -> bool:
     >>> [name for name in ("normal", "Non-tumor", "not tumour", "tumor", "node") if is_negative(name)]
     ['normal', 'Non-tumor', 'not tumour']
     """
-    return name.casefold() in _NEGATIVE or bool(re.match(r"(no|non|not)[ _-]", name.casefold()))
+    return bool(_NEGATIVE.intersection(_words(name))) or name.casefold().startswith(("non", "no_"))
+
+
+def _words(name: str) -> list[str]:
+    return re.findall(r"[^\W\d_]+", name.casefold())
 
 
 def read_labels(
@@ -171,7 +198,11 @@ def read_labels(
     Raises:
         UserError: naming the patches without a label, unless they are left out.
     """
-    named = [renamed_class(cell, labels or {}) for cell in cells]
+    written = [unicodedata.normalize("NFC", cell).strip() for cell in cells]
+    numbers = dict(
+        zip(written, _whole_numbers([cell if not is_missing(cell) else "0" for cell in written]), strict=True)
+    )
+    named = [renamed_class(cell if is_missing(cell) else numbers[cell], labels or {}) for cell in written]
     rows = [row for row, name in enumerate(named) if not is_missing(name)]
     missing = sorted(set(range(len(named))) - set(rows))
     if not skip:
@@ -207,7 +238,7 @@ def compare_classes(train: Classes, test: Classes) -> Literal["same", "swapped",
         "same": both classes mean the same. "swapped": a class is label 1 of one and label 0 of the other. "partly":
         one class is the same and the other is not. "other": no name in common, another task.
     """
-    if NUMBERS in (train, test):
+    if NUMBERS in (train, test) and not all(name.isdecimal() for name in (*train, *test)):
         return "same"
     if any(_equal(train[side], test[1 - side]) for side in (0, 1)):
         return "swapped"
@@ -248,7 +279,35 @@ def aligned(train: Classes, test: Classes, *, train_name: str, test_name: str, l
     )
 
 
-def parse_renaming(text: str | None) -> dict[str, str]:
+class Renaming(dict[str, str]):
+    """Old class names to new ones, whatever their case; it remembers which it has met."""
+
+    def __init__(self, names: Mapping[str, str] = {}) -> None:
+        super().__init__(names)
+        self._new = {_key(old): new for old, new in names.items()}
+        self._met: set[str] = set()
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """Give the new name of a class; `default` if it has none."""
+        self._met.add(_key(name))
+        return self._new.get(_key(name), default)
+
+    def require_met(self) -> None:
+        """Refuse old names that no dataset has.
+
+        Raises:
+            UserError: naming the first of them.
+        """
+        for old in self:
+            if _key(old) not in self._met:
+                raise UserError(f"`labels` renames {old!r}, and there is no such class.{nearest(old, self._met)}")
+
+
+def _key(name: str) -> str:
+    return unicodedata.normalize("NFC", name).strip().casefold()
+
+
+def parse_renaming(text: str | None) -> Renaming:
     """Read `old=new,old=new`.
 
     >>> parse_renaming("cancer=tumor, benign = normal")
@@ -266,7 +325,7 @@ def parse_renaming(text: str | None) -> dict[str, str]:
             raise UserError(
                 f"`labels` says {part.strip()!r}; expected old=new, for example cancer=tumor, each old once."
             )
-    return renamed
+    return Renaming(renamed)
 
 
 def renamed_class(name: str, labels: Mapping[str, str]) -> str:

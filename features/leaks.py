@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from features.blocks import Embeddings
-from features.samples import Samples
+from features.samples import Samples, group_key
 from features.store import FeatureStore
 
 # Squared distance of standardised embeddings, as a share of what two patches drawn at random are apart.
@@ -87,7 +87,7 @@ def find_leak(
         identical = identical | _known(np.array(pixels[1], np.str_), np.array(pixels[0], np.str_))
     return Leak(
         identical=identical,
-        grouped=_known(test.group, train.group),
+        grouped=_known(*(np.array([group_key(name) for name in one.group.tolist()], np.str_) for one in (test, train))),
         similar=np.zeros(len(test), np.bool_) if similar is None else similar,
     )
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import re
+import unicodedata
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 
@@ -150,6 +153,17 @@ def _digest(*columns: Iterable[object]) -> str:
     return digest.hexdigest()
 
 
+def group_key(name: str) -> str:
+    """Reduce the name of a slide or patient to what is compared: S1 and s1, or 7, 007 and 7.0, may well be one.
+
+    >>> [group_key(name) for name in ("S1", "s1 ", "007", "7.0", "7a")]
+    ['s1', 's1', '7', '7', '7a']
+    """
+    reduced = unicodedata.normalize("NFC", name).strip(" '\"=").casefold()
+    number = re.fullmatch(r"0*([0-9]+)(\.0+)?", reduced)
+    return number[1] if number else reduced
+
+
 @dataclass(frozen=True)
 class Audit:
     """What could make a score look better than it is: repeated patches, contradicting labels, groups in both splits.
@@ -159,6 +173,7 @@ class Audit:
         conflicts: those of `duplicates` that carry both labels.
         split_duplicates: those of `duplicates` with one copy in train and another in test.
         split_groups: groups (slides, patients) with patches in both train and test.
+        alike_groups: names of groups that differ only in case or in how a number is written, one tuple per set.
         n_without_group: patches whose group is unknown.
     """
 
@@ -166,6 +181,7 @@ class Audit:
     conflicts: tuple[tuple[str, ...], ...]
     split_duplicates: tuple[tuple[str, ...], ...]
     split_groups: tuple[str, ...]
+    alike_groups: tuple[tuple[str, ...], ...]
     n_without_group: int
     n_samples: int
 
@@ -196,6 +212,12 @@ class Audit:
                 f"{len(self.split_groups)} groups have patches in train and test at once "
                 f"(first: {self.split_groups[0]}): test scores are optimistic"
             )
+        if self.alike_groups:
+            lines.append(
+                f"{len(self.alike_groups)} groups are written in several ways "
+                f"(first: {', '.join(self.alike_groups[0])}), and these count as "
+                "different ones: if they are the same slide or patient, write them alike"
+            )
         if self.n_without_group:
             lines.append(
                 f"{self.n_without_group} of {self.n_samples} patches have no known group (slide or patient): "
@@ -210,6 +232,7 @@ class Audit:
             "conflicts": [list(ids) for ids in self.conflicts],
             "split_duplicates": [list(ids) for ids in self.split_duplicates],
             "split_groups": list(self.split_groups),
+            "alike_groups": [list(names) for names in self.alike_groups],
             "n_without_group": self.n_without_group,
         }
 
@@ -233,6 +256,14 @@ def audit(samples: Samples) -> Audit:
         conflicts=tuple(ids(rows) for rows in sets if len(set(samples.label[rows].tolist())) > 1),
         split_duplicates=tuple(ids(rows) for rows in sets if in_both_splits(rows)),
         split_groups=tuple(sorted(map(str, shared))),
+        alike_groups=_alike(samples.group[known]),
         n_without_group=int((~known).sum()),
         n_samples=len(samples),
     )
+
+
+def _alike(groups: NDArray[np.str_]) -> tuple[tuple[str, ...], ...]:
+    spellings = defaultdict(list)
+    for name in sorted(set(groups.tolist())):
+        spellings[group_key(name)].append(name)
+    return tuple(tuple(names) for names in spellings.values() if len(names) > 1)

@@ -9,11 +9,13 @@ from __future__ import annotations
 import codecs
 import csv
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
+from typing import Any
 
 from features.console import UserError, say
 from features.samples import TEST, TRAIN
@@ -27,7 +29,7 @@ SYNONYMS: Mapping[str, tuple[str, ...]] = {
         *("file", "filename", "filepath", "image", "imagepath", "imagefile", "img", "imgpath"),
         *("patch", "patchpath", "patchfile", "tile", "tilepath", "location"),
     ),
-    "label": ("class", "classname", "target", "category", "groundtruth", "gt", "y", "majority", "finallabel"),
+    "label": ("class", "classname", "target", "category", "groundtruth", "gt"),
     "group": (
         *("patient", "patientid", "subject", "subjectid", "participant", "participantid", "case", "caseid"),
         *("specimen", "specimenid", "slide", "slideid", "slidename", "wsi", "wsiid", "groupid", "cluster"),
@@ -39,7 +41,24 @@ SYNONYMS: Mapping[str, tuple[str, ...]] = {
 _ORDERED = ("group",)
 _MISSING = frozenset(
     {"na", "n/a", "n.a.", "n.a", "nan", "none", "null", "nil", "nat", "missing", "unknown", "unlabelled", "unlabeled"}
-    | {"undefined", "?", "-", "--", ".", "#n/a", "#na", "<na>"}
+    | {
+        "undefined",
+        "?",
+        "-",
+        "--",
+        ".",
+        "#n/a",
+        "#na",
+        "<na>",
+        "#value!",
+        "#ref!",
+        "#name?",
+        "#div/0!",
+        "#null!",
+        "#num!",
+    }
+    | {"n.d.", "nd", "k.a.", "tbd", "no label", "not available", "not applicable", "not labelled", "not labeled"}
+    | {"exclude", "excluded", "ignore", "unclear", "uncertain", "unsure"}
 )
 _VALIDATION = frozenset({"val", "valid", "validation", "dev", "tune"})
 _SPLITS = {"": "", TRAIN: TRAIN, "training": TRAIN, TEST: TEST, "testing": TEST} | dict.fromkeys(_VALIDATION, TRAIN)
@@ -122,7 +141,10 @@ def read_table(path: Path, *, required: Sequence[str], optional: Sequence[str] =
             lines.append(reader.line_num)
     except csv.Error as error:
         raise UserError(f"{path}, line {reader.line_num}: no readable table ({error}). {expected}.") from None
-    found = _find_columns(path, header, required, optional, expected)
+    if rows and all(len(cells) == len(header) + 1 for cells in rows):  # R writes no header above the names of rows
+        header, ragged = ["", *header], []
+    whole = [cells for cells in rows if len(cells) == len(header)]
+    found = _find_columns(path, header, whole, required, optional, expected)
     if ragged:
         raise UserError(
             f"{path}: {len(ragged)} of {len(rows)} rows do not have the header's {len(header)} cells "
@@ -151,12 +173,12 @@ def is_missing(cell: str) -> bool:
     >>> [cell for cell in ("0", "NA", "none", "", "<NA>", "Normal") if is_missing(cell)]
     ['NA', 'none', '', '<NA>']
     """
-    return not cell or cell.casefold() in _MISSING
+    return not cell or cell.casefold().replace("_", " ").strip() in _MISSING
 
 
 def known_cells(cells: Sequence[str] | None) -> list[str] | None:
     """Empty the cells that say that there is no value."""
-    return None if cells is None else ["" if is_missing(cell) else cell for cell in cells]
+    return None if cells is None else ["" if is_missing(cell) else unicodedata.normalize("NFC", cell) for cell in cells]
 
 
 def read_splits(cells: Sequence[str] | None, *, source: object, where: Sequence[str]) -> list[str] | None:
@@ -184,6 +206,9 @@ def read_splits(cells: Sequence[str] | None, *, source: object, where: Sequence[
         f"A split is '{TRAIN}', '{TEST}' or empty; folds are made from '{TRAIN}', never read from a table. Correct "
         "these, or rename the column if it means something else.",
     )
+    n_without = meant.count("") if TRAIN in meant else 0
+    if n_without:
+        say(f"{source}: {n_without} patches are in no split, and neither trained on nor tested.")
     n_validation = sum(cell.casefold() in _VALIDATION for cell in known)
     if n_validation:
         say(
@@ -280,7 +305,12 @@ def _delimiter(text: str, required: Sequence[str], optional: Sequence[str]) -> t
 
 
 def _find_columns(
-    path: Path, header: Sequence[str], required: Sequence[str], optional: Sequence[str], expected: str
+    path: Path,
+    header: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    required: Sequence[str],
+    optional: Sequence[str],
+    expected: str,
 ) -> dict[str, int]:
     """Find the position of every wanted column that is there."""
     reduced = [same_name(name) for name in header]
@@ -289,7 +319,7 @@ def _find_columns(
         raise UserError(f"{path} has two columns {twice[0]!r}. Rename or remove one of them.")
     found: dict[str, int] = {}
     for column in (*required, *optional):
-        position = _find_column(path, column, header, reduced, taken=found.values())
+        position = _find_column(path, column, header, reduced, rows, taken=found.values())
         if position is not None:
             found[column] = position
     missing = [column for column in required if column not in found]
@@ -310,7 +340,13 @@ def _find_columns(
 
 
 def _find_column(
-    path: Path, column: str, header: Sequence[str], reduced: Sequence[str], *, taken: Iterable[int]
+    path: Path,
+    column: str,
+    header: Sequence[str],
+    reduced: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    *,
+    taken: Iterable[int],
 ) -> int | None:
     if column in header:
         return header.index(column)
@@ -320,7 +356,24 @@ def _find_column(
     if len(positions) > 1 and len(own) != 1 and column not in _ORDERED:
         found = " and ".join(repr(header[k]) for k in positions)
         raise UserError(f"{path} has {found}, and each could be the column {column!r}. Rename the one that is.")
+    if column in _ORDERED and not own and len(positions) > 1:
+        chosen: int = widest([(k, [row[k] for row in rows]) for k in positions])
+        return chosen
     return next(iter(positions), None)
+
+
+def widest(columns: Sequence[tuple[Any, Sequence[str]]]) -> Any:
+    """Choose the column of groups that knows most rows and, of those, cuts them into the fewest groups.
+
+    >>> widest([("patient", ["p", "", ""]), ("slide", ["s", "s", "t"]), ("block", ["1", "2", "3"])])
+    'slide'
+    """
+
+    def badness(column: tuple[Any, Sequence[str]]) -> tuple[int, int]:
+        cells = column[1]
+        return sum(map(is_missing, cells)), len({cell for cell in cells if not is_missing(cell)})
+
+    return min(columns, key=badness)[0]
 
 
 def _near(column: str, header: Sequence[str], reduced: Sequence[str], taken: Iterable[int]) -> str | None:
@@ -334,6 +387,15 @@ def _near(column: str, header: Sequence[str], reduced: Sequence[str], taken: Ite
         ),
         None,
     )
+
+
+def is_slip(name: str, known: str) -> bool:
+    """Whether a name is one slip of the pen from a known one of four and more letters.
+
+    >>> is_slip("gruop", "group"), is_slip("lable", "label"), is_slip("scan", "slide")
+    (True, True, False)
+    """
+    return len(known) > 3 and same_name(name) != same_name(known) and _one_slip(same_name(name), same_name(known))
 
 
 def _one_slip(a: str, b: str) -> bool:

@@ -16,6 +16,7 @@ from extract.backbones import Backbone, Weights, build_model, fetch_weights, fin
 from extract.compute import embed_batch, optimize_for_inference
 from extract.datasets import Patches, load_patches
 from extract.embed import decoded
+from extract.images import SUFFIXES
 from extract.prepare import backbone_parts
 from extract.views import parse_view
 from features.blocks import to_float16
@@ -72,6 +73,7 @@ def predict_paths(
     """
     if threshold is not None and not 0 <= threshold <= 1:
         raise UserError(f"`threshold={threshold}` is no probability: expected a number from 0 to 1.")
+    _check_out(out, run, paths)
     record = read_run(run)
     check_weights(run, record)
     torch_device = find_device(device)
@@ -100,6 +102,13 @@ def predict_paths(
         "threshold": limit,
         "label_names": list(record.label_names),
     }
+
+
+def _check_out(out: Path, run: Path, paths: Sequence[Path]) -> None:
+    """Refuse a result that would replace what it is made from."""
+    is_input = out.resolve() in {path.resolve() for path in paths}
+    if is_input or out.suffix.lower() in SUFFIXES or (out.exists() and run.resolve() in out.resolve().parents):
+        raise UserError(f"{out} is an image, one of the inputs, or part of the run. Name another file as `out`.")
 
 
 def _say_other_classes(patches: Patches, record: RunRecord) -> None:

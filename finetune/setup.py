@@ -147,11 +147,13 @@ def _load_datasets(options: FinetuneOptions, data: Path | None) -> dict[str, Pat
     """Load the training set and those to score, by name."""
     tests = _test_names(options, data)
     require_distinct_names((options.train, *tests))
-    reading: dict[str, Any] = {"labels": parse_renaming(options.labels), "skip_unlabelled": options.skip_unlabelled}
+    renamed = parse_renaming(options.labels)
+    reading: dict[str, Any] = {"labels": renamed, "skip_unlabelled": options.skip_unlabelled}
     patches = load_dataset(options.train, data=data, positive=options.positive, **reading)
     for line in audit(patches.samples).lines():
         say(f"{patches.name}: {line}.")
     loaded = [load_dataset(name, data=data, classes=patches.label_names, **reading) for name in tests]
+    renamed.require_met()
     return {dataset.name: dataset for dataset in (patches, *loaded)}
 
 

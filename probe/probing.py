@@ -234,6 +234,7 @@ def _aligned_tests(
             continue
         turned = aligned(classes, names, train_name=train, test_name=name, labels=renamed)
         tests[name] = tables[name].swapped() if turned else tables[name]
+    renamed.require_met()
     return tests
 
 

@@ -48,7 +48,7 @@ def table(n: int = 240, seed: int = 0, split: bool = False, slides: int = 40) ->
     return make_samples(
         [f"{seed}-{row:03}.png" for row in range(n)],
         (rng.random(n) < 0.4).astype(int).tolist(),
-        group=[f"slide {s}" for s in slide],
+        group=[f"slide {seed}.{s}" for s in slide],
         split=["test" if split and s % 4 == 0 else "train" for s in slide],
         sha256=[f"{seed}-{row}" for row in range(n)],
     )
@@ -77,7 +77,7 @@ def store(tmp_path) -> FeatureStore:
             writer = store.begin(
                 dataset, model=model, view="full", poolings={"cls": WIDTH}, card_pooling="cls", parts={"m": model}
             )
-            X = embeddings(samples, signal)
+            X = embeddings(samples, signal, seed=len(samples))
             for rows in writer.missing():
                 writer.write(rows, {"cls": X[rows.start : rows.stop]})
     return store

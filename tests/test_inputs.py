@@ -179,9 +179,43 @@ def test_a_missing_label_of_an_array_is_no_class(tmp_path, missing):
         load_dataset(str(write_hdf5(tmp_path / "set.h5", x=X, y=y)))
 
 
-def test_two_arrays_for_one_purpose_are_refused(tmp_path):
-    with pytest.raises(UserError, match="class and target, and each could be the label"):
-        load_dataset(str(write_hdf5(tmp_path / "set.h5", x=X, target=Y, **{"class": Y})))
+@pytest.mark.parametrize(
+    ("arrays", "message"),
+    [
+        ({"x": X, "target": Y, "class": Y}, "class and target, and each could be the label"),
+        ({"x": X, "y": Y, "labels": 1 - Y}, "labels and y, and each could be the label"),
+        ({"x": X, "images": X, "y": Y}, "images and x, and each could be the images"),
+        ({"x": X, "y": Y, "gruop": Y}, "an array 'gruop', nearly the name of a known one"),
+    ],
+)
+def test_arrays_that_could_mean_two_things_are_refused(tmp_path, arrays, message):
+    with pytest.raises(UserError, match=message):
+        load_dataset(str(write_hdf5(tmp_path / "set.h5", **arrays)))
+
+
+def test_arrays_that_are_not_used_are_named(tmp_path, capsys):
+    path = write_hdf5(tmp_path / "set.h5", images=X, labels=Y, x=np.arange(6), slide=Y, patient=[""] * 6, meta=Y)
+    assert load_dataset(str(path)).samples.group.tolist() == [str(y) for y in Y]  # the patients are unknown
+    said = capsys.readouterr().err
+    assert "using slide as group" in said
+    assert "arrays not used: meta, patient, x" in said
+
+
+def test_splits_of_arrays_may_know_their_groups(tmp_path):
+    arrays = {f"{split}_{kind}": values[part] for split, part in (("train", slice(0, 4)), ("validation", slice(4, 6)))
+              for kind, values in (("images", X), ("labels", Y), ("slide_id", np.array(list("aabbcc"))))}  # fmt: skip
+    np.savez(tmp_path / "set.npz", **arrays)
+    samples = load_dataset(str(tmp_path / "set.npz")).samples
+    assert samples.group.tolist() == list("aabbcc")
+    assert samples.split.tolist() == ["train"] * 6
+    for extra, message in (
+        ({"external_images": X}, "external_images beside the arrays of the splits"),
+        ({"group": Y}, "group beside the arrays of the splits"),
+        ({"train_domain": Y[:4]}, "domain is known of some splits only"),
+    ):
+        np.savez(tmp_path / "set.npz", **arrays, **extra)
+        with pytest.raises(UserError, match=message):
+            load_dataset(str(tmp_path / "set.npz"))
 
 
 def test_medmnist_is_read_as_it_ships(tmp_path, capsys):

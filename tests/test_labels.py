@@ -114,3 +114,57 @@ def test_a_renaming_is_read_or_refused():
     for text in ("a", "a=", "=b", "a=b,a=c"):
         with pytest.raises(UserError, match="expected old=new"):
             parse_renaming(text)
+
+
+def test_numbers_are_renamed_however_they_are_written():
+    renaming = parse_renaming("0=tumor,1=normal")
+    where = ["a", "b", "c"]
+    names, _ = read_labels(["1.0", "0.0", "1"], renaming, source="t", where=where, skip=False)
+    assert names == ["normal", "tumor", "normal"]
+    renaming.require_met()
+    names, _ = read_labels(["1.0", "NA", "0.0"], {"0": "x"}, source="t", where=where, skip=True)
+    assert names == ["1", "x"]
+
+
+def test_a_renaming_that_meets_no_class_is_refused():
+    renaming = parse_renaming("Cancer=tumor,cancr=tumor")
+    names, _ = read_labels(["cancer", "normal"], renaming, source="t", where=["a", "b"], skip=False)
+    assert names == ["tumor", "normal"]  # whatever the case
+    with pytest.raises(UserError, match=r"renames 'cancr', and there is no such class\. Did you mean cancer"):
+        renaming.require_met()
+
+
+@pytest.mark.parametrize(
+    ("names", "positive"),
+    [
+        (("atypical mitosis", "normal mitosis"), "atypical mitosis"),
+        (("1_atypical", "2_normal"), "1_atypical"),
+        (("tumor", "tumor-free"), "tumor"),
+        (("cancer", "nontumor"), "cancer"),
+        (("adenocarcinoma", "normal tissue"), "adenocarcinoma"),
+        (("high grade", "low grade"), "high grade"),
+        (("9", "10"), "10"),
+        (("grade 10", "grade 2"), "grade 10"),
+        (("ja", "nein"), "ja"),
+        (("MUT", "WT"), "MUT"),
+    ],
+)
+def test_words_within_names_and_numbers_decide_too(names, positive):
+    assert binary_labels(list(names))[1][1] == positive
+
+
+@pytest.mark.parametrize("name", ["no label", "no_label", "tbd", "exclude", "#VALUE!", "Unclear"])
+def test_what_is_no_class_is_missing(name):
+    with pytest.raises(UserError, match="no label in 1 of 2 rows"):
+        read_labels(["Normal", name], None, source="t", where=["a", "b"], skip=False)
+
+
+def test_names_in_two_forms_of_unicode_are_one_class():
+    names, _ = read_labels(["La\u0308sion", "L\u00e4sion", "Normal "], None, source="t", where=list("abc"), skip=False)
+    assert names == ["L\u00e4sion", "L\u00e4sion", "Normal"]
+
+
+def test_other_numbers_than_0_and_1_are_compared_as_names():
+    assert compare_classes(("0", "1"), ("1", "2")) == "swapped"
+    assert compare_classes(("0", "1"), ("0", "1")) == "same"
+    assert binary_labels(["1", "1"]) == ([1, 1], ("0", "1"))

@@ -34,14 +34,14 @@ def test_a_patch_is_known_by_its_bytes_its_pixels_or_its_group():
     test = samples_of("b", 5, sha256=["2", "9", "", "8", "7"], group=["x", "t", "", "u", "S"])
     leak = find_leak(train, test)
     assert leak.identical.tolist() == [True, False, False, False, False]  # two unknown digests are not the same
-    assert leak.grouped.tolist() == [False, True, False, False, False]
-    assert leak.seen.tolist() == [True, True, False, False, False]
-    assert leak.found() == "1 identical, 1 of a group (slide, patient) in both"
+    assert leak.grouped.tolist() == [False, True, False, False, True]  # S may well be s
+    assert leak.seen.tolist() == [True, True, False, False, True]
+    assert leak.found() == "1 identical, 2 of a group (slide, patient) in both"
     pixels = (["p", "q", "", "s"], ["?", "!", "", "s", "."])
     assert find_leak(train, test, pixels=pixels).identical.tolist() == [True, False, False, True, False]
     near = np.array([True, False, False, False, True])
     assert find_leak(train, test, similar=near).seen.tolist() == [True, True, False, False, True]
-    assert find_leak(train, test, similar=near).found().startswith("1 identical, 1 nearly identical, 1 of a group")
+    assert find_leak(train, test, similar=near).found().startswith("1 identical, 1 nearly identical, 2 of a group")
 
 
 @pytest.mark.parametrize("width", [48, 600])  # 600 are projected first

@@ -230,7 +230,7 @@ class TestNewPatches:
 
     def test_hdf5_of_another_shape(self, tmp_path):
         with h5py.File(tmp_path / "x.h5", "w") as file:
-            file["x"] = np.zeros((2, 3, 8, 8), np.uint8)
+            file["x"] = np.zeros((2, 5, 8, 8), np.uint8)
         with pytest.raises(UserError, match="expected uint8 of shape"):
             load_patches(tmp_path / "x.h5")
 
@@ -311,3 +311,13 @@ def test_folds_are_joined_by_their_mean_probability_in_rows_and_in_the_summary(r
         predicted = np.array([row["predicted"] == "Atypical" for row in rows_of(tmp_path / "out.csv")])
         np.testing.assert_array_equal(predicted, mean >= cut)
         assert summary["n_positive"] == predicted.sum()
+
+
+@pytest.mark.parametrize("out", ["in.csv", "0.png", "run/run.json", "new.png"])
+def test_nothing_that_predictions_are_made_from_is_replaced(tmp_path, out):
+    for name in ("in.csv", "0.png", "run/run.json"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("kept")
+    with pytest.raises(UserError, match="is an image, one of the inputs, or part of the run"):
+        predict_paths(tmp_path / "run", [tmp_path / "in.csv", tmp_path / "0.png"], out=tmp_path / out)
+    assert (tmp_path / "in.csv").read_text() == (tmp_path / "run" / "run.json").read_text() == "kept"

@@ -153,3 +153,22 @@ def test_splits_are_read_by_their_usual_names_and_validation_is_explained(capsys
     assert "2 patches of the validation split count as training patches" in capsys.readouterr().err
     with pytest.raises(UserError, match=r"an unknown split in 1 of 2 rows \(b \(3\)\)"):
         read_splits(["train", "3"], source="t.csv", where=["a", "b"])
+
+
+def test_the_widest_column_that_knows_most_rows_is_the_group(tmp_path, capsys):
+    table = read(tmp_path, "path,label,slide,patient\na,1,s1,\nb,0,s2,\nc,1,s2,p\n")
+    assert table.columns["group"] == ["s1", "s2", "s2"]
+    assert "using column slide as group" in capsys.readouterr().err
+    table = read(tmp_path, "path,label,case_id,slide_id\na,1,c1,s1\nb,0,c2,s1\nc,1,c3,s1\n")
+    assert table.columns["group"] == ["s1"] * 3
+
+
+def test_names_of_rows_without_a_header_are_r_s(tmp_path):
+    assert read(tmp_path, '"path","label"\n"1","a.png","x"\n"2","b.png","y"\n').columns["path"] == ["a.png", "b.png"]
+
+
+def test_rows_in_no_split_are_counted(capsys):
+    assert read_splits(["train", "", "train"], source="t.csv", where=list("abc")) == ["train", "", "train"]
+    assert "1 patches are in no split" in capsys.readouterr().err
+    read_splits(["", ""], source="t.csv", where=list("ab"))
+    assert capsys.readouterr().err == ""

@@ -142,6 +142,7 @@ def test_the_findings_are_counted_and_only_the_first_conflicts_are_shown():
         "conflicts": [list(ids) for ids in found.conflicts],
         "split_duplicates": [],
         "split_groups": [],
+        "alike_groups": [],
         "n_without_group": 13,
     }
     assert "14, 15, 16" in ", ".join(found.duplicates[-1])
@@ -161,3 +162,10 @@ def test_a_table_shows_its_counts_and_in_a_notebook_its_first_rows_escaped():
     page = table._repr_html_()
     assert "<td>&lt;b&gt;.png</td><td>1</td><td>slide</td><td>train</td>" in page
     assert "<b>" not in page
+
+
+def test_groups_that_are_written_in_several_ways_are_named():
+    ids = list("abcdef")
+    samples = make_samples(ids, [0, 1] * 3, sha256=[""] * 6, group=["S1", "s1", "T7", "T7", "t7", "9"])
+    (line,) = (line for line in audit(samples).lines() if "several ways" in line)
+    assert line.startswith("2 groups are written in several ways (first: S1, s1)")
