@@ -172,7 +172,7 @@ def _read_samples(path: Path) -> tuple[Samples, Classes]:
     table = read_table(path, required=("id", "label"), optional=("group", "split", "domain"))
     columns, ids = table.columns, table.columns["id"]
     where = [f"line {line}: {id}" for line, id in zip(table.lines, ids, strict=True)]
-    names, _ = read_labels(columns["label"], None, source=path, where=where, skip=False)
+    names, _ = read_labels(columns["label"], None, source=path, where=where, skip=None)
     try:
         labels, classes = binary_labels(names)
     except UserError as error:

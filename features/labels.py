@@ -181,7 +181,7 @@ def _words(name: str) -> list[str]:
 
 
 def read_labels(
-    cells: Sequence[str], labels: Mapping[str, str] | None, *, source: object, where: Sequence[str], skip: bool
+    cells: Sequence[str], labels: Mapping[str, str] | None, *, source: object, where: Sequence[str], skip: bool | None
 ) -> tuple[list[str], list[int]]:
     """Read the class names of patches: rename them, and refuse or leave out those that are missing.
 
@@ -190,7 +190,7 @@ def read_labels(
         labels: old class name to new.
         source: their file, for messages.
         where: (n,) what to call each patch in a message.
-        skip: leave out patches without a label.
+        skip: leave out patches without a label; None if the user cannot ask for that here.
 
     Returns:
         The class names of the patches that are kept, and their rows.
@@ -211,8 +211,10 @@ def read_labels(
             [f"{where[row]} ({named[row] or 'empty'})" for row in missing],
             len(named),
             "no label",
-            "Label these patches, remove them, or leave them out with `skip_unlabelled`; if it is the name of a class, "
-            "give it another with `labels`.",
+            "Label these patches or remove them."
+            if skip is None
+            else "Label these patches, remove them, or leave them out with `skip_unlabelled`; if it is the name of a "
+            "class, give it another with `labels`.",
         )
     elif missing:
         say(f"{source}: {len(missing)} of {len(named)} patches have no label and are left out.")

@@ -162,7 +162,8 @@ class FeatureStore:
             shared: whether other machines may be doing the same at this moment, see `begin`.
 
         Returns:
-            Whether a table of the same images, but with other labels, groups, splits, votes or domains, was replaced.
+            Whether a table of the same images, but with other labels, names of classes, groups, splits, votes or
+            domains, was replaced.
 
         Raises:
             UserError: if the store has other images under this name, or cannot be written.
@@ -190,8 +191,9 @@ class FeatureStore:
                     self.storage.sweep(key)
                 return self._update_table(key, samples, stored, attributes)
             if not overwrite:
+                order = " (in another order, or with other ids)" if _same_images(self, dataset, samples) else ""
                 raise UserError(
-                    f"{self.path} already has a dataset {dataset!r} of other images: {stored.get('n_samples')} "
+                    f"{self.path} already has a dataset {dataset!r} of other images{order}: {stored.get('n_samples')} "
                     f"with digest {stored.get('images_digest')}, now {len(samples)} with digest "
                     f"{attributes['images_digest']}. Name this one otherwise (NAME=PATH), use another `store`, or "
                     "`overwrite=True` to discard the stored dataset and all its embeddings."
@@ -206,7 +208,11 @@ class FeatureStore:
             except DamageError:
                 pass  # a damaged table, or one whose replacement was cut short, is written anew
             else:
-                return False
+                names = attributes.get("label_names", stored.get("label_names"))
+                if names == stored.get("label_names"):
+                    return False
+                write_attributes(self.storage, key, stored | {"label_names": names})
+                return True
         # Attributes first: whoever reads in between finds a table that does not match its digest, never a wrong one.
         write_attributes(self.storage, key, attributes)
         self.storage.put_folder(f"{key}/samples", encode_samples(samples), replace=True)
@@ -444,3 +450,11 @@ class FeatureStore:
             if (name := key.rpartition("/")[2]) != "samples" and (model is None or name == store_key(model))
         ]
         return below(models)
+
+
+def _same_images(store: FeatureStore, dataset: str, samples: Samples) -> bool:
+    try:
+        stored = store.samples(dataset)
+    except DamageError:
+        return False
+    return sorted(stored.sha256.tolist()) == sorted(samples.sha256.tolist())

@@ -790,3 +790,19 @@ def test_blocks_of_repeated_or_descending_rows_are_refused(full: FeatureStore, r
     stored = full.embeddings("ami-br", model="timm/x", view="full", rows=np.array(rows))
     with pytest.raises(ValueError, match="ascending order only"):
         list(stored.blocks())
+
+
+def test_other_names_of_the_same_classes_are_recorded(empty: FeatureStore) -> None:
+    attrs = {"label_names": ["normal", "cancer"], "source": "there"}
+    assert empty.put_samples("mine", make_table(), attrs=attrs) is False
+    assert empty.put_samples("mine", make_table(), attrs=attrs | {"source": "moved"}) is False
+    assert empty.put_samples("mine", make_table(), attrs=attrs | {"label_names": ["normal", "tumor"]}) is True
+    assert empty.dataset_attrs("mine")["label_names"] == ["normal", "tumor"]
+    assert empty.dataset_attrs("mine")["source"] == "there"
+    assert empty.verify() == []
+
+
+def test_the_same_images_in_another_order_are_called_so(full: FeatureStore) -> None:
+    table = make_table()
+    with pytest.raises(UserError, match="of other images \\(in another order, or with other ids\\)"):
+        full.put_samples("ami-br", table.select(np.arange(len(table))[::-1]), attrs={})
