@@ -18,6 +18,7 @@ from features.store import FeatureStore
 
 # Squared distance of standardised embeddings, as a share of what two patches drawn at random are apart.
 IDENTICAL = 0.01
+NEARER = 1 / 3
 _FALSE = 1e-4  # patches that are expected to be found by chance in a whole test set
 _RANK = 10
 _FEWEST = 50  # training rows; among fewer, neighbours say nothing
@@ -100,10 +101,11 @@ def _known(values: NDArray[np.str_], known: NDArray[np.str_]) -> NDArray[np.bool
 def similar_rows(train: Embeddings, test: Embeddings) -> NDArray[np.bool_]:
     """Mark the rows of `test` that look the same to the backbone as some row of `train`.
 
-    A patch does so if its nearest neighbour is closer than `IDENTICAL`, or so much closer than the next ten that this
-    would happen by chance once in ten thousand such test sets. How near the nearest of independent neighbours is
-    follows from the dimension of the data, estimated from the other neighbours (Levina and Bickel, NeurIPS 2004).
-    docs/protocol.md has what this finds. Sets of more than 10^9 pairs are not compared: nothing is marked.
+    A patch does so if its nearest neighbour is closer than `IDENTICAL`; or if its squared distance is less than a third
+    of that of the tenth neighbour after it, and this would happen by chance once in ten thousand such test sets. How
+    near the nearest of independent neighbours is follows from the dimension of the data, estimated from the other
+    neighbours (Levina and Bickel, NeurIPS 2004). docs/protocol.md has what this finds. Sets of more than 10^9 pairs are
+    not compared: nothing is marked.
 
     Returns:
         (n_test,) bool.
@@ -126,7 +128,7 @@ def similar_rows(train: Embeddings, test: Embeddings) -> NDArray[np.bool_]:
     ratio = np.maximum(nearest[:, :-1], 1e-12) / np.maximum(nearest[:, -1:], 1e-12)  # squared distances
     dimension = -2 / np.log(ratio[~same, 1:]).mean()
     chance = -np.expm1(_RANK * np.log1p(-np.minimum(ratio[:, 0] ** (dimension / 2), 0.5)))
-    found: NDArray[np.bool_] = same | (chance * len(test) < _FALSE)
+    found: NDArray[np.bool_] = same | ((ratio[:, 0] < NEARER) & (chance * len(test) < _FALSE))
     return found
 
 
