@@ -98,7 +98,7 @@ def _known(values: NDArray[np.str_], known: NDArray[np.str_]) -> NDArray[np.bool
     return found
 
 
-def similar_rows(train: Embeddings, test: Embeddings) -> NDArray[np.bool_]:
+def similar_rows(train: Embeddings, test: Embeddings, *, fold: NDArray[np.intp] | None = None) -> NDArray[np.bool_]:
     """Mark the rows of `test` that look the same to the backbone as some row of `train`.
 
     A patch does so if its nearest neighbour is closer than `IDENTICAL`; or if its squared distance is less than a third
@@ -106,6 +106,11 @@ def similar_rows(train: Embeddings, test: Embeddings) -> NDArray[np.bool_]:
     near the nearest of independent neighbours is follows from the dimension of the data, estimated from the other
     neighbours (Levina and Bickel, NeurIPS 2004). docs/protocol.md has what this finds. Sets of more than 10^9 pairs are
     not compared: nothing is marked.
+
+    Args:
+        train: (n_train, d).
+        test: (n_test, d).
+        fold: (n,) where both are the same rows: only rows of other folds are compared.
 
     Returns:
         (n_test,) bool.
@@ -119,7 +124,7 @@ def similar_rows(train: Embeddings, test: Embeddings) -> NDArray[np.bool_]:
         few = np.random.default_rng(0).standard_normal((n_features, _PROJECTED), np.float32) * scale[:, None]
         few /= np.sqrt(_PROJECTED, dtype=np.float32)
     ranks = np.arange(_RANK + 1 if n_train >= _FEWEST else 1)
-    nearest = _nearest(_projected(train, mean, few), _projected(test, mean, few), ranks)  # (n_test, ranks)
+    nearest = _nearest(_projected(train, mean, few), _projected(test, mean, few), ranks, fold)  # (n_test, ranks)
     at_random = 2 * np.count_nonzero(scale)  # of a standardised feature, the squared difference is 2 on average
     same: NDArray[np.bool_] = nearest[:, 0] < IDENTICAL * at_random
     if len(ranks) == 1 or same.all():
@@ -132,13 +137,17 @@ def similar_rows(train: Embeddings, test: Embeddings) -> NDArray[np.bool_]:
     return found
 
 
-def _nearest(known: NDArray[np.float32], asked: NDArray[np.float32], ranks: NDArray[np.intp]) -> NDArray[np.float32]:
+def _nearest(
+    known: NDArray[np.float32], asked: NDArray[np.float32], ranks: NDArray[np.intp], fold: NDArray[np.intp] | None
+) -> NDArray[np.float32]:
     """Find the squared distances of each row of `asked` to its nearest rows of `known`, in ascending order."""
     nearest = np.empty((len(asked), len(ranks)), np.float32)
     sizes = (known**2).sum(axis=1)
     for start in range(0, len(asked), _BLOCK):
         part = asked[start : start + _BLOCK]
         squared = (part**2).sum(axis=1)[:, None] + sizes - 2 * part @ known.T
+        if fold is not None:
+            squared[fold[start : start + _BLOCK, None] == fold] = np.inf
         few = np.partition(squared, ranks[-1], axis=1)[:, : len(ranks)]
         nearest[start : start + _BLOCK] = np.sort(few, axis=1)
     return nearest

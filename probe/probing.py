@@ -279,10 +279,7 @@ def _similar(setup: _Setup, chosen: _Fitted) -> dict[str, tuple[str, ...]]:
 
 def _say_what_folds_share(training: Embeddings, experiment: Experiment) -> None:
     """Say how many patches look like one in another fold: out-of-fold figures know them."""
-    shared = 0
-    for validates in ~experiment.folds.training:
-        others, held_out = (training.select(np.flatnonzero(rows)) for rows in (~validates, validates))
-        shared += int(similar_rows(others, held_out).sum())
+    shared = int(similar_rows(training, training, fold=experiment.folds.fold).sum())
     if shared:
         say(
             f"{shared:,} training patches of {experiment.train} look like one in another fold: out-of-fold figures are "
