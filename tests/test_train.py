@@ -516,8 +516,10 @@ def test_memory_running_out_halves_the_folds_at_once_and_changes_nothing(
     torch.testing.assert_close(found.best, expected.best, **TIGHT)
     assert found.n_images == expected.n_images
     assert found.n_steps == expected.n_steps
-    assert [n for n, _ in memory.seen[:5]] == [3, 2, 1, 1, 1]
-    assert {n for n, _ in memory.seen[2:]} == {1}  # it is not tried again
+    sizes = [n for n, _ in memory.seen]
+    assert sizes[0] == 3
+    # Groups train side by side, one per thread: of (two folds, one) either may come first.
+    assert (sizes.count(3), sizes.count(2), set(sizes)) == (1, 1, {1, 2, 3})  # what did not fit is not tried again
     said = capsys.readouterr().err
     assert said.splitlines() == [
         "out of memory on cpu; going on with 2 folds at once.",
