@@ -22,7 +22,7 @@ from extract.arrays import SUFFIXES as ARRAY_SUFFIXES
 from extract.arrays import ImageArrays, read_arrays
 from extract.images import Decode, check_files, file_decoder
 from features.console import UserError, progress, say
-from features.tables import Table, first_of, is_missing, read_table, refuse_rows
+from features.tables import Table, first_of, is_missing, natural_order, read_table, refuse_rows
 
 _OPTIONAL_COLUMNS = ("id", "group", "split", "domain")
 _COLUMNS = ("label", "group", "split", "domain")
@@ -182,7 +182,7 @@ def _sub_folders(folder: Path) -> list[str]:
 def _from_any_folder(folder: Path) -> Patches:
     below = [path.relative_to(folder) for path in folder.rglob("*") if path.is_file()]
     kept = [path for path in below if not any(map(_is_ignored, path.parts))]
-    ids = sorted((path.as_posix() for path in kept if path.suffix.lower() in images.SUFFIXES), key=_natural)
+    ids = sorted((path.as_posix() for path in kept if path.suffix.lower() in images.SUFFIXES), key=natural_order)
     if not ids:
         raise UserError(f"{folder} holds no images ({_IMAGE_SUFFIXES}), only {len(kept)} other files.")
     if len(ids) < len(kept):
@@ -228,17 +228,11 @@ def list_classes(folder: Path, classes: Sequence[str]) -> list[PatchFile]:
             f"{folder}: {len(others)} entries of the class folders are not images ({first_of(sorted(others))}). "
             f"Expected only files ending in {_IMAGE_SUFFIXES}; move the others away."
         )
-    return sorted(files, key=lambda file: _natural(file.id))
+    return sorted(files, key=lambda file: natural_order(file.id))
 
 
 def _is_ignored(name: str) -> bool:
     return name.startswith(".") or name in _SYSTEM_FILES
-
-
-def _natural(text: str) -> tuple[list[str | int], str]:
-    """Make a sort key under which 10.png follows 9.png."""
-    parts = re.split(r"([0-9]+)", text)  # text and number in turn
-    return [int(part) if position % 2 else part for position, part in enumerate(parts)], text
 
 
 # --- tables -----------------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from features.console import UserError, nearest, say
-from features.tables import first_of, is_missing, refuse_rows
+from features.tables import first_of, is_missing, natural_order, refuse_rows
 
 Classes = tuple[str, str]  # the names of class 0 and class 1
 ATYPICAL = "Atypical"
@@ -68,7 +68,7 @@ def binary_labels(
             and more classes without `positive`, or one class of which it is not known whether it is the positive one.
     """
     names = _whole_numbers(names)
-    present = sorted(set(names), key=_natural)
+    present = sorted(set(names), key=natural_order)
     alike: dict[str, str] = {}
     for name in present:
         if alike.setdefault(name.casefold(), name) != name:
@@ -92,12 +92,6 @@ def binary_labels(
         if len(others) > 1:
             say(f"Class 0 is every class but {positive!r}: {', '.join(others)}.")
     return [int(name == positive) for name in names], (negative, positive)
-
-
-def _natural(name: str) -> tuple[list[str | int], str]:
-    """Make a sort key under which 10 follows 9, and grade 10 grade 9."""
-    parts = re.split(r"([0-9]+)", name)  # text and number in turn
-    return [int(part) if position % 2 else part for position, part in enumerate(parts)], name
 
 
 def _whole_numbers(names: Sequence[str]) -> Sequence[str]:
@@ -202,7 +196,8 @@ def read_labels(
     numbers = dict(
         zip(written, _whole_numbers([cell if not is_missing(cell) else "0" for cell in written]), strict=True)
     )
-    named = [renamed_class(cell if is_missing(cell) else numbers[cell], labels or {}) for cell in written]
+    spelled = [cell if is_missing(cell) else numbers[cell] for cell in written]
+    named = [(labels or {}).get(name, name) for name in spelled]
     rows = [row for row, name in enumerate(named) if not is_missing(name)]
     missing = sorted(set(range(len(named))) - set(rows))
     if not skip:
@@ -260,7 +255,7 @@ def aligned(train: Classes, test: Classes, *, train_name: str, test_name: str, l
     Raises:
         UserError: if a class changes sides, or a name is on one side only.
     """
-    test = (renamed_class(test[0], labels), renamed_class(test[1], labels))
+    test = (labels.get(test[0], test[0]), labels.get(test[1], test[1]))
     relation = compare_classes(train, test)
     if relation == "same":
         return False
@@ -328,11 +323,6 @@ def parse_renaming(text: str | None) -> Renaming:
                 f"`labels` says {part.strip()!r}; expected old=new, for example cancer=tumor, each old once."
             )
     return Renaming(renamed)
-
-
-def renamed_class(name: str, labels: Mapping[str, str]) -> str:
-    """Apply a renaming to one class name."""
-    return labels.get(name, name)
 
 
 def _equal(a: str, b: str) -> bool:

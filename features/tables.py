@@ -234,6 +234,16 @@ def refuse_rows(source: object, rows: Sequence[str], n: int, what: str, remedy: 
         raise UserError(f"{source}: {what} in {len(rows)} of {n} rows ({first_of(rows)}). {remedy}")
 
 
+def natural_order(text: str) -> tuple[list[str | int], str]:
+    """Make a sort key under which 10.png follows 9.png.
+
+    >>> sorted(["10.png", "9.png"], key=natural_order)
+    ['9.png', '10.png']
+    """
+    parts = re.split(r"([0-9]+)", text)  # text and number in turn
+    return [int(part) if position % 2 else part for position, part in enumerate(parts)], text
+
+
 def first_of(names: Sequence[str]) -> str:
     """Join the first few of many names, for a message."""
     return ", ".join(names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")

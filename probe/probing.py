@@ -21,7 +21,7 @@ from features.console import UserError, nearest, progress, say
 from features.device import find_device
 from features.entry import Entry
 from features.folds import SEED, effective_groups
-from features.labels import NUMBERS, Classes, aligned, compare_classes, parse_renaming, renamed_class
+from features.labels import NUMBERS, Classes, aligned, compare_classes, parse_renaming
 from features.leaks import similar_rows
 from features.samples import TEST, Samples
 from features.store import FeatureStore
@@ -228,7 +228,7 @@ def _aligned_tests(
         if name == train:
             continue
         names = _classes(store, name)
-        mapped = (renamed_class(names[0], renamed), renamed_class(names[1], renamed))
+        mapped = (renamed.get(names[0], names[0]), renamed.get(names[1], names[1]))
         if options.test is None and compare_classes(classes, mapped) == "other":
             say(f"{name} has other classes ({', '.join(names)}) than {train} ({', '.join(classes)}) and is not scored.")
             continue
