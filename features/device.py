@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
-from features.console import UserError
+from features.console import UserError, say
 
 _CPUINFO = Path("/proc/cpuinfo")  # of Linux
 
@@ -75,3 +78,35 @@ def has_bf16(device: torch.device) -> bool:
 def out_of_memory(error: RuntimeError) -> bool:
     """Whether a torch error means that memory ran out, on any device."""
     return bool(isinstance(error, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
+
+
+@cache
+def constant(values: tuple[float, ...] | tuple[tuple[float, ...], ...], device: torch.device) -> Tensor:
+    """Give a float32 tensor of constants, copied to a device once: each copy would wait for all of a GPU's work."""
+    with torch.inference_mode(False):  # so that it may take part in training too
+        return torch.tensor(values, dtype=torch.float32, device=device)
+
+
+def agrees(
+    name: str, fast: Callable[[], Sequence[Tensor]], plain: Callable[[], Sequence[Tensor]], *, tolerance: float
+) -> bool:
+    """Whether a fast way to compute runs on this machine and gives what the plain one gives; if not, say so.
+
+    Args:
+        name: what is left out if it does not: the subject of a sentence.
+        fast, plain: compute the same tensors; only `fast` may fail.
+        tolerance: largest difference of a tensor, as a fraction of its largest element.
+    """
+    expected = plain()
+    try:
+        found = fast()
+    except Exception as error:  # noqa: BLE001 - compilers and drivers raise what they like
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        say(f"{name} cannot be used here ({reason}); going on without.")
+        return False
+    for one, other in zip(found, expected, strict=True):
+        difference, size = (one - other).abs().max().item(), other.abs().max().item()
+        if not difference <= tolerance * size:  # NaN included
+            say(f"{name} differs here from plain PyTorch by {difference / max(size, 1e-30):.1e}; going on without.")
+            return False
+    return True
