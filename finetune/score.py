@@ -79,7 +79,7 @@ def patch_logits(
             pixels = transform.resized(images, compute.device)
 
             def logits_of(network: Network, group: list[int], pixels: Tensor = pixels) -> Tensor:
-                repeated = pixels.repeat(len(group), 1, 1, 1)
+                repeated = pixels.expand(len(group), -1, -1, -1, -1)
                 return network_logits(network, transform, repeated, group, compute=compute)
 
             parts = compute.map_passes(network, network.folds, logits_of)

@@ -353,7 +353,7 @@ def test_a_mask_follows_from_fold_layer_and_step_alone() -> None:
     seen = set()
     for step in (0, 1, 0):
         select_folds(model, [0, 2], step=step)
-        seen.add(tuple(next(adapters(model))[1].keys.tolist()))
+        seen.add(tuple(next(adapters(model))[1].selection.keys.tolist()))
     assert len(seen) == 2
 
 

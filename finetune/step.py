@@ -1,0 +1,168 @@
+"""What happens in one training step of all folds?
+
+Patches become images, images losses, losses gradients, and gradients steps of Adam. On a GPU nothing in a step waits for
+the device: rows, random numbers and learning rates of an epoch lie there when it begins, and losses are read when it ends.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+from extract.views import Transform
+from features.device import out_of_memory
+from features.folds import Folds
+from finetune.augment import augment
+from finetune.compute import Compute, save_memory
+from finetune.network import Network
+from finetune.optimizer import adam_
+from finetune.recipes import Recipe
+
+
+@dataclass(frozen=True, eq=False)
+class TrainingSet:
+    """The patches that cross-validation uses.
+
+    Attributes:
+        pixels: (n, 3, s, s) uint8, resized as extraction does it; on the device, or in main memory where the device has
+            no room.
+        label: (n,) int64, on the device.
+        folds: in which fold each row validates.
+        transform: whose normalisation the network expects.
+    """
+
+    pixels: Tensor
+    label: Tensor
+    folds: Folds
+    transform: Transform
+
+    def take(self, rows: Tensor, device: torch.device) -> Tensor:
+        """Take to the device the pixels (m, 3, s, s) of m row numbers, which lie where the pixels do, in any shape."""
+        pixels = self.pixels[rows.flatten()]
+        if pixels.device != device:  # a GPU's: it copies pinned memory while the host goes on
+            pixels = pixels.pin_memory().to(device, non_blocking=True)
+        return pixels
+
+    def held_out(self, fold: int) -> NDArray[np.intp]:
+        """List the rows that validate in a fold."""
+        return np.flatnonzero(self.folds.fold == fold)
+
+
+@dataclass(frozen=True, eq=False)
+class Batches:
+    """What the folds of a network see in the steps of an epoch; without the first axis, in one step.
+
+    Attributes:
+        rows: (n_batches, f, b) of the training set, on the device of its pixels.
+        label: (n_batches, f, b).
+        draws: (n_batches, f, b, k) for augmentation; None for none.
+        keys: (n_batches, f) `finetune.lora.dropout_keys`.
+        schedule: (n_batches, f, 4) `finetune.optimizer.Scalars`.
+    """
+
+    rows: Tensor
+    label: Tensor
+    draws: Tensor | None
+    keys: Tensor
+    schedule: Tensor
+
+    @property
+    def n_batches(self) -> int:
+        """The number of steps."""
+        return len(self.rows)
+
+    def at(self, index: int | slice | list[int] | tuple[slice, ...]) -> Batches:
+        """Take one step, or of one step some folds."""
+        parts = (getattr(self, field.name) for field in fields(self))
+        return Batches(*(None if part is None else part[index] for part in parts))  # type: ignore[arg-type]
+
+
+class Step:
+    """One training step of all folds of a network.
+
+    Attributes:
+        losses: (n_rows,) this process's part of each fold's loss, summed over the steps since `begin`.
+    """
+
+    def __init__(
+        self, network: Network, data: TrainingSet, recipe: Recipe, *, moments: Tensor, compute: Compute
+    ) -> None:
+        self._network, self._data, self._recipe = network, data, recipe
+        self._moments, self._compute = moments, compute
+        self.losses = torch.zeros(len(network.folds), dtype=network.values.dtype, device=network.values.device)
+
+    def begin(self, batches: Batches) -> None:
+        """Take the batches of the next epoch."""
+        self._batches = batches
+        self.losses.zero_()
+
+    def __call__(self, batch: int, folds: Sequence[int]) -> None:
+        """Step these folds once: those that train in this batch of the epoch.
+
+        Raises:
+            UserError: memory running out with a single fold and checkpointed gradients.
+        """
+        self._step(self._batches.at(batch), folds)
+
+    def _step(self, batch: Batches, folds: Sequence[int]) -> None:
+        network = self._network
+        for rows, losses in self._backward(batch, folds):
+            self.losses[rows] += losses
+        self._compute.process_group.all_reduce_(network.gradients)
+        adam_(network.values[:, : network.n_trained], network.gradients, self._moments, batch.schedule, self._recipe)
+
+    def _backward(self, batch: Batches, folds: Sequence[int]) -> list[tuple[slice | list[int], Tensor]]:
+        """Compute the network's gradients on this process's rows of a batch.
+
+        Returns:
+            Of each pass, which rows of the network it held, and these patches' part of each fold's mean loss. Like the
+            gradients, it has to be summed over all processes.
+        """
+        network, compute, recipe = self._network, self._compute, self._recipe
+        statistics = network.values[:, network.n_trained :]
+        shard = compute.process_group.shard_rows(recipe.batch_size)
+
+        def losses_of(network: Network, group: list[int]) -> tuple[slice | list[int], Tensor]:
+            rows = network.rows_of(group)
+            part = batch.at(rows)
+            images = network_input(
+                self._data.take(part.rows[:, shard], compute.device),
+                None if part.draws is None else part.draws[:, shard].flatten(0, 1),
+                self._data.transform,
+                recipe,
+            )
+            with compute.autocast():
+                logits = network(images, group, step=part.keys)  # (f, b, 2)
+            label = part.label[:, shard].flatten()
+            losses = F.cross_entropy(logits.flatten(0, 1), label, reduction="none").view(len(group), -1).mean(dim=1)
+            losses = losses * (part.schedule[:, 0] * ((shard.stop - shard.start) / recipe.batch_size))
+            after = statistics.clone()
+            losses.sum().backward()
+            statistics.copy_(after)  # checkpointed activations, computed again, have updated them a second time
+            return rows, losses.detach()
+
+        while True:
+            before = statistics.clone()
+            try:
+                network.clear_gradients()
+                losses = compute.map_passes(network, folds, losses_of)
+                network.gather_gradients()
+                return losses
+            except RuntimeError as error:
+                if not out_of_memory(error):
+                    raise
+                statistics.copy_(before)
+                save_memory(network, compute, recipe.batch_size, error)
+
+
+def network_input(pixels: Tensor, draws: Tensor | None, transform: Transform, recipe: Recipe) -> Tensor:
+    """Make a network's input of pixels: (m, 3, s, s) in 0..255, augmented as draws (m, k) say, normalised, channels last."""
+    if recipe.augment is not None and draws is not None:
+        pixels = augment(pixels / 255, draws, size=pixels.shape[-1], options=recipe.augment) * 255
+    return transform.normalise(pixels).contiguous(memory_format=torch.channels_last)
