@@ -22,6 +22,8 @@ from typing import Any, Literal, NamedTuple
 import torch
 import torch.nn.functional as F
 from timm.layers.mlp import GluMlp, Mlp
+from timm.layers.norm import LayerNorm
+from timm.models.vision_transformer import Attention, Block
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import Parameter
@@ -119,7 +121,7 @@ def add_adapters(model: nn.Module, options: LoraOptions, *, n_folds: int, seed: 
         base = model.get_submodule(name)
         adapted = StackedLora(base, options, generators=generators, layer=layer, selection=selection)
         setattr(model.get_submodule(parent), child, adapted)
-    _move_activations(model)
+    _keep_less(model)
     model.eval()
     return names
 
@@ -251,14 +253,15 @@ class Selection:
 
 
 class StackedLora(nn.Module):
-    """A frozen linear layer with one adapter per fold, perhaps behind an activation.
+    """A frozen linear layer with one adapter per fold, perhaps behind a norm or an activation.
 
     Attributes:
         base: the frozen `nn.Linear` or 1x1 `nn.Conv2d`.
         A: (n_folds, rank, in) float32, or the base's float64.
         B: (n_folds, out, rank).
         copies: A and B in the type of the products, kept up to date by the network; None where that is their own type.
-        activation: of `ACTIVATIONS`, applied to the input; the backward pass computes it again instead of keeping it.
+        before: what is done to the input first; the backward pass does it again instead of keeping the result.
+        norm: the norm, where that is a norm.
         triton: whether products and masks are computed by `finetune.kernels`, not by `finetune.products`.
     """
 
@@ -282,7 +285,8 @@ class StackedLora(nn.Module):
         self.A = Parameter(A.to(weight.device))
         self.B = Parameter(torch.zeros(len(generators), n_out, options.rank, dtype=dtype, device=weight.device))
         self.copies: tuple[Tensor, Tensor] | None = None
-        self.activation: Activation | None = None
+        self.before: Before | None = None
+        self.norm: DeferredNorm | None = None
         self.triton = False
         self.options, self.selection = options, selection
         # A tensor, so that torch.compile translates layers of one shape once and not once per number.
@@ -301,9 +305,12 @@ class StackedLora(nn.Module):
         now = self.selection
         if len(x) % now.n:
             raise ValueError(f"a batch of {len(x)} images cannot hold equally many of {now.n} folds")
+        dtype = x.dtype
         if torch.is_autocast_enabled(x.device.type):
+            dtype = torch.get_autocast_dtype(x.device.type)
+        if self.before != "layer_norm":
             # Cast here, so that the function below keeps the bf16 copy for its backward pass, not the float32 one.
-            x = x.to(torch.get_autocast_dtype(x.device.type))
+            x = x.to(dtype)
         A, B = self._take(self.A), self._take(self.B)
         copies = (None, None) if self.copies is None else (self._take(self.copies[0]), self._take(self.copies[1]))
         threshold = 0 if now.keys is None else drop_threshold(self.options.dropout)
@@ -312,8 +319,9 @@ class StackedLora(nn.Module):
         if is_convolution:
             x = x.permute(0, 2, 3, 1)  # contiguous where the images are channels_last
         dropout = Dropout(now.keys if threshold else None, self.layer, threshold, now.rows)
+        norm = (None, None, 0.0) if self.norm is None else (self.norm.weight, self.norm.bias, self.norm.eps)
         y: Tensor = _AdaptedLinear.apply(
-            x, self.base.weight, self.base.bias, A, B, *copies, scale, *dropout, self.activation, self.triton
+            x, self.base.weight, self.base.bias, A, B, *copies, scale, *dropout, dtype, self.before, *norm, self.triton
         )
         return y.permute(0, 3, 1, 2) if is_convolution else y
 
@@ -326,10 +334,10 @@ class StackedLora(nn.Module):
 
 
 class _AdaptedLinear(torch.autograd.Function):
-    """y = W a + b + scale B A (m * a) for a 0/1 mask m; a is the input x, or an activation of it.
+    """y = W a + b + scale B A (m * a) for a 0/1 mask m; a is the input x, or what a norm or an activation makes of it.
 
     For the backward pass it keeps the input x and the projection A (m * a), of `rank` columns: no mask, no masked or
-    scaled copy, no output of the activation, no cast of the frozen weights. Everything is computed in the dtype of x.
+    scaled copy, no a, no cast of the frozen weights. Everything behind the norm is computed in `dtype`.
     """
 
     @staticmethod
@@ -340,22 +348,29 @@ class _AdaptedLinear(torch.autograd.Function):
         bias: Tensor | None,  # (out,)
         A: Tensor,  # (f, rank, in)
         B: Tensor,  # (f, out, rank)
-        A_copy: Tensor | None,  # the same numbers in the dtype of x, where they are at hand
+        A_copy: Tensor | None,  # the same numbers in `dtype`, where they are at hand
         B_copy: Tensor | None,
         scale: float,
         keys: Tensor | None,  # (f,)
         layer: Tensor,  # ()
         threshold: int,
         rows: BatchRows,
-        activation: Activation | None,
+        dtype: torch.dtype,
+        before: Before | None,
+        gain: Tensor | None,  # (in,) of a norm
+        offset: Tensor | None,
+        eps: float,
         triton: bool,
     ) -> Tensor:
-        n_folds, dtype = len(A), x.dtype
+        n_folds = len(A)
         ctx.dtypes = A.dtype, B.dtype
         products = kernels if triton else plain
-        dropout = Dropout(keys, layer, threshold, rows)
         with torch.autocast(x.device.type, enabled=False):
-            a = x if activation is None else ACTIVATIONS[activation].forward(x)
+            a = x
+            if before == "layer_norm":
+                a = torch.native_layer_norm(x, x.shape[-1:], gain, offset, eps)[0].to(dtype)
+            elif before is not None:
+                a = ACTIVATIONS[before].forward(x)
             bias = None if bias is None else bias.to(dtype)
             if weight.ndim == 4:
                 y = F.conv2d(a.permute(0, 3, 1, 2), weight.to(dtype), bias).permute(0, 2, 3, 1)
@@ -363,33 +378,43 @@ class _AdaptedLinear(torch.autograd.Function):
                 y = F.linear(a, weight.to(dtype), bias)
             A = A.to(dtype) if A_copy is None else A_copy
             B = B.to(dtype) if B_copy is None else B_copy
-            projected = products.project(_by_fold(a, n_folds), A, *dropout)  # (f, t, rank)
+            projected = products.project(_by_fold(a, n_folds), A, keys, layer, threshold, rows)  # (f, t, rank)
             y = _by_fold(y, n_folds).baddbmm_(projected, B.mT, alpha=scale).view(y.shape)
-        ctx.save_for_backward(x, projected, weight, A, B, keys, layer)
-        ctx.scale, ctx.threshold, ctx.rows, ctx.activation, ctx.triton = scale, threshold, rows, activation, triton
+        ctx.save_for_backward(x, projected, weight, A, B, keys, layer, gain, offset)
+        ctx.scale, ctx.threshold, ctx.rows, ctx.triton = scale, threshold, rows, triton
+        ctx.dtype, ctx.before, ctx.eps = dtype, before, eps
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, projected, weight, A, B, keys, layer = ctx.saved_tensors
-        n_folds, dtype = len(A), x.dtype
+        x, projected, weight, A, B, keys, layer, gain, offset = ctx.saved_tensors
+        n_folds, dtype = len(A), ctx.dtype
         products = kernels if ctx.triton else plain
-        activation = None if ctx.activation is None else ACTIVATIONS[ctx.activation]
         with torch.autocast(x.device.type, enabled=False):
-            a = x if activation is None else activation.forward(x)
+            a = x
+            if ctx.before == "layer_norm":
+                a, mean, scale = torch.native_layer_norm(x, x.shape[-1:], gain, offset, ctx.eps)
+                a = a.to(dtype)
+            elif ctx.before is not None:
+                a = ACTIVATIONS[ctx.before].forward(x)
             grad = _by_fold(grad, n_folds)
             grad_projected, grad_B = products.backward_B(grad, B, projected)
             grad_a = None
             if ctx.needs_input_grad[0]:
                 grad_a = (grad.flatten(0, 1) @ weight.flatten(1).to(dtype)).view(n_folds, -1, a.shape[-1])
-            dropout = Dropout(keys, layer, ctx.threshold, ctx.rows)
-            grad_A = products.backward_A_(_by_fold(a, n_folds), grad_projected, A, grad_a, *dropout, ctx.scale)
+            grad_A = products.backward_A_(
+                _by_fold(a, n_folds), grad_projected, A, grad_a, keys, layer, ctx.threshold, ctx.rows, ctx.scale
+            )
             grad_x = None if grad_a is None else grad_a.view(a.shape)
-            if grad_x is not None and activation is not None:
-                grad_x = activation.backward(grad_x, x)
+            if grad_x is not None and ctx.before == "layer_norm":
+                grad_x = _aten.native_layer_norm_backward(
+                    grad_x.to(x.dtype), x, x.shape[-1:], mean, scale, gain, offset, [True, False, False]
+                )[0]
+            elif grad_x is not None and ctx.before is not None:
+                grad_x = ACTIVATIONS[ctx.before].backward(grad_x, x)
         grad_A, grad_B = grad_A.to(ctx.dtypes[0]) * ctx.scale, grad_B.to(ctx.dtypes[1]) * ctx.scale
-        return grad_x, None, None, grad_A, grad_B, *(None,) * 9
+        return grad_x, None, None, grad_A, grad_B, *(None,) * 13
 
 
 def _by_fold(x: Tensor, n_folds: int) -> Tensor:
@@ -397,12 +422,12 @@ def _by_fold(x: Tensor, n_folds: int) -> Tensor:
     return x.reshape(n_folds, -1, x.shape[-1])
 
 
-# ---------------------------------------------------------------------------------------- activations, computed again
+# -------------------------------------------------------------------------- norms and activations, computed twice
 
 
 class _Elementwise(NamedTuple):
     forward: Callable[[Tensor], Tensor]
-    backward: Callable[[Tensor, Tensor], Tensor]  # the gradient of the output, and the input
+    backward: Callable[[Tensor, Tensor], Tensor]  # of the gradient of the output, and the input
 
 
 def _gated_silu(x: Tensor) -> Tensor:
@@ -417,7 +442,8 @@ def _gated_silu_backward(grad: Tensor, x: Tensor) -> Tensor:
 
 _aten: Any = torch.ops.aten
 Activation = Literal["gelu", "gelu_tanh", "silu", "gated_silu"]
-ACTIVATIONS: dict[Activation, _Elementwise] = {
+Before = Activation | Literal["layer_norm"]
+ACTIVATIONS: dict[str, _Elementwise] = {
     "gelu": _Elementwise(F.gelu, _aten.gelu_backward),
     "gelu_tanh": _Elementwise(partial(F.gelu, approximate="tanh"), partial(_aten.gelu_backward, approximate="tanh")),
     "silu": _Elementwise(F.silu, _aten.silu_backward),
@@ -428,10 +454,10 @@ ACTIVATIONS: dict[Activation, _Elementwise] = {
 class AdaptedMlp(nn.Module):
     """The two layers of timm's `Mlp` or `GluMlp` under their names; the second applies the activation."""
 
-    def __init__(self, mlp: Mlp | GluMlp, activation: Activation) -> None:
+    def __init__(self, mlp: Any, activation: Activation) -> None:
         super().__init__()
         self.fc1, self.fc2 = mlp.fc1, mlp.fc2
-        self.fc2.activation = activation
+        self.fc2.before = activation
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (n, ..., d) to (n, ..., d)."""
@@ -439,13 +465,32 @@ class AdaptedMlp(nn.Module):
         return y
 
 
-def _move_activations(model: nn.Module) -> None:
-    """Let the adapted second layers of a model's MLPs apply the activation: its output need not be kept then."""
-    for name, mlp in list(model.named_modules()):
-        activation = _activation_of(mlp)
+class DeferredNorm(nn.Module):
+    """A layer norm, under its name, that leaves the work to the adapted layer that it is followed by."""
+
+    def __init__(self, norm: nn.LayerNorm) -> None:
+        super().__init__()
+        self.weight, self.bias, self.eps = norm.weight, norm.bias, norm.eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the input."""
+        return x
+
+
+def _keep_less(model: nn.Module) -> None:
+    """Let adapted layers apply the norms and activations before them, whose results need not be kept then.
+
+    Done where timm's code is known to use a result for nothing else.
+    """
+    for name, module in list(model.named_modules()):
+        activation = _activation_of(module)
         if activation is not None:
             parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, AdaptedMlp(mlp, activation))  # type: ignore[arg-type]
+            setattr(model.get_submodule(parent), child, AdaptedMlp(module, activation))
+    for block in model.modules():
+        if type(block) is Block:
+            _defer_norm(block, "norm1", getattr(block.attn, "qkv", None) if type(block.attn) is Attention else None)
+            _defer_norm(block, "norm2", getattr(block.mlp, "fc1", None) if isinstance(block.mlp, AdaptedMlp) else None)
 
 
 def _activation_of(mlp: nn.Module) -> Activation | None:
@@ -459,3 +504,14 @@ def _activation_of(mlp: nn.Module) -> Activation | None:
     if isinstance(mlp.act, nn.GELU):
         return "gelu" if mlp.act.approximate == "none" else "gelu_tanh"
     return "silu" if isinstance(mlp.act, nn.SiLU) else None
+
+
+def _defer_norm(block: nn.Module, name: str, layer: nn.Module | None) -> None:
+    norm = getattr(block, name)
+    plain_norm = type(norm) in (nn.LayerNorm, LayerNorm) and not getattr(norm, "_fast_norm", False)
+    if isinstance(layer, StackedLora) and plain_norm and getattr(block.attn, "gate", None) is None:
+        deferred = DeferredNorm(norm)
+        setattr(block, name, deferred)
+        # Not as a submodule: its weights keep the name that they have in the block.
+        object.__setattr__(layer, "norm", deferred)
+        layer.before = "layer_norm"
