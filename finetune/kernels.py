@@ -10,7 +10,7 @@ several would wait for the GPU, and the choice, with the rounding that follows f
 
 # Triton has no types.
 # mypy: disallow-untyped-decorators=False, disallow-untyped-defs=False, disallow-incomplete-defs=False
-# mypy: disallow-untyped-calls=False
+# mypy: disallow-untyped-calls=False, warn-return-any=False, disable-error-code="import-untyped,import-not-found"
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from finetune import products
 from finetune.dropout import BatchRows
 
 try:
-    import triton  # type: ignore[import-not-found,import-untyped,unused-ignore]
+    import triton
     from triton import jit
     from triton import language as tl
     from triton.language import constexpr
@@ -36,7 +36,8 @@ except ImportError:  # not every platform has it
         return function
 
 
-MOST_RANK = 128  # of the fused kernels: sums of more columns would not fit into registers
+# Bytes per element of x -> largest rank of the fused kernels: with a larger one, tiles would not fit into registers.
+MOST_RANK = {2: 128, 4: 32, 8: 32}
 _ENOUGH = 528  # programs that keep a GPU busy: four for each of the 132 multiprocessors of an H100
 _TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 
@@ -92,14 +93,14 @@ def masked(x: Tensor, keys: Tensor | None, layer: Tensor, threshold: int, rows: 
 
 def project(x: Tensor, A: Tensor, keys: Tensor | None, layer: Tensor, threshold: int, rows: BatchRows) -> Tensor:
     """Project the inputs that are kept, as `products.project` does."""
-    if A.shape[1] > MOST_RANK:
+    if A.shape[1] > MOST_RANK[x.element_size()]:
         return torch.bmm(masked(x, keys, layer, threshold, rows), A.to(x.dtype).mT)
     return _project(x, A, keys, layer, threshold, _first_row(x, rows))
 
 
 def backward_B(grad: Tensor, B: Tensor, projected: Tensor) -> tuple[Tensor, Tensor]:
     """Carry the gradient of the outputs back through B, as `products.backward_B` does."""
-    if B.shape[2] > MOST_RANK:
+    if B.shape[2] > MOST_RANK[grad.element_size()]:
         return products.backward_B(grad, B, projected)
     return _backward_B(grad, B, projected)
 
@@ -117,7 +118,7 @@ def backward_A_(
 ) -> Tensor:
     """Carry the gradient of the projection back through A, and add to that of x, as `products.backward_A_` does."""
     drop = (keys, layer, threshold, _first_row(x, rows))
-    if A.shape[1] > MOST_RANK:
+    if A.shape[1] > MOST_RANK[x.element_size()]:
         if grad_x is not None:
             grad_x.add_(masked(torch.bmm(grad_projected, A.to(x.dtype)), *drop[:3], rows), alpha=scale)
         grad_A = torch.bmm(grad_projected.mT, masked(x, *drop[:3], rows))
@@ -139,7 +140,7 @@ def _first_row(x: Tensor, rows: BatchRows) -> int:
 def _masked(x: Tensor, keys: Tensor, layer: Tensor, threshold: int, first_row: int) -> Tensor:
     n_folds, n_rows, width = x.shape
     out = torch.empty_like(x)
-    rows, columns = 64, _columns(x)
+    rows, columns = 64, _columns(x, 1)
     _run(
         _masked_kernel, (_cdiv(width, columns), n_folds, _cdiv(n_rows, rows)),
         x, out, keys, layer, first_row, n_rows, width, THRESHOLD=threshold, BT=rows, BC=columns,
@@ -150,12 +151,13 @@ def _masked(x: Tensor, keys: Tensor, layer: Tensor, threshold: int, first_row: i
 @torch.library.custom_op("mitofm::project", mutates_args=())
 def _project(x: Tensor, A: Tensor, keys: Tensor | None, layer: Tensor, threshold: int, first_row: int) -> Tensor:
     n_folds, n_rows, width = x.shape
-    out = x.new_empty(n_folds, n_rows, A.shape[1])
+    rank = A.shape[1]
+    out = x.new_empty(n_folds, n_rows, rank)
     rows = 64 if n_folds * _cdiv(n_rows, 64) >= _ENOUGH else 32
     _run(
         _project_kernel, (_cdiv(n_rows, rows), n_folds),
-        x, A, out, keys, layer, first_row, n_rows, width, A.shape[1],
-        THRESHOLD=_threshold(keys, threshold), SUM=_sum_type(x), R=_padded(A.shape[1]), BT=rows, BC=_columns(x),
+        x, A, out, keys, layer, first_row, n_rows, width, rank,
+        THRESHOLD=_threshold(keys, threshold), SUM=_sum_type(x), R=_padded(rank), BT=rows, BC=_columns(x, rank),
     )  # fmt: skip
     return out
 
@@ -164,7 +166,8 @@ def _project(x: Tensor, A: Tensor, keys: Tensor | None, layer: Tensor, threshold
 def _backward_B(grad: Tensor, B: Tensor, projected: Tensor) -> tuple[Tensor, Tensor]:
     n_folds, n_rows, width = grad.shape
     rank = B.shape[2]
-    rows, columns = 64, _columns(grad)
+    columns = _columns(grad, rank)
+    rows = 2 * columns
     n_parts = _cdiv(n_rows, rows)  # of grad_B
     chunk = _chunk(width, columns, n_folds * n_parts)
     n_chunks = _cdiv(width, chunk)  # parts of grad_projected
@@ -219,7 +222,7 @@ def _run_backward_A(
 ) -> Tensor:
     n_folds, n_rows, width = x.shape
     rank = A.shape[1]
-    rows, columns = 64, _columns(x)
+    rows, columns = 32, _columns(x, rank)
     n_columns = _cdiv(width, columns)
     chunk = _chunk(n_rows, rows, n_folds * n_columns)
     n_parts = _cdiv(n_rows, chunk)
@@ -262,7 +265,7 @@ def _run(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) 
         raise ValueError(f"{kernel.__name__} takes contiguous tensors")
     with torch.cuda.device_of(tensors[0]):  # Triton starts kernels on the current GPU, which may be another
         # Whether a product and a sum are rounded once is said here, for versions of Triton differ in what they assume.
-        kernel[grid](*arguments, **constants, enable_fp_fusion=True)
+        kernel[grid](*arguments, **constants, num_warps=8, enable_fp_fusion=True)
 
 
 def _added(parts: Tensor, dtype: torch.dtype) -> Tensor:
@@ -304,9 +307,9 @@ def _padded(rank: int) -> int:
     return max(16, 1 << (rank - 1).bit_length())
 
 
-def _columns(x: Tensor) -> int:
-    """The columns of a tile: 128 bytes, the unit in which a GPU reads its memory."""
-    return 128 // x.element_size()
+def _columns(x: Tensor, rank: int) -> int:
+    """The columns of a tile: 128 bytes, the unit in which a GPU reads its memory, or half of it beside many ranks."""
+    return (128 if rank <= 32 else 64) // x.element_size()
 
 
 def _chunk(size: int, block: int, n_programs: int) -> int:
@@ -316,23 +319,30 @@ def _chunk(size: int, block: int, n_programs: int) -> int:
 
 
 # -------------------------------------------------------------------------------------------------------- the kernels
-# Names in capitals are constants of a compilation. Tiles have BT rows and BC columns, and R columns for the rank.
+# Names in capitals are constants of a compilation. Tiles have BT rows, BC columns, and R ranks. Their place is an address
+# of 64 bits for a tile and offsets of 32 in it, for these take half the registers.
 
 
 @jit
-def _keep(keys, layer, fold, first_row, rows, column, width, THRESHOLD: constexpr, BT: constexpr, BC: constexpr):
-    """Draw a tile of the mask that `dropout.philox_mask` draws, from the multiple of 16 `column` on."""
+def _keep(key, layer, rows, column, width, THRESHOLD: constexpr, BT: constexpr, BC: constexpr):
+    """Draw a tile of the mask that `dropout.philox_mask` draws.
+
+    key, layer: numbers, of its fold and layer; rows: (BT,) indices in the fold's whole batch; column: the first, a
+    multiple of 16.
+    """
     if THRESHOLD == 0:
-        return tl.full((BT, BC), 1, tl.int1)
-    starts = (first_row + rows).to(tl.uint32) * tl.cdiv(width, 16)
-    counter = starts[:, None] + (column // 16 + tl.arange(0, BC // 16)).to(tl.uint32)[None, :]
-    zero = counter * 0
-    w0, w1, w2, w3 = tl.philox(tl.load(keys + fold), counter, zero + tl.load(layer).to(tl.uint32), zero, zero)
-    # join() alternates elements along a new last axis, each pair within one thread: first the four words of a group in
-    # their order, then four times each word, with the compared byte on top: bytes below it cannot decide.
-    words = tl.join(tl.join(w0, w2), tl.join(w1, w3)).reshape(BT, BC // 4)
-    tops = tl.join(tl.join(words << 24, words << 8), tl.join(words << 16, words)).reshape(BT, BC)
-    return tops >= THRESHOLD << 24
+        keep = tl.full((BT, BC), 1, tl.int1)
+    else:
+        starts = rows.to(tl.uint32) * tl.cdiv(width, 16)
+        counter = starts[:, None] + (column // 16 + tl.arange(0, BC // 16)).to(tl.uint32)[None, :]
+        zero = counter * 0
+        w0, w1, w2, w3 = tl.philox(key, counter, zero + layer.to(tl.uint32), zero, zero)
+        # join() alternates elements along a new last axis, each pair within one thread: first the four words of a group
+        # in their order, then four times each word, with the compared byte on top: bytes below it cannot decide.
+        words = tl.join(tl.join(w0, w2), tl.join(w1, w3)).reshape(BT, BC // 4)
+        tops = tl.join(tl.join(words << 24, words << 8), tl.join(words << 16, words)).reshape(BT, BC)
+        keep = tops >= THRESHOLD << 24
+    return keep
 
 
 @jit
@@ -349,14 +359,14 @@ def _dot(a, b, total):
 def _masked_kernel(x, out, keys, layer, first_row, n_rows, width, THRESHOLD: constexpr, BT: constexpr, BC: constexpr):
     """A program masks one tile."""
     fold = tl.program_id(1).to(tl.int64)
-    rows = tl.program_id(2) * BT + tl.arange(0, BT)
-    column = tl.program_id(0) * BC
-    columns = column + tl.arange(0, BC)
+    key, layer = tl.load(keys + fold), tl.load(layer)
+    row, column = tl.program_id(2) * BT, tl.program_id(0) * BC
+    rows, columns = row + tl.arange(0, BT), column + tl.arange(0, BC)
     inside = (rows < n_rows)[:, None] & (columns < width)[None, :]
-    places = ((fold * n_rows + rows) * width)[:, None] + columns[None, :]
-    tile = tl.load(x + places, mask=inside, other=0.0)
-    keep = _keep(keys, layer, fold, first_row, rows, column, width, THRESHOLD, BT, BC)
-    tl.store(out + places, tl.where(keep, tile, 0.0), mask=inside)
+    start, places = (fold * n_rows + row) * width, tl.arange(0, BT)[:, None] * width + columns[None, :]
+    tile = tl.load(x + start + places, mask=inside, other=0.0)
+    keep = _keep(key, layer, first_row + rows, column, width, THRESHOLD, BT, BC)
+    tl.store(out + start + places, tl.where(keep, tile, 0.0), mask=inside)
 
 
 @jit
@@ -366,20 +376,23 @@ def _project_kernel(
 ):  # fmt: skip
     """A program computes BT rows of a fold's projection."""
     fold = tl.program_id(1).to(tl.int64)
-    rows = tl.program_id(0) * BT + tl.arange(0, BT)
-    ranks = tl.arange(0, R)
-    x_rows = x + ((fold * n_rows + rows) * width)[:, None]
-    A_rows = A + ((fold * rank + ranks) * width)[None, :]
+    key, layer = tl.load(keys + fold) if THRESHOLD else 0, tl.load(layer) if THRESHOLD else 0
+    row = tl.program_id(0) * BT
+    rows, ranks = row + tl.arange(0, BT), tl.arange(0, R)
+    x += (fold * n_rows + row) * width
+    A += fold * rank * width
+    out += (fold * n_rows + row) * rank
     total = tl.zeros((BT, R), SUM)
     for column in range(0, width, BC):
         columns = column + tl.arange(0, BC)
-        inside = columns < width
-        tile = tl.load(x_rows + columns[None, :], mask=(rows < n_rows)[:, None] & inside[None, :], other=0.0)
-        a = tl.load(A_rows + columns[:, None], mask=inside[:, None] & (ranks < rank)[None, :], other=0.0)
-        keep = _keep(keys, layer, fold, first_row, rows, column, width, THRESHOLD, BT, BC)
+        wide = (rows < n_rows)[:, None] & (columns < width)[None, :]
+        tile = tl.load(x + (tl.arange(0, BT)[:, None] * width + columns[None, :]), mask=wide, other=0.0)
+        high = (columns < width)[:, None] & (ranks < rank)[None, :]
+        a = tl.load(A + (ranks[None, :] * width + columns[:, None]), mask=high, other=0.0)
+        keep = _keep(key, layer, first_row + rows, column, width, THRESHOLD, BT, BC)
         total = _dot(tl.where(keep, tile, 0.0), a.to(tile.dtype), total)
-    places = out + ((fold * n_rows + rows) * rank)[:, None] + ranks[None, :]
-    tl.store(places, total.to(out.dtype.element_ty), mask=(rows < n_rows)[:, None] & (ranks < rank)[None, :])
+    narrow = (rows < n_rows)[:, None] & (ranks < rank)[None, :]
+    tl.store(out + (tl.arange(0, BT)[:, None] * rank + ranks[None, :]), total.to(out.dtype.element_ty), mask=narrow)
 
 
 @jit
@@ -393,26 +406,27 @@ def _backward_B_kernel(
     columns of grad_B (parts, f, out, r).
     """
     fold, n_folds = tl.program_id(1).to(tl.int64), tl.num_programs(1)
-    rows = tl.program_id(0) * BT + tl.arange(0, BT)
-    ranks = tl.arange(0, R)
+    row, first = tl.program_id(0) * BT, tl.program_id(2) * chunk
+    rows, ranks = row + tl.arange(0, BT), tl.arange(0, R)
+    grad += (fold * n_rows + row) * width
+    B += fold * width * rank
+    projected += (fold * n_rows + row) * rank
+    grad_projected += ((tl.program_id(2) * n_folds + fold) * n_rows + row) * rank
+    grad_B += (tl.program_id(0) * n_folds + fold) * width * rank
     narrow = (rows < n_rows)[:, None] & (ranks < rank)[None, :]
-    p = tl.load(projected + ((fold * n_rows + rows) * rank)[:, None] + ranks[None, :], mask=narrow, other=0.0)
-    grad_rows = grad + ((fold * n_rows + rows) * width)[:, None]
-    own_B = grad_B + (tl.program_id(0) * n_folds + fold) * width * rank
+    own = tl.arange(0, BT)[:, None] * rank + ranks[None, :]
+    p = tl.load(projected + own, mask=narrow, other=0.0)
     total = tl.zeros((BT, R), SUM)
-    first = tl.program_id(2) * chunk
     for column in range(first, tl.minimum(first + chunk, width), BC):
         columns = column + tl.arange(0, BC)
-        inside = columns < width
-        tile = tl.load(grad_rows + columns[None, :], mask=(rows < n_rows)[:, None] & inside[None, :], other=0.0)
+        wide = (rows < n_rows)[:, None] & (columns < width)[None, :]
+        tile = tl.load(grad + (tl.arange(0, BT)[:, None] * width + columns[None, :]), mask=wide, other=0.0)
+        high = (columns < width)[:, None] & (ranks < rank)[None, :]
         places = columns[:, None] * rank + ranks[None, :]
-        within = inside[:, None] & (ranks < rank)[None, :]
-        b = tl.load(B + fold * width * rank + places, mask=within, other=0.0)
+        b = tl.load(B + places, mask=high, other=0.0)
         total = _dot(tile, b.to(tile.dtype), total)
-        part = _dot(tl.trans(tile), p, tl.zeros((BC, R), SUM))
-        tl.store(own_B + places, part, mask=within)
-    own = grad_projected + (((tl.program_id(2) * n_folds + fold) * n_rows + rows) * rank)[:, None] + ranks[None, :]
-    tl.store(own, total.to(grad_projected.dtype.element_ty), mask=narrow)
+        tl.store(grad_B + places, _dot(tl.trans(tile), p, tl.zeros((BC, R), SUM)), mask=high)
+    tl.store(grad_projected + own, total.to(grad_projected.dtype.element_ty), mask=narrow)
 
 
 @jit
@@ -425,30 +439,31 @@ def _backward_A_kernel(
     It has a part of a sum over rows: its columns of grad_A (parts, f, r, in).
     """
     fold, n_folds = tl.program_id(1).to(tl.int64), tl.num_programs(1)
-    column = tl.program_id(0) * BC
-    columns = column + tl.arange(0, BC)
-    ranks = tl.arange(0, R)
-    inside = columns < width
-    square = ranks[:, None] * width + columns[None, :]
-    within = (ranks < rank)[:, None] & inside[None, :]
-    a = tl.load(A + fold * rank * width + square, mask=within, other=0.0).to(x.dtype.element_ty)
+    key, layer = tl.load(keys + fold) if THRESHOLD else 0, tl.load(layer) if THRESHOLD else 0
+    column, first = tl.program_id(0) * BC, tl.program_id(2) * chunk
+    columns, ranks = column + tl.arange(0, BC), tl.arange(0, R)
+    A += fold * rank * width
+    grad_A += (tl.program_id(2) * n_folds + fold) * rank * width
+    flat = (ranks < rank)[:, None] & (columns < width)[None, :]
+    own = ranks[:, None] * width + columns[None, :]
+    a = tl.load(A + own, mask=flat, other=0.0).to(x.dtype.element_ty)
     total = tl.zeros((R, BC), SUM)
-    first = tl.program_id(2) * chunk
     for row in range(first, tl.minimum(first + chunk, n_rows), BT):
         rows = row + tl.arange(0, BT)
-        wide = (rows < n_rows)[:, None] & inside[None, :]
         narrow = (rows < n_rows)[:, None] & (ranks < rank)[None, :]
-        places = ((fold * n_rows + rows) * width)[:, None] + columns[None, :]
-        p = tl.load(grad_projected + ((fold * n_rows + rows) * rank)[:, None] + ranks[None, :], mask=narrow, other=0.0)
-        tile = tl.load(x + places, mask=wide, other=0.0)
-        keep = _keep(keys, layer, fold, first_row, rows, column, width, THRESHOLD, BT, BC)
+        p_start, p_places = (fold * n_rows + row) * rank, tl.arange(0, BT)[:, None] * rank + ranks[None, :]
+        p = tl.load(grad_projected + p_start + p_places, mask=narrow, other=0.0)
+        wide = (rows < n_rows)[:, None] & (columns < width)[None, :]
+        start, places = (fold * n_rows + row) * width, tl.arange(0, BT)[:, None] * width + columns[None, :]
+        tile = tl.load(x + start + places, mask=wide, other=0.0)
+        keep = _keep(key, layer, first_row + rows, column, width, THRESHOLD, BT, BC)
         total = _dot(tl.trans(p), tl.where(keep, tile, 0.0), total)
         if grad_x is not None:
             added = _dot(p, a, tl.zeros((BT, BC), SUM)) * SCALE
-            frozen = tl.load(grad_x + places, mask=wide, other=0.0)
+            frozen = tl.load(grad_x + start + places, mask=wide, other=0.0)
             result = frozen + tl.where(keep, added, 0.0)
-            tl.store(grad_x + places, result.to(grad_x.dtype.element_ty), mask=wide)
-    tl.store(grad_A + (tl.program_id(2) * n_folds + fold) * rank * width + square, total, mask=within)
+            tl.store(grad_x + start + places, result.to(grad_x.dtype.element_ty), mask=wide)
+    tl.store(grad_A + own, total, mask=flat)
 
 
 @jit
