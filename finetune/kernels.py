@@ -15,6 +15,7 @@ several would wait for the GPU, and the choice, with the rounding that follows f
 from __future__ import annotations
 
 import sys
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -117,15 +118,15 @@ def backward_A_(
     scale: float,
 ) -> Tensor:
     """Carry the gradient of the projection back through A, and add to that of x, as `products.backward_A_` does."""
-    drop = (keys, layer, threshold, _first_row(x, rows))
     if A.shape[1] > MOST_RANK[x.element_size()]:
         if grad_x is not None:
-            grad_x.add_(masked(torch.bmm(grad_projected, A.to(x.dtype)), *drop[:3], rows), alpha=scale)
-        grad_A = torch.bmm(grad_projected.mT, masked(x, *drop[:3], rows))
-        return grad_A.to(_sum_dtype(x))
+            added = torch.bmm(grad_projected, A.to(x.dtype))
+            grad_x.add_(masked(added, keys, layer, threshold, rows), alpha=scale)
+        return torch.bmm(grad_projected.mT, masked(x, keys, layer, threshold, rows)).to(_sum_dtype(x))
+    first_row = _first_row(x, rows)
     if grad_x is None:
-        return _backward_A(x, grad_projected, A, *drop)
-    return _backward_A_(x, grad_projected, A, grad_x, *drop, scale)
+        return _backward_A(x, grad_projected, A, keys, layer, threshold, first_row)
+    return _backward_A_(x, grad_projected, A, grad_x, keys, layer, threshold, first_row, scale)
 
 
 def _first_row(x: Tensor, rows: BatchRows) -> int:
@@ -183,17 +184,12 @@ def _backward_B(grad: Tensor, B: Tensor, projected: Tensor) -> tuple[Tensor, Ten
 
 @torch.library.custom_op("mitofm::backward_A", mutates_args=())
 def _backward_A(
-    x: Tensor,
-    grad_projected: Tensor,
-    A: Tensor,
-    keys: Tensor | None,
-    layer: Tensor,
-    threshold: int,
-    first_row: int,
+    x: Tensor, grad_projected: Tensor, A: Tensor, keys: Tensor | None, layer: Tensor, threshold: int, first_row: int
 ) -> Tensor:
     return _run_backward_A(x, grad_projected, A, None, keys, layer, threshold, first_row, 0.0)
 
 
+# An operator of its own, for not all versions of torch take None for a tensor that is changed.
 @torch.library.custom_op("mitofm::backward_A_", mutates_args=("grad_x",))
 def _backward_A_(
     x: Tensor,
@@ -263,7 +259,8 @@ def _run(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) 
     tensors = [argument for argument in arguments if isinstance(argument, Tensor)]
     if not all(tensor.is_contiguous() for tensor in tensors):
         raise ValueError(f"{kernel.__name__} takes contiguous tensors")
-    with torch.cuda.device_of(tensors[0]):  # Triton starts kernels on the current GPU, which may be another
+    # Triton starts kernels on the current GPU, which may be another.
+    with torch.cuda.device_of(tensors[0]) if tensors[0].is_cuda else nullcontext():
         # Whether a product and a sum are rounded once is said here, for versions of Triton differ in what they assume.
         kernel[grid](*arguments, **constants, num_warps=8, enable_fp_fusion=True)
 
@@ -273,16 +270,8 @@ def _added(parts: Tensor, dtype: torch.dtype) -> Tensor:
     if len(parts) == 1:
         return parts[0]
     out = torch.empty_like(parts[0], dtype=dtype)
-    _run(
-        _add_kernel,
-        (_cdiv(out.numel(), 512),),
-        parts,
-        out,
-        len(parts),
-        out.numel(),
-        SUM=_sum_type(parts),
-        BLOCK=512,
-    )
+    grid, size = (_cdiv(out.numel(), 512),), out.numel()
+    _run(_add_kernel, grid, parts, out, len(parts), size, SUM=_sum_type(parts), BLOCK=512)
     return out
 
 
@@ -319,8 +308,8 @@ def _chunk(size: int, block: int, n_programs: int) -> int:
 
 
 # -------------------------------------------------------------------------------------------------------- the kernels
-# Names in capitals are constants of a compilation. Tiles have BT rows, BC columns, and R ranks. Their place is an address
-# of 64 bits for a tile and offsets of 32 in it, for these take half the registers.
+# Names in capitals are constants of a compilation. Tiles have BT rows, BC columns, and R ranks. A tile's place is an
+# address of 64 bits, and offsets in it have 32, which take half the registers.
 
 
 @jit
@@ -366,7 +355,7 @@ def _masked_kernel(x, out, keys, layer, first_row, n_rows, width, THRESHOLD: con
     start, places = (fold * n_rows + row) * width, tl.arange(0, BT)[:, None] * width + columns[None, :]
     tile = tl.load(x + start + places, mask=inside, other=0.0)
     keep = _keep(key, layer, first_row + rows, column, width, THRESHOLD, BT, BC)
-    tl.store(out + start + places, tl.where(keep, tile, 0.0), mask=inside)
+    tl.store(out + start + places, tl.where(keep, tile, tl.zeros_like(tile)), mask=inside)
 
 
 @jit
@@ -390,7 +379,7 @@ def _project_kernel(
         high = (columns < width)[:, None] & (ranks < rank)[None, :]
         a = tl.load(A + (ranks[None, :] * width + columns[:, None]), mask=high, other=0.0)
         keep = _keep(key, layer, first_row + rows, column, width, THRESHOLD, BT, BC)
-        total = _dot(tl.where(keep, tile, 0.0), a.to(tile.dtype), total)
+        total = _dot(tl.where(keep, tile, tl.zeros_like(tile)), a.to(tile.dtype), total)
     narrow = (rows < n_rows)[:, None] & (ranks < rank)[None, :]
     tl.store(out + (tl.arange(0, BT)[:, None] * rank + ranks[None, :]), total.to(out.dtype.element_ty), mask=narrow)
 
@@ -457,7 +446,7 @@ def _backward_A_kernel(
         start, places = (fold * n_rows + row) * width, tl.arange(0, BT)[:, None] * width + columns[None, :]
         tile = tl.load(x + start + places, mask=wide, other=0.0)
         keep = _keep(key, layer, first_row + rows, column, width, THRESHOLD, BT, BC)
-        total = _dot(tl.trans(p), tl.where(keep, tile, 0.0), total)
+        total = _dot(tl.trans(p), tl.where(keep, tile, tl.zeros_like(tile)), total)
         if grad_x is not None:
             added = _dot(p, a, tl.zeros((BT, BC), SUM)) * SCALE
             frozen = tl.load(grad_x + start + places, mask=wide, other=0.0)
