@@ -103,7 +103,7 @@ def seed_of(*key: int) -> int:
 def philox_mask(like: Tensor, keys: Tensor, layer: Tensor, *, threshold: int, first_row: int) -> Tensor:
     """Draw the mask of `keep_mask` as it is on a GPU, on any device.
 
-    Bytes 16g to 16g + 15 of a row are the four words of Philox4x32-10, little-endian, for the fold's key and the counter
+    Bytes 16g to 16g + 15 of a row are the words of Philox4x32-10, little-endian, for the fold's key and the counter
     (row * ceil(in / 16) + g, layer, 0, 0). The kernels draw the same; this is what they are held to.
 
     Args:

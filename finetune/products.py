@@ -1,8 +1,9 @@
 """What do an adapter's thin products compute, forward and backward?
 
 For a fold with inputs x (t, in), factors A (r, in) and B (out, r), and a dropout mask m, the adapter adds
-s B A (m * x) to the frozen layer's output. Each step stands here in plain PyTorch, for every device. `finetune/kernels.py`
-has the same functions for GPUs, where each reads its large tensors only once; these are what they are held to.
+s B A (m * x) to the frozen layer's output. Each step stands here in plain PyTorch, for every device. For GPUs
+`finetune/kernels.py` has the same functions, each of which reads its large tensors once; these are what they are held
+to.
 
 Everything is computed in the dtype of x. Gradients of the factors come as float32 (float64 for float64), not yet
 multiplied by s.
