@@ -23,7 +23,7 @@ from extract.datasets import PatchDataset
 from extract.shard import Shard
 from extract.views import Transform, View, make_transform, parse_view
 from features.console import UserError, say
-from features.device import find_device
+from features.device import compute_exactly, find_device
 from features.entry import Entry
 from features.fingerprint import fingerprint
 from features.layout import rows_per_block
@@ -40,7 +40,7 @@ class ExtractOptions:
 
     Attributes:
         views: input policies, see `parse_view`.
-        device: "auto", "cpu", "cuda" or "cuda:N".
+        device: "auto", "cpu", "cuda", "cuda:N" or "mps".
         precision: "auto", "fp32", "bf16" or "fp16"; see `choose_precision`.
         batch_size: images per forward pass; None finds one.
         overwrite: replace embeddings of the same name that were computed otherwise.
@@ -151,6 +151,7 @@ def prepare(extraction: Extraction) -> Prepared:
             "Start one alone with `shard='0/1'`, stop it at its first images, then start all without `overwrite=True`."
         )
     device = extraction.device
+    compute_exactly(device)
     views = [parse_view(text) for text in dict.fromkeys(options.views)]
     attrs = {
         "name": dataset.name,
