@@ -188,12 +188,12 @@ def test_the_largest_batch_leaves_room():
         if n > 100:
             raise torch.OutOfMemoryError("out of memory")
 
-    assert largest_batch(forward, at_most=1024) == 32
-    assert largest_batch(lambda n: None, at_most=256) == 256
+    assert largest_batch(forward, device=CPU, at_most=1024) == 32
+    assert largest_batch(lambda n: None, device=CPU, at_most=256) == 256
     with pytest.raises(UserError, match="not even one image"):
-        largest_batch(lambda n: forward(101))
+        largest_batch(lambda n: forward(101), device=CPU)
     with pytest.raises(RuntimeError, match="a bug"):
-        largest_batch(lambda n: (_ for _ in ()).throw(RuntimeError("a bug")))
+        largest_batch(lambda n: (_ for _ in ()).throw(RuntimeError("a bug")), device=CPU)
 
 
 def test_auto_precision_keeps_bf16_only_where_it_changes_nothing(weights, monkeypatch):
