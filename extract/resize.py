@@ -13,6 +13,7 @@ import math
 from collections.abc import Callable
 from functools import lru_cache
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -62,13 +63,14 @@ def _weights(n_in: int, n_out: int, interpolation: str, device: torch.device) ->
     """
     taps = pillow_weights(n_in, n_out, interpolation)
     bits = min(_FACTOR, _EXACT - _PIXEL - math.ceil(math.log2(max(len(weights) for _, weights in taps))))
-    matrix = torch.zeros(n_in, n_out, dtype=torch.int64)
+    matrix = np.zeros((n_in, n_out), dtype=np.int64)
     for column, (first, weights) in enumerate(taps):
-        matrix[first : first + len(weights), column] = torch.tensor(weights)
-    n_parts = -(-int(matrix.abs().max()).bit_length() // bits)
-    parts = [(matrix.abs() >> k * bits) % (1 << bits) * matrix.sign() for k in range(n_parts)]
+        matrix[first : first + len(weights), column] = weights
+    size = np.abs(matrix)
+    n_parts = -(-int(size.max()).bit_length() // bits)
+    parts = [(size >> k * bits) % (1 << bits) * np.sign(matrix) for k in range(n_parts)]
     with torch.inference_mode(False):
-        return torch.stack(parts).to(device, torch.float32), bits
+        return torch.from_numpy(np.stack(parts).astype(np.float32)).to(device), bits
 
 
 def pillow_weights(n_in: int, n_out: int, interpolation: str) -> list[tuple[int, list[int]]]:
