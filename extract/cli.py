@@ -63,6 +63,10 @@ def extract(
     batch_size: Annotated[
         int | None, typer.Option(min=1, max=MOST_IMAGES, help="Images per forward pass. Default: found automatically.")
     ] = None,
+    fast: Annotated[
+        bool,
+        typer.Option(help="Compile networks for an NVIDIA GPU: faster after the first minute, other last digits."),
+    ] = True,
     weights: WeightsOption = None,
     positive: PositiveOption = None,
     labels: LabelsOption = None,
@@ -98,15 +102,16 @@ def extract(
     from features.samples import audit
     from features.store import FeatureStore
 
-    options = ExtractOptions(parse_names(view, option="--view"), device, precision, batch_size, overwrite)
+    options = ExtractOptions(parse_names(view, option="--view"), device, precision, batch_size, overwrite, fast)
     for text in options.views:
         parse_view(text)
     part = find_shard(shard)
     if engine not in ("local", "ray"):
         raise UserError(f"unknown engine {engine!r}: use local or ray.")
     if engine == "ray":
-        from extract.ray_actors import ExtractionSpec, embed_by_ray, find_ray
+        from extract.ray_actors import ExtractionSpec, embed_by_ray, find_ray, require_no_gpu_named
 
+        require_no_gpu_named(options)
         find_ray()
         if part.shared:
             raise UserError("--engine ray divides the work: start it once, not by --shard, torchrun or SLURM.")
@@ -197,7 +202,9 @@ def doctor(
         str | None,
         typer.Option(help="Models, comma-separated, that must be available here. Default: all, as information."),
     ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N; a GPU that is named must be there.")] = "auto",
+    device: Annotated[
+        str, typer.Option(help="auto, cpu, cuda, cuda:N or mps; a GPU that is named must be there.")
+    ] = "auto",
     data: DataOption = None,
     store: Annotated[
         str | None, typer.Option(help="A feature store that must be there. Default: embeddings.zarr, if there is one.")

@@ -28,7 +28,7 @@ from extract.prepare import fingerprint_parts
 from extract.registry import IMAGENET_MEAN, IMAGENET_STD
 from extract.views import Transform, View, make_transform
 from features.console import ProgressCallback, progress, say
-from features.device import find_device
+from features.device import compute_exactly, find_device
 from features.labels import parse_renaming
 from features.samples import audit
 from finetune.compute import Compute, checkpoint_gradients
@@ -111,8 +111,9 @@ def prepare(
     device = find_device(
         compute_options.device,
         local_rank=None if process_group.world_size == 1 else process_group.local_rank,
-        n_processes=process_group.world_size,
+        apple=False,
     )
+    compute_exactly(device)
     backbone = find_backbone(options.model)
     recipe = options.resolved_recipe(backbone)
     view = options.resolved_view(backbone)
