@@ -271,13 +271,3 @@ def largest_batch(forward: Callable[[int], None], *, device: torch.device, at_mo
     if not fits:
         raise UserError("not even one image fits in the device's memory: use a smaller model, or `device='cpu'`.")
     return max(1, fits // 2)
-
-
-def compile_blocks(model: nn.Module) -> list[nn.Module]:
-    """Have torch.compile translate a transformer's blocks; returns them, none where the network has no equal blocks."""
-    blocks = list(getattr(model, "blocks", []))
-    if len({type(block) for block in blocks}) != 1:
-        return []
-    for block in blocks:
-        block.compile(dynamic=False)
-    return blocks

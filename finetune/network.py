@@ -85,7 +85,7 @@ class Network(nn.Module):
         self.batch_rows: BatchRows = WHOLE_BATCH
         self.n_synchronized_norms = 0
         self.copies: Tensor | None = None
-        self._compiled: list[nn.Module] = []
+        self._hooks: list[Any] = []
         self._replicas: list[Network] = []
         self.pooling = backbone.card_pooling.split("+")[0]
         width = pooling_widths(model, backbone)[self.pooling]
@@ -137,8 +137,7 @@ class Network(nn.Module):
             tensors += [self.copies, *(copy for _, layer in adapters(self.model) for copy in layer.copies or ())]
         shared = {id(tensor): tensor for tensor in tensors}
         while len(self._replicas) < n - 1:
-            memo = shared | {id(self._replicas): [], id(self._compiled): []}
-            self._replicas.append(copy.deepcopy(self, memo))
+            self._replicas.append(copy.deepcopy(self, shared | {id(self._replicas): [], id(self._hooks): []}))
         return [self, *self._replicas[: n - 1]]
 
     def forget_replicas(self) -> None:
@@ -169,20 +168,23 @@ class Network(nn.Module):
         if self.method == "full" and process_group.world_size > 1:
             self.n_synchronized_norms += synchronize_batch_norms(self.model, process_group)
 
-    def compile_blocks(self) -> None:
-        """Have torch.compile translate the backbone's blocks when they are first called; one translation serves all."""
+    def compile_blocks(self) -> bool:
+        """Have torch.compile translate equal blocks of the backbone when they are first called; False if it has none."""
         self.forget_replicas()
-        self._compiled = compile_blocks(self.model)
+        if not compile_blocks(self.model):
+            return False
         # So that the first block, whose input nothing trains, is called as all others are.
         blocks = getattr(self.model, "blocks", None)
-        if self._compiled and isinstance(blocks, nn.Sequential):
-            blocks.register_forward_pre_hook(_require_grad)
+        if isinstance(blocks, nn.Sequential):
+            self._hooks.append(blocks.register_forward_pre_hook(_require_grad))
+        return True
 
     def forget_compiled(self) -> None:
         """Compute the blocks as before `compile_blocks`."""
-        for module in self._compiled:
-            module._compiled_call_impl = None  # type: ignore[assignment]
-        self._compiled = []
+        for module in self.model.modules():
+            module._compiled_call_impl = None
+        while self._hooks:
+            self._hooks.pop().remove()
 
     @property
     def n_trained(self) -> int:
