@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
+import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from queue import SimpleQueue
 from typing import Any, TypeVar
 
@@ -33,6 +35,9 @@ class Compute:
         same_shapes: whether all passes are made alike, as compiled code needs it. Folds that have stopped then stay in
             the passes of others, and the last patches of an evaluation are filled up.
         evaluation_batch: images per fold and forward pass; halved when memory runs out.
+        fast: whether fast ways to train are tried (`finetune.fast`).
+        fast_paths: those in use.
+        unrepeatable: operations that this GPU cannot repeat bit by bit, which training needed.
     """
 
     device: torch.device
@@ -41,6 +46,9 @@ class Compute:
     process_group: ProcessGroup = SINGLE_PROCESS
     same_shapes: bool = False
     evaluation_batch: int = 0
+    fast: bool = False
+    fast_paths: set[str] = field(default_factory=set)
+    unrepeatable: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         self.evaluation_batch = self.evaluation_batch or EVALUATION_BATCH[self.device.type]
@@ -140,6 +148,21 @@ def save_memory(network: Network, compute: Compute, batch_size: int, error: Runt
             "The last checkpoint is kept: use a smaller `batch_size` or model in a new run, or free memory and "
             "`resume`."
         ) from error
+
+
+def allow_unrepeatable(compute: Compute, error: RuntimeError) -> bool:
+    """Let an operation that has no deterministic form go on as it is, and say so; False for any other error."""
+    match = re.match(r"(\S+) does not have a deterministic implementation", str(error))
+    if match is None or torch.is_deterministic_algorithms_warn_only_enabled():
+        return False
+    compute.unrepeatable.add(match[1])
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    warnings.filterwarnings("ignore", "(?s).*deterministic", UserWarning)
+    say(
+        f"{compute.device} cannot repeat {match[1]} bit by bit: a training that is interrupted and resumed may differ "
+        "in its last digits from one that is not."
+    )
+    return True
 
 
 def checkpoint_gradients(network: Network) -> bool:

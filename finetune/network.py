@@ -179,6 +179,11 @@ class Network(nn.Module):
             self._hooks.append(blocks.register_forward_pre_hook(_require_grad))
         return True
 
+    @property
+    def is_compiled(self) -> bool:
+        """Whether `compile_blocks` has found blocks."""
+        return any(module._compiled_call_impl is not None for module in self.model.modules())
+
     def forget_compiled(self) -> None:
         """Compute the blocks as before `compile_blocks`."""
         for module in self.model.modules():

@@ -21,7 +21,8 @@ from features.console import ProgressCallback, progress
 from finetune.compute import EVALUATION_BATCH, Compute, network_logits
 from finetune.network import Network
 from finetune.setup import Setup, new_network
-from finetune.train import TrainingSet, validation_logits
+from finetune.step import TrainingSet
+from finetune.train import validation_logits
 from probe.experiment import FoldLogits
 
 

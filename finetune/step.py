@@ -6,7 +6,7 @@ the device: rows, random numbers and learning rates of an epoch lie there when i
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -16,10 +16,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from extract.views import Transform
-from features.device import out_of_memory
+from features.device import agrees, out_of_memory
 from features.folds import Folds
 from finetune.augment import augment
-from finetune.compute import Compute, save_memory
+from finetune.compute import Compute, allow_unrepeatable, save_memory
+from finetune.fast import GRAPH_PARAMETERS, try_graph
 from finetune.network import Network
 from finetune.optimizer import adam_
 from finetune.recipes import Recipe
@@ -77,10 +78,27 @@ class Batches:
         """The number of steps."""
         return len(self.rows)
 
-    def at(self, index: int | slice | list[int] | tuple[slice, ...]) -> Batches:
+    def at(self, index: int | slice | list[int]) -> Batches:
         """Take one step, or of one step some folds."""
+        return self._map(lambda part: part[index])
+
+    def clone(self) -> Batches:
+        """Copy all of it."""
+        return self._map(Tensor.clone)
+
+    def copy_(self, other: Batches) -> None:
+        """Take the numbers of another in place."""
+        for field in fields(self):
+            if getattr(self, field.name) is not None:
+                getattr(self, field.name).copy_(getattr(other, field.name))
+
+    def draws_of(self, shard: slice) -> Tensor | None:
+        """Take the draws (f * b, k) of one step, of these patches of every fold's batch."""
+        return None if self.draws is None else self.draws[:, shard].flatten(0, 1)
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> Batches:
         parts = (getattr(self, field.name) for field in fields(self))
-        return Batches(*(None if part is None else part[index] for part in parts))  # type: ignore[arg-type]
+        return Batches(*(None if part is None else change(part) for part in parts))  # type: ignore[arg-type]
 
 
 class Step:
@@ -95,6 +113,9 @@ class Step:
     ) -> None:
         self._network, self._data, self._recipe = network, data, recipe
         self._moments, self._compute = moments, compute
+        self._input: Callable[..., Tensor] = network_input
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._first = True
         self.losses = torch.zeros(len(network.folds), dtype=network.values.dtype, device=network.values.device)
 
     def begin(self, batches: Batches) -> None:
@@ -108,7 +129,41 @@ class Step:
         Raises:
             UserError: memory running out with a single fold and checkpointed gradients.
         """
-        self._step(self._batches.at(batch), folds)
+        now = self._batches.at(batch)
+        if self._first:
+            self._try_fast(now, folds)
+            self._first = False
+        if self._graph is None:
+            self._step(now, folds)
+        else:
+            self._captured.copy_(now)
+            self._graph.replay()
+
+    def _try_fast(self, batch: Batches, folds: Sequence[int]) -> None:
+        """Compile what makes images of patches, and capture the step of a small network, where this machine can."""
+        network, compute = self._network, self._compute
+        if not compute.fast or compute.device.type != "cuda":
+            return
+        shard = compute.process_group.shard_rows(self._recipe.batch_size)
+        pixels = self._data.take(batch.rows[:, shard], compute.device)
+        given = pixels, batch.draws_of(shard), self._data.transform, self._recipe
+        compiled = torch.compile(network_input, dynamic=False, fullgraph=True)
+        name = "The compiled form of the augmentation"
+        if agrees(name, lambda: [compiled(*given)], lambda: [network_input(*given)], tolerance=1e-3):
+            self._input = compiled
+            compute.fast_paths.add("compiled augmentation")
+        n_parameters = sum(parameter.numel() for parameter in network.model.parameters())
+        small = n_parameters <= GRAPH_PARAMETERS and network.method != "full"
+        whole = compute.process_group.world_size == 1 and self._data.pixels.device == compute.device
+        if small and whole:
+            self._captured = batch.clone()
+            state = [network.values, self._moments, self.losses]
+            outcome = [network.gradients, self.losses]
+            self._graph = try_graph(
+                lambda: self._step(self._captured, network.folds), state, outcome, precision=compute.precision
+            )
+            if self._graph is not None:
+                compute.fast_paths.add("CUDA graph")
 
     def _step(self, batch: Batches, folds: Sequence[int]) -> None:
         network = self._network
@@ -131,12 +186,8 @@ class Step:
         def losses_of(network: Network, group: list[int]) -> tuple[slice | list[int], Tensor]:
             rows = network.rows_of(group)
             part = batch.at(rows)
-            images = network_input(
-                self._data.take(part.rows[:, shard], compute.device),
-                None if part.draws is None else part.draws[:, shard].flatten(0, 1),
-                self._data.transform,
-                recipe,
-            )
+            pixels = self._data.take(part.rows[:, shard], compute.device)
+            images = self._input(pixels, part.draws_of(shard), self._data.transform, recipe)
             with compute.autocast():
                 logits = network(images, group, step=part.keys)  # (f, b, 2)
             label = part.label[:, shard].flatten()
@@ -155,10 +206,11 @@ class Step:
                 network.gather_gradients()
                 return losses
             except RuntimeError as error:
-                if not out_of_memory(error):
-                    raise
                 statistics.copy_(before)
-                save_memory(network, compute, recipe.batch_size, error)
+                if out_of_memory(error):
+                    save_memory(network, compute, recipe.batch_size, error)
+                elif not allow_unrepeatable(compute, error):
+                    raise
 
 
 def network_input(pixels: Tensor, draws: Tensor | None, transform: Transform, recipe: Recipe) -> Tensor:
