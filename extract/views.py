@@ -106,10 +106,14 @@ class Transform:
 
     def normalise(self, pixels: Tensor) -> Tensor:
         """Normalise pixels (b, 3, h, w) in 0..255, of any dtype, to float32 network input."""
+        scale, offset = self.scale_and_offset(pixels.device)
+        return pixels.mul(scale).sub_(offset)
+
+    def scale_and_offset(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Give what normalises pixels in 0..255: a factor, and what is subtracted from the product, each (3, 1, 1)."""
         # x/255 normalised by mean and std, as one multiplication and one addition.
-        std = constant(self.std, pixels.device).view(3, 1, 1)
-        mean = constant(self.mean, pixels.device).view(3, 1, 1)
-        return pixels.mul(1 / (255 * std)).sub_(mean / std)
+        std = constant(self.std, device).view(3, 1, 1)
+        return 1 / (255 * std), constant(self.mean, device).view(3, 1, 1) / std
 
     def _resized(self, patches: Sequence[NDArray[np.uint8]], device: torch.device) -> Tensor:
         """Crop and resize patches of one shape."""

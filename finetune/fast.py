@@ -1,7 +1,7 @@
 """Which fast ways to train does this machine take, and does each compute what plain PyTorch computes?
 
-None is the only way. Each is tried on its first use: it has to run, and to agree with the plain one on random images in the
-shapes of the training. Otherwise one sentence says so, and training goes on without it. `fast=False` tries none.
+None is the only way. Each is tried on its first use: it has to run, and to agree with the plain one in the shapes of
+the training. Otherwise one sentence says so, and training goes on without it. `fast=False` tries none.
 """
 
 from __future__ import annotations
@@ -125,7 +125,7 @@ def try_graph(
 
     def captured() -> list[Tensor]:
         # What libraries set up in their first calls must not be captured (docs: torch.cuda.graphs).
-        side = torch.cuda.Stream()
+        side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             for _ in range(3):

@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from timm.layers.mlp import GluMlp, Mlp
 from timm.layers.norm import LayerNorm
-from timm.models.vision_transformer import Attention, Block
+from timm.models.vision_transformer import Attention, Block  # type: ignore[attr-defined]
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import Parameter
@@ -312,7 +312,9 @@ class StackedLora(nn.Module):
             # Cast here, so that the function below keeps the bf16 copy for its backward pass, not the float32 one.
             x = x.to(dtype)
         A, B = self._take(self.A), self._take(self.B)
-        copies = (None, None) if self.copies is None else (self._take(self.copies[0]), self._take(self.copies[1]))
+        copies: tuple[Tensor | None, Tensor | None] = (None, None)
+        if self.copies is not None and self.copies[0].dtype == dtype:
+            copies = self._take(self.copies[0]), self._take(self.copies[1])
         threshold = 0 if now.keys is None else drop_threshold(self.options.dropout)
         scale = self.options.alpha / self.options.rank / (1 - threshold / 256)
         is_convolution = isinstance(self.base, nn.Conv2d)

@@ -20,6 +20,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
+from torch.utils.hooks import RemovableHandle
 
 from extract.backbones import Backbone, forward_poolings, pooling_widths
 from extract.compute import compile_blocks
@@ -85,7 +86,7 @@ class Network(nn.Module):
         self.batch_rows: BatchRows = WHOLE_BATCH
         self.n_synchronized_norms = 0
         self.copies: Tensor | None = None
-        self._hooks: list[Any] = []
+        self._hooks: list[RemovableHandle] = []
         self._replicas: list[Network] = []
         self.pooling = backbone.card_pooling.split("+")[0]
         width = pooling_widths(model, backbone)[self.pooling]
@@ -151,7 +152,7 @@ class Network(nn.Module):
         cast_frozen(self.model, torch.bfloat16)
         factors = trainable(self.model)
         self.copies = self.values[:, : sum(factor[0].numel() for factor in factors)].to(torch.bfloat16)
-        parts = self.copies.split([factor[0].numel() for factor in factors], dim=1)
+        parts = torch.split(self.copies, [factor[0].numel() for factor in factors], dim=1)
         views = [part.view(factor.shape) for part, factor in zip(parts, factors, strict=True)]
         for (_, layer), A, B in zip(adapters(self.model), views[::2], views[1::2], strict=True):
             layer.copies = A, B
@@ -169,7 +170,7 @@ class Network(nn.Module):
             self.n_synchronized_norms += synchronize_batch_norms(self.model, process_group)
 
     def compile_blocks(self) -> bool:
-        """Have torch.compile translate equal blocks of the backbone when they are first called; False if it has none."""
+        """Have torch.compile translate equal blocks of the backbone at their first call; False if it has none."""
         self.forget_replicas()
         if not compile_blocks(self.model):
             return False

@@ -1,9 +1,9 @@
 """How are all folds stepped at once, each at its own rate?
 
 Adam (Kingma & Ba 2015, arXiv:1412.6980), with weight decay added to the gradient, or AdamW (Loshchilov & Hutter 2019,
-arXiv:1711.05101), with weights decayed by themselves, as `torch.optim` computes them. There the rate, the number of steps
-and whether a parameter is stepped at all are decided on the host, once per optimiser. Here they are a row of numbers per
-fold and step, computed for a whole epoch beforehand: a GPU then never waits for them.
+arXiv:1711.05101), with weights decayed by themselves, as `torch.optim` computes them. There the rate, the number of
+steps and whether a parameter is stepped at all are decided on the host, once per optimiser. Here they are a row of
+numbers per fold and step, computed for a whole epoch beforehand: a GPU then never waits for them.
 """
 
 from __future__ import annotations

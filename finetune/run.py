@@ -186,8 +186,8 @@ def _train_and_finish(setup: Setup, folder: Path, network: Network) -> RunRecord
 def _compute_reproducibly(setup: Setup) -> None:
     """Have a GPU repeat its sums in the same order, so that a resumed training equals an uninterrupted one.
 
-    With `warn_only` attention would take its other backward pass. An operation that refuses is let go on where it is met
-    (`allow_unrepeatable`).
+    With `warn_only` attention would take its other backward pass. An operation that refuses is let go on where it is
+    met (`allow_unrepeatable`).
     """
     if setup.compute.device.type != "cuda":
         return

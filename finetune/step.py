@@ -1,7 +1,8 @@
 """What happens in one training step of all folds?
 
-Patches become images, images losses, losses gradients, and gradients steps of Adam. On a GPU nothing in a step waits for
-the device: rows, random numbers and learning rates of an epoch lie there when it begins, and losses are read when it ends.
+Patches become images, images losses, losses gradients, and gradients steps of Adam. On a GPU nothing in a step waits
+for the device: rows, random numbers and learning rates of an epoch lie there when it begins, and losses are read when
+it ends.
 """
 
 from __future__ import annotations
@@ -16,9 +17,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from extract.views import Transform
-from features.device import agrees, out_of_memory
+from features.device import agrees, constant, out_of_memory
 from features.folds import Folds
-from finetune.augment import augment
+from finetune.augment import PALETTE, AugmentOptions, augment
 from finetune.compute import Compute, allow_unrepeatable, save_memory
 from finetune.fast import GRAPH_PARAMETERS, try_graph
 from finetune.network import Network
@@ -114,6 +115,8 @@ class Step:
         self._network, self._data, self._recipe = network, data, recipe
         self._moments, self._compute = moments, compute
         self._input: Callable[..., Tensor] = network_input
+        device = compute.device
+        self._constants = (*data.transform.scale_and_offset(device), constant(PALETTE, device), recipe.augment)
         self._graph: torch.cuda.CUDAGraph | None = None
         self._first = True
         self.losses = torch.zeros(len(network.folds), dtype=network.values.dtype, device=network.values.device)
@@ -146,7 +149,7 @@ class Step:
             return
         shard = compute.process_group.shard_rows(self._recipe.batch_size)
         pixels = self._data.take(batch.rows[:, shard], compute.device)
-        given = pixels, batch.draws_of(shard), self._data.transform, self._recipe
+        given = pixels, batch.draws_of(shard), *self._constants
         compiled = torch.compile(network_input, dynamic=False, fullgraph=True)
         name = "The compiled form of the augmentation"
         if agrees(name, lambda: [compiled(*given)], lambda: [network_input(*given)], tolerance=1e-3):
@@ -187,7 +190,7 @@ class Step:
             rows = network.rows_of(group)
             part = batch.at(rows)
             pixels = self._data.take(part.rows[:, shard], compute.device)
-            images = self._input(pixels, part.draws_of(shard), self._data.transform, recipe)
+            images = self._input(pixels, part.draws_of(shard), *self._constants)
             with compute.autocast():
                 logits = network(images, group, step=part.keys)  # (f, b, 2)
             label = part.label[:, shard].flatten()
@@ -213,8 +216,23 @@ class Step:
                     raise
 
 
-def network_input(pixels: Tensor, draws: Tensor | None, transform: Transform, recipe: Recipe) -> Tensor:
-    """Make a network's input of pixels: (m, 3, s, s) in 0..255, augmented as draws (m, k) say, normalised, channels last."""
-    if recipe.augment is not None and draws is not None:
-        pixels = augment(pixels / 255, draws, size=pixels.shape[-1], options=recipe.augment) * 255
-    return transform.normalise(pixels).contiguous(memory_format=torch.channels_last)
+def network_input(
+    pixels: Tensor,
+    draws: Tensor | None,
+    scale: Tensor,
+    offset: Tensor,
+    palette: Tensor,
+    options: AugmentOptions | None,
+) -> Tensor:
+    """Make a network's input of pixels: augmented, normalised, channels last. Constants are given, for compiled code.
+
+    Args:
+        pixels: (m, 3, s, s) uint8.
+        draws: (m, k) uniform numbers for augmentation; None for none.
+        scale, offset: (3, 1, 1) of the transform.
+        palette: of `finetune.augment`.
+        options: of augmentation.
+    """
+    if options is not None and draws is not None:
+        pixels = augment(pixels / 255, draws, size=pixels.shape[-1], options=options, palette=palette) * 255
+    return (pixels * scale - offset).contiguous(memory_format=torch.channels_last)

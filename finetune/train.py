@@ -231,11 +231,11 @@ def validation_logits(
             network_logits(
                 network,
                 data.transform,
-                data.take(part, compute.device).unflatten(0, part.shape),
+                data.take(part, compute.device).view(*part.shape, *data.pixels.shape[1:]),
                 group,
                 compute=compute,
             )
-            for part in rows.split(EVALUATION_BATCH[compute.device.type], dim=1)
+            for part in torch.split(rows, EVALUATION_BATCH[compute.device.type], dim=1)
         ]
         logits = torch.cat(parts, dim=1)  # (f, longest)
         return {fold: row[: len(shards[fold])] for fold, row in zip(group, logits, strict=True)}
