@@ -38,7 +38,8 @@ except ImportError:  # not every platform has it
 
 
 # Bytes per element of x -> largest rank of the fused kernels: with a larger one, tiles would not fit into registers.
-MOST_RANK = {2: 128, 4: 32, 8: 32}
+FUSED_RANK = {2: 128, 4: 32, 8: 32}
+FUSED_RANK_B = 32  # of backward_B: with a larger one, the parts of grad_B take more memory than the gradient read twice
 _ENOUGH = 528  # programs that keep a GPU busy: four for each of the 132 multiprocessors of an H100
 _TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 
@@ -94,14 +95,14 @@ def masked(x: Tensor, keys: Tensor | None, layer: Tensor, threshold: int, rows: 
 
 def project(x: Tensor, A: Tensor, keys: Tensor | None, layer: Tensor, threshold: int, rows: BatchRows) -> Tensor:
     """Project the inputs that are kept, as `products.project` does."""
-    if A.shape[1] > MOST_RANK[x.element_size()]:
+    if A.shape[1] > FUSED_RANK[x.element_size()]:
         return torch.bmm(masked(x, keys, layer, threshold, rows), A.to(x.dtype).mT)
     return _project(x, A, keys, layer, threshold, _first_row(x, rows))
 
 
 def backward_B(grad: Tensor, B: Tensor, projected: Tensor) -> tuple[Tensor, Tensor]:
     """Carry the gradient of the outputs back through B, as `products.backward_B` does."""
-    if B.shape[2] > MOST_RANK[grad.element_size()]:
+    if B.shape[2] > FUSED_RANK_B:
         return products.backward_B(grad, B, projected)
     return _backward_B(grad, B, projected)
 
@@ -118,7 +119,7 @@ def backward_A_(
     scale: float,
 ) -> Tensor:
     """Carry the gradient of the projection back through A, and add to that of x, as `products.backward_A_` does."""
-    if A.shape[1] > MOST_RANK[x.element_size()]:
+    if A.shape[1] > FUSED_RANK[x.element_size()]:
         if grad_x is not None:
             added = torch.bmm(grad_projected, A.to(x.dtype))
             grad_x.add_(masked(added, keys, layer, threshold, rows), alpha=scale)

@@ -191,13 +191,3 @@ def test_compiled_kernels_spill_no_register(
         arguments = ["-v", f"--gpu-name={architecture}", "kernel.ptx", "-o", "kernel.cubin"]
         report = subprocess.run([ptxas, *arguments], cwd=tmp_path, capture_output=True, text=True, check=True).stderr
         assert re.search(r"\b0 bytes spill stores, 0 bytes spill loads", report), launch.key() + report
-        print(
-            capability,
-            launch.key().split()[0],
-            "R",
-            launch.constants.get("R"),
-            launch.constants.get("BT"),
-            launch.constants.get("BC"),
-            re.search(r"Used (\d+) registers", report)[1],
-            compiled.metadata.shared,
-        )
