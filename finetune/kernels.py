@@ -15,6 +15,7 @@ several would wait for the GPU, and the choice, with the rounding that follows f
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -78,7 +79,7 @@ def verify(device: torch.device, dtype: torch.dtype) -> bool:
         return results
 
     return available() and agrees(
-        f"The adapters' GPU kernels for {str(dtype).removeprefix('torch.')}",
+        f"The adapters' Triton code for {str(dtype).removeprefix('torch.')}",
         lambda: compute(sys.modules[__name__], dtype),
         lambda: compute(products, torch.float64),  # exact, whatever may be set for products of float32
         tolerance=_TOLERANCE[dtype],
@@ -138,7 +139,35 @@ def _first_row(x: Tensor, rows: BatchRows) -> int:
 # ------------------------------------------------------------------------------------------------------ the operators
 
 
-@torch.library.custom_op("mitofm::masked", mutates_args=())
+def _operator(*, fake: Callable[..., Any], mutates_args: Sequence[str] = ()) -> Callable[[Any], Any]:
+    """Register a function that starts kernels as an operator, and call it as one where something traces.
+
+    Elsewhere it is called straight, which takes 30 us less of the host's time.
+
+    Args:
+        fake: makes empty tensors like the function's results.
+        mutates_args: names of arguments that are changed in place.
+    """
+
+    def register(function: Any) -> Any:
+        name = "mitofm::" + function.__name__.removeprefix("_")
+        operator = torch.library.custom_op(name, function, mutates_args=mutates_args)
+        operator.register_fake(fake)
+
+        def call(x: Tensor, *arguments: Any) -> Any:
+            traced = torch.compiler.is_compiling() or type(x) is not Tensor
+            return operator(x, *arguments) if traced else function(x, *arguments)
+
+        return call
+
+    return register
+
+
+def _like_A(x: Tensor, grad_projected: Tensor, A: Tensor, *_: Any) -> Tensor:
+    return torch.empty_like(A, dtype=_sum_dtype(x))
+
+
+@_operator(fake=lambda x, *_: torch.empty_like(x))
 def _masked(x: Tensor, keys: Tensor, layer: Tensor, threshold: int, first_row: int) -> Tensor:
     n_folds, n_rows, width = x.shape
     out = torch.empty_like(x)
@@ -150,7 +179,7 @@ def _masked(x: Tensor, keys: Tensor, layer: Tensor, threshold: int, first_row: i
     return out
 
 
-@torch.library.custom_op("mitofm::project", mutates_args=())
+@_operator(fake=lambda x, A, *_: x.new_empty(x.shape[0], x.shape[1], A.shape[1]))
 def _project(x: Tensor, A: Tensor, keys: Tensor | None, layer: Tensor, threshold: int, first_row: int) -> Tensor:
     n_folds, n_rows, width = x.shape
     rank = A.shape[1]
@@ -164,7 +193,7 @@ def _project(x: Tensor, A: Tensor, keys: Tensor | None, layer: Tensor, threshold
     return out
 
 
-@torch.library.custom_op("mitofm::backward_B", mutates_args=())
+@_operator(fake=lambda grad, B, p: (torch.empty_like(p, dtype=grad.dtype), torch.empty_like(B, dtype=_sum_dtype(grad))))
 def _backward_B(grad: Tensor, B: Tensor, projected: Tensor) -> tuple[Tensor, Tensor]:
     n_folds, n_rows, width = grad.shape
     rank = B.shape[2]
@@ -183,7 +212,7 @@ def _backward_B(grad: Tensor, B: Tensor, projected: Tensor) -> tuple[Tensor, Ten
     return _added(grad_projected, grad.dtype), _added(grad_B, grad_B.dtype)
 
 
-@torch.library.custom_op("mitofm::backward_A", mutates_args=())
+@_operator(fake=_like_A)
 def _backward_A(
     x: Tensor, grad_projected: Tensor, A: Tensor, keys: Tensor | None, layer: Tensor, threshold: int, first_row: int
 ) -> Tensor:
@@ -191,7 +220,7 @@ def _backward_A(
 
 
 # An operator of its own, for not all versions of torch take None for a tensor that is changed.
-@torch.library.custom_op("mitofm::backward_A_", mutates_args=("grad_x",))
+@_operator(fake=_like_A, mutates_args=("grad_x",))
 def _backward_A_(
     x: Tensor,
     grad_projected: Tensor,
@@ -230,27 +259,6 @@ def _run_backward_A(
         SCALE=scale, THRESHOLD=_threshold(keys, threshold), SUM=_sum_type(x), R=_padded(rank), BT=rows, BC=columns,
     )  # fmt: skip
     return _added(grad_A, grad_A.dtype)
-
-
-@_masked.register_fake
-def _(x: Tensor, keys: Tensor, layer: Tensor, threshold: int, first_row: int) -> Tensor:
-    return torch.empty_like(x)
-
-
-@_project.register_fake
-def _(x: Tensor, A: Tensor, keys: Tensor | None, layer: Tensor, threshold: int, first_row: int) -> Tensor:
-    return x.new_empty(x.shape[0], x.shape[1], A.shape[1])
-
-
-@_backward_B.register_fake
-def _(grad: Tensor, B: Tensor, projected: Tensor) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(projected, dtype=grad.dtype), torch.empty_like(B, dtype=_sum_dtype(grad))
-
-
-@_backward_A.register_fake
-@_backward_A_.register_fake
-def _(x: Tensor, grad_projected: Tensor, A: Tensor, *_: Any) -> Tensor:
-    return torch.empty_like(A, dtype=_sum_dtype(x))
 
 
 # -------------------------------------------------------------------------------------------------- blocks and launches
