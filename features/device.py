@@ -29,7 +29,7 @@ def find_device(name: str, *, local_rank: int | None = None, apple: bool = True)
     Args:
         name: "auto", "cpu", "cuda", "cuda:N" or "mps" (the GPU of an Apple computer).
         local_rank: the number of this process among those on its machine, from 0; None if it is the only one.
-        apple: whether it may be "mps": for embeddings and probes in fp32, and nothing else.
+        apple: whether it may be "mps": for embeddings in fp32, and nothing else.
 
     Raises:
         UserError: if the device does not exist here, cannot do what it is for, or there are fewer GPUs than processes.
@@ -56,9 +56,9 @@ def find_device(name: str, *, local_rank: int | None = None, apple: bool = True)
         )
     if device.type == "mps" and not apple:
         raise UserError(
-            "Apple's GPUs are for embeddings and probes in fp32. Fine-tuning has to repeat itself bit by bit to be "
-            "resumed, which torch does not promise there, and other precisions depend on the version of macOS. Use "
-            "`device='cpu'`, or a machine with an NVIDIA GPU."
+            "Apple's GPUs are for embeddings in fp32 alone: they have no float64, in which probes are summed, torch "
+            "does not promise that a fine-tuning repeats itself there bit by bit, and half precision depends on the "
+            "version of macOS. Use `device='cpu'`, or a machine with an NVIDIA GPU."
         )
     return device
 
