@@ -150,11 +150,14 @@ def compile_blocks(model: nn.Module) -> bool:
     kinds = {(type(block), tuple(tensor.shape for tensor in block.parameters())) for block in blocks}
     if not 0 < len(kinds) <= min(_MOST_KINDS, len(blocks) - 1):
         return False
-    import torch._dynamo as dynamo  # takes a second
+    import torch._dynamo as dynamo  # these take a second
+    import torch._inductor.config as inductor
 
     dynamo.config.cache_size_limit = max(dynamo.config.cache_size_limit, _MOST_GRAPHS)
+    # What the compiler chooses by timing, it chooses by chance; older versions cannot leave all of that out.
+    options = {"deterministic": True} if hasattr(inductor, "deterministic") else {"shape_padding": False}
     for block in blocks:
-        block.compile(dynamic=False, fullgraph=True)
+        block.compile(dynamic=False, fullgraph=True, options=options)
     return True
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
@@ -17,6 +18,8 @@ from features.console import UserError, say
 from features.console import out_of_memory as out_of_memory
 
 _CPUINFO = Path("/proc/cpuinfo")  # of Linux
+# From 2.9 on torch has other names for what `compute_exactly` sets, but earlier versions lack them.
+warnings.filterwarnings("ignore", message="Please use the new API settings to control TF32 behavior")
 
 
 def find_device(name: str, *, local_rank: int | None = None, apple: bool = True) -> torch.device:

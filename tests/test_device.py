@@ -68,7 +68,7 @@ def test_training_and_probing_on_an_apple_gpu_are_refused_with_the_reasons(gpus)
     gpus(0, apple=True)
     with pytest.raises(
         UserError,
-        match=r"no float64, in which probes are summed, .* fine-tuning repeats itself there bit by bit, .* Use `device='cpu'`",
+        match=r"no float64, in which probes are summed, .* repeats itself there bit by bit, .* Use `device='cpu'`",
     ):
         find_device("mps", apple=False)
 
