@@ -452,6 +452,26 @@ def test_the_thread_that_writes_waits_for_the_device_and_the_main_one_goes_on(pa
     assert all(thread.startswith("write") for _, thread in fetched)
 
 
+def test_a_padded_batch_stores_its_patches_alone(patches, weights, tmp_path, monkeypatch):
+    """As on a GPU, where every batch has the same shape; here 64 = 40 + 24 rows, and 22 at the end."""
+    reference = run(patches, weights, tmp_path / "a.zarr", views=("full",))
+    shapes, embed_batch = set(), embed.embed_batch
+
+    def watched(model, backbone, images, **options):
+        shapes.add(len(images))
+        return embed_batch(model, backbone, images, **options)
+
+    monkeypatch.setattr(embed, "embed_batch", watched)
+    monkeypatch.setattr(
+        embed, "padded", lambda images, n: torch.cat([images, images[-1:].expand(n - len(images), -1, -1, -1)])
+    )
+    store = run(patches, weights, tmp_path / "b.zarr", views=("full",), batch_size=40)
+    assert shapes == {40}
+    name = load_dataset(str(patches)).name
+    found, expected = (one.read(name, model=MODEL, view="full") for one in (store, reference))
+    np.testing.assert_allclose(found, expected, rtol=2e-3, atol=2e-3)
+
+
 @pytest.mark.parametrize(
     ("device", "n_cores", "expected"), [("cpu", 8, 4), ("cpu", 64, 8), ("cuda", 8, 8), ("cuda", 64, 16), ("mps", 8, 8)]
 )
