@@ -6,7 +6,6 @@ import copy
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from functools import cache
 from itertools import chain
 from typing import Any
 
@@ -19,12 +18,11 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from extract.backbones import Backbone, forward_poolings
 from features.console import UserError
-from features.device import agrees, free_cached_memory, has_bf16, out_of_memory
+from features.device import agrees, copy_stream, free_cached_memory, has_bf16, out_of_memory
 
 MIN_COSINE = 0.9999  # bf16 embeddings may stand for fp32 ones from this cosine on
-MAX_BATCH = (
-    256  # more is no faster, the end of a data set is padded to it, and at 1,024 some tensors pass 2^31 elements
-)
+# More is no faster, the end of a dataset is padded to it, and at 1,024 some tensors have more than 2^31 elements.
+MAX_BATCH = 256
 _MOST_KINDS = 4  # of blocks in a network that is compiled: each takes some seconds to a minute
 _MOST_GRAPHS = 64  # compiled at once; torch's own 8 are gone after a few networks and views
 # Compiled blocks round less often, and add in another order. What that may change, as a fraction of the largest value:
@@ -226,14 +224,8 @@ def fetch(tensors: Mapping[str, Tensor], done: torch.cuda.Event | None) -> dict[
         return {name: values.cpu().numpy() for name, values in tensors.items()}
     done.synchronize()
     device = next(iter(tensors.values())).device
-    with torch.cuda.stream(_copy_stream(device)):
+    with torch.cuda.stream(copy_stream(device)):
         return {name: values.cpu().numpy() for name, values in tensors.items()}
-
-
-@cache
-def _copy_stream(device: torch.device) -> torch.cuda.Stream:
-    stream: torch.cuda.Stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-    return stream
 
 
 @contextmanager

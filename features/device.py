@@ -141,6 +141,13 @@ def free_cached_memory(device: torch.device) -> None:
 
 
 @cache
+def copy_stream(device: torch.device) -> torch.cuda.Stream:
+    """Give the stream of an NVIDIA GPU on which data is copied to it and from it, beside what it computes."""
+    stream: torch.cuda.Stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    return stream
+
+
+@cache
 def constant(values: tuple[float, ...] | tuple[tuple[float, ...], ...], device: torch.device) -> Tensor:
     """Give a float32 tensor of constants, copied to a device once: each copy would wait for all of a GPU's work."""
     with torch.inference_mode(False):  # so that it may take part in training too

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from extract import compute, prepare
+from extract import compute, prepare, views
 from extract.backbones import build_model, find_backbone
 from extract.compute import compile_blocks, compiled, embed_batch, fetch, hold_weights, mark, padded
 from extract.prepare import ExtractOptions
@@ -197,7 +197,7 @@ def test_a_writer_waits_for_its_own_batch_and_copies_beside_the_next(monkeypatch
     monkeypatch.setattr(torch.cuda, "Event", events.event)
     monkeypatch.setattr(torch.cuda, "stream", events.stream)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
-    monkeypatch.setattr(compute, "_copy_stream", lambda device: None)
+    monkeypatch.setattr(compute, "copy_stream", lambda device: None)
     done = mark(CUDA)
     found: list[Any] = []
     writer = threading.Thread(target=lambda: found.append(fetch({"cls": torch.ones(2, 3)}, done)), name="writer")
@@ -206,6 +206,28 @@ def test_a_writer_waits_for_its_own_batch_and_copies_beside_the_next(monkeypatch
     assert found[0]["cls"].tolist() == [[1, 1, 1], [1, 1, 1]]
     main = threading.current_thread().name
     assert events.log == [("record", main), ("wait", "writer"), ("copy", "writer")]
+
+
+def test_patches_are_copied_beside_the_work_which_waits_for_them(monkeypatch):
+    log: list[Any] = []
+
+    @contextmanager
+    def stream(which: str) -> Iterator[None]:
+        log.append(f"on {which}")
+        yield
+        log.append(f"off {which}")
+
+    def to(device: torch.device, *, non_blocking: bool) -> Any:
+        log.append(f"copy {device.type}" if non_blocking else "wait for the copy")
+        return copied
+
+    work = SimpleNamespace(wait_stream=lambda other: log.append(f"work waits for {other}"))
+    copied = SimpleNamespace(record_stream=lambda user: log.append("memory kept") if user is work else None)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: work)
+    monkeypatch.setattr(torch.cuda, "stream", stream)
+    monkeypatch.setattr(views, "copy_stream", lambda device: "copies")
+    assert views._beside_its_work(SimpleNamespace(to=to), CUDA) is copied
+    assert log == ["on copies", "copy cuda", "off copies", "work waits for copies", "memory kept"]
 
 
 def test_on_a_processor_there_is_nothing_to_wait_for():
