@@ -195,6 +195,22 @@ def embed_batch(model: nn.Module, backbone: Backbone, images: Tensor, *, precisi
         return {name: values.float() for name, values in forward_poolings(model, backbone, images).items()}
 
 
+def require_as_on_cpu(model: nn.Module, backbone: Backbone, images: Tensor) -> None:
+    """Check that a device embeds images (b, 3, h, w) as the processor does; torch is new to Apple's GPUs.
+
+    Raises:
+        UserError: if it does not.
+    """
+    found = embed_batch(model, backbone, images, precision="fp32")
+    expected = embed_batch(copy.deepcopy(model).cpu(), backbone, images.cpu(), precision="fp32")
+    cosines = [float(F.cosine_similarity(found[name].cpu(), expected[name]).min()) for name in expected]
+    if not all(cosine >= MIN_COSINE for cosine in cosines):  # NaN included
+        raise UserError(
+            f"{backbone.name}: this machine's GPU embeds otherwise than its processor (cosines down to "
+            f"{min(cosines):.4f}, expected {MIN_COSINE} and more). Use `device='cpu'`, or another version of torch."
+        )
+
+
 def padded(images: Tensor, n: int) -> Tensor:
     """Repeat the last of some images (b, 3, h, w) so that there are n: a GPU then computes every batch alike.
 

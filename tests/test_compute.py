@@ -22,6 +22,7 @@ from extract.compute import compile_blocks, compiled, embed_batch, fetch, hold_w
 from extract.prepare import ExtractOptions
 from extract.resize import _weights, resize_as_pillow
 from extract.views import make_transform, parse_view
+from features.console import UserError
 from features.device import constant
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -290,3 +291,20 @@ def test_from_pixels_to_embeddings_nothing_waits_for_the_gpu(fake_gpu, backbone)
         }
     assert waited[0]
     assert waited[1] == []
+
+
+# ------------------------------------------------------------------------------------------------- Apple's GPUs
+
+
+@pytest.mark.parametrize("wrong", [lambda values: values.flip(1), lambda values: values * float("nan")])
+def test_a_gpu_that_embeds_otherwise_than_the_processor_is_refused(monkeypatch, wrong):
+    model = build_model(VIT, None)
+    compute.require_as_on_cpu(model, VIT, images(1))
+
+    def on_gpu(network: nn.Module, *arguments: Any, **options: Any) -> dict[str, Tensor]:
+        found = embed_batch(network, *arguments, **options)
+        return {name: wrong(values) for name, values in found.items()} if network is model else found
+
+    monkeypatch.setattr(compute, "embed_batch", on_gpu)
+    with pytest.raises(UserError, match=r"this machine's GPU embeds otherwise .* Use `device='cpu'`"):
+        compute.require_as_on_cpu(model, VIT, images(1))
