@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -23,7 +24,7 @@ from extract.prepare import ExtractOptions
 from extract.resize import _weights, resize_as_pillow
 from extract.views import make_transform, parse_view
 from features.console import UserError
-from features.device import constant
+from features.device import compute_exactly, constant
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 VIT = find_backbone("timm/test_vit.r160_in1k")
@@ -291,6 +292,30 @@ def test_from_pixels_to_embeddings_nothing_waits_for_the_gpu(fake_gpu, backbone)
         }
     assert waited[0]
     assert waited[1] == []
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backbone", [VIT, CNN], ids=["transformer", "convolutions"])
+def test_no_batch_waits_for_a_real_gpu(backbone):
+    """From patches in main memory to embeddings on the device: torch raises where the host would wait."""
+    compute_exactly(CUDA)
+    held = hold_weights(build_model(backbone, None).to(CUDA), "fp16")
+    transform = make_transform(backbone, parse_view("full"))
+    patches = [np.full((128, 128, 3), value, dtype=np.uint8) for value in (0, 90, 255)]
+    for mode in ("default", "error"):  # the first batch makes constants and handles
+        torch.cuda.set_sync_debug_mode(mode)
+        try:
+            embed_batch(held, backbone, padded(transform(patches, CUDA), 4), precision="fp16")
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
+def test_a_transformer_can_be_compiled_on_a_real_gpu(precision, capsys):
+    compute_exactly(CUDA)
+    held = hold_weights(build_model(VIT, None).to(CUDA), precision)
+    assert compiled(held, VIT, images(4).to(CUDA), precision=precision) is not None, capsys.readouterr().err
 
 
 # ------------------------------------------------------------------------------------------------- Apple's GPUs
