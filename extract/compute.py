@@ -6,7 +6,6 @@ import copy
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from functools import cache
 from itertools import chain
 from typing import Any
 
@@ -19,12 +18,11 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from extract.backbones import Backbone, forward_poolings
 from features.console import UserError
-from features.device import agrees, free_cached_memory, has_bf16, out_of_memory
+from features.device import agrees, copy_stream, free_cached_memory, has_bf16, out_of_memory
 
 MIN_COSINE = 0.9999  # bf16 embeddings may stand for fp32 ones from this cosine on
-MAX_BATCH = (
-    256  # more is no faster, the end of a data set is padded to it, and at 1,024 some tensors pass 2^31 elements
-)
+# More is no faster, the end of a dataset is padded to it, and at 1,024 some tensors have more than 2^31 elements.
+MAX_BATCH = 256
 _MOST_KINDS = 4  # of blocks in a network that is compiled: each takes some seconds to a minute
 _MOST_GRAPHS = 64  # compiled at once; torch's own 8 are gone after a few networks and views
 # Compiled blocks round less often, and add in another order. What that may change, as a fraction of the largest value:
@@ -150,11 +148,14 @@ def compile_blocks(model: nn.Module) -> bool:
     kinds = {(type(block), tuple(tensor.shape for tensor in block.parameters())) for block in blocks}
     if not 0 < len(kinds) <= min(_MOST_KINDS, len(blocks) - 1):
         return False
-    import torch._dynamo as dynamo  # takes a second
+    import torch._dynamo as dynamo  # these take a second
+    import torch._inductor.config as inductor
 
     dynamo.config.cache_size_limit = max(dynamo.config.cache_size_limit, _MOST_GRAPHS)
+    # What the compiler chooses by timing, it chooses by chance; older versions cannot leave all of that out.
+    options = {"deterministic": True} if hasattr(inductor, "deterministic") else {"shape_padding": False}
     for block in blocks:
-        block.compile(dynamic=False, fullgraph=True)
+        block.compile(dynamic=False, fullgraph=True, options=options)
     return True
 
 
@@ -194,6 +195,22 @@ def embed_batch(model: nn.Module, backbone: Backbone, images: Tensor, *, precisi
         return {name: values.float() for name, values in forward_poolings(model, backbone, images).items()}
 
 
+def require_as_on_cpu(model: nn.Module, backbone: Backbone, images: Tensor) -> None:
+    """Check that a device embeds images (b, 3, h, w) as the processor does; torch is new to Apple's GPUs.
+
+    Raises:
+        UserError: if it does not.
+    """
+    found = embed_batch(model, backbone, images, precision="fp32")
+    expected = embed_batch(copy.deepcopy(model).cpu(), backbone, images.cpu(), precision="fp32")
+    cosines = [float(F.cosine_similarity(found[name].cpu(), expected[name]).min()) for name in expected]
+    if not all(cosine >= MIN_COSINE for cosine in cosines):  # NaN included
+        raise UserError(
+            f"{backbone.name}: this machine's GPU embeds otherwise than its processor (cosines down to "
+            f"{min(cosines):.4f}, expected {MIN_COSINE} and more). Use `device='cpu'`, or another version of torch."
+        )
+
+
 def padded(images: Tensor, n: int) -> Tensor:
     """Repeat the last of some images (b, 3, h, w) so that there are n: a GPU then computes every batch alike.
 
@@ -223,14 +240,8 @@ def fetch(tensors: Mapping[str, Tensor], done: torch.cuda.Event | None) -> dict[
         return {name: values.cpu().numpy() for name, values in tensors.items()}
     done.synchronize()
     device = next(iter(tensors.values())).device
-    with torch.cuda.stream(_copy_stream(device)):
+    with torch.cuda.stream(copy_stream(device)):
         return {name: values.cpu().numpy() for name, values in tensors.items()}
-
-
-@cache
-def _copy_stream(device: torch.device) -> torch.cuda.Stream:
-    stream: torch.cuda.Stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-    return stream
 
 
 @contextmanager

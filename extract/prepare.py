@@ -27,6 +27,7 @@ from extract.compute import (
     largest_batch,
     optimize_for_inference,
     padded,
+    require_as_on_cpu,
 )
 from extract.datasets import PatchDataset
 from extract.shard import Shard
@@ -187,6 +188,8 @@ def prepare(extraction: Extraction) -> Prepared:
             images = make_transform(backbone, unfinished[0])(extraction.examples, device)
             networks["fp32"] = optimize_for_inference(model, device, example=images)
             del model
+            if device.type == "mps":
+                require_as_on_cpu(networks["fp32"], backbone, images[:1])
         for view in views:
             entry = finished[view.name]
             if entry is None:

@@ -21,7 +21,7 @@ from torch import Tensor
 from extract.backbones import Backbone
 from extract.resize import resize_as_pillow
 from features.console import UserError
-from features.device import constant
+from features.device import constant, copy_stream
 
 _MOST_PIXELS = 2_048  # edge of a network's input; its activations would not fit into any memory long before
 
@@ -153,13 +153,21 @@ class Transform:
 
 
 def _on_device(patches: Sequence[NDArray[np.uint8]], device: torch.device) -> Tensor:
-    """Copy patches of one shape to a device: (b, h, w, 3) uint8.
-
-    A GPU fetches them from pinned memory while this process goes on; torch keeps such memory, and uses it again.
-    """
-    held = torch.empty((len(patches), *patches[0].shape), dtype=torch.uint8, pin_memory=device.type == "cuda")
+    """Copy patches of one shape to a device: (b, h, w, 3) uint8."""
+    pinned = device.type == "cuda"  # such memory is kept by torch, and used again once it is copied
+    held = torch.empty((len(patches), *patches[0].shape), dtype=torch.uint8, pin_memory=pinned)
     np.stack(patches, out=held.numpy())
-    return held.to(device, non_blocking=device.type == "cuda")
+    return _beside_its_work(held, device) if pinned else held.to(device)
+
+
+def _beside_its_work(pinned: Tensor, device: torch.device) -> Tensor:
+    """Let an NVIDIA GPU fetch a tensor while it and this process go on with what they do."""
+    work, copies = torch.cuda.current_stream(device), copy_stream(device)
+    with torch.cuda.stream(copies):
+        copied = pinned.to(device, non_blocking=True)
+    work.wait_stream(copies)
+    copied.record_stream(work)  # or its memory would be taken for the next copy while it is still read
+    return copied
 
 
 def make_transform(backbone: Backbone, view: View) -> Transform:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
@@ -17,6 +18,8 @@ from features.console import UserError, say
 from features.console import out_of_memory as out_of_memory
 
 _CPUINFO = Path("/proc/cpuinfo")  # of Linux
+# From 2.9 on torch has other names for what `compute_exactly` sets, but earlier versions lack them.
+warnings.filterwarnings("ignore", message="Please use the new API settings to control TF32 behavior")
 
 
 def find_device(name: str, *, local_rank: int | None = None, apple: bool = True) -> torch.device:
@@ -29,7 +32,7 @@ def find_device(name: str, *, local_rank: int | None = None, apple: bool = True)
     Args:
         name: "auto", "cpu", "cuda", "cuda:N" or "mps" (the GPU of an Apple computer).
         local_rank: the number of this process among those on its machine, from 0; None if it is the only one.
-        apple: whether it may be "mps": for embeddings and probes in fp32, and nothing else.
+        apple: whether it may be "mps": for embeddings in fp32, and nothing else.
 
     Raises:
         UserError: if the device does not exist here, cannot do what it is for, or there are fewer GPUs than processes.
@@ -56,9 +59,9 @@ def find_device(name: str, *, local_rank: int | None = None, apple: bool = True)
         )
     if device.type == "mps" and not apple:
         raise UserError(
-            "Apple's GPUs are for embeddings and probes in fp32. Fine-tuning has to repeat itself bit by bit to be "
-            "resumed, which torch does not promise there, and other precisions depend on the version of macOS. Use "
-            "`device='cpu'`, or a machine with an NVIDIA GPU."
+            "Apple's GPUs are for embeddings in fp32 alone: they have no float64, in which probes are summed, torch "
+            "does not promise that a fine-tuning repeats itself there bit by bit, and half precision depends on the "
+            "version of macOS. Use `device='cpu'`, or a machine with an NVIDIA GPU."
         )
     return device
 
@@ -135,6 +138,13 @@ def free_cached_memory(device: torch.device) -> None:
         torch.cuda.empty_cache()
     elif device.type == "mps":
         torch.mps.empty_cache()
+
+
+@cache
+def copy_stream(device: torch.device) -> torch.cuda.Stream:
+    """Give the stream of an NVIDIA GPU on which data is copied to it and from it, beside what it computes."""
+    stream: torch.cuda.Stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    return stream
 
 
 @cache

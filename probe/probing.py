@@ -58,8 +58,8 @@ class ProbeOptions:
         labels: what classes of the test sets are called in the training set, as "old=new,old=new".
         seed: of the folds, of the paper recipe's training, and of the learning curve's draws.
         fractions: of the training slides, in (0, 1], for a learning curve of the chosen candidate; none for no curve.
-        device: where to fit: "auto", "cpu", "cuda", "cuda:N" or "mps". The paper's recipe, whose products are tiny,
-            always computes on the processor.
+        device: where to fit: "auto", "cpu", "cuda" or "cuda:N". The paper's recipe, whose products are tiny, always
+            computes on the processor.
     """
 
     cv: int = 5
@@ -122,7 +122,7 @@ def probe_store(
             embedded differently, if the training split cannot be cut into folds, if a fraction is too small to train
             on, or if the device does not exist here.
     """
-    device = find_device(options.device)
+    device = find_device(options.device, apple=False)
     compute_exactly(device)
     tables = {name: store.samples(name) for name in store.datasets()}
     train = _train_dataset(store, tables, options)

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -16,13 +17,14 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from extract import compute, prepare
+from extract import compute, prepare, views
 from extract.backbones import build_model, find_backbone
 from extract.compute import compile_blocks, compiled, embed_batch, fetch, hold_weights, mark, padded
 from extract.prepare import ExtractOptions
 from extract.resize import _weights, resize_as_pillow
 from extract.views import make_transform, parse_view
-from features.device import constant
+from features.console import UserError
+from features.device import compute_exactly, constant
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 VIT = find_backbone("timm/test_vit.r160_in1k")
@@ -95,7 +97,9 @@ def network(arch: str) -> nn.Module:
 def test_every_block_is_compiled_where_blocks_are_alike(compilations, arch, n, kind):
     assert compile_blocks(network(arch)) == (n > 0)
     assert [type(block).__name__ for block, _ in compilations] == [kind] * n
-    assert all(options == {"dynamic": False, "fullgraph": True} for _, options in compilations)
+    for _, options in compilations:
+        assert (options["dynamic"], options["fullgraph"]) == (False, True)
+        assert options["options"] in ({"deterministic": True}, {"shape_padding": False})
 
 
 def test_a_compiled_form_is_taken_only_where_it_embeds_alike(monkeypatch, capsys):
@@ -195,7 +199,7 @@ def test_a_writer_waits_for_its_own_batch_and_copies_beside_the_next(monkeypatch
     monkeypatch.setattr(torch.cuda, "Event", events.event)
     monkeypatch.setattr(torch.cuda, "stream", events.stream)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
-    monkeypatch.setattr(compute, "_copy_stream", lambda device: None)
+    monkeypatch.setattr(compute, "copy_stream", lambda device: None)
     done = mark(CUDA)
     found: list[Any] = []
     writer = threading.Thread(target=lambda: found.append(fetch({"cls": torch.ones(2, 3)}, done)), name="writer")
@@ -204,6 +208,28 @@ def test_a_writer_waits_for_its_own_batch_and_copies_beside_the_next(monkeypatch
     assert found[0]["cls"].tolist() == [[1, 1, 1], [1, 1, 1]]
     main = threading.current_thread().name
     assert events.log == [("record", main), ("wait", "writer"), ("copy", "writer")]
+
+
+def test_patches_are_copied_beside_the_work_which_waits_for_them(monkeypatch):
+    log: list[Any] = []
+
+    @contextmanager
+    def stream(which: str) -> Iterator[None]:
+        log.append(f"on {which}")
+        yield
+        log.append(f"off {which}")
+
+    def to(device: torch.device, *, non_blocking: bool) -> Any:
+        log.append(f"copy {device.type}" if non_blocking else "wait for the copy")
+        return copied
+
+    work = SimpleNamespace(wait_stream=lambda other: log.append(f"work waits for {other}"))
+    copied = SimpleNamespace(record_stream=lambda user: log.append("memory kept") if user is work else None)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: work)
+    monkeypatch.setattr(torch.cuda, "stream", stream)
+    monkeypatch.setattr(views, "copy_stream", lambda device: "copies")
+    assert views._beside_its_work(SimpleNamespace(to=to), CUDA) is copied
+    assert log == ["on copies", "copy cuda", "off copies", "work waits for copies", "memory kept"]
 
 
 def test_on_a_processor_there_is_nothing_to_wait_for():
@@ -266,3 +292,44 @@ def test_from_pixels_to_embeddings_nothing_waits_for_the_gpu(fake_gpu, backbone)
         }
     assert waited[0]
     assert waited[1] == []
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backbone", [VIT, CNN], ids=["transformer", "convolutions"])
+def test_no_batch_waits_for_a_real_gpu(backbone):
+    """From patches in main memory to embeddings on the device: torch raises where the host would wait."""
+    compute_exactly(CUDA)
+    held = hold_weights(build_model(backbone, None).to(CUDA), "fp16")
+    transform = make_transform(backbone, parse_view("full"))
+    patches = [np.full((128, 128, 3), value, dtype=np.uint8) for value in (0, 90, 255)]
+    for mode in ("default", "error"):  # the first batch makes constants and handles
+        torch.cuda.set_sync_debug_mode(mode)
+        try:
+            embed_batch(held, backbone, padded(transform(patches, CUDA), 4), precision="fp16")
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
+def test_a_transformer_can_be_compiled_on_a_real_gpu(precision, capsys):
+    compute_exactly(CUDA)
+    held = hold_weights(build_model(VIT, None).to(CUDA), precision)
+    assert compiled(held, VIT, images(4).to(CUDA), precision=precision) is not None, capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------------------------- Apple's GPUs
+
+
+@pytest.mark.parametrize("wrong", [lambda values: values.flip(1), lambda values: values * float("nan")])
+def test_a_gpu_that_embeds_otherwise_than_the_processor_is_refused(monkeypatch, wrong):
+    model = build_model(VIT, None)
+    compute.require_as_on_cpu(model, VIT, images(1))
+
+    def on_gpu(network: nn.Module, *arguments: Any, **options: Any) -> dict[str, Tensor]:
+        found = embed_batch(network, *arguments, **options)
+        return {name: wrong(values) for name, values in found.items()} if network is model else found
+
+    monkeypatch.setattr(compute, "embed_batch", on_gpu)
+    with pytest.raises(UserError, match=r"this machine's GPU embeds otherwise .* Use `device='cpu'`"):
+        compute.require_as_on_cpu(model, VIT, images(1))

@@ -64,9 +64,12 @@ def test_an_apple_gpu_embeds_and_does_not_train(gpus, name, apple, expected, loc
     assert find_device(name, local_rank=local_rank, apple=apple) == torch.device(expected)
 
 
-def test_training_on_an_apple_gpu_is_refused_with_the_reason(gpus):
+def test_training_and_probing_on_an_apple_gpu_are_refused_with_the_reasons(gpus):
     gpus(0, apple=True)
-    with pytest.raises(UserError, match=r"repeat itself bit by bit .* Use `device='cpu'`"):
+    with pytest.raises(
+        UserError,
+        match=r"no float64, in which probes are summed, .* repeats itself there bit by bit, .* Use `device='cpu'`",
+    ):
         find_device("mps", apple=False)
 
 

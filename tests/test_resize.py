@@ -29,11 +29,13 @@ def images(height: int, width: int) -> np.ndarray:
     return np.stack([noise, rng.choice([0, 255], (height, width, 3))]).astype(np.uint8)
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("interpolation", FILTERS)
 @pytest.mark.parametrize(("before", "after"), SIZES)
-def test_every_pixel_is_pillow_s(before, after, interpolation):
+def test_every_pixel_is_pillow_s(before, after, interpolation, device):
     patches = images(*before)
-    found = resize_as_pillow(torch.from_numpy(patches).permute(0, 3, 1, 2), after, interpolation=interpolation)
+    pixels = torch.from_numpy(patches).permute(0, 3, 1, 2).to(device)
+    found = resize_as_pillow(pixels, after, interpolation=interpolation).cpu()
     height, width = after
     expected = [np.asarray(Image.fromarray(patch).resize((width, height), FILTERS[interpolation])) for patch in patches]
     np.testing.assert_array_equal(found.permute(0, 2, 3, 1).numpy(), np.stack(expected))
