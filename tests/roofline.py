@@ -132,7 +132,7 @@ class Tape(TorchDispatchMode):
             read = [value for value in read if all(value is not one for one in written)]
         reads, writes = self._bytes(read), self._bytes([*written, *tree_leaves(result)])
         kernels = 1
-        if name.strip("_") == "keep_mask":  # of each fold: random bytes, compared with a threshold; `like` gives the shape alone
+        if name.strip("_") == "keep_mask":  # per fold, random bytes are compared with a threshold; `like` is not read
             mask = result.numel()
             reads, writes, kernels = {-1: 2 * mask}, self._bytes([result]), 2 * len(args[1])
         self.operations.append(Operation(name, _flops(func, args, kwargs, result), reads, writes, kernels))
