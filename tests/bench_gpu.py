@@ -54,8 +54,8 @@ N_FOLDS, FOLD_BATCH = 5, 8
 FORWARD_BATCHES = (64, 128, 256, 512, 1024)
 LEAST_LIMIT = 60.0  # seconds after which a row is stopped, besides three times its estimate
 Figures = dict[str, Any]
-_SMALL = small_vit(tiny=True)
-TINY = replace(_SMALL, kwargs={**_SMALL.kwargs, "depth": 1}, gflops=0.0003)
+TWO_BLOCKS = replace(small_vit(tiny=True), gflops=0.0003)
+ONE_BLOCK = replace(TWO_BLOCKS, kwargs={**TWO_BLOCKS.kwargs, "depth": 1})
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class Bench:
 
     Attributes:
         device: where the rows run.
-        small, huge, giant: ViT-S/16, ViT-H/14 (Virchow2) and ViT-g/14 (H-optimus-1), or three times the tiny network.
+        small, huge, giant: ViT-S/16, ViT-H/14 (Virchow2) and ViT-g/14 (H-optimus-1), or tiny networks.
         repeats: timed repetitions, whose median counts.
         patches: drawn for `fm-extract`; a training set has an eighth of them.
         precision: "bf16", or "fp32" on a CPU, where emulated bf16 would take long.
@@ -120,7 +120,7 @@ class Bench:
 def make_bench(device: torch.device, *, tiny: bool) -> Bench:
     """Make the bench of a GPU, or a tiny one."""
     if tiny:
-        return Bench(device, TINY, TINY, TINY, repeats=1, patches=40, precision="fp32", tiny=True)
+        return Bench(device, ONE_BLOCK, ONE_BLOCK, TWO_BLOCKS, repeats=1, patches=40, precision="fp32", tiny=True)
     small, huge, giant = map(find_backbone, ("kaiko-s16", "virchow2", "h-optimus-1"))
     return Bench(device, small, huge, giant, repeats=10, patches=4096, precision="bf16", tiny=False)
 
