@@ -72,7 +72,12 @@ def profile(work: Callable[[], object], device: torch.device) -> Profile:
         kind = DeviceType.CUDA
     with torch.profiler.profile(activities=activities) as profiler:
         timing = timed(work, device)
-    events = [event for event in profiler.events() or () if event.device_type == kind]
+    # Annotations, such as those of compiled code, span kernels that are in the list themselves.
+    events = [
+        event
+        for event in profiler.events() or ()
+        if event.device_type == kind and not getattr(event, "is_user_annotation", False)
+    ]
     return replace(timing, kernels=tuple((event.name, event.time_range.elapsed_us() / 1e6) for event in events))
 
 

@@ -54,7 +54,7 @@ def self_check(device: torch.device, *, tiny: bool = False) -> list[Check]:
     # cuBLAS repeats itself only with a fixed workspace, and reads this when it is first used.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's own log
-    if device.type == "cuda":
+    if device.index is not None:
         torch.cuda.set_device(device)
     lines: list[Check] = []
     with progress(f"checking {device}", len(CHECKS), unit="checks") as advance:
@@ -228,7 +228,7 @@ def _gradients(device: torch.device, precision: str, dtype: torch.dtype, *, tiny
 
 def dropout(device: torch.device, *, tiny: bool) -> list[Check]:
     """See a layer's dropout mask through the layer: its rate, and that it comes again, in the backward pass too."""
-    width, tokens = (16, 64) if tiny else (64, 4096)
+    width, tokens = (16, 64) if tiny else (32, 8192)
     options = LoraOptions(rank=width, alpha=width, targets="0")
     model = nn.Sequential(nn.Linear(width, width, bias=False)).to(device)
     add_adapters(model, options, n_folds=N_FOLDS, seed=0)

@@ -140,6 +140,12 @@ def test_drawn_patches_differ_and_are_as_large_as_real_ones(tmp_path: Path) -> N
     assert all(20_000 < file.stat().st_size < 50_000 for file in files)
 
 
+def test_a_gpu_has_a_number() -> None:
+    """Functions of torch that limit memory take no other."""
+    assert make_bench(torch.device("cuda"), tiny=True).device.index == 0
+    assert make_bench(torch.device("cuda:1"), tiny=True).device.index == 1
+
+
 def test_without_a_gpu_nothing_is_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     bench_gpu.main(["--out", str(tmp_path / "out")])
     assert "torch sees no GPU here" in capsys.readouterr().err

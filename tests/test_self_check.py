@@ -58,6 +58,17 @@ def test_a_check_that_raises_is_a_failed_line_and_the_others_go_on(monkeypatch: 
     assert status_of(others) == {"versions": "ok", "TF32": "ok"}
 
 
+@pytest.mark.parametrize(("name", "chosen"), [("cuda", []), ("cuda:1", [1])])
+def test_a_gpu_with_a_number_becomes_the_current_one(
+    monkeypatch: pytest.MonkeyPatch, name: str, chosen: list[int]
+) -> None:
+    devices: list[int] = []
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: devices.append(device.index))
+    monkeypatch.setattr(self_check, "CHECKS", {})
+    assert self_check.self_check(torch.device(name)) == []
+    assert devices == chosen
+
+
 # ---------------------------------------------------------------------------------------------- what each of them finds
 
 
