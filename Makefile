@@ -56,7 +56,7 @@ bench: $(STAMP)
 	$(BIN)/python tests/bench_store.py
 	$(BIN)/python tests/bench_extract.py
 	$(BIN)/python tests/bench_lora.py
-	$(BIN)/python tests/bench_lora_gpu.py
+	$(BIN)/python tests/bench_gpu.py
 
 torture: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow

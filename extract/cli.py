@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import os
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
-from features.console import UserError, as_flags, no_progress, print_json, print_text, printable, run, say, show
+from features.console import UserError, no_progress, print_json, run, say, show
 from features.options import (
-    DEFAULT_RUNS,
     DEFAULT_STORE,
     MOST_IMAGES,
     MOST_WORKERS,
@@ -22,18 +20,13 @@ from features.options import (
     LabelsOption,
     OverwriteOption,
     PositiveOption,
-    RunsOption,
     SkipUnlabelledOption,
     StoreOption,
     WeightsOption,
     parse_names,
 )
 
-if TYPE_CHECKING:
-    from extract.doctor import Diagnosis
-
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-doctor_app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
 @app.command(help=__doc__)
@@ -196,78 +189,7 @@ def _show_lists(models: bool, datasets: bool, data: Path | None, as_json: bool) 
     show(*tables)
 
 
-@doctor_app.command(help="fm-doctor: can this machine do what is asked of it, and if not, what helps?")
-def doctor(
-    model: Annotated[
-        str | None,
-        typer.Option(help="Models, comma-separated, that must be available here. Default: all, as information."),
-    ] = None,
-    device: Annotated[
-        str, typer.Option(help="auto, cpu, cuda, cuda:N or mps; a GPU that is named must be there.")
-    ] = "auto",
-    data: DataOption = None,
-    store: Annotated[
-        str | None, typer.Option(help="A feature store that must be there. Default: embeddings.zarr, if there is one.")
-    ] = None,
-    runs: RunsOption = DEFAULT_RUNS,
-    verify: Annotated[bool, typer.Option("--verify", help="Read every byte of the patches and of the store.")] = False,
-    as_json: JsonOption = False,
-) -> None:
-    # huggingface_hub reads it when it is imported. Its default of ten seconds is meant for downloads.
-    os.environ.setdefault("HF_HUB_ETAG_TIMEOUT", "4")
-
-    from extract.doctor import DoctorOptions, diagnose
-
-    models = parse_names(model, option="--model") if model is not None else ()
-    diagnosis = diagnose(DoctorOptions(models, device, data, store, runs, verify))
-    # The remedies concern the options of every command.
-    flags = {name: f"--{name}" for name in ("device", "data", "store", "runs", "model", "weights", "positive", "view")}
-    diagnosis = replace(
-        diagnosis,
-        checks=[replace(check, remedy=as_flags(check.remedy, flags)) for check in diagnosis.checks],
-        models=[replace(check, remedy=as_flags(check.remedy, flags)) for check in diagnosis.models],
-    )
-    if as_json:
-        print_json({"ok": not diagnosis.failed} | asdict(diagnosis))
-        raise typer.Exit(1 if diagnosis.failed else 0)
-    _show_diagnosis(diagnosis, all_models=model is None)
-
-
-def _show_diagnosis(diagnosis: Diagnosis, *, all_models: bool) -> None:
-    from rich.table import Table
-
-    marks = {"ok": "ok", "note": "note", "fail": "FAIL"}
-    checks = Table(header_style="bold")
-    for column in ("", "", "", "Found"):
-        checks.add_column(column, no_wrap=column == "")
-    group = ""
-    for check in diagnosis.checks:
-        if check.group != group:
-            checks.add_section()
-        title = check.group if check.group != group else ""
-        checks.add_row(title, check.name, marks[check.status], printable(check.found))
-        group = check.group
-    models = Table(header_style="bold")
-    for column in ("Model", "", "Cached", "Gated", "Access"):
-        models.add_column(column, no_wrap=True)
-    for line in diagnosis.models:
-        cached = line.cached.split()[-1][:12] if line.cached else "–"  # a commit, or a package's version
-        models.add_row(line.name, marks[line.status], cached, "gated" if line.gated else "", line.access)
-    show(checks, models)
-    for check in diagnosis.checks:
-        if check.status == "note" and check.remedy:
-            print_text(f"{check.name}: {check.remedy}")
-    if all_models and any(line.status == "note" for line in diagnosis.models):
-        print_text("`fm-doctor --model NAME` says what a model lacks.")
-    if diagnosis.failed:
-        raise UserError(
-            f"{len(diagnosis.failed)} of these cannot work as they are:\n"
-            + "\n".join(f"- {line.name}: {line.remedy}" for line in diagnosis.failed)
-        )
-    print_text("Everything that was asked for can work here.")
-
-
-main, doctor_main = partial(run, app), partial(run, doctor_app)  # the commands fm-extract and fm-doctor
+main = partial(run, app)  # the command fm-extract
 
 
 if __name__ == "__main__":  # torchrun -m extract.cli

@@ -82,7 +82,7 @@ class DoctorOptions:
 class Check:
     """One line. Status "fail": what was asked for cannot work; "note": a lack that nothing asked for needs."""
 
-    group: Literal["machine", "disk", "data", "store", "hub"]
+    group: Literal["machine", "disk", "data", "store", "hub", "self-check"]
     name: str
     status: Status
     found: str
@@ -167,7 +167,7 @@ def _memory_limit(total: int) -> str:
 
 def _gpus(device: str) -> list[Check]:
     if_missing: Status = "fail" if device.startswith("cuda") else "note"
-    installed = _nvidia_smi()
+    installed = installed_gpus()
     with warnings.catch_warnings(record=True) as caught:  # torch says in a warning why it cannot use a GPU
         warnings.simplefilter("always")
         available = torch.cuda.is_available()
@@ -210,7 +210,7 @@ def _gpu(index: int, installed: list[str]) -> Check:
     return Check("machine", name, "ok", f"{torch.cuda.get_device_name(index)}, {memory}, {bf16}, driver {driver}")
 
 
-def _nvidia_smi() -> list[str]:
+def installed_gpus() -> list[str]:
     """List name and driver version of every installed GPU, whether torch can use it or not."""
     command = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
     try:

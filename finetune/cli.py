@@ -1,15 +1,16 @@
-"""fm-finetune, fm-predict and fm-report: adapt backbones to patches, apply a run to new ones, set runs side by side."""
+"""fm-finetune, fm-predict, fm-report, fm-doctor: adapt backbones, apply runs, compare them, and test a machine."""
 
 from __future__ import annotations
 
-from dataclasses import asdict
+import os
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from features.console import UserError, print_json, print_text, run, say, show
+from features.console import UserError, as_flags, print_json, print_text, printable, run, say, show
 from features.files import check_output
 from features.options import (
     DEFAULT_RUNS,
@@ -30,11 +31,13 @@ from features.options import (
 )
 
 if TYPE_CHECKING:  # torch takes seconds to import: commands import it when they run
+    from extract.doctor import Diagnosis
     from finetune.plan import Plan
 
 finetune_app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 predict_app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 report_app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+doctor_app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
 @finetune_app.command(help="fm-finetune: adapt a backbone to patches, by LoRA or as a whole, all folds at once.")
@@ -280,8 +283,85 @@ def report(
         print_json(as_dict(figures))
 
 
-# The commands fm-finetune, fm-predict and fm-report.
+@doctor_app.command(help="fm-doctor: can this machine do what is asked of it, and if not, what helps?")
+def doctor(
+    model: Annotated[
+        str | None,
+        typer.Option(help="Models, comma-separated, that must be available here. Default: all, as information."),
+    ] = None,
+    device: Annotated[
+        str, typer.Option(help="auto, cpu, cuda or cuda:N; a GPU that is named must be there, and is tested.")
+    ] = "auto",
+    data: DataOption = None,
+    store: Annotated[
+        str | None, typer.Option(help="A feature store that must be there. Default: embeddings.zarr, if there is one.")
+    ] = None,
+    runs: RunsOption = DEFAULT_RUNS,
+    verify: Annotated[bool, typer.Option("--verify", help="Read every byte of the patches and of the store.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    # huggingface_hub reads it when it is imported. Its default of ten seconds is meant for downloads.
+    os.environ.setdefault("HF_HUB_ETAG_TIMEOUT", "4")
+
+    from extract.doctor import DoctorOptions, diagnose
+
+    models = parse_names(model, option="--model") if model is not None else ()
+    diagnosis = diagnose(DoctorOptions(models, device, data, store, runs, verify))
+    if device.startswith("cuda") and not any(c.status == "fail" for c in diagnosis.checks if c.group == "machine"):
+        from features.device import find_device
+        from finetune.self_check import self_check
+
+        diagnosis = replace(diagnosis, checks=[*diagnosis.checks, *self_check(find_device(device))])
+    # The remedies concern the options of every command.
+    flags = {name: f"--{name}" for name in ("device", "data", "store", "runs", "model", "weights", "positive", "view")}
+    diagnosis = replace(
+        diagnosis,
+        checks=[replace(check, remedy=as_flags(check.remedy, flags)) for check in diagnosis.checks],
+        models=[replace(check, remedy=as_flags(check.remedy, flags)) for check in diagnosis.models],
+    )
+    if as_json:
+        print_json({"ok": not diagnosis.failed} | asdict(diagnosis))
+        raise typer.Exit(1 if diagnosis.failed else 0)
+    _show_diagnosis(diagnosis, all_models=model is None)
+
+
+def _show_diagnosis(diagnosis: Diagnosis, *, all_models: bool) -> None:
+    from rich.table import Table
+
+    marks = {"ok": "ok", "note": "note", "fail": "FAIL"}
+    checks = Table(header_style="bold")
+    for column in ("", "", "", "Found"):
+        checks.add_column(column, no_wrap=column == "")
+    group = ""
+    for check in diagnosis.checks:
+        if check.group != group:
+            checks.add_section()
+        title = check.group if check.group != group else ""
+        checks.add_row(title, check.name, marks[check.status], printable(check.found))
+        group = check.group
+    models = Table(header_style="bold")
+    for column in ("Model", "", "Cached", "Gated", "Access"):
+        models.add_column(column, no_wrap=True)
+    for line in diagnosis.models:
+        cached = line.cached.split()[-1][:12] if line.cached else "–"  # a commit, or a package's version
+        models.add_row(line.name, marks[line.status], cached, "gated" if line.gated else "", line.access)
+    show(checks, models)
+    for check in diagnosis.checks:
+        if check.status == "note" and check.remedy:
+            print_text(f"{check.name}: {check.remedy}")
+    if all_models and any(line.status == "note" for line in diagnosis.models):
+        print_text("`fm-doctor --model NAME` says what a model lacks.")
+    if diagnosis.failed:
+        raise UserError(
+            f"{len(diagnosis.failed)} of these cannot work as they are:\n"
+            + "\n".join(f"- {line.name}: {line.remedy}" for line in diagnosis.failed)
+        )
+    print_text("Everything that was asked for can work here.")
+
+
+# The commands fm-finetune, fm-predict, fm-report and fm-doctor.
 main, predict_main, report_main = partial(run, finetune_app), partial(run, predict_app), partial(run, report_app)
+doctor_main = partial(run, doctor_app)
 
 
 if __name__ == "__main__":  # torchrun -m finetune.cli

@@ -63,7 +63,7 @@ APPS: dict[str, tuple[Any, Callable[[], None]]] = {
     "fm-predict": (finetune.cli.predict_app, finetune.cli.predict_main),
     "fm-report": (finetune.cli.report_app, finetune.cli.report_main),
     "fm-store": (features.cli.app, features.cli.main),
-    "fm-doctor": (extract.cli.doctor_app, extract.cli.doctor_main),
+    "fm-doctor": (finetune.cli.doctor_app, finetune.cli.doctor_main),
 }
 # Commands that work, quickly. Options are added to them and replace those that they have.
 PROBED, TUNED = "runs/probed", "runs/tuned"

@@ -15,12 +15,13 @@ from huggingface_hub import constants
 from PIL import Image
 from stub_hub import StubHub, StubRepo
 
-from extract import benchmark, cli, doctor, hub
+from extract import benchmark, doctor, hub
 from extract.doctor import Check, Diagnosis, DoctorOptions, ModelCheck, diagnose
 from extract.registry import BACKBONES
 from features.console import UserError
 from features.samples import make_samples
 from features.store import FeatureStore
+from finetune import cli
 
 UNI, KAIKO = BACKBONES["uni"], BACKBONES["kaiko-s16"]
 Point = Callable[[str], None]
@@ -255,7 +256,7 @@ def test_a_gpu(stub: StubHub, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda index: (70_000_000_000, 80_000_000_000))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "H100")
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
-    monkeypatch.setattr(doctor, "_nvidia_smi", lambda: ["H100, 580.1"])
+    monkeypatch.setattr(doctor, "installed_gpus", lambda: ["H100, 580.1"])
     found = diagnose(DoctorOptions(models=("efficientnet-lite0",), device="cuda:1"))
     assert check(found, "GPU 0").found == "H100, 70.0 GB free of 80.0 GB, bf16, driver 580.1"
     assert check(found, "device").status == "fail"
@@ -288,7 +289,7 @@ def test_no_gpu_that_torch_can_use(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.version, "cuda", build)
-    monkeypatch.setattr(doctor, "_nvidia_smi", lambda: installed)
+    monkeypatch.setattr(doctor, "installed_gpus", lambda: installed)
     line = check(diagnose(DoctorOptions(models=("efficientnet-lite0",), device=device)), "GPU")
     assert line.status == status
     assert remedy in line.remedy
@@ -333,3 +334,47 @@ def test_a_token_is_never_shown(
     assert "present" in said
     for secret in ("hf_member", "hf_stranger", "hf_revoked", "quoted", "hf_password"):
         assert secret not in said
+
+
+# --- the self-check of a GPU ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def gpu(stub: StubHub, monkeypatch: pytest.MonkeyPatch) -> list[torch.device]:
+    """A GPU that is tested with one bad result; the devices that were tested."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda index: (70_000_000_000, 80_000_000_000))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "H100")
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
+    monkeypatch.setattr(doctor, "installed_gpus", lambda: ["H100, 580.1"])
+    tested: list[torch.device] = []
+
+    def self_check(device: torch.device) -> list[Check]:
+        tested.append(device)
+        return [
+            Check("self-check", "speed", "ok", "700 TFLOP/s"),
+            Check("self-check", "solver", "fail", "coefficients differ", "Use `device='cpu'`."),
+        ]
+
+    monkeypatch.setattr("finetune.self_check.self_check", self_check)
+    return tested
+
+
+def test_a_gpu_that_is_named_is_tested(gpu: list[torch.device], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(UserError, match="solver: Use --device cpu"):
+        ask(model="efficientnet-lite0", device="cuda:0")
+    assert gpu == [torch.device("cuda", 0)]
+    assert "700 TFLOP/s" in capsys.readouterr().out
+    with pytest.raises(typer.Exit):
+        ask(model="efficientnet-lite0", device="cuda", as_json=True)
+    said = json.loads(capsys.readouterr().out)
+    assert [line["status"] for line in said["checks"] if line["group"] == "self-check"] == ["ok", "fail"]
+    assert said["ok"] is False
+
+
+def test_a_gpu_that_is_not_named_or_not_there_is_not_tested(gpu: list[torch.device]) -> None:
+    ask(model="efficientnet-lite0")
+    with pytest.raises(UserError, match="torch sees 1 GPUs"):
+        ask(model="efficientnet-lite0", device="cuda:1")
+    assert gpu == []
