@@ -117,6 +117,8 @@ def test_a_step_is_bound_by_the_gpu_or_by_the_host() -> None:
 def test_the_stand_in_for_a_gpu_runs_what_autocast_on_cuda_runs() -> None:
     """Operation by operation, but for one cast of the pooled embedding."""
     lists = [roofline.extraction_operations("timm/vit_tiny_patch16_224", 2, device=d) for d in ("cuda", "cpu")]
+    norms = [[o.bytes for o in operations if o.name == "native_layer_norm"] for operations in lists]
+    assert norms[0] == norms[1]  # in float32, as autocast has it on CUDA alone
     on_cuda, stand_in = ([o.name for o in operations if o.name != "_to_copy"] for operations in lists)
     assert on_cuda == stand_in
     assert set(on_cuda) == {
