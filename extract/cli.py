@@ -56,6 +56,10 @@ def extract(
     batch_size: Annotated[
         int | None, typer.Option(min=1, max=MOST_IMAGES, help="Images per forward pass. Default: found automatically.")
     ] = None,
+    fast: Annotated[
+        bool,
+        typer.Option(help="Compile networks for an NVIDIA GPU: faster after the first minute, other last digits."),
+    ] = True,
     weights: WeightsOption = None,
     positive: PositiveOption = None,
     labels: LabelsOption = None,
@@ -91,15 +95,16 @@ def extract(
     from features.samples import audit
     from features.store import FeatureStore
 
-    options = ExtractOptions(parse_names(view, option="--view"), device, precision, batch_size, overwrite)
+    options = ExtractOptions(parse_names(view, option="--view"), device, precision, batch_size, overwrite, fast)
     for text in options.views:
         parse_view(text)
     part = find_shard(shard)
     if engine not in ("local", "ray"):
         raise UserError(f"unknown engine {engine!r}: use local or ray.")
     if engine == "ray":
-        from extract.ray_actors import ExtractionSpec, embed_by_ray, find_ray
+        from extract.ray_actors import ExtractionSpec, embed_by_ray, find_ray, require_no_gpu_named
 
+        require_no_gpu_named(options)
         find_ray()
         if part.shared:
             raise UserError("--engine ray divides the work: start it once, not by --shard, torchrun or SLURM.")

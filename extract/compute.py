@@ -1,24 +1,33 @@
-"""How does a network run on this machine: device, memory layout, precision, batch size?"""
+"""How does a network run on this machine: memory layout, precision, compiled or not, batch size?"""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from itertools import chain
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from extract.backbones import Backbone, forward_poolings
 from features.console import UserError
-from features.device import has_bf16, out_of_memory
+from features.device import agrees, copy_stream, free_cached_memory, has_bf16, out_of_memory
 
 MIN_COSINE = 0.9999  # bf16 embeddings may stand for fp32 ones from this cosine on
-MAX_BATCH = 1024
+# More is no faster, the end of a dataset is padded to it, and at 1,024 some tensors have more than 2^31 elements.
+MAX_BATCH = 256
+_MOST_KINDS = 4  # of blocks in a network that is compiled: each takes some seconds to a minute
+_MOST_GRAPHS = 64  # compiled at once; torch's own 8 are gone after a few networks and views
+# Compiled blocks round less often, and add in another order. What that may change, as a fraction of the largest value:
+# eight roundings of a half-precision number, which has 8 or 11 bits; of float32 a thousand.
+_TOLERANCE = {"fp32": 2**-14, "fp16": 2**-8, "bf16": 2**-5}
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -84,6 +93,10 @@ def choose_precision(asked: str, backbone: Backbone, model: nn.Module, images: T
     device = images.device
     if asked not in ("auto", "fp32", "bf16", "fp16"):
         raise UserError(f"unknown precision {asked!r}: use auto, fp32, bf16 or fp16.")
+    if asked in ("fp16", "bf16") and device.type == "mps":
+        raise UserError(
+            f"{asked} on Apple's GPUs depends on the version of macOS: use `precision='fp32'` or `precision='auto'`."
+        )
     if asked == "fp16" and device.type == "cpu":
         raise UserError("fp16 is for GPUs: on a CPU use `precision='bf16'`, `precision='fp32'` or `precision='auto'`.")
     if asked != "auto":
@@ -98,11 +111,137 @@ def choose_precision(asked: str, backbone: Backbone, model: nn.Module, images: T
     return "bf16" if cosine >= MIN_COSINE else "fp32"
 
 
+def hold_weights(model: nn.Module, precision: str) -> nn.Module:
+    """Make a network that holds its weights as they are multiplied: those of linear layers and convolutions rounded.
+
+    Autocast would round the same weights in every forward pass, to the same bits. The network given stays as it is and
+    shares all other tensors with the one returned; in fp32 the two are one.
+    """
+    dtype = _AUTOCAST.get(precision)
+    if dtype is None:
+        return model
+    held = _copy_of_modules(model)
+    for module in held.modules():
+        # Of these very types: their subclasses may compute with their weights first.
+        if isinstance(module, nn.Linear | nn.Conv2d) and type(module) in (nn.Linear, nn.Conv2d):
+            module.weight = nn.Parameter(module.weight.to(dtype), requires_grad=False)
+            if module.bias is not None:
+                module.bias = nn.Parameter(module.bias.to(dtype), requires_grad=False)
+    return held
+
+
+def _copy_of_modules(model: nn.Module) -> nn.Module:
+    """Copy a network's modules; parameters and buffers are shared."""
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in chain(model.parameters(), model.buffers())})
+
+
+def compile_blocks(model: nn.Module) -> bool:
+    """Compile the repeated blocks of a network, in place and for inputs of one shape, when they are first called.
+
+    A block is compiled once for all that are alike. Networks whose blocks differ (most convolutional ones) stay as
+    they are, because compiling each would take longer than most extractions.
+
+    Returns:
+        Whether there is anything to compile.
+    """
+    blocks = _blocks(model)
+    kinds = {(type(block), tuple(tensor.shape for tensor in block.parameters())) for block in blocks}
+    if not 0 < len(kinds) <= min(_MOST_KINDS, len(blocks) - 1):
+        return False
+    import torch._dynamo as dynamo  # these take a second
+    import torch._inductor.config as inductor
+
+    dynamo.config.cache_size_limit = max(dynamo.config.cache_size_limit, _MOST_GRAPHS)
+    # What the compiler chooses by timing, it chooses by chance; older versions cannot leave all of that out.
+    options = {"deterministic": True} if hasattr(inductor, "deterministic") else {"shape_padding": False}
+    for block in blocks:
+        block.compile(dynamic=False, fullgraph=True, options=options)
+    return True
+
+
+def _blocks(module: nn.Module) -> list[nn.Module]:
+    """List the modules that stand in a row and are made of others: the innermost such rows."""
+    inner = [block for child in module.children() for block in _blocks(child)]
+    if inner or not isinstance(module, nn.Sequential | nn.ModuleList):
+        return inner
+    return [child for child in module if any(True for _ in child.children())]
+
+
+def compiled(model: nn.Module, backbone: Backbone, images: Tensor, *, precision: str) -> nn.Module | None:
+    """Make a compiled form of a network, if it has one that embeds these images alike; say so if not.
+
+    Args:
+        model: as `hold_weights` gives it; the two share all tensors.
+        backbone: its record.
+        images: (b, 3, h, w) normalised, of the shape of every batch to come.
+        precision: to compute in.
+    """
+    fast = _copy_of_modules(model)
+    if not compile_blocks(fast):
+        return None
+
+    def outputs(network: nn.Module) -> list[Tensor]:
+        return list(embed_batch(network, backbone, images, precision=precision).values())
+
+    name = f"The compiled form of {backbone.name}"
+    same = agrees(name, lambda: outputs(fast), lambda: outputs(model), tolerance=_TOLERANCE[precision])
+    return fast if same else None
+
+
 def embed_batch(model: nn.Module, backbone: Backbone, images: Tensor, *, precision: str) -> dict[str, Tensor]:
     """Run one forward pass: (b, 3, h, w) float32 normalised images to every pooling, each (b, d) float32."""
     dtype = _AUTOCAST.get(precision)
     with torch.inference_mode(), torch.autocast(images.device.type, dtype, enabled=dtype is not None):
         return {name: values.float() for name, values in forward_poolings(model, backbone, images).items()}
+
+
+def require_as_on_cpu(model: nn.Module, backbone: Backbone, images: Tensor) -> None:
+    """Check that a device embeds images (b, 3, h, w) as the processor does; torch is new to Apple's GPUs.
+
+    Raises:
+        UserError: if it does not.
+    """
+    found = embed_batch(model, backbone, images, precision="fp32")
+    expected = embed_batch(copy.deepcopy(model).cpu(), backbone, images.cpu(), precision="fp32")
+    cosines = [float(F.cosine_similarity(found[name].cpu(), expected[name]).min()) for name in expected]
+    if not all(cosine >= MIN_COSINE for cosine in cosines):  # NaN included
+        raise UserError(
+            f"{backbone.name}: this machine's GPU embeds otherwise than its processor (cosines down to "
+            f"{min(cosines):.4f}, expected {MIN_COSINE} and more). Use `device='cpu'`, or another version of torch."
+        )
+
+
+def padded(images: Tensor, n: int) -> Tensor:
+    """Repeat the last of some images (b, 3, h, w) so that there are n: a GPU then computes every batch alike.
+
+    On a CPU nothing is added: a smaller batch is less work there.
+    """
+    missing = n - len(images)
+    if images.device.type == "cpu" or missing <= 0:
+        return images
+    return torch.cat([images, images[-1:].expand(missing, -1, -1, -1)])
+
+
+def mark(device: torch.device) -> torch.cuda.Event | None:
+    """Mark the point that the work given to a GPU has come to, for `fetch`; None where work is done at once."""
+    if device.type != "cuda":
+        return None
+    event: torch.cuda.Event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call] # whoever waits sleeps
+    event.record(torch.cuda.current_stream(device))
+    return event
+
+
+def fetch(tensors: Mapping[str, Tensor], done: torch.cuda.Event | None) -> dict[str, NDArray[np.float32]]:
+    """Wait until tensors are computed, and copy them from their device.
+
+    On a GPU's stream of work the copy would come after all that has been given to it since, so it has its own stream.
+    """
+    if done is None:
+        return {name: values.cpu().numpy() for name, values in tensors.items()}
+    done.synchronize()
+    device = next(iter(tensors.values())).device
+    with torch.cuda.stream(copy_stream(device)):
+        return {name: values.cpu().numpy() for name, values in tensors.items()}
 
 
 @contextmanager
@@ -119,7 +258,7 @@ def side_by_side(device: torch.device, n: int) -> Iterator[Callable[..., Iterato
         torch.set_num_threads(n_threads)  # a setting of each thread, but new threads begin with the last one set
 
 
-def largest_batch(forward: Callable[[int], None], *, at_most: int = MAX_BATCH) -> int:
+def largest_batch(forward: Callable[[int], None], *, device: torch.device, at_most: int = MAX_BATCH) -> int:
     """Find the largest power of two whose forward pass fits in memory, with room to spare.
 
     The batch is doubled until memory runs out; the result is half of the last that fitted, because fragmentation and
@@ -135,7 +274,7 @@ def largest_batch(forward: Callable[[int], None], *, at_most: int = MAX_BATCH) -
         except RuntimeError as error:
             if not out_of_memory(error):
                 raise
-            torch.cuda.empty_cache()
+            free_cached_memory(device)
             break
         fits, n = n, n * 2
     else:

@@ -27,17 +27,18 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from extract.backbones import Backbone
-from extract.compute import embed_batch, side_by_side
+from extract.compute import embed_batch, fetch, mark, padded, side_by_side
 from extract.datasets import Decode, PatchDataset
 from extract.prepare import DEFAULTS, Extraction, ExtractOptions, Job, Prepared, prepare, whole_blocks
 from extract.shard import Shard
 from features.console import UserError, progress, rate, say
-from features.device import out_of_memory
+from features.device import free_cached_memory, out_of_memory
 from features.store import FeatureStore
 from features.writer import Writer
 
 Rows = TypeVar("Rows", bound=Sequence[int])
 _UNITS_AHEAD = 2  # decoded, or waiting to be written
+CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -152,7 +153,7 @@ def embed_rows(prepared: Prepared, within: Sequence[range] | None = None) -> Cou
     with (
         ThreadPoolExecutor(1, thread_name_prefix="write") as writers,
         progress(extraction.dataset.name, total) as advance,
-        closing(decoded(extraction.dataset.decode, units)) as ready,
+        closing(decoded(extraction.dataset.decode, units, device=extraction.device)) as ready,
         side_by_side(extraction.device, torch.get_num_threads()) as map_batches,
     ):
         writing: deque[Future[None]] = deque()
@@ -161,7 +162,7 @@ def embed_rows(prepared: Prepared, within: Sequence[range] | None = None) -> Cou
                 for step in (step for step in job_steps if step.start in rows):
                     batch = patches[step.start - rows.start : step.stop - rows.start]
                     poolings = _forward(job, batch, extraction.device, map_batches)
-                    writing.append(writers.submit(_write, job.writer, step, poolings))
+                    writing.append(writers.submit(_write, job.writer, step, poolings, mark(extraction.device)))
                     if len(writing) > _UNITS_AHEAD:
                         writing.popleft().result()
                     n_new[job.key] += len(step)
@@ -174,12 +175,20 @@ def embed_rows(prepared: Prepared, within: Sequence[range] | None = None) -> Cou
     return n_new
 
 
-def decoded(decode: Decode, units: Sequence[Rows]) -> Generator[tuple[Rows, list[NDArray[np.uint8]]], None, None]:
+def decoded(
+    decode: Decode, units: Sequence[Rows], *, device: torch.device = CPU
+) -> Generator[tuple[Rows, list[NDArray[np.uint8]]], None, None]:
     """Yield each unit of rows with its decoded patches, while threads decode the next units.
 
     Close the generator if you leave it early: its threads then stop.
+
+    Args:
+        decode: row -> its patch, (height, width, 3).
+        units: the rows, in the order in which they are wanted.
+        device: where the networks run; on a CPU they need half of the cores.
     """
-    n_decoders = max(1, min(8, (os.cpu_count() or 2) // 2))
+    n_cores = os.cpu_count() or 2
+    n_decoders = max(1, min(8, n_cores // 2)) if device.type == "cpu" else min(16, n_cores)
     ahead: deque[tuple[Rows, list[Future[NDArray[np.uint8]]]]] = deque()
     with ThreadPoolExecutor(n_decoders, thread_name_prefix="decode") as decoders:
         try:
@@ -204,8 +213,9 @@ def _forward(
     """Embed a step batch by batch. Where memory runs out, the batch is halved and the run goes on."""
 
     def embed_from(start: int) -> dict[str, Tensor]:
-        batch = job.transform(patches[start : start + job.batch_size], device)
-        return embed_batch(job.model, job.backbone, batch, precision=job.precision)
+        images = job.transform(patches[start : start + job.batch_size], device)
+        outputs = embed_batch(job.model, job.backbone, padded(images, job.batch_size), precision=job.precision)
+        return {name: values[: len(images)] for name, values in outputs.items()}
 
     while True:
         try:
@@ -219,7 +229,7 @@ def _forward(
                     f"{job.backbone.name}: not even one image fits in the memory of {device}. "
                     "Close other programs there, use a smaller model, or `device='cpu'`."
                 ) from error
-            torch.cuda.empty_cache()
+            free_cached_memory(device)
             if job.shard.shared:
                 raise UserError(
                     f"{job.backbone.name}: batches of {job.batch_size}, which all ranks share, do not fit in the "
@@ -232,9 +242,9 @@ def _forward(
             say(f"{job.backbone.name}: out of memory on {device}; going on with batches of {job.batch_size}.")
 
 
-def _write(writer: Writer, step: range, poolings: Mapping[str, Tensor]) -> None:
-    """Write the missing blocks of a step; `.cpu()` waits for the device here and not in the main thread."""
-    arrays = {name: values.cpu().numpy() for name, values in poolings.items()}
+def _write(writer: Writer, step: range, poolings: Mapping[str, Tensor], done: torch.cuda.Event | None) -> None:
+    """Write the missing blocks of a step; this thread waits for the device, and not the main one."""
+    arrays = fetch(poolings, done)
     for rows in writer.missing(step):
         part = slice(rows.start - step.start, rows.stop - step.start)
         writer.write(rows, {name: values[part] for name, values in arrays.items()})

@@ -7,6 +7,7 @@ precision and the batch size are those that the first of them recorded when it c
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,12 +19,21 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from extract.backbones import Backbone, Weights, build_model, check_forward, fetch_weights, pooling_widths
-from extract.compute import choose_precision, embed_batch, largest_batch, optimize_for_inference
+from extract.compute import (
+    choose_precision,
+    compiled,
+    embed_batch,
+    hold_weights,
+    largest_batch,
+    optimize_for_inference,
+    padded,
+    require_as_on_cpu,
+)
 from extract.datasets import PatchDataset
 from extract.shard import Shard
 from extract.views import Transform, View, make_transform, parse_view
 from features.console import UserError, say
-from features.device import find_device
+from features.device import compute_exactly, find_device, numerics
 from features.entry import Entry
 from features.fingerprint import fingerprint
 from features.layout import rows_per_block
@@ -40,10 +50,11 @@ class ExtractOptions:
 
     Attributes:
         views: input policies, see `parse_view`.
-        device: "auto", "cpu", "cuda" or "cuda:N".
+        device: "auto", "cpu", "cuda", "cuda:N" or "mps".
         precision: "auto", "fp32", "bf16" or "fp16"; see `choose_precision`.
         batch_size: images per forward pass; None finds one.
         overwrite: replace embeddings of the same name that were computed otherwise.
+        fast: compile networks for NVIDIA GPUs, which rounds differently; entries begun without are continued without.
     """
 
     views: tuple[str, ...] = ("full",)
@@ -51,6 +62,7 @@ class ExtractOptions:
     precision: str = "auto"
     batch_size: int | None = None
     overwrite: bool = False
+    fast: bool = True
 
 
 DEFAULTS = ExtractOptions()
@@ -151,6 +163,7 @@ def prepare(extraction: Extraction) -> Prepared:
             "Start one alone with `shard='0/1'`, stop it at its first images, then start all without `overwrite=True`."
         )
     device = extraction.device
+    compute_exactly(device)
     views = [parse_view(text) for text in dict.fromkeys(options.views)]
     attrs = {
         "name": dataset.name,
@@ -164,6 +177,7 @@ def prepare(extraction: Extraction) -> Prepared:
     jobs: list[Job] = []
     entries: dict[tuple[str, str], Entry] = {}
     for backbone in extraction.backbones:
+        networks: dict[str, nn.Module] = {}  # by precision
         weights = fetch_weights(backbone, weights=extraction.weights)
         finished = {view.name: _finished_entry(extraction, backbone, weights, view) for view in views}
         unfinished = [view for view in views if finished[view.name] is None]
@@ -172,31 +186,47 @@ def prepare(extraction: Extraction) -> Prepared:
             for view in unfinished:
                 check_forward(model, backbone, make_transform(backbone, view).input_size)
             images = make_transform(backbone, unfinished[0])(extraction.examples, device)
-            model = optimize_for_inference(model, device, example=images)
+            networks["fp32"] = optimize_for_inference(model, device, example=images)
+            del model
+            if device.type == "mps":
+                require_as_on_cpu(networks["fp32"], backbone, images[:1])
         for view in views:
             entry = finished[view.name]
             if entry is None:
-                jobs.append(_make_job(extraction, backbone, weights, model, view))
+                jobs.append(_make_job(extraction, backbone, weights, networks, view))
                 entry = jobs[-1].writer.entry
             entries[backbone.name, view.name] = entry
     return Prepared(extraction, jobs, entries)
 
 
 def fingerprint_parts(
-    dataset: PatchDataset, backbone: Backbone, weights: Weights, view: View, *, precision: str, device: torch.device
+    dataset: PatchDataset,
+    backbone: Backbone,
+    weights: Weights,
+    view: View,
+    *,
+    precision: str,
+    device: torch.device,
+    compiled: bool = False,
 ) -> dict[str, Any]:
     """List everything that decides an embedding's numbers, as plain JSON values; the store hashes it."""
-    return backbone_parts(backbone, weights, view, precision=precision, device=device) | {
+    return backbone_parts(backbone, weights, view, precision=precision, device=device, compiled=compiled) | {
         "source_mpp": dataset.mpp,
         "dataset_digest": dataset.samples.images_digest,
     }
 
 
 def backbone_parts(
-    backbone: Backbone, weights: Weights, view: View, *, precision: str, device: torch.device
+    backbone: Backbone,
+    weights: Weights,
+    view: View,
+    *,
+    precision: str,
+    device: torch.device,
+    compiled: bool = False,
 ) -> dict[str, Any]:
     """List those of `fingerprint_parts` that do not depend on the patches."""
-    return {
+    parts = {
         "model": backbone.name,
         "hub_id": backbone.hub_id,
         "revision": weights.revision,
@@ -210,6 +240,7 @@ def backbone_parts(
         "precision": precision,
         "device": device.type,
     }
+    return parts if device.type == "cpu" else parts | {"numerics": numerics(device) | {"compiled": compiled}}
 
 
 def whole_blocks(batch_size: int, rows_per_block: int) -> int:
@@ -244,27 +275,53 @@ def _finished_entry(extraction: Extraction, backbone: Backbone, weights: Weights
         return None
     if not entry.complete and (entry.batch_size is None or _missing_steps(entry, entry.batch_size, extraction.shard)):
         return None
-    wanted = extraction.options.precision
-    precision = wanted if wanted != "auto" else str(entry.parts.get("precision"))
+    options = extraction.options
     parts = fingerprint_parts(
-        extraction.dataset, backbone, weights, view, precision=precision, device=extraction.device
+        extraction.dataset,
+        backbone,
+        weights,
+        view,
+        precision=options.precision if options.precision != "auto" else str(entry.parts.get("precision")),
+        device=extraction.device,
+        compiled=options.fast and _is_compiled(entry.parts),
     )
     parts["poolings"] = entry.parts.get("poolings")
     return entry if fingerprint(parts) == entry.fingerprint else None
 
 
-def _make_job(extraction: Extraction, backbone: Backbone, weights: Weights, model: nn.Module, view: View) -> Job:
-    """Open the entry of a model and view; the process that creates it decides precision and batch size for all."""
+@dataclass(frozen=True)
+class _Chosen:
+    """How a view is computed: the network in its final form, and what of it decides the numbers."""
+
+    network: nn.Module
+    precision: str
+    compiled: bool
+    batch_size: int
+
+
+def _make_job(
+    extraction: Extraction, backbone: Backbone, weights: Weights, networks: dict[str, nn.Module], view: View
+) -> Job:
+    """Open the entry of a model and view; the process that creates it decides how all compute it.
+
+    Args:
+        extraction, backbone, weights, view: what is extracted.
+        networks: by the precision that they hold their weights in, with that of "fp32"; others are added.
+    """
     options, device, shared = extraction.options, extraction.device, extraction.shard.shared
     transform = make_transform(backbone, view)
-    images = transform(extraction.examples, device)
-    wanted = _recorded_precision(extraction, backbone, weights, view) or options.precision
-    precision = choose_precision(wanted, backbone, model, images)
-    batch_size = _choose_batch_size(extraction, backbone, model, view, images[:1], precision)
-    widths = pooling_widths(model, backbone)
+    widths = pooling_widths(networks["fp32"], backbone)
 
-    def begin(precision: str) -> Writer:
-        parts = fingerprint_parts(extraction.dataset, backbone, weights, view, precision=precision, device=device)
+    def begin(chosen: _Chosen) -> Writer:
+        parts = fingerprint_parts(
+            extraction.dataset,
+            backbone,
+            weights,
+            view,
+            precision=chosen.precision,
+            device=device,
+            compiled=chosen.compiled,
+        )
         return extraction.store.begin(
             extraction.dataset.name,
             model=backbone.name,
@@ -273,36 +330,65 @@ def _make_job(extraction: Extraction, backbone: Backbone, weights: Weights, mode
             card_pooling=backbone.card_pooling,
             parts=parts | {"poolings": dict(widths)},
             overwrite=options.overwrite,
-            batch_size=batch_size,
+            batch_size=chosen.batch_size,
             shared=shared,
         )
 
+    recorded = _recorded_parts(extraction, backbone, weights, view)
+    chosen = _choose(extraction, backbone, networks, view, recorded)
     try:
-        writer = begin(precision)
+        writer = begin(chosen)
     except UserError:
-        # Another process may have created the entry since, on a machine where `auto` means another precision.
-        recorded = _recorded_precision(extraction, backbone, weights, view)
-        if recorded in (None, precision):
+        # Another process may have created the entry since, on a machine where the options mean something else.
+        since = _recorded_parts(extraction, backbone, weights, view)
+        if since == recorded:
             raise
-        precision = str(recorded)
-        writer = begin(precision)
-    batch_size = _agree_on_batch_size(writer, batch_size, asked=options.batch_size, shared=shared)
-    return Job(backbone, view, model, transform, precision, batch_size, writer, extraction.shard)
+        chosen = _choose(extraction, backbone, networks, view, since)
+        writer = begin(chosen)
+    batch_size = _agree_on_batch_size(writer, chosen.batch_size, asked=options.batch_size, shared=shared)
+    return Job(backbone, view, chosen.network, transform, chosen.precision, batch_size, writer, extraction.shard)
 
 
-def _recorded_precision(extraction: Extraction, backbone: Backbone, weights: Weights, view: View) -> str | None:
-    """Find the precision that `auto` was for this network, view and device before; None if not asked for, or new.
+def _choose(
+    extraction: Extraction,
+    backbone: Backbone,
+    networks: dict[str, nn.Module],
+    view: View,
+    recorded: Mapping[str, Any] | None,
+) -> _Chosen:
+    """Choose precision, batch size, and whether to compile: as recorded, where the options leave it open."""
+    options, device = extraction.options, extraction.device
+    images = make_transform(backbone, view)(extraction.examples, device)
+    wanted = str(recorded["precision"]) if recorded and options.precision == "auto" else options.precision
+    precision = choose_precision(wanted, backbone, networks["fp32"], images)
+    if precision not in networks:
+        networks[precision] = hold_weights(networks["fp32"], precision)
+    network = networks[precision]
+    batch_size = _choose_batch_size(extraction, backbone, network, view, images[:1], precision)
+    fast = None
+    if device.type == "cuda" and options.fast and (recorded is None or _is_compiled(recorded)):
+        batch = padded(images[:batch_size], batch_size)
+        fast = compiled(network, backbone, batch, precision=precision)
+    return _Chosen(network if fast is None else fast, precision, fast is not None, batch_size)
+
+
+def _is_compiled(parts: Mapping[str, Any]) -> bool:
+    return bool(parts.get("numerics", {}).get("compiled"))
+
+
+def _recorded_parts(
+    extraction: Extraction, backbone: Backbone, weights: Weights, view: View
+) -> Mapping[str, Any] | None:
+    """Find the parts of the fingerprint under which this network, view and device were used before; None if never.
 
     So an interrupted run continues as it began, and all datasets of a store are embedded alike.
     """
-    if extraction.options.precision != "auto":
-        return None
     entries = extraction.store.entries(model=backbone.name)
     for entry in sorted(entries, key=lambda entry: entry.dataset != extraction.dataset.name):  # this dataset's first
         parts = entry.parts
         same = parts.get("weights_sha256") == weights.sha256 and parts.get("device") == extraction.device.type
         if same and entry.view == view.name:
-            return str(parts["precision"])
+            return parts
     return None
 
 
@@ -320,7 +406,7 @@ def _choose_batch_size(
         def forward(n: int) -> None:
             embed_batch(model, backbone, image.expand(n, -1, -1, -1), precision=precision)
 
-        batch_size = largest_batch(forward)
+        batch_size = largest_batch(forward, device=extraction.device)
     return whole_blocks(batch_size, rows_per_block(len(extraction.dataset.samples)))
 
 

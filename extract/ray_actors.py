@@ -99,6 +99,7 @@ def embed_by_ray(spec: ExtractionSpec, *, n_actors: int | None = None) -> list[S
     Raises:
         UserError: if Ray is not installed or its cluster does not answer; if actors keep dying; as `extract_dataset`.
     """
+    require_no_gpu_named(spec.options)
     ray = find_ray()
     on_sigterm = signal.getsignal(signal.SIGTERM)
     try:
@@ -198,6 +199,19 @@ class _ActorPool:
         if self._idle:
             self._submit(self._idle.pop())
         self._start_actor()
+
+
+def require_no_gpu_named(options: ExtractOptions) -> None:
+    """Refuse one GPU for all: Ray shows each actor a GPU of its own, so that none but the first would be found.
+
+    Raises:
+        UserError: that says what to use.
+    """
+    if options.device.startswith("cuda:"):
+        raise UserError(
+            f"`engine='ray'` gives each actor a GPU of its own, and `device={options.device!r}` names one for all. Use "
+            "`device='cuda'`, with CUDA_VISIBLE_DEVICES to leave GPUs out, or `engine='local'`."
+        )
 
 
 def find_ray() -> Any:

@@ -19,7 +19,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from extract.backbones import Backbone
+from extract.resize import resize_as_pillow
 from features.console import UserError
+from features.device import constant, copy_stream
 
 _MOST_PIXELS = 2_048  # edge of a network's input; its activations would not fit into any memory long before
 
@@ -65,8 +67,9 @@ def parse_view(text: str) -> View:
 class Transform:
     """Turn patches into network input: crop, resize, crop to the input size, normalise.
 
-    The resize is antialiased and rounded to whole grey levels, as PIL does it, with which the models were trained. On
-    a CPU it is torch's uint8 kernel, on other devices the same kernel in float32, with the result rounded.
+    The resize is antialiased and rounded to whole grey levels, as Pillow does it, with which the models were trained.
+    On a CPU it is torch's uint8 kernel, whose coarser weights are off by a level in a few pixels; on other devices
+    every pixel is Pillow's (`extract.resize`).
 
     Attributes:
         crop: edge of the central square of source pixels; None for the whole patch.
@@ -98,18 +101,23 @@ class Transform:
             UserError: if a patch is smaller than the view's crop.
         """
         if len({patch.shape for patch in patches}) == 1:
-            return self._resized(torch.from_numpy(np.stack(patches)), device)
-        return torch.cat([self._resized(torch.from_numpy(patch[None]), device) for patch in patches])
+            return self._resized(patches, device)
+        return torch.cat([self._resized([patch], device) for patch in patches])
 
     def normalise(self, pixels: Tensor) -> Tensor:
         """Normalise pixels (b, 3, h, w) in 0..255, of any dtype, to float32 network input."""
-        # x/255 normalised by mean and std, as one multiplication and one addition.
-        std = torch.tensor(self.std, device=pixels.device).view(3, 1, 1)
-        mean = torch.tensor(self.mean, device=pixels.device).view(3, 1, 1)
-        return pixels.mul(1 / (255 * std)).sub_(mean / std)
+        scale, offset = self.scale_and_offset(pixels.device)
+        return pixels.mul(scale).sub_(offset)
 
-    def _resized(self, patches: Tensor, device: torch.device) -> Tensor:
-        _, height, width, _ = patches.shape
+    def scale_and_offset(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Give what normalises pixels in 0..255: a factor, and what is subtracted from the product, each (3, 1, 1)."""
+        # x/255 normalised by mean and std, as one multiplication and one addition.
+        std = constant(self.std, device).view(3, 1, 1)
+        return 1 / (255 * std), constant(self.mean, device).view(3, 1, 1) / std
+
+    def _resized(self, patches: Sequence[NDArray[np.uint8]], device: torch.device) -> Tensor:
+        """Crop and resize patches of one shape."""
+        height, width, _ = patches[0].shape
         if self.crop is not None:
             if min(height, width) < self.crop:
                 raise UserError(
@@ -117,17 +125,16 @@ class Transform:
                     f"Use `view='center{min(height, width)}'` or `view='full'`."
                 )
             top, left = (height - self.crop) // 2, (width - self.crop) // 2
-            patches = patches[:, top : top + self.crop, left : left + self.crop]
+            patches = [patch[top : top + self.crop, left : left + self.crop] for patch in patches]
             height = width = self.crop
-        pixels = patches.to(device, non_blocking=True).permute(0, 3, 1, 2)  # (b, 3, h, w), channels last in memory
+        pixels = _on_device(patches, device).permute(0, 3, 1, 2)  # (b, 3, h, w), channels last in memory
         scale = self.resize / min(height, width)
         size = (round(height * scale), round(width * scale))
         if size != (height, width):
-            if device.type != "cpu":
-                pixels = pixels.to(torch.float32)
-            pixels = F.interpolate(pixels, size=size, mode=self.interpolation, antialias=True, align_corners=False)
-            if device.type != "cpu":
-                pixels = pixels.round_().clamp_(0, 255)
+            if device.type == "cpu":
+                pixels = F.interpolate(pixels, size=size, mode=self.interpolation, antialias=True, align_corners=False)
+            else:
+                pixels = resize_as_pillow(pixels, size, interpolation=self.interpolation)
         top, left = (size[0] - self.input_size) // 2, (size[1] - self.input_size) // 2
         return pixels[:, :, top : top + self.input_size, left : left + self.input_size]
 
@@ -143,6 +150,24 @@ class Transform:
             "mean": list(self.mean),
             "std": list(self.std),
         }
+
+
+def _on_device(patches: Sequence[NDArray[np.uint8]], device: torch.device) -> Tensor:
+    """Copy patches of one shape to a device: (b, h, w, 3) uint8."""
+    pinned = device.type == "cuda"  # such memory is kept by torch, and used again once it is copied
+    held = torch.empty((len(patches), *patches[0].shape), dtype=torch.uint8, pin_memory=pinned)
+    np.stack(patches, out=held.numpy())
+    return _beside_its_work(held, device) if pinned else held.to(device)
+
+
+def _beside_its_work(pinned: Tensor, device: torch.device) -> Tensor:
+    """Let an NVIDIA GPU fetch a tensor while it and this process go on with what they do."""
+    work, copies = torch.cuda.current_stream(device), copy_stream(device)
+    with torch.cuda.stream(copies):
+        copied = pinned.to(device, non_blocking=True)
+    work.wait_stream(copies)
+    copied.record_stream(work)  # or its memory would be taken for the next copy while it is still read
+    return copied
 
 
 def make_transform(backbone: Backbone, view: View) -> Transform:

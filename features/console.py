@@ -28,8 +28,11 @@ _PIPE_WIDTH = 240
 # Rounds of a waiting OpenMP thread before it sleeps. Without a limit, two-thread products beside any other busy process
 # take up to fifty times as long (docs/decisions/solver.md); torch reads it when it is loaded.
 _SPIN_COUNT = "10000"
-# torch's RuntimeErrors on a GPU and a CPU; this module is too light to import torch.
-_OUT_OF_MEMORY = re.compile(r"^OutOfMemoryError|can't allocate memory|Storage size calculation overflowed")
+# torch's RuntimeErrors on any device and of NVIDIA's libraries; this module is too light to import torch.
+_OUT_OF_MEMORY = re.compile(
+    r"^OutOfMemoryError|CUDA error: out of memory|MPS backend out of memory|_STATUS_\w*ALLOC\w*_FAILED"
+    r"|can't allocate memory|Storage size calculation overflowed"
+)
 _READER_LEFT = 128 + signal.SIGPIPE  # the status that a shell gives a command which died of it
 # huggingface_hub reads these when it is loaded, and fails there on anything else.
 _SECONDS = re.compile(r"\s*\d*\s*"), "a whole number of seconds"
@@ -59,6 +62,11 @@ def nearest(name: str, known: Iterable[str]) -> str:
     """Make a ' Did you mean ...?' suffix of the closest known names; an empty string when none is close."""
     close = difflib.get_close_matches(name, list(known), n=3, cutoff=0.5)
     return f" Did you mean {' or '.join(close)}?" if close else ""
+
+
+def out_of_memory(error: RuntimeError) -> bool:
+    """Whether a torch error means that memory ran out, on any device."""
+    return bool(_OUT_OF_MEMORY.search(f"{type(error).__name__}: {error}"))
 
 
 def quieten(quiet: bool) -> None:
@@ -230,7 +238,7 @@ def _run(app: typer.Typer) -> int | str | None:
     except Interrupted:
         return _fail("interrupted. Everything finished so far is kept: run the same command again to finish the rest.")
     except RuntimeError as error:
-        if not _OUT_OF_MEMORY.search(f"{type(error).__name__}: {error}"):
+        if not out_of_memory(error):
             raise
         return _fail(
             f"there is not enough memory ({str(error).splitlines()[0]}). Close other programs, or ask for less."

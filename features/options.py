@@ -41,7 +41,9 @@ LabelsOption = Annotated[
 SkipUnlabelledOption = Annotated[
     bool, typer.Option("--skip-unlabelled", help="Leave out patches without a label, instead of refusing them.")
 ]
-DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")]
+DeviceOption = Annotated[
+    str, typer.Option("--device", help="auto, cpu, cuda, cuda:N; mps (an Apple GPU) for embeddings.")
+]
 # Upper ends of numbers: far beyond any use, and small enough that asking for them fails at once and not by and by.
 MOST_FOLDS, MOST_IMAGES, MOST_EPOCHS, MOST_WORKERS = 1_000, 65_536, 100_000, 10_000
 CvOption = Annotated[

@@ -10,9 +10,12 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from features.device import constant
 
 _LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601, torchvision's weights for grey
 
@@ -68,7 +71,9 @@ def draw(n: int, *, generator: torch.Generator) -> Tensor:
 _N_DRAWS = 11
 
 
-def augment(images: Tensor, draws: Tensor, *, size: int, options: AugmentOptions) -> Tensor:
+def augment(
+    images: Tensor, draws: Tensor, *, size: int, options: AugmentOptions, palette: Tensor | None = None
+) -> Tensor:
     """Change every image as its own draws say.
 
     Args:
@@ -76,14 +81,14 @@ def augment(images: Tensor, draws: Tensor, *, size: int, options: AugmentOptions
         draws: (b, 11) uniform, from `draw`.
         size: edge of the result in pixels.
         options: what may change, and how much.
+        palette: as for `recolour`.
 
     Returns:
         (b, 3, size, size) float32 in 0..1. Outside the patch (rotated corners) its border is mirrored.
     """
     draws = draws.to(images)
-    return recolour(
-        warp(images, affine(draws, options, aspect=images.shape[3] / images.shape[2]), size), draws, options
-    )
+    warped = warp(images, affine(draws, options, aspect=images.shape[3] / images.shape[2]), size)
+    return recolour(warped, draws, options, palette=palette)
 
 
 def affine(draws: Tensor, options: AugmentOptions, *, aspect: float = 1.0) -> Tensor:
@@ -119,39 +124,42 @@ def warp(images: Tensor, maps: Tensor, size: int) -> Tensor:
     return F.grid_sample(images, grid, mode="bilinear", padding_mode="reflection", align_corners=False)
 
 
-def recolour(images: Tensor, draws: Tensor, options: AugmentOptions) -> Tensor:
+def recolour(images: Tensor, draws: Tensor, options: AugmentOptions, *, palette: Tensor | None = None) -> Tensor:
     """Change brightness, contrast, saturation and hue of images (b, 3, h, w), each as its own draws say.
 
     Brightness scales; contrast blends with the image's mean grey; saturation blends with a pixel's grey; hue rotates
     about the grey axis in YIQ, where that is linear. Together they are one 3 x 3 matrix and one offset per sample.
+    `palette` is `PALETTE` on the images' device, for compiled code, which must not make it.
     """
     strengths = (options.brightness, options.contrast, options.saturation)
     brightness, contrast, saturation = (
         1 + (2 * draw - 1) * strength for draw, strength in zip(draws[:, 7:10].unbind(dim=1), strengths, strict=True)
     )
     turn = (2 * draws[:, 10] - 1) * options.hue * 2 * math.pi
-    luma = images.new_tensor(_LUMA)
-    identity = torch.eye(3, dtype=images.dtype, device=images.device)
-    grey = luma.expand(3, 3)  # every channel becomes the luma
-    matrix = saturation[:, None, None] * identity + (1 - saturation)[:, None, None] * grey
-    matrix = _hue_rotation(turn) @ matrix
+    palette = constant(PALETTE, images.device) if palette is None else palette
+    identity, grey, *rotation = palette.to(images.dtype).view(5, 3, 3).unbind()
+    hue = rotation[0] + turn.cos()[:, None, None] * rotation[1] + turn.sin()[:, None, None] * rotation[2]
+    matrix = hue @ (saturation[:, None, None] * identity + (1 - saturation)[:, None, None] * grey)
     # Contrast changes about the mean grey of the whole image, which the matrices above do not change.
-    mean_grey = (images.mean(dim=(2, 3)) @ luma)[:, None] * brightness[:, None]
+    mean_grey = (images.mean(dim=(2, 3)) @ grey[0])[:, None] * brightness[:, None]
     scale = brightness * contrast
     offset = (1 - contrast)[:, None] * mean_grey
     changed = torch.einsum("bij,bjhw->bihw", scale[:, None, None] * matrix, images)
     return (changed + offset[:, :, None, None]).clamp(0, 1)
 
 
-def _hue_rotation(turn: Tensor) -> Tensor:
-    """Compute colour matrices (b, 3, 3) of angles (b,): RGB to YIQ, rotate I and Q, back."""
-    to_yiq = turn.new_tensor(
-        [[0.299, 0.587, 0.114], [0.59590059, -0.27455667, -0.32134392], [0.21153661, -0.52273617, 0.31119955]]
-    )
-    zero, one = torch.zeros_like(turn), torch.ones_like(turn)
-    cos, sin = turn.cos(), turn.sin()
-    rotation = torch.stack(
-        [torch.stack([one, zero, zero], 1), torch.stack([zero, cos, -sin], 1), torch.stack([zero, sin, cos], 1)], dim=1
-    )
-    matrix: Tensor = torch.linalg.inv(to_yiq) @ rotation @ to_yiq
-    return matrix
+def _palette() -> tuple[tuple[float, ...], ...]:
+    """List, row by row, five 3 x 3 matrices of colours: identity, grey, and a rotation of the hue in three parts.
+
+    Rotated by t, the hue is the first part, plus cos(t) times the second, plus sin(t) times the third: RGB to YIQ, I
+    and Q rotated, and back.
+    """
+    to_yiq = np.array([_LUMA, (0.59590059, -0.27455667, -0.32134392), (0.21153661, -0.52273617, 0.31119955)])
+    parts = np.zeros((3, 3, 3))
+    parts[0, 0, 0] = parts[1, 1, 1] = parts[1, 2, 2] = parts[2, 2, 1] = 1
+    parts[2, 1, 2] = -1
+    matrices = [np.eye(3), np.tile(_LUMA, (3, 1)), *(np.linalg.inv(to_yiq) @ part @ to_yiq for part in parts)]
+    return tuple(tuple(matrix.flatten().tolist()) for matrix in matrices)
+
+
+PALETTE = _palette()

@@ -85,7 +85,14 @@ def finetune(
         int | None,
         typer.Option(min=1, max=MOST_FOLDS, help="Folds per forward pass. Default: all on a GPU, one on a CPU."),
     ] = None,
-    compile: Annotated[bool, typer.Option("--compile", help="Compile the backbone with torch.compile.")] = False,
+    compile: Annotated[
+        bool | None,
+        typer.Option("--compile/--no-compile", help="Compile the backbone's blocks. Default: on an NVIDIA GPU."),
+    ] = None,
+    fast: Annotated[
+        bool,
+        typer.Option("--fast/--no-fast", help="Try kernels and graphs for NVIDIA GPUs, or use plain PyTorch alone."),
+    ] = True,
     grad_checkpointing: Annotated[
         bool, typer.Option("--grad-checkpointing", help="Recompute activations: less memory, a third more time.")
     ] = False,
@@ -130,6 +137,7 @@ def finetune(
             device=device,
             folds_at_once=folds_at_once,
             compile=compile,
+            fast=fast,
             grad_checkpointing=grad_checkpointing,
             merge=merge,
         )

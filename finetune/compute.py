@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
+import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from queue import SimpleQueue
 from typing import Any, TypeVar
 
@@ -30,12 +32,26 @@ class Compute:
         precision: "fp32" or "bf16" (autocast).
         folds_at_once: how many folds share a forward pass; halved when memory runs out.
         process_group: the processes that share the batches.
+        same_shapes: whether all passes are made alike, as compiled code needs it. Folds that have stopped then stay in
+            the passes of others, and the last patches of an evaluation are filled up.
+        evaluation_batch: images per fold and forward pass; halved when memory runs out.
+        fast: whether fast ways to train are tried (`finetune.fast`).
+        fast_paths: those in use.
+        unrepeatable: operations that this GPU cannot repeat bit by bit, which training needed.
     """
 
     device: torch.device
     precision: str
     folds_at_once: int
     process_group: ProcessGroup = SINGLE_PROCESS
+    same_shapes: bool = False
+    evaluation_batch: int = 0
+    fast: bool = False
+    fast_paths: set[str] = field(default_factory=set)
+    unrepeatable: set[str] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        self.evaluation_batch = self.evaluation_batch or EVALUATION_BATCH[self.device.type]
 
     def autocast(self) -> torch.autocast:
         """Return a context that computes in the precision."""
@@ -46,11 +62,15 @@ class Compute:
     ) -> list[Result]:
         """Call `work` with the network, or a replica of it, and the folds of every pass; returns the results in order.
 
+        With `same_shapes` passes also hold folds of the network that were not asked for.
+
         On a CPU passes run side by side, in as many threads as torch may use. The operations of one fold's batch are
         too short to be divided among threads: where a core is busy with other work, all would wait after every one.
         """
-        starts = range(0, len(folds), self.folds_at_once)
-        passes = [list(folds[start : start + self.folds_at_once]) for start in starts]
+        wanted = network.folds if self.same_shapes else folds
+        starts = range(0, len(wanted), self.folds_at_once)
+        passes = [list(wanted[start : start + self.folds_at_once]) for start in starts]
+        passes = [group for group in passes if not set(group).isdisjoint(folds)]
         n = min(torch.get_num_threads(), len(passes)) if self.device.type == "cpu" else 1
         idle: SimpleQueue[Network] = SimpleQueue()
         for replica in network.replicas(n):
@@ -71,32 +91,37 @@ class Compute:
 def network_logits(
     network: Network, transform: Transform, pixels: Tensor, folds: Sequence[int], *, compute: Compute
 ) -> Tensor:
-    """Compute the logits (f, b), Atypical minus Normal, of pixels (f * b, 3, s, s), fold after fold.
+    """Compute the logits (f, b), Atypical minus Normal, of pixels (f, b, 3, s, s): each fold's under its own weights.
 
-    Each fold's images are scored under that fold's weights. If memory runs out, the batch is halved.
+    If memory runs out, the batch is halved.
 
     Raises:
         UserError: if not even one image of each fold fits.
     """
-    try:
-        images = transform.normalise(pixels.to(compute.device)).contiguous(memory_format=torch.channels_last)
-        with compute.autocast():
-            logits: Tensor = network(images, folds)  # (f, b, 2)
-        return (logits[..., 1] - logits[..., 0]).float()
-    except RuntimeError as error:
-        if not out_of_memory(error):
-            raise
-        if len(pixels) == len(folds):
-            raise UserError(
-                f"{network.backbone.name}: one image of {len(folds)} folds does not fit in the memory of "
-                f"{compute.device}. Use `folds_at_once=1`, free memory, or take a smaller model."
-            ) from error
-    torch.cuda.empty_cache()
-    by_fold = pixels.view(len(folds), -1, *pixels.shape[1:])  # (f, b, 3, s, s)
-    halves = torch.tensor_split(by_fold, 2, dim=1)
-    return torch.cat(
-        [network_logits(network, transform, half.flatten(0, 1), folds, compute=compute) for half in halves], dim=1
-    )
+    logits, first = [], 0
+    while first < pixels.shape[1]:
+        part = pixels[:, first : first + compute.evaluation_batch]
+        n = part.shape[1]
+        if compute.same_shapes and n < compute.evaluation_batch:
+            part = torch.cat([part, part[:, -1:].expand(-1, compute.evaluation_batch - n, -1, -1, -1)], dim=1)
+        try:
+            images = transform.normalise(part.flatten(0, 1)).contiguous(memory_format=torch.channels_last)
+            with compute.autocast():
+                both: Tensor = network(images, folds)  # (f, b, 2)
+        except RuntimeError as error:
+            if not out_of_memory(error):
+                raise
+            if compute.evaluation_batch == 1:
+                raise UserError(
+                    f"{network.backbone.name}: one image of {len(folds)} folds does not fit in the memory of "
+                    f"{compute.device}. Use `folds_at_once=1`, free memory, or take a smaller model."
+                ) from error
+            torch.cuda.empty_cache()
+            compute.evaluation_batch = min(compute.evaluation_batch, n) // 2 or 1
+            continue
+        logits.append((both[:, :n, 1] - both[:, :n, 0]).float())
+        first += n
+    return torch.cat(logits, dim=1)
 
 
 def save_memory(network: Network, compute: Compute, batch_size: int, error: RuntimeError) -> None:
@@ -123,6 +148,21 @@ def save_memory(network: Network, compute: Compute, batch_size: int, error: Runt
             "The last checkpoint is kept: use a smaller `batch_size` or model in a new run, or free memory and "
             "`resume`."
         ) from error
+
+
+def allow_unrepeatable(compute: Compute, error: RuntimeError) -> bool:
+    """Let an operation that has no deterministic form go on as it is, and say so; False for any other error."""
+    match = re.match(r"(\S+) does not have a deterministic implementation", str(error))
+    if match is None or torch.is_deterministic_algorithms_warn_only_enabled():
+        return False
+    compute.unrepeatable.add(match[1])
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    warnings.filterwarnings("ignore", "(?s).*deterministic", UserWarning)
+    say(
+        f"{compute.device} cannot repeat {match[1]} bit by bit: a training that is interrupted and resumed may differ "
+        "in its last digits from one that is not."
+    )
+    return True
 
 
 def checkpoint_gradients(network: Network) -> bool:

@@ -5,26 +5,33 @@ s = alpha / rank. Here every fold has its own A and B, stacked along a leading f
 all active folds, fold after fold: the frozen product sees them together, and one batched product applies each fold's
 adapter to that fold's images. B starts at zero, so at step 0 the model computes exactly what the frozen one does.
 
-Dropout masks are drawn again in the backward pass instead of being kept (`finetune.dropout`); why the layer is one
-autograd function, and what that saves, is measured in docs/decisions/lora.md.
+Dropout masks are drawn again in the backward pass instead of being kept (`finetune.dropout`), and so is the output of
+an MLP's activation. The thin products are computed by `finetune.products`, or on NVIDIA's GPUs by `finetune.kernels`.
+Why the layer is one autograd function, and what that saves, is measured in docs/decisions/lora.md.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from functools import partial
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from timm.layers.mlp import GluMlp, Mlp
+from timm.layers.norm import LayerNorm
+from timm.models.vision_transformer import Attention, Block  # type: ignore[attr-defined]
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import Parameter
 
 from features.console import UserError
-from finetune.dropout import WHOLE_BATCH, BatchRows, drop_threshold, keep_mask, seed_of
+from finetune import kernels
+from finetune import products as plain
+from finetune.dropout import WHOLE_BATCH, BatchRows, drop_threshold, seed_of
 
 # Full matches of module names. A list of suffixes would catch `patch_embed.proj` too.
 TARGETS = r"blocks\.\d+\.(attn\.(qkv|proj)|mlp\.fc[12])"
@@ -108,11 +115,13 @@ def add_adapters(model: nn.Module, options: LoraOptions, *, n_folds: int, seed: 
     options, names = replace(options, targets=targets), _find_targets(model, targets)
     model.requires_grad_(False)
     generators = [torch.Generator().manual_seed(seed_of(seed, fold)) for fold in range(n_folds)]
+    selection = Selection(seed, slice(0, n_folds), n_folds)
     for layer, name in enumerate(names):
         parent, _, child = name.rpartition(".")
         base = model.get_submodule(name)
-        adapted = StackedLora(base, options, generators=generators, seed=seed, layer=layer)
+        adapted = StackedLora(base, options, generators=generators, layer=layer, selection=selection)
         setattr(model.get_submodule(parent), child, adapted)
+    _keep_less(model)
     model.eval()
     return names
 
@@ -165,21 +174,30 @@ def _describe(module: nn.Module) -> str:
 
 
 def select_folds(
-    model: nn.Module, folds: Sequence[int], *, step: int | None = None, rows: BatchRows = WHOLE_BATCH
+    model: nn.Module, folds: Sequence[int], *, step: int | Tensor | None = None, rows: BatchRows = WHOLE_BATCH
 ) -> None:
     """Set which folds the next batches hold; this stays so until it is called again.
 
     Args:
         model: with adapters.
         folds: the active folds; a batch holds the same number of images of each, fold after fold in this order.
-        step: any number that identifies a training step: dropout masks follow from it. None switches dropout off.
+        step: any number that identifies a training step, or its (f,) `dropout_keys` on the device: dropout masks follow
+            from it. None switches dropout off.
         rows: which images of each fold's batch this process holds, where several processes share it.
     """
-    adapted = [module for _, module in adapters(model)]
-    index = torch.tensor(list(folds), device=adapted[0].A.device)
-    keys = None if step is None else torch.tensor([seed_of(adapted[0].seed, fold, step) for fold in folds])
-    for module in adapted:
-        module.folds, module.index, module.keys, module.rows = tuple(folds), index, keys, rows
+    layer = next(layer for _, layer in adapters(model))
+    device, first, selection = layer.A.device, folds[0], layer.selection
+    selection.folds, selection.n = slice(first, first + len(folds)), len(folds)
+    if list(folds) != list(range(first, first + len(folds))):
+        selection.folds = torch.tensor(list(folds), device=device)
+    if isinstance(step, int):
+        step = torch.tensor(dropout_keys(selection.seed, folds, step), device=device)
+    selection.keys, selection.rows = step, rows
+
+
+def dropout_keys(seed: int, folds: Sequence[int], step: int) -> list[int]:
+    """List one seed per fold, from which the masks of all layers in a training step follow."""
+    return [seed_of(seed, fold, step) for fold in folds]
 
 
 def adapters(model: nn.Module) -> Iterator[tuple[str, StackedLora]]:
@@ -206,17 +224,55 @@ def cast_frozen(model: nn.Module, dtype: torch.dtype) -> None:
             parameter.data = parameter.data.to(dtype)
 
 
+class Dropout(NamedTuple):
+    """Which mask: of which folds, of which layer, how many it drops, of which images; keys None keep everything."""
+
+    keys: Tensor | None
+    layer: Tensor
+    threshold: int
+    rows: BatchRows
+
+
+@dataclass(eq=False)
+class Selection:
+    """Which folds the next batches hold, and what their dropout masks follow from. All layers of a network share one.
+
+    Attributes:
+        seed: of the masks.
+        folds: one after the other, or (n,) on the device.
+        n: how many folds.
+        keys: (n,) `dropout_keys` of this step; None for no dropout.
+        rows: which images of each fold's batch this process holds.
+    """
+
+    seed: int
+    folds: slice | Tensor
+    n: int
+    keys: Tensor | None = None
+    rows: BatchRows = WHOLE_BATCH
+
+
 class StackedLora(nn.Module):
-    """A frozen linear layer with one adapter per fold.
+    """A frozen linear layer with one adapter per fold, perhaps behind a norm or an activation.
 
     Attributes:
         base: the frozen `nn.Linear` or 1x1 `nn.Conv2d`.
         A: (n_folds, rank, in) float32, or the base's float64.
         B: (n_folds, out, rank).
+        copies: A and B in the type of the products, kept up to date by the network; None where that is their own type.
+        before: what is done to the input first; the backward pass does it again instead of keeping the result.
+        norm: the norm, where that is a norm.
+        triton: whether products and masks are computed by `finetune.kernels`, not by `finetune.products`.
     """
 
     def __init__(
-        self, base: nn.Module, options: LoraOptions, *, generators: Sequence[torch.Generator], seed: int, layer: int
+        self,
+        base: nn.Module,
+        options: LoraOptions,
+        *,
+        generators: Sequence[torch.Generator],
+        layer: int,
+        selection: Selection,
     ) -> None:
         super().__init__()
         weight: Tensor = base.weight  # type: ignore[assignment]
@@ -228,11 +284,13 @@ class StackedLora(nn.Module):
         self.base = base
         self.A = Parameter(A.to(weight.device))
         self.B = Parameter(torch.zeros(len(generators), n_out, options.rank, dtype=dtype, device=weight.device))
-        self.options, self.seed, self.layer = options, seed, layer
-        self.folds = tuple(range(len(generators)))
-        self.index = torch.arange(len(generators), device=weight.device)
-        self.keys: Tensor | None = None  # (n_active,) seeds of this step's masks; None: no dropout
-        self.rows = WHOLE_BATCH
+        self.copies: tuple[Tensor, Tensor] | None = None
+        self.before: Before | None = None
+        self.norm: DeferredNorm | None = None
+        self.triton = False
+        self.options, self.selection = options, selection
+        # A tensor, so that torch.compile translates layers of one shape once and not once per number.
+        self.layer = torch.tensor(layer, device=weight.device)
 
     @property
     def weight(self) -> Tensor:
@@ -243,32 +301,45 @@ class StackedLora(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map (n, ..., in) to (n, ..., out), or (n, in, h, w) to (n, out, h, w); n = active folds x images per fold."""
-        if len(x) % len(self.folds):
-            raise ValueError(f"a batch of {len(x)} images cannot hold equally many of {len(self.folds)} folds")
+        """Map (n, ..., in) to (n, ..., out), or (n, in, h, w) to (n, out, h, w); n = chosen folds x images per fold."""
+        now = self.selection
+        if len(x) % now.n:
+            raise ValueError(f"a batch of {len(x)} images cannot hold equally many of {now.n} folds")
+        dtype = x.dtype
         if torch.is_autocast_enabled(x.device.type):
+            dtype = torch.get_autocast_dtype(x.device.type)
+        if self.before != "layer_norm":
             # Cast here, so that the function below keeps the bf16 copy for its backward pass, not the float32 one.
-            x = x.to(torch.get_autocast_dtype(x.device.type))
-        A: Tensor = self.A
-        B: Tensor = self.B
-        if len(self.folds) < len(A) or self.folds != tuple(range(len(A))):
-            A, B = A.index_select(0, self.index), B.index_select(0, self.index)
-        threshold = 0 if self.keys is None else drop_threshold(self.options.dropout)
+            x = x.to(dtype)
+        A, B = self._take(self.A), self._take(self.B)
+        copies: tuple[Tensor | None, Tensor | None] = (None, None)
+        if self.copies is not None and self.copies[0].dtype == dtype:
+            copies = self._take(self.copies[0]), self._take(self.copies[1])
+        threshold = 0 if now.keys is None else drop_threshold(self.options.dropout)
         scale = self.options.alpha / self.options.rank / (1 - threshold / 256)
         is_convolution = isinstance(self.base, nn.Conv2d)
         if is_convolution:
             x = x.permute(0, 2, 3, 1)  # contiguous where the images are channels_last
+        dropout = Dropout(now.keys if threshold else None, self.layer, threshold, now.rows)
+        norm = (None, None, 0.0) if self.norm is None else (self.norm.weight, self.norm.bias, self.norm.eps)
         y: Tensor = _AdaptedLinear.apply(
-            x, self.base.weight, self.base.bias, A, B, scale, self.keys, self.layer, threshold, self.rows
+            x, self.base.weight, self.base.bias, A, B, *copies, scale, *dropout, dtype, self.before, *norm, self.triton
         )
         return y.permute(0, 3, 1, 2) if is_convolution else y
 
+    def _take(self, factors: Tensor) -> Tensor:
+        """Take the chosen folds' part of (n_folds, ...); a copy only where they do not lie one after the other."""
+        folds = self.selection.folds
+        if isinstance(folds, Tensor):
+            return factors.index_select(0, folds)
+        return factors if self.selection.n == len(factors) else factors[folds]
+
 
 class _AdaptedLinear(torch.autograd.Function):
-    """y = W x + b + scale B A (m * x) for a 0/1 mask m.
+    """y = W a + b + scale B A (m * a) for a 0/1 mask m; a is the input x, or what a norm or an activation makes of it.
 
-    For the backward pass it keeps the input x and the projection A (m * x), of `rank` columns: no mask, no masked or
-    scaled copy, no cast of the frozen weights. Everything is computed in the dtype of x.
+    For the backward pass it keeps the input x and the projection A (m * a), of `rank` columns: no mask, no masked or
+    scaled copy, no a, no cast of the frozen weights. Everything behind the norm is computed in `dtype`.
     """
 
     @staticmethod
@@ -279,54 +350,73 @@ class _AdaptedLinear(torch.autograd.Function):
         bias: Tensor | None,  # (out,)
         A: Tensor,  # (f, rank, in)
         B: Tensor,  # (f, out, rank)
+        A_copy: Tensor | None,  # the same numbers in `dtype`, where they are at hand
+        B_copy: Tensor | None,
         scale: float,
         keys: Tensor | None,  # (f,)
-        layer: int,
+        layer: Tensor,  # ()
         threshold: int,
         rows: BatchRows,
+        dtype: torch.dtype,
+        before: Before | None,
+        gain: Tensor | None,  # (in,) of a norm
+        offset: Tensor | None,
+        eps: float,
+        triton: bool,
     ) -> Tensor:
-        n_folds, dtype = len(A), x.dtype
+        n_folds = len(A)
+        ctx.dtypes = A.dtype, B.dtype
+        products = kernels if triton else plain
         with torch.autocast(x.device.type, enabled=False):
+            a = x
+            if before == "layer_norm":
+                a = torch.native_layer_norm(x, x.shape[-1:], gain, offset, eps)[0].to(dtype)
+            elif before is not None:
+                a = ACTIVATIONS[before].forward(x)
             bias = None if bias is None else bias.to(dtype)
             if weight.ndim == 4:
-                y = F.conv2d(x.permute(0, 3, 1, 2), weight.to(dtype), bias).permute(0, 2, 3, 1)
+                y = F.conv2d(a.permute(0, 3, 1, 2), weight.to(dtype), bias).permute(0, 2, 3, 1)
             else:
-                y = F.linear(x, weight.to(dtype), bias)
-            kept = _by_fold(x, n_folds)
-            if threshold and keys is not None:
-                kept = kept * _mask(kept, keys, layer, threshold, rows)
-            projected = torch.bmm(kept, A.to(dtype).mT)  # (f, t, rank)
-            y = _by_fold(y, n_folds).baddbmm_(projected, B.to(dtype).mT, alpha=scale).view(y.shape)
-        ctx.save_for_backward(x, projected, weight, A, B, keys)
-        ctx.scale, ctx.layer, ctx.threshold, ctx.rows = scale, layer, threshold, rows
+                y = F.linear(a, weight.to(dtype), bias)
+            A = A.to(dtype) if A_copy is None else A_copy
+            B = B.to(dtype) if B_copy is None else B_copy
+            projected = products.project(_by_fold(a, n_folds), A, keys, layer, threshold, rows)  # (f, t, rank)
+            y = _by_fold(y, n_folds).baddbmm_(projected, B.mT, alpha=scale).view(y.shape)
+        ctx.save_for_backward(x, projected, weight, A, B, keys, layer, gain, offset)
+        ctx.scale, ctx.threshold, ctx.rows, ctx.triton = scale, threshold, rows, triton
+        ctx.dtype, ctx.before, ctx.eps = dtype, before, eps
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, projected, weight, A, B, keys = ctx.saved_tensors
-        n_folds, dtype = len(A), x.dtype
+        x, projected, weight, A, B, keys, layer, gain, offset = ctx.saved_tensors
+        n_folds, dtype = len(A), ctx.dtype
+        products = kernels if ctx.triton else plain
         with torch.autocast(x.device.type, enabled=False):
-            grad, kept = _by_fold(grad, n_folds), _by_fold(x, n_folds)
-            grad_projected = torch.bmm(grad, B.to(dtype))  # (f, t, rank)
-            grad_rows = mask = None
+            a = x
+            if ctx.before == "layer_norm":
+                a, mean, scale = torch.native_layer_norm(x, x.shape[-1:], gain, offset, ctx.eps)
+                a = a.to(dtype)
+            elif ctx.before is not None:
+                a = ACTIVATIONS[ctx.before].forward(x)
+            grad = _by_fold(grad, n_folds)
+            grad_projected, grad_B = products.backward_B(grad, B, projected)
+            grad_a = None
             if ctx.needs_input_grad[0]:
-                grad_rows = (grad.flatten(0, 1) @ weight.flatten(1).to(dtype)).view(kept.shape)
-            if ctx.threshold and keys is not None:
-                # Drawn in the shape of the gradient: asked for a mask in the shape of the input again, torch.compile
-                # would draw it once, in the forward pass, and keep it.
-                like = kept if grad_rows is None else grad_rows
-                mask = _mask(like, keys, ctx.layer, ctx.threshold, ctx.rows)
-                kept = kept * mask
-            grad_A = torch.bmm(grad_projected.mT, kept).to(A.dtype) * ctx.scale
-            grad_B = torch.bmm(grad.mT, projected).to(B.dtype) * ctx.scale
-            if grad_rows is not None:
-                if mask is None:
-                    grad_rows.baddbmm_(grad_projected, A.to(dtype), alpha=ctx.scale)
-                else:
-                    grad_rows.addcmul_(torch.bmm(grad_projected, A.to(dtype)), mask, value=ctx.scale)
-            grad_x = None if grad_rows is None else grad_rows.view(x.shape)
-        return grad_x, None, None, grad_A, grad_B, None, None, None, None, None
+                grad_a = (grad.flatten(0, 1) @ weight.flatten(1).to(dtype)).view(n_folds, -1, a.shape[-1])
+            grad_A = products.backward_A_(
+                _by_fold(a, n_folds), grad_projected, A, grad_a, keys, layer, ctx.threshold, ctx.rows, ctx.scale
+            )
+            grad_x = None if grad_a is None else grad_a.view(a.shape)
+            if grad_x is not None and ctx.before == "layer_norm":
+                grad_x = _aten.native_layer_norm_backward(
+                    grad_x.to(x.dtype), x, x.shape[-1:], mean, scale, gain, offset, [True, False, False]
+                )[0]
+            elif grad_x is not None and ctx.before is not None:
+                grad_x = ACTIVATIONS[ctx.before].backward(grad_x, x)
+        grad_A, grad_B = grad_A.to(ctx.dtypes[0]) * ctx.scale, grad_B.to(ctx.dtypes[1]) * ctx.scale
+        return grad_x, None, None, grad_A, grad_B, *(None,) * 13
 
 
 def _by_fold(x: Tensor, n_folds: int) -> Tensor:
@@ -334,6 +424,96 @@ def _by_fold(x: Tensor, n_folds: int) -> Tensor:
     return x.reshape(n_folds, -1, x.shape[-1])
 
 
-def _mask(like: Tensor, keys: Tensor, layer: int, threshold: int, rows: BatchRows) -> Tensor:
-    mask: Tensor = keep_mask(like, keys, layer=layer, threshold=threshold, **rows._asdict())
-    return mask
+# -------------------------------------------------------------------------- norms and activations, computed twice
+
+
+class _Elementwise(NamedTuple):
+    forward: Callable[[Tensor], Tensor]
+    backward: Callable[[Tensor, Tensor], Tensor]  # of the gradient of the output, and the input
+
+
+def _gated_silu(x: Tensor) -> Tensor:
+    gate, value = x.chunk(2, dim=-1)
+    return F.silu(gate) * value
+
+
+def _gated_silu_backward(grad: Tensor, x: Tensor) -> Tensor:
+    gate, value = x.chunk(2, dim=-1)
+    return torch.cat([_aten.silu_backward(grad * value, gate), grad * F.silu(gate)], dim=-1)
+
+
+_aten: Any = torch.ops.aten
+Activation = Literal["gelu", "gelu_tanh", "silu", "gated_silu"]
+Before = Activation | Literal["layer_norm"]
+ACTIVATIONS: dict[str, _Elementwise] = {
+    "gelu": _Elementwise(F.gelu, _aten.gelu_backward),
+    "gelu_tanh": _Elementwise(partial(F.gelu, approximate="tanh"), partial(_aten.gelu_backward, approximate="tanh")),
+    "silu": _Elementwise(F.silu, _aten.silu_backward),
+    "gated_silu": _Elementwise(_gated_silu, _gated_silu_backward),
+}
+
+
+class AdaptedMlp(nn.Module):
+    """The two layers of timm's `Mlp` or `GluMlp` under their names; the second applies the activation."""
+
+    def __init__(self, mlp: Any, activation: Activation) -> None:
+        super().__init__()
+        self.fc1, self.fc2 = mlp.fc1, mlp.fc2
+        self.fc2.before = activation
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (n, ..., d) to (n, ..., d)."""
+        y: Tensor = self.fc2(self.fc1(x))
+        return y
+
+
+class DeferredNorm(nn.Module):
+    """A layer norm, under its name, that leaves the work to the adapted layer that it is followed by."""
+
+    def __init__(self, norm: nn.LayerNorm) -> None:
+        super().__init__()
+        self.weight, self.bias, self.eps = norm.weight, norm.bias, norm.eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the input."""
+        return x
+
+
+def _keep_less(model: nn.Module) -> None:
+    """Let adapted layers apply the norms and activations before them, whose results need not be kept then.
+
+    Done where timm's code is known to use a result for nothing else.
+    """
+    for name, module in list(model.named_modules()):
+        activation = _activation_of(module)
+        if activation is not None:
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, AdaptedMlp(module, activation))
+    for block in model.modules():
+        if type(block) is Block:
+            _defer_norm(block, "norm1", getattr(block.attn, "qkv", None) if type(block.attn) is Attention else None)
+            _defer_norm(block, "norm2", getattr(block.mlp, "fc1", None) if isinstance(block.mlp, AdaptedMlp) else None)
+
+
+def _activation_of(mlp: nn.Module) -> Activation | None:
+    """Find what an MLP of timm does between its layers; None if it is not known, or more than an activation."""
+    if type(mlp) not in (Mlp, GluMlp) or not isinstance(mlp.fc2, StackedLora) or isinstance(mlp.fc2.base, nn.Conv2d):
+        return None
+    if not isinstance(mlp.norm, nn.Identity):
+        return None
+    if isinstance(mlp, GluMlp):
+        return "gated_silu" if isinstance(mlp.act, nn.SiLU) and not mlp.gate_last else None
+    if isinstance(mlp.act, nn.GELU):
+        return "gelu" if mlp.act.approximate == "none" else "gelu_tanh"
+    return "silu" if isinstance(mlp.act, nn.SiLU) else None
+
+
+def _defer_norm(block: nn.Module, name: str, layer: nn.Module | None) -> None:
+    norm = getattr(block, name)
+    plain_norm = type(norm) in (nn.LayerNorm, LayerNorm) and not getattr(norm, "_fast_norm", False)
+    if isinstance(layer, StackedLora) and plain_norm and getattr(block.attn, "gate", None) is None:
+        deferred = DeferredNorm(norm)
+        setattr(block, name, deferred)
+        # Not as a submodule: its weights keep the name that they have in the block.
+        object.__setattr__(layer, "norm", deferred)
+        layer.before = "layer_norm"

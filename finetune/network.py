@@ -15,16 +15,18 @@ import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
+from torch.utils.hooks import RemovableHandle
 
 from extract.backbones import Backbone, forward_poolings, pooling_widths
+from extract.compute import compile_blocks
 from finetune import weight_files
 from finetune.dropout import WHOLE_BATCH, BatchRows, seed_of
-from finetune.lora import LoraOptions, add_adapters, cast_frozen, select_folds, trainable
+from finetune.lora import LoraOptions, adapters, add_adapters, cast_frozen, select_folds, trainable
 from finetune.process_group import ProcessGroup, synchronize_batch_norms
 
 Method = Literal["lora", "full", "head"]
@@ -41,12 +43,14 @@ class Network(nn.Module):
     Attributes:
         backbone: the registry's record of the backbone.
         model: the timm network, adapted in place.
+        seed: of initial values and dropout masks.
         folds: the fold of each row.
         pooling: the embedding that the classifiers read. It is the card's; where the card joins two (Virchow), it is
             the class token alone, so that the classifier is timm's own and adapters load elsewhere.
         weight, bias: (n_rows, 2, d) and (n_rows, 2) classifiers.
         values: (n_rows, p) everything that training changes: trained parameters first, then running statistics.
         gradients: (n_rows, p_trained), filled by `gather_gradients`.
+        copies: (n_rows, p_adapters) the adapters in half precision, made anew in every pass; None in fp32.
         batch_rows: which images of each fold's batch this process holds in a training step.
         n_synchronized_norms: how many batch norms wait for the other processes in every pass.
     """
@@ -77,10 +81,12 @@ class Network(nn.Module):
             raise ValueError(f"{method} cannot hold the folds {list(folds)} at once")
         if method == "full" and len(folds) != 1:
             raise ValueError("full fine-tuning holds one fold at a time")
-        self.backbone, self.model, self.method = backbone, model, method
+        self.backbone, self.model, self.method, self.seed = backbone, model, method, seed
         self.folds = tuple(folds)
         self.batch_rows: BatchRows = WHOLE_BATCH
         self.n_synchronized_norms = 0
+        self.copies: Tensor | None = None
+        self._hooks: list[RemovableHandle] = []
         self._replicas: list[Network] = []
         self.pooling = backbone.card_pooling.split("+")[0]
         width = pooling_widths(model, backbone)[self.pooling]
@@ -127,9 +133,12 @@ class Network(nn.Module):
         gradients of all replicas add up in the same tensors. As long as each works on other folds, the order of the
         additions does not change the bits.
         """
-        shared = {id(tensor): tensor for tensor in (self.values, self.gradients, *self.parameters(), *self.buffers())}
+        tensors = [self.values, self.gradients, *self.parameters(), *self.buffers()]
+        if self.copies is not None:
+            tensors += [self.copies, *(copy for _, layer in adapters(self.model) for copy in layer.copies or ())]
+        shared = {id(tensor): tensor for tensor in tensors}
         while len(self._replicas) < n - 1:
-            self._replicas.append(copy.deepcopy(self, shared | {id(self._replicas): []}))
+            self._replicas.append(copy.deepcopy(self, shared | {id(self._replicas): [], id(self._hooks): []}))
         return [self, *self._replicas[: n - 1]]
 
     def forget_replicas(self) -> None:
@@ -138,8 +147,15 @@ class Network(nn.Module):
 
     def compute_in(self, precision: str) -> None:
         """Prepare for many passes in "fp32" or "bf16" (autocast). Afterwards nothing can be merged."""
-        if self.method == "lora" and precision == "bf16":
-            cast_frozen(self.model, torch.bfloat16)
+        if self.method != "lora" or precision != "bf16":
+            return
+        cast_frozen(self.model, torch.bfloat16)
+        factors = trainable(self.model)
+        self.copies = self.values[:, : sum(factor[0].numel() for factor in factors)].to(torch.bfloat16)
+        parts = torch.split(self.copies, [factor[0].numel() for factor in factors], dim=1)
+        views = [part.view(factor.shape) for part, factor in zip(parts, factors, strict=True)]
+        for (_, layer), A, B in zip(adapters(self.model), views[::2], views[1::2], strict=True):
+            layer.copies = A, B
 
     def shard_batches(self, process_group: ProcessGroup, batch_size: int) -> None:
         """Have training steps hold this process's rows of each fold's batch, and trained batch norms see all rows.
@@ -153,22 +169,39 @@ class Network(nn.Module):
         if self.method == "full" and process_group.world_size > 1:
             self.n_synchronized_norms += synchronize_batch_norms(self.model, process_group)
 
-    def compile_backbone(self) -> None:
-        """Have torch.compile translate the backbone's forward and backward pass; the first step takes minutes."""
-        model: Any = self.model
-        model.forward_features = torch.compile(model.forward_features)
+    def compile_blocks(self) -> bool:
+        """Have torch.compile translate equal blocks of the backbone at their first call; False if it has none."""
+        self.forget_replicas()
+        if not compile_blocks(self.model):
+            return False
+        # So that the first block, whose input nothing trains, is called as all others are.
+        blocks = getattr(self.model, "blocks", None)
+        if isinstance(blocks, nn.Sequential):
+            self._hooks.append(blocks.register_forward_pre_hook(_require_grad))
+        return True
+
+    @property
+    def is_compiled(self) -> bool:
+        """Whether `compile_blocks` has found blocks."""
+        return any(module._compiled_call_impl is not None for module in self.model.modules())
+
+    def forget_compiled(self) -> None:
+        """Compute the blocks as before `compile_blocks`."""
+        for module in self.model.modules():
+            module._compiled_call_impl = None
+        while self._hooks:
+            self._hooks.pop().remove()
 
     @property
     def n_trained(self) -> int:
         """Trained parameters of one fold."""
         return self.gradients.shape[1]
 
-    def rows(self) -> list[Tensor]:
-        """List the trained part of each row, (p_trained,), with its gradient; both share memory with the network."""
-        rows = [row[: self.n_trained] for row in self.values]
-        for row, gradient in zip(rows, self.gradients, strict=True):
-            row.grad = gradient
-        return rows
+    def rows_of(self, folds: Sequence[int]) -> slice | list[int]:
+        """Find the rows of folds: a slice where they lie one after the other, for a list has to go to the device."""
+        rows = [self.folds.index(fold) for fold in folds]
+        whole = rows == list(range(rows[0], rows[0] + len(rows)))
+        return slice(rows[0], rows[0] + len(rows)) if whole else rows
 
     def clear_gradients(self) -> None:
         """Forget all gradients; to be called before a backward pass."""
@@ -180,26 +213,30 @@ class Network(nn.Module):
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in self._trained]
         torch.cat([gradient.reshape(len(self.folds), -1) for gradient in gradients], dim=1, out=self.gradients)
 
-    def forward(self, images: Tensor, folds: Sequence[int], *, step: int | None = None) -> Tensor:
+    def forward(self, images: Tensor, folds: Sequence[int], *, step: int | Tensor | None = None) -> Tensor:
         """Compute the logits of both classes.
 
         Args:
             images: (f * b, 3, h, w) normalised, fold after fold.
             folds: the f folds they belong to.
-            step: identifies a training step, from which dropout follows; None evaluates.
+            step: identifies a training step, from which dropout follows: any number, or its (f,) `dropout_keys`. None
+                evaluates.
 
         Returns:
             (f, b, 2) in the type of the classifiers, float32.
         """
+        rows = self.rows_of(folds)
         if self.method == "lora":
             select_folds(self.model, folds, step=step, rows=self.batch_rows)
+            if self.copies is not None:
+                # By `data`, as other replicas, whose backward pass may not have ended, hold views of other rows.
+                self.copies.data[rows] = self.values[rows, : self.copies.shape[1]].to(self.copies.dtype)
         elif self.method == "full":
             self.model.train(step is not None)
         features = forward_poolings(self.model, self.backbone, images)[self.pooling].to(self.weight.dtype)  # (f * b, d)
-        rows = [self.folds.index(fold) for fold in folds]
         with torch.autocast(images.device.type, enabled=False):
             return torch.baddbmm(
-                self.bias[rows][:, None], features.view(len(rows), -1, features.shape[1]), self.weight[rows].mT
+                self.bias[rows][:, None], features.view(len(folds), -1, features.shape[1]), self.weight[rows].mT
             )
 
     def save_fold(self, folder: Path, fold: int) -> None:
@@ -255,6 +292,12 @@ class Network(nn.Module):
             head = {leaf: tensors.pop(f"{name}.{leaf}") for leaf in ("weight", "bias") if f"{name}.{leaf}" in tensors}
             weight_files.copy_tensors(tensors, self.model.state_dict(), path)
         weight_files.copy_tensors(head, {"weight": self.weight.data[row], "bias": self.bias.data[row]}, path)
+
+
+def _require_grad(blocks: nn.Module, given: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+    if not torch.is_grad_enabled() or given[0].requires_grad:
+        return None
+    return given[0].detach().requires_grad_(), *given[1:]
 
 
 def _new_head(width: int, seed: int, fold: int) -> tuple[Tensor, Tensor]:

@@ -114,7 +114,8 @@ class ComputeOptions:
         weights: a local checkpoint of the backbone instead of the hub's.
         device: "auto", "cpu", "cuda" or "cuda:N".
         folds_at_once: folds per forward pass; None for all on a GPU and one on a CPU.
-        compile: compile the backbone with torch.compile.
+        compile: compile the backbone's blocks with torch.compile; None for on an NVIDIA GPU, unless `fast` is False.
+        fast: try what is faster on an NVIDIA GPU (`finetune.fast`); plain PyTorch without it.
         grad_checkpointing: compute activations twice instead of keeping them.
         merge: write each LoRA fold's merged network too.
     """
@@ -123,7 +124,8 @@ class ComputeOptions:
     weights: Path | None = None
     device: str = "auto"
     folds_at_once: int | None = None
-    compile: bool = False
+    compile: bool | None = None
+    fast: bool = True
     grad_checkpointing: bool = False
     merge: bool = False
 
@@ -137,6 +139,10 @@ class ComputeOptions:
         """Give the options as JSON values; paths are absolute, so that a run can be resumed from any folder."""
         paths = {"data": self.data, "weights": self.weights}
         return asdict(self) | {name: None if path is None else str(path.resolve()) for name, path in paths.items()}
+
+    def resolved_compile(self, device: torch.device) -> bool:
+        """Whether to compile the backbone's blocks."""
+        return self.fast and device.type == "cuda" if self.compile is None else self.compile
 
     def resolved_folds_at_once(self, device: torch.device, n_folds: int) -> int:
         """Choose the folds per forward pass: at most `n_folds`, and by default all on a GPU and one on a CPU.

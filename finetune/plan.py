@@ -66,7 +66,7 @@ def make_plan(options: FinetuneOptions, compute_options: ComputeOptions = Comput
     Raises:
         UserError: an unknown model, targets that match nothing, an input size that does not fit.
     """
-    device = find_device(compute_options.device)
+    device = find_device(compute_options.device, apple=False)
     backbone = find_backbone(options.model)
     recipe = options.resolved_recipe(backbone)
     view = options.resolved_view(backbone)

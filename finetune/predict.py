@@ -21,7 +21,7 @@ from extract.prepare import backbone_parts
 from extract.views import parse_view
 from features.blocks import to_float16
 from features.console import ProgressCallback, UserError, progress, say
-from features.device import find_device
+from features.device import compute_exactly, find_device
 from features.files import write_file, writing
 from features.fingerprint import differences
 from features.labels import binary_labels
@@ -36,9 +36,9 @@ from probe.predictions import csv_bytes
 from probe.runs import RunRecord, check_weights, read_run, read_weights
 
 COLUMNS = ("source", "id", "probability", "predicted", "spread")
-_BATCH = {"cpu": 8, "cuda": 64}  # images per forward pass of a frozen backbone
+_BATCH = {"cpu": 8, "cuda": 64, "mps": 64}  # images per forward pass of a frozen backbone
 # Parts of a fingerprint that say where, and of which patches, embeddings were computed, but not by which function.
-_CIRCUMSTANCES = ("dataset_digest", "source_mpp", "poolings", "device", "revision")
+_CIRCUMSTANCES = ("dataset_digest", "source_mpp", "poolings", "device", "numerics", "revision")
 _Predictor = Callable[[Patches, ProgressCallback], NDArray[np.float32]]  # patches to logits (n, n_folds)
 
 
@@ -60,7 +60,7 @@ def predict_paths(
         run: folder of a probe run or a fine-tuned one.
         paths: image files, folders, CSV files or HDF5 files; see `load_patches`.
         out: the CSV; replaced whole.
-        device: "auto", "cpu", "cuda" or "cuda:N".
+        device: "auto", "cpu", "cuda", "cuda:N" or "mps".
         weights: a local checkpoint of the backbone instead of the hub's; it must be the very same.
         threshold: class 1 from this probability on; None for the run's own, chosen on its out-of-fold predictions.
 
@@ -76,7 +76,8 @@ def predict_paths(
     _check_out(out, run, paths)
     record = read_run(run)
     check_weights(run, record)
-    torch_device = find_device(device)
+    torch_device = find_device(device, apple=record.kind == "probe" and record.precision == "fp32")
+    compute_exactly(torch_device)
     backbone = find_backbone(record.model)
     loaded = fetch_weights(backbone, weights=weights)
     _require_same_backbone(run, record, backbone, loaded, torch_device)

@@ -152,6 +152,7 @@ class ProcessGroup:
             return
         if device.type == "cuda":
             torch.cuda.set_device(device)
+            self._require_own_gpus(_gpu_id(device))
         from torch.distributed.distributed_c10d import PrefixStore
 
         self.barrier("about to connect")
@@ -163,6 +164,21 @@ class ProcessGroup:
                 world_size=self.world_size,
                 timeout=_TIMEOUT,
             )
+
+    def _require_own_gpus(self, gpu: str) -> None:
+        """Wait until every process has named its GPU.
+
+        Raises:
+            UserError: another process, of a lower rank, has named the same one.
+        """
+        self._call(lambda store: store.set(f"gpu {self.rank}", gpu))
+        for other in range(self.rank):
+            if self._read(f"gpu {other}").decode() == gpu:
+                raise UserError(
+                    f"processes {other} and {self.rank} of this training have the same GPU ({gpu}), and each needs one "
+                    "of its own. Start at most as many processes per machine as it has GPUs, with `device='cuda'`."
+                )
+        self.barrier("GPUs, checked")
 
     def all_reduce_(self, tensor: Tensor) -> None:
         """Replace a tensor by its sum over all processes, which has the same bits in each."""
@@ -190,6 +206,11 @@ class ProcessGroup:
 SINGLE_PROCESS = ProcessGroup()
 _FAILED = "failed"
 _LOST = "another process of this training has ended, or cannot be reached."
+
+
+def _gpu_id(device: torch.device) -> str:
+    """Name a GPU, or the part of one (MIG) that this process sees, so that no other one has this name."""
+    return f"{socket.gethostname()}, {torch.cuda.get_device_properties(device).uuid}"
 
 
 @contextmanager

@@ -7,7 +7,6 @@ fold's weights, the predictions for held-out slides and test sets, and last `run
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Mapping
 from contextlib import suppress
@@ -26,7 +25,8 @@ from finetune.options import ComputeOptions, FinetuneOptions
 from finetune.process_group import SINGLE_PROCESS, ProcessGroup, ProcessLostError
 from finetune.score import fold_folder, load_folds, score
 from finetune.setup import Setup, build_network, find_copies, load_training_set, new_network, prepare
-from finetune.train import TrainingSet, new_state, train
+from finetune.step import TrainingSet
+from finetune.train import new_state, train
 from probe.runs import Cost, RunRecord, finish_run, new_run_id, read_run, versions
 from probe.schedule import best_epoch
 
@@ -55,6 +55,7 @@ def finetune(
             class, a full disk, memory running out, or a loss that is not finite.
     """
     setup = prepare(options, compute_options, process_group)
+    _compute_reproducibly(setup)
     _connect(setup)
     network = new_network(setup, setup.network_folds[0])  # refuses wrong targets before there is a folder
     folder = process_group.broadcast("folder", lambda: str(_begun_before(setup, runs) or _begin(setup, runs)))
@@ -100,6 +101,7 @@ def resume(
         )
     if record["versions"] != versions():
         say("Package versions have changed since the start: the result may differ in its last digits.")
+    _compute_reproducibly(setup)
     _connect(setup)
     return _train_and_finish(setup, folder, new_network(setup, setup.network_folds[0]))
 
@@ -158,8 +160,6 @@ def _train_and_finish(setup: Setup, folder: Path, network: Network) -> RunRecord
     process_group = setup.compute.process_group
     say(f"{folder}: training. If it is interrupted: fm-finetune --resume {folder}")
     try:
-        if setup.compute.device.type == "cuda":
-            _compute_reproducibly()
         copies = find_copies(setup) if process_group.is_first else {}
         data = load_training_set(setup)
         network, state = _train_networks(setup, folder, network, data)
@@ -183,11 +183,16 @@ def _train_and_finish(setup: Setup, folder: Path, network: Network) -> RunRecord
         raise UserError(f"{error} Finished epochs are kept; go on with: fm-finetune --resume {folder}") from error
 
 
-def _compute_reproducibly() -> None:
-    """Have a GPU repeat its sums in the same order, so that a resumed training equals an uninterrupted one."""
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS repeats itself only with a fixed workspace
+def _compute_reproducibly(setup: Setup) -> None:
+    """Have a GPU repeat its sums in the same order, so that a resumed training equals an uninterrupted one.
+
+    With `warn_only` attention would take its other backward pass. An operation that refuses is let go on where it is
+    met (`allow_unrepeatable`).
+    """
+    if setup.compute.device.type != "cuda":
+        return
     torch.backends.cudnn.benchmark = False
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
@@ -274,6 +279,8 @@ def _record(setup: Setup, run_id: str, network: Network, state: State) -> RunRec
             images_per_second=round(state.n_images / max(state.seconds, 1e-9), 4),
             folds_at_once=compute.folds_at_once,
             processes=compute.process_group.world_size,
+            fast_paths=tuple(sorted(compute.fast_paths)),
+            unrepeatable=tuple(sorted(compute.unrepeatable)),
             device_name=torch.cuda.get_device_name(compute.device) if on_gpu else None,
             peak_device_memory_mb=round(torch.cuda.max_memory_allocated(compute.device) / 2**20) if on_gpu else None,
         ),

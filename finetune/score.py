@@ -21,7 +21,8 @@ from features.console import ProgressCallback, progress
 from finetune.compute import EVALUATION_BATCH, Compute, network_logits
 from finetune.network import Network
 from finetune.setup import Setup, new_network
-from finetune.train import TrainingSet, validation_logits
+from finetune.step import TrainingSet
+from finetune.train import validation_logits
 from probe.experiment import FoldLogits
 
 
@@ -79,7 +80,7 @@ def patch_logits(
             pixels = transform.resized(images, compute.device)
 
             def logits_of(network: Network, group: list[int], pixels: Tensor = pixels) -> Tensor:
-                repeated = pixels.repeat(len(group), 1, 1, 1)
+                repeated = pixels.expand(len(group), -1, -1, -1, -1)
                 return network_logits(network, transform, repeated, group, compute=compute)
 
             parts = compute.map_passes(network, network.folds, logits_of)

@@ -28,15 +28,16 @@ from extract.prepare import fingerprint_parts
 from extract.registry import IMAGENET_MEAN, IMAGENET_STD
 from extract.views import Transform, View, make_transform
 from features.console import ProgressCallback, progress, say
-from features.device import find_device
+from features.device import compute_exactly, find_device
 from features.labels import parse_renaming
 from features.samples import audit
 from finetune.compute import Compute, checkpoint_gradients
+from finetune.fast import try_compiled_blocks, try_kernels
 from finetune.network import Network
 from finetune.options import ComputeOptions, FinetuneOptions, training_precision
 from finetune.process_group import SINGLE_PROCESS, ProcessGroup
 from finetune.recipes import Recipe
-from finetune.train import TrainingSet
+from finetune.step import TrainingSet
 from probe.experiment import Experiment, make_experiment
 
 _DECODE_BATCH = 64  # patches decoded and resized together
@@ -111,8 +112,10 @@ def prepare(
     device = find_device(
         compute_options.device,
         local_rank=None if process_group.world_size == 1 else process_group.local_rank,
-        n_processes=process_group.world_size,
+        apple=False,
     )
+    compute_exactly(device)
+    fast = compute_options.fast and device.type == "cuda"
     backbone = find_backbone(options.model)
     recipe = options.resolved_recipe(backbone)
     view = options.resolved_view(backbone)
@@ -139,6 +142,8 @@ def prepare(
             training_precision(options.precision, backbone, device),
             folds_at_once=compute_options.resolved_folds_at_once(device, len(options.network_folds(options.cv)[0])),
             process_group=process_group,
+            same_shapes=compute_options.resolved_compile(device) or fast,
+            fast=fast,
         ),
     )
 
@@ -207,13 +212,17 @@ def training_transform(backbone: Backbone, view: View, statistics: str) -> Trans
 
 def new_network(setup: Setup, folds: Sequence[int]) -> Network:
     """Build the network of some folds before training, set up to compute as the user wants it."""
-    device = setup.compute.device
-    network = build_network(setup.backbone, setup.weights, setup.options, setup.view, folds, device=device)
-    network.compute_in(setup.compute.precision)
+    compute, size = setup.compute, setup.recipe.batch_size
+    network = build_network(setup.backbone, setup.weights, setup.options, setup.view, folds, device=compute.device)
+    network.compute_in(compute.precision)
     if setup.compute_options.grad_checkpointing:
         checkpoint_gradients(network)
-    if setup.compute_options.compile:
-        network.compile_backbone()
+    if compute.fast:
+        try_kernels(network, compute)
+    if setup.compute_options.resolved_compile(compute.device):
+        shard = compute.process_group.shard_rows(size)
+        n, image_size = shard.stop - shard.start, setup.transform.input_size
+        try_compiled_blocks(network, compute, batch_size=n, image_size=image_size)
     return network
 
 

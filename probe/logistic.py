@@ -46,7 +46,7 @@ from torch import Tensor
 
 from features.blocks import Embeddings
 from features.console import UserError
-from features.device import has_bf16
+from features.device import full_float32, has_bf16
 
 RANK = 96  # eigenvectors in the preconditioner; twice as many save hardly a step
 OVERSAMPLE = 32  # vectors of the subspace iteration beyond these: its last ones are poor
@@ -79,6 +79,7 @@ class Fits:
     converged: NDArray[np.bool_]
 
 
+@full_float32()
 def fit_logistic(
     X: NDArray[np.floating],
     y: NDArray[np.integer],

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from features.blocks import Embeddings
 from features.console import UserError, nearest, progress, say
-from features.device import find_device
+from features.device import compute_exactly, find_device
 from features.entry import Entry
 from features.folds import SEED, effective_groups
 from features.labels import NUMBERS, Classes, aligned, compare_classes, parse_renaming
@@ -122,7 +122,8 @@ def probe_store(
             embedded differently, if the training split cannot be cut into folds, if a fraction is too small to train
             on, or if the device does not exist here.
     """
-    device = str(find_device(options.device))
+    device = find_device(options.device, apple=False)
+    compute_exactly(device)
     tables = {name: store.samples(name) for name in store.datasets()}
     train = _train_dataset(store, tables, options)
     tables = {train: tables[train]} | _aligned_tests(store, train, tables, options)
@@ -136,7 +137,7 @@ def probe_store(
             )
     if not embedded:
         raise UserError(f"{store.path} has no embeddings of {train}. Run: fm-extract --dataset {train}")
-    setup = _Setup(store, options, experiment, _subsets(experiment, options), device)
+    setup = _Setup(store, options, experiment, _subsets(experiment, options), str(device))
     return [
         _probe_model(replace(setup, experiment=_experiment_of(setup, model)), model, runs)
         for model in models or embedded

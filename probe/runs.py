@@ -74,6 +74,8 @@ class Cost:
         training_seconds, training_images, images_per_second: of fine-tuning, over all epochs and folds.
         folds_at_once: folds per forward pass.
         processes: that trained together.
+        fast_paths: which ways to train faster than plain PyTorch were in use.
+        unrepeatable: operations that the GPU could not repeat bit by bit.
         seconds: from reading the data to writing the run.
         peak_memory_mb, peak_device_memory_mb: MiB of main memory and of the GPU's.
     """
@@ -84,6 +86,8 @@ class Cost:
     images_per_second: float | None = None
     folds_at_once: int | None = None
     processes: int | None = None
+    fast_paths: tuple[str, ...] | None = None
+    unrepeatable: tuple[str, ...] | None = None
     device_name: str | None = None
     peak_device_memory_mb: int | None = None
     seconds: float | None = None

@@ -35,7 +35,7 @@ from torch import Tensor
 
 from features.blocks import Embeddings
 from features.console import UserError, progress
-from features.device import has_bf16
+from features.device import full_float32, has_bf16
 from probe.logistic import (
     FLOOR,
     Columns,
@@ -72,6 +72,7 @@ def fits_in_memory(shape: tuple[int, int], n_columns: int) -> bool:
     return shape[0] * bytes_per_row(shape[1], n_columns) <= BUDGET
 
 
+@full_float32()
 def fit_streamed(
     X: Embeddings,
     y: NDArray[np.integer],

@@ -21,7 +21,7 @@ from rich.table import Table
 from safetensors.torch import save_file
 
 from extract.backbones import Backbone, build_model, fetch_weights, find_backbone
-from extract.compute import choose_precision, embed_batch, optimize_for_inference
+from extract.compute import choose_precision, embed_batch, hold_weights, optimize_for_inference
 from extract.datasets import PatchDataset, load_dataset
 from extract.embed import extract_dataset
 from extract.prepare import ExtractOptions
@@ -79,12 +79,13 @@ def measure(name: str, title: str, dataset: PatchDataset, files: list[Path], rep
         example = make_transform(backbone, parse_view("full"))([dataset.decode(row) for row in range(8)], CPU)
         settled = optimize_for_inference(eager, CPU, example=example)
         precision = choose_precision("auto", backbone, settled, example)
+        settled = hold_weights(settled, precision)
         rounds = []
         for repeat in range(repeats + 1):
             plain = papers_way(eager, backbone, files[: max(n // 8, 16)])
             alone = forward_only(settled, backbone, precision, n)
             store = FeatureStore.open_or_create(Path(folder) / f"{repeat}.zarr")
-            options = ExtractOptions(precision=precision, batch_size=BATCH)
+            options = ExtractOptions(device="cpu", precision=precision, batch_size=BATCH)
             (summary,) = extract_dataset(dataset, [backbone], store=store, options=options, weights=weights)
             if repeat:  # the first round warms caches up
                 rounds.append((plain, alone, summary.images_per_second))

@@ -6,8 +6,11 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -25,7 +28,7 @@ from extract.prepare import ExtractOptions, fingerprint_parts
 from extract.views import make_transform, parse_view
 from features.console import UserError
 from features.entry import Entry
-from features.fingerprint import fingerprint
+from features.fingerprint import differences, fingerprint
 from features.samples import make_samples
 from features.store import FeatureStore
 
@@ -188,12 +191,12 @@ def test_the_largest_batch_leaves_room():
         if n > 100:
             raise torch.OutOfMemoryError("out of memory")
 
-    assert largest_batch(forward, at_most=1024) == 32
-    assert largest_batch(lambda n: None, at_most=256) == 256
+    assert largest_batch(forward, device=CPU, at_most=1024) == 32
+    assert largest_batch(lambda n: None, device=CPU) == 256  # more waits longer for its first and its last images
     with pytest.raises(UserError, match="not even one image"):
-        largest_batch(lambda n: forward(101))
+        largest_batch(lambda n: forward(101), device=CPU)
     with pytest.raises(RuntimeError, match="a bug"):
-        largest_batch(lambda n: (_ for _ in ()).throw(RuntimeError("a bug")))
+        largest_batch(lambda n: (_ for _ in ()).throw(RuntimeError("a bug")), device=CPU)
 
 
 def test_auto_precision_keeps_bf16_only_where_it_changes_nothing(weights, monkeypatch):
@@ -218,6 +221,17 @@ def test_auto_precision_keeps_bf16_only_where_it_changes_nothing(weights, monkey
     assert choose_precision("auto", backbone, model, images) == "fp32"
     with pytest.raises(UserError, match="fp16 is for GPUs"):
         choose_precision("fp16", backbone, model, images)
+
+
+@pytest.mark.parametrize(("asked", "expected"), [("auto", "fp32"), ("fp32", "fp32"), ("bf16", None), ("fp16", None)])
+def test_an_apple_gpu_computes_in_float32(asked, expected):
+    """Whatever the card says of NVIDIA's."""
+    backbone, elsewhere = dataclasses.replace(CARD, amp="fp16"), SimpleNamespace(device=torch.device("mps"))
+    if expected is None:
+        with pytest.raises(UserError, match=rf"{asked} on Apple's GPUs .* use `precision='fp32'`"):
+            choose_precision(asked, backbone, torch.nn.Identity(), elsewhere)
+    else:
+        assert choose_precision(asked, backbone, torch.nn.Identity(), elsewhere) == expected
 
 
 @pytest.mark.parametrize("arch", ["test_efficientnet", "resnet18"])
@@ -397,6 +411,86 @@ def test_the_device_is_in_the_fingerprint(small_weights):
     assert fingerprint(records[0]) != fingerprint(records[1]) == fingerprint(records[2])
 
 
+def test_what_decides_the_last_bits_on_a_gpu_is_in_the_fingerprint_there(small_weights):
+    found = Weights(small_weights, "0" * 64, "local", "file")
+
+    def parts(device: str, *, compiled: bool) -> dict:
+        view = parse_view("full")
+        place = torch.device(device)
+        return fingerprint_parts(drawn(), CARD, found, view, precision="fp32", device=place, compiled=compiled)
+
+    for device in ("cuda", "mps"):
+        plain, fast = (parts(device, compiled=compiled) for compiled in (False, True))
+        assert list(differences(plain, fast)) == [("numerics.compiled", "false", "true")]
+        assert set(plain["numerics"]) == {"attention", "tf32", "compiled"}
+    # Stores written on processors before GPUs had more parts are still theirs.
+    expected = "bde51b0965022bb43d2b489f704cc6edcb534587dc4245b23dfc2acc32d5d7c6"
+    assert fingerprint(parts("cpu", compiled=False)) == expected
+
+
+def test_a_gpu_computes_exactly_before_its_first_pass(patches, weights, tmp_path, monkeypatch):
+    """Here on a processor: what matters is that it is asked first."""
+    asked = []
+    monkeypatch.setattr(prepare, "compute_exactly", asked.append)
+    monkeypatch.setattr(prepare, "check_forward", lambda *a: asked or pytest.fail("a pass came before"))
+    run(patches, weights, tmp_path / "s.zarr")
+    assert asked == [CPU]
+
+
+def test_the_thread_that_writes_waits_for_the_device_and_the_main_one_goes_on(patches, weights, tmp_path, monkeypatch):
+    """One mark for each step, set before its embeddings are handed over."""
+    marks, fetched = [], []
+
+    def fetch(poolings, done):
+        fetched.append((done, threading.current_thread().name))
+        return {name: values.numpy() for name, values in poolings.items()}
+
+    monkeypatch.setattr(embed, "mark", lambda device: marks.append(len(marks)) or marks[-1])
+    monkeypatch.setattr(embed, "fetch", fetch)
+    run(patches, weights, tmp_path / "s.zarr", views=("full",))
+    assert [done for done, _ in fetched] == marks == [0, 1, 2]
+    assert all(thread.startswith("write") for _, thread in fetched)
+
+
+def test_a_padded_batch_stores_its_patches_alone(patches, weights, tmp_path, monkeypatch):
+    """As on a GPU, where every batch has the same shape; here 64 = 40 + 24 rows, and 22 at the end."""
+    reference = run(patches, weights, tmp_path / "a.zarr", views=("full",))
+    shapes, embed_batch = set(), embed.embed_batch
+
+    def watched(model, backbone, images, **options):
+        shapes.add(len(images))
+        return embed_batch(model, backbone, images, **options)
+
+    monkeypatch.setattr(embed, "embed_batch", watched)
+    monkeypatch.setattr(
+        embed, "padded", lambda images, n: torch.cat([images, images[-1:].expand(n - len(images), -1, -1, -1)])
+    )
+    store = run(patches, weights, tmp_path / "b.zarr", views=("full",), batch_size=40)
+    assert shapes == {40}
+    name = load_dataset(str(patches)).name
+    found, expected = (one.read(name, model=MODEL, view="full") for one in (store, reference))
+    np.testing.assert_allclose(found, expected, rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.parametrize(
+    ("device", "n_cores", "expected"), [("cpu", 8, 4), ("cpu", 64, 8), ("cuda", 8, 8), ("cuda", 64, 16), ("mps", 8, 8)]
+)
+def test_beside_a_gpu_all_cores_decode(monkeypatch, device, n_cores, expected):
+    asked = []
+
+    class Pool(ThreadPoolExecutor):
+        def __init__(self, n: int, **options):
+            asked.append(n)
+            super().__init__(1, **options)
+
+    monkeypatch.setattr(embed, "ThreadPoolExecutor", Pool)
+    monkeypatch.setattr(embed.os, "cpu_count", lambda: n_cores)
+    units = [range(2), range(2, 3)]
+    found = list(embed.decoded(lambda row: np.full((1, 1, 3), row), units, device=torch.device(device)))
+    assert [[int(patch[0, 0, 0]) for patch in patches] for _, patches in found] == [[0, 1], [2]]
+    assert asked == [expected]
+
+
 def test_auto_precision_follows_what_the_same_weights_chose_and_no_others(small_weights, tmp_path, monkeypatch):
     """A processor that has bf16, on which this network would always be computed in it."""
     monkeypatch.setattr(compute, "has_bf16", lambda device: True)
@@ -432,3 +526,21 @@ def test_auto_precision_does_not_follow_what_was_chosen_on_another_kind_of_devic
         found = embedded(tmp_path / "s.zarr", small_weights, dataset=drawn(name=f"of {name}"), precision="auto")
         assert found.parts["precision"] == {"cuda": "fp32", "cpu": "bf16"}[device]
         store.remove(f"of {name}")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("fast", [False, True])
+def test_a_gpu_embeds_as_the_processor_does_and_again_to_the_bit(patches, weights, tmp_path, fast):
+    """But for the processor's resize, which is off by a grey level in a few pixels."""
+    name = load_dataset(str(patches)).name
+    stores = [
+        run(patches, weights, tmp_path / f"{k}.zarr", device=device, fast=fast, batch_size=64)
+        for k, device in enumerate(("cuda", "cuda", "cpu"))
+    ]
+    for view in ("full", "center16"):
+        first, second, processor = (store.read(name, model=MODEL, view=view).astype(np.float32) for store in stores)
+        np.testing.assert_array_equal(first, second)
+        cosine = (first * processor).sum(1) / np.linalg.norm(first, axis=1) / np.linalg.norm(processor, axis=1)
+        assert cosine.min() > 0.999
+    (entry, _) = stores[0].entries()
+    assert entry.parts["numerics"]["compiled"] == fast

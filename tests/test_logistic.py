@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from types import ModuleType
+
 import numpy as np
 import pytest
+import torch
 from numpy.typing import NDArray
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
@@ -331,3 +335,32 @@ def test_a_probe_calls_positive_from_its_threshold_on():
     assert hand_made_probe(0.5).predict(x).tolist() == [0, 1, 1]
     assert hand_made_probe(0.51).predict(x).tolist() == [0, 0, 1]
     assert hand_made_probe(0.1).predict(x).tolist() == [1, 1, 1]
+
+
+def precision_inside(monkeypatch: pytest.MonkeyPatch, module: ModuleType, fit: Callable[[], Fits]) -> list[str]:
+    """What torch may do to float32 products inside a solver and after it, where rounding to bfloat16 was allowed."""
+    seen, find_basis = [], logistic.leading_curvature
+
+    def watched(data: logistic.Standardised) -> tuple[torch.Tensor, torch.Tensor]:
+        seen.append(torch.get_float32_matmul_precision())
+        return find_basis(data)
+
+    monkeypatch.setattr(module, "leading_curvature", watched)
+    torch.set_float32_matmul_precision("medium")
+    try:
+        fit()
+        return [*seen, torch.get_float32_matmul_precision()]
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+def test_products_are_full_float32_whatever_was_allowed_before(monkeypatch):
+    """With factors of 11 bits (TF32) or 8 (bfloat16) the gradient that convergence is declared on is not the true one.
+
+    Few processors round so, therefore what the solver asks of torch is looked at.
+    """
+    X, y = embeddings(100, 8)
+    found = precision_inside(
+        monkeypatch, logistic, lambda: fit_logistic(X, y, masks=five_folds(100), strengths=STRENGTHS)
+    )
+    assert found == ["highest", "medium"]

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import shutil
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from dataclasses import asdict
 from functools import partial
 from itertools import chain
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -122,6 +124,41 @@ def test_shares_are_all_rows_in_order_and_differ_by_one_at_most() -> None:
             shares = [list(range(n))[ProcessGroup(rank, size).shard_rows(n)] for rank in range(size)]
             assert list(chain.from_iterable(shares)) == list(range(n))
             assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+@pytest.mark.parametrize("gpus", [["a", "b", "c"], ["a", "b", "a"]])
+def test_two_processes_on_one_gpu_are_refused_before_they_connect(gpus: list[str]) -> None:
+    """One GPU, or one part of a GPU (MIG), however each process numbers it."""
+    store = HashStore()
+    groups = [ProcessGroup(rank, len(gpus), store=store) for rank in range(len(gpus))]
+
+    def attempt(group: ProcessGroup) -> str:
+        try:
+            group._require_own_gpus(gpus[group.rank])
+        except UserError as error:
+            group.fails_first()
+            return str(error)
+        return ""
+
+    with ThreadPoolExecutor(len(gpus)) as pool:
+        messages = list(pool.map(attempt, groups))
+    if len(set(gpus)) == len(gpus):
+        assert messages == ["", "", ""]
+    else:
+        assert "processes 0 and 2 of this training have the same GPU (a)" in messages[2]
+        assert {"has ended" in message for message in messages[:2]} == {True}
+
+
+def test_processes_compare_their_gpus_before_they_connect_through_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    uuids = {torch.device("cuda", 0): "GPU-1", torch.device("cuda", 1): "GPU-2"}
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid=uuids[device]))
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda *a, **k: pytest.fail("connected"))
+    store = HashStore()
+    store.set("gpu 0", f"{socket.gethostname()}, GPU-2")
+    store.add("about to connect", 1)
+    with pytest.raises(UserError, match=r"processes 0 and 1 .* the same GPU \(.*, GPU-2\)"):
+        ProcessGroup(1, 2, store=store).connect(torch.device("cuda", 1))
 
 
 def test_the_masks_of_shares_make_up_the_mask_of_the_batch() -> None:

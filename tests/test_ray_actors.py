@@ -60,6 +60,16 @@ def test_without_ray_there_is_one_message(patches, weights, tmp_path):  # noqa: 
     assert done.stderr.count("error:") == 1
 
 
+@pytest.mark.parametrize("device", ["cuda:0", "cuda:1"])
+def test_one_gpu_for_all_actors_is_refused_before_anything_is_loaded(patches, weights, tmp_path, device):  # noqa: F811
+    arguments = [*options(patches, weights, tmp_path / "s.zarr"), "--device", device]
+    hidden = "import sys; sys.modules['ray'] = None; from extract.cli import main; main()"
+    done = run("-c", hidden, *arguments)
+    assert done.returncode == 1
+    assert f"--engine ray gives each actor a GPU of its own, and --device {device} names one for all" in done.stderr
+    assert not (tmp_path / "s.zarr").exists()
+
+
 @needs_ray
 def test_ray_deals_out_by_itself(patches, weights, tmp_path):  # noqa: F811
     arguments = [*options(patches, weights, tmp_path / "s.zarr"), "--shard", "0/2"]

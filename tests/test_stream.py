@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from test_logistic import embeddings, five_folds
+from test_logistic import embeddings, five_folds, precision_inside
 
 from features.blocks import Embeddings
 from features.console import UserError
@@ -156,3 +156,9 @@ def test_a_store_beyond_the_budget_is_streamed_and_judged_the_same(problem, monk
     there = linear.fit_exact(X, y, folds=folds)
     assert there.fit.chosen_strength == here.fit.chosen_strength
     np.testing.assert_allclose(there.validation_logit, here.validation_logit, atol=1e-3)
+
+
+def test_products_are_full_float32_whatever_was_allowed_before(problem, monkeypatch):
+    X, y, masks = problem
+    found = precision_inside(monkeypatch, stream, lambda: fit_streamed(X, y, masks=masks, strengths=STRENGTHS))
+    assert found == ["highest", "medium"]

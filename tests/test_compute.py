@@ -1,0 +1,335 @@
+"""Does a network give the same embeddings in the form that runs fastest, and does nobody wait for a GPU needlessly?"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import timm
+import torch
+from timm.layers import StdConv2d
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from extract import compute, prepare, views
+from extract.backbones import build_model, find_backbone
+from extract.compute import compile_blocks, compiled, embed_batch, fetch, hold_weights, mark, padded
+from extract.prepare import ExtractOptions
+from extract.resize import _weights, resize_as_pillow
+from extract.views import make_transform, parse_view
+from features.console import UserError
+from features.device import compute_exactly, constant
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+VIT = find_backbone("timm/test_vit.r160_in1k")
+CNN = find_backbone("timm/test_efficientnet.r160_in1k")
+
+
+def images(n: int = 3) -> Tensor:
+    return torch.randn(n, 3, 160, 160, generator=torch.Generator().manual_seed(0))
+
+
+# ------------------------------------------------------------------------------------------------- half precision
+
+
+@pytest.mark.parametrize("backbone", [VIT, CNN], ids=["transformer", "convolutions"])
+def test_weights_held_in_half_precision_give_the_bits_that_autocast_gives(backbone):
+    torch.manual_seed(0)
+    model = build_model(backbone, None)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    held = hold_weights(model, "bf16")
+    halves = [name for name, tensor in held.state_dict().items() if tensor.dtype == torch.bfloat16]
+    assert {type(held.get_submodule(name.rpartition(".")[0])) for name in halves} <= {nn.Linear, nn.Conv2d}
+    assert len(halves) > 5
+    expected = embed_batch(model, backbone, images(), precision="bf16")
+    found = embed_batch(held, backbone, images(), precision="bf16")
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())  # still float32
+
+
+def test_what_is_not_rounded_is_shared_and_not_copied():
+    model = build_model(VIT, None)
+    held = hold_weights(model, "bf16")
+    assert held.norm.weight is model.norm.weight
+    assert held.pos_embed is model.pos_embed
+    assert hold_weights(model, "fp32") is model
+
+
+def test_a_layer_that_computes_with_its_weights_first_keeps_them():
+    model = nn.Sequential(StdConv2d(3, 4, 3), nn.Conv2d(4, 4, 1))
+    held = hold_weights(model, "bf16")
+    assert [layer.weight.dtype for layer in held] == [torch.float32, torch.bfloat16]
+
+
+# ------------------------------------------------------------------------------------------------------- compiling
+
+
+@pytest.fixture
+def compilations(monkeypatch) -> list[tuple[nn.Module, dict[str, Any]]]:
+    """The modules that were compiled, and how; they are not."""
+    seen: list[tuple[nn.Module, dict[str, Any]]] = []
+    monkeypatch.setattr(nn.Module, "compile", lambda module, **options: seen.append((module, options)))
+    return seen
+
+
+def network(arch: str) -> nn.Module:
+    with torch.device("meta"):
+        return timm.create_model(arch, num_classes=0)
+
+
+@pytest.mark.parametrize(
+    ("arch", "n", "kind"),
+    [
+        ("vit_small_patch14_reg4_dinov2", 12, "Block"),
+        ("eva02_tiny_patch14_224", 12, "EvaBlock"),
+        ("swin_tiny_patch4_window7_224", 12, "SwinTransformerBlock"),
+        ("tf_efficientnet_lite0", 0, ""),  # hardly two blocks are alike
+        ("resnet50", 0, ""),
+        ("resnet18", 0, ""),
+    ],
+)
+def test_every_block_is_compiled_where_blocks_are_alike(compilations, arch, n, kind):
+    assert compile_blocks(network(arch)) == (n > 0)
+    assert [type(block).__name__ for block, _ in compilations] == [kind] * n
+    for _, options in compilations:
+        assert (options["dynamic"], options["fullgraph"]) == (False, True)
+        assert options["options"] in ({"deterministic": True}, {"shape_padding": False})
+
+
+def test_a_compiled_form_is_taken_only_where_it_embeds_alike(monkeypatch, capsys):
+    model = build_model(VIT, None)
+
+    def compiling_to(change: Callable[[Tensor], Tensor]) -> nn.Module | None:
+        def compile_last(network: nn.Module) -> bool:
+            network.norm.register_forward_hook(lambda module, given, result: change(result))
+            return True
+
+        monkeypatch.setattr(compute, "compile_blocks", compile_last)
+        return compiled(model, VIT, images(), precision="bf16")
+
+    def fail(values: Tensor) -> Tensor:
+        raise RuntimeError("no compiler here")
+
+    same = compiling_to(lambda values: values)
+    assert same is not None
+    assert same is not model
+    assert same.norm.weight is model.norm.weight
+    assert capsys.readouterr().err == ""
+    assert compiling_to(lambda values: 1.1 * values) is None
+    assert "differs here from plain PyTorch" in capsys.readouterr().err
+    assert compiling_to(fail) is None
+    assert "cannot be used here (no compiler here); going on without" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("device", "options", "recorded", "usable", "expected"),
+    [
+        ("cuda", {}, None, True, True),
+        ("cuda", {}, {"numerics": {"compiled": True}}, True, True),
+        ("cuda", {}, {"numerics": {"compiled": False}}, True, False),  # go on as begun
+        ("cuda", {"fast": False}, None, True, False),
+        ("cuda", {}, None, False, False),
+        ("cpu", {}, None, True, False),
+    ],
+)
+def test_networks_are_compiled_for_nvidia_gpus_unless_begun_or_asked_otherwise(
+    monkeypatch, device, options, recorded, usable, expected
+):
+    """With batches of the very shape of all to come, because each shape is compiled anew."""
+    fast, shapes = nn.Identity(), []
+
+    def compiling(model: nn.Module, backbone: Any, batch: Tensor, *, precision: str) -> nn.Module | None:
+        shapes.append(len(batch))
+        return fast if usable else None
+
+    plain = build_model(VIT, None)
+    monkeypatch.setattr(prepare, "compiled", compiling)
+    monkeypatch.setattr(prepare, "padded", lambda batch, n: batch[:1].expand(n, -1, -1, -1))
+    monkeypatch.setattr(prepare, "make_transform", lambda backbone, view: lambda examples, device: images())
+    extraction = SimpleNamespace(
+        options=ExtractOptions(**({"precision": "fp32", "batch_size": 16, "overwrite": True} | options)),
+        device=torch.device(device),
+        dataset=SimpleNamespace(samples=range(100)),
+        examples=[],
+    )
+    chosen = prepare._choose(extraction, VIT, {"fp32": plain}, parse_view("full"), recorded)
+    assert chosen.compiled == expected
+    assert chosen.network is (fast if expected else plain)
+    assert set(shapes) <= {16}
+
+
+# ------------------------------------------------------------------------------------------------------- no waiting
+
+
+def test_the_last_batch_is_padded_on_a_gpu_and_not_on_a_processor():
+    few = torch.arange(6.0).view(2, 3, 1, 1)
+    assert padded(few, 4) is few
+    with torch.device("meta"):
+        assert padded(torch.empty(2, 3, 5, 5), 4).shape == (4, 3, 5, 5)
+        assert padded(torch.empty(4, 3, 5, 5), 4).shape == (4, 3, 5, 5)
+
+
+class Events:
+    """torch.cuda's events and streams, which note which thread does what."""
+
+    def __init__(self) -> None:
+        self.log: list[tuple[str, str]] = []
+
+    def note(self, what: str) -> None:
+        self.log.append((what, threading.current_thread().name))
+
+    def event(self, *, blocking: bool) -> Any:
+        assert blocking  # a thread that spins would take a core from decoding
+        return SimpleNamespace(record=lambda stream: self.note("record"), synchronize=lambda: self.note("wait"))
+
+    @contextmanager
+    def stream(self, stream: Any) -> Iterator[None]:
+        self.note("copy")
+        yield
+
+
+def test_a_writer_waits_for_its_own_batch_and_copies_beside_the_next(monkeypatch):
+    events = Events()
+    monkeypatch.setattr(torch.cuda, "Event", events.event)
+    monkeypatch.setattr(torch.cuda, "stream", events.stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
+    monkeypatch.setattr(compute, "copy_stream", lambda device: None)
+    done = mark(CUDA)
+    found: list[Any] = []
+    writer = threading.Thread(target=lambda: found.append(fetch({"cls": torch.ones(2, 3)}, done)), name="writer")
+    writer.start()
+    writer.join()
+    assert found[0]["cls"].tolist() == [[1, 1, 1], [1, 1, 1]]
+    main = threading.current_thread().name
+    assert events.log == [("record", main), ("wait", "writer"), ("copy", "writer")]
+
+
+def test_patches_are_copied_beside_the_work_which_waits_for_them(monkeypatch):
+    log: list[Any] = []
+
+    @contextmanager
+    def stream(which: str) -> Iterator[None]:
+        log.append(f"on {which}")
+        yield
+        log.append(f"off {which}")
+
+    def to(device: torch.device, *, non_blocking: bool) -> Any:
+        log.append(f"copy {device.type}" if non_blocking else "wait for the copy")
+        return copied
+
+    work = SimpleNamespace(wait_stream=lambda other: log.append(f"work waits for {other}"))
+    copied = SimpleNamespace(record_stream=lambda user: log.append("memory kept") if user is work else None)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: work)
+    monkeypatch.setattr(torch.cuda, "stream", stream)
+    monkeypatch.setattr(views, "copy_stream", lambda device: "copies")
+    assert views._beside_its_work(SimpleNamespace(to=to), CUDA) is copied
+    assert log == ["on copies", "copy cuda", "off copies", "work waits for copies", "memory kept"]
+
+
+def test_on_a_processor_there_is_nothing_to_wait_for():
+    assert mark(CPU) is None
+    assert fetch({"cls": torch.ones(1, 2)}, None)["cls"].tolist() == [[1, 1]]
+
+
+class Waits(TorchDispatchMode):
+    """Notes every operation for which the host waits for the device, or copies something of its own there."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        name = func._schema.name.removeprefix("aten::")
+        kinds = {tensor.device.type for tensor in (*args, result) if isinstance(tensor, Tensor)}
+        if name in ("_local_scalar_dense", "nonzero", "lift_fresh", "masked_select", "equal") or (
+            name in ("_to_copy", "copy_") and len(kinds) > 1
+        ):
+            self.seen.append(name)
+        return result
+
+
+def test_the_counter_of_waits_counts():
+    with FakeTensorMode(), Waits() as waits:
+        torch.tensor([0.5]).to("cuda")
+        torch.zeros(3, device="cuda").cpu()
+    assert waits.seen == ["lift_fresh", "_to_copy", "_to_copy"]
+
+
+@pytest.fixture
+def fake_gpu(monkeypatch) -> Iterator[None]:
+    """Autocast as on a GPU; nothing of the fakes stays in a cache."""
+    monkeypatch.setattr("torch.cuda.amp.common.amp_definitely_not_available", lambda: False)
+    yield
+    _weights.cache_clear()
+    constant.cache_clear()
+
+
+@pytest.mark.parametrize("backbone", [VIT, CNN], ids=["transformer", "convolutions"])
+def test_from_pixels_to_embeddings_nothing_waits_for_the_gpu(fake_gpu, backbone):
+    """But in the first batch, which makes the constants."""
+    with torch.device("meta"):
+        model = build_model(backbone, None)
+    transform = make_transform(backbone, parse_view("full"))
+    waited = []
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        held = hold_weights(model.to_empty(device="cuda"), "fp16")
+        for _ in range(2):
+            pixels = torch.empty((3, 128, 128, 3), dtype=torch.uint8, device="cuda").permute(0, 3, 1, 2)
+            with Waits() as waits:
+                pixels = resize_as_pillow(pixels, (160, 160), interpolation=transform.interpolation)
+                batch = padded(transform.normalise(pixels), 4)
+                embeddings = embed_batch(held, backbone, batch, precision="fp16")
+            waited.append(waits.seen)
+        assert {(len(values), values.dtype, values.device.type) for values in embeddings.values()} == {
+            (4, torch.float32, "cuda")
+        }
+    assert waited[0]
+    assert waited[1] == []
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backbone", [VIT, CNN], ids=["transformer", "convolutions"])
+def test_no_batch_waits_for_a_real_gpu(backbone):
+    """From patches in main memory to embeddings on the device: torch raises where the host would wait."""
+    compute_exactly(CUDA)
+    held = hold_weights(build_model(backbone, None).to(CUDA), "fp16")
+    transform = make_transform(backbone, parse_view("full"))
+    patches = [np.full((128, 128, 3), value, dtype=np.uint8) for value in (0, 90, 255)]
+    for mode in ("default", "error"):  # the first batch makes constants and handles
+        torch.cuda.set_sync_debug_mode(mode)
+        try:
+            embed_batch(held, backbone, padded(transform(patches, CUDA), 4), precision="fp16")
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
+def test_a_transformer_can_be_compiled_on_a_real_gpu(precision, capsys):
+    compute_exactly(CUDA)
+    held = hold_weights(build_model(VIT, None).to(CUDA), precision)
+    assert compiled(held, VIT, images(4).to(CUDA), precision=precision) is not None, capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------------------------- Apple's GPUs
+
+
+@pytest.mark.parametrize("wrong", [lambda values: values.flip(1), lambda values: values * float("nan")])
+def test_a_gpu_that_embeds_otherwise_than_the_processor_is_refused(monkeypatch, wrong):
+    model = build_model(VIT, None)
+    compute.require_as_on_cpu(model, VIT, images(1))
+
+    def on_gpu(network: nn.Module, *arguments: Any, **options: Any) -> dict[str, Tensor]:
+        found = embed_batch(network, *arguments, **options)
+        return {name: wrong(values) for name, values in found.items()} if network is model else found
+
+    monkeypatch.setattr(compute, "embed_batch", on_gpu)
+    with pytest.raises(UserError, match=r"this machine's GPU embeds otherwise .* Use `device='cpu'`"):
+        compute.require_as_on_cpu(model, VIT, images(1))
