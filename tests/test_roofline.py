@@ -124,3 +124,11 @@ def test_the_stand_in_for_a_gpu_runs_what_autocast_on_cuda_runs() -> None:
     }  # fmt: skip
     assert abs(len(lists[0]) - len(lists[1])) <= 1
     assert sum(o.flops for o in lists[0]) == sum(o.flops for o in lists[1]) > 2 * 2e9
+
+
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+def test_layer_norms_are_in_float32_as_autocast_has_it_on_cuda_alone(device: str) -> None:
+    with pretended_gpu(), Tape() as tape, torch.autocast(device, torch.bfloat16):
+        y = nn.functional.layer_norm(torch.empty(3, 8, device=device, dtype=torch.bfloat16), (8,))
+    assert y.dtype == torch.float32
+    assert [o.name for o in tape.operations] == ["_to_copy", "native_layer_norm"]
