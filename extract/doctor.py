@@ -63,7 +63,7 @@ class DoctorOptions:
 
     Attributes:
         models: names as `--model` of fm-extract takes them; empty for every registered one.
-        device: "auto", "cpu", "cuda" or "cuda:N".
+        device: "auto", "cpu", "cuda", "cuda:N" or "mps".
         data: folder laid out like AMi-Br_Benchmark.
         store: feature store, a folder or `s3://bucket/prefix`.
         runs: folder of runs.

@@ -15,7 +15,7 @@ from torch import Tensor
 from extract.compute import side_by_side
 from extract.views import Transform
 from features.console import UserError, say
-from features.device import out_of_memory
+from features.device import free_cached_memory, out_of_memory
 from finetune.network import Network
 from finetune.process_group import SINGLE_PROCESS, ProcessGroup
 
@@ -116,7 +116,7 @@ def network_logits(
                     f"{network.backbone.name}: one image of {len(folds)} folds does not fit in the memory of "
                     f"{compute.device}. Use `folds_at_once=1`, free memory, or take a smaller model."
                 ) from error
-            torch.cuda.empty_cache()
+            free_cached_memory(compute.device)
             compute.evaluation_batch = min(compute.evaluation_batch, n) // 2 or 1
             continue
         logits.append((both[:, :n, 1] - both[:, :n, 0]).float())
@@ -130,7 +130,7 @@ def save_memory(network: Network, compute: Compute, batch_size: int, error: Runt
     Raises:
         UserError: a step cannot be repeated here, or both have been tried.
     """
-    torch.cuda.empty_cache()
+    free_cached_memory(compute.device)
     if network.n_synchronized_norms:
         raise UserError(  # the other processes wait inside a pass that cannot be repeated
             f"{network.backbone.name}: this process's part of {batch_size} images does not fit in the memory of "

@@ -381,7 +381,7 @@ class _AdaptedLinear(torch.autograd.Function):
             A = A.to(dtype) if A_copy is None else A_copy
             B = B.to(dtype) if B_copy is None else B_copy
             projected = products.project(_by_fold(a, n_folds), A, keys, layer, threshold, rows)  # (f, t, rank)
-            y = _by_fold(y, n_folds).baddbmm_(projected, B.mT, alpha=scale).view(y.shape)
+            y = y.reshape(n_folds, -1, y.shape[-1]).baddbmm_(projected, B.mT, alpha=scale).view(y.shape)
         ctx.save_for_backward(x, projected, weight, A, B, keys, layer, gain, offset)
         ctx.scale, ctx.threshold, ctx.rows, ctx.triton = scale, threshold, rows, triton
         ctx.dtype, ctx.before, ctx.eps = dtype, before, eps
@@ -420,8 +420,8 @@ class _AdaptedLinear(torch.autograd.Function):
 
 
 def _by_fold(x: Tensor, n_folds: int) -> Tensor:
-    """Reshape (n, ..., d) to (f, t, d): all tokens or pixels of a fold's images below each other."""
-    return x.reshape(n_folds, -1, x.shape[-1])
+    """Reshape (n, ..., d) to contiguous (f, t, d): all tokens or pixels of a fold's images below each other."""
+    return x.reshape(n_folds, -1, x.shape[-1]).contiguous()
 
 
 # -------------------------------------------------------------------------- norms and activations, computed twice

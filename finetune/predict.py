@@ -165,7 +165,7 @@ def _probe_predictor(
     def predict(patches: Patches, advance: ProgressCallback) -> NDArray[np.float32]:
         batches = [range(start, min(start + size, len(patches.id))) for start in range(0, len(patches.id), size)]
         logits = []
-        with closing(decoded(patches.decode, batches)) as ready:
+        with closing(decoded(patches.decode, batches, device=device)) as ready:
             for batch, images in ready:
                 poolings = embed_batch(model, backbone, transform(images, device), precision=record.precision)
                 embeddings = torch.cat([poolings[name] for name in pooling.split("+")], dim=1).cpu().numpy()

@@ -75,7 +75,7 @@ def patch_logits(
     shard = rows[process_group.shard_rows(len(rows))]
     batches = [shard[start : start + size].tolist() for start in range(0, len(shard), size)]
     logits = [np.empty((0, len(network.folds)), dtype=np.float32)]
-    with closing(decoded(decode, batches)) as ready:
+    with closing(decoded(decode, batches, device=compute.device)) as ready:
         for batch, images in ready:
             pixels = transform.resized(images, compute.device)
 

@@ -198,6 +198,7 @@ def _reproducibly() -> Iterator[None]:
     """Compute as a training does: sums in the same order wherever there is a way."""
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     try:
         yield
     finally:

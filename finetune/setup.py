@@ -262,7 +262,7 @@ def load_training_set(setup: Setup) -> TrainingSet:
     batches = [rows[start : start + _DECODE_BATCH].tolist() for start in starts]
     with (
         progress(f"decode {setup.patches.name}", len(rows)) as advance,
-        closing(decoded(setup.patches.decode, batches)) as ready,
+        closing(decoded(setup.patches.decode, batches, device=setup.compute.device)) as ready,
     ):
         for start, (batch, images) in zip(starts, ready, strict=True):
             pixels[start : start + len(batch)] = setup.transform.resized(images, setup.compute.device)

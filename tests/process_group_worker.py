@@ -21,12 +21,13 @@ from test_train import CPU, DROPPING, N_FOLDS, PLATEAU, RECIPE, SEED, nothing, p
 from torch import Tensor
 
 from extract.backbones import Backbone
-from finetune import train as training
+from finetune import optimizer
 from finetune.checkpoint import State
 from finetune.compute import Compute, checkpoint_gradients
 from finetune.network import Method
 from finetune.process_group import SINGLE_PROCESS, ProcessGroup, join_process_group
 from finetune.recipes import Recipe
+from finetune.step import Step
 from finetune.train import new_state, train
 
 TWO_EPOCHS = replace(RECIPE, epochs=2)
@@ -59,20 +60,14 @@ CASES = {
 }
 
 
-def linear_steps(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
-    """The optimiser, with a denominator sqrt(v) + eps that is eps."""
-    optimizer.param_groups[0]["eps"] = 1.0
-    return optimizer
-
-
 def outcome(case: Case, process_group: ProcessGroup = SINGLE_PROCESS) -> State:
-    """The state after a case's last epoch."""
-    make = training._optimizer
-    training._optimizer = lambda *given: linear_steps(make(*given)) if case.linear else make(*given)
+    """The state after a case's last epoch. Linear steps have a denominator sqrt(v) + eps that is eps."""
+    eps = optimizer.EPS
+    optimizer.EPS = 1.0 if case.linear else eps
     try:
         return _outcome(case, process_group)
     finally:
-        training._optimizer = make
+        optimizer.EPS = eps
 
 
 def _outcome(case: Case, process_group: ProcessGroup) -> State:
@@ -119,7 +114,7 @@ def _train(folder: Path) -> None:
 
 
 def _finetune(rank: int, step: int, arguments: list[str]) -> None:
-    backward, left = training._backward, step
+    backward, left = Step._backward, step
 
     def killed(*given: Any, **named: Any) -> Any:
         nonlocal left
@@ -129,7 +124,7 @@ def _finetune(rank: int, step: int, arguments: list[str]) -> None:
         return backward(*given, **named)
 
     if int(os.environ["RANK"]) == rank and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
-        training._backward = killed
+        Step._backward = killed  # type: ignore[method-assign]
     from finetune import cli
 
     sys.argv = ["fm-finetune", *arguments]

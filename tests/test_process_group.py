@@ -34,7 +34,6 @@ from features import console
 from features.console import UserError
 from finetune import run as finetuning
 from finetune.checkpoint import CHECKPOINT_FILE, START_FILE, load_state
-from finetune.dropout import keep_mask
 from finetune.options import ComputeOptions, FinetuneOptions
 from finetune.process_group import (
     SINGLE_PROCESS,
@@ -159,16 +158,6 @@ def test_processes_compare_their_gpus_before_they_connect_through_them(monkeypat
     store.add("about to connect", 1)
     with pytest.raises(UserError, match=r"processes 0 and 1 .* the same GPU \(.*, GPU-2\)"):
         ProcessGroup(1, 2, store=store).connect(torch.device("cuda", 1))
-
-
-def test_the_masks_of_shares_make_up_the_mask_of_the_batch() -> None:
-    keys, tokens, width = torch.tensor([11, 12]), 3, 5
-    whole = keep_mask(torch.empty(2, 7 * tokens, width), keys, layer=4, threshold=77)
-    parts = [
-        keep_mask(torch.empty(2, n * tokens, width), keys, layer=4, threshold=77, first=first, n=n, total=7)
-        for first, n in ((0, 2), (2, 4), (6, 1))
-    ]
-    assert torch.equal(torch.cat(parts, dim=1), whole)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
