@@ -2,7 +2,9 @@
 
 Three stages run at once: a few threads decode the next patches, the main thread runs the networks, and one thread
 writes whole blocks to the store. On a CPU, batches run side by side in one thread each. A busy core then delays one
-batch and not all of them, and the last bits of an embedding do not depend on the number of threads.
+batch and not all of them, and the last bits of an embedding do not depend on the number of threads. On an NVIDIA GPU
+the main thread only hands out work: patches and embeddings are copied beside it, and the writing thread waits for the
+step that it writes.
 
 Only the store remembers what is done, so an interrupted run continues where the store ends. Which images share a
 forward pass depends on the row number and the recorded batch size alone, not on where a run was interrupted or which
@@ -38,7 +40,7 @@ from features.writer import Writer
 
 Rows = TypeVar("Rows", bound=Sequence[int])
 _UNITS_AHEAD = 2  # decoded, or waiting to be written
-CPU = torch.device("cpu")
+_CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -176,7 +178,7 @@ def embed_rows(prepared: Prepared, within: Sequence[range] | None = None) -> Cou
 
 
 def decoded(
-    decode: Decode, units: Sequence[Rows], *, device: torch.device = CPU
+    decode: Decode, units: Sequence[Rows], *, device: torch.device = _CPU
 ) -> Generator[tuple[Rows, list[NDArray[np.uint8]]], None, None]:
     """Yield each unit of rows with its decoded patches, while threads decode the next units.
 

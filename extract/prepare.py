@@ -23,11 +23,11 @@ from extract.compute import (
     choose_precision,
     compiled,
     embed_batch,
-    hold_weights,
     largest_batch,
     optimize_for_inference,
     padded,
     require_as_on_cpu,
+    settled,
 )
 from extract.datasets import PatchDataset
 from extract.shard import Shard
@@ -362,7 +362,7 @@ def _choose(
     wanted = str(recorded["precision"]) if recorded and options.precision == "auto" else options.precision
     precision = choose_precision(wanted, backbone, networks["fp32"], images)
     if precision not in networks:
-        networks[precision] = hold_weights(networks["fp32"], precision)
+        networks[precision] = settled(networks["fp32"], backbone, images, precision=precision)
     network = networks[precision]
     batch_size = _choose_batch_size(extraction, backbone, network, view, images[:1], precision)
     fast = None

@@ -290,7 +290,7 @@ def doctor(
         typer.Option(help="Models, comma-separated, that must be available here. Default: all, as information."),
     ] = None,
     device: Annotated[
-        str, typer.Option(help="auto, cpu, cuda or cuda:N; a GPU that is named must be there, and is tested.")
+        str, typer.Option(help="auto, cpu, cuda, cuda:N or mps; a GPU that is named must be there, and is tested.")
     ] = "auto",
     data: DataOption = None,
     store: Annotated[

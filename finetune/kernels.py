@@ -171,10 +171,10 @@ def _like_A(x: Tensor, grad_projected: Tensor, A: Tensor, *_: Any) -> Tensor:
 def _masked(x: Tensor, keys: Tensor, layer: Tensor, threshold: int, first_row: int) -> Tensor:
     n_folds, n_rows, width = x.shape
     out = torch.empty_like(x)
-    rows, columns = 64, _columns(x, 1)
+    rows, columns = 32 * x.element_size(), _columns(x, 1)  # a thread per group of 16 columns
     _run(
         _masked_kernel, (_cdiv(width, columns), n_folds, _cdiv(n_rows, rows)),
-        x, out, keys, layer, first_row, n_rows, width, THRESHOLD=threshold, BT=rows, BC=columns,
+        x, out, keys, layer, first_row, n_rows, width, THRESHOLD=threshold, BT=rows, BC=columns, num_warps=8,
     )  # fmt: skip
     return out
 
@@ -189,6 +189,7 @@ def _project(x: Tensor, A: Tensor, keys: Tensor | None, layer: Tensor, threshold
         _project_kernel, (_cdiv(n_rows, rows), n_folds),
         x, A, out, keys, layer, first_row, n_rows, width, rank,
         THRESHOLD=_threshold(keys, threshold), SUM=_sum_type(x), R=_padded(rank), BT=rows, BC=_columns(x, rank),
+        num_warps=_warps(x, rank, rows),
     )  # fmt: skip
     return out
 
@@ -207,7 +208,7 @@ def _backward_B(grad: Tensor, B: Tensor, projected: Tensor) -> tuple[Tensor, Ten
     _run(
         _backward_B_kernel, (n_parts, n_folds, n_chunks),
         grad, B, projected, grad_projected, grad_B, n_rows, width, rank, chunk,
-        SUM=_sum_type(grad), R=_padded(rank), BT=rows, BC=columns,
+        SUM=_sum_type(grad), R=_padded(rank), BT=rows, BC=columns, num_warps=8,
     )  # fmt: skip
     return _added(grad_projected, grad.dtype), _added(grad_B, grad_B.dtype)
 
@@ -257,6 +258,7 @@ def _run_backward_A(
         _backward_A_kernel, (n_columns, n_folds, n_parts),
         x, grad_projected, A, grad_x, grad_A, keys, layer, first_row, n_rows, width, rank, chunk,
         SCALE=scale, THRESHOLD=_threshold(keys, threshold), SUM=_sum_type(x), R=_padded(rank), BT=rows, BC=columns,
+        num_warps=_warps(x, rank, rows),
     )  # fmt: skip
     return _added(grad_A, grad_A.dtype)
 
@@ -271,7 +273,7 @@ def _run(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) 
     # Triton starts kernels on the current GPU, which may be another.
     with torch.cuda.device_of(tensors[0]) if tensors[0].is_cuda else nullcontext():
         # Whether a product and a sum are rounded once is said here, for versions of Triton differ in what they assume.
-        kernel[grid](*arguments, **constants, num_warps=8, enable_fp_fusion=True)
+        kernel[grid](*arguments, **constants, enable_fp_fusion=True)
 
 
 def _added(parts: Tensor, dtype: torch.dtype) -> Tensor:
@@ -280,7 +282,7 @@ def _added(parts: Tensor, dtype: torch.dtype) -> Tensor:
         return parts[0]
     out = torch.empty_like(parts[0], dtype=dtype)
     grid, size = (_cdiv(out.numel(), 512),), out.numel()
-    _run(_add_kernel, grid, parts, out, len(parts), size, SUM=_sum_type(parts), BLOCK=512)
+    _run(_add_kernel, grid, parts, out, len(parts), size, SUM=_sum_type(parts), BLOCK=512, num_warps=4)
     return out
 
 
@@ -308,6 +310,11 @@ def _padded(rank: int) -> int:
 def _columns(x: Tensor, rank: int) -> int:
     """The columns of a tile: 128 bytes, the unit in which a GPU reads its memory, or half of it beside many ranks."""
     return (128 if rank <= 32 else 64) // x.element_size()
+
+
+def _warps(x: Tensor, rank: int, rows: int) -> int:
+    """The warps of a program: so few that no thread draws what another one does, unless tiles need more registers."""
+    return 4 if rows == 32 and rank <= 32 and x.element_size() == 2 else 8
 
 
 def _chunk(size: int, block: int, n_programs: int) -> int:

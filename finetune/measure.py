@@ -1,6 +1,6 @@
 """How fast is a device, and what does it do while some work runs?
 
-What only a GPU can be asked (kernels, waits, graphs) is in small functions here, so that all else runs on a CPU too.
+What only a GPU can be asked (kernels, waits) is in small functions here, so that all else runs on a CPU too.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
 from torch._C._autograd import DeviceType
 
 
@@ -117,19 +116,3 @@ def attention_kind(kernels: Sequence[str]) -> str:
     """Tell by the names of its kernels which of torch's attentions ran."""
     text = "\n".join(kernels).lower()
     return next((kind for kind, pattern in _ATTENTION.items() if re.search(pattern, text)), "unknown")
-
-
-@torch.inference_mode()
-def replayed(work: Callable[[], Tensor]) -> Tensor:
-    """Capture work in a CUDA graph and give what its replay computes."""
-    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):  # torch asks for a first run on the side
-        work()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        result = work()
-    result.zero_()
-    graph.replay()
-    return result.clone()

@@ -7,11 +7,9 @@ All of it runs on a CPU too, with tiny sizes.
 
 from __future__ import annotations
 
-import copy
 import os
 import statistics
 import time
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -20,27 +18,34 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
 from extract.backbones import BACKBONES, Backbone, build_model, find_backbone
-from extract.compute import embed_batch, optimize_for_inference
+from extract.compute import embed_batch
 from extract.doctor import Check, Status, installed_gpus
 from extract.views import Transform, make_transform, parse_view
 from features.console import progress
+from features.device import compute_exactly
 from features.folds import Folds
+from finetune import kernels
 from finetune.compute import Compute
 from finetune.dropout import drop_threshold
+from finetune.fast import try_compiled_blocks, try_kernels
 from finetune.lora import LoraOptions, adapters, add_adapters, select_folds
-from finetune.measure import attention_kind, bandwidth, matmul_peak, profile, replayed, synchronisations, timed
+from finetune.measure import attention_kind, bandwidth, matmul_peak, profile, synchronisations, timed
 from finetune.network import Network
 from finetune.recipes import Recipe, recipe_for
-from finetune.train import TrainingSet, new_state, train
+from finetune.step import Step, TrainingSet
+from finetune.train import draw_epoch, epoch_batches, new_state, train
 from probe.logistic import fit_logistic
 
 N_FOLDS = 5
 EFFICIENCY = 0.6  # of the measured matmul peak, which a good forward pass reaches; an assumption
+_WITHOUT = (
+    "mitofm works without it, more slowly. A C compiler, and Triton of the version that this torch asks for, are what "
+    "compiled code needs."
+)
 _REPORT = "This should not happen: please report it with all lines of `fm-doctor --json`."
 
 
@@ -51,11 +56,8 @@ def self_check(device: torch.device, *, tiny: bool = False) -> list[Check]:
         device: a GPU, or "cpu".
         tiny: sizes of a test.
     """
-    # cuBLAS repeats itself only with a fixed workspace, and reads this when it is first used.
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    compute_exactly(device)
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's own log
-    if device.index is not None:
-        torch.cuda.set_device(device)
     lines: list[Check] = []
     with progress(f"checking {device}", len(CHECKS), unit="checks") as advance:
         for name, check in CHECKS.items():
@@ -128,36 +130,46 @@ def speed(device: torch.device, *, tiny: bool) -> list[Check]:
 
 
 def determinism(device: torch.device, *, tiny: bool) -> list[Check]:
-    """Train the same few steps twice, dropout and augmentation included, and compare every bit."""
+    """Train the same few steps twice, dropout and augmentation included, and compare every bit.
+
+    Training tries every fast way but compiled blocks, so that these are compared with plain PyTorch, and named, too.
+    """
     backbone = small_vit(tiny=tiny)
     data = drawn_training_set(backbone, 4 * N_FOLDS, device)
-    with _reproducibly(), warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")  # torch names operations that it cannot repeat
-        first, second = (_trained(backbone, data, device) for _ in range(2))
+    with _reproducibly():
+        (first, compute), (second, _) = (_trained(backbone, data, device) for _ in range(2))
     n = int((first != second).sum())
     same = "three steps of each fold, trained twice: "
-    named = sorted({str(warning.message).split(". ")[0] for warning in caught if "determin" in str(warning.message)})
-    remedy = (
-        "A training that is resumed will not equal one that was not interrupted. "
-        + " ".join(f"torch: {one}." for one in named)
-    ).strip()
-    return [
+    remedy = "A training that is resumed will not equal one that was not interrupted."
+    if compute.unrepeatable:
+        remedy += f" These operations have no repeatable form here: {', '.join(sorted(compute.unrepeatable))}."
+    lines = [
         _line("determinism", "fail", f"{same}{n:,} of {first.numel():,} values differ", remedy)
         if n
         else _line("determinism", "ok", f"{same}the same to the bit")
     ]
+    if device.type != "cuda":
+        return lines
+    for name in ("kernels", "augmentation kernels", "CUDA graph"):
+        used = name in compute.fast_paths
+        said = "agree with plain PyTorch" if used else "not used: what was printed above says why"
+        lines.append(_line(f"training, {name}", "ok" if used else "note", said, _WITHOUT))
+    return lines
 
 
-def _trained(backbone: Backbone, data: TrainingSet, device: torch.device) -> Tensor:
+def _trained(backbone: Backbone, data: TrainingSet, device: torch.device) -> tuple[Tensor, Compute]:
     network = lora_network(backbone, device)
-    start = network.values.clone()
-    precision = "bf16" if device.type == "cuda" else "fp32"
+    start, on_gpu = network.values.clone(), device.type == "cuda"
+    precision = "bf16" if on_gpu else "fp32"
     network.compute_in(precision)
     recipe = replace(recipe_for("default", method="lora", convolutional=False), epochs=1, batch_size=6)
-    run_training(network, data, recipe, Compute(device, precision, N_FOLDS))
+    compute = Compute(device, precision, N_FOLDS, same_shapes=on_gpu, fast=on_gpu)
+    if on_gpu:
+        try_kernels(network, compute)
+    run_training(network, data, recipe, compute)
     if torch.equal(start, network.values):
         raise RuntimeError("training changed nothing")
-    return network.values.clone()
+    return network.values.clone(), compute
 
 
 def run_training(
@@ -185,7 +197,7 @@ def run_training(
 def _reproducibly() -> Iterator[None]:
     """Compute as a training does: sums in the same order wherever there is a way."""
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.use_deterministic_algorithms(True)
     try:
         yield
     finally:
@@ -218,6 +230,8 @@ def _gradients(device: torch.device, precision: str, dtype: torch.dtype, *, tiny
     size = backbone.input_size
     images = torch.randn(2 * N_FOLDS, 3, size, size, generator=generator).to(device, dtype)
     network.compute_in(precision)
+    if device.type == "cuda":
+        try_kernels(network, Compute(device, precision, N_FOLDS))
     network.clear_gradients()
     with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
         logits = network(images, range(N_FOLDS), step=0)
@@ -233,6 +247,7 @@ def dropout(device: torch.device, *, tiny: bool) -> list[Check]:
     model = nn.Sequential(nn.Linear(width, width, bias=False)).to(device)
     add_adapters(model, options, n_folds=N_FOLDS, seed=0)
     ((_, module),) = adapters(model)
+    module.triton = device.type == "cuda" and kernels.verify(device, torch.float32)
     with torch.no_grad():  # the frozen product is zero and both factors are the identity: the output is the mask
         module.base.weight.zero_()  # type: ignore[operator]
         module.A.copy_(torch.eye(width, device=device).expand_as(module.A))
@@ -343,38 +358,21 @@ def attention(device: torch.device, *, tiny: bool) -> list[Check]:
     return lines
 
 
-def fast_ways(device: torch.device, *, tiny: bool) -> list[Check]:
-    """Try compiled blocks and a CUDA graph on a small network, and compare them with plain PyTorch."""
+def compiled_blocks(device: torch.device, *, tiny: bool) -> list[Check]:
+    """Compile the blocks of a small network, and compare a training step and an evaluation with plain PyTorch."""
+    if device.type != "cuda":
+        return [_line("compiled blocks", "ok", "used on GPUs alone")]
     backbone = small_vit(tiny=tiny)
-    size = backbone.input_size
-    images = torch.randn(8, 3, size, size, device=device)
-    model = optimize_for_inference(build_model(backbone, None), device, example=images)
-    plain = embed_batch(model, backbone, images, precision="fp32")["cls"]
-    compiled_model = copy.deepcopy(model)
-    for block in compiled_model.blocks:  # type: ignore[union-attr]
-        block.compile(dynamic=False)
-    ways: dict[str, Callable[[], Tensor]] = {
-        "compiled blocks": lambda: embed_batch(compiled_model, backbone, images, precision="fp32")["cls"]
-    }
-    if device.type == "cuda":
-        ways["CUDA graph"] = lambda: replayed(lambda: model.forward_features(images)[:, 0])  # type: ignore[operator]
-    return [_fast_way(name, way, plain) for name, way in ways.items()]
-
-
-def _fast_way(name: str, way: Callable[[], Tensor], plain: Tensor) -> Check:
+    network = lora_network(backbone, device)
+    network.compute_in("bf16")
+    compute = Compute(device, "bf16", N_FOLDS, same_shapes=True, fast=True, evaluation_batch=4)
+    try_kernels(network, compute)
     started = time.perf_counter()
-    remedy = "mitofm works without it, more slowly. A C compiler and Triton that fit this torch are what it needs."
-    try:
-        found = way()
-    except Exception as error:  # noqa: BLE001 - compilers and drivers raise what they like
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        return _line(name, "note", f"cannot be used here: {reason}", remedy)
+    try_compiled_blocks(network, compute, batch_size=4, image_size=backbone.input_size)
     seconds = time.perf_counter() - started
-    difference = float((found - plain).abs().max() / plain.abs().max())
-    status: Status = "ok" if difference <= 1e-3 else "fail"
-    return _line(
-        name, status, f"{difference:.0e} from plain PyTorch, ready after {seconds:.1f} s", f"Do without. {_REPORT}"
-    )
+    if "compiled blocks" in compute.fast_paths:
+        return [_line("compiled blocks", "ok", f"agree with plain PyTorch, compiled in {seconds:.0f} s")]
+    return [_line("compiled blocks", "note", "not used: what was printed above says why", _WITHOUT)]
 
 
 # ------------------------------------------------------------------------------------------------------ where time goes
@@ -420,22 +418,23 @@ def synchronised(device: torch.device, *, tiny: bool) -> list[Check]:
 
 
 def _training_step(device: torch.device, *, tiny: bool) -> tuple[Backbone, Callable[[], None]]:
+    """Make a training step of five folds of eight patches, as `finetune.train` takes it."""
     backbone = small_vit(tiny=True) if tiny else find_backbone("kaiko-s16")
-    precision = "bf16" if device.type == "cuda" else "fp32"
+    on_gpu = device.type == "cuda"
+    precision = "bf16" if on_gpu else "fp32"
     network = lora_network(backbone, device)
     network.compute_in(precision)
-    size = backbone.input_size
-    images = torch.randn(N_FOLDS * 8, 3, size, size, device=device)
-    label = torch.zeros(N_FOLDS * 8, dtype=torch.int64, device=device)
-
-    def step() -> None:
-        network.clear_gradients()
-        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-            logits = network(images, range(N_FOLDS), step=1)
-        torch.autograd.backward(F.cross_entropy(logits.flatten(0, 1), label))
-        network.gather_gradients()
-
-    return backbone, step
+    compute = Compute(device, precision, N_FOLDS, same_shapes=on_gpu, fast=on_gpu)
+    if on_gpu:
+        try_kernels(network, compute)
+    data = drawn_training_set(backbone, 16 * N_FOLDS, device)
+    recipe = replace(recipe_for("default", method="lora", convolutional=False), batch_size=8)
+    network.shard_batches(compute.process_group, recipe.batch_size)
+    state = new_state(network)
+    drawn = {fold: draw_epoch(data, fold, recipe, seed=0, epoch=0) for fold in network.folds}
+    step = Step(network, data, recipe, moments=state.moments, compute=compute)
+    step.begin(epoch_batches(network, data, recipe, drawn, state=state, epoch=0))
+    return backbone, lambda: step(0, network.folds)
 
 
 # ---------------------------------------------------------------------------------------------- small things to look at
@@ -501,7 +500,7 @@ CHECKS: dict[str, Callable[..., list[Check]]] = {
     "dropout": dropout,
     "resize": resize,
     "solver": solver,
-    "fast ways": fast_ways,
+    "compiled blocks": compiled_blocks,
     "a training step": profiled_step,
     "synchronisations": synchronised,
 }

@@ -92,7 +92,7 @@ def train(
         started = time.perf_counter()
         epoch = len(state.history[active[0]])  # the same for all: a fold that has stopped never trains again
         drawn = {fold: draw_epoch(data, fold, recipe, seed=seed, epoch=epoch) for fold in active}
-        batches = _epoch_batches(network, data, recipe, drawn, state=state, epoch=epoch)
+        batches = epoch_batches(network, data, recipe, drawn, state=state, epoch=epoch)
         step.begin(batches)
         for batch in range(batches.n_batches):
             folds = [fold for fold in active if batch < drawn[fold].n_batches]  # smaller folds' epochs end earlier
@@ -170,7 +170,7 @@ def draw_epoch(data: TrainingSet, fold: int, recipe: Recipe, *, seed: int, epoch
     return EpochBatches(batches, draws)
 
 
-def _epoch_batches(
+def epoch_batches(
     network: Network,
     data: TrainingSet,
     recipe: Recipe,

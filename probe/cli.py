@@ -57,7 +57,7 @@ def probe(
         str | None,
         typer.Option(help="Learning curve: shares of the training slides, comma-separated, e.g. 0.1,0.25,0.5,1."),
     ] = None,
-    device: Annotated[str, typer.Option(help="Where to fit: auto, cpu, cuda or cuda:N.")] = "auto",
+    device: Annotated[str, typer.Option(help="Where to fit: auto, cpu, cuda, cuda:N or mps.")] = "auto",
     runs: RunsOption = DEFAULT_RUNS,
     as_json: JsonOption = False,
 ) -> None:

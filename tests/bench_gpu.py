@@ -37,14 +37,15 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from extract.backbones import Backbone, build_model, find_backbone
-from extract.compute import embed_batch, optimize_for_inference
+from extract.compute import compile_blocks, embed_batch, optimize_for_inference
 from extract.datasets import load_dataset
 from extract.embed import decoded, embed_rows
 from extract.prepare import Extraction, ExtractOptions, prepare
 from features.console import say
 from features.store import FeatureStore
 from finetune.compute import Compute
-from finetune.lora import LoraOptions, default_targets
+from finetune.fast import try_compiled_blocks, try_kernels
+from finetune.lora import LoraOptions, default_targets, dropout_keys
 from finetune.measure import bandwidth, matmul_peak
 from finetune.network import Network
 from finetune.recipes import recipe_for
@@ -148,12 +149,6 @@ def checks(bench: Bench) -> Figures:
     return {"checks": [asdict(check) for check in self_check(bench.device, tiny=bench.tiny)]}
 
 
-def compile_blocks(model: nn.Module) -> None:
-    """Have torch.compile translate each block, the same graph for all."""
-    for block in model.blocks:  # type: ignore[union-attr]
-        block.compile(dynamic=False)
-
-
 def forward(bench: Bench, *, compiled: bool) -> Figures:
     """Images per second of the giant's forward pass, by batch size."""
     backbone = bench.giant
@@ -215,23 +210,42 @@ def draw_patches(folder: Path, n: int) -> Path:
     return folder
 
 
-def lora(bench: Bench, backbone: Backbone, *, at_once: int = N_FOLDS, compiled: bool = False) -> Figures:
+def lora(
+    bench: Bench, backbone: Backbone, *, at_once: int = N_FOLDS, fast: bool = True, compiled: bool = False
+) -> Figures:
     """The forward and backward pass of five folds, eight images each, by our stacked adapters."""
-    network = Network(bench.build(backbone), backbone, method="lora", lora=LoraOptions(), folds=range(N_FOLDS), seed=0)
-    network.compute_in(bench.precision)
-    if compiled:
-        network.compile_backbone()
+    network, compute = adapted(bench, backbone, at_once=at_once, fast=fast, compiled=compiled)
+    keys = [
+        torch.tensor(dropout_keys(0, range(first, first + at_once), 0), device=bench.device)
+        for first in range(0, N_FOLDS, at_once)
+    ]
     images = torch.randn(at_once * FOLD_BATCH, 3, backbone.input_size, backbone.input_size, device=bench.device)
 
     def step() -> None:
-        for first in range(0, N_FOLDS, at_once):
+        for first, own in zip(range(0, N_FOLDS, at_once), keys, strict=True):
             with autocast(bench):
-                logits = network(images, range(first, first + at_once), step=0)
+                logits = network(images, range(first, first + at_once), step=own)
             logits.square().mean().backward()
         network.gather_gradients()
         network.clear_gradients()
 
-    return timed_step(bench, backbone, step, n_images=N_FOLDS * FOLD_BATCH, n_in_memory=at_once * FOLD_BATCH)
+    figures = timed_step(bench, backbone, step, n_images=N_FOLDS * FOLD_BATCH, n_in_memory=at_once * FOLD_BATCH)
+    return figures | {"fast_paths": sorted(compute.fast_paths)}
+
+
+def adapted(
+    bench: Bench, backbone: Backbone, *, at_once: int, fast: bool = True, compiled: bool = False
+) -> tuple[Network, Compute]:
+    """Make a network with adapters as `fm-finetune` does, with what is fast on this GPU or without."""
+    network = Network(bench.build(backbone), backbone, method="lora", lora=LoraOptions(), folds=range(N_FOLDS), seed=0)
+    network.compute_in(bench.precision)
+    fast = fast and bench.device.type == "cuda"
+    compute = Compute(bench.device, bench.precision, at_once, same_shapes=fast or compiled, fast=fast)
+    if fast:
+        try_kernels(network, compute)
+    if compiled:
+        try_compiled_blocks(network, compute, batch_size=FOLD_BATCH, image_size=backbone.input_size)
+    return network, compute
 
 
 def lora_by_peft(bench: Bench, backbone: Backbone, *, precision: str, compiled: bool = False) -> Figures:
@@ -240,16 +254,16 @@ def lora_by_peft(bench: Bench, backbone: Backbone, *, precision: str, compiled: 
 
     model = bench.build(backbone)
     config = peft.LoraConfig(r=8, lora_alpha=16, lora_dropout=0.3, target_modules=default_targets(model))
-    adapted: nn.Module = peft.get_peft_model(model, config).train()
+    theirs: nn.Module = peft.get_peft_model(model, config).train()
     if compiled:
         compile_blocks(model)
     images = torch.randn(FOLD_BATCH, 3, backbone.input_size, backbone.input_size, device=bench.device)
 
     def step() -> None:
         with autocast(bench, enabled=precision == "bf16"):
-            output: Tensor = adapted(images)
+            output: Tensor = theirs(images)
         output.float().square().mean().backward()
-        adapted.zero_grad()
+        theirs.zero_grad()
 
     return timed_step(bench, backbone, step, n_images=FOLD_BATCH, n_in_memory=FOLD_BATCH)
 
@@ -276,15 +290,13 @@ def timed_step(
     }
 
 
-def training(bench: Bench, backbone: Backbone, *, n: int, at_once: int = N_FOLDS) -> tuple[Figures, Compute]:
+def training(bench: Bench, backbone: Backbone, *, n: int, at_once: int = N_FOLDS, compiled: bool = False) -> Figures:
     """Two epochs of `finetune.train.train` on drawn patches; the second is timed, validation included."""
-    network = Network(bench.build(backbone), backbone, method="lora", lora=LoraOptions(), folds=range(N_FOLDS), seed=0)
-    network.compute_in(bench.precision)
+    network, compute = adapted(bench, backbone, at_once=at_once, compiled=compiled)
     data = drawn_training_set(backbone, n, bench.device)
     recipe = recipe_for("default", method="lora", convolutional=False)
     recipe = replace(recipe, epochs=2, batch_size=FOLD_BATCH, learning_rate=1e-5)
     marks: list[tuple[float, int]] = []
-    compute = Compute(bench.device, bench.precision, at_once)
     bench.start_peak()
     run_training(
         network, data, recipe, compute, after_epoch=lambda state: marks.append((state.seconds, state.n_images))
@@ -292,20 +304,21 @@ def training(bench: Bench, backbone: Backbone, *, n: int, at_once: int = N_FOLDS
     (first_seconds, first_images), (seconds, images) = marks
     rate = (images - first_images) / (seconds - first_seconds)
     figures = {"images_per_second": rate, "first_epoch_seconds": first_seconds, "peak_bytes": bench.peak()}
-    return figures | {"folds_at_once": compute.folds_at_once, "gflops": backbone.gflops}, compute
+    figures |= {"folds_at_once": compute.folds_at_once, "fast_paths": sorted(compute.fast_paths)}
+    return figures | {"gflops": backbone.gflops}
 
 
-def real_training(bench: Bench, backbone: Backbone) -> Figures:
+def real_training(bench: Bench, backbone: Backbone, *, compiled: bool = False) -> Figures:
     """Images per second of real training steps: sampler, augmentation, passes, optimiser, validation."""
-    return training(bench, backbone, n=bench.patches // 8 // N_FOLDS * N_FOLDS)[0]
+    return training(bench, backbone, n=bench.patches // 8 // N_FOLDS * N_FOLDS, compiled=compiled)
 
 
 def capped(bench: Bench) -> Figures:
     """Train where the memory suffices for three fifths of what five folds take: folds per pass are halved."""
     n = 100 if not bench.tiny else 40
-    free = training(bench, bench.small, n=n)[0]
+    free = training(bench, bench.small, n=n)
     with memory_limit(bench, int(0.6 * free["peak_bytes"])):
-        figures = training(bench, bench.small, n=n)[0]
+        figures = training(bench, bench.small, n=n)
     if figures["folds_at_once"] >= N_FOLDS:
         raise RuntimeError(f"the limit of memory did not act: still {N_FOLDS} folds at once")
     return figures
@@ -348,7 +361,7 @@ def list_rows(bench: Bench) -> list[Row]:
     return [
         Row("machine", 10, machine),
         Row("checks", 60, checks),
-        Row("lora-s-ours", 10, partial(lora, backbone=s)),
+        Row("lora-s-ours", 15, partial(lora, backbone=s)),
         Row("lora-s-train", 15, partial(real_training, backbone=s)),
         Row("forward-g", 35, partial(forward, compiled=False)),
         Row("extract-g", 110, end_to_end),
@@ -363,9 +376,11 @@ def list_rows(bench: Bench) -> list[Row]:
         Row("lora-h-peft-bf16-compiled", 60, partial(lora_by_peft, backbone=h, precision="bf16", compiled=True)),
         Row("lora-g-train", 25, partial(real_training, backbone=g)),
         Row("capped", 15, capped),
+        Row("lora-s-plain", 10, partial(lora, backbone=s, fast=False)),
         Row("lora-s-ours-in-turn", 10, partial(lora, backbone=s, at_once=1)),
         Row("lora-s-ours-compiled", 40, partial(lora, backbone=s, compiled=True)),
         Row("lora-h-train", 20, partial(real_training, backbone=h)),
+        Row("lora-g-plain", 15, partial(lora, backbone=g, fast=False)),
         Row("lora-s-peft-fp32", 8, partial(lora_by_peft, backbone=s, precision="fp32")),
         Row("lora-h-peft-fp32", 15, partial(lora_by_peft, backbone=h, precision="fp32")),
         Row("lora-g-peft-fp32", 20, partial(lora_by_peft, backbone=g, precision="fp32")),
@@ -526,9 +541,10 @@ def markdown(out: Path) -> str:
 
 
 WAYS = {
-    "ours": "ours, all folds at once",
+    "ours": "ours, all folds at once, Triton kernels",
+    "plain": "ours, all folds at once, plain PyTorch",
     "ours-in-turn": "ours, fold after fold",
-    "ours-compiled": "ours, all at once, compiled",
+    "ours-compiled": "ours, all folds at once, Triton kernels, blocks compiled",
     "train": "ours, `finetune.train`: augmentation, optimiser and validation included",
     "peft-bf16-compiled": "peft, bf16, compiled",
     "peft-bf16": "peft, bf16",

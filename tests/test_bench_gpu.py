@@ -127,7 +127,10 @@ def test_shares_and_ratios_of_the_table(tmp_path: Path) -> None:
     assert "| forward, eager | 1024 | CUDA out of memory |  |" in table
     assert "| PNG files to store, 0.96 of its forward pass (target .95) | 256 | 288 | 58% |" in table
     # Forward, and the gradient of the input: twice the FLOPs of a forward pass.
-    assert "| ViT-g/14 | ours, all folds at once | 150 | 1.50 (target 1.3) | 60% | 40 | 0.40 | 2.0 |" in table
+    assert (
+        "| ViT-g/14 | ours, all folds at once, Triton kernels | 150 | 1.50 (target 1.3) | 60% | 40 | 0.40 | 2.0 |"
+        in table
+    )
     assert "| ViT-g/14 | peft, bf16 | 80 |  | 32% | 100 |  | 2.0 |" in table
 
 

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from extract import compute, prepare, views
 from extract.backbones import build_model, find_backbone
-from extract.compute import compile_blocks, compiled, embed_batch, fetch, hold_weights, mark, padded
+from extract.compute import compile_blocks, compiled, embed_batch, fetch, hold_weights, mark, padded, settled
 from extract.prepare import ExtractOptions
 from extract.resize import _weights, resize_as_pillow
 from extract.views import make_transform, parse_view
@@ -59,6 +59,20 @@ def test_what_is_not_rounded_is_shared_and_not_copied():
     assert held.norm.weight is model.norm.weight
     assert held.pos_embed is model.pos_embed
     assert hold_weights(model, "fp32") is model
+
+
+def test_a_network_whose_numbers_the_type_of_its_weights_decides_is_left_as_it_is():
+    torch.manual_seed(0)
+    model = build_model(VIT, None)
+    assert settled(model, VIT, images(), precision="fp32") is model
+    held = settled(model, VIT, images(), precision="bf16")
+    assert held.patch_embed.proj.weight.dtype == torch.bfloat16
+
+    def positions(module: nn.Module, given: Any, tokens: Tensor) -> Tensor:
+        return tokens + torch.linspace(0, 1, tokens.shape[-1], dtype=module.proj.weight.dtype).float()
+
+    model.patch_embed.register_forward_hook(positions)
+    assert settled(model, VIT, images(), precision="bf16") is model
 
 
 def test_a_layer_that_computes_with_its_weights_first_keeps_them():
