@@ -6,15 +6,15 @@ kernel, with its floating-point operations and the bytes it reads and writes. An
     max(FLOPs / (peak x efficiency), bytes / (bandwidth x efficiency), shortest kernel),
 
 and a step the sum of that, or the time the host needs to start its operations, whichever is longer (roofline model:
-Williams, Waterman & Patterson 2009). Three ways:
+Williams, Waterman & Patterson 2009). Ways:
 
-- eager: every operation is a kernel of its own, which the host starts.
-- fused: a bound on what a compiler gives. What lies between two products is one kernel that reads its inputs and writes
-  its results once, and a CUDA graph starts all of them.
-- thin too: the same, with the products that memory bounds (those of the adapters' thin matrices) in that kernel.
+- plain: every operation of plain PyTorch is a kernel, which the host starts.
+- kernels: the same, with the adapters' thin products and dropout in the Triton kernels of `finetune.kernels`.
+- fused: a bound on what compiled blocks give. What lies between two products, or operators that the compiler does not
+  look into, is one kernel that reads its inputs and writes its results once; the host is no limit, as in a CUDA graph.
 
-Not modelled: the 50 MB cache, tiles that leave processors idle, clocks that fall under load. So a prediction is no
-measurement: docs/performance.md keeps the two apart.
+Not modelled: partial sums within an operator, the 50 MB cache, tiles that leave processors idle, clocks that fall under
+load. So a prediction is no measurement: docs/performance.md keeps the two apart.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import argparse
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 from unittest.mock import patch
@@ -37,8 +37,8 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from extract.backbones import Backbone, build_model, find_backbone
-from extract.compute import embed_batch
-from finetune.lora import LoraOptions, add_adapters, default_targets, select_folds
+from extract.compute import embed_batch, hold_weights
+from finetune.lora import LoraOptions, adapters, add_adapters, default_targets, select_folds
 from finetune.network import Network
 
 MODELS = {"kaiko-s16": "ViT-S/16", "virchow2": "ViT-H/14", "h-optimus-1": "ViT-g/14"}
@@ -48,6 +48,7 @@ N_FOLDS, FOLD_BATCH = 5, 8
 # Operations that hand out memory or another view of it: no kernel. Those whose schema says so need not be listed.
 _FREE = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view", "lift_fresh"}
 _FREE |= {"_local_scalar_dense", "device", "_reshape_alias", "alias", "detach", "set_"}
+_RANDOM = -1  # stands for the storage of random bytes
 _OVERWRITES = {"copy_", "zero_", "fill_", "random_", "uniform_", "normal_", "bernoulli_"}  # what they write is not read
 
 
@@ -84,13 +85,17 @@ H100 = Chip("H100 SXM", flops=989e12, bandwidth=3.35e12)
 
 @dataclass(frozen=True, eq=False)
 class Operation:
-    """One operation that starts `kernels` kernels; what it reads and writes is bytes by storage."""
+    """One operation that starts `kernels` kernels; what it reads and writes is bytes by storage.
+
+    An operator of mitofm's own is `opaque`: a compiler does not look into it.
+    """
 
     name: str
     flops: float
     reads: Mapping[int, int]
     writes: Mapping[int, int]
     kernels: int = 1
+    opaque: bool = False
 
     @property
     def bytes(self) -> int:
@@ -134,8 +139,9 @@ class Tape(TorchDispatchMode):
         kernels = 1
         if name.strip("_") == "keep_mask":  # per fold, random bytes are compared with a threshold; `like` is not read
             mask = result.numel()
-            reads, writes, kernels = {-1: 2 * mask}, self._bytes([result]), 2 * len(args[1])
-        self.operations.append(Operation(name, _flops(func, args, kwargs, result), reads, writes, kernels))
+            reads, writes, kernels = {_RANDOM: 2 * mask}, self._bytes([result]), 2 * len(args[1])
+        flops, opaque = _flops(func, args, kwargs, result), func.namespace == "mitofm"
+        self.operations.append(Operation(name, flops, reads, writes, kernels, opaque))
         return result
 
     def _bytes(self, values: Sequence[Any]) -> dict[int, int]:
@@ -190,7 +196,7 @@ def fused(operations: Sequence[Operation]) -> list[Operation]:
         writes: dict[int, int] = {}
         for _, operation in run:
             for key, n in operation.reads.items():
-                if key not in writes and key != -1:  # random bytes lie in registers
+                if key not in writes:
                     reads[key] = max(reads.get(key, 0), n)
             for key, n in operation.writes.items():
                 writes[key] = max(writes.get(key, 0), n)
@@ -200,26 +206,13 @@ def fused(operations: Sequence[Operation]) -> list[Operation]:
         run.clear()
 
     for place, operation in enumerate(operations):
-        if operation.flops:
+        if operation.flops or operation.opaque:
             close()
             result.append(operation)
         else:
             run.append((place, operation))
     close()
     return result
-
-
-def with_thin_products_fused(operations: Sequence[Operation], chip: Chip) -> list[Operation]:
-    """As `fused`, but a product that waits for memory longer than it computes is no border between two kernels."""
-
-    def is_thin(operation: Operation) -> bool:
-        computing, moving = (
-            operation.flops / (chip.flops * chip.products),
-            operation.bytes / chip.bandwidth / chip.memory,
-        )
-        return "attention" not in operation.name and computing < moving
-
-    return fused([replace(operation, flops=0.0) if is_thin(operation) else operation for operation in operations])
 
 
 @dataclass(frozen=True)
@@ -238,19 +231,12 @@ class Prediction:
         return max(self.device_seconds, self.host_seconds)
 
 
-def predict(operations: Sequence[Operation], chip: Chip) -> list[Prediction]:
-    """Predict a step in each of the three ways."""
-
-    def prediction(way: str, kept: Sequence[Operation], host: float) -> Prediction:
-        n = sum(operation.kernels for operation in kept)
-        moved = sum(operation.bytes for operation in kept) / 1e9
-        return Prediction(way, n, moved, sum(seconds(operation, chip) for operation in kept), n * host)
-
-    return [
-        prediction("eager", operations, chip.host),
-        prediction("fused", fused(operations), 0.0),
-        prediction("thin too", with_thin_products_fused(operations, chip), 0.0),
-    ]
+def predict(operations: Sequence[Operation], chip: Chip, *, way: str) -> Prediction:
+    """Predict a step in which the host starts every operation; if `way` is "fused", one compiled as far as can be."""
+    kept, host = (fused(operations), 0.0) if way == "fused" else (operations, chip.host)
+    n = sum(operation.kernels for operation in kept)
+    moved = sum(operation.bytes for operation in kept) / 1e9
+    return Prediction(way, n, moved, sum(seconds(operation, chip) for operation in kept), n * host)
 
 
 # ------------------------------------------------------------------------------------------ the real code, on no memory
@@ -302,20 +288,22 @@ def extraction_operations(name: str, batch: int, *, device: str = "cuda") -> lis
     """List the operations of one bf16 forward pass of `fm-extract`."""
     backbone = find_backbone(name)
     with pretended_gpu():
-        model = fake_network(backbone, device)
+        model = hold_weights(fake_network(backbone, device), "bf16")
         images = torch.empty(batch, 3, backbone.input_size, backbone.input_size, device=device)
         with Tape() as tape:
             embed_batch(model, backbone, images, precision="bf16")
     return tape.operations
 
 
-def training_operations(name: str, *, n_folds: int = N_FOLDS, batch: int = FOLD_BATCH) -> list[Operation]:
+def training_operations(name: str, *, triton: bool, n_folds: int = N_FOLDS, batch: int = FOLD_BATCH) -> list[Operation]:
     """List the operations of the forward and backward pass of one LoRA step of all folds."""
     backbone = find_backbone(name)
     with pretended_gpu():
         model = fake_network(backbone, "cpu")
         network = Network(model, backbone, method="lora", lora=LoraOptions(), folds=range(n_folds), seed=0)
         network.compute_in("bf16")
+        for _, layer in adapters(network.model):
+            layer.triton = triton
         images = torch.empty(n_folds * batch, 3, backbone.input_size, backbone.input_size)
         with Tape() as tape:
             with torch.autocast("cpu", torch.bfloat16):
@@ -344,12 +332,14 @@ def peft_operations(name: str, *, batch: int = FOLD_BATCH) -> list[Operation]:
     return tape.operations
 
 
-def kernels_per_layer(n_folds: int = N_FOLDS) -> tuple[int, int]:
+def kernels_per_layer(*, triton: bool, n_folds: int = N_FOLDS) -> tuple[int, int]:
     """Count the kernels of one adapted layer, forward and backward, its frozen product included."""
     with pretended_gpu():
         model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
         add_adapters(model, LoraOptions(targets="1"), n_folds=n_folds, seed=0)
         select_folds(model, range(n_folds), step=0)
+        for _, layer in adapters(model):
+            layer.triton = triton
         x = torch.empty(n_folds * 2, 4, 64, dtype=torch.bfloat16, requires_grad=True)
         with Tape() as forward, torch.autocast("cpu", torch.bfloat16):
             y = model[1](x)
@@ -361,18 +351,25 @@ def kernels_per_layer(n_folds: int = N_FOLDS) -> tuple[int, int]:
 
 def rows(chip: Chip, models: Sequence[str]) -> Iterator[tuple[str, str, Prediction, float, float]]:
     """Predict model by model: (title, what, prediction, images/s, share of the matmul peak)."""
-    works: dict[str, tuple[Callable[[str], list[Operation]], int, int]] = {
-        "extraction": (partial(extraction_operations, batch=EXTRACTION_BATCH), EXTRACTION_BATCH, 1),
-        "LoRA": (training_operations, N_FOLDS * FOLD_BATCH, 2),  # forward, and the gradient of the input
-        "LoRA by peft": (peft_operations, FOLD_BATCH, 2),  # one fold; five in turn take five times as long
-    }
-    for what, (list_operations, n_images, passes) in works.items():
-        for name in models:
-            gflops = find_backbone(name).gflops
-            assert gflops is not None
-            for prediction in predict(list_operations(name), chip)[: 3 if what == "LoRA" else 2]:
-                rate = n_images / prediction.seconds
-                yield MODELS[name], what, prediction, rate, rate * passes * gflops * 1e9 / chip.matmul_peak
+    extraction = partial(extraction_operations, batch=EXTRACTION_BATCH)
+    ours, plain = partial(training_operations, triton=True), partial(training_operations, triton=False)
+    works: list[tuple[str, str, Callable[[str], list[Operation]], int, int]] = [
+        ("extraction", "plain", extraction, EXTRACTION_BATCH, 1),
+        ("extraction", "fused", extraction, EXTRACTION_BATCH, 1),
+        # Forward, and the gradient of the input: the frozen weights have none.
+        ("LoRA", "plain", plain, N_FOLDS * FOLD_BATCH, 2),
+        ("LoRA", "kernels", ours, N_FOLDS * FOLD_BATCH, 2),
+        ("LoRA", "fused", ours, N_FOLDS * FOLD_BATCH, 2),
+        ("LoRA by peft", "plain", peft_operations, FOLD_BATCH, 2),  # one fold; five in turn take five times as long
+        ("LoRA by peft", "fused", peft_operations, FOLD_BATCH, 2),
+    ]
+    for name in models:
+        gflops = find_backbone(name).gflops
+        assert gflops is not None
+        for what, way, list_operations, n_images, passes in works:
+            found = predict(list_operations(name), chip, way=way)
+            rate = n_images / found.seconds
+            yield MODELS[name], what, found, rate, rate * passes * gflops * 1e9 / chip.matmul_peak
 
 
 def main() -> None:
@@ -383,8 +380,10 @@ def main() -> None:
     chip = H100
     print(f"{chip.name}: {chip.matmul_peak / 1e12:.0f} TFLOP/s in products, {chip.products:.0%} of the datasheet's;")
     print(f"{chip.bandwidth * chip.memory / 1e12:.2f} TB/s, {chip.memory:.0%} of the datasheet's;")
-    forward, backward = kernels_per_layer()
-    print(f"kernels of an adapted layer, eager: {forward} forward, {backward} backward\n")
+    for way, triton in (("plain", False), ("kernels", True)):
+        forward, backward = kernels_per_layer(triton=triton)
+        print(f"kernels of an adapted layer, {way}: {forward} forward, {backward} backward")
+    print()
     print("| model | work | way | kernels | GB moved | GPU ms | host ms | images/s | of the matmul peak |")
     print("|---|---|---|---|---|---|---|---|---|")
     for title, what, found, rate, share in rows(chip, arguments.models.split(",")):

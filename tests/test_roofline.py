@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import roofline
 import torch
-from roofline import Chip, Operation, Tape, fused, predict, pretended_gpu, seconds, with_thin_products_fused
+from roofline import Chip, Operation, Tape, fused, predict, pretended_gpu, seconds
 from torch import nn
 
 # Round figures: 1 TFLOP/s, 1 GB/s, no kernel shorter than a microsecond.
@@ -91,27 +91,31 @@ def test_fused_operations_move_only_what_others_gave_or_need() -> None:
     assert (backward.reads.keys(), backward.writes.keys()) == ({4, 6}, {7})
 
 
-def test_a_product_that_memory_bounds_can_be_part_of_a_fused_kernel() -> None:
-    step = [
-        operation("add", reads=(0,), writes=(1,)),
-        operation("bmm", flops=1e3, reads=(1,), writes=(2,)),  # a nanosecond of arithmetic, two microseconds of bytes
-        operation("add", reads=(2,), writes=(3,)),
-        operation("mm", flops=1e9, reads=(3,), writes=(4,)),
-    ]
-    assert [o.name for o in fused(step)] == ["fused", "bmm", "fused", "mm"]
-    together, product = with_thin_products_fused(step, CHIP)
-    assert (together.reads.keys(), together.writes.keys(), product.name) == ({0}, {3}, "mm")
-    eager, part, whole = predict(step, CHIP)
-    assert eager.kernels == part.kernels == 4
-    assert (whole.kernels, whole.device_seconds) == (2, pytest.approx(2e-6 + 1e-3))
+def test_operators_that_a_compiler_does_not_look_into_stay_alone() -> None:
+    step = [operation("add", writes=(1,)), replace(operation("project"), opaque=True), operation("mul", reads=(1,))]
+    assert [o.name for o in fused(step)] == ["fused", "project", "fused"]
 
 
 def test_a_step_is_bound_by_the_gpu_or_by_the_host() -> None:
-    eager, together, _ = predict([operation("add", reads=(1,), writes=(2,)), operation("add", reads=(2,))], CHIP)
+    step = [operation("add", reads=(1,), writes=(2,)), operation("add", reads=(2,))]
+    eager = predict(step, CHIP, way="plain")
     assert (eager.kernels, eager.device_seconds, eager.host_seconds) == (2, pytest.approx(3e-6), pytest.approx(2e-5))
     assert eager.seconds == eager.host_seconds
     # The second read of what the first wrote is gone, and so are the writes: 2 is read by no later one.
+    together = predict(step, CHIP, way="fused")
     assert (together.kernels, together.seconds) == (1, pytest.approx(1e-6))
+
+
+def test_the_adapters_kernels_stand_for_what_they_compute() -> None:
+    plain, ours = (roofline.kernels_per_layer(triton=triton) for triton in (False, True))
+    assert ours[0] < plain[0]
+    assert ours[1] < plain[1]
+    lists = [roofline.training_operations("timm/vit_tiny_patch16_224", triton=t, n_folds=2, batch=1) for t in (0, 1)]
+    names = [{o.name for o in operations if o.opaque} for operations in lists]
+    assert names == [{"keep_mask"}, {"project", "backward_B", "backward_A_", "backward_A"}]
+    # Thin products count as memory traffic alone; the frozen ones and attention are the same.
+    frozen = [sum(o.flops for o in ops if o.name in ("addmm", "mm", "convolution")) for ops in lists]
+    assert frozen[0] == frozen[1] > 0
 
 
 def test_the_stand_in_for_a_gpu_runs_what_autocast_on_cuda_runs() -> None:
