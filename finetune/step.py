@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,6 +20,7 @@ from torch import Tensor
 from extract.views import Transform
 from features.device import agrees, constant, out_of_memory
 from features.folds import Folds
+from finetune import augment_kernels
 from finetune.augment import PALETTE, AugmentOptions, augment
 from finetune.compute import Compute, allow_unrepeatable, save_memory
 from finetune.fast import GRAPH_PARAMETERS, try_graph
@@ -143,18 +145,23 @@ class Step:
             self._graph.replay()
 
     def _try_fast(self, batch: Batches, folds: Sequence[int]) -> None:
-        """Compile what makes images of patches, and capture the step of a small network, where this machine can."""
+        """Augment by Triton kernels, and capture the step of a small network, where this machine can."""
         network, compute = self._network, self._compute
         if not compute.fast or compute.device.type != "cuda":
             return
-        shard = compute.process_group.shard_rows(self._recipe.batch_size)
-        pixels = self._data.take(batch.rows[:, shard], compute.device)
-        given = pixels, batch.draws_of(shard), *self._constants
-        compiled = torch.compile(network_input, dynamic=False, fullgraph=True)
-        name = "The compiled form of the augmentation"
-        if agrees(name, lambda: [compiled(*given)], lambda: [network_input(*given)], tolerance=1e-3):
-            self._input = compiled
-            compute.fast_paths.add("compiled augmentation")
+        if self._recipe.augment is not None and augment_kernels.available():
+            shard = compute.process_group.shard_rows(self._recipe.batch_size)
+            pixels = self._data.take(batch.rows[:, shard], compute.device)
+            given: tuple[Any, ...] = (pixels, batch.draws_of(shard), *self._constants)
+            # In float32 they read a pixel up to a thousandth of a pixel away from where plain PyTorch reads it.
+            if agrees(
+                "The augmentation's Triton code",
+                lambda: [augment_kernels.network_input(*given)],
+                lambda: [network_input(*given)],
+                tolerance=5e-3,
+            ):
+                self._input = augment_kernels.network_input
+                compute.fast_paths.add("augmentation kernels")
         n_parameters = sum(parameter.numel() for parameter in network.model.parameters())
         small = n_parameters <= GRAPH_PARAMETERS and network.method != "full"
         whole = compute.process_group.world_size == 1 and self._data.pixels.device == compute.device
@@ -224,14 +231,14 @@ def network_input(
     palette: Tensor,
     options: AugmentOptions | None,
 ) -> Tensor:
-    """Make a network's input of pixels: augmented, normalised, channels last. Constants are given, for compiled code.
+    """Make a network's input of pixels: augmented, normalised, channels last (`finetune.augment_kernels` on a GPU).
 
     Args:
         pixels: (m, 3, s, s) uint8.
         draws: (m, k) uniform numbers for augmentation; None for none.
         scale, offset: (3, 1, 1) of the transform.
-        palette: of `finetune.augment`.
-        options: of augmentation.
+        palette: `finetune.augment.PALETTE` on the device.
+        options: of augmentation; None for none.
     """
     if options is not None and draws is not None:
         pixels = augment(pixels / 255, draws, size=pixels.shape[-1], options=options, palette=palette) * 255
