@@ -20,8 +20,8 @@ from torch import Tensor
 
 from features.device import constant
 from finetune.augment import AugmentOptions
-from finetune.kernels import _cdiv, _run
 from finetune.kernels import available as available
+from finetune.kernels import cdiv, operator, run
 
 try:
     from triton import jit
@@ -79,24 +79,19 @@ def _ranges(options: AugmentOptions) -> tuple[tuple[float, float], ...]:
     )
 
 
-@torch.library.custom_op("mitofm::augmented_input", mutates_args=())
+@operator(fake=lambda pixels, draws, *_: torch.empty_like(pixels, dtype=draws.dtype, memory_format=torch.channels_last))
 def _augmented_input(
     pixels: Tensor, draws: Tensor, ranges: Tensor, scale: Tensor, offset: Tensor, palette: Tensor
 ) -> Tensor:
     n, _, size, _ = pixels.shape
-    n_parts = _cdiv(size, _TILE) ** 2
+    n_parts = cdiv(size, _TILE) ** 2
     greys = draws.new_empty(n, n_parts)
     out = draws.new_empty(n, size, size, 3)
     given = pixels, draws, ranges, palette, greys
-    _run(_grey_kernel, (n_parts, n), *given, SIZE=size, TILE=_TILE)
+    run(_grey_kernel, (n_parts, n), *given, SIZE=size, TILE=_TILE)
     padded = 1 << (n_parts - 1).bit_length()
-    _run(_input_kernel, (n_parts, n), *given, scale, offset, out, SIZE=size, TILE=_TILE, PARTS=padded)
+    run(_input_kernel, (n_parts, n), *given, scale, offset, out, SIZE=size, TILE=_TILE, PARTS=padded)
     return out.permute(0, 3, 1, 2)
-
-
-@_augmented_input.register_fake
-def _(pixels: Tensor, draws: Tensor, *_: Tensor) -> Tensor:
-    return torch.empty_like(pixels, dtype=draws.dtype, memory_format=torch.channels_last)
 
 
 # -------------------------------------------------------------------------------------------------------- the kernels

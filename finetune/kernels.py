@@ -139,7 +139,7 @@ def _first_row(x: Tensor, rows: BatchRows) -> int:
 # ------------------------------------------------------------------------------------------------------ the operators
 
 
-def _operator(*, fake: Callable[..., Any], mutates_args: Sequence[str] = ()) -> Callable[[Any], Any]:
+def operator(*, fake: Callable[..., Any], mutates_args: Sequence[str] = ()) -> Callable[[Any], Any]:
     """Register a function that starts kernels as an operator, and call it as one where something traces.
 
     Elsewhere it is called straight, which takes 30 us less of the host's time.
@@ -167,26 +167,26 @@ def _like_A(x: Tensor, grad_projected: Tensor, A: Tensor, *_: Any) -> Tensor:
     return torch.empty_like(A, dtype=_sum_dtype(x))
 
 
-@_operator(fake=lambda x, *_: torch.empty_like(x))
+@operator(fake=lambda x, *_: torch.empty_like(x))
 def _masked(x: Tensor, keys: Tensor, layer: Tensor, threshold: int, first_row: int) -> Tensor:
     n_folds, n_rows, width = x.shape
     out = torch.empty_like(x)
     rows, columns = 32 * x.element_size(), _columns(x, 1)  # a thread per group of 16 columns
-    _run(
-        _masked_kernel, (_cdiv(width, columns), n_folds, _cdiv(n_rows, rows)),
+    run(
+        _masked_kernel, (cdiv(width, columns), n_folds, cdiv(n_rows, rows)),
         x, out, keys, layer, first_row, n_rows, width, THRESHOLD=threshold, BT=rows, BC=columns, num_warps=8,
     )  # fmt: skip
     return out
 
 
-@_operator(fake=lambda x, A, *_: x.new_empty(x.shape[0], x.shape[1], A.shape[1]))
+@operator(fake=lambda x, A, *_: x.new_empty(x.shape[0], x.shape[1], A.shape[1]))
 def _project(x: Tensor, A: Tensor, keys: Tensor | None, layer: Tensor, threshold: int, first_row: int) -> Tensor:
     n_folds, n_rows, width = x.shape
     rank = A.shape[1]
     out = x.new_empty(n_folds, n_rows, rank)
-    rows = 64 if n_folds * _cdiv(n_rows, 64) >= _ENOUGH else 32
-    _run(
-        _project_kernel, (_cdiv(n_rows, rows), n_folds),
+    rows = 64 if n_folds * cdiv(n_rows, 64) >= _ENOUGH else 32
+    run(
+        _project_kernel, (cdiv(n_rows, rows), n_folds),
         x, A, out, keys, layer, first_row, n_rows, width, rank,
         THRESHOLD=_threshold(keys, threshold), SUM=_sum_type(x), R=_padded(rank), BT=rows, BC=_columns(x, rank),
         num_warps=_warps(x, rank, rows),
@@ -194,18 +194,18 @@ def _project(x: Tensor, A: Tensor, keys: Tensor | None, layer: Tensor, threshold
     return out
 
 
-@_operator(fake=lambda grad, B, p: (torch.empty_like(p, dtype=grad.dtype), torch.empty_like(B, dtype=_sum_dtype(grad))))
+@operator(fake=lambda grad, B, p: (torch.empty_like(p, dtype=grad.dtype), torch.empty_like(B, dtype=_sum_dtype(grad))))
 def _backward_B(grad: Tensor, B: Tensor, projected: Tensor) -> tuple[Tensor, Tensor]:
     n_folds, n_rows, width = grad.shape
     rank = B.shape[2]
     columns = _columns(grad, rank)
     rows = 2 * columns
-    n_parts = _cdiv(n_rows, rows)  # of grad_B
+    n_parts = cdiv(n_rows, rows)  # of grad_B
     chunk = _chunk(width, columns, n_folds * n_parts)
-    n_chunks = _cdiv(width, chunk)  # parts of grad_projected
+    n_chunks = cdiv(width, chunk)  # parts of grad_projected
     grad_projected = grad.new_empty(n_chunks, n_folds, n_rows, rank, dtype=None if n_chunks == 1 else _sum_dtype(grad))
     grad_B = grad.new_empty(n_parts, n_folds, width, rank, dtype=_sum_dtype(grad))
-    _run(
+    run(
         _backward_B_kernel, (n_parts, n_folds, n_chunks),
         grad, B, projected, grad_projected, grad_B, n_rows, width, rank, chunk,
         SUM=_sum_type(grad), R=_padded(rank), BT=rows, BC=columns, num_warps=8,
@@ -213,7 +213,7 @@ def _backward_B(grad: Tensor, B: Tensor, projected: Tensor) -> tuple[Tensor, Ten
     return _added(grad_projected, grad.dtype), _added(grad_B, grad_B.dtype)
 
 
-@_operator(fake=_like_A)
+@operator(fake=_like_A)
 def _backward_A(
     x: Tensor, grad_projected: Tensor, A: Tensor, keys: Tensor | None, layer: Tensor, threshold: int, first_row: int
 ) -> Tensor:
@@ -221,7 +221,7 @@ def _backward_A(
 
 
 # An operator of its own, for not all versions of torch take None for a tensor that is changed.
-@_operator(fake=_like_A, mutates_args=("grad_x",))
+@operator(fake=_like_A, mutates_args=("grad_x",))
 def _backward_A_(
     x: Tensor,
     grad_projected: Tensor,
@@ -250,11 +250,11 @@ def _run_backward_A(
     n_folds, n_rows, width = x.shape
     rank = A.shape[1]
     rows, columns = 32, _columns(x, rank)
-    n_columns = _cdiv(width, columns)
+    n_columns = cdiv(width, columns)
     chunk = _chunk(n_rows, rows, n_folds * n_columns)
-    n_parts = _cdiv(n_rows, chunk)
+    n_parts = cdiv(n_rows, chunk)
     grad_A = x.new_empty(n_parts, n_folds, rank, width, dtype=_sum_dtype(x))
-    _run(
+    run(
         _backward_A_kernel, (n_columns, n_folds, n_parts),
         x, grad_projected, A, grad_x, grad_A, keys, layer, first_row, n_rows, width, rank, chunk,
         SCALE=scale, THRESHOLD=_threshold(keys, threshold), SUM=_sum_type(x), R=_padded(rank), BT=rows, BC=columns,
@@ -266,7 +266,8 @@ def _run_backward_A(
 # -------------------------------------------------------------------------------------------------- blocks and launches
 
 
-def _run(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
+def run(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
+    """Start a kernel on the GPU of its first tensor; all tensors have to be contiguous."""
     tensors = [argument for argument in arguments if isinstance(argument, Tensor)]
     if not all(tensor.is_contiguous() for tensor in tensors):
         raise ValueError(f"{kernel.__name__} takes contiguous tensors")
@@ -281,12 +282,13 @@ def _added(parts: Tensor, dtype: torch.dtype) -> Tensor:
     if len(parts) == 1:
         return parts[0]
     out = torch.empty_like(parts[0], dtype=dtype)
-    grid, size = (_cdiv(out.numel(), 512),), out.numel()
-    _run(_add_kernel, grid, parts, out, len(parts), size, SUM=_sum_type(parts), BLOCK=512, num_warps=4)
+    grid, size = (cdiv(out.numel(), 512),), out.numel()
+    run(_add_kernel, grid, parts, out, len(parts), size, SUM=_sum_type(parts), BLOCK=512, num_warps=4)
     return out
 
 
-def _cdiv(size: int, block: int) -> int:
+def cdiv(size: int, block: int) -> int:
+    """Count the blocks that hold `size` elements."""
     return -(-size // block)
 
 
@@ -319,8 +321,8 @@ def _warps(x: Tensor, rank: int, rows: int) -> int:
 
 def _chunk(size: int, block: int, n_programs: int) -> int:
     """The part of an axis that one program goes through, in whole blocks: short enough for `_ENOUGH` programs."""
-    n_blocks = _cdiv(size, block)
-    return block * _cdiv(n_blocks, _cdiv(_ENOUGH, n_programs))
+    n_blocks = cdiv(size, block)
+    return block * cdiv(n_blocks, cdiv(_ENOUGH, n_programs))
 
 
 # -------------------------------------------------------------------------------------------------------- the kernels

@@ -107,7 +107,7 @@ def test_two_kernels_are_started_and_spill_no_register(
         assert grid == ((-(-size // 32)) ** 2, 2)
         started.append((kernel, arguments, constants))
 
-    monkeypatch.setattr(augment_kernels, "_run", collect)
+    monkeypatch.setattr(augment_kernels, "run", collect)
     augment_kernels.network_input(*inputs(2, size), OPTIONS)
     assert len(started) == 2
     types = {torch.uint8: "*u8", torch.float32: "*fp32"}

@@ -199,7 +199,9 @@ def test_blocks_are_compiled_once_for_training_and_once_for_evaluation(
 
     torch.compiler.reset()
     compile = nn.Module.compile
-    monkeypatch.setattr(nn.Module, "compile", lambda module, **options: compile(module, backend=count, **options))
+    monkeypatch.setattr(
+        nn.Module, "compile", lambda module, options=None, **more: compile(module, backend=count, **more)
+    )
     network = tiny_network(method, lora=DROPPING)
     assert network.compile_blocks()
     compiled, _ = stopping(network, same_shapes=True)
@@ -316,7 +318,9 @@ def test_compiled_blocks_that_differ_or_fail_are_left_out_with_a_sentence(
 ) -> None:
     torch.compiler.reset()
     compile = nn.Module.compile
-    monkeypatch.setattr(nn.Module, "compile", lambda module, **options: compile(module, backend=backend, **options))
+    monkeypatch.setattr(
+        nn.Module, "compile", lambda module, options=None, **more: compile(module, backend=backend, **more)
+    )
     network = tiny_network()
     expected = network(images(), network.folds, step=1)
     before = network.values.clone()
