@@ -186,6 +186,17 @@ def exact(monkeypatch: pytest.MonkeyPatch) -> None:
     )
 
 
+def compile_by(backend: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have modules compiled by another backend than torch's own, whose options it does not know."""
+    torch.compiler.reset()
+    compile = nn.Module.compile
+
+    def by_backend(module: nn.Module, *, options: object = None, **others: Any) -> None:
+        compile(module, backend=backend, **others)
+
+    monkeypatch.setattr(nn.Module, "compile", by_backend)
+
+
 @pytest.mark.parametrize("method", ["lora", "head"])
 def test_blocks_are_compiled_once_for_training_and_once_for_evaluation(
     method: Any, monkeypatch: pytest.MonkeyPatch
