@@ -49,6 +49,7 @@ class State:
         history: fold to one record per finished epoch; folds that have finished training stay.
         seconds: of training, in all calls together.
         n_images: images passed forward and backward, likewise.
+        fast_paths: which fast ways (`finetune.fast`) the last epoch took; None before the first.
     """
 
     folds: tuple[int, ...]
@@ -59,6 +60,7 @@ class State:
     history: dict[int, list[EpochRecord]] = field(default_factory=dict)
     seconds: float = 0.0
     n_images: int = 0
+    fast_paths: tuple[str, ...] | None = None
 
     def scores(self, fold: int) -> list[float]:
         """List a fold's validation balanced accuracy after each epoch so far."""
@@ -79,6 +81,7 @@ def save_state(folder: Path, state: State) -> None:
         "history": {str(fold): [asdict(epoch) for epoch in history] for fold, history in state.history.items()},
         "seconds": state.seconds,
         "n_images": state.n_images,
+        "fast_paths": state.fast_paths,
     }
     described["sha256"] = _digest(described, tensors)
     with writing(folder, remedy=RESUME):
@@ -106,6 +109,7 @@ def load_state(folder: Path, device: torch.device) -> State | None:
             history={int(fold): [EpochRecord(**epoch) for epoch in history] for fold, history in histories},
             seconds=described["seconds"],
             n_images=described["n_images"],
+            fast_paths=None if described.get("fast_paths") is None else tuple(described["fast_paths"]),
         )
     except FileNotFoundError:
         return None

@@ -21,7 +21,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from features.console import ProgressCallback, UserError
+from features.console import ProgressCallback, UserError, say
 from finetune.augment import draw
 from finetune.checkpoint import State
 from finetune.compute import EVALUATION_BATCH, Compute, network_logits
@@ -50,6 +50,7 @@ def new_state(network: Network, *, after: State | None = None) -> State:
         history=(after.history if after else {}) | {fold: [] for fold in network.folds},
         seconds=after.seconds if after else 0.0,
         n_images=after.n_images if after else 0,
+        fast_paths=after.fast_paths if after else None,
     )
 
 
@@ -121,8 +122,20 @@ def train(
                 index = network.folds.index(fold)
                 state.best[index] = network.values[index]
         state.seconds += time.perf_counter() - started
+        _record_fast_paths(state, compute)
         save(state)
         advance(0, _describe_epoch(epoch, [state.history[fold][-1] for fold in active]))
+
+
+def _record_fast_paths(state: State, compute: Compute) -> None:
+    """Record which fast ways this epoch took; if they are not those of the one before, say so."""
+    now = tuple(sorted(compute.fast_paths))
+    if state.fast_paths is not None and state.fast_paths != now:
+        say(
+            f"Training went on with {', '.join(now) or 'plain PyTorch'} instead of "
+            f"{', '.join(state.fast_paths) or 'plain PyTorch'}: the result may differ in its last digits."
+        )
+    state.fast_paths = now
 
 
 def _describe_epoch(epoch: int, records: Sequence[EpochRecord]) -> str:

@@ -55,6 +55,7 @@ def some_state() -> State:
         },
         seconds=1 / 7,
         n_images=123,
+        fast_paths=("CUDA graph", "kernels"),
     )
 
 

@@ -444,6 +444,18 @@ def test_an_operation_that_cannot_be_repeated_is_named_once_and_recorded(
     assert expected.n_images == state.n_images
 
 
+def test_a_training_that_goes_on_in_another_way_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    network, said = tiny_network(), []
+    state = replace(new_state(network), fast_paths=("CUDA graph", "kernels"))
+    compute = Compute(CPU, "fp32", 3)
+    recipe = replace(RECIPE, epochs=2)
+    train(
+        network, patches(torch.uint8), recipe, state=state, seed=42, compute=compute, save=said.append, advance=nothing
+    )
+    assert state.fast_paths == ()
+    assert capsys.readouterr().err.count("with plain PyTorch instead of CUDA graph, kernels") == 1
+
+
 def test_other_errors_are_not_about_repeatability() -> None:
     assert not allow_unrepeatable(Compute(CPU, "fp32", 1), RuntimeError("shapes differ"))
 
