@@ -6,6 +6,7 @@ import contextlib
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import peft
@@ -22,6 +23,7 @@ from extract.backbones import build_model
 from features.console import UserError
 from features.device import constant
 from finetune import fast, kernels
+from finetune import run as finetuning
 from finetune import train as training
 from finetune.compute import Compute, allow_unrepeatable
 from finetune.fast import try_compiled_blocks, try_graph, try_kernels
@@ -418,6 +420,16 @@ def deterministic() -> Iterator[None]:
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_a_gpu_is_held_to_operations_that_repeat_themselves(device: str, deterministic: None) -> None:
+    torch.use_deterministic_algorithms(False)
+    setup: Any = SimpleNamespace(compute=SimpleNamespace(device=torch.device(device)))
+    finetuning._compute_reproducibly(setup)
+    # With a warning alone, attention would take its other backward pass.
+    assert torch.are_deterministic_algorithms_enabled() == (device == "cuda")
+    assert not torch.is_deterministic_algorithms_warn_only_enabled()
 
 
 @pytest.mark.usefixtures("deterministic")
