@@ -187,9 +187,9 @@ def _project(x: Tensor, A: Tensor, keys: Tensor | None, layer: Tensor, threshold
     rows = 64 if n_folds * cdiv(n_rows, 64) >= _ENOUGH else 32
     run(
         _project_kernel, (cdiv(n_rows, rows), n_folds),
-        x, A, out, keys, layer, first_row, n_rows, width, rank,
+        x, A, out, keys, layer, first_row, n_rows, width, rank, A.stride(0),
         THRESHOLD=_threshold(keys, threshold), SUM=_sum_type(x), R=_padded(rank), BT=rows, BC=_columns(x, rank),
-        num_warps=_warps(x, rank, rows),
+        num_warps=_warps(x, rank, rows), factor=A,
     )  # fmt: skip
     return out
 
@@ -207,8 +207,8 @@ def _backward_B(grad: Tensor, B: Tensor, projected: Tensor) -> tuple[Tensor, Ten
     grad_B = grad.new_empty(n_parts, n_folds, width, rank, dtype=_sum_dtype(grad))
     run(
         _backward_B_kernel, (n_parts, n_folds, n_chunks),
-        grad, B, projected, grad_projected, grad_B, n_rows, width, rank, chunk,
-        SUM=_sum_type(grad), R=_padded(rank), BT=rows, BC=columns, num_warps=8,
+        grad, B, projected, grad_projected, grad_B, n_rows, width, rank, B.stride(0), chunk,
+        SUM=_sum_type(grad), R=_padded(rank), BT=rows, BC=columns, num_warps=8, factor=B,
     )  # fmt: skip
     return _added(grad_projected, grad.dtype), _added(grad_B, grad_B.dtype)
 
@@ -256,9 +256,9 @@ def _run_backward_A(
     grad_A = x.new_empty(n_parts, n_folds, rank, width, dtype=_sum_dtype(x))
     run(
         _backward_A_kernel, (n_columns, n_folds, n_parts),
-        x, grad_projected, A, grad_x, grad_A, keys, layer, first_row, n_rows, width, rank, chunk,
+        x, grad_projected, A, grad_x, grad_A, keys, layer, first_row, n_rows, width, rank, A.stride(0), chunk,
         SCALE=scale, THRESHOLD=_threshold(keys, threshold), SUM=_sum_type(x), R=_padded(rank), BT=rows, BC=columns,
-        num_warps=_warps(x, rank, rows),
+        num_warps=_warps(x, rank, rows), factor=A,
     )  # fmt: skip
     return _added(grad_A, grad_A.dtype)
 
@@ -266,10 +266,10 @@ def _run_backward_A(
 # -------------------------------------------------------------------------------------------------- blocks and launches
 
 
-def run(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
-    """Start a kernel on the GPU of its first tensor; all tensors have to be contiguous."""
+def run(kernel: Any, grid: tuple[int, ...], *arguments: Any, factor: Tensor | None = None, **constants: Any) -> None:
+    """Start a kernel on the GPU of its first tensor. Tensors have to be contiguous; `factor` within each fold."""
     tensors = [argument for argument in arguments if isinstance(argument, Tensor)]
-    if not all(tensor.is_contiguous() for tensor in tensors):
+    if not all((tensor[0] if tensor is factor else tensor).is_contiguous() for tensor in tensors):
         raise ValueError(f"{kernel.__name__} takes contiguous tensors")
     # Triton starts kernels on the current GPU, which may be another.
     with torch.cuda.device_of(tensors[0]) if tensors[0].is_cuda else nullcontext():
@@ -327,7 +327,8 @@ def _chunk(size: int, block: int, n_programs: int) -> int:
 
 # -------------------------------------------------------------------------------------------------------- the kernels
 # Names in capitals are constants of a compilation. Tiles have BT rows, BC columns, and R ranks. A tile's place is an
-# address of 64 bits, and offsets in it have 32, which take half the registers.
+# address of 64 bits, and offsets in it have 32, which take half the registers. `stride` is the distance between the
+# factors of one fold and of the next, which lie in the row of their fold.
 
 
 @jit
@@ -378,7 +379,7 @@ def _masked_kernel(x, out, keys, layer, first_row, n_rows, width, THRESHOLD: con
 
 @jit
 def _project_kernel(
-    x, A, out, keys, layer, first_row, n_rows, width, rank,
+    x, A, out, keys, layer, first_row, n_rows, width, rank, stride,
     THRESHOLD: constexpr, SUM: constexpr, R: constexpr, BT: constexpr, BC: constexpr,
 ):  # fmt: skip
     """A program computes BT rows of a fold's projection."""
@@ -387,7 +388,7 @@ def _project_kernel(
     row = tl.program_id(0) * BT
     rows, ranks = row + tl.arange(0, BT), tl.arange(0, R)
     x += (fold * n_rows + row) * width
-    A += fold * rank * width
+    A += fold * stride
     out += (fold * n_rows + row) * rank
     total = tl.zeros((BT, R), SUM)
     for column in range(0, width, BC):
@@ -404,7 +405,7 @@ def _project_kernel(
 
 @jit
 def _backward_B_kernel(
-    grad, B, projected, grad_projected, grad_B, n_rows, width, rank, chunk,
+    grad, B, projected, grad_projected, grad_B, n_rows, width, rank, stride, chunk,
     SUM: constexpr, R: constexpr, BT: constexpr, BC: constexpr,
 ):  # fmt: skip
     """A program goes through BT rows and `chunk` columns of a fold's gradient.
@@ -416,7 +417,7 @@ def _backward_B_kernel(
     row, first = tl.program_id(0) * BT, tl.program_id(2) * chunk
     rows, ranks = row + tl.arange(0, BT), tl.arange(0, R)
     grad += (fold * n_rows + row) * width
-    B += fold * width * rank
+    B += fold * stride
     projected += (fold * n_rows + row) * rank
     grad_projected += ((tl.program_id(2) * n_folds + fold) * n_rows + row) * rank
     grad_B += (tl.program_id(0) * n_folds + fold) * width * rank
@@ -438,7 +439,7 @@ def _backward_B_kernel(
 
 @jit
 def _backward_A_kernel(
-    x, grad_projected, A, grad_x, grad_A, keys, layer, first_row, n_rows, width, rank, chunk,
+    x, grad_projected, A, grad_x, grad_A, keys, layer, first_row, n_rows, width, rank, stride, chunk,
     SCALE: constexpr, THRESHOLD: constexpr, SUM: constexpr, R: constexpr, BT: constexpr, BC: constexpr,
 ):  # fmt: skip
     """A program goes through BC columns and `chunk` rows of a fold's inputs.
@@ -449,7 +450,7 @@ def _backward_A_kernel(
     key, layer = tl.load(keys + fold) if THRESHOLD else 0, tl.load(layer) if THRESHOLD else 0
     column, first = tl.program_id(0) * BC, tl.program_id(2) * chunk
     columns, ranks = column + tl.arange(0, BC), tl.arange(0, R)
-    A += fold * rank * width
+    A += fold * stride
     grad_A += (tl.program_id(2) * n_folds + fold) * rank * width
     flat = (ranks < rank)[:, None] & (columns < width)[None, :]
     own = ranks[:, None] * width + columns[None, :]

@@ -12,11 +12,14 @@ from typing import Any
 import pytest
 import torch
 import triton
+from test_network import CNN, VIT, images, stirred, tiny_network
 from torch import Tensor
 from triton import language as tl
 
+from extract.backbones import Backbone
 from finetune import kernels, products
 from finetune.dropout import WHOLE_BATCH, BatchRows, philox_mask
+from finetune.lora import LoraOptions, adapters
 
 F, T = 3, 75  # folds and rows: no block divides these
 KEYS = torch.tensor([5, 2**62 + 12345, 2**63 - 1])
@@ -55,8 +58,13 @@ def draw(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def factor(*shape: int, dtype: torch.dtype) -> Tensor:
-    """A factor in float32; beside bf16 of numbers that bf16 has too, as the interpreter does not round but cut off."""
-    return draw(*shape, dtype=torch.bfloat16 if dtype == torch.bfloat16 else torch.float32).float()
+    """A factor in float32, each fold's in a longer row of its own, as a network has them.
+
+    Beside bf16 it is of numbers that bf16 has too, as the interpreter does not round but cut off.
+    """
+    n = shape[1] * shape[2]
+    rows = draw(shape[0], n + 5, dtype=torch.bfloat16 if dtype == torch.bfloat16 else torch.float32).float()
+    return rows[:, :n].view(shape)
 
 
 def bound(a: Tensor, b: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -111,6 +119,22 @@ def test_nothing_is_dropped_without_keys_or_at_threshold_zero(drop: Any) -> None
 
 
 # ------------------------------------------------------------------------------------------------------- the products
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("backbone", [VIT, CNN], ids=["vit", "cnn"])
+def test_a_whole_network_trains_by_them_as_by_plain_pytorch(backbone: Backbone, dropout: float) -> None:
+    lora = LoraOptions(rank=3, alpha=6, dropout=dropout)
+    found, expected = (stirred(tiny_network(backbone=backbone, lora=lora)) for _ in range(2))
+    for _, layer in adapters(found.model):
+        layer.triton = True
+    for network in (found, expected):
+        network.clear_gradients()
+        logits = network(images(), network.folds, step=3)
+        (logits * torch.linspace(-1, 1, 2)).sum().backward()
+        network.gather_gradients()
+    assert expected.gradients.abs().amax(dim=1).min() > 0.01
+    torch.testing.assert_close(found.gradients, expected.gradients, rtol=1e-3, atol=1e-5)
 
 
 @CASES
