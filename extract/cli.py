@@ -58,7 +58,7 @@ def extract(
     ] = None,
     fast: Annotated[
         bool,
-        typer.Option(help="Compile networks for an NVIDIA GPU: faster after the first minute, other last digits."),
+        typer.Option(help="Compile networks for an NVIDIA GPU where that pays; their last digits are others."),
     ] = True,
     weights: WeightsOption = None,
     positive: PositiveOption = None,

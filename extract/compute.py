@@ -23,6 +23,9 @@ from features.device import agrees, copy_stream, free_cached_memory, has_bf16, o
 MIN_COSINE = 0.9999  # bf16 embeddings may stand for fp32 ones from this cosine on
 # More is no faster, the end of a dataset is padded to it, and at 1,024 some tensors have more than 2^31 elements.
 MAX_BATCH = 256
+# FLOPs from which compiling pays: it takes half a minute to two, and saves a fifth of the time of an extraction and a
+# third of that of a training, at some 4e14 and 2e14 FLOP/s on an H100. Predicted (docs/performance.md), not measured.
+_WORTH_COMPILING = 5e16
 _MOST_KINDS = 4  # of blocks in a network that is compiled: each takes some seconds to a minute
 _MOST_GRAPHS = 64  # compiled at once; torch's own 8 are gone after a few networks and views
 # Compiled blocks round less often, and add in another order. What that may change, as a fraction of the largest value:
@@ -151,6 +154,11 @@ def hold_weights(model: nn.Module, precision: str) -> nn.Module:
 def _copy_of_modules(model: nn.Module) -> nn.Module:
     """Copy a network's modules; parameters and buffers are shared."""
     return copy.deepcopy(model, {id(tensor): tensor for tensor in chain(model.parameters(), model.buffers())})
+
+
+def worth_compiling(backbone: Backbone, n_passes: int) -> bool:
+    """Whether so many passes of an image through a network are more work than compiling it; False where not known."""
+    return backbone.gflops is not None and n_passes * backbone.gflops * 1e9 >= _WORTH_COMPILING
 
 
 def compile_blocks(model: nn.Module) -> bool:

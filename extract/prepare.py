@@ -28,6 +28,7 @@ from extract.compute import (
     padded,
     require_as_on_cpu,
     settled,
+    worth_compiling,
 )
 from extract.datasets import PatchDataset
 from extract.shard import Shard
@@ -54,7 +55,7 @@ class ExtractOptions:
         precision: "auto", "fp32", "bf16" or "fp16"; see `choose_precision`.
         batch_size: images per forward pass; None finds one.
         overwrite: replace embeddings of the same name that were computed otherwise.
-        fast: compile networks for NVIDIA GPUs, which rounds differently; entries begun without are continued without.
+        fast: compile networks for NVIDIA GPUs where that pays; it rounds otherwise, and entries go on as begun.
     """
 
     views: tuple[str, ...] = ("full",)
@@ -366,7 +367,9 @@ def _choose(
     network = networks[precision]
     batch_size = _choose_batch_size(extraction, backbone, network, view, images[:1], precision)
     fast = None
-    if device.type == "cuda" and options.fast and (recorded is None or _is_compiled(recorded)):
+    n_passes = len(extraction.dataset.samples)
+    worth = worth_compiling(backbone, n_passes) if recorded is None else _is_compiled(recorded)
+    if device.type == "cuda" and options.fast and worth:
         batch = padded(images[:batch_size], batch_size)
         fast = compiled(network, backbone, batch, precision=precision)
     return _Chosen(network if fast is None else fast, precision, fast is not None, batch_size)

@@ -87,7 +87,9 @@ def finetune(
     ] = None,
     compile: Annotated[
         bool | None,
-        typer.Option("--compile/--no-compile", help="Compile the backbone's blocks. Default: on an NVIDIA GPU."),
+        typer.Option(
+            "--compile/--no-compile", help="Compile the backbone's blocks. Default: on an NVIDIA GPU, where it pays."
+        ),
     ] = None,
     fast: Annotated[
         bool,

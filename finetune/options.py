@@ -114,7 +114,7 @@ class ComputeOptions:
         weights: a local checkpoint of the backbone instead of the hub's.
         device: "auto", "cpu", "cuda" or "cuda:N".
         folds_at_once: folds per forward pass; None for all on a GPU and one on a CPU.
-        compile: compile the backbone's blocks with torch.compile; None for on an NVIDIA GPU, unless `fast` is False.
+        compile: compile the backbone's blocks with torch.compile; None for where it pays, if `fast`, on an NVIDIA GPU.
         fast: try what is faster on an NVIDIA GPU (`finetune.fast`); plain PyTorch without it.
         grad_checkpointing: compute activations twice instead of keeping them.
         merge: write each LoRA fold's merged network too.
@@ -139,10 +139,6 @@ class ComputeOptions:
         """Give the options as JSON values; paths are absolute, so that a run can be resumed from any folder."""
         paths = {"data": self.data, "weights": self.weights}
         return asdict(self) | {name: None if path is None else str(path.resolve()) for name, path in paths.items()}
-
-    def resolved_compile(self, device: torch.device) -> bool:
-        """Whether to compile the backbone's blocks."""
-        return self.fast and device.type == "cuda" if self.compile is None else self.compile
 
     def resolved_folds_at_once(self, device: torch.device, n_folds: int) -> int:
         """Choose the folds per forward pass: at most `n_folds`, and by default all on a GPU and one on a CPU.

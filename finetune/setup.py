@@ -22,6 +22,7 @@ from extract.backbones import (
     fetch_weights,
     find_backbone,
 )
+from extract.compute import worth_compiling
 from extract.datasets import DATASETS, PatchDataset, is_at_hand, load_dataset, require_distinct_names
 from extract.embed import decoded
 from extract.prepare import fingerprint_parts
@@ -78,6 +79,15 @@ class Setup:
     def network_folds(self) -> list[tuple[int, ...]]:
         """The folds of each network that is trained; the networks are trained one after the other."""
         return self.options.network_folds(self.experiment.folds.n_folds)
+
+    @property
+    def compiles(self) -> bool:
+        """Whether to compile the backbone's blocks: where the user says so, or where training is long enough for it."""
+        if self.compute_options.compile is not None:
+            return self.compute_options.compile
+        n_images = self.recipe.epochs * int(self.experiment.folds.training.sum())
+        # Forward, and the gradient of the input.
+        return self.compute.fast and worth_compiling(self.backbone, 2 * n_images)
 
     def fingerprint_parts(self, patches: PatchDataset) -> dict[str, Any]:
         """List the parts of the fingerprint of a dataset's embeddings, as extraction records them."""
@@ -142,7 +152,7 @@ def prepare(
             training_precision(options.precision, backbone, device),
             folds_at_once=compute_options.resolved_folds_at_once(device, len(options.network_folds(options.cv)[0])),
             process_group=process_group,
-            same_shapes=compute_options.resolved_compile(device) or fast,
+            same_shapes=fast or bool(compute_options.compile),
             fast=fast,
         ),
     )
@@ -219,7 +229,7 @@ def new_network(setup: Setup, folds: Sequence[int]) -> Network:
         checkpoint_gradients(network)
     if compute.fast:
         try_kernels(network, compute)
-    if setup.compute_options.resolved_compile(compute.device):
+    if setup.compiles:
         shard = compute.process_group.shard_rows(size)
         n, image_size = shard.stop - shard.start, setup.transform.input_size
         try_compiled_blocks(network, compute, batch_size=n, image_size=image_size)

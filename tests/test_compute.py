@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -145,14 +146,15 @@ def test_a_compiled_form_is_taken_only_where_it_embeds_alike(monkeypatch, capsys
     ("device", "options", "recorded", "usable", "expected"),
     [
         ("cuda", {}, None, True, True),
-        ("cuda", {}, {"numerics": {"compiled": True}}, True, True),
+        ("cuda", {"patches": 99}, None, True, False),  # too few
+        ("cuda", {"patches": 99}, {"numerics": {"compiled": True}}, True, True),
         ("cuda", {}, {"numerics": {"compiled": False}}, True, False),  # go on as begun
         ("cuda", {"fast": False}, None, True, False),
         ("cuda", {}, None, False, False),
         ("cpu", {}, None, True, False),
     ],
 )
-def test_networks_are_compiled_for_nvidia_gpus_unless_begun_or_asked_otherwise(
+def test_networks_are_compiled_for_nvidia_gpus_where_it_pays_unless_begun_or_asked_otherwise(
     monkeypatch, device, options, recorded, usable, expected
 ):
     """With batches of the very shape of all to come, because each shape is compiled anew."""
@@ -163,16 +165,19 @@ def test_networks_are_compiled_for_nvidia_gpus_unless_begun_or_asked_otherwise(
         return fast if usable else None
 
     plain = build_model(VIT, None)
+    options = dict(options)
+    n = options.pop("patches", 100)
+    monkeypatch.setattr(compute, "_WORTH_COMPILING", 100e9)
     monkeypatch.setattr(prepare, "compiled", compiling)
     monkeypatch.setattr(prepare, "padded", lambda batch, n: batch[:1].expand(n, -1, -1, -1))
     monkeypatch.setattr(prepare, "make_transform", lambda backbone, view: lambda examples, device: images())
     extraction = SimpleNamespace(
         options=ExtractOptions(**({"precision": "fp32", "batch_size": 16, "overwrite": True} | options)),
         device=torch.device(device),
-        dataset=SimpleNamespace(samples=range(100)),
+        dataset=SimpleNamespace(samples=range(n)),
         examples=[],
     )
-    chosen = prepare._choose(extraction, VIT, {"fp32": plain}, parse_view("full"), recorded)
+    chosen = prepare._choose(extraction, replace(VIT, gflops=1.0), {"fp32": plain}, parse_view("full"), recorded)
     assert chosen.compiled == expected
     assert chosen.network is (fast if expected else plain)
     assert set(shapes) <= {16}

@@ -530,8 +530,9 @@ def test_auto_precision_does_not_follow_what_was_chosen_on_another_kind_of_devic
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("fast", [False, True])
-def test_a_gpu_embeds_as_the_processor_does_and_again_to_the_bit(patches, weights, tmp_path, fast):
+def test_a_gpu_embeds_as_the_processor_does_and_again_to_the_bit(patches, weights, tmp_path, monkeypatch, fast):
     """But for the processor's resize, which is off by a grey level in a few pixels."""
+    monkeypatch.setattr("extract.prepare.worth_compiling", lambda *_: True)
     name = load_dataset(str(patches)).name
     stores = [
         run(patches, weights, tmp_path / f"{k}.zarr", device=device, fast=fast, batch_size=64)

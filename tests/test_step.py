@@ -30,6 +30,8 @@ from finetune.fast import try_compiled_blocks, try_graph, try_kernels
 from finetune.lora import TARGETS, LoraOptions, adapters
 from finetune.network import Network
 from finetune.optimizer import IDLE, Scalars, adam_, scalars, schedule_of
+from finetune.options import ComputeOptions
+from finetune.setup import Setup
 from finetune.step import Batches, Step, TrainingSet
 from finetune.train import new_state, train, validation_logits
 
@@ -345,6 +347,30 @@ def test_compiled_blocks_that_differ_or_fail_are_left_out_with_a_sentence(
     assert torch.equal(network.values, before)
     torch.testing.assert_close(network(images(), network.folds, step=1), expected)
     torch.compiler.reset()
+
+
+@pytest.mark.parametrize(
+    ("asked", "on_gpu", "gflops", "expected"),
+    [
+        (None, True, 1e9, True),
+        (None, True, 1e-9, False),  # less work than compiling
+        (None, True, None, False),
+        (None, False, 1e9, False),
+        (True, False, None, True),
+        (False, True, 1e9, False),
+    ],
+)
+def test_blocks_are_compiled_where_it_pays_or_as_asked(
+    asked: bool | None, on_gpu: bool, gflops: float | None, expected: bool
+) -> None:
+    setup = SimpleNamespace(
+        compute_options=ComputeOptions(compile=asked),
+        compute=Compute(CPU, "fp32", 3, fast=on_gpu),
+        recipe=RECIPE,
+        experiment=SimpleNamespace(folds=patches().folds),
+        backbone=replace(VIT, gflops=gflops),
+    )
+    assert Setup.compiles.fget(setup) == expected  # type: ignore[attr-defined]
 
 
 def test_a_network_without_equal_blocks_is_not_compiled(capsys: pytest.CaptureFixture[str]) -> None:
