@@ -53,6 +53,9 @@ def find_device(name: str, *, local_rank: int | None = None, apple: bool = True)
         raise UserError(
             f"device {name!r} was asked for, but torch sees {n_gpus} GPUs here. Use `device='cpu'` or `device='auto'`."
         )
+    if device.type == "cuda":
+        # Always with its number: tensors on it have one, and a device without is not equal to theirs.
+        device = torch.device("cuda", device.index or 0)
     if device.type == "mps" and not has_mps:
         raise UserError(
             f"device {name!r} was asked for, but torch sees no Apple GPU here. Use `device='cpu'` or `device='auto'`."

@@ -152,14 +152,17 @@ def save_memory(network: Network, compute: Compute, batch_size: int, error: Runt
 
 def allow_unrepeatable(compute: Compute, error: RuntimeError) -> bool:
     """Let an operation that has no deterministic form go on as it is, and say so; False for any other error."""
-    match = re.match(r"(\S+) does not have a deterministic implementation", str(error))
+    # The second where a program has used cuBLAS before the variable was set that makes it repeat itself.
+    refused = r"(\S+) does not have a deterministic implementation|Deterministic behavior was enabled .*CuBLAS"
+    match = re.match(refused, str(error), re.DOTALL)
     if match is None or torch.is_deterministic_algorithms_warn_only_enabled():
         return False
-    compute.unrepeatable.add(match[1])
+    name = match[1] or "cuBLAS"
+    compute.unrepeatable.add(name)
     torch.use_deterministic_algorithms(True, warn_only=True)
     warnings.filterwarnings("ignore", "(?s).*deterministic", UserWarning)
     say(
-        f"{compute.device} cannot repeat {match[1]} bit by bit: a training that is interrupted and resumed may differ "
+        f"{compute.device} cannot repeat {name} bit by bit: a training that is interrupted and resumed may differ "
         "in its last digits from one that is not."
     )
     return True

@@ -11,10 +11,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from features.device import agrees, out_of_memory
+from features.device import agrees, free_cached_memory, out_of_memory
 from finetune import kernels
-from finetune.compute import Compute, save_memory
-from finetune.dropout import seed_of
+from finetune.compute import Compute, allow_unrepeatable, save_memory
 from finetune.lora import adapters, dropout_keys
 from finetune.network import Network
 
@@ -29,34 +28,45 @@ def try_kernels(network: Network, compute: Compute) -> None:
     if compute.device.type != "cuda" or network.method != "lora" or not kernels.available():
         return
     dtype = torch.bfloat16 if compute.precision == "bf16" else torch.float32
-    if kernels.verify(compute.device, dtype):
+    rank = next(layer.options.rank for _, layer in adapters(network.model))
+    if kernels.verify(compute.device, dtype, rank=rank):
         for _, layer in adapters(network.model):
             layer.triton = True
         network.forget_replicas()
         compute.fast_paths.add("kernels")
 
 
-def try_compiled_blocks(network: Network, compute: Compute, *, batch_size: int, image_size: int) -> None:
+def try_compiled_blocks(
+    network: Network, compute: Compute, *, batch_size: int, image_size: int, training: bool = True
+) -> None:
     """Have torch.compile translate the blocks of a transformer, for training and for evaluation.
+
+    Networks with random layers are left as they are: compiled code draws other numbers.
 
     Args:
         network: whose values are as they were in the end.
         compute: with the folds of a pass; lowered where memory runs out, as in training.
         batch_size: images per fold in a step of this process.
         image_size: edge of the network's input.
+        training: whether it is to be trained, and not only to evaluate.
     """
+    if network.has_random_layers:
+        return
     before = network.values.clone()
     try:
         # B begins at zero, where half of the gradients are zero however they are computed.
-        generator = torch.Generator().manual_seed(0)
-        noise = torch.randn(network.n_trained, generator=generator).to(before)
-        network.values[:, : network.n_trained] += 0.02 * noise
+        if network.method == "lora":
+            generator = torch.Generator().manual_seed(0)
+            noise = torch.randn(network.n_trained, generator=generator).to(before)
+            network.values[:, : network.n_trained] += 0.02 * noise
 
         def plain() -> list[Tensor]:
-            return _outcome(network, compute, batch_size, image_size)
+            trained = _step_outcome(network, compute, batch_size, image_size) if training else []
+            return [*trained, _evaluation_outcome(network, compute, image_size)]
 
         def compiled() -> list[Tensor]:
-            return _outcome(network, compute, batch_size, image_size) if network.compile_blocks() else plain()
+            network.compile_blocks()
+            return plain()
 
         while True:
             try:
@@ -67,34 +77,49 @@ def try_compiled_blocks(network: Network, compute: Compute, *, batch_size: int, 
                     compute.fast_paths.add("compiled blocks")
                 return
             except RuntimeError as error:
-                if not out_of_memory(error):
+                if out_of_memory(error):
+                    save_memory(network, compute, batch_size, error)
+                elif not allow_unrepeatable(compute, error):
                     raise
-                save_memory(network, compute, batch_size, error)
     finally:
         network.values.copy_(before)
         network.clear_gradients()
 
 
-def _outcome(network: Network, compute: Compute, batch_size: int, image_size: int) -> list[Tensor]:
-    """Compute logits and gradients of a step on random images, and logits of an evaluation."""
+def _step_outcome(network: Network, compute: Compute, batch_size: int, image_size: int) -> list[Tensor]:
+    """Compute logits and gradients of a step on random images."""
     folds = network.folds[: compute.folds_at_once]
-    seed = seed_of(network.seed, 0)
+    images = _images(len(folds) * batch_size, image_size, compute.device)
     step = torch.tensor(dropout_keys(network.seed, folds, 0), device=compute.device)
+    network.clear_gradients()
     with compute.autocast():
-        network.clear_gradients()
-        logits = network(_images(len(folds) * batch_size, image_size, seed, compute.device), folds, step=step)
-        (logits * torch.linspace(-1, 1, batch_size, device=compute.device)[:, None]).sum().backward()
-        network.gather_gradients()
-        results = [logits.detach().clone(), network.gradients.clone()]
-        network.clear_gradients()
-        with torch.inference_mode():
-            images = _images(len(folds) * compute.evaluation_batch, image_size, seed + 1, compute.device)
-            results.append(network(images, folds).clone())
-    return results
+        logits = network(images, folds, step=step)
+    (logits * torch.linspace(-1, 1, batch_size, device=compute.device)[:, None]).sum().backward()
+    network.gather_gradients()
+    gradients = network.gradients.clone()
+    network.clear_gradients()
+    return [logits.detach().clone(), gradients]
 
 
-def _images(n: int, size: int, seed: int, device: torch.device) -> Tensor:
-    generator = torch.Generator(device).manual_seed(seed)
+@torch.inference_mode()
+def _evaluation_outcome(network: Network, compute: Compute, image_size: int) -> Tensor:
+    """Compute the logits of an evaluation of random images; if memory runs out, of half as many from then on."""
+    folds = network.folds[: compute.folds_at_once]
+    while True:
+        try:
+            images = _images(len(folds) * compute.evaluation_batch, image_size, compute.device)
+            with compute.autocast():
+                logits: Tensor = network(images, folds)
+            return logits.clone()
+        except RuntimeError as error:
+            if not out_of_memory(error) or compute.evaluation_batch == 1 or network.is_compiled:
+                raise
+            free_cached_memory(compute.device)
+            compute.evaluation_batch //= 2
+
+
+def _images(n: int, size: int, device: torch.device) -> Tensor:
+    generator = torch.Generator(device).manual_seed(0)
     images = torch.randn(n, 3, size, size, generator=generator, device=device)
     return images.contiguous(memory_format=torch.channels_last)
 

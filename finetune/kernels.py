@@ -50,7 +50,7 @@ def available() -> bool:
     return triton is not None
 
 
-def verify(device: torch.device, dtype: torch.dtype) -> bool:
+def verify(device: torch.device, dtype: torch.dtype, *, rank: int = 8) -> bool:
     """Whether the kernels run on this device and compute what `finetune.products` does; if not, say so.
 
     Masks have to be the same to the bit. It takes milliseconds, once the kernels are compiled.
@@ -62,7 +62,7 @@ def verify(device: torch.device, dtype: torch.dtype) -> bool:
 
     # Sizes that no block divides, so that edges are tried; and widths divisible by 16, for which Triton compiles anew.
     cases = [
-        (draw(2, 86, n_in), draw(2, 8, n_in), draw(2, 86, n_out), draw(2, n_out, 8), draw(2, 86, n_in))
+        (draw(2, 86, n_in), draw(2, rank, n_in), draw(2, 86, n_out), draw(2, n_out, rank), draw(2, 86, n_in))
         for n_in, n_out in ((72, 77), (80, 96))
     ]
     layer, keys = torch.tensor(3, device=device), torch.tensor([5, 2**62 + 7], device=device)

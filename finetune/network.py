@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from timm.layers.drop import DropPath
 from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.utils.hooks import RemovableHandle
@@ -117,6 +118,7 @@ class Network(nn.Module):
         pieces = [(t, t.flatten(1)) for t in stacked] + [(t, t.reshape(1, -1)) for t in (*single, *statistics)]
         n_tensors = len(stacked) + len(single)
         n_trained = sum(flat.shape[1] for _, flat in pieces[:n_tensors])
+        self._n_trained = n_trained
         self.values = torch.cat([flat.detach() for _, flat in pieces], dim=1)
         self.gradients = torch.zeros(n_rows, n_trained, dtype=self.values.dtype, device=self.values.device)
         start = 0
@@ -140,6 +142,15 @@ class Network(nn.Module):
         while len(self._replicas) < n - 1:
             self._replicas.append(copy.deepcopy(self, shared | {id(self._replicas): [], id(self._hooks): []}))
         return [self, *self._replicas[: n - 1]]
+
+    def release(self) -> None:
+        """Give the memory of all tensors back, whoever still holds the network; it is of no use afterwards."""
+        self.forget_replicas()
+        for tensor in (*self.parameters(), *self.buffers()):
+            tensor.grad = None
+            tensor.data = tensor.new_empty(0)
+        self.values = self.gradients = self.values.new_empty(0)
+        self.copies = None
 
     def forget_replicas(self) -> None:
         """Discard the replicas; to be called before the modules change."""
@@ -169,6 +180,21 @@ class Network(nn.Module):
         if self.method == "full" and process_group.world_size > 1:
             self.n_synchronized_norms += synchronize_batch_norms(self.model, process_group)
 
+    @property
+    def has_random_layers(self) -> bool:
+        """Whether layers of the backbone draw random numbers while training, as Swin's stochastic depth does."""
+        drop_rates = [
+            getattr(layer, "drop_prob", None) or getattr(layer, "p", 0.0)
+            for layer in self.model.modules()
+            if isinstance(layer, DropPath | nn.Dropout)
+        ]
+        return self.method == "full" and any(drop_rates)
+
+    def seed_layers(self, *key: int) -> None:
+        """Let what such layers draw follow from (seed, fold) and a key, by torch's own generators."""
+        if self.has_random_layers:
+            torch.manual_seed(seed_of(self.seed, self.folds[0], *key))
+
     def compile_blocks(self) -> bool:
         """Have torch.compile translate equal blocks of the backbone at their first call; False if it has none."""
         self.forget_replicas()
@@ -176,7 +202,7 @@ class Network(nn.Module):
             return False
         # So that the first block, whose input nothing trains, is called as all others are.
         blocks = getattr(self.model, "blocks", None)
-        if isinstance(blocks, nn.Sequential):
+        if isinstance(blocks, nn.Sequential) and self.method == "lora":
             self._hooks.append(blocks.register_forward_pre_hook(_require_grad))
         return True
 
@@ -195,7 +221,7 @@ class Network(nn.Module):
     @property
     def n_trained(self) -> int:
         """Trained parameters of one fold."""
-        return self.gradients.shape[1]
+        return self._n_trained
 
     def rows_of(self, folds: Sequence[int]) -> slice | list[int]:
         """Find the rows of folds: a slice where they lie one after the other, for a list has to go to the device."""

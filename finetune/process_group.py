@@ -218,7 +218,8 @@ def _lost_if_unreachable() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        raise ProcessLostError(_LOST) from error
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ProcessLostError(f"{_LOST} ({reason})") from error
 
 
 @contextmanager

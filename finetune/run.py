@@ -230,6 +230,8 @@ def _train_networks(setup: Setup, folder: Path, network: Network, data: Training
             if process_group.is_first:
                 for fold in folds:
                     network.save_fold(fold_folder(folder, fold), fold)
+            network.release()  # callers hold the first one while others train, and all are scored from their files
+            state.values = state.best = state.moments = network.values
     assert state is not None  # there is at least one network
     return network, state
 

@@ -49,7 +49,7 @@ def score(setup: Setup, run: Path, data: TrainingSet) -> FoldLogits:
     tests = {name: np.empty((len(rows), n_folds), dtype=np.float32) for name, rows in experiment.tests.items()}
     with progress("score", n_folds * sum(map(len, tests.values()))) as advance:
         for folds in setup.network_folds:
-            network = new_network(setup, folds)
+            network = new_network(setup, folds, training=False)
             load_folds(network, run)
             for fold, logit in validation_logits(network, data, folds, compute=compute).items():
                 validation[data.held_out(fold)] = logit

@@ -220,8 +220,8 @@ def training_transform(backbone: Backbone, view: View, statistics: str) -> Trans
     return transform if statistics == "card" else replace(transform, mean=IMAGENET_MEAN, std=IMAGENET_STD)
 
 
-def new_network(setup: Setup, folds: Sequence[int]) -> Network:
-    """Build the network of some folds before training, set up to compute as the user wants it."""
+def new_network(setup: Setup, folds: Sequence[int], *, training: bool = True) -> Network:
+    """Build the network of some folds before training, set up to compute as the user wants it; or only to evaluate."""
     compute, size = setup.compute, setup.recipe.batch_size
     network = build_network(setup.backbone, setup.weights, setup.options, setup.view, folds, device=compute.device)
     network.compute_in(compute.precision)
@@ -232,7 +232,7 @@ def new_network(setup: Setup, folds: Sequence[int]) -> Network:
     if setup.compiles:
         shard = compute.process_group.shard_rows(size)
         n, image_size = shard.stop - shard.start, setup.transform.input_size
-        try_compiled_blocks(network, compute, batch_size=n, image_size=image_size)
+        try_compiled_blocks(network, compute, batch_size=n, image_size=image_size, training=training)
     return network
 
 

@@ -49,7 +49,7 @@ class TrainingSet:
     def take(self, rows: Tensor, device: torch.device) -> Tensor:
         """Take to the device the pixels (m, 3, s, s) of m row numbers, which lie where the pixels do, in any shape."""
         pixels = self.pixels[rows.flatten()]
-        if pixels.device != device:  # a GPU's: it copies pinned memory while the host goes on
+        if pixels.device.type != device.type:  # a GPU's: it copies pinned memory while the host goes on
             pixels = pixels.pin_memory().to(device, non_blocking=True)
         return pixels
 
@@ -121,11 +121,12 @@ class Step:
         self._constants = (*data.transform.scale_and_offset(device), constant(PALETTE, device), recipe.augment)
         self._graph: torch.cuda.CUDAGraph | None = None
         self._first = True
+        self._number = 0
         self.losses = torch.zeros(len(network.folds), dtype=network.values.dtype, device=network.values.device)
 
-    def begin(self, batches: Batches) -> None:
-        """Take the batches of the next epoch."""
-        self._batches = batches
+    def begin(self, batches: Batches, *, first: int = 0) -> None:
+        """Take the batches of the next epoch, whose first step has this number among all."""
+        self._batches, self._first_number = batches, first
         self.losses.zero_()
 
     def __call__(self, batch: int, folds: Sequence[int]) -> None:
@@ -135,6 +136,7 @@ class Step:
             UserError: memory running out with a single fold and checkpointed gradients.
         """
         now = self._batches.at(batch)
+        self._number = self._first_number + batch
         if self._first:
             self._try_fast(now, folds)
             self._first = False
@@ -164,7 +166,9 @@ class Step:
                 compute.fast_paths.add("augmentation kernels")
         n_parameters = sum(parameter.numel() for parameter in network.model.parameters())
         small = n_parameters <= GRAPH_PARAMETERS and network.method != "full"
-        whole = compute.process_group.world_size == 1 and self._data.pixels.device == compute.device
+        # Checkpointed blocks look at the state of random numbers, which a capture forbids.
+        small = small and not getattr(network.model, "grad_checkpointing", False)
+        whole = compute.process_group.world_size == 1 and self._data.pixels.device.type == compute.device.type
         if small and whole:
             self._captured = batch.clone()
             state = [network.values, self._moments, self.losses]
@@ -211,11 +215,14 @@ class Step:
         while True:
             before = statistics.clone()
             try:
+                network.seed_layers(self._number, shard.start)
                 network.clear_gradients()
                 losses = compute.map_passes(network, folds, losses_of)
                 network.gather_gradients()
                 return losses
             except RuntimeError as error:
+                if compute.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+                    raise  # nothing that helps is allowed while a graph is captured
                 statistics.copy_(before)
                 if out_of_memory(error):
                     save_memory(network, compute, recipe.batch_size, error)

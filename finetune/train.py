@@ -36,6 +36,7 @@ from probe.paper import draw_batches
 from probe.runs import EpochRecord
 from probe.schedule import best_epoch, should_stop
 
+STEPS_APART = 2**20  # between the numbers of the first steps of two epochs
 _DRAW_SEED = 2  # keeps these generators apart from those that draw initial values
 
 
@@ -94,7 +95,7 @@ def train(
         epoch = len(state.history[active[0]])  # the same for all: a fold that has stopped never trains again
         drawn = {fold: draw_epoch(data, fold, recipe, seed=seed, epoch=epoch) for fold in active}
         batches = epoch_batches(network, data, recipe, drawn, state=state, epoch=epoch)
-        step.begin(batches)
+        step.begin(batches, first=epoch * STEPS_APART)
         for batch in range(batches.n_batches):
             folds = [fold for fold in active if batch < drawn[fold].n_batches]  # smaller folds' epochs end earlier
             step(batch, folds)
@@ -210,7 +211,7 @@ def epoch_batches(
         for batch in range(own.n_batches):
             rate = learning_rate(scores, recipe, batch=batch, n_batches=own.n_batches)
             plan[batch][index] = scalars(recipe, rate=rate, step=state.n_steps[index] + batch + 1)
-    steps = range(epoch * 2**20, epoch * 2**20 + n_batches)
+    steps = range(epoch * STEPS_APART, epoch * STEPS_APART + n_batches)
     keys = torch.tensor([dropout_keys(network.seed, network.folds, step) for step in steps])
     device = network.values.device
     return Batches(

@@ -221,7 +221,7 @@ def _mutations(rng: random.Random, name: str) -> Iterator[list[str]]:
             continue  # compiling takes minutes
         flag = option.opts[0]
         if getattr(option, "is_flag", False):
-            yield [flag]
+            yield [rng.choice([flag, *option.secondary_opts])]
             continue
         described = getattr(option, "type_descriptor", None)  # of newer typers
         kind = str(described.annotation if described else option.type).lower()

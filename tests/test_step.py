@@ -309,9 +309,9 @@ def on_gpu(**options: Any) -> Compute:
 
 @pytest.mark.parametrize("agree", [True, False])
 def test_kernels_are_used_where_they_agree(agree: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    network, compute = tiny_network(), on_gpu()
+    network, compute = tiny_network(lora=LoraOptions(rank=2)), on_gpu()
     monkeypatch.setattr(kernels, "available", lambda: True)
-    monkeypatch.setattr(kernels, "verify", lambda *_: agree)
+    monkeypatch.setattr(kernels, "verify", lambda *_, rank: agree and rank == 2)
     try_kernels(network, compute)
     assert {layer.triton for _, layer in adapters(network.model)} == {agree}
     assert compute.fast_paths == ({"kernels"} if agree else set())
@@ -501,14 +501,14 @@ def test_other_errors_are_not_about_repeatability() -> None:
 def test_memory_that_runs_out_while_blocks_are_tried_halves_the_folds_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     network, compute = tiny_network(), Compute(CPU, "fp32", 3, evaluation_batch=2)
     monkeypatch.setattr(network, "compile_blocks", lambda: False)
-    outcome = fast._outcome
+    outcome = fast._step_outcome
 
     def short(network: Network, compute: Compute, *given: int) -> list[Tensor]:
         if compute.folds_at_once > 1:
             raise torch.OutOfMemoryError("CUDA out of memory.")
         return outcome(network, compute, *given)
 
-    monkeypatch.setattr(fast, "_outcome", short)
+    monkeypatch.setattr(fast, "_step_outcome", short)
     try_compiled_blocks(network, compute, batch_size=2, image_size=32)
     assert compute.folds_at_once == 1
 
@@ -519,6 +519,86 @@ def test_memory_that_holds_no_fold_ends_with_a_remedy_before_training(monkeypatc
     def short(*_: object) -> list[Tensor]:
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
-    monkeypatch.setattr(fast, "_outcome", short)
+    monkeypatch.setattr(fast, "_step_outcome", short)
     with pytest.raises(UserError, match="do not fit in the memory"):
         try_compiled_blocks(network, compute, batch_size=2, image_size=32)
+
+
+def test_memory_that_runs_out_in_an_evaluation_while_blocks_are_tried_halves_its_batch(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    network, compute = tiny_network(), Compute(CPU, "fp32", 3, evaluation_batch=8)
+    monkeypatch.setattr(network, "compile_blocks", lambda: False)
+    forward = Network.forward
+
+    def short(network: Network, images: Tensor, *given: Any, **options: Any) -> Tensor:
+        if options.get("step") is None and len(images) > 3 * 2:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return forward(network, images, *given, **options)
+
+    monkeypatch.setattr(Network, "forward", short)
+    try_compiled_blocks(network, compute, batch_size=2, image_size=32)
+    assert (compute.evaluation_batch, compute.folds_at_once) == (2, 3)
+
+
+@pytest.mark.usefixtures("deterministic")
+def test_an_operation_that_cannot_be_repeated_is_let_go_on_while_blocks_are_tried(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    network, compute = tiny_network(), Compute(CPU, "fp32", 3, evaluation_batch=2)
+    monkeypatch.setattr(network, "compile_blocks", lambda: False)
+    outcome, refused = fast._step_outcome, iter([True])
+
+    def refusing(*given: Any) -> list[Tensor]:
+        if next(refused, False):
+            raise RuntimeError("upsample_backward does not have a deterministic implementation, but you set ...")
+        return outcome(*given)
+
+    monkeypatch.setattr(fast, "_step_outcome", refusing)
+    try_compiled_blocks(network, compute, batch_size=2, image_size=32)
+    assert compute.unrepeatable == {"upsample_backward"}
+
+
+def test_compiled_blocks_of_a_classifier_alone_are_not_differentiated(monkeypatch: pytest.MonkeyPatch) -> None:
+    compile_by("eager", monkeypatch)
+    network = tiny_network("head")
+    assert network.compile_blocks()
+    seen: list[bool] = []
+    network.model.norm.register_forward_hook(lambda *given: seen.append(given[-1].requires_grad))
+    network(images(), network.folds, step=0)
+    assert seen == [False]
+    torch.compiler.reset()
+
+
+# --------------------------------------------------------------------------------------------------- the whole network
+
+
+def test_layers_that_draw_while_training_draw_the_same_again_whatever_else_draws() -> None:
+    random_vit = replace(VIT, kwargs={**VIT.kwargs, "drop_path_rate": 0.5})
+    recipe = replace(RECIPE, epochs=2)
+
+    def values(seed: int) -> Tensor:
+        network = tiny_network("full", random_vit, folds=[1])
+        assert network.has_random_layers
+        torch.manual_seed(seed)
+        return trained(network, recipe, data=patches(torch.uint8)).values.clone()
+
+    first = values(0)
+    assert torch.equal(values(1), first)
+    plain = trained(tiny_network("full", VIT, folds=[1]), recipe, data=patches(torch.uint8)).values
+    assert not torch.allclose(plain, first)
+    assert not tiny_network("full", VIT, folds=[1]).has_random_layers
+    assert not tiny_network("lora", random_vit).has_random_layers  # a frozen backbone is in eval mode
+
+
+@pytest.mark.parametrize("method", ["lora", "full", "head"])
+def test_a_network_that_is_released_holds_no_memory(method: Any) -> None:
+    network = tiny_network(method)
+    network.compute_in("bf16")
+    network(images(2 * len(network.folds)), network.folds, step=0).sum().backward()
+    n_trained = network.n_trained
+    network.release()
+    tensors = [network.values, network.gradients, *network.parameters(), *network.buffers()]
+    assert sum(tensor.untyped_storage().nbytes() for tensor in tensors) == 0
+    assert all(parameter.grad is None for parameter in network.parameters())
+    assert network.n_trained == n_trained > 0
