@@ -91,7 +91,9 @@ def backward_A_(
 def _mask(like: Tensor, keys: Tensor | None, layer: Tensor, threshold: int, rows: BatchRows) -> Tensor | None:
     if keys is None or not threshold:
         return None
-    return keep_mask(like, keys, layer=layer, threshold=threshold, **rows._asdict())
+    # One by one: older versions of torch.compile do not look into `_asdict`.
+    parts = {"first": rows.first, "n": rows.n, "total": rows.total}
+    return keep_mask(like, keys, layer=layer, threshold=threshold, **parts)
 
 
 def _float(gradient: Tensor) -> Tensor:
