@@ -101,7 +101,7 @@ def measure(arguments: argparse.Namespace, precision: str, table: Table) -> None
             step()
             if repeat:  # the first round warms up
                 seconds[name].append(time.perf_counter() - started)
-    own = [network.values, *network.parameters()]
+    own = [network.values, *network.parameters(), *([] if network.copies is None else [network.copies])]
     kept_ours = kept_bytes(lambda: train_group(network, range(N_FOLDS)), own) / len(batch)
     first = theirs[0]
     kept_theirs = kept_bytes(lambda: train_peft(first, batch[:n]), list(first.parameters())) / n
