@@ -71,10 +71,10 @@ def by_domain(ensemble: Ensemble, domain: NDArray[np.str_], *, resampling: Resam
     # For the mean, slides are drawn from the whole set: a slide may lie in two domains.
     clusters = make_clusters(ensemble.group[known])
     tallies = [
-        tally_of(part, replace(clusters, index=clusters.index[domain[known] == name]))
+        [tally_of(part, replace(clusters, index=clusters.index[domain[known] == name]))]
         for name, part in zip(names, parts, strict=True)
     ]
-    resampled = resample(tallies, clusters.n, resampling)
+    resampled = resample(tallies, clusters, resampling)
     macro: dict[str, Interval] = {}
     n_domains: dict[str, int] = {}
     worst: dict[str, Worst | None] = {}

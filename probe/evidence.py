@@ -12,7 +12,7 @@ by patch elsewhere.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
 
@@ -199,14 +199,15 @@ def judge(ensemble: Ensemble, *, resampling: Resampling = Resampling()) -> Judge
     return compare({"run": ensemble}, resampling=resampling).judgements["run"]
 
 
-def tally_of(ensemble: Ensemble, clusters: Clusters) -> Tally:
-    """Count an ensemble's predictions by cluster."""
+def tally_of(ensemble: Ensemble, clusters: Clusters, *, names: Collection[str] = NAMES) -> Tally:
+    """Count an ensemble's predictions by cluster, for the figures wanted."""
     return tally(
         ensemble.label,
         ensemble.probability,
         cluster=clusters.index,
         n_clusters=clusters.n,
         threshold=ensemble.threshold,
+        names=names,
     )
 
 
@@ -248,7 +249,7 @@ def compare(runs: Mapping[str, Ensemble], *, resampling: Resampling = Resampling
     matched = _matched(runs)
     first = matched[0]
     clusters = make_clusters(first.group)
-    resampled = resample([tally_of(ensemble, clusters) for ensemble in matched], clusters.n, resampling)
+    resampled = resample([[tally_of(ensemble, clusters)] for ensemble in matched], clusters, resampling)
     pairs = list(combinations(range(len(names)), 2))
     differences = {name: adjusted([difference(resampled, name, a, b) for a, b in pairs]) for name in COMPARED}
     tests: Sequence[DeLong | None] = [None] * len(pairs)
@@ -266,6 +267,7 @@ def compare(runs: Mapping[str, Ensemble], *, resampling: Resampling = Resampling
                 level=resampling.level,
                 replicates=resampling.replicates,
                 figures=intervals(resampled, model),
+                design_effect=resampled.design_effect,
             )
             for model, (name, ensemble) in enumerate(zip(names, matched, strict=True))
         },

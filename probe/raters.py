@@ -105,8 +105,8 @@ def _rater(
     run = replace(ensemble.select(rows), label=(2 * n_others_for > n_others)[rows].astype(np.int8))
     rater = replace(run, probability=vote[rows].astype(np.float64), threshold=0.5)
     clusters = make_clusters(run.group)
-    tallies = [tally_of(one, clusters) for one in (rater, run)]
-    resampled = resample(tallies, clusters.n, resampling, names=RATER_FIGURES)
+    tallies = [[tally_of(one, clusters, names=RATER_FIGURES)] for one in (rater, run)]
+    resampled = resample(tallies, clusters, resampling)
     return Rater(
         n=len(run),
         n_positive=int(run.label.sum()),
