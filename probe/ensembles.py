@@ -6,6 +6,7 @@ different seeds; as one model it says the mean over all of them, which is what `
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection
 from dataclasses import dataclass, replace
 
@@ -14,8 +15,16 @@ from numpy.typing import NDArray
 
 from features.console import UserError
 from features.samples import Samples
-from probe.metrics import NAMES, THRESHOLD, best_threshold
-from probe.predictions import VALIDATION, Predictions
+from probe.metrics import NAMES, THRESHOLD
+from probe.predictions import (
+    VALIDATION,
+    Predictions,
+    by_training,
+    patches_of,
+    threshold_of,
+    thresholds_of,
+    trainings_of,
+)
 from probe.resample import Clusters, make_clusters
 from probe.tally import Tally, tally
 
@@ -83,7 +92,12 @@ class Ensemble:
         """Count its predictions by cluster, those of each training, for some figures."""
         return [
             tally(
-                self.label, probability, cluster=clusters.index, n_clusters=clusters.n, threshold=float(threshold), names=names
+                self.label,
+                probability,
+                cluster=clusters.index,
+                n_clusters=clusters.n,
+                threshold=float(threshold),
+                names=names,
             )
             for probability, threshold in zip(self.by_training, self.thresholds, strict=True)
         ]
@@ -105,82 +119,43 @@ def ensemble_of(predictions: Predictions, dataset: str, split: str, *, samples: 
     if not len(part.id):
         known = ", ".join(sorted(f"{a}/{b}" for a, b in predictions.sets())) or "none"
         raise UserError(f"this run has no predictions of {name}; it has: {known}. Run it again with --test {dataset}.")
-    ids, first, row = _patches(part)
-    seeds, training = np.unique(part.seed, return_inverse=True)
-    n_models = np.bincount(training * len(ids) + row, minlength=len(seeds) * len(ids)).reshape(len(seeds), len(ids))
-    model = training * (part.fold.max() + 1) + part.fold
-    if np.bincount(row * (model.max() + 1) + model).max() > 1:
+    first, patch = patches_of(part)
+    seeds, training = trainings_of(part)
+    cell = training * len(first) + patch
+    n_models = np.bincount(cell, minlength=len(seeds) * len(first)).reshape(len(seeds), len(first))
+    if np.bincount(cell * (part.fold.max() + 1) + part.fold).max() > 1:
         raise UserError(f"predictions of {name}: a patch occurs twice for one fold. predictions.csv is damaged.")
     if n_models.min() < n_models.max():
         lacking = int(np.argmin(n_models.min(axis=0)))
         raise UserError(
-            f"predictions of {name}: {ids[lacking]} has {n_models[:, lacking].min()} fold models, others have "
-            f"{n_models.max()}. predictions.csv is damaged."
+            f"predictions of {name}: {part.id[first[lacking]]} has {n_models[:, lacking].min()} fold models, others "
+            f"have {n_models.max()}. predictions.csv is damaged."
         )
     if not np.isfinite(part.logit).all():
         raise UserError(f"predictions of {name}: {(~np.isfinite(part.logit)).sum()} are no numbers. The run diverged.")
     for column in ("label", "group"):
         values = getattr(part, column)
-        differing = np.flatnonzero(values != values[first][row])
+        differing = np.flatnonzero(values != values[first][patch])
         if len(differing):
             raise UserError(
                 f"predictions of {name}: {part.id[differing[0]]} has two {column}s. predictions.csv is damaged."
             )
-    sums = np.bincount(training * len(ids) + row, weights=part.probability, minlength=len(seeds) * len(ids))
-    in_order = np.argsort(first)
-    rows = first[in_order]
-    thresholds, threshold, prior = _chosen_out_of_fold(predictions, at_half=split == VALIDATION)
+    # On the patches that thresholds are chosen on, nothing may be chosen for those that are judged.
+    at_half = split == VALIDATION
+    trained_on = predictions.select(predictions.split == VALIDATION).label
     ensemble = Ensemble(
         dataset=dataset,
         split=split,
-        id=part.id[rows],
-        label=part.label[rows],
-        group=part.group[rows],
-        digest=np.full(len(rows), ""),
-        by_training=(sums.reshape(len(seeds), len(ids)) / n_models)[:, in_order],
-        thresholds=thresholds,
-        threshold=threshold,
-        prior=prior,
+        id=part.id[first],
+        label=part.label[first],
+        group=part.group[first],
+        digest=np.full(len(first), ""),
+        by_training=by_training(part, dataset, split)[1],
+        thresholds=np.full(len(seeds), THRESHOLD) if at_half else thresholds_of(predictions),
+        threshold=THRESHOLD if at_half else threshold_of(predictions),
+        prior=float((trained_on == 1).mean()) if len(trained_on) else math.nan,
     )
     return ensemble if samples is None else replace(ensemble, digest=samples.sha256[rows_of(ensemble, samples.id)])
-
-
-def _patches(part: Predictions) -> tuple[NDArray[np.str_], NDArray[np.intp], NDArray[np.intp]]:
-    """Find the distinct patches of predictions, the first row of each, and which of them every row is of."""
-    # A patch's rows mostly follow each other: its id is compared once per stretch of them, not once per row.
-    starts = np.flatnonzero(np.append(True, part.id[1:] != part.id[:-1]))
-    ids, first, row = np.unique(part.id[starts], return_index=True, return_inverse=True)
-    return ids, starts[first], np.repeat(row, np.diff(starts, append=len(part.id)))
-
-
-def _chosen_out_of_fold(predictions: Predictions, *, at_half: bool) -> tuple[NDArray[np.float64], float, float]:
-    """Choose thresholds with the highest balanced accuracy out of fold, or take 0.5, as where there is nothing to choose on.
-
-    Returns:
-        (K,) of each training; that of all trainings together; and the share of positives among the training patches.
-    """
-    out_of_fold = predictions.select(predictions.split == VALIDATION)
-    seeds = np.unique(predictions.seed)
-    if not len(out_of_fold):
-        return np.full(len(seeds), THRESHOLD), THRESHOLD, np.nan
-    prior = float((out_of_fold.label == 1).mean())
-    if at_half:
-        return np.full(len(seeds), THRESHOLD), THRESHOLD, prior
-    thresholds = [
-        best_threshold(out_of_fold.label[rows], out_of_fold.probability[rows])
-        for rows in (out_of_fold.seed == seed for seed in seeds)
-    ]
-    return np.array(thresholds), threshold_of(predictions), prior
-
-
-def threshold_of(predictions: Predictions) -> float:
-    """Choose the threshold of a run's trainings together: the best out of fold; 0.5 where there is nothing to choose on."""
-    out_of_fold = predictions.select(predictions.split == VALIDATION)
-    if not len(out_of_fold):
-        return THRESHOLD
-    _, first, row = _patches(out_of_fold)
-    mean = np.bincount(row, weights=out_of_fold.probability) / np.bincount(row)
-    return best_threshold(out_of_fold.label[first], mean)
 
 
 def rows_of(ensemble: Ensemble, ids: NDArray[np.str_]) -> NDArray[np.intp]:

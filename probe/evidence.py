@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import combinations
 
 import numpy as np
@@ -21,9 +21,9 @@ from numpy.typing import NDArray
 from features.console import UserError
 from features.display import html_table
 from features.samples import Samples
-from probe.ensembles import Ensemble, ensemble_of, rows_of, threshold_of
+from probe.ensembles import Ensemble, ensemble_of, rows_of
 from probe.metrics import COMPARED, NAMES, FoldFigure, Judgement, RunMetrics, SetMetrics, scores
-from probe.predictions import VALIDATION, Predictions
+from probe.predictions import VALIDATION, Predictions, threshold_of, trainings_of
 from probe.resample import Clusters, Resampled, Resampling, intervals, resample
 from probe.significance import (
     DeLong,
@@ -207,7 +207,7 @@ def evaluate(
 def fold_figures(predictions: Predictions, dataset: str, split: str) -> dict[str, FoldFigure]:
     """Compute every figure of every fold model on one set, at threshold 0.5 (the paper's view), seed by seed."""
     part = predictions.select((predictions.dataset == dataset) & (predictions.split == split))
-    models = np.unique(np.stack([part.seed, part.fold], axis=1), axis=0)
+    models = [(seed, fold) for seed in trainings_of(part)[0] for fold in np.unique(part.fold)]
     rows_of_model = [(part.seed == seed) & (part.fold == fold) for seed, fold in models]
     per_model = [scores(part.label[rows], part.probability[rows]) for rows in rows_of_model]
     values = {name: [figures[name] for figures in per_model] for name in NAMES}
@@ -325,9 +325,7 @@ def _turned(
     return chance_to_turn(trainings[a], trainings[b]) if known else math.nan
 
 
-def _detectable(
-    differences: Sequence[Difference], clusters: Clusters, wanted: float | None
-) -> Detectable | None:
+def _detectable(differences: Sequence[Difference], clusters: Clusters, wanted: float | None) -> Detectable | None:
     """Summarise which differences a set would show over its pairs; None where there is none."""
     known = sorted((one for one in differences if math.isfinite(one.detectable)), key=lambda one: one.detectable)
     if not known:

@@ -48,9 +48,7 @@ class Trainings:
     figures: dict[str, VarianceParts]
 
 
-def variance_parts(
-    fold_models: NDArray[np.float64], each: NDArray[np.float64], *, slide: float
-) -> VarianceParts:
+def variance_parts(fold_models: NDArray[np.float64], each: NDArray[np.float64], *, slide: float) -> VarianceParts:
     """Split the scatter of a figure.
 
     >>> table = np.array([[0.70, 0.80], [0.72, 0.82], [0.68, 0.78]])  # three trainings of two folds

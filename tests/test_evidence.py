@@ -33,8 +33,11 @@ def patches(
         id=np.array([f"{i:04d}.png" for i in range(n)] if ids is None else ids, dtype=np.str_),
         label=np.asarray(label, dtype=np.int8),
         group=np.array([""] * n if group is None else group, dtype=np.str_),
-        probability=np.asarray(probability, dtype=np.float64),
+        digest=np.full(n, ""),
+        by_training=np.asarray(probability, dtype=np.float64)[None],
+        thresholds=np.array([threshold]),
         threshold=threshold,
+        prior=0.5,
     )
 
 
@@ -54,6 +57,11 @@ def slides(rng: np.random.Generator, n_slides: int, *, runs: int = 1, gain: floa
 
 def by_patch(judged: Ensemble) -> Ensemble:
     return replace(judged, group=np.full(len(judged), ""))
+
+
+def alone(judged: Ensemble) -> Ensemble:
+    """Every patch from a slide of its own, which is known."""
+    return replace(judged, group=np.array([f"slide {i}" for i in range(len(judged))]))
 
 
 def some_run(seed: int = 0, n_slides: int = 30) -> Ensemble:
@@ -76,6 +84,7 @@ def predictions(seed: int = 0) -> Predictions:
         group=np.array(group),
         split=np.array(split),
         fold=np.array(fold),
+        seed=np.zeros(len(ids), dtype=np.intp),
         logit=rng.standard_normal(len(ids)).astype(np.float32),
     )
 
@@ -164,9 +173,11 @@ def test_a_slide_drawn_twice_counts_twice():
     """The percentiles beneath an interval are those of resampling slides' rows one by one."""
     judged = some_run(n_slides=12)
     clusters = resample.make_clusters(judged.group)
-    found = resample.resample([evidence.tally_of(judged, clusters)], clusters.n, Resampling(replicates=100))
+    found = resample.resample([judged.tallies(clusters)], clusters, Resampling(replicates=100))
     for j, times in enumerate(np.concatenate(list(resample._draws(clusters.n, Resampling(replicates=100))))):
-        rows = np.concatenate([np.repeat(np.flatnonzero(clusters.index == k), times[k]) for k in range(clusters.n)])
+        rows = np.concatenate(
+            [np.repeat(np.flatnonzero(clusters.index == k), int(times[k])) for k in range(clusters.n)]
+        )
         if len(set(judged.label[rows])) == 2:
             assert found.drawn["auroc"][0, j] == pytest.approx(
                 roc_auc_score(judged.label[rows], judged.probability[rows]), abs=1e-12
@@ -291,14 +302,15 @@ def test_of_very_many_patches_bundles_are_drawn_and_intervals_stay_as_wide(monke
     label = np.arange(3000) % 4 == 0
     judged = patches(label, np.clip(0.3 + 0.2 * label + 0.2 * rng.standard_normal(3000), 0, 1))
     resampling = Resampling(replicates=2000)
-    alone = judge(judged, resampling=resampling)
+    one_by_one = judge(judged, resampling=resampling)
     monkeypatch.setattr(resample, "_MANY", 1000)
     monkeypatch.setattr(resample, "_BUNDLES", 500)
     bundled = judge(judged, resampling=resampling)
     assert (bundled.n_clusters, bundled.unit) == (3000, "sample")
-    assert resample.make_clusters(judged.group).independent
+    assert not resample.make_clusters(judged.group).independent  # two of them may come from one slide
+    assert resample.make_clusters(alone(judged).group).independent
     for name, figure in bundled.figures.items():
-        expected = alone.figures[name]
+        expected = one_by_one.figures[name]
         assert figure.value == pytest.approx(expected.value, abs=1e-12)
         assert figure.high - figure.low == pytest.approx(expected.high - expected.low, rel=0.15)
 
@@ -378,19 +390,21 @@ def test_a_comparison_turned_round_is_the_same():
 def test_rows_are_matched_by_id():
     first, second = slides(np.random.default_rng(2), 30, runs=2)
     shuffled = second.select(np.random.default_rng(0).permutation(len(second)))
-    assert compare({"a": first, "b": shuffled}, resampling=QUICK) == compare(
-        {"a": first, "b": second}, resampling=QUICK
-    )
+    found, expected = (compare({"a": first, "b": run}, resampling=QUICK) for run in (shuffled, second))
+    assert as_dict(found) == as_dict(expected)
 
 
 def test_a_run_does_not_differ_from_itself():
     judged = some_run()
     found = compare({"a": judged, "again": judged}, resampling=QUICK)
     for name in COMPARED:
-        assert found.pairs[0].differences[name] == significance.Difference(0.0, 0.0, 0.0, 1.0, 1.0, 0)
+        difference = found.pairs[0].differences[name]
+        assert (difference.value, difference.low, difference.high) == (0, 0, 0)
+        assert difference.p == difference.p_holm == 1
+        assert np.isnan(difference.detectable)
         assert found.ranks[name]["a"].value == found.ranks[name]["again"].value == 1
         assert found.ranks[name]["again"].share_first == 1
-    test = compare({"a": by_patch(judged), "again": by_patch(judged)}, resampling=QUICK).pairs[0].delong
+    test = compare({"a": alone(judged), "again": alone(judged)}, resampling=QUICK).pairs[0].delong
     assert (test.value, test.standard_error, test.z, test.p) == (0, 0, 0, 1)
 
 
@@ -466,7 +480,8 @@ def test_delongs_own_example():
     assert area == pytest.approx([0.7366, 0.6478, 0.7258], abs=5e-5)
     assert np.sqrt(np.diag(covariance)) == pytest.approx([0.0927, 0.1000, 0.1028], abs=5e-5)
     runs = {
-        name: patches(helped, values) for name, values in (("albumin", albumin), ("protein", protein), ("kg", 10 - kg))
+        name: alone(patches(helped, values))
+        for name, values in (("albumin", albumin), ("protein", protein), ("kg", 10 - kg))
     }
     tests = {(pair.first, pair.second): pair.delong for pair in compare(runs, resampling=QUICK).pairs}
     first, second = tests["albumin", "kg"], tests["protein", "kg"]
@@ -498,20 +513,21 @@ def test_delong_equals_the_sum_over_pairs(decimals):
 
 def test_delong_is_for_independent_samples_only():
     first, second = slides(np.random.default_rng(1), 30, runs=2)
-    assert compare({"a": first, "b": second}, resampling=QUICK).pairs[0].delong is None
-    test = compare({"a": by_patch(first), "b": by_patch(second)}, resampling=QUICK).pairs[0].delong
+    for dependent in (first, second), (by_patch(first), by_patch(second)):  # of unknown slides too
+        assert compare(dict(zip("ab", dependent, strict=True)), resampling=QUICK).pairs[0].delong is None
+    test = compare({"a": alone(first), "b": alone(second)}, resampling=QUICK).pairs[0].delong
     assert test.first == pytest.approx(roc_auc_score(first.label, first.probability), abs=1e-12)
 
 
 def test_delong_without_variance():
     label = [0, 0, 1, 1]
-    right, wrong = patches(label, [0.1, 0.2, 0.8, 0.9]), patches(label, [0.9, 0.8, 0.2, 0.1])
+    right, wrong = (alone(patches(label, values)) for values in ([0.1, 0.2, 0.8, 0.9], [0.9, 0.8, 0.2, 0.1]))
     test = compare({"right": right, "wrong": wrong}, resampling=QUICK).pairs[0].delong
     assert (test.value, test.p) == (1, 0)
     assert as_dict(test)["z"] is None
     with pytest.raises(ValueError, match="needs two samples of each class, got 1 and 3"):
         significance.delong([0, 0, 0, 1], [0.1, 0.2, 0.3, 0.4])
-    single = patches([0, 0, 0, 1], [0.1, 0.2, 0.3, 0.4])
+    single = alone(patches([0, 0, 0, 1], [0.1, 0.2, 0.3, 0.4]))
     assert compare({"a": single, "b": single}, resampling=QUICK).pairs[0].delong is None
 
 
