@@ -80,7 +80,8 @@ def parse_view(text: str) -> View:
     unknown = [modifier for modifier in modifiers if modifier not in STATISTICS]
     if unknown:
         raise UserError(
-            f"view {text!r}: unknown modifier '+{unknown[0]}'; known are {', '.join(f'+{name}' for name in STATISTICS)}."
+            f"view {text!r}: unknown modifier '+{unknown[0]}'; known are "
+            f"{', '.join(f'+{name}' for name in STATISTICS)}."
         )
     if len(modifiers) > 1:
         raise UserError(f"view {text!r}: images are normalised in one way; use one of +{' and +'.join(modifiers)}.")

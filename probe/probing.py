@@ -43,8 +43,8 @@ from probe.runs import Candidate, Cost, CurveFits, RunRecord, write_run
 from probe.schedule import probe_recipe
 
 DEMO = "demo"
-# What a trained probe's recipe sees: the paper's text resizes the whole patch to 224 pixels and normalises by ImageNet's
-# statistics; the authors' scripts prepare it as each model's card says.
+# What a trained probe's recipe sees: the paper's text resizes the whole patch to 224 pixels and normalises by
+# ImageNet's statistics; the authors' scripts prepare it as each model's card says.
 TRAINED_VIEWS = {"paper": "full@224+imagenet", "authors": "full"}
 _TEXT = {"crop": None, "resize": 224, "input_size": 224, "mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
 
