@@ -9,9 +9,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from features.console import UserError
-from probe.evidence import Ensemble, judge, tally_of
+from probe.ensembles import Ensemble
+from probe.evidence import judge
 from probe.metrics import SMALLER_IS_BETTER, Interval, Judgement
-from probe.resample import Resampling, interval, make_clusters, resample
+from probe.resample import Resampling, interval, resample
 
 
 @dataclass(frozen=True)
@@ -69,9 +70,9 @@ def by_domain(ensemble: Ensemble, domain: NDArray[np.str_], *, resampling: Resam
     names = np.unique(domain[known]).tolist()
     parts = [ensemble.select(domain == name) for name in names]
     # For the mean, slides are drawn from the whole set: a slide may lie in two domains.
-    clusters = make_clusters(ensemble.group[known])
+    clusters = ensemble.select(known).clusters
     tallies = [
-        [tally_of(part, replace(clusters, index=clusters.index[domain[known] == name]))]
+        part.tallies(replace(clusters, index=clusters.index[domain[known] == name]))
         for name, part in zip(names, parts, strict=True)
     ]
     resampled = resample(tallies, clusters, resampling)

@@ -9,9 +9,10 @@ from numpy.typing import NDArray
 
 from features.console import UserError
 from features.samples import MISSING_VOTE
-from probe.evidence import Ensemble, judge, tally_of
+from probe.ensembles import Ensemble
+from probe.evidence import judge
 from probe.metrics import Interval, Judgement
-from probe.resample import Resampling, intervals, make_clusters, resample
+from probe.resample import Resampling, intervals, resample
 from probe.significance import Difference, adjusted, difference
 
 RATER_FIGURES = ("balanced_accuracy", "sensitivity", "specificity")  # a rater gives classes, not scores
@@ -103,9 +104,9 @@ def _rater(
     tied = ~missing & (2 * n_others_for == n_others)
     rows = ~(missing | tied)
     run = replace(ensemble.select(rows), label=(2 * n_others_for > n_others)[rows].astype(np.int8))
-    rater = replace(run, probability=vote[rows].astype(np.float64), threshold=0.5)
-    clusters = make_clusters(run.group)
-    tallies = [[tally_of(one, clusters, names=RATER_FIGURES)] for one in (rater, run)]
+    rater = replace(run, by_training=vote[rows].astype(np.float64)[None], thresholds=np.array([0.5]))
+    clusters = run.clusters
+    tallies = [one.tallies(clusters, names=RATER_FIGURES) for one in (rater, run)]
     resampled = resample(tallies, clusters, resampling)
     return Rater(
         n=len(run),
