@@ -45,7 +45,10 @@ def extract(
     device: DeviceOption = "auto",
     view: Annotated[
         str,
-        typer.Option(help="Views, comma-separated: full, centerN (central N source pixels), centerN@M (input of M)."),
+        typer.Option(
+            help="Views, comma-separated: full, centerN (central N source pixels); then @M (input of M pixels); then "
+            "+imagenet or +half (normalised by these)."
+        ),
     ] = "full",
     precision: Annotated[
         str,

@@ -1,13 +1,6 @@
 """Which options do several commands share, and what do they mean?
 
-Each is the annotation of a parameter, whose default stands in the command: `device: LabelsOption = Annotated[
-    str | None,
-    typer.Option("--labels", help="old=new,...: what classes of your own datasets are called elsewhere: cancer=tumor."),
-]
-SkipUnlabelledOption = Annotated[
-    bool, typer.Option("--skip-unlabelled", help="Leave out patches without a label, instead of refusing them.")
-]
-DeviceOption = "auto"`.
+Each is the annotation of a parameter, whose default stands in the command: `device: DeviceOption = "auto"`.
 """
 
 from __future__ import annotations
@@ -74,3 +67,19 @@ def parse_names(text: str, *, option: str | None = None) -> tuple[str, ...]:
     if not names and option is not None:
         raise UserError(f"{option} names nothing: found {text!r}, expected one or more names separated by commas.")
     return names
+
+
+def parse_numbers(text: str, *, option: str) -> tuple[float, ...]:
+    """Split a comma-separated option into its numbers, ascending, each once.
+
+    Args:
+        text: as the user wrote it.
+        option: the option's flag.
+
+    Raises:
+        UserError: if there is none, or one is no number.
+    """
+    try:
+        return tuple(sorted({float(part) for part in parse_names(text, option=option)}))
+    except ValueError as error:
+        raise UserError(f"{option}: {error}. Give numbers separated by commas, such as 0.1,0.3.") from None

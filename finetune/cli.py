@@ -61,9 +61,11 @@ def finetune(
     method: Annotated[
         str, typer.Option(help="lora, full (the whole backbone, folds in turn) or head (the classifier alone).")
     ] = "lora",
-    recipe: Annotated[str, typer.Option(help="default, or paper: the text of Banerjee et al. 2025.")] = "default",
+    recipe: Annotated[
+        str, typer.Option(help="default; paper: the text of Banerjee et al. 2025; authors: its scripts.")
+    ] = "default",
     view: Annotated[
-        str | None, typer.Option(help="full, centerN, centerN@M as in fm-extract. Default: the recipe's.")
+        str | None, typer.Option(help="full, centerN, centerN@M, any with +imagenet. Default: the recipe's.")
     ] = None,
     cv: CvOption = 5,
     epochs: Annotated[

@@ -16,7 +16,7 @@ from features.device import has_bf16
 from features.folds import SEED
 from finetune.lora import LoraOptions
 from finetune.network import METHODS, Method
-from finetune.recipes import RECIPES, Recipe, recipe_for
+from finetune.recipes import RECIPE_NAMES, Recipe, recipe_for
 
 _MOST_FOLDS = 100
 
@@ -29,7 +29,7 @@ class FinetuneOptions:
         model, train: a model and a dataset, by name or path.
         test: datasets to score besides the training set's own test split; None for the other published ones.
         method: "lora", "full" or "head"; see `finetune.network`.
-        recipe: "default" or "paper".
+        recipe: "default", "paper" or "authors".
         lora: rank, alpha, dropout and targets.
         view, epochs, batch_size, learning_rate: instead of the recipe's.
         cv: number of folds.
@@ -62,8 +62,8 @@ class FinetuneOptions:
     def __post_init__(self) -> None:
         if self.method not in METHODS:
             raise UserError(f"unknown method {self.method!r}: use {', '.join(METHODS)}.")
-        if self.recipe not in RECIPES:
-            raise UserError(f"unknown recipe {self.recipe!r}: use {' or '.join(RECIPES)}.")
+        if self.recipe not in RECIPE_NAMES:
+            raise UserError(f"unknown recipe {self.recipe!r}: use {', '.join(RECIPE_NAMES)}.")
         if self.precision not in ("auto", "fp32", "bf16"):
             raise UserError(f"precision {self.precision!r}: training computes in fp32 or bf16 (or auto).")
         if self.learning_rate is not None and not 0 < self.learning_rate < float("inf"):
@@ -92,13 +92,15 @@ class FinetuneOptions:
 
     def resolved_recipe(self, backbone: Backbone) -> Recipe:
         """Find the recipe for this method and backbone, changed where the user chose something else."""
-        recipe = recipe_for(self.recipe, method=self.method, convolutional=is_convolutional(backbone))
+        convolutional = is_convolutional(backbone)
+        recipe = recipe_for(self.recipe, method=self.method, convolutional=convolutional, model=backbone.name)
         chosen = {name: getattr(self, name) for name in ("epochs", "batch_size", "learning_rate")}
         return replace(recipe, **{name: value for name, value in chosen.items() if value is not None})
 
-    def resolved_view(self, backbone: Backbone) -> View:
-        """Choose the view: the user's, else the recipe's, else the backbone's."""
-        return parse_view(self.view or RECIPES[self.recipe].view or backbone.finetune_view)
+    def resolved_view(self, backbone: Backbone, recipe: Recipe | None = None) -> View:
+        """Choose the view: the user's, else the recipe's (None for `resolved_recipe`), else the backbone's."""
+        recipe = recipe or self.resolved_recipe(backbone)
+        return parse_view(self.view or recipe.view or backbone.finetune_view)
 
     def network_folds(self, n_folds: int) -> list[tuple[int, ...]]:
         """List the folds that each network holds: one network for all folds, or one per fold for "full"."""

@@ -75,7 +75,7 @@ def make_plan(options: FinetuneOptions, compute_options: ComputeOptions = Comput
     folds = options.network_folds(options.cv)[0]
     at_once = compute_options.resolved_folds_at_once(device, len(folds))
     with torch.device("meta"):  # where even constructors that compute with values run
-        model = build_model(backbone, None, dynamic=view.input_size is not None)
+        model = build_model(backbone, None, dynamic=view.resizes(backbone))
     check_forward(model, backbone, transform.input_size)
     n_parameters = sum(parameter.numel() for parameter in model.parameters())
     with FakeTensorMode(allow_non_fake_inputs=True):

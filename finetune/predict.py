@@ -157,7 +157,7 @@ def _probe_predictor(
     view = parse_view(record.view)
     transform = training_transform(backbone, view, "card")
     pooling = record.card_pooling if record.pooling == "card" else record.pooling
-    model = build_model(backbone, loaded, dynamic=view.input_size is not None)
+    model = build_model(backbone, loaded, dynamic=view.resizes(backbone))
     example = torch.zeros(1, 3, transform.input_size, transform.input_size, device=device)
     model = optimize_for_inference(model, device, example=example)
     size = _BATCH[device.type]

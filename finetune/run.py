@@ -23,6 +23,7 @@ from finetune.checkpoint import RESUME, START_FILE, State, clear_up, load_state,
 from finetune.network import Network
 from finetune.options import ComputeOptions, FinetuneOptions
 from finetune.process_group import SINGLE_PROCESS, ProcessGroup, ProcessLostError
+from finetune.recipes import Recipe
 from finetune.score import fold_folder, load_folds, score
 from finetune.setup import Setup, build_network, find_copies, load_training_set, new_network, prepare
 from finetune.step import TrainingSet
@@ -92,8 +93,12 @@ def resume(
     computing = {field.name for field in fields(ComputeOptions)}
     changes = {name: value for name, value in (given or {}).items() if name in computing}
     _require_same_options(folder, options, {n: value for n, value in (given or {}).items() if n not in computing})
-    setup = prepare(options, replace(ComputeOptions.from_record(record["compute"]), **changes), process_group)
-    differing = [f"{key} was {was} and is {now}" for key, was, now in differences(record["identity"], setup.identity())]
+    recipe = Recipe.from_record(record["identity"]["recipe"])  # as it was: what the options mean may have changed since
+    computing_options = replace(ComputeOptions.from_record(record["compute"]), **changes)
+    setup = prepare(options, computing_options, process_group, recipe=recipe)
+    now = setup.identity()
+    then = record["identity"] | {"recipe": now["recipe"]}
+    differing = [f"{key} was {was} and is {here}" for key, was, here in differences(then, now)]
     if differing:
         raise UserError(
             f"{folder} cannot be resumed, because what it was started with has changed: {'; '.join(differing[:5])}. "

@@ -113,8 +113,14 @@ def prepare(
     options: FinetuneOptions,
     compute_options: ComputeOptions = ComputeOptions(),
     process_group: ProcessGroup = SINGLE_PROCESS,
+    *,
+    recipe: Recipe | None = None,
 ) -> Setup:
     """Find and check everything that a fine-tuning needs.
+
+    Args:
+        options, compute_options, process_group: see `finetune.run.finetune`.
+        recipe: of a training that is resumed, which may be older than what the options mean today.
 
     Raises:
         UserError: see `finetune.run.finetune`.
@@ -127,8 +133,8 @@ def prepare(
     compute_exactly(device)
     fast = compute_options.fast and device.type == "cuda"
     backbone = find_backbone(options.model)
-    recipe = options.resolved_recipe(backbone)
-    view = options.resolved_view(backbone)
+    recipe = recipe or options.resolved_recipe(backbone)
+    view = options.resolved_view(backbone, recipe)
     datasets = _load_datasets(options, compute_options.data)
     train = next(iter(datasets))
     return Setup(
@@ -143,7 +149,7 @@ def prepare(
             {name: patches.samples for name, patches in datasets.items()},
             cv=options.cv,
             seed=options.seed,
-            paper_folds=options.recipe == "paper",
+            paper_folds=options.recipe != "default",
         ),
         weights=fetch_weights(backbone, weights=compute_options.weights),
         transform=training_transform(backbone, view, recipe.statistics),
@@ -215,7 +221,7 @@ def _pixel_digests(patches: PatchDataset, rows: NDArray[np.intp], advance: Progr
 
 
 def training_transform(backbone: Backbone, view: View, statistics: str) -> Transform:
-    """Make the view's transform, normalising by the card's statistics ("card") or by ImageNet's ("imagenet")."""
+    """Make the view's transform; runs from before views said so normalise by ImageNet's `statistics` ("imagenet")."""
     transform = make_transform(backbone, view)
     return transform if statistics == "card" else replace(transform, mean=IMAGENET_MEAN, std=IMAGENET_STD)
 
@@ -250,7 +256,7 @@ def build_network(
     Raises:
         UserError: weights that do not fit, an input size that does not, or targets that match nothing.
     """
-    model = build_model(backbone, weights, dynamic=view.input_size is not None)
+    model = build_model(backbone, weights, dynamic=view.resizes(backbone))
     check_forward(model.to(device), backbone, make_transform(backbone, view).input_size)
     model = model.to(memory_format=torch.channels_last)  # of convolutions; other layers stay as they are
     return Network(model, backbone, method=options.method, lora=options.lora, folds=folds, seed=options.seed)

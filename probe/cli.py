@@ -44,7 +44,11 @@ def probe(
         ),
     ] = None,
     recipe: Annotated[
-        str, typer.Option(help="exact: logistic regression, strength chosen inside training data. paper: the paper's.")
+        str,
+        typer.Option(
+            help="exact: logistic regression, strength chosen inside training data. paper: as the paper's text says. "
+            "authors: as its scripts do."
+        ),
     ] = "exact",
     labels: LabelsOption = None,
     seed: Annotated[

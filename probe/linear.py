@@ -25,6 +25,7 @@ from probe.logistic import Fits, fit_logistic, predict_logits
 from probe.metrics import balanced_log_loss, best_threshold
 from probe.paper import fit_paper_probe
 from probe.runs import FitRecord
+from probe.schedule import PAPER, PaperRecipe
 from probe.stream import fit_streamed, fits_in_memory
 
 # Inverse L2 strengths C, half a decade apart: from "only the mean direction" to "nearly unpenalised" on
@@ -120,9 +121,11 @@ def fit_exact(
     return _probe(coef, intercept, logits, y=y, folds=folds, record=record)
 
 
-def fit_paper(X: NDArray[np.floating], y: NDArray[np.integer], *, folds: Folds, seed: int) -> Probe:
+def fit_paper(
+    X: NDArray[np.floating], y: NDArray[np.integer], *, folds: Folds, seed: int, recipe: PaperRecipe = PAPER
+) -> Probe:
     """Fit the paper's own probe; see `probe.paper`."""
-    coef, intercept, record = fit_paper_probe(X, y, masks=folds.training, seed=seed)
+    coef, intercept, record = fit_paper_probe(X, y, masks=folds.training, seed=seed, recipe=recipe)
     return _probe(coef, intercept, predict_logits(X, coef, intercept), y=y, folds=folds, record=record)
 
 

@@ -4,7 +4,8 @@ The protocol is that of Banerjee et al. 2025, sections 4 and 4.2: Adam (learning
 cross-entropy on two logits, random sampling weighted by inverse class frequency, batches of 8, up to 100 epochs. The
 learning rate is halved after 3 epochs without a better validation balanced accuracy, down to 1e-7; training stops after
 15 such epochs; the weights of the best epoch are kept. Each fold has its own sampler, schedule and early stopping.
-`probe.logistic` is the better probe.
+The authors' scripts do otherwise in rates and weight decay: `probe.schedule.AUTHORS`. `probe.logistic` is the better
+probe.
 """
 
 from __future__ import annotations
@@ -99,6 +100,7 @@ def _fit_fold(
             factor=recipe.plateau_factor,
             patience=recipe.plateau_patience,
             minimum=recipe.min_learning_rate,
+            threshold=recipe.plateau_threshold,
         )
         for batch in draw_batches(rows, target[rows], batch_size=recipe.batch_size, generator=generator):
             optimizer.zero_grad()

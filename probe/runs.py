@@ -238,6 +238,21 @@ class RunRecord:
         return self.metrics
 
     @property
+    def is_random(self) -> bool:
+        """Whether another training, with another seed, would give another run; exactly solved probes are all equal."""
+        return self.kind == "finetune" or self.options.get("recipe", "exact") != "exact"
+
+    @property
+    def chosen_out_of_fold(self) -> str:
+        """Say what the run chose on its out-of-fold predictions, which are optimistic by that; empty if nothing."""
+        chosen = []
+        if len(self.candidates or ()) > 1:
+            chosen.append("its view and pooling")
+        if self.is_random and (self.history is None or any(len(epochs) > 1 for epochs in self.history)):
+            chosen.append("its epoch")
+        return " and ".join(chosen)
+
+    @property
     def weights_sha256(self) -> str | None:
         """Digest of the backbone's weights; None for embeddings that were made elsewhere and imported."""
         digest = self.embedding.get("weights_sha256")
@@ -359,7 +374,7 @@ def finish_run(
     known = known_patches(record.train, tables, record.similar or {})
     for one in known.values():
         say(f"{one.line(record.train)}.")
-    metrics = evaluate(with_unseen(predictions, known.values()))
+    metrics = evaluate(with_unseen(predictions, known.values()), tables=tables)
     contents: dict[str, Iterable[bytes]] = {
         "predictions.csv": predictions_csv(predictions),
         "samples.csv": samples_csv(predictions, tables),

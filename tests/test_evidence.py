@@ -33,8 +33,11 @@ def patches(
         id=np.array([f"{i:04d}.png" for i in range(n)] if ids is None else ids, dtype=np.str_),
         label=np.asarray(label, dtype=np.int8),
         group=np.array([""] * n if group is None else group, dtype=np.str_),
-        probability=np.asarray(probability, dtype=np.float64),
+        digest=np.full(n, ""),
+        by_training=np.asarray(probability, dtype=np.float64)[None],
+        thresholds=np.array([threshold]),
         threshold=threshold,
+        prior=0.5,
     )
 
 
@@ -81,6 +84,7 @@ def predictions(seed: int = 0) -> Predictions:
         group=np.array(group),
         split=np.array(split),
         fold=np.array(fold),
+        seed=np.zeros(len(ids), dtype=np.intp),
         logit=rng.standard_normal(len(ids)).astype(np.float32),
     )
 
@@ -169,7 +173,7 @@ def test_a_slide_drawn_twice_counts_twice():
     """The percentiles beneath an interval are those of resampling slides' rows one by one."""
     judged = some_run(n_slides=12)
     clusters = resample.make_clusters(judged.group)
-    found = resample.resample([[evidence.tally_of(judged, clusters)]], clusters, Resampling(replicates=100))
+    found = resample.resample([judged.tallies(clusters)], clusters, Resampling(replicates=100))
     for j, times in enumerate(np.concatenate(list(resample._draws(clusters.n, Resampling(replicates=100))))):
         rows = np.concatenate(
             [np.repeat(np.flatnonzero(clusters.index == k), int(times[k])) for k in range(clusters.n)]

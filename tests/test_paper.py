@@ -30,7 +30,7 @@ def test_a_fold_follows_a_plain_loop_over_torchs_scheduler():
         layer.load_state_dict({"weight": initial[:-1].T, "bias": initial[-1]})
         optimizer = torch.optim.Adam(layer.parameters(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
         scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(
-            optimizer, mode="max", factor=0.5, patience=2, threshold=0, min_lr=recipe.min_learning_rate
+            optimizer, mode="max", factor=0.5, patience=2, min_lr=recipe.min_learning_rate
         )
         rows = torch.from_numpy(np.flatnonzero(mask))
         counts = torch.bincount(target[rows])

@@ -95,6 +95,6 @@ def test_auto_precision_trains_convolutions_of_a_cpu_in_fp32(monkeypatch):
 def test_the_users_view_goes_before_the_recipes_and_that_before_the_backbones():
     backbone = replace(find_backbone("h-optimus-1"), finetune_view="center48")
     assert FinetuneOptions().resolved_view(backbone).name == "center48"
-    assert FinetuneOptions(recipe="paper").resolved_view(backbone).name == RECIPES["paper"].view == "full"
+    assert FinetuneOptions(recipe="paper").resolved_view(backbone).name == RECIPES["paper"].view == "full@224+imagenet"
     for recipe in RECIPES:
         assert FinetuneOptions(recipe=recipe, view="center64").resolved_view(backbone).name == "center64"
