@@ -128,8 +128,8 @@ def calibrate(
 def _agreement(label: NDArray[np.float64], logits: NDArray[np.float64], clusters: Clusters) -> Sums:
     """Sum up what Brier, calibration error, slope and intercept of (n,) labels and logits need.
 
-    A resample's slope and intercept are one step of Newton's method away from those of the whole set: what each cluster
-    adds to the gradient and to the curvature of the likelihood are sums like any other.
+    A resample's slope and intercept are one step away from those of the whole set: what each cluster adds to the
+    derivatives of the likelihood are sums like any other.
     """
     n, p = len(label), expit(logits)
     bins = np.zeros((n, ECE_BINS))
@@ -138,25 +138,49 @@ def _agreement(label: NDArray[np.float64], logits: NDArray[np.float64], clusters
     columns = [np.ones(n), label, (p - label) ** 2, *bins.T]
     for mean in (expit(line[0] + line[1] * logits), expit(level[0] + logits)):
         weight = mean * (1 - mean)
-        columns += [label - mean, (label - mean) * logits, weight, weight * logits, weight * logits**2]
+        bend = weight * (1 - 2 * mean)
+        columns += [label - mean, (label - mean) * logits, *(weight * logits**k for k in range(3))]
+        columns += [bend * logits**k for k in range(4)]
     table = sums_by_cluster(np.nan_to_num(np.stack(columns, axis=1)), clusters)  # without a fit: NaN, added below
 
     def figures(sums: NDArray[np.float64]) -> dict[str, NDArray[np.float64]]:
         patches, positive, squares = sums.T[:3]
-        step = sums.T[3 + ECE_BINS :]
-        both = (positive > 0) & (positive < patches)
-        determinant = step[2] * step[4] - step[3] ** 2
+        of_line, of_level = sums.T[3 + ECE_BINS : 12 + ECE_BINS], sums.T[12 + ECE_BINS :]
         with np.errstate(divide="ignore", invalid="ignore"):  # a resample without patches, or with one class
-            moved = np.where(both & (determinant > 0), (step[2] * step[1] - step[3] * step[0]) / determinant, np.nan)
-            raised = np.where(both, step[5] / step[7], np.nan)
+            both = np.where((positive > 0) & (positive < patches), 0.0, np.nan)
             return {
                 "brier": squares / patches,
                 "ece": np.abs(sums[:, 3 : 3 + ECE_BINS]).sum(axis=1) / patches,
-                "slope": line[1] + moved,
-                "intercept": level[0] + raised,
+                "slope": line[1] + _step(of_line)[1] + both,
+                "intercept": level[0] + _step_of_level(of_level) + both,
             }
 
     return Sums(table, figures)
+
+
+def _step(sums: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Step from the fit of the whole set towards that of each of b resamples, from (9, b) sums of derivatives.
+
+    Newton's step, then once more with the curvature's own change along it (Chebyshev's method).
+    """
+    gradient, (i0, i1, i2), (t0, t1, t2, t3) = sums[:2], sums[2:5], sums[5:]
+    determinant = np.where(i0 * i2 > i1**2, i0 * i2 - i1**2, np.nan)
+
+    def solved(a: NDArray[np.float64], b: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        return (i2 * a - i1 * b) / determinant, (i0 * b - i1 * a) / determinant
+
+    x, y = solved(*gradient)
+    return solved(
+        gradient[0] - (t0 * x**2 + 2 * t1 * x * y + t2 * y**2) / 2,
+        gradient[1] - (t1 * x**2 + 2 * t2 * x * y + t3 * y**2) / 2,
+    )
+
+
+def _step_of_level(sums: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Step as `_step` does, with the slope held."""
+    gradient, curvature, bend = sums[0], sums[2], sums[5]
+    x = gradient / curvature
+    return np.asarray((gradient - bend * x**2 / 2) / curvature)
 
 
 def _fit(
