@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from features.console import UserError
 from features.display import html_table
 from probe.metrics import COMPARED, NAMES, FoldFigure, Judgement, RunMetrics, SetMetrics, scores
-from probe.predictions import VALIDATION, Predictions, threshold_of
+from probe.predictions import VALIDATION, Predictions, by_training, patches_of, threshold_of, trainings_of
 from probe.resample import Clusters, Resampling, intervals, make_clusters, resample
 from probe.significance import DeLong, Difference, adjusted, delong_tests, difference
 from probe.tally import Tally, tally
@@ -36,7 +36,7 @@ class Ensemble:
         dataset, split: which set.
         id, group: (n,) str; group is empty where the slide is unknown.
         label: (n,) int8.
-        probability: (n,) mean over fold models; of "validation", that of the one model that did not train on it.
+        probability: (n,) mean over fold models; of "validation", over those that did not train on it, one per seed.
         threshold: positive from this probability on; chosen on the run's out-of-fold predictions.
     """
 
@@ -134,15 +134,13 @@ def ensemble_of(predictions: Predictions, dataset: str, split: str) -> Ensemble:
     if not len(part.id):
         known = ", ".join(sorted(f"{a}/{b}" for a, b in predictions.sets())) or "none"
         raise UserError(f"this run has no predictions of {name}; it has: {known}. Run it again with --test {dataset}.")
-    # A patch's rows mostly follow each other: its id is compared once per stretch of them, not once per row.
-    starts = np.flatnonzero(np.append(True, part.id[1:] != part.id[:-1]))
-    ids, first, row = np.unique(part.id[starts], return_index=True, return_inverse=True)
-    first, row = starts[first], np.repeat(row, np.diff(starts, append=len(part.id)))
-    n_models = np.bincount(row)
-    if np.bincount(row * (part.fold.max() + 1) + part.fold).max() > 1:
+    first, row = patches_of(part)
+    seeds, training = trainings_of(part)
+    n_models = np.bincount(row * len(seeds) + training, minlength=len(first) * len(seeds))  # of each training
+    if np.bincount((row * len(seeds) + training) * (part.fold.max() + 1) + part.fold).max() > 1:
         raise UserError(f"predictions of {name}: a patch occurs twice for one fold. predictions.csv is damaged.")
     if n_models.min() < n_models.max():
-        lacking = ids[np.argmin(n_models)]
+        lacking = part.id[first[np.argmin(n_models) // len(seeds)]]
         raise UserError(
             f"predictions of {name}: {lacking} has {n_models.min()} fold models, others have {n_models.max()}. "
             "predictions.csv is damaged."
@@ -156,15 +154,13 @@ def ensemble_of(predictions: Predictions, dataset: str, split: str) -> Ensemble:
             raise UserError(
                 f"predictions of {name}: {part.id[differing[0]]} has two {column}s. predictions.csv is damaged."
             )
-    in_order = np.argsort(first)
-    rows = first[in_order]
     return Ensemble(
         dataset=dataset,
         split=split,
-        id=part.id[rows],
-        label=part.label[rows],
-        group=part.group[rows],
-        probability=(np.bincount(row, weights=part.probability) / n_models)[in_order],
+        id=part.id[first],
+        label=part.label[first],
+        group=part.group[first],
+        probability=by_training(part, dataset, split)[1].mean(axis=0),
         threshold=threshold_of(predictions),
     )
 
@@ -225,12 +221,16 @@ def evaluate(predictions: Predictions, *, resampling: Resampling = Resampling())
 
 
 def fold_figures(predictions: Predictions, dataset: str, split: str) -> dict[str, FoldFigure]:
-    """Compute every figure of every fold model on one set, at threshold 0.5 (the paper's view)."""
+    """Compute every figure of every fold model, those of one training after the other's, on one set at threshold 0.5.
+
+    That is the paper's view.
+    """
     part = predictions.select((predictions.dataset == dataset) & (predictions.split == split))
-    per_fold = [
-        scores(part.label[part.fold == fold], part.probability[part.fold == fold]) for fold in np.unique(part.fold)
+    rows_of_models = [
+        (part.seed == seed) & (part.fold == fold) for seed in trainings_of(part)[0] for fold in np.unique(part.fold)
     ]
-    values = {name: [figures[name] for figures in per_fold] for name in NAMES}
+    per_model = [scores(part.label[rows], part.probability[rows]) for rows in rows_of_models]
+    values = {name: [figures[name] for figures in per_model] for name in NAMES}
     return {name: FoldFigure(float(np.mean(v)), float(np.std(v)), tuple(v)) for name, v in values.items()}
 
 

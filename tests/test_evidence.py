@@ -76,6 +76,7 @@ def predictions(seed: int = 0) -> Predictions:
         group=np.array(group),
         split=np.array(split),
         fold=np.array(fold),
+        seed=np.zeros(len(ids), dtype=np.intp),
         logit=rng.standard_normal(len(ids)).astype(np.float32),
     )
 
