@@ -156,6 +156,11 @@ def _probe_model(setup: _Setup, model: str, runs: Path) -> RunRecord:
     candidates = _fit_candidates(setup, model)
     chosen = max(candidates, key=lambda fitted: fitted.record.validation_auroc)  # the first of equals
     entry, probe = chosen.entry, chosen.probe
+    if probe.fit.n_dropped:
+        say(
+            f"{model} ({entry.view}, {chosen.record.pooling}): {probe.fit.n_dropped:,} of {probe.coef.shape[1]:,} features "
+            "vary by no more than rounding in training, and have no weight."
+        )
     points, curve_fits = _learning_curve(setup, chosen) if setup.subsets else ([], None)
     attributes = {name: store.dataset_attrs(name) for name in experiment.tables}
     record = RunRecord(

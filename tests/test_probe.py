@@ -42,15 +42,25 @@ def table(n: int = 240, seed: int = 0, split: bool = True) -> Samples:
 
 
 def add(
-    store: FeatureStore, dataset: str, samples: Samples, model: str, view: str, *, signal: float, seed: int = 0, **parts
+    store: FeatureStore,
+    dataset: str,
+    samples: Samples,
+    model: str,
+    view: str,
+    *,
+    signal: float,
+    seed: int = 0,
+    dead: int = 0,
+    **parts,
 ):
-    """Embeddings of one view: noise, and the label in a few directions."""
+    """Embeddings of one view: noise, and the label in a few directions; the last features may be dead."""
     store.put_samples(dataset, samples, attrs={})
     rng = np.random.default_rng(seed)
     arrays = {}
     for pooling, strength in (("cls", signal), ("mean", signal / 3)):
         X = rng.standard_normal((len(samples), WIDTH))
         X[:, :3] += strength * (2.0 * samples.label[:, None] - 1)
+        X[:, WIDTH - dead :] = 0.25
         arrays[pooling] = X
     writer = store.begin(
         dataset,
@@ -220,6 +230,18 @@ def test_a_card_that_does_as_the_text_says_needs_no_other_view(tmp_path, capsys,
     add(store, "ami-br", table(), "uni", "full", signal=0.6, transform=transform)
     probed(store, options=ProbeOptions(recipe="paper", cv=3), runs=tmp_path / "runs")
     assert ("text asks" in capsys.readouterr().err) == said
+
+
+def test_features_without_a_weight_are_counted_recorded_and_said_once(tmp_path, capsys):
+    store = FeatureStore.open_or_create(tmp_path / "dead.zarr")
+    for view in ("full", "center64"):
+        add(store, "ami-br", table(), "uni", view, signal=0.6, dead=2)
+    (folder,) = probed(store, options=ProbeOptions(cv=3), runs=tmp_path / "runs")
+    run = read_run(folder)
+    assert [candidate.n_dropped for candidate in run.candidates] == [2] * 4
+    said = " ".join(capsys.readouterr().err.split())
+    assert said.count("vary by no more than rounding") == 1
+    assert f"uni ({run.view}, {run.pooling}): 2 of {WIDTH} features vary by no more than rounding" in said
 
 
 def test_datasets_embedded_differently_are_never_compared(store, tmp_path):
