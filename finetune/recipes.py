@@ -1,7 +1,7 @@
 """What does a recipe fix? Everything about training except the data, the backbone and the method.
 
-`paper` is the text of Banerjee et al. 2025, section 4. `authors` is what the authors' scripts do, which differs from the
-text, and from model to model. `default` is ours, chosen by cross-validation on AMi-Br's training split alone.
+`paper` is the text of Banerjee et al. 2025, section 4. `authors` is what the authors' scripts do, which differs from
+the text, and from model to model. `default` is ours, chosen by cross-validation on AMi-Br's training split alone.
 docs/protocol.md has the comparison.
 """
 

@@ -9,8 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from test_checkpoint import compute_options, material, options, outcome, remembering, run_folder  # noqa: F401
 from test_checkpoint import Killed as StoppedTraining
+from test_checkpoint import compute_options, material, options, outcome, remembering, run_folder  # noqa: F401
 
 from finetune import recipes
 from finetune.checkpoint import START_FILE, read_start, write_start

@@ -315,6 +315,10 @@ def test_published_figures_stand_beside_ours():
     assert cells[0] == ["uni (probe)", "  paper, Table 3", "  authors' re-run"]
     assert cells[4] == ["0.5000 ± 0.0100", "0.6477 ± 0.0108", "0.6339"]
     assert cells[2][1:] == ["", ""]
+    named = [
+        list(leaderboard([replace(run, model=model)]).columns[0].cells)[2] for model in ("prov-gigapath", "virchow")
+    ]
+    assert named == ["  authors' re-run (same figures as Table 3)", "  authors' re-run"]
 
 
 def relabelled(samples: Samples, split: list[str]) -> Samples:
