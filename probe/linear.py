@@ -206,4 +206,5 @@ def _choose_strengths(
         max_gradient=float(fits.gradient_norm.max()),
         n_not_converged=int((~fits.converged).sum()),
         n_fits=int(fits.converged.size),
+        n_dropped=int(fits.n_dropped.max()),
     )

@@ -43,7 +43,7 @@ from probe.runs import Candidate, Cost, CurveFits, RunRecord, write_run
 from probe.schedule import probe_recipe
 
 DEMO = "demo"
-# What a trained probe's recipe sees: the paper's text resizes the whole patch to 224 pixels and normalises by
+# What a trained probe's recipe sees: the paper's text resizes the whole patch to 224 pixels and normalises it by
 # ImageNet's statistics; the authors' scripts prepare it as each model's card says.
 TRAINED_VIEWS = {"paper": "full@224+imagenet", "authors": "full"}
 _TEXT = {"crop": None, "resize": 224, "input_size": 224, "mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
@@ -172,6 +172,11 @@ def _probe_model(setup: _Setup, model: str, runs: Path) -> RunRecord:
     candidates = _fit_candidates(setup, model)
     chosen = max(candidates, key=lambda fitted: fitted.record.validation_auroc)  # the first of equals
     entry, probe = chosen.entry, chosen.probe
+    if probe.fit.n_dropped:
+        say(
+            f"{model} ({entry.view}, {chosen.record.pooling}): {probe.fit.n_dropped:,} of {probe.coef.shape[1]:,} "
+            "features vary by no more than rounding in training, and have no weight."
+        )
     points, curve_fits = _learning_curve(setup, chosen) if setup.subsets else ([], None)
     attributes = {name: store.dataset_attrs(name) for name in experiment.tables}
     record = RunRecord(

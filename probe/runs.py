@@ -108,6 +108,7 @@ class FitRecord:
         at_edge: whether a fold chose the first or the last of them.
         inner_loss: (F, S) balanced log loss within each fold's training rows, on which the choice was made.
         max_gradient, n_not_converged, n_fits: of all fits.
+        n_dropped: features without a weight, because they vary by no more than rounding in training: the most of a fit.
         recipe, best_epoch, n_epochs: of the paper's recipe; epochs per fold model.
     """
 
@@ -118,6 +119,7 @@ class FitRecord:
     max_gradient: float | None = None
     n_not_converged: int | None = None
     n_fits: int | None = None
+    n_dropped: int | None = None
     recipe: Mapping[str, Any] | None = None
     best_epoch: tuple[int, ...] | None = None
     n_epochs: tuple[int, ...] | None = None

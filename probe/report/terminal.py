@@ -41,9 +41,10 @@ def leaderboard(runs: Sequence[RunRecord]) -> Table:
         ]
         table.add_row(f"{run.model} ({run.method})", f"{run.view}, {run.pooling}", *cells)
         published = [published_for(run, *name.rsplit("/", 1)) for name in sets]
-        for source, title in SOURCES.items():
+        for source in SOURCES:
             rows = [by_source.get(source) for by_source in published]
-            if any(rows):
+            title = next((row.title for row in rows if row), None)  # of one model and method, the same on all sets
+            if title:
                 figures = [row.figures[figure] if row else None for row in rows for figure in FIGURES]
                 cells = [_spread(figure.mean, figure.std) if figure else "" for figure in figures]
                 table.add_row(f"  {title}", "full, card", *cells, style="dim")
