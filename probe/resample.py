@@ -25,7 +25,10 @@ from probe.metrics import Interval
 
 _MOST_REPLICATES = 1_000_000  # half a minute and more for every run and set
 SLIDE, SAMPLE = "slide", "sample"  # what is drawn
-_LEAST = {"mcc": -1.0}  # of the figures that may be negative
+# Figures that may lie elsewhere than between 0 and 1, by the first word of their name.
+_RANGE = dict.fromkeys(("mcc", "kappa", "fleiss", "krippendorff", "correlation", "concordance", "bias"), (-1.0, 1.0))
+_RANGE |= {"log_loss": (0.0, math.inf), "benefit": (-math.inf, 1.0)}
+_RANGE |= dict.fromkeys(("slope", "intercept", "lower", "upper"), (-math.inf, math.inf))
 _BIASED_UPWARD = frozenset({"ece"})  # sampling adds to it, and resampling once more
 _LARGEST_DESIGN_EFFECT = 100.0
 _BLOCK = 2**17  # counts drawn at a time
@@ -445,7 +448,7 @@ def _ends(name: str, spread: Spread, level: float, design_effect: float) -> tupl
     low, high = spread.ends(level, design_effect)
     if name in _BIASED_UPWARD:
         low, high = min(low, 2 * spread.value - high), max(high, 2 * spread.value - low)
-    low, high = np.clip([low, high], _LEAST.get(name, 0), 1).tolist()
+    low, high = np.clip([low, high], *_RANGE.get(name.split()[0], (0.0, 1.0))).tolist()
     return low, high
 
 
