@@ -20,11 +20,12 @@ from features.options import (
     CvOption,
     DataOption,
     DeviceOption,
+    FoldSeedOption,
     JsonOption,
     LabelsOption,
     PositiveOption,
     RunsOption,
-    SeedOption,
+    SeedsOption,
     SkipUnlabelledOption,
     WeightsOption,
     parse_names,
@@ -75,7 +76,12 @@ def finetune(
         int | None, typer.Option(min=1, max=MOST_IMAGES, help="Patches per fold and step. Default: the recipe's.")
     ] = None,
     learning_rate: Annotated[float | None, typer.Option(help="At its start or peak. Default: the recipe's.")] = None,
-    seed: SeedOption = 42,
+    seed: Annotated[
+        int,
+        typer.Option(min=0, max=2**32 - 1, help="Seed of everything that training draws: not of the folds."),
+    ] = 42,
+    seeds: SeedsOption = 1,
+    fold_seed: FoldSeedOption = 42,
     precision: Annotated[str, typer.Option(help="auto, fp32 or bf16.")] = "auto",
     positive: PositiveOption = None,
     labels: LabelsOption = None,
@@ -85,7 +91,9 @@ def finetune(
     device: DeviceOption = "auto",
     folds_at_once: Annotated[
         int | None,
-        typer.Option(min=1, max=MOST_FOLDS, help="Folds per forward pass. Default: all on a GPU, one on a CPU."),
+        typer.Option(
+            min=1, max=MOST_FOLDS, help="Folds, of all seeds, per forward pass. Default: all on a GPU, one on a CPU."
+        ),
     ] = None,
     compile: Annotated[
         bool | None,
@@ -130,6 +138,8 @@ def finetune(
             batch_size=batch_size,
             learning_rate=learning_rate,
             seed=seed,
+            seeds=seeds,
+            fold_seed=fold_seed,
             precision=precision,
             positive=positive,
             labels=labels,
@@ -197,7 +207,8 @@ def _show_plan(plan: Plan) -> None:
     total.add_column(justify="right")
     total.add_row("Parameters of the backbone", f"{plan.n_parameters:,}")
     total.add_row("Trained per fold", f"{plan.n_trained:,} ({plan.n_trained / plan.n_parameters:.2%})")
-    total.add_row("Folds", f"{plan.n_folds} ({plan.folds_at_once} per forward pass)")
+    seeds = f" x {plan.n_seeds} seeds" if plan.n_seeds > 1 else ""
+    total.add_row("Folds", f"{plan.n_folds}{seeds} ({plan.folds_at_once} per forward pass)")
     for what, megabytes in memory.items():
         total.add_row(f"Memory: {what}", f"{megabytes:,.0f} MB")
     show(*([modules] if plan.modules else []), total)
@@ -227,7 +238,7 @@ def predict(
         return
     say(
         f"{out}: {summary['n']:,} patches, {summary['n_positive']:,} predicted {summary['label_names'][1]} at a "
-        f"probability of {summary['threshold']:.3f} or more ({summary['n_folds']} fold models)."
+        f"probability of {summary['threshold']:.3f} or more ({summary['n_models']} fold models)."
     )
 
 

@@ -38,12 +38,40 @@ class Tally:
         positives: in the g scores.
         negatives: in the 2 g + 1 segments.
         rounded_off: figure to what rounding took from it; empty without rounding.
+        names: the figures wanted.
+
+    It is a `probe.resample.Statistic`: called with counts of clusters, it gives the figures.
     """
 
     table: NDArray[np.float64]
     positives: _Segments
     negatives: _Segments
     rounded_off: dict[str, float]
+    names: tuple[str, ...]
+
+    def __call__(self, count: NDArray[np.floating], /) -> dict[str, NDArray[np.float64]]:
+        """Compute the figures of many resamples: in resample j, every sample of cluster c occurs `count[j, c]` times.
+
+        Each equals `probe.metrics.scores` of the repeated rows, ties included, but for the rounding of this class.
+
+        Args:
+            count: (r, k), 0 or more.
+
+        Returns:
+            Name to (r,); NaN in a resample that lacks a class the figure needs (see `probe.metrics.scores`).
+        """
+        results = {name: np.empty(len(count)) for name in self.names}
+        n_samples = len(self.positives.segment) + len(self.negatives.segment)
+        n_walked = self.negatives.n if self.rounded_off else n_samples
+        step = max(1, _BLOCK // max(1, count.shape[1], n_walked))
+        for start in range(0, len(count), step):
+            block = count[start : start + step].astype(np.float64)
+            figures = _sum_figures(self, block)
+            if "auroc" in self.names or "average_precision" in self.names:
+                figures |= _rank_figures(self, block)
+            for name in self.names:
+                results[name][start : start + step] = figures[name]
+        return results
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,8 +97,9 @@ def tally(
     cluster: NDArray[np.intp],
     n_clusters: int,
     threshold: float = THRESHOLD,
+    names: Collection[str] = NAMES,
 ) -> Tally:
-    """Count (n,) labels and probabilities by cluster, ready for `resampled_scores`.
+    """Count (n,) labels and probabilities by cluster, once for all resamples.
 
     Args:
         label: (n,) 0 or 1.
@@ -78,6 +107,7 @@ def tally(
         cluster: (n,) what each sample is drawn with, 0 to n_clusters - 1; `np.arange(n)` where each is drawn alone.
         n_clusters: how many clusters there are; some may be without a sample.
         threshold: predicted positive from this probability on.
+        names: the figures wanted, of `probe.metrics.NAMES`.
     """
     y = np.asarray(label).astype(bool)
     p = np.asarray(probability, dtype=np.float64)
@@ -104,6 +134,7 @@ def tally(
         _segments(cluster[positives], score, n=len(distinct), n_clusters=n_clusters),
         _segments(cluster[negatives], between, n=2 * len(distinct) + 1, n_clusters=n_clusters),
         rounded_off,
+        tuple(names),
     )
 
 
@@ -113,35 +144,6 @@ def _segments(cluster: NDArray[np.intp], segment: NDArray[np.intp], *, n: int, n
         flat = np.bincount(cluster * n + segment, minlength=n_clusters * n)
         counts = flat.reshape(n_clusters, n).astype(np.float64)
     return _Segments(cluster, segment, n, counts)
-
-
-def resampled_scores(
-    tallied: Tally, count: NDArray[np.integer], *, names: Collection[str] = NAMES
-) -> dict[str, NDArray[np.float64]]:
-    """Compute the figures of many resamples: in resample j, every sample of cluster c occurs `count[j, c]` times.
-
-    Each equals `probe.metrics.scores` of the repeated rows, ties included, but for the rounding of `Tally`.
-
-    Args:
-        tallied: the set, of `tally`.
-        count: (r, k), 0 or more.
-        names: the figures wanted.
-
-    Returns:
-        Name to (r,); NaN in a resample that lacks a class the figure needs (see `probe.metrics.scores`).
-    """
-    results = {name: np.empty(len(count)) for name in names}
-    n_samples = len(tallied.positives.segment) + len(tallied.negatives.segment)
-    n_walked = tallied.negatives.n if tallied.rounded_off else n_samples
-    step = max(1, _BLOCK // max(1, count.shape[1], n_walked))
-    for start in range(0, len(count), step):
-        block = count[start : start + step].astype(np.float64)
-        figures = _sum_figures(tallied, block)
-        if "auroc" in names or "average_precision" in names:
-            figures |= _rank_figures(tallied, block)
-        for name in names:
-            results[name][start : start + step] = figures[name]
-    return results
 
 
 def _sum_figures(tallied: Tally, count: NDArray[np.float64]) -> dict[str, NDArray[np.float64]]:

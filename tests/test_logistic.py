@@ -353,7 +353,7 @@ def hand_made_probe(threshold: float) -> Probe:
     return Probe(
         coef=np.array([[1], [3]], dtype=np.float32),
         intercept=np.zeros(2),
-        validation_logit=np.zeros(2, dtype=np.float32),
+        validation_logit=np.zeros((2, 1), dtype=np.float32),
         threshold=threshold,
         fit=FitRecord(),
     )

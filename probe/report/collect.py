@@ -21,7 +21,8 @@ from numpy.typing import NDArray
 from features.console import UserError, progress
 from features.samples import MISSING_VOTE, TEST, Samples, audit
 from probe.domains import DomainView, by_domain
-from probe.evidence import Comparison, Ensemble, compare, ensemble_of, fold_figures, rows_of
+from probe.ensembles import Ensemble, ensemble_of, rows_of
+from probe.evidence import Comparison, compare, fold_figures
 from probe.leaks import UNSEEN, KnownPatches, known_patches, with_unseen
 from probe.metrics import ECE_BINS, FoldFigure, Judgement, calibration_bin
 from probe.predictions import VALIDATION
