@@ -29,6 +29,7 @@ from features.options import (
     SkipUnlabelledOption,
     WeightsOption,
     parse_names,
+    parse_numbers,
 )
 
 if TYPE_CHECKING:  # torch takes seconds to import: commands import it when they run
@@ -261,6 +262,31 @@ def report(
     store: Annotated[
         str | None, typer.Option(help="Feature store of the embedding map. Default: the one that was probed.")
     ] = None,
+    margin: Annotated[
+        float | None,
+        typer.Option(help="Differences below this do not matter, e.g. 0.02: which runs are equivalent, or no worse?"),
+    ] = None,
+    difference: Annotated[
+        float | None, typer.Option(help="A difference to be shown, e.g. 0.03: how many slides would do?")
+    ] = None,
+    prevalence: Annotated[
+        str | None,
+        typer.Option(help="Rates of the positive class for predictive values, e.g. 0.1,0.3."),
+    ] = None,
+    specificity: Annotated[float, typer.Option(help="Specificity at which sensitivities are compared.")] = 0.9,
+    holm: Annotated[
+        str,
+        typer.Option(
+            help="set: p-values are adjusted for all pairs of a set and figure; all: of all sets and figures."
+        ),
+    ] = "set",
+    design_effect: Annotated[
+        float,
+        typer.Option(
+            help="Where slides are unknown: how many times the variance may be what independent patches would give. "
+            "Intervals are given for 1 and for this."
+        ),
+    ] = 2.0,
     replicates: Annotated[int, typer.Option(help="Resamples that intervals and tests are drawn from.")] = 10_000,
     seed: Annotated[int, typer.Option(help="Seed of the resamples.")] = 42,
     as_json: JsonOption = False,
@@ -271,7 +297,9 @@ def report(
     if path is not None:
         check_output(path)
     from finetune.report import make_report, write_report
+    from probe.evidence import Question
     from probe.metrics import as_dict
+    from probe.report.collect import ReportOptions
     from probe.resample import Resampling
 
     text, figures, _ = make_report(
@@ -281,8 +309,16 @@ def report(
         format=format,  # type: ignore[arg-type]
         data=data,
         store=store,
-        resampling=Resampling(replicates=replicates, seed=seed),
+        resampling=Resampling(replicates=replicates, seed=seed, design_effect=design_effect),
+        options=ReportOptions(
+            question=Question(margin=margin, wanted=difference),
+            prevalences=() if prevalence is None else parse_numbers(prevalence, option="--prevalence"),
+            specificity=specificity,
+            holm=holm,  # type: ignore[arg-type]
+        ),
     )
+    for sentence in figures.summary:
+        say(sentence)
     for note in figures.notes:
         say(f"note: {note}")
     if path is not None:
