@@ -103,8 +103,8 @@ class SetReport:
 
     Attributes:
         dataset, split: which set; split "validation" holds out-of-fold predictions.
-        fold_digest: of the assignment that out-of-fold predictions belong to; empty for a test set, and if all runs share
-            one.
+        fold_digest: of the assignment that out-of-fold predictions belong to; empty for a test set, and if all runs
+            share one.
         n, n_positive: patches.
         n_identical: sets of byte-identical patches among them.
         comparison: figures with intervals, differences, ranks.
@@ -273,7 +273,7 @@ def collect(
 
 
 def _sets(runs: Sequence[Run]) -> list[tuple[str, str, str]]:
-    """List the sets of a report, out-of-fold predictions last: dataset, split, and the fold digest if runs differ in it."""
+    """List dataset, split and fold digest of every set, out-of-fold predictions last; no digest if all runs share it."""
     differ = len({run.record.folds.digest for run in runs}) > 1
     found = {
         (dataset, split, run.record.folds.digest if differ and split == VALIDATION else ""): None
