@@ -12,7 +12,7 @@ from features.console import UserError
 from probe.ensembles import Ensemble
 from probe.evidence import judge
 from probe.metrics import SMALLER_IS_BETTER, Interval, Judgement
-from probe.resample import Resampling, interval, resample
+from probe.resample import Resampling, Scatter, interval, resample
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ def by_domain(ensemble: Ensemble, domain: NDArray[np.str_], *, resampling: Resam
 
     Args:
         ensemble: the run on the set.
-        domain: (n,) str, aligned with the set (see `probe.evidence.rows_of`); empty where unknown.
+        domain: (n,) str, aligned with the set (see `probe.ensembles.rows_of`); empty where unknown.
         resampling: how resamples are drawn.
 
     Raises:
@@ -89,7 +89,9 @@ def by_domain(ensemble: Ensemble, domain: NDArray[np.str_], *, resampling: Resam
         def mean(values: NDArray[np.float64], rows: NDArray[np.intp] = rows) -> NDArray[np.float64]:
             return np.asarray(values[rows].mean(axis=0))
 
-        macro[name] = interval(name, resampled.spread(name, mean), resampling.level)
+        trainings = mean(np.stack(resampled.trainings[name]))  # (K,) the mean over domains, of each training
+        spread = resampled.spread(name, mean, training=Scatter.of(trainings))
+        macro[name] = interval(name, spread, resampling.level)
         worst[name] = _worst(name, [names[row] for row in rows], value[rows], resampled.drawn[name][rows])
     return DomainView(
         domains={name: judge(part, resampling=resampling) for name, part in zip(names, parts, strict=True)},

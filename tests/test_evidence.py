@@ -8,16 +8,19 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from scipy import stats
-from sklearn.metrics import balanced_accuracy_score, roc_auc_score
+from sklearn.metrics import roc_auc_score
 
 from features.console import UserError
 from probe import evidence, resample, significance
+from probe.calibration import calibrate
 from probe.domains import by_domain
 from probe.evidence import COMPARED, Ensemble, compare, ensemble_of, evaluate, judge
 from probe.metrics import NAMES, as_dict, best_threshold, scores
-from probe.raters import RATER_FIGURES, by_agreement
+from probe.raters import by_agreement
+from probe.rates import by_slide
 from probe.resample import Resampling
 from probe.runs import Predictions
+from probe.thresholds import by_threshold
 
 QUICK = Resampling(replicates=400)
 SIZES = np.array([1, 1, 1, 2, 2, 3, 4, 5, 6, 8, 10, 12, 15, 20, 30, 50])  # figures per slide: as skewed as AMi-Br's
@@ -531,117 +534,6 @@ def test_delong_without_variance():
     assert compare({"a": single, "b": single}, resampling=QUICK).pairs[0].delong is None
 
 
-# --- by rater ---------------------------------------------------------------------------------------------------------
-
-
-def test_a_rater_is_judged_by_the_others():
-    votes = np.array([[1, 1, 1], [1, 1, 0], [0, 1, 1], [0, 0, 0], [0, 0, 1], [1, 0, 0], [-1, 1, 1], [-1, -1, 1]])
-    label = [1, 1, 1, 0, 0, 0, 1, 1]
-    judged = patches(label, [0.9, 0.8, 0.7, 0.1, 0.2, 0.6, 0.3, 0.9])
-    view = by_agreement(judged, votes, resampling=QUICK)
-    first, second, _ = view.raters
-    # The first rater: the others agree on rows 0, 2, 3, 5 (1, 1, 0, 0), are split on 1 and 4; rows 6, 7 lack a vote.
-    assert (first.n, first.n_positive, first.n_tied, first.n_missing) == (4, 2, 2, 2)
-    assert [first.rater[name].value for name in RATER_FIGURES] == [0.5, 0.5, 0.5]
-    assert first.run["sensitivity"].value == 1
-    assert first.run["specificity"].value == 0.5
-    assert first.difference.value == 0.25
-    # The second: rows 0, 3 and 6 have a majority of the others (row 6 of one vote); 1, 2, 4, 5 are split.
-    assert (second.n, second.n_tied, second.n_missing) == (3, 4, 1)
-    assert second.rater["balanced_accuracy"].value == 1
-    assert (view.unanimous.n, view.disputed.n, view.n_unrated) == (3, 4, 1)
-    expected = balanced_accuracy_score([1, 0, 1], [1, 0, 0])
-    assert view.unanimous.figures["balanced_accuracy"].value == expected
-
-
-def test_raters_and_run_are_compared_on_the_same_figures():
-    judged = some_run(n_slides=60)
-    rng = np.random.default_rng(0)
-    votes = np.where(rng.random((len(judged), 5)) < 0.9, judged.label[:, None], 1 - judged.label[:, None])
-    view = by_agreement(judged, votes, resampling=QUICK)
-    assert len(view.raters) == 5
-    assert view.unanimous.n + view.disputed.n == len(judged)
-    assert view.unanimous.unit == "slide"
-    for rater in view.raters:
-        values = rater.run["balanced_accuracy"].value - rater.rater["balanced_accuracy"].value
-        assert rater.difference.value == pytest.approx(values, abs=1e-12)
-        assert rater.difference.high < 0  # these raters are better than this run
-        assert rater.difference.p <= rater.difference.p_holm < 0.05
-        assert rater.rater["sensitivity"].low < rater.rater["sensitivity"].value < rater.rater["sensitivity"].high
-
-
-def test_without_dispute_there_is_no_disputed_view():
-    judged = patches([0, 1, 0, 1], [0.1, 0.9, 0.2, 0.8])
-    view = by_agreement(judged, np.repeat(judged.label[:, None], 3, axis=1), resampling=QUICK)
-    assert view.disputed is None
-    never = np.repeat(judged.label[:, None], 3, axis=1)
-    never[:, 2] = -1
-    silent = by_agreement(judged, never, resampling=QUICK).raters[2]
-    assert (silent.n, silent.n_missing) == (0, 4)
-    assert np.isnan(silent.rater["balanced_accuracy"].value)
-
-
-def test_votes_that_are_none_are_refused():
-    judged = patches([0, 1], [0.1, 0.9])
-    with pytest.raises(ValueError, match=r"votes must be \(2, raters\), got shape \(3, 3\)"):
-        by_agreement(judged, np.zeros((3, 3), dtype=int))
-    with pytest.raises(ValueError, match=r"votes must be 0, 1 or -1, found \[2\]"):
-        by_agreement(judged, np.full((2, 3), 2))
-    with pytest.raises(UserError, match=r"ami-br has the votes of 1 raters; agreement needs two"):
-        by_agreement(judged, np.zeros((2, 1), dtype=int))
-
-
-# --- by domain --------------------------------------------------------------------------------------------------------
-
-
-def test_every_domain_counts_the_same():
-    judged = slides(np.random.default_rng(2), 90)[0]
-    slide = judged.group.astype(int)
-    domain = np.where(slide < 60, "lymphoma", np.where(slide < 75, "mast cell", "lung"))
-    domain[:4] = ""
-    view = by_domain(judged, domain, resampling=QUICK)
-    assert list(view.domains) == ["lung", "lymphoma", "mast cell"]
-    assert view.n_without == 4
-    for name in NAMES:
-        values = {d: judgement.figures[name].value for d, judgement in view.domains.items()}
-        assert view.macro[name].value == pytest.approx(np.mean(list(values.values())), abs=1e-12)
-        assert view.n_domains[name] == 3
-        worst = (max if name in ("brier", "ece") else min)(values, key=values.__getitem__)
-        assert (view.worst[name].domain, view.worst[name].value) == (worst, pytest.approx(values[worst]))
-        assert 0 < view.worst[name].share <= 1
-        assert view.macro[name].low < view.macro[name].high
-    lung = judge(judged.select(domain == "lung"), resampling=QUICK)
-    assert view.domains["lung"] == lung
-    assert lung.n_clusters == 15
-
-
-def test_a_slide_may_lie_in_two_domains():
-    judged = some_run(n_slides=40)
-    view = by_domain(judged, np.where(np.arange(len(judged)) % 2, "scanner 1", "scanner 2"), resampling=QUICK)
-    whole = judge(judged, resampling=QUICK).figures["specificity"]
-    assert view.macro["specificity"].value == pytest.approx(whole.value, abs=0.05)
-    assert view.macro["specificity"].low < whole.value < view.macro["specificity"].high
-
-
-def test_a_domain_without_a_class_is_left_out_of_the_mean():
-    judged = patches([0, 1, 0, 1, 0, 1, 0, 0], [0.1, 0.8, 0.3, 0.4, 0.7, 0.9, 0.4, 0.6])
-    view = by_domain(judged, np.array(["a"] * 6 + ["b"] * 2), resampling=QUICK)
-    assert view.n_domains["auroc"] == 1
-    assert view.n_domains["brier"] == 2
-    assert view.macro["auroc"].value == view.domains["a"].figures["auroc"].value
-    nothing = by_domain(judged.select(judged.label == 0), np.array(["a"] * 5), resampling=QUICK)
-    assert np.isnan(nothing.macro["auroc"].value)
-    assert nothing.worst["auroc"] is None
-
-
-def test_domains_that_are_none_are_refused():
-    judged = patches([0, 1], [0.1, 0.9])
-    with pytest.raises(ValueError, match=r"domain must be \(2,\), got shape \(3,\)"):
-        by_domain(judged, np.array(["a", "b", "c"]))
-    with pytest.raises(UserError, match=r"ami-br has no domains"):
-        by_domain(judged, np.array(["", ""]))
-
-
 # --- what is kept -----------------------------------------------------------------------------------------------------
 
 
@@ -654,26 +546,12 @@ def test_results_are_plain_json():
         compare({"a": by_patch(judged), "b": by_patch(other)}, resampling=QUICK),
         by_agreement(judged, votes, resampling=QUICK),
         by_domain(judged, domain, resampling=QUICK),
+        calibrate(judged, prevalences=(0.2,), resampling=QUICK),
+        by_threshold(judged, domain, resampling=QUICK),
+        by_slide(judged, domain, out_of_fold=other, resampling=QUICK),
         judge(patches([0, 0], [0.1, 0.2]), resampling=QUICK),
     )
     for result in results:
         plain = as_dict(result)
         assert json.loads(json.dumps(plain, allow_nan=False)) == plain
-    assert as_dict(results[4])["figures"]["auroc"]["value"] is None
-
-
-def test_a_figure_without_the_raters_vote_or_any_other_is_missing_and_not_tied():
-    votes = np.array([[1, 1, 1], [0, 0, 0], [-1, 1, 0], [1, -1, -1], [0, 1, 0]])  # split others; no others; a tie
-    judged = patches([1, 0, 1, 1, 0], [0.9, 0.1, 0.6, 0.7, 0.2])
-    first = by_agreement(judged, votes, resampling=QUICK).raters[0]
-    assert (first.n, first.n_missing, first.n_tied) == (2, 2, 1)
-
-
-def test_the_share_of_the_worst_domain_is_that_of_the_largest_error():
-    rng = np.random.default_rng(4)
-    label = np.tile([0, 1], 60).astype(np.int8)
-    bad = np.arange(120) < 60
-    sure = np.where(label == 1, 0.9, 0.1) + 0.05 * rng.standard_normal(120).clip(-1, 1)
-    view = by_domain(patches(label, np.where(bad, 1 - sure, sure)), np.where(bad, "bad", "good"), resampling=QUICK)
-    for name in ("brier", "balanced_accuracy"):
-        assert (view.worst[name].domain, view.worst[name].share) == ("bad", 1.0)
+    assert as_dict(results[-1])["figures"]["auroc"]["value"] is None
