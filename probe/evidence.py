@@ -175,7 +175,7 @@ def judge(ensemble: Ensemble, *, resampling: Resampling = Resampling()) -> Judge
     ... )
     >>> judgement = judge(run, resampling=Resampling(replicates=1_000))
     >>> print(judgement.n_clusters, judgement.unit, judgement.figures["auroc"])
-    5 slide 0.970 (0.875–1.000)
+    5 slide 0.970 (0.672–0.998)
     """
     return compare({"run": ensemble}, resampling=resampling).judgements["run"]
 
