@@ -273,7 +273,7 @@ def collect(
 
 
 def _sets(runs: Sequence[Run]) -> list[tuple[str, str, str]]:
-    """List dataset, split and fold digest of every set, out-of-fold predictions last; no digest if all runs share it."""
+    """List dataset, split and fold digest (where runs differ in it) of every set, out-of-fold predictions last."""
     differ = len({run.record.folds.digest for run in runs}) > 1
     found = {
         (dataset, split, run.record.folds.digest if differ and split == VALIDATION else ""): None
