@@ -79,10 +79,8 @@ def parse_view(text: str) -> View:
         raise UserError(f"view {text!r}: an input of {int(match[3]):,} pixels is too large; at most {_MOST_PIXELS:,}.")
     unknown = [modifier for modifier in modifiers if modifier not in STATISTICS]
     if unknown:
-        raise UserError(
-            f"view {text!r}: unknown modifier '+{unknown[0]}'; known are "
-            f"{', '.join(f'+{name}' for name in STATISTICS)}."
-        )
+        known = ", ".join(f"+{name}" for name in STATISTICS)
+        raise UserError(f"view {text!r}: unknown modifier '+{unknown[0]}'; known are {known}.")
     if len(modifiers) > 1:
         raise UserError(f"view {text!r}: images are normalised in one way; use one of +{' and +'.join(modifiers)}.")
     return View(

@@ -43,9 +43,14 @@ CvOption = Annotated[
     int,
     typer.Option("--cv", max=MOST_FOLDS, help="Number of cross-validation folds; groups (slides) are never cut."),
 ]
-SeedOption = Annotated[
+# As many trainings as anybody has run to measure their scatter, and some more.
+MOST_SEEDS = 100
+FoldSeedOption = Annotated[
+    int, typer.Option("--fold-seed", min=0, max=2**32 - 1, help="Seed of the folds: which slides validate together.")
+]
+SeedsOption = Annotated[
     int,
-    typer.Option("--seed", min=0, max=2**32 - 1, help="Seed of the folds and of everything that is drawn at random."),
+    typer.Option("--seeds", min=1, max=MOST_SEEDS, help="Trainings on the same folds: seeds --seed, --seed + 1, ..."),
 ]
 OverwriteOption = Annotated[
     bool, typer.Option("--overwrite", help="Replace embeddings that are there under the same names.")

@@ -8,6 +8,7 @@ import torch
 
 from extract.backbones import build_model, find_backbone
 from features.console import UserError
+from features.folds import fold_models
 from finetune import options as training_options
 from finetune.lora import LoraOptions
 from finetune.network import Network
@@ -40,7 +41,9 @@ def test_activations_are_those_of_a_real_step():
     options = FinetuneOptions(view="full@64", batch_size=2, precision="fp32")
     plan = make_plan(options, COMPUTE)
     backbone = find_backbone(options.model)
-    network = Network(build_model(backbone, None), backbone, method="lora", lora=LoraOptions(), folds=range(5), seed=0)
+    network = Network(
+        build_model(backbone, None), backbone, method="lora", lora=LoraOptions(), fold_models=fold_models([0], 5)
+    )
     sizes: dict[int, int] = {}
     alive = []
 

@@ -42,15 +42,25 @@ def table(n: int = 240, seed: int = 0, split: bool = True) -> Samples:
 
 
 def add(
-    store: FeatureStore, dataset: str, samples: Samples, model: str, view: str, *, signal: float, seed: int = 0, **parts
+    store: FeatureStore,
+    dataset: str,
+    samples: Samples,
+    model: str,
+    view: str,
+    *,
+    signal: float,
+    seed: int = 0,
+    dead: int = 0,
+    **parts,
 ):
-    """Embeddings of one view: noise, and the label in a few directions."""
+    """Embeddings of one view: noise, and the label in a few directions; the last features may be dead."""
     store.put_samples(dataset, samples, attrs={})
     rng = np.random.default_rng(seed)
     arrays = {}
     for pooling, strength in (("cls", signal), ("mean", signal / 3)):
         X = rng.standard_normal((len(samples), WIDTH))
         X[:, :3] += strength * (2.0 * samples.label[:, None] - 1)
+        X[:, WIDTH - dead :] = 0.25
         arrays[pooling] = X
     writer = store.begin(
         dataset,
@@ -222,6 +232,18 @@ def test_a_card_that_does_as_the_text_says_needs_no_other_view(tmp_path, capsys,
     assert ("text asks" in capsys.readouterr().err) == said
 
 
+def test_features_without_a_weight_are_counted_recorded_and_said_once(tmp_path, capsys):
+    store = FeatureStore.open_or_create(tmp_path / "dead.zarr")
+    for view in ("full", "center64"):
+        add(store, "ami-br", table(), "uni", view, signal=0.6, dead=2)
+    (folder,) = probed(store, options=ProbeOptions(cv=3), runs=tmp_path / "runs")
+    run = read_run(folder)
+    assert [candidate.n_dropped for candidate in run.candidates] == [2] * 4
+    said = " ".join(capsys.readouterr().err.split())
+    assert said.count("vary by no more than rounding") == 1
+    assert f"uni ({run.view}, {run.pooling}): 2 of {WIDTH} features vary by no more than rounding" in said
+
+
 def test_datasets_embedded_differently_are_never_compared(store, tmp_path):
     other = table(seed=2, split=False)
     store.put_samples("third", other, attrs={})
@@ -293,6 +315,10 @@ def test_published_figures_stand_beside_ours():
     assert cells[0] == ["uni (probe)", "  paper, Table 3", "  authors' re-run"]
     assert cells[4] == ["0.5000 ± 0.0100", "0.6477 ± 0.0108", "0.6339"]
     assert cells[2][1:] == ["", ""]
+    named = [
+        list(leaderboard([replace(run, model=model)]).columns[0].cells)[2] for model in ("prov-gigapath", "virchow")
+    ]
+    assert named == ["  authors' re-run (same figures as Table 3)", "  authors' re-run"]
 
 
 def relabelled(samples: Samples, split: list[str]) -> Samples:

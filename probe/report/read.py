@@ -133,7 +133,7 @@ def _folders(runs: Path) -> tuple[list[Path], list[str]]:
 
 def _read(record: RunRecord, label: str) -> Run:
     folder = _folder(record)
-    predictions = read_predictions(folder)
+    predictions = read_predictions(folder, seed=record.seeds[0])
     datasets = {dataset for dataset, _ in predictions.sets()}
     missing = [name for name in (record.train, *record.test) if name not in datasets]
     if missing:
@@ -174,7 +174,9 @@ def _repeated(labels: Sequence[str]) -> list[str]:
 
 def _facts(record: RunRecord) -> dict[str, Any]:
     """Gather what may distinguish a run from its namesakes: view and pooling, then the options."""
-    options = {name: value for name, value in record.options.items() if name not in _NOT_TELLING}
+    # Early versions did not record these two.
+    whole = {"fold_seed": record.folds.seed, **record.options, "seeds": len(record.seeds)}
+    options = {name: value for name, value in whole.items() if name not in _NOT_TELLING}
     nested = {inner: value for outer in options.values() if isinstance(outer, dict) for inner, value in outer.items()}
     flat = {name: value for name, value in options.items() if not isinstance(value, dict)}
     return {"view": record.view, "pooling": record.pooling, **nested, **flat}

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 from features.console import printable
 from probe.metrics import Interval
-from probe.report.collect import Report, SetReport
-from probe.report.published import FIGURES, SOURCES, published_for
+from probe.report.collect import Report
+from probe.report.published import FIGURES, SOURCES, Published, published_for
 from probe.report.read import Run
 
 _DIGITS = 3  # in print
@@ -60,9 +60,12 @@ def grids(report: Report, runs: Sequence[Run]) -> tuple[Grid, Grid]:
     for run in runs:
         folds.append((run.label, tuple(cells.get(run.label, _NONE) for cells in fold_cells), False))
         ensembles.append((run.label, tuple(cells.get(run.label, _NONE) for cells in ensemble_cells), False))
-        for source, title in SOURCES.items():
-            published = tuple(_published_cell(run, *column, source) for column in columns)
-            if any(cell.value != "–" for cell in published):
+        for source in SOURCES:
+            found = [published_for(run.record, one.dataset, one.split).get(source) for one, _ in columns]
+            title = next((row.title for row in found if row), None)  # of one model and method, the same on all sets
+            if title:
+                cells = zip(found, columns, strict=True)
+                published = tuple(_published_cell(row, name) for row, (_, name) in cells)
                 folds.append((f"{run.label}: {title}", published, True))
     units = "; ".join(f"{one.title}: {one.any_judgement.n_clusters} {one.any_judgement.unit}s" for one in sets)
     return (
@@ -92,8 +95,7 @@ def _with_ends(figure: Interval) -> tuple[float, str]:
     return figure.value, ends
 
 
-def _published_cell(run: Run, set_report: SetReport, name: str, source: str) -> Cell:
-    row = published_for(run.record, set_report.dataset, set_report.split).get(source)
+def _published_cell(row: Published | None, name: str) -> Cell:
     if row is None:
         return _NONE
     std = row.figures[name].std
