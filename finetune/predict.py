@@ -72,7 +72,7 @@ def predict_paths(
         by: "group" for the share of class 1 in every group of patches; see `finetune.predict_groups`.
 
     Returns:
-        n, n_positive, n_folds, n_models, threshold, label_names, out; with `by` also by_group, the second CSV's content.
+        n, n_positive, n_folds, n_models, threshold, label_names, out; with `by` by_group, what the second CSV holds.
 
     Raises:
         UserError: a threshold that is no probability, no run, a backbone that cannot be had as it was, patches that
