@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from features.console import UserError
+from probe.edge import held
 from probe.ensembles import Ensemble
 from probe.metrics import Interval, best_threshold, confusion_figures
 from probe.resample import Clusters, Resampling, Sums, intervals, resample, sums_by_cluster
@@ -121,15 +122,16 @@ def _judge(ensemble: Ensemble, specificity: float, resampling: Resampling) -> Do
     resampled = resample([own, tuned], clusters, resampling)
     ranked = [_Ranked.of(y, p, clusters) for p in ensemble.by_training]
     fixed = resample([[_AtSpecificity(one, specificity) for one in ranked]], clusters, resampling)
+    classes = held(ensemble.label, clusters.index)
     curve = _learning_curve(ranked, ensemble.thresholds, clusters, resampling.seed) if both else ()
     return DomainThreshold(
         n=len(ensemble),
         n_positive=int(y.sum()),
         n_clusters=clusters.n_units,
-        own=intervals(resampled, 0),
+        own=intervals(resampled, 0, classes=classes),
         oracle_threshold=float(np.mean(best)),
-        oracle=intervals(resampled, 1),
-        at_specificity=intervals(fixed, 0)["sensitivity"],
+        oracle=intervals(resampled, 1, classes=classes),
+        at_specificity=intervals(fixed, 0, classes=classes)["sensitivity"],
         recalibration=curve,
         n_slides_needed=_fewest(curve),
     )
