@@ -9,10 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from report_pages import (
-    collected,
-    two_runs,
-)
+from report_pages import OTHER_FOLDS, QUICK, collected, two_runs
 from sklearn.metrics import (
     average_precision_score,
     balanced_accuracy_score,
@@ -27,12 +24,14 @@ from test_runs import N_FOLDS, TABLES, edit_record, made_run, patches, predicted
 
 from features.console import UserError
 from features.samples import make_samples
-from probe.evidence import ensemble_of
+from probe.ensembles import ensemble_of
+from probe.evidence import COMPARED, Question
 from probe.metrics import as_dict
 from probe.predictions import Predictions, concatenate, predictions_of
-from probe.report.gallery import (
-    select_patches,
-)
+from probe.report.collect import ReportOptions, collect
+from probe.report.gallery import select_patches
+from probe.report.read import read_runs
+from probe.significance import holm as holm_of
 
 
 def test_figures_are_scikit_learn_s(tmp_path):
@@ -175,7 +174,12 @@ def test_identical_patches_are_noted(tmp_path):
     table = replace(TABLES["atnorm-br"], sha256=np.array([f"{k // 2}" for k in range(24)]))
     two_runs(tmp_path, tables=TABLES | {"atnorm-br": table})
     report, _ = collected(tmp_path)
-    assert report.notes == ("atnorm-br, test holds 12 sets of byte-identical patches; they count as separate patches.",)
+    assert report.notes == (
+        "atnorm-br, test holds 12 sets of byte-identical patches; in resamples they are drawn together.",
+    )
+    judged = report.sets[1].any_judgement
+    assert (judged.n, judged.n_clusters, judged.unit) == (24, 12, "sample")
+    assert report.sets[1].comparison.pairs[0].delong is None  # patients are not known: patches may share one
 
 
 @pytest.mark.parametrize(
@@ -209,3 +213,82 @@ def test_predictions_of_a_patch_twice_are_refused_by_run(tmp_path):
     with pytest.raises(UserError, match=r"a patch occurs twice for one fold") as said:
         collected(tmp_path)
     assert str(folder) in str(said.value)
+
+
+# --- what stands beside what ------------------------------------------------------------------------------------------
+
+
+def test_runs_on_other_folds_meet_on_test_sets_and_stand_apart_out_of_fold(tmp_path):
+    two_runs(tmp_path)
+    made_run(tmp_path, "conch", digest=OTHER_FOLDS, seed=5)
+    report, _ = collected(tmp_path)
+    assert [(on.name, on.fold_digest[:4]) for on in report.sets] == [
+        ("ami-br/test", ""),
+        ("atnorm-br/test", ""),
+        ("atnorm-md/test", ""),
+        ("ami-br/validation", "f01d"),
+        ("ami-br/validation", OTHER_FOLDS[:4]),
+    ]
+    on_test, *_, ours, others = report.sets
+    assert set(on_test.comparison.judgements) == {"uni probe", "virchow probe", "conch probe"}
+    assert all(pair.differences["auroc"].p > 0 for pair in on_test.comparison.pairs)
+    assert set(ours.comparison.judgements) == {"uni probe", "virchow probe"}
+    assert set(others.comparison.judgements) == {"conch probe"}
+    assert ours.missing == ("conch probe",)
+    assert not any("not scored" in note for note in report.notes)  # nothing that --test could mend
+
+
+def test_out_of_fold_only_runs_that_chose_nothing_there_are_tested(tmp_path):
+    two_runs(tmp_path)
+    made_run(tmp_path, "conch", seed=5, kind="finetune", method="lora")
+    report, _ = collected(tmp_path)
+    pairs = {(pair.first, pair.second): pair for pair in report.sets[-1].comparison.pairs}
+    assert pairs["uni probe", "virchow probe"].untested == ""
+    assert pairs["uni probe", "virchow probe"].resampled_t["auroc"].p > 0
+    chosen = pairs["uni probe", "conch lora"]
+    assert chosen.untested == "conch lora chose its epoch on these very patches"
+    assert np.isnan(chosen.differences["auroc"].p)
+    assert report.sets[0].comparison.pairs[1].differences["auroc"].p > 0
+
+
+def test_holm_over_all_sets_and_figures_counts_all_tests(tmp_path):
+    two_runs(tmp_path)
+    read, _ = read_runs(tmp_path)
+    alone, over_all = (
+        collect(read, resampling=QUICK, options=ReportOptions(holm=holm)).sets for holm in ("set", "all")
+    )
+    p = [pair.differences[name].p for on in alone for pair in on.comparison.pairs for name in COMPARED]
+    expected = holm_of(p)
+    found = [pair.differences[name].p_holm for on in over_all for pair in on.comparison.pairs for name in COMPARED]
+    assert found == pytest.approx(expected, abs=1e-12)
+    assert found != [pair.differences[name].p_holm for on in alone for pair in on.comparison.pairs for name in COMPARED]
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        ({"prevalences": (1.5,)}, "prevalence=1.5.*between 0 and 1"),
+        ({"specificity": 1.0}, "specificity=1.*between 0 and 1"),
+        ({"holm": "some"}, "unknown `holm='some'`: use set or all"),
+    ],
+)
+def test_what_cannot_be_asked_is_refused(asked, said):
+    with pytest.raises(UserError, match=said):
+        ReportOptions(**asked)
+
+
+def test_what_was_asked_is_answered(tmp_path):
+    two_runs(tmp_path)
+    read, _ = read_runs(tmp_path)
+    options = ReportOptions(question=Question(margin=0.05, wanted=0.1), prevalences=(0.1,), specificity=0.8)
+    report = collect(read, resampling=QUICK, options=options)
+    on = report.sets[0]
+    assert (report.margin, report.wanted, report.prevalences) == (0.05, 0.1, (0.1,))
+    assert 0 <= on.comparison.pairs[0].differences["auroc"].p_equivalent <= 1
+    assert on.comparison.detectable["auroc"].slides is not None
+    assert [one.prevalence for one in on.calibration["uni probe"].predictive_values] == [0.1]
+    assert report.sets[2].thresholds["uni probe"].specificity == 0.8
+    assert set(on.rates) == {"uni probe", "virchow probe"}
+    assert report.sets[1].rates == {}  # no slides there
+    assert report.sets[-1].thresholds == report.sets[-1].rates == {}  # out of fold
+    assert report.across is not None

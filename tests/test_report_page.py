@@ -26,7 +26,8 @@ from test_runs import N_FOLDS, TABLES, edit_record, made_run, patches
 from features.samples import make_samples
 from finetune.report import make_report
 from probe.curve import CurvePoint, curve_csv
-from probe.evidence import COMPARED, compare, ensemble_of
+from probe.ensembles import ensemble_of
+from probe.evidence import COMPARED, compare
 from probe.metrics import as_dict
 from probe.predictions import VALIDATION, concatenate, predictions_of
 from probe.runs import read_predictions

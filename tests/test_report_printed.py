@@ -22,7 +22,8 @@ from test_runs import N_FOLDS, edit_record, made_run, patches
 
 from features.samples import Samples
 from probe.curve import CurvePoint, curve_csv
-from probe.evidence import COMPARED, ensemble_of
+from probe.ensembles import ensemble_of
+from probe.evidence import COMPARED
 from probe.predictions import VALIDATION
 
 

@@ -16,7 +16,7 @@ from report_pages import (
     record,
     two_runs,
 )
-from test_runs import TABLES, edit_record, edit_row, made_run
+from test_runs import TABLES, edit_record, edit_row, made_run, patches
 
 from features.console import UserError
 from probe.report.read import labels_of, read_runs
@@ -68,30 +68,44 @@ def test_a_record_without_folds_is_refused(folds, tmp_path):
         read_runs(tmp_path)
 
 
-def test_runs_of_different_folds_are_never_tabulated_together(tmp_path):
+def test_runs_on_other_folds_are_read_too_unless_some_are_asked_for(tmp_path):
     first, second = two_runs(tmp_path)
     third = made_run(tmp_path, "conch", digest=OTHER_FOLDS)
-    with pytest.raises(UserError) as refusal:
-        read_runs(tmp_path)
-    message = str(refusal.value)
-    assert "2 different fold assignments" in message
-    assert "f01df01d: ami-br, 3 folds, 2 runs" in message
-    assert "beefbeef: ami-br, 3 folds, 1 run (" in message
-    assert all(folder.name in message for folder in (first, second, third))
-    assert re.search(r"fm-report --folds (f01df01d|beefbeef)$", message)
-
+    read, notes = read_runs(tmp_path)
+    assert {run.folder for run in read} == {first, second, third}
+    assert notes == [
+        "These runs were trained on 2 different fold assignments. They are compared on test sets; out of fold, only "
+        "with runs on the same folds."
+    ]
     read, notes = read_runs(tmp_path, folds="f01d")
     assert {run.folder for run in read} == {first, second}
-    assert notes == ["1 run on other folds left out: different folds are never tabulated together."]
+    assert notes == ["1 run on other folds left out, as --folds asks for."]
     read, notes = read_runs(tmp_path, folds=OTHER_FOLDS)
     assert [run.folder for run in read] == [third]
-    assert notes == ["2 runs on other folds left out: different folds are never tabulated together."]
+    assert notes == ["2 runs on other folds left out, as --folds asks for."]
     with pytest.raises(
         UserError, match=r"no run has folds beefbeer\. Did you mean beefbeef\? The runs have .*f01df01d"
     ):
         read_runs(tmp_path, folds="beefbeer")
-    with pytest.raises(UserError, match="different fold assignments"):
-        read_runs(tmp_path, named=[first, third])
+
+
+def test_runs_trained_on_different_datasets_are_refused(tmp_path):
+    first, second = two_runs(tmp_path)
+    third = made_run(tmp_path, "conch", tables={"mine": patches("mine", 48, test_from=24)}, train="mine")
+    with pytest.raises(UserError) as refusal:
+        read_runs(tmp_path)
+    message = str(refusal.value)
+    assert "2 different datasets" in message
+    assert "ami-br: 2 runs (" in message
+    assert f"mine: 1 run ({third.name})" in message
+    assert message.endswith(f"fm-report {first} {second}") or message.endswith(f"fm-report {second} {first}")
+    assert {run.folder for run in read_runs(tmp_path, named=[first, second])[0]} == {first, second}
+
+
+def test_runs_trained_on_different_patches_of_one_dataset_are_noted(tmp_path):
+    first, _ = two_runs(tmp_path)
+    edit_record(first, table_digests={"ami-br": "another"})
+    assert read_runs(tmp_path)[1] == ["These runs were trained on 2 different patch tables of ami-br."]
 
 
 def test_named_runs_alone_are_read(tmp_path):
