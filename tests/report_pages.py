@@ -239,8 +239,13 @@ def check_page(page: str) -> Element:
     return root
 
 
-def table_of(root: Element, caption: str) -> list[list[Element]]:
-    """The body of the table with that caption."""
-    (table,) = (one for one in root.all("table") if next(one.all("caption")).text == caption)
-    (body,) = table.all("tbody")
-    return [list(row.all("td", "th")) for row in body.all("tr")]
+def table_of(root: Element, label: str, *, header: bool = False) -> list[list[Element]]:
+    """The cells of the one table in the region of that name, row by row."""
+    (region,) = (one for one in root.all("div") if one.attributes.get("aria-label") == label)
+    (part,) = region.all("thead" if header else "tbody")
+    return [list(row.all("td", "th")) for row in part.all("tr")]
+
+
+def cells_of(root: Element, label: str, *, header: bool = False) -> list[list[str]]:
+    """The same as text."""
+    return [[" ".join(cell.text.split()) for cell in row] for row in table_of(root, label, header=header)]

@@ -11,6 +11,7 @@ import pytest
 from report_pages import (
     Element,
     Tree,
+    cells_of,
     collected,
     page_of,
 )
@@ -69,13 +70,6 @@ def printed(tmp_path_factory) -> tuple[Element, Any, list[Any]]:
     return Tree(page).root, report, runs
 
 
-def cells_of(root: Element, label: str, *, header: bool = False) -> list[list[str]]:
-    """The text of the rows of the one table in the region of that name."""
-    (region,) = (one for one in root.all("div") if one.attributes.get("aria-label") == label)
-    (part,) = region.all("thead" if header else "tbody")
-    return [[" ".join(cell.text.split()) for cell in row.all("td", "th")] for row in part.all("tr")]
-
-
 def three(value: float, digits: int = 3) -> str:
     return "–" if np.isnan(value) else f"{value:.{digits}f}"
 
@@ -85,8 +79,10 @@ def with_sign(value: float) -> str:
 
 
 def with_ends(one: Any) -> str:
-    ends = "no interval" if np.isnan(one.low) else f"{three(one.low)}–{three(one.high)}"
-    return f"{three(one.value)} {ends}"
+    if np.isnan(one.low):
+        return f"{three(one.value)} no interval"
+    wide = f" {three(one.wide[0])}–{three(one.wide[1])}" if one.wide else ""
+    return f"{three(one.value)} {three(one.low)}–{three(one.high)}{' exact' * one.exact}{wide}"
 
 
 def p_text(value: float) -> str:
