@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from features.console import UserError
+from probe.edge import held
 from probe.ensembles import Ensemble
-from probe.evidence import judge
 from probe.metrics import SMALLER_IS_BETTER, Interval, Judgement
-from probe.resample import Resampling, Scatter, Statistic, interval, resample
+from probe.resample import Resampled, Resampling, Scatter, interval, intervals, resample
 
 
 @dataclass(frozen=True)
@@ -70,14 +70,14 @@ def by_domain(ensemble: Ensemble, domain: NDArray[np.str_], *, resampling: Resam
         raise UserError(f"{ensemble.dataset} has no domains (tumour type, scanner, centre). It has no domain view.")
     names = np.unique(domain[known]).tolist()
     parts = [ensemble.select(domain == name) for name in names]
-    # For the mean, slides are drawn from the whole set: a slide may lie in two domains.
+    alone = [resample([part.tallies(part.clusters)], part.clusters, resampling) for part in parts]
     clusters = ensemble.select(known).clusters
-    statistics = []
-    for name, part in zip(names, parts, strict=True):
-        members, index = np.unique(clusters.index[domain[known] == name], return_inverse=True)
-        own = replace(clusters, index=index, n=len(members))
-        statistics.append([_Within(members, tallied) for tallied in part.tallies(own)])
-    resampled = resample(statistics, clusters, resampling)
+    if sum(one.n_clusters for one in alone) == clusters.n:
+        resampled = _together(alone, resampling)
+    else:  # a slide lies in two domains, and is drawn in both of them together
+        of_domains = [replace(clusters, index=clusters.index[domain[known] == name]) for name in names]
+        tallies = [part.tallies(own) for part, own in zip(parts, of_domains, strict=True)]
+        resampled = resample(tallies, clusters, resampling)
     macro: dict[str, Interval] = {}
     n_domains: dict[str, int] = {}
     worst: dict[str, Worst | None] = {}
@@ -96,7 +96,7 @@ def by_domain(ensemble: Ensemble, domain: NDArray[np.str_], *, resampling: Resam
         macro[name] = interval(name, spread, resampling.level)
         worst[name] = _worst(name, [names[row] for row in rows], value[rows], resampled.drawn[name][rows])
     return DomainView(
-        domains={name: judge(part, resampling=resampling) for name, part in zip(names, parts, strict=True)},
+        domains={name: _judgement(part, one, resampling) for name, part, one in zip(names, parts, alone, strict=True)},
         n_without=int((~known).sum()),
         macro=macro,
         n_domains=n_domains,
@@ -104,15 +104,55 @@ def by_domain(ensemble: Ensemble, domain: NDArray[np.str_], *, resampling: Resam
     )
 
 
-@dataclass(frozen=True, eq=False)
-class _Within:
-    """A statistic that looks at some of the clusters alone, and so has less to add up."""
+def _together(alone: Sequence[Resampled], resampling: Resampling) -> Resampled:
+    """Set domains side by side that were resampled each on its own and share no slide.
 
-    members: NDArray[np.intp]
-    statistic: Statistic
+    All were drawn from the same seed, so each one's resamples are put into an order of its own. A slide that is left
+    out changes its own domain alone.
+    """
+    rng = np.random.default_rng(resampling.seed)
+    orders = [rng.permutation(resampling.replicates) for _ in alone]
+    first = alone[0]
+    starts = np.cumsum([0, *(one.n_clusters for one in alone)])
 
-    def __call__(self, count: NDArray[np.float64], /) -> Mapping[str, NDArray[np.float64]]:
-        return self.statistic(count[:, self.members])
+    def without(name: str) -> NDArray[np.float64]:
+        if not all(one.without[name].shape[1] for one in alone):  # very many clusters
+            return np.empty((len(alone), 0))
+        values = np.repeat([one.value[name] for one in alone], starts[-1], axis=1)
+        for k, one in enumerate(alone):
+            values[k, starts[k] : starts[k + 1]] = one.without[name][0]
+        return values
+
+    return Resampled(
+        value={name: np.concatenate([one.value[name] for one in alone]) for name in first.value},
+        drawn={
+            name: np.stack([one.drawn[name][0][order] for one, order in zip(alone, orders, strict=True)])
+            for name in first.value
+        },
+        without={name: without(name) for name in first.value},
+        trainings={name: tuple(one.trainings[name][0] for one in alone) for name in first.value},
+        n_clusters=int(starts[-1]),
+        level=first.level,
+        design_effect=min(one.design_effect for one in alone),
+    )
+
+
+def _judgement(part: Ensemble, resampled: Resampled, resampling: Resampling) -> Judgement:
+    """Give the figures of one domain, as `probe.evidence.judge` does."""
+    clusters = part.clusters
+    return Judgement(
+        n=len(part),
+        n_positive=int((part.label == 1).sum()),
+        unit=clusters.unit,
+        n_clusters=clusters.n_units,
+        n_alone=clusters.n_alone,
+        threshold=part.threshold,
+        level=resampling.level,
+        replicates=resampling.replicates,
+        figures=intervals(resampled, 0, classes=held(part.label, clusters.index)),
+        trainings=len(part.by_training),
+        design_effect=resampled.design_effect,
+    )
 
 
 def _worst(name: str, domains: list[str], value: NDArray[np.float64], drawn: NDArray[np.float64]) -> Worst:

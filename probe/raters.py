@@ -11,7 +11,7 @@ from features.console import UserError
 from features.samples import MISSING_VOTE
 from probe.ensembles import Ensemble
 from probe.evidence import judge
-from probe.metrics import Interval, Judgement, confusion_figures
+from probe.metrics import Interval, Judgement
 from probe.resample import Clusters, Resampling, Sums, intervals, resample, sums_by_cluster
 from probe.significance import Difference, adjusted, difference
 
@@ -204,10 +204,15 @@ def _against_others(says: NDArray[np.integer], votes: NDArray[np.integer], rater
 
     def figures(sums: NDArray[np.float64]) -> dict[str, NDArray[np.float64]]:
         positive, negative, tp, tn = np.moveaxis(sums.reshape(len(sums), len(others), 4), 2, 0)  # (b, others) each
-        found = confusion_figures(positive, negative, tp=tp, tn=tn) | {
-            "kappa": _cohen(positive, negative, tp=tp, tn=tn),
+        shared = positive + negative > 0
+        with np.errstate(divide="ignore", invalid="ignore"):  # an absent class
+            sensitivity, specificity = (_mean_of_defined(hits, shared) for hits in (tp / positive, tn / negative))
+        return {
+            "balanced_accuracy": (sensitivity + specificity) / 2,
+            "sensitivity": sensitivity,
+            "specificity": specificity,
+            "kappa": _mean_of_defined(_cohen(positive, negative, tp=tp, tn=tn), shared),
         }
-        return {name: _mean_of_defined(found[name], positive + negative > 0) for name in RATER_FIGURES}
 
     return Sums(table, figures)
 
@@ -215,7 +220,7 @@ def _against_others(says: NDArray[np.integer], votes: NDArray[np.integer], rater
 def _cohen(
     positive: NDArray[np.float64], negative: NDArray[np.float64], *, tp: NDArray[np.float64], tn: NDArray[np.float64]
 ) -> NDArray[np.float64]:
-    """Compute Cohen's kappa from the four counts of `probe.metrics.confusion_figures`."""
+    """Compute Cohen's kappa from patches of each class and those of them said right, as `probe.metrics` counts them."""
     n, said = positive + negative, tp + negative - tn
     with np.errstate(divide="ignore", invalid="ignore"):  # both say one class only: chance alone would agree
         by_chance = (positive * said + negative * (n - said)) / n**2

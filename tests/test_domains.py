@@ -44,6 +44,22 @@ def test_a_slide_may_lie_in_two_domains():
     assert width == pytest.approx(whole.high - whole.low, rel=0.2)
 
 
+def test_domains_that_share_no_slide_are_independent():
+    """The mean of two domains that are the same patches on other slides is known better than either, by root 2."""
+    one = some_run(n_slides=40)
+    twice = patches(
+        np.tile(one.label, 2),
+        np.tile(one.probability, 2),
+        group=np.concatenate([np.char.add("a", one.group), np.char.add("b", one.group)]),
+        threshold=0.65,
+    )
+    view = by_domain(twice, np.repeat(["a", "b"], len(one)), resampling=QUICK)
+    for name in ("specificity", "auroc", "brier"):
+        single, mean = view.domains["a"].figures[name], view.macro[name]
+        assert mean.value == pytest.approx(single.value, abs=1e-12)
+        assert mean.high - mean.low == pytest.approx((single.high - single.low) / np.sqrt(2), rel=0.15)
+
+
 def test_a_domain_without_a_class_is_left_out_of_the_mean():
     judged = patches([0, 1, 0, 1, 0, 1, 0, 0], [0.1, 0.8, 0.3, 0.4, 0.7, 0.9, 0.4, 0.6])
     view = by_domain(judged, np.array(["a"] * 6 + ["b"] * 2), resampling=QUICK)
