@@ -169,7 +169,7 @@ def _show_lists(models: bool, datasets: bool, data: Path | None, as_json: bool) 
                 f"{row['parameters'] / 1e6:,.1f} M",
                 f"{row['embedding']:,}",
                 f"{row['gflops']:,.1f}",
-                ", ".join(f"{mpp:g}" for mpp in row["mpp"]),
+                "varied" if row["mpp"] is None else ", ".join(f"{mpp:g}" for mpp in row["mpp"]),
                 row["licence"],
                 "gated" if row["gated"] else "",
             )

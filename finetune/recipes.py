@@ -67,7 +67,7 @@ class Recipe:
 
 RECIPES = {
     # The text names four augmentations for all models, without their strengths. The authors' end-to-end scripts make
-    # exactly these four, with one set of strengths, which are taken here.
+    # these four, with one set of strengths for three networks, which is taken here.
     "paper": Recipe(
         view="full@224+imagenet",
         epochs=PAPER.max_epochs,

@@ -13,7 +13,8 @@ from features.console import UserError
 from probe import evidence
 from probe.calibration import calibrate
 from probe.domains import by_domain
-from probe.evidence import COMPARED, compare, ensemble_of, evaluate, judge
+from probe.ensembles import ensemble_of, rows_of
+from probe.evidence import COMPARED, compare, evaluate, judge
 from probe.metrics import as_dict, best_threshold
 from probe.raters import by_agreement
 from probe.rates import by_slide
@@ -92,11 +93,11 @@ def test_damaged_predictions_are_refused():
 def test_a_patch_table_is_aligned_by_id():
     judged = patches([0, 1, 0], [0.1, 0.2, 0.3], ids=["b", "c", "a"])
     table = np.array(["a", "z", "b", "c"])
-    assert table[evidence.rows_of(judged, table)].tolist() == ["b", "c", "a"]
+    assert table[rows_of(judged, table)].tolist() == ["b", "c", "a"]
     with pytest.raises(UserError, match=r"1 of 3 patches of ami-br/test are not in the patch table \(first: c\)"):
-        evidence.rows_of(judged, table[:3])
+        rows_of(judged, table[:3])
     with pytest.raises(UserError, match=r"3 of 3 patches"):
-        evidence.rows_of(judged, table[:0])
+        rows_of(judged, table[:0])
 
 
 # --- runs together ----------------------------------------------------------------------------------------------------

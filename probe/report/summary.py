@@ -110,14 +110,15 @@ def _clause(on: SetReport, report: Report) -> str:
     if len(labels) == 1:
         return f"on {_place(on)}, {labels[0]} reaches an AUROC of {_reached(on, labels[0])}"
     if len(labels) == 2:
-        return _of_two(on, *labels, report)
+        return _of_two(on, labels[0], labels[1], report)
     return _of_many(on, labels, report)
 
 
 def _of_others(first: SetReport, others: Sequence[SetReport], report: Report) -> str:
     """Say what the other sets show: in short where they repeat the first."""
     if all(_same_order(first, other, report) for other in others):
-        pairs = [(other, difference_of(other, *by_rank(other), RANKING)) for other in others]
+        first_label, second_label = by_rank(first)  # of all sets, then
+        pairs = [(other, difference_of(other, first_label, second_label, RANKING)) for other in others]
         return "so it is on " + listed([f"{_place(on)} by {_by(one)}" for on, one in pairs if one is not None])
     disagree = "the sets disagree: " if _disagree([first, *others], report.margin) else ""
     return disagree + "; ".join(_clause(other, report) for other in others)
@@ -191,22 +192,23 @@ def _of_many(on: SetReport, labels: Sequence[str], report: Report) -> str:
         return f"{start}, and is better than every other run, than the next, {following}, by {_by(found[0])}"
     text = f"{start}; of the {len(found)} other runs {_counted(sure, report)}"
     if (hopeful := Counter(verdict(one, report.margin, ALPHA) for one in found)) != sure:
-        text += f" (if every patch comes from its own patient, {_counted(hopeful, report)})"
+        text += f" (if every patch comes from its own patient: {_counted(hopeful, report)})"
     limit = on.comparison.detectable.get(RANKING)
     return text + (_limit(on, limit.holm) if limit is not None and sure["unknown"] else "")
 
 
 def _counted(verdicts: Counter[Verdict], report: Report) -> str:
-    """Say of the best run how many others it beats, equals, or cannot be told from."""
-    parts = {
-        "better": "is better than {}",
-        "worse": "is worse than {}",
-        "equivalent": f"is equivalent to {{}} within {_margin(report)}",
-        "not worse": f"is not worse than {{}} by {_margin(report)} or more",
-        "not better": f"is not better than {{}} by {_margin(report)} or more",
-        "unknown": "cannot be told from {}",
+    """Say how many other runs the best one beats, equals, or cannot be told from."""
+    margin = _margin(report)
+    parts: dict[Verdict, tuple[str, str]] = {
+        "better": ("is worse", "are worse"),
+        "worse": ("is better", "are better"),
+        "equivalent": (f"is equivalent to it within {margin}", f"are equivalent to it within {margin}"),
+        "not worse": (f"is not better by {margin} or more", f"are not better by {margin} or more"),
+        "not better": (f"is not worse by {margin} or more", f"are not worse by {margin} or more"),
+        "unknown": ("cannot be told from it", "cannot be told from it"),
     }
-    return "it " + listed([text.format(verdicts[said]) for said, text in parts.items() if verdicts[said]])  # type: ignore[index]
+    return listed([f"{verdicts[said]} {parts[said][verdicts[said] > 1]}" for said in parts if verdicts[said]])
 
 
 def _caveat(on: SetReport) -> str:
