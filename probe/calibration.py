@@ -22,7 +22,7 @@ from probe.metrics import ECE_BINS, Interval, calibration_bin
 from probe.resample import Clusters, Resampling, Sums, intervals, resample, sums_by_cluster
 
 CALIBRATION_FIGURES = ("brier", "ece", "slope", "intercept")
-ACTING_FROM = tuple(step / 40 for step in range(1, 40))  # probabilities of the decision curve
+ACTING_FROM = tuple(step / 20 for step in range(1, 20))  # probabilities of the decision curve
 _EDGE = 1e-12  # probabilities are kept this far from 0 and 1, where the logit is infinite
 _STEPS = 100  # of Newton's method, at most; some eight are needed
 
