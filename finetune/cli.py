@@ -228,12 +228,16 @@ def predict(
         float | None,
         typer.Option(help="Positive from this probability on. Default: the run's own."),
     ] = None,
+    by: Annotated[
+        str | None,
+        typer.Option(help="group: write a second CSV with the share of positives in every group (slide)."),
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     check_output(out)
     from finetune.predict import predict_paths
 
-    summary = predict_paths(folder, paths, out=out, device=device, weights=weights, threshold=threshold)
+    summary = predict_paths(folder, paths, out=out, device=device, weights=weights, threshold=threshold, by=by)
     if as_json:
         print_json(summary)
         return
@@ -241,6 +245,17 @@ def predict(
         f"{out}: {summary['n']:,} patches, {summary['n_positive']:,} predicted {summary['label_names'][1]} at a "
         f"probability of {summary['threshold']:.3f} or more ({summary['n_models']} fold models)."
     )
+    if by:
+        of_groups = summary["by_group"]
+        rates = [one["rate"] for one in of_groups["groups"]]
+        errors = (of_groups[name]["value"] for name in ("sensitivity", "specificity"))
+        without = f"; {of_groups['n_without']:,} patches have no group" if of_groups["n_without"] else ""
+        say(
+            f"{of_groups['out']}: {len(rates):,} groups, {min(rates):.0%} to {max(rates):.0%} predicted "
+            "{}, beside shares corrected for a sensitivity of {:.3f} and a specificity of {:.3f} out of fold{}.".format(
+                summary["label_names"][1], *errors, without
+            )
+        )
 
 
 @report_app.command(

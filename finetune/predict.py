@@ -29,11 +29,15 @@ from features.tables import first_of, is_missing
 from finetune.compute import Compute
 from finetune.network import Network
 from finetune.options import ComputeOptions, FinetuneOptions
+from finetune.predict_groups import GroupRate, by_group_path, group_rates, group_table, groups_of
 from finetune.score import load_members, patch_logits
 from finetune.setup import build_network, training_transform
+from probe.ensembles import ensemble_of
 from probe.logistic import predict_logits
-from probe.predictions import csv_bytes
-from probe.runs import RunRecord, check_weights, read_run, read_weights
+from probe.metrics import as_dict
+from probe.predictions import VALIDATION, csv_bytes
+from probe.rates import error_rates
+from probe.runs import RunRecord, check_weights, read_predictions, read_run, read_weights
 
 COLUMNS = ("source", "id", "probability", "predicted", "spread")
 _BATCH = {"cpu": 8, "cuda": 64, "mps": 64}  # images per forward pass of a frozen backbone
@@ -50,8 +54,9 @@ def predict_paths(
     device: str = "auto",
     weights: Path | None = None,
     threshold: float | None = None,
+    by: str | None = None,
 ) -> dict[str, Any]:
-    """Apply a run to patches and write a CSV.
+    """Apply a run to patches and write a CSV, and with `by="group"` a second one with a row per group (slide).
 
     Its columns: source (the path given), id (below it), probability (of class 1, the mean over fold models), predicted
     (the class's name), spread (population standard deviation over fold models), and fold_0, fold_1, ... (each one's);
@@ -64,17 +69,22 @@ def predict_paths(
         device: "auto", "cpu", "cuda", "cuda:N" or "mps".
         weights: a local checkpoint of the backbone instead of the hub's; it must be the very same.
         threshold: class 1 from this probability on; None for the run's own, chosen on its out-of-fold predictions.
+        by: "group" for the share of class 1 in every group of patches; see `finetune.predict_groups`.
 
     Returns:
-        n, n_positive, n_folds, n_models, threshold, label_names, out.
+        n, n_positive, n_folds, n_models, threshold, label_names, out; with `by` by_group, what the second CSV holds.
 
     Raises:
         UserError: a threshold that is no probability, no run, a backbone that cannot be had as it was, patches that
-            cannot be read, or a full disk.
+            cannot be read or whose groups are not known, or a full disk.
     """
     if threshold is not None and not 0 <= threshold <= 1:
         raise UserError(f"`threshold={threshold}` is no probability: expected a number from 0 to 1.")
-    _check_out(out, run, paths)
+    if by not in (None, "group"):
+        raise UserError(f"`by={by}`: expected group, for the share of positives in every group of patches.")
+    outs = [out, *([by_group_path(out)] if by else [])]
+    for one in outs:
+        _check_out(one, run, paths)
     record = read_run(run)
     check_weights(run, record)
     torch_device = find_device(device, apple=record.kind == "probe" and record.precision == "fp32")
@@ -82,7 +92,8 @@ def predict_paths(
     backbone = find_backbone(record.model)
     loaded = fetch_weights(backbone, weights=weights)
     _require_same_backbone(run, record, backbone, loaded, torch_device)
-    sources = [load_patches(path) for path in paths]
+    sources = [load_patches(path, grouped=by is not None) for path in paths]
+    groups = [groups_of(patches, path) for patches, path in zip(sources, paths, strict=True)] if by else []
     for patches in sources:
         _say_other_classes(patches, record)
     make = _probe_predictor if record.kind == "probe" else _finetuned_predictor
@@ -92,19 +103,38 @@ def predict_paths(
         logits = [predict(patches, advance) for patches in sources]
     limit = record.figures.threshold if threshold is None else threshold
     probability = [expit(logit.astype(np.float64)) for logit in logits]  # (n, n_models) of each source
+    means = [models.mean(axis=1) for models in probability]
+    tables = [_table(sources, probability, limit, record)]
+    rates: list[GroupRate] = []
+    if by:
+        out_of_fold = ensemble_of(read_predictions(run), record.train, VALIDATION)
+        errors = error_rates(out_of_fold, threshold=limit)
+        rates = group_rates([patches.source for patches in sources], groups, means, threshold=limit, errors=errors)
+        tables.append(group_table(rates))
     with writing(out.parent):
         out.parent.mkdir(parents=True, exist_ok=True)
-        write_file(out, [_table(sources, probability, limit, record)])
-    means = np.concatenate([models.mean(axis=1) for models in probability])
-    return {
+        for one, table in zip(outs, tables, strict=True):
+            write_file(one, [table])
+    summary = {
         "out": str(out),
-        "n": len(means),
-        "n_positive": int((means >= limit).sum()),
+        "n": sum(map(len, means)),
+        "n_positive": int(sum((mean >= limit).sum() for mean in means)),
         "n_folds": record.folds.n,
         "n_models": n_models,
         "threshold": limit,
         "label_names": list(record.label_names),
     }
+    if by:
+        summary["by_group"] = as_dict(
+            {
+                "out": str(outs[1]),
+                "n_without": sum(names.count("") for names in groups),
+                "sensitivity": errors.sensitivity,
+                "specificity": errors.specificity,
+                "groups": rates,
+            }
+        )
+    return summary
 
 
 def _check_out(out: Path, run: Path, paths: Sequence[Path]) -> None:

@@ -116,9 +116,10 @@ def _figure(comparisons: Mapping[str, Comparison], name: str, rope: float, tau_s
     for comparison in comparisons.values():
         for pair in comparison.pairs:
             one, turned = pair.differences[name], (pair.second, pair.first) in shown
-            if math.isfinite(one.value) and math.isfinite(one.standard_error):
+            error = 0.0 if one.low == one.high == 0 else one.standard_error  # two runs that never differ
+            if math.isfinite(one.value) and math.isfinite(error):
                 runs = (pair.second, pair.first) if turned else (pair.first, pair.second)
-                shown[runs].append((-one.value if turned else one.value, one.standard_error))
+                shown[runs].append((-one.value if turned else one.value, error))
         of_runs = {run: judged.figures[name].value for run, judged in comparison.judgements.items()}
         values.append({run: value for run, value in of_runs.items() if math.isfinite(value)})
     values = [of_runs for of_runs in values if of_runs]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -12,7 +13,7 @@ from features.console import UserError
 from probe.ensembles import Ensemble
 from probe.evidence import judge
 from probe.metrics import SMALLER_IS_BETTER, Interval, Judgement
-from probe.resample import Resampling, Scatter, interval, resample
+from probe.resample import Resampling, Scatter, Statistic, interval, resample
 
 
 @dataclass(frozen=True)
@@ -71,11 +72,12 @@ def by_domain(ensemble: Ensemble, domain: NDArray[np.str_], *, resampling: Resam
     parts = [ensemble.select(domain == name) for name in names]
     # For the mean, slides are drawn from the whole set: a slide may lie in two domains.
     clusters = ensemble.select(known).clusters
-    tallies = [
-        part.tallies(replace(clusters, index=clusters.index[domain[known] == name]))
-        for name, part in zip(names, parts, strict=True)
-    ]
-    resampled = resample(tallies, clusters, resampling)
+    statistics = []
+    for name, part in zip(names, parts, strict=True):
+        members, index = np.unique(clusters.index[domain[known] == name], return_inverse=True)
+        own = replace(clusters, index=index, n=len(members))
+        statistics.append([_Within(members, tallied) for tallied in part.tallies(own)])
+    resampled = resample(statistics, clusters, resampling)
     macro: dict[str, Interval] = {}
     n_domains: dict[str, int] = {}
     worst: dict[str, Worst | None] = {}
@@ -100,6 +102,17 @@ def by_domain(ensemble: Ensemble, domain: NDArray[np.str_], *, resampling: Resam
         n_domains=n_domains,
         worst=worst,
     )
+
+
+@dataclass(frozen=True, eq=False)
+class _Within:
+    """A statistic that looks at some of the clusters alone, and so has less to add up."""
+
+    members: NDArray[np.intp]
+    statistic: Statistic
+
+    def __call__(self, count: NDArray[np.float64], /) -> Mapping[str, NDArray[np.float64]]:
+        return self.statistic(count[:, self.members])
 
 
 def _worst(name: str, domains: list[str], value: NDArray[np.float64], drawn: NDArray[np.float64]) -> Worst:

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from features.console import UserError
 from features.display import html_table
 from features.samples import Samples
+from probe.edge import held
 from probe.ensembles import Ensemble, ensemble_of, rows_of
 from probe.metrics import COMPARED, NAMES, FoldFigure, Judgement, RunMetrics, SetMetrics, scores
 from probe.predictions import VALIDATION, Predictions, threshold_of, trainings_of
@@ -174,7 +175,7 @@ def judge(ensemble: Ensemble, *, resampling: Resampling = Resampling()) -> Judge
     ... )
     >>> judgement = judge(run, resampling=Resampling(replicates=1_000))
     >>> print(judgement.n_clusters, judgement.unit, judgement.figures["auroc"])
-    5 slide 0.970 (0.875–1.000)
+    5 slide 0.970 (0.672–0.998)
     """
     return compare({"run": ensemble}, resampling=resampling).judgements["run"]
 
@@ -264,7 +265,7 @@ def compare(
                 threshold=ensemble.threshold,
                 level=resampling.level,
                 replicates=resampling.replicates,
-                figures=intervals(resampled, model),
+                figures=intervals(resampled, model, classes=held(first.label, clusters.index)),
                 trainings=len(ensemble.by_training),
                 design_effect=resampled.design_effect,
             )

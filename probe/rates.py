@@ -15,9 +15,10 @@ from numpy.typing import NDArray
 from scipy.special import ndtri
 
 from features.console import UserError
+from probe.edge import held
 from probe.ensembles import Ensemble
 from probe.metrics import Interval
-from probe.resample import Clusters, Resampling, Sums, interval, intervals, make_clusters, resample, sums_by_cluster
+from probe.resample import Clusters, Resampling, Sums, intervals, make_clusters, resample, sums_by_cluster
 
 MIN_FIGURES = 10  # figures of a slide; of fewer, a share says too little to be compared
 AGREEMENT_FIGURES = ("bias", "lower limit", "upper limit", "concordance")
@@ -193,17 +194,21 @@ def error_rates(
     clusters = out_of_fold.clusters
     counts = sums_by_cluster(np.stack([y, ~y, y & predicted, ~y & ~predicted], axis=1).astype(np.float64), clusters)
     resampled = resample([[Sums(counts, _hit_rates)]], clusters, resampling)
+    found = intervals(resampled, 0, classes=held(out_of_fold.label, clusters.index))
 
-    def known(name: str, of_class: NDArray[np.float64]) -> tuple[Interval, float]:
-        spread = resampled.of(name, 0)
-        variance = spread.standard_error**2
-        # One that no resample changes is taken to be worth as many patches as clusters hold its class.
-        n = spread.value * (1 - spread.value) / variance if variance > 0 else float((of_class > 0).sum())
-        return interval(name, spread, resampled.level), min(n, float(of_class.sum()))
+    def worth(name: str, of_class: NDArray[np.float64]) -> float:
+        value, variance = found[name].value, resampled.of(name, 0).standard_error ** 2
+        # One that no resample changes is worth as many patches as clusters hold its class.
+        n = value * (1 - value) / variance if variance > 0 else float((of_class > 0).sum())
+        return min(n, float(of_class.sum()))
 
-    sensitivity, n_sensitivity = known("sensitivity", counts[:, 0])
-    specificity, n_specificity = known("specificity", counts[:, 1])
-    return ErrorRates(sensitivity, specificity, n_sensitivity, n_specificity, _between_slides(counts))
+    return ErrorRates(
+        found["sensitivity"],
+        found["specificity"],
+        worth("sensitivity", counts[:, 0]),
+        worth("specificity", counts[:, 1]),
+        _between_slides(counts),
+    )
 
 
 def _hit_rates(sums: NDArray[np.float64]) -> dict[str, NDArray[np.float64]]:

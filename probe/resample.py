@@ -3,36 +3,40 @@
 A test set is a sample of slides, and patches of one slide resemble each other. Whole slides are therefore drawn where
 slides are known (Field and Welsh, JRSS B 69, 2007), and patches elsewhere; every result says which. A resample is a
 count per slide, not a copy of rows (Efron and Tibshirani, An Introduction to the Bootstrap, 1993), and all runs on the
-same patches are judged on the same resamples. With few slides of very unequal size plain percentiles are too narrow;
-docs/decisions/evidence.md measures by how much, and what is done about it here.
+same patches are judged on the same resamples. With few slides of very unequal size their scatter is too small, and is
+itself uncertain: docs/decisions/evidence.md measures by how much, and what is done about it here.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from itertools import chain
 from operator import itemgetter
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import ndtr, ndtri, stdtr, stdtrit  # of the normal and of Student's t; scipy.stats loads slowly
+from scipy.special import expit, logit, stdtr, stdtrit  # the last two of Student's t; scipy.stats loads slowly
 
 from features.console import UserError
+from probe.edge import Held, edge_ends
 from probe.metrics import Interval
 
 _MOST_REPLICATES = 1_000_000  # half a minute and more for every run and set
 SLIDE, SAMPLE = "slide", "sample"  # what is drawn
+UNBOUNDED = (-math.inf, math.inf)
 # Figures that may lie elsewhere than between 0 and 1, by the first word of their name.
 _RANGE = dict.fromkeys(("mcc", "kappa", "fleiss", "krippendorff", "correlation", "concordance", "bias"), (-1.0, 1.0))
 _RANGE |= {"log_loss": (0.0, math.inf), "benefit": (-math.inf, 1.0)}
-_RANGE |= dict.fromkeys(("slope", "intercept", "lower", "upper"), (-math.inf, math.inf))
+_RANGE |= dict.fromkeys(("slope", "intercept", "lower", "upper"), UNBOUNDED)
 _BIASED_UPWARD = frozenset({"ece"})  # sampling adds to it, and resampling once more
 _LARGEST_DESIGN_EFFECT = 100.0
 _BLOCK = 2**17  # counts drawn at a time
 _MOST_LEFT_OUT = 5_000  # clusters; with more of them percentiles need no widening
+_MOST_KEPT = 2**25  # counts of a set that are kept: 32 megabytes
 _MANY = 2**17  # patches: in a set of more, clusters are drawn in bundles
 _BUNDLES = 2**12  # bundles drawn then; the standard error of a figure is then known to a hundredth
 
@@ -288,12 +292,24 @@ def resample(statistics: Sequence[Sequence[Statistic]], clusters: Clusters, resa
 
 def _draws(n_clusters: int, resampling: Resampling) -> Iterator[NDArray[np.float64]]:
     """Yield blocks of (b, n_clusters) counts: n_clusters draws with replacement, once per replicate."""
-    rng = np.random.default_rng(resampling.seed)
+    drawn = _drawn if resampling.replicates * n_clusters > _MOST_KEPT else _kept
+    for block in drawn(n_clusters, resampling.replicates, resampling.seed):
+        yield block.astype(np.float64)
+
+
+@lru_cache(maxsize=8)
+def _kept(n_clusters: int, replicates: int, seed: int) -> tuple[NDArray[np.uint8], ...]:
+    """Keep the draws of the last sets: a report draws the same ones for every run and view."""
+    return tuple(block.astype(np.uint8) for block in _drawn(n_clusters, replicates, seed))
+
+
+def _drawn(n_clusters: int, replicates: int, seed: int) -> Iterator[NDArray[np.intp]]:
+    rng = np.random.default_rng(seed)
     step = max(1, _BLOCK // max(1, n_clusters))
-    for start in range(0, resampling.replicates, step):
-        b = min(step, resampling.replicates - start)
+    for start in range(0, replicates, step):
+        b = min(step, replicates - start)
         drawn = rng.integers(0, max(1, n_clusters), size=(b, n_clusters)) + n_clusters * np.arange(b)[:, None]
-        yield np.bincount(drawn.ravel(), minlength=b * n_clusters).reshape(b, n_clusters).astype(np.float64)
+        yield np.bincount(drawn.ravel(), minlength=b * n_clusters).reshape(b, n_clusters)
 
 
 def _left_out(n_clusters: int) -> Iterator[NDArray[np.float64]]:
@@ -305,93 +321,85 @@ def _left_out(n_clusters: int) -> Iterator[NDArray[np.float64]]:
         yield 1 - np.eye(min(step, n_clusters - start), n_clusters, start)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class Spread:
-    """How a figure scatters over resamples, and how far that scatter is to be trusted.
+    """How a figure scatters, and how far that scatter is to be trusted.
 
-    The interval is that of percentiles, made wider by two factors: Student's t with `freedom` degrees of freedom over
-    the normal, and `ratio`. That is the percentile interval expanded for small samples (Hesterberg, The American
-    Statistician 69, 2015), here for clusters of unequal weight. The jackknife that leaves out each cluster in turn
-    (Efron and Stein, Annals of Statistics 9, 1981) gives both. `ratio` is the jackknife's standard error over that of
-    the resamples, which is too small with few clusters. `freedom` is Satterthwaite's for a sum of unequal squares
-    (Biometrics Bulletin 2, 1946; for clusters Imbens and Kolesar, Review of Economics and Statistics 98, 2016): with
-    equal clusters their number less one, with one heavy slide among light ones hardly more than one.
+    The standard error between clusters is the larger one of two: the jackknife's, which leaves out each cluster in turn
+    (Efron and Stein, Annals of Statistics 9, 1981), and that of the resamples, times the root of n / (n - 1) as for a
+    sample. Its degrees of freedom are Satterthwaite's for a sum of unequal squares (Biometrics Bulletin 2, 1946; for
+    clusters Imbens and Kolesar, Review of Economics and Statistics 98, 2016): with equal clusters their number less
+    one, with one heavy slide among light ones hardly more than one. The variance of a mean over trainings is added
+    (Welch, Biometrika 34, 1947).
 
-    A run of several trainings has the variance of their mean added (Welch, Biometrika 34, 1947), and where slides are
-    unknown the variance that slides would add may be up to `design_effect` times as large.
+    Attributes:
+        value: the figure.
+        n_undefined: resamples in which it does not exist.
+        clusters: scatter between sets of clusters; variance 0 if no resample changes the figure, NaN if it is not
+            known: fewer than two clusters, a class that a single one holds, half of the resamples without a class.
+        training: scatter between sets of trainings.
+        bias: mean of the resamples less the figure.
+        design_effect: the largest plausible one; 1 where slides are known.
     """
 
     value: float
-    drawn: NDArray[np.float64]  # (r,) sorted, without undefined ones
     n_undefined: int
-    ratio: float
-    freedom: float
-    usable: bool
+    clusters: Scatter
     training: Scatter = NO_SCATTER
-    design_effect: float = 1.0  # the largest plausible one; 1 where slides are known
+    bias: float = 0.0
+    design_effect: float = 1.0
+
+    def scatter(self, design_effect: float = 1.0) -> Scatter:
+        """Add up the scatter between clusters, times a design effect, and that of trainings; NaN if there is none."""
+        if not self.clusters.variance > 0:
+            return Scatter(math.nan, math.nan)
+        return replace(self.clusters, variance=design_effect * self.clusters.variance) + self.training
 
     @property
     def standard_error(self) -> float:
-        """Standard error, that of trainings included."""
-        return math.sqrt(self._scatter(1.0).variance) if self.usable else math.nan
+        """Standard error, that of trainings included; NaN if it is not known."""
+        return math.sqrt(self.scatter().variance)
 
     @property
     def degrees_of_freedom(self) -> float:
-        """Degrees of freedom of the standard error, trainings included."""
-        return self._scatter(1.0).freedom if self.usable else math.nan
+        """Degrees of freedom of the standard error."""
+        return self.scatter().freedom
 
-    def _scatter(self, design_effect: float) -> Scatter:
-        of_slides = Scatter(design_effect * (self.ratio * float(self.drawn.std())) ** 2, self.freedom)
-        return of_slides + self.training
-
-    def _widening(self, design_effect: float) -> tuple[float, float]:
-        """Give the standard error as a multiple of the resamples' scatter, and its degrees of freedom."""
-        if design_effect == 1 and not self.training.variance:
-            return self.ratio, self.freedom
-        scatter = self._scatter(design_effect)
-        return math.sqrt(scatter.variance) / float(self.drawn.std()), scatter.freedom
-
-    def ends(self, level: float, design_effect: float = 1.0) -> tuple[float, float]:
-        """Compute the ends of the interval of a level; NaN where there is none.
-
-        Where it reaches beyond all resamples, their scatter is continued as a normal distribution.
+    def ends(
+        self, level: float, design_effect: float = 1.0, *, within: tuple[float, float] = UNBOUNDED
+    ) -> tuple[float, float]:
+        """Compute the ends of the interval of a level by Student's t; NaN where there is none.
 
         Args:
             level: coverage asked.
             design_effect: how many times as large the variance between clusters is taken to be.
+            within: the figure's range. Of one with two ends t is taken on the logit scale, so that the interval never
+                leaves it, and reaches farther towards the middle; else it is cut to the range.
         """
-        if not self.usable:
-            return math.nan, math.nan
-        ratio, freedom = self._widening(design_effect)
-        z = -ratio * float(stdtrit(freedom, (1 - level) / 2))
-        share = float(ndtr(-z))
-        low, high = (float(end) for end in np.quantile(self.drawn, [share, 1 - share]))
-        if share * len(self.drawn) < 1:
-            reach = z * float(self.drawn.std())
-            low, high = min(low, self.value - reach), max(high, self.value + reach)
+        scatter = self.scatter(design_effect)
+        reach = -float(stdtrit(scatter.freedom, (1 - level) / 2)) * math.sqrt(scatter.variance)
+        lowest, highest = within
+        if math.isinf(highest - lowest) or not lowest < self.value < highest:
+            low, high = np.clip([self.value - reach, self.value + reach], lowest, highest).tolist()
+            return low, high
+        share = (self.value - lowest) / (highest - lowest)
+        reach /= share * (1 - share) * (highest - lowest)  # the logit's derivative
+        low, high = (lowest + (highest - lowest) * expit(logit(share) + np.array([-reach, reach]))).tolist()
         return low, high
 
     def p_value(self, null: float, design_effect: float = 1.0) -> float:
-        """Compute the two-sided p-value: one minus the level of the interval that ends at `null`."""
-        if not self.usable:
-            return math.nan
-        below, above = float((self.drawn < null).mean()), float((self.drawn > null).mean())
-        beyond = min(below, above) + (1 - below - above) / 2
-        z = -float(ndtri(min(0.5, max(beyond, 0.5 / len(self.drawn)))))
-        if beyond * len(self.drawn) < 1:
-            z = max(z, abs(self.value - null) / float(self.drawn.std()))
-        ratio, freedom = self._widening(design_effect)
-        return 2 * float(stdtr(freedom, -z / ratio))
+        """Compute the two-sided p-value: one minus the level of the unbounded interval that ends at `null`."""
+        return 2 * min(self.p_above(null, design_effect), self.p_below(null, design_effect))
 
-    def p_above(self, null: float) -> float:
+    def p_above(self, null: float, design_effect: float = 1.0) -> float:
         """Compute the one-sided p-value against a true figure of `null` or less."""
-        half = self.p_value(null) / 2
-        return half if self.value > null else 1 - half
+        scatter = self.scatter(design_effect)
+        return float(stdtr(scatter.freedom, (null - self.value) / math.sqrt(scatter.variance)))
 
-    def p_below(self, null: float) -> float:
+    def p_below(self, null: float, design_effect: float = 1.0) -> float:
         """Compute the one-sided p-value against a true figure of `null` or more."""
-        half = self.p_value(null) / 2
-        return half if self.value < null else 1 - half
+        scatter = self.scatter(design_effect)
+        return float(stdtr(scatter.freedom, (self.value - null) / math.sqrt(scatter.variance)))
 
 
 def make_spread(
@@ -413,27 +421,25 @@ def make_spread(
         training: scatter of the figure over trainings.
         design_effect: the largest plausible one; 1 where slides are known.
     """
-    defined = np.sort(drawn[np.isfinite(drawn)])
-    ratio, freedom = 1.0, max(1.0, n_clusters - 1.0)
-    usable = (
-        math.isfinite(value)
-        and n_clusters > 1
-        and 2 * len(defined) > len(drawn)
-        and bool(np.isfinite(without).all())
-        and defined[0] < defined[-1]
-    )
-    if usable and len(without):
-        squares = (without - without.mean()) ** 2
+    defined = drawn[np.isfinite(drawn)]
+    n_undefined = len(drawn) - len(defined)
+    known = math.isfinite(value) and n_clusters > 1 and 2 * len(defined) > len(drawn) and np.isfinite(without).all()
+    if not known:
+        return Spread(value, n_undefined, Scatter(math.nan, math.nan), training, math.nan, design_effect)
+    variance, freedom = 0.0, max(1.0, n_clusters - 1.0)
+    if np.ptp(defined) > 0:
+        variance = float(defined.var()) * n_clusters / (n_clusters - 1)
+        squares = (without - without.mean()) ** 2 if len(without) else np.zeros(1)
         if squares.any():
-            error = math.sqrt(float(squares.sum()) * (n_clusters - 1) / n_clusters)
-            ratio = max(1.0, error / float(defined.std()))
+            variance = max(variance, float(squares.sum()) * (n_clusters - 1) / n_clusters)
             share = squares / squares.sum()
             freedom = min(freedom, max(1.0, 3 / float((share**2).sum()) - 1))  # 3: the kurtosis of a normal
-    return Spread(value, defined, len(drawn) - len(defined), ratio, freedom, usable, training, design_effect)
+    bias = float(defined.mean()) - value
+    return Spread(value, n_undefined, Scatter(variance, freedom), training, bias, design_effect)
 
 
 def interval(name: str, spread: Spread, level: float) -> Interval:
-    """Give a figure its interval, cut to the figure's range, and its ends at the largest plausible design effect."""
+    """Give a figure its interval, within its range, and its ends at the largest plausible design effect."""
     low, high = _ends(name, spread, level, 1.0)
     wide = _ends(name, spread, level, spread.design_effect) if spread.design_effect > 1 else None
     return Interval(spread.value, low, high, spread.n_undefined, wide)
@@ -442,16 +448,32 @@ def interval(name: str, spread: Spread, level: float) -> Interval:
 def _ends(name: str, spread: Spread, level: float, design_effect: float) -> tuple[float, float]:
     """Compute the ends of a figure's interval.
 
-    Sampling adds to the calibration error, and resampling adds once more: its interval holds the percentiles and their
-    reflection about the figure.
+    Sampling adds to the calibration error, and resampling once more: by as much as is taken from its lower end.
     """
-    low, high = spread.ends(level, design_effect)
-    if name in _BIASED_UPWARD:
-        low, high = min(low, 2 * spread.value - high), max(high, 2 * spread.value - low)
-    low, high = np.clip([low, high], *_RANGE.get(name.split()[0], (0.0, 1.0))).tolist()
-    return low, high
+    within = _RANGE.get(name.split()[0], (0.0, 1.0))
+    low, high = spread.ends(level, design_effect, within=within)
+    return (max(within[0], low - max(0.0, spread.bias)) if name in _BIASED_UPWARD else low), high
 
 
-def intervals(resampled: Resampled, subject: int) -> dict[str, Interval]:
-    """Give every figure of one subject its interval."""
-    return {name: interval(name, resampled.of(name, subject), resampled.level) for name in resampled.value}
+def intervals(resampled: Resampled, subject: int, *, classes: Held | None = None) -> dict[str, Interval]:
+    """Give every figure of one subject its interval.
+
+    Args:
+        resampled: figures of all subjects.
+        subject: which of them.
+        classes: how many clusters hold each class; with it, a figure that no resample changes because it is perfect
+            gets an exact interval.
+    """
+    level, values = resampled.level, {name: float(each[subject]) for name, each in resampled.value.items()}
+    found = {}
+    for name in values:
+        spread = resampled.of(name, subject)
+        found[name] = interval(name, spread, level)
+        if classes is None or spread.clusters.variance != 0:
+            continue
+        ends = edge_ends(name, values, classes, level)
+        if ends is not None:
+            thinned = classes.thinned(spread.design_effect)
+            wide = edge_ends(name, values, thinned, level) if spread.design_effect > 1 else None
+            found[name] = Interval(values[name], *ends, spread.n_undefined, wide, exact=True)
+    return found

@@ -122,7 +122,7 @@ def difference(resampled: Resampled, name: str, first: int, second: int, *, marg
     each = resampled.trainings[name]
     training = Scatter.of(each[first]) + Scatter.of(each[second])
     spread = resampled.spread(name, lambda values: values[first] - values[second], training=training)
-    if spread.value == 0 and not spread.drawn.any() and not training.variance:
+    if spread.value == spread.clusters.variance == training.variance == 0:
         return Difference(0.0, 0.0, 0.0, 1.0, math.nan, spread.n_undefined)  # the two never differ
     low, high = np.clip(spread.ends(resampled.level), -1, 1).tolist()
     found = Difference(

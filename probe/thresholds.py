@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from features.console import UserError
+from probe.edge import held
 from probe.ensembles import Ensemble
 from probe.metrics import Interval, best_threshold, confusion_figures
 from probe.resample import Clusters, Resampling, Sums, intervals, resample, sums_by_cluster
@@ -121,15 +122,16 @@ def _judge(ensemble: Ensemble, specificity: float, resampling: Resampling) -> Do
     resampled = resample([own, tuned], clusters, resampling)
     ranked = [_Ranked.of(y, p, clusters) for p in ensemble.by_training]
     fixed = resample([[_AtSpecificity(one, specificity) for one in ranked]], clusters, resampling)
+    classes = held(ensemble.label, clusters.index)
     curve = _learning_curve(ranked, ensemble.thresholds, clusters, resampling.seed) if both else ()
     return DomainThreshold(
         n=len(ensemble),
         n_positive=int(y.sum()),
         n_clusters=clusters.n_units,
-        own=intervals(resampled, 0),
+        own=intervals(resampled, 0, classes=classes),
         oracle_threshold=float(np.mean(best)),
-        oracle=intervals(resampled, 1),
-        at_specificity=intervals(fixed, 0)["sensitivity"],
+        oracle=intervals(resampled, 1, classes=classes),
+        at_specificity=intervals(fixed, 0, classes=classes)["sensitivity"],
         recalibration=curve,
         n_slides_needed=_fewest(curve),
     )
@@ -228,27 +230,36 @@ def _on_others(ranked: _Ranked, own: float, chosen: NDArray[np.float32]) -> NDAr
         (2, d) balanced accuracy; NaN where the others lack a class.
     """
     value, d = ranked.value, np.arange(len(chosen))
-    negatives, positives = (  # (d, g + 1), of the chosen clusters
-        (chosen @ counts.T).astype(np.float64) for counts in (ranked.negatives, ranked.positives)
+    n_negative, n_positive = (
+        (chosen @ counts[-1]).astype(np.float64) for counts in (ranked.negatives, ranked.positives)
     )
-    n_negative, n_positive = negatives[:, -1:], positives[:, -1:]
-    present = np.diff(negatives + positives, axis=1) > 0
+    # The best threshold is always just below a positive.
+    hits = np.flatnonzero(np.diff(ranked.positives.sum(axis=1)) > 0)
+    rejected, missed, still = (
+        chosen @ counts.T for counts in (ranked.negatives[hits], ranked.positives[hits], ranked.positives[hits + 1])
+    )  # (d, hits)
     # Balanced accuracy times 2 n+ n-, in whole numbers, so that equals are equal: of those the first is taken.
-    score = n_positive * negatives[:, :-1] + n_negative * (n_positive - positives[:, :-1])
-    best = np.argmax(np.where(present, score, -1), axis=1)
-    before = present & (np.arange(len(value)) < best[:, None])
-    previous = np.where(before.any(axis=1), len(value) - 1 - np.argmax(before[:, ::-1], axis=1), best)
-    threshold = (value[previous] + value[best]) / 2
-    threshold[(n_negative * n_positive)[:, 0] == 0] = own
+    score = n_positive[:, None] * rejected + n_negative[:, None] * (n_positive[:, None] - missed)
+    best = hits[np.argmax(np.where(still > missed, score, -1), axis=1)]
+    both = ranked.negatives + ranked.positives
+    n_below = np.einsum("dk,dk->d", chosen, both[best])
+    # The next value below it that a chosen patch has: the last with fewer patches below it.
+    low, high = np.zeros(len(d), dtype=np.intp), best
+    while (low < high).any():
+        middle = (low + high + 1) // 2
+        fewer = np.einsum("dk,dk->d", chosen, both[middle]) < n_below
+        low, high = np.where(fewer, middle, low), np.where(fewer, high, middle - 1)
+    threshold = (value[np.where(n_below > 0, low, best)] + value[best]) / 2
+    threshold[n_negative * n_positive == 0] = own
     found = []
     for at in (np.searchsorted(value, threshold), np.full(len(d), np.searchsorted(value, own))):
-        rejected, missed = (
-            counts[at].sum(axis=1, dtype=np.float64) - drawn[d, at]
-            for counts, drawn in ((ranked.negatives, negatives), (ranked.positives, positives))
+        n_rejected, n_missed = (
+            counts[at].sum(axis=1, dtype=np.float64) - np.einsum("dk,dk->d", chosen, counts[at])
+            for counts in (ranked.negatives, ranked.positives)
         )
         with np.errstate(divide="ignore", invalid="ignore"):  # others without one of the classes
-            specificity = rejected / (ranked.negatives[-1].sum() - n_negative[:, 0])
-            sensitivity = 1 - missed / (ranked.positives[-1].sum() - n_positive[:, 0])
+            specificity = n_rejected / (ranked.negatives[-1].sum() - n_negative)
+            sensitivity = 1 - n_missed / (ranked.positives[-1].sum() - n_positive)
             found.append((sensitivity + specificity) / 2)
     return np.stack(found)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
 from probe.ensembles import Ensemble
@@ -46,3 +48,26 @@ def some_run(seed: int = 0, n_slides: int = 30, *, trainings: int = 1, **options
     shared = 1.3 * label + rng.standard_normal(n_slides)[slide] + 0.7 * rng.standard_normal(len(slide))
     logit = shared + 0.7 * rng.standard_normal((trainings, len(slide)))
     return patches(label, 1 / (1 + np.exp(-logit)), **{"group": slide.astype(str), "threshold": 0.65} | options)
+
+
+def slides(rng: np.random.Generator, n_slides: int, *, runs: int = 1, gain: float = 0.0) -> list[Ensemble]:
+    """Runs on one set of slides whose figures resemble each other; every run after the first is better by `gain`."""
+    size = SIZES[rng.integers(0, len(SIZES), n_slides)]
+    slide = np.repeat(np.arange(n_slides), size)
+    label = (rng.random(len(slide)) < rng.beta(1, 3, n_slides)[slide]).astype(np.int8)
+    shared, noise = rng.standard_normal(n_slides), rng.standard_normal(len(slide))
+    found = []
+    for run in range(runs):
+        own, own_noise = rng.standard_normal(n_slides), rng.standard_normal(len(slide))
+        logit = (1.3 + gain * (run > 0)) * label + 0.7 * (shared + own)[slide] + 0.7 * (noise + own_noise)
+        found.append(patches(label, 1 / (1 + np.exp(-logit)), group=slide.astype(str), threshold=0.65))
+    return found
+
+
+def by_patch(judged: Ensemble) -> Ensemble:
+    return replace(judged, group=np.full(len(judged), ""))
+
+
+def alone(judged: Ensemble) -> Ensemble:
+    """Every patch from a slide of its own, which is known."""
+    return replace(judged, group=np.array([f"slide {i}" for i in range(len(judged))]))

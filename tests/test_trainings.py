@@ -78,7 +78,7 @@ def test_an_interval_over_trainings_is_wider_by_their_scatter():
     fixed, both = resampled.spread("auroc", itemgetter(0)), resampled.of("auroc", 0)
     each = [auroc(judged.label, one) for one in judged.by_training]
     assert both.standard_error**2 - fixed.standard_error**2 == pytest.approx(np.var(each, ddof=1) / 3, rel=1e-9)
-    assert figure.high - figure.low > np.subtract(*reversed(fixed.ends(0.95)))
+    assert figure.high - figure.low > np.subtract(*reversed(fixed.ends(0.95, within=(0, 1))))
     alike = np.repeat(judged.by_training[:1], 3, axis=0)  # three trainings that do not differ add nothing
     same = judge(replace(judged, by_training=alike, thresholds=judged.thresholds[[0, 0, 0]]), resampling=QUICK)
     alone = judge(

@@ -103,7 +103,8 @@ class SetReport:
 
     Attributes:
         dataset, split: which set; split "validation" holds out-of-fold predictions.
-        fold_digest: of the assignment that out-of-fold predictions belong to; empty for a test set.
+        fold_digest: of the assignment that out-of-fold predictions belong to; empty for a test set, and if all runs
+            share one.
         n, n_positive: patches.
         n_identical: sets of byte-identical patches among them.
         comparison: figures with intervals, differences, ranks.
@@ -146,7 +147,7 @@ class SetReport:
 
     @property
     def title(self) -> str:
-        """Dataset and split, for a reader; with the first digits of the fold assignment where it matters."""
+        """Dataset and split, for a reader; of out-of-fold predictions also which folds, if there are several."""
         folds = f" (folds {self.fold_digest[:_DIGITS]})" if self.fold_digest else ""
         return f"{self.dataset}, {_SPLIT_TITLES[self.split]}{folds}"
 
@@ -272,9 +273,10 @@ def collect(
 
 
 def _sets(runs: Sequence[Run]) -> list[tuple[str, str, str]]:
-    """List the sets of a report: dataset, split, and the fold digest of out-of-fold predictions, which come last."""
+    """List dataset, split and fold digest (where runs differ in it) of every set, out-of-fold predictions last."""
+    differ = len({run.record.folds.digest for run in runs}) > 1
     found = {
-        (dataset, split, run.record.folds.digest if split == VALIDATION else ""): None
+        (dataset, split, run.record.folds.digest if differ and split == VALIDATION else ""): None
         for run in runs
         for dataset, split in run.predictions.sets()
     }
