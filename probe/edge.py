@@ -74,7 +74,7 @@ def edge_ends(name: str, values: Mapping[str, float], classes: Held, level: floa
         corners = zip(sensitivity, specificity or (0.0, 1.0), strict=True)
         low, high = (_at(name, *corner, classes.prevalence) for corner in corners)
         return low, high
-    if name in ("auroc", "average_precision") and values[name] in (0, 1):
+    if name in ("auroc", "average_precision") and values[name] in (0, 1) and classes.n_positive and classes.n_negative:
         least = [(error / 4) ** (1 / n) for n in (classes.n_positive, classes.n_negative)]
         if name == "auroc":
             area = least[0] * least[1]

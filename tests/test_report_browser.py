@@ -232,12 +232,17 @@ Open = Callable[..., AbstractContextManager["Page"]]
 
 
 @contextmanager
-def opened(browser: Browser, file: Path, **options: Any) -> Iterator[Page]:
-    """The page in a fresh, offline context. At the end, nothing may have been asked for and nothing have gone wrong."""
+def opened(browser: Browser, file: Path, *, folded: bool = False, **options: Any) -> Iterator[Page]:
+    """The page in a fresh, offline context, all of it open unless `folded`.
+
+    At the end, nothing may have been asked for and nothing have gone wrong.
+    """
     context = browser.new_context(offline=True, **{"viewport": WIDE, **options})
     page = context.new_page()
     said = listen(page)
     page.goto(file.as_uri(), wait_until="load")
+    if not folded and options.get("java_script_enabled", True):
+        page.evaluate(OPEN_ALL)
     yield page
     page.wait_for_timeout(1)  # events on their way arrive
     context.close()
@@ -275,10 +280,9 @@ def keep(name: str) -> Path:
 
 def test_the_page_asks_for_nothing_and_nothing_goes_wrong(open_page):
     with open_page() as page:
-        page.evaluate(OPEN_ALL)
         page.mouse.wheel(0, 20_000)
         page.wait_for_function(PAINTED, arg=".tile canvas")
-        assert page.locator("main section").count() == 10
+        assert page.locator("main section").count() == 14  # all but the trainings: none of the runs has two
         page.evaluate("scrollTo(0, 0)")
         page.screenshot(path=keep("report-light.png"), full_page=True)
 
@@ -715,6 +719,9 @@ def test_a_heading_sorts_its_table_by_mouse_and_by_keyboard(open_page):
         assert sorts() == ["descending" if one == following else None for one in range(len(names))]
         page.keyboard.press("Space")
         assert sorts()[following] == "ascending"
+        table = page.get_by_role("region", name="Cost").locator("table")
+        heading = table.locator("thead th")
+        names = heading.all_inner_texts()
         rate = heading.nth(names.index("Images/s"))
         for _ in range(2):  # what is missing stands last in either order
             rate.click()
@@ -771,7 +778,6 @@ def test_a_heading_is_not_hidden_below_the_links(open_page, viewport):
 @pytest.mark.parametrize("viewport", [WIDE, NARROW], ids=["wide", "narrow"])
 def test_tables_scroll_and_the_page_does_not(open_page, viewport):
     with open_page(viewport=viewport) as page:
-        page.evaluate(OPEN_ALL)
         choose(page, {"outcome": ""})
         assert page.evaluate("document.documentElement.scrollWidth") <= viewport["width"]
         spilled = page.evaluate("""[...document.querySelectorAll('.card')].filter((card) =>
@@ -799,9 +805,35 @@ def test_axe_finds_nothing(open_page):
     # Contrast is measured above, in both themes and in a tenth of the time.
     rules = {"resultTypes": ["violations"], "rules": {"color-contrast": {"enabled": False}}}
     with open_page() as page:
-        page.evaluate(OPEN_ALL)
         found = axe.Axe().run(page, options=rules).response["violations"]
         assert [(one["id"], one["nodes"][0]["html"][:120]) for one in found] == []
+
+
+def test_at_first_the_summary_the_leaderboard_and_a_sentence_per_section_are_open(open_page):
+    with open_page(folded=True) as page:
+        assert page.locator("#summary p").count() >= 2
+        assert page.locator("#summary p").first.is_visible()
+        assert page.locator("table.board").first.is_visible()
+        headlines = page.locator(".headline")
+        assert headlines.count() >= 6
+        for headline in headlines.all():
+            assert headline.is_visible()
+        assert not page.locator("table.matrix").first.is_visible()
+        assert not page.locator(".tile").first.is_visible()
+        assert page.evaluate("document.documentElement.scrollHeight") < 6_000
+
+
+def test_a_link_opens_its_section_and_a_button_all_of_them(open_page):
+    with open_page(folded=True) as page:
+        page.click("nav a[href='#differences']")
+        assert page.locator("table.matrix").first.is_visible()
+        assert not page.locator("#filters").is_visible()
+        button = page.locator("#fold")
+        for text, is_open in (("Open all", True), ("Fold all", False)):
+            assert button.inner_text() == text
+            button.press("Enter")
+            assert page.locator("#filters").is_visible() == is_open
+            assert page.locator("details[open]").count() == (page.locator("details").count() if is_open else 0)
 
 
 # ------------------------------------------------------------------------------------------------- no script, and paper
@@ -812,26 +844,31 @@ def test_tables_and_figures_are_there_without_the_script(open_page):
         assert page.locator("table.board").first.is_visible()
         assert page.locator("table.board").first.locator("tbody tr").count() == 3
         assert page.locator("figure svg").first.is_visible()
-        assert page.locator("noscript p").all_inner_texts() == [
+        assert page.locator("noscript p").all_text_contents() == [
             "The map needs the page's script.",
             "The gallery needs the page's script.",
         ]
+        page.locator("#map summary").first.click()
         assert page.locator("noscript p").first.is_visible()
         for dead in page.locator("button, select, input, canvas").all():
             assert not dead.is_visible()
-        page.locator("summary").first.click()  # works without it
-        assert page.locator("details table").first.is_visible()
+        page.locator("#differences summary").first.click()  # works without it
+        assert page.locator("table.matrix").first.is_visible()
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_it_prints_on_white_without_controls_and_with_every_table(open_page, scheme):
-    with open_page(color_scheme=scheme) as page:
+def test_it_prints_on_white_without_controls_and_with_the_tables_that_belong_on_paper(open_page, scheme):
+    with open_page(color_scheme=scheme, folded=True) as page:
+        page.locator("#leaderboard details").last.locator("summary").click()  # what a reader opened is printed too
         page.emulate_media(media="print")
         assert background(page) == "rgb(255, 255, 255)"
         for control in page.locator("nav, form, button, .skip").all():
             assert not control.is_visible() or control.locator("xpath=ancestor::th").count()
-        for table in page.locator("details table").all():
-            assert table.is_visible()
+        assert page.get_by_role("region", name="Cost").is_visible()
+        for name in ("table.matrix", "#raters table", "#domains table", "#decisions table.stacked"):
+            assert page.locator(name).first.is_visible(), name
+        for name in ("#decisions .card", "#provenance table", "#filters", "#canvas"):
+            assert not page.locator(name).first.is_visible(), name
         page.emulate_media(media="screen")
         before = page.evaluate(DRAWN)
         page.evaluate("dispatchEvent(new Event('beforeprint'))")

@@ -220,7 +220,7 @@ def test_predictions_of_a_patch_twice_are_refused_by_run(tmp_path):
 
 def test_runs_on_other_folds_meet_on_test_sets_and_stand_apart_out_of_fold(tmp_path):
     two_runs(tmp_path)
-    made_run(tmp_path, "conch", digest=OTHER_FOLDS, seed=5)
+    edit_record(made_run(tmp_path, "conch", digest=OTHER_FOLDS, seed=5), created="2999-01-01T00:00:00Z")  # the last
     report, _ = collected(tmp_path)
     assert [(on.name, on.fold_digest[:4]) for on in report.sets] == [
         ("ami-br/test", ""),
@@ -240,7 +240,8 @@ def test_runs_on_other_folds_meet_on_test_sets_and_stand_apart_out_of_fold(tmp_p
 
 def test_out_of_fold_only_runs_that_chose_nothing_there_are_tested(tmp_path):
     two_runs(tmp_path)
-    made_run(tmp_path, "conch", seed=5, kind="finetune", method="lora")
+    last = made_run(tmp_path, "conch", seed=5, kind="finetune", method="lora")
+    edit_record(last, created="2999-01-01T00:00:00Z")
     report, _ = collected(tmp_path)
     pairs = {(pair.first, pair.second): pair for pair in report.sets[-1].comparison.pairs}
     assert pairs["uni probe", "virchow probe"].untested == ""

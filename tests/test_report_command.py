@@ -72,7 +72,8 @@ def test_one_run_is_one_run(fm_report, tmp_path):
 def test_tables_go_to_stdout_alone(format, fm_report, tmp_path):
     two_runs(tmp_path / "runs")
     done = fm_report("--format", format)
-    assert (done.status, done.stderr) == (0, "")
+    assert done.status == 0
+    assert done.stderr.startswith("On ami-br's 6 held-out slides, ")  # what they show, in three sentences
     assert ("| uni probe |" if format == "markdown" else "\nuni probe & ") in done.stdout
     assert not (tmp_path / "report.html").exists()
     written = fm_report("--format", format, "--out", "deep/er/table.txt")
@@ -86,7 +87,7 @@ def test_json_is_one_object_alone_on_stdout(fm_report, tmp_path):
         found = json.loads(fm_report("--json", *arguments).stdout)
         assert found["labels"] == ["uni probe", "virchow probe"]
         assert [on["dataset"] for on in found["sets"]] == ["ami-br", "atnorm-br", "atnorm-md", "ami-br"]
-        assert found["how"] == {"replicates": 200, "level": 0.95, "seed": 42}
+        assert found["how"] == {"replicates": 200, "level": 0.95, "seed": 42, "design_effect": 2.0}
 
 
 def test_runs_may_be_named(fm_report, tmp_path):

@@ -3,28 +3,24 @@
 from __future__ import annotations
 
 import itertools
+import json
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
-from report_pages import (
-    Element,
-    Tree,
-    cells_of,
-    collected,
-    page_of,
-)
-from sklearn.metrics import (
-    confusion_matrix,
-)
-from test_runs import N_FOLDS, edit_record, made_run, patches
+from report_pages import QUICK, Element, cells_of, check_page, table_of
+from sklearn.metrics import confusion_matrix
+from test_runs import N_FOLDS, edit_record, made_run, patches, predicted
 
 from features.samples import Samples
+from finetune.report import make_report
 from probe.curve import CurvePoint, curve_csv
 from probe.ensembles import ensemble_of
-from probe.evidence import COMPARED
-from probe.predictions import VALIDATION
+from probe.evidence import Question
+from probe.metrics import COMPARED, as_dict
+from probe.predictions import VALIDATION, concatenate
+from probe.report.collect import ReportOptions
 
 
 def on_other_slides(table: Samples) -> Samples:
@@ -33,11 +29,22 @@ def on_other_slides(table: Samples) -> Samples:
     return replace(table, group=other)
 
 
+def on_slides_of(n: int, table: Samples) -> Samples:
+    """n patches follow each other on a slide."""
+    slide = (np.arange(len(table)) // n).astype(str)
+    domain = (
+        np.char.add("domain ", (np.arange(len(table)) // n % 3).astype(str)) if table.domain.any() else table.domain
+    )
+    return replace(table, group=np.char.add(f"{table.id[0]} slide ", slide), domain=domain)
+
+
 LARGER = {
     "ami-br": on_other_slides(patches("ami-br", 147, raters=3, test_from=75)),
     "atnorm-br": patches("atnorm-br", 53, slides=False),
-    "atnorm-md": patches("atnorm-md", 119, raters=5, domains=3),
+    "atnorm-md": on_slides_of(12, patches("atnorm-md", 119, raters=5, domains=3)),
+    "single": on_slides_of(1, patches("single", 31)),
 }
+ASKED = ReportOptions(Question(margin=0.3, wanted=0.2), prevalences=(0.1, 0.3))
 COSTS = (
     {"seconds": 1234.4, "images_per_second": 87.6, "peak_memory_mb": 4321},
     {"seconds": 5.6, "images_per_second": None, "peak_memory_mb": 99},
@@ -59,15 +66,22 @@ def printed(tmp_path_factory) -> tuple[Element, Any, list[Any]]:
             for name, split in (("atnorm-br", "test"), ("ami-br", VALIDATION))
             for scored in [rng.uniform(0.3, 0.9, 2).tolist()]
         ]
+        trainings = [predicted(LARGER, "ami-br", signal=strength, seed=(25, 22, 23)[k])]
+        if model == "conch":
+            again = predicted(LARGER, "ami-br", signal=strength, seed=123)
+            trainings.append(replace(again, seed=again.seed + 1))
         made = made_run(
-            folder, model, tables=LARGER, signal=strength, seed=21 + k, files={"learning_curve.csv": curve_csv(points)}
+            folder,
+            model,
+            tables=LARGER,
+            predictions=concatenate(trainings),
+            files={"learning_curve.csv": curve_csv(points)},
         )
         edit_record(made, cost=COSTS[k], created=f"2026-01-0{k + 1}T00:00:00Z", view=f"center{60 + k}", pooling="cls")
     with pytest.MonkeyPatch.context() as patched:
         patched.setenv("MITOFM_DATA", str(folder / "nothing"))
-        page = page_of(folder)
-        report, runs = collected(folder)
-    return Tree(page).root, report, runs
+        page, report, runs = make_report(folder, resampling=QUICK, options=ASKED)
+    return check_page(page), report, runs
 
 
 def three(value: float, digits: int = 3) -> str:
@@ -75,6 +89,8 @@ def three(value: float, digits: int = 3) -> str:
 
 
 def with_sign(value: float) -> str:
+    if np.isnan(value):
+        return "–"
     return f"{value:+.3f}".replace("-", "−")
 
 
@@ -83,6 +99,11 @@ def with_ends(one: Any) -> str:
         return f"{three(one.value)} no interval"
     wide = f" {three(one.wide[0])}–{three(one.wide[1])}" if one.wide else ""
     return f"{three(one.value)} {three(one.low)}–{three(one.high)}{' exact' * one.exact}{wide}"
+
+
+def with_signed_ends(one: Any) -> str:
+    ends = "no interval" if np.isnan(one.low) else f"{with_sign(one.low)} to {with_sign(one.high)}"
+    return f"{with_sign(one.value)} {ends}"
 
 
 def p_text(value: float) -> str:
@@ -109,6 +130,38 @@ def test_the_printed_example_has_no_two_figures_alike(printed):
     assert any(pair.delong for on in report.sets for pair in on.comparison.pairs)
 
 
+def test_the_record_inside_the_page_is_that_of_the_comparison(printed):
+    root, report, _ = printed
+    (element,) = (one for one in root.all("script") if one.attributes.get("id") == "figures")
+    record, expected = json.loads(element.text), json.loads(json.dumps(as_dict(report)))
+    for on in expected["sets"]:
+        del on["curves"]
+    del record["created"], expected["created"]
+    assert record == expected
+
+
+def test_tables_are_sorted_by_the_figures_that_they_print(printed):
+    root, report, runs = printed
+    for on in report.sets:
+        ranks = []
+        for cells in table_of(root, f"Leaderboard of {on.title}"):
+            label = run_named(runs, cells[1].text).label
+            found, folds = on.comparison.judgements[label].figures, on.folds[label]
+            values = [float(cells[k].attributes["data-value"]) for k in (0, 2, 3, 4, 5)]
+            ranks.append(values[0])
+            place = on.comparison.ranks["auroc"][label].value
+            assert values == [
+                place,
+                *(found[name].value for name in COMPARED),
+                *(folds[name].mean for name in COMPARED),
+            ]
+        assert ranks == sorted(ranks)
+        for cells in table_of(root, f"All figures of {on.title}"):
+            judged = on.comparison.judgements[run_named(runs, cells[0].text).label]
+            values = [float(cell.attributes["data-value"]) for cell in cells[1:]]
+            assert values == [judged.threshold, *(one.value for one in judged.figures.values())]
+
+
 def test_every_figure_of_the_leaderboard_is_that_of_the_record(printed):
     root, report, runs = printed
     sections = {one.attributes.get("id"): one for one in root.all("section")}
@@ -126,14 +179,18 @@ def test_every_figure_of_the_leaderboard_is_that_of_the_record(printed):
             place = on.comparison.ranks["auroc"][run.label]
             assert rank == f"{place.value}" + f" {place.low}–{place.high}" * (place.low != place.high)
             number = report.labels.index(run.label) + 1
-            assert name == f"{number} {run.label}{run.record.view}, {run.record.pooling}"
+            assert name == (
+                f"{number} {run.label}{run.record.view}, {run.record.pooling}"
+                + f", {judged.trainings} trainings" * (judged.trainings > 1)
+            )
             expected = [with_ends(judged.figures[figure]) for figure in COMPARED]
             expected += [f"{three(folds[figure].mean)} ± {three(folds[figure].std)}" for figure in COMPARED]
             assert figures[:4] == expected
             cost = run.record.cost
             memory = cost.peak_memory_mb if cost.peak_device_memory_mb is None else cost.peak_device_memory_mb
             said = [cost.seconds, cost.images_per_second, memory, 9]  # eight features and the intercept
-            assert figures[-5:-1] == ["–" if value is None else f"{value:,.0f}" for value in said]
+            (costs,) = (cells for name, *cells in cells_of(root, "Cost") if run.label in name)
+            assert costs[:-1] == ["–" if value is None else f"{value:,.0f}" for value in said]
         for name, threshold, *figures in cells_of(root, f"All figures of {on.title}"):
             judged = on.comparison.judgements[run_named(runs, name).label]
             assert threshold == three(judged.threshold)
@@ -163,19 +220,31 @@ def test_every_difference_is_that_of_the_record_with_its_sign(printed):
                 one = of.get((first, second)) or of[second, first]
                 sign = 1 if (first, second) in of else -1
                 value, *ends = (sign * one.value, *sorted((sign * one.low, sign * one.high)))
-                mark = ("▲ " if value > 0 else "▼ ") if one.p_holm < 0.05 else ""
+                mark, *said = cell.split(" ", 1) if cell[0] not in "+−" else ("", cell)
                 marks.add(mark)
-                assert (
-                    cell
-                    == f"{mark}{with_sign(value)}{with_sign(ends[0])} to {with_sign(ends[1])}p {p_text(one.p_holm)}"
-                )
-    assert marks == {"", "▲ ", "▼ "}
+                expected = f"{with_sign(value)}{with_sign(ends[0])} to {with_sign(ends[1])}p {p_text(one.p_holm)}"
+                if one.wide:
+                    wide = sorted(sign * end for end in one.wide)
+                    expected += f"{with_sign(wide[0])} to {with_sign(wide[1])}p {p_text(one.p_wide_holm)}"
+                expected += f"shows {three(one.detectable_holm)}" * (not mark)
+                assert said == [expected]
+                differs = one.p_holm < 0.05
+                sure = not one.wide or one.p_wide_holm < 0.05
+                assert (mark in ("▲", "▼", "△", "▽")) == differs
+                assert not differs or mark == {(1, 1): "▲", (0, 1): "▼", (1, 0): "△", (0, 0): "▽"}[value > 0, sure]
+                if mark in ("≈", "≥", "≤"):
+                    assert not one.wide
+                    which = {"≈": "p_equivalent_holm", "≥": "p_not_worse_holm", "≤": "p_not_better_holm"}[mark]
+                    if sign < 0 and mark != "≈":
+                        which = {"≥": "p_not_better_holm", "≤": "p_not_worse_holm"}[mark]
+                    assert getattr(one, which) < 0.05
+    assert marks > {"", "▲", "▼"}
 
 
 def test_every_figure_of_delongs_test_is_that_of_the_record(printed):
     root, report, _ = printed
     tested = [on for on in report.sets if on.comparison.pairs[0].delong]
-    assert [on.dataset for on in tested] == ["atnorm-br"]
+    assert [on.dataset for on in tested] == ["single"]
     for on in tested:
         rows = cells_of(root, f"DeLong's test on {on.title}")
         assert rows == [
@@ -196,7 +265,7 @@ def test_every_figure_of_delongs_test_is_that_of_the_record(printed):
 def test_every_count_of_a_confusion_matrix_stands_in_its_own_cell(printed):
     root, report, runs = printed
     (section,) = (one for one in root.all("section") if one.attributes.get("id") == "decisions")
-    articles = list(section.all("article"))
+    articles = list(section.all("article"))[: len(report.sets)]
     for on, article in zip(report.sets, articles, strict=True):
         cards = [one for one in article.all("div") if one.attributes.get("class") == "card"]
         assert len(cards) == len(runs)
@@ -235,28 +304,112 @@ def test_every_figure_beside_the_raters_is_that_of_the_record(printed):
                 for part in (view.unanimous, view.disputed)
                 for text in (f"{part.n:,} ({part.n_positive})", *(with_ends(part.figures[name]) for name in COMPARED))
             ]
-            assert cells == expected
-        rows = [cells[-6:] for cells in cells_of(root, f"Raters on {on.title}")]
+            assert cells == expected + [with_ends(view.soft[name]) for name in ("brier", "log_loss", "correlation")]
+        rows = [cells[-8:] for cells in cells_of(root, f"Raters on {on.title}")]
         expected = []
         for label in on.raters:
             for number, rater in enumerate(on.raters[label].raters, start=1):
                 texts = [
-                    f"{with_ends(who['balanced_accuracy'])} "
-                    f"({three(who['sensitivity'].value)} / {three(who['specificity'].value)})"
+                    with_ends(who[name])
+                    + f"({three(who['sensitivity'].value)} / {three(who['specificity'].value)})" * (name != "kappa")
+                    for name in ("balanced_accuracy", "kappa")
                     for who in (rater.rater, rater.run)
                 ]
                 one = rater.difference
                 ends = f"{with_sign(one.low)} to {with_sign(one.high)}" if not np.isnan(one.low) else "– to –"
-                expected.append(
-                    [
-                        str(number),
-                        f"{rater.n:,} ({rater.n_positive})",
-                        *texts,
-                        f"{with_sign(one.value)}{ends}",
-                        p_text(one.p_holm) if not np.isnan(one.p_holm) else "–",
-                    ]
-                )
+                p = p_text(one.p_holm) if not np.isnan(one.p_holm) else "–"
+                expected.append([str(number), f"{rater.n:,}", *texts, f"{with_sign(one.value)}{ends}", p])
         assert rows == expected
+
+
+def test_every_figure_of_calibration_is_that_of_the_record(printed):
+    root, report, runs = printed
+    for on in report.sets:
+        for name, prior, *cells in cells_of(root, f"Calibration on {on.title}"):
+            one = on.calibration[run_named(runs, name).label]
+            assert prior == three(one.prior)
+            names = ("brier", "ece", "slope", "intercept")
+            assert cells == [with_ends(of[name]) for name in names for of in (one.raw, one.corrected)]
+        for name, *cells in cells_of(root, f"Predictive values on {on.title}"):
+            values = on.calibration[run_named(runs, name).label].predictive_values
+            assert [of.prevalence for of in values] == [0.1, 0.3]
+            assert cells == [with_ends(one) for of in values for one in (of.ppv, of.npv)]
+
+
+def test_every_figure_of_a_threshold_is_that_of_the_record(printed):
+    root, report, _ = printed
+    shown = [(on, label, view) for on in report.sets for label, view in on.thresholds.items()]
+    assert shown
+    for on, label, view in shown:
+        domains = {"all": view.all, **view.domains}
+        assert cells_of(root, f"Thresholds of {label} on {on.title}") == [
+            [
+                domain,
+                f"{of.n:,} ({of.n_positive}), {of.n_clusters}",
+                *(with_ends(of.own[name]) for name in ("sensitivity", "specificity", "balanced_accuracy")),
+                three(of.oracle_threshold),
+                with_ends(of.oracle["balanced_accuracy"]),
+                with_ends(of.at_specificity),
+                "–" if of.n_slides_needed is None else str(of.n_slides_needed),
+            ]
+            for domain, of in domains.items()
+        ]
+
+
+def test_every_figure_of_a_rate_per_slide_is_that_of_the_record(printed):
+    root, report, _ = printed
+    shown = [on for on in report.sets if any(view.agreement for view in on.rates.values())]
+    assert [on.dataset for on in shown] == ["atnorm-md"]
+    (on,) = shown
+    expected = [
+        [domain, str(of.n_slides)]
+        + [
+            with_signed_ends(which[name]) if name != "concordance" else with_ends(which[name])
+            for which in (of.predicted, of.corrected)
+            for name in ("bias", "lower limit", "upper limit", "concordance")
+        ]
+        for label in on.comparison.judgements
+        for domain, of in on.rates[label].agreement.items()
+    ]
+    rows = [cells[-10:] for cells in cells_of(root, f"Agreement per slide on {on.title}")]
+    assert sorted(rows) == sorted(expected)
+
+
+def test_every_standard_deviation_of_trainings_is_that_of_the_record(printed):
+    root, report, runs = printed
+    for on, (name, title) in itertools.product(report.sets, zip(COMPARED, ("Balanced accuracy", "AUROC"), strict=True)):
+        ((run, each, *cells),) = cells_of(root, f"Trainings: {title} on {on.title}")
+        of = on.comparison.trainings[run_named(runs, run).label].figures[name]
+        assert each == ", ".join(map(three, of.each))
+        parts = (of.training, of.fold, of.residual, of.ensemble_training, of.ensemble_slide)
+        assert cells == [three(one) for one in parts]
+
+
+def test_every_figure_across_sets_is_that_of_the_record(printed):
+    root, report, _ = printed
+    for name, title in zip(COMPARED, ("Balanced accuracy", "AUROC"), strict=True):
+        of = report.across.figures[name]
+        assert cells_of(root, f"{title} across data sets") == [
+            [
+                pair.first,
+                pair.second,
+                str(pair.n_sets),
+                f"{with_sign(pair.mean)} {with_sign(pair.low)} to {with_sign(pair.high)}",
+                three(pair.between),
+                *(f"{p:.0%}" for p in (pair.p_better, pair.p_equivalent, pair.p_worse)),
+            ]
+            for pair in of.pairs
+        ]
+        ranks = [(label.split(" ", 1)[1], rank) for label, rank in cells_of(root, f"Mean ranks by {title}")]
+        assert ranks == [
+            (label, f"{rank:.2f}") for label, rank in sorted(of.mean_ranks.items(), key=lambda one: one[1])
+        ]
+
+
+def test_the_sentences_on_top_are_those_of_the_record(printed):
+    root, report, _ = printed
+    (section,) = (one for one in root.all("section") if one.attributes["id"] == "summary")
+    assert [one.text for one in section.all("p")] == list(report.summary)
 
 
 def test_every_figure_by_domain_is_that_of_the_record(printed):

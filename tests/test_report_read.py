@@ -92,6 +92,7 @@ def test_runs_on_other_folds_are_read_too_unless_some_are_asked_for(tmp_path):
 def test_runs_trained_on_different_datasets_are_refused(tmp_path):
     first, second = two_runs(tmp_path)
     third = made_run(tmp_path, "conch", tables={"mine": patches("mine", 48, test_from=24)}, train="mine")
+    edit_record(third, created="2999-01-01T00:00:00Z")  # the last
     with pytest.raises(UserError) as refusal:
         read_runs(tmp_path)
     message = str(refusal.value)

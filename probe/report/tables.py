@@ -110,7 +110,9 @@ def _differences(report: Report, sets: Sequence[SetReport], groups: tuple[str, .
         )
         for first, second in pairs
     ]
-    counts = "; ".join(f"{one.title}: {len(one.comparison.pairs)} pairs, over {over(one)}" for one in sets)
+    counts = "; ".join(
+        f"{one.title}: {(n := len(one.comparison.pairs))} pair{'s' * (n != 1)}, over {over(one)}" for one in sets
+    )
     return Grid(
         f"Differences of {which} on the same patches, with {report.how.level:.0%} intervals and p-values after Holm's "
         f"correction for all pairs of a set ({counts}); bold: p < .05. Where p is larger, δ is the smallest true "
