@@ -102,11 +102,11 @@ class PretendedGPU:
         return 0
 
 
-# Tokens of eight images of 224 pixels, and widths in and out of each adapted layer.
+# Tokens of 16 images of 224 pixels, and widths in and out of each adapted layer.
 NETWORKS = {
-    "ViT-S/16": (8 * 197, [(384, 1152), (384, 384), (384, 1536), (1536, 384)]),
-    "ViT-H/14": (8 * 261, [(1280, 3840), (1280, 1280), (1280, 5120), (5120, 1280)]),
-    "ViT-g/14": (8 * 261, [(1536, 4608), (1536, 1536), (1536, 8192), (4096, 1536)]),
+    "ViT-S/16": (16 * 197, [(384, 1152), (384, 384), (384, 1536), (1536, 384)]),
+    "ViT-H/14": (16 * 261, [(1280, 3840), (1280, 1280), (1280, 5120), (5120, 1280)]),
+    "ViT-g/14": (16 * 261, [(1536, 4608), (1536, 1536), (1536, 8192), (4096, 1536)]),
 }
 
 
@@ -154,7 +154,7 @@ def test_compiled_kernels_spill_no_register(
         for tokens, layers in NETWORKS.values():
             for width_in, width_out in layers:
                 start_all(dtype, tokens, width_in, width_out, rank=8)
-        start_all(dtype, 8 * 197, 384, 384, rank=most_rank)
+        start_all(dtype, 16 * 197, 384, 384, rank=most_rank)
         start_all(dtype, 64 * 197, 384, 384, rank=8)  # so many rows that blocks are larger
         start_all(dtype, 1, 40, 1, rank=1, plain=True)  # Triton compiles anew for sizes of 1
     finally:
