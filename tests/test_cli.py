@@ -7,16 +7,16 @@ import resource
 import signal
 import subprocess
 import sys
-import tomllib
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import processes
 import pytest
 from PIL import Image
+from processes import SCRIPTS
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-SCRIPTS = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]["scripts"]
 COMMANDS = sorted(SCRIPTS)
 
 
@@ -90,13 +90,13 @@ def test_extract_probe_and_info_speak_json_alone_on_stdout(demo):
     assert extracted.returncode == 0, extracted.stderr
     (embedding,) = json.loads(extracted.stdout)["embeddings"]
     assert (embedding["model"], embedding["n_rows"], embedding["view"]) == ("efficientnet-lite0", 60, "full@64")
-    probed = command("fm-probe", "--cv", "3", "--json", cwd=demo)
+    probed = processes.run("fm-probe", "--cv", "3", "--json", cwd=demo)
     assert probed.returncode == 0, probed.stderr
     (result,) = json.loads(probed.stdout)["results"]
     assert set(result["metrics"]["sets"]) == {"patches/validation", "patches/test"}
     assert (demo / "runs" / result["id"] / "predictions.csv").exists()
     assert "\r" not in extracted.stderr + probed.stderr  # no progress bar in a pipe
-    shown = command("fm-probe", "--cv", "3", cwd=demo)
+    shown = processes.run("fm-probe", "--cv", "3", cwd=demo)
     assert "efficientnet-lite0 (probe)" in shown.stdout
     info = json.loads(command("fm-store", "info", "--json", cwd=demo).stdout)
     assert info
