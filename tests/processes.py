@@ -2,8 +2,8 @@
 
 A new Python takes 6 to 10 seconds to import what the commands use, and some forty tests start one or several. Here one
 process imports it once and becomes a fork for each (multiprocessing's forkserver): a process with its own number,
-arguments, folder, environment, streams and end, which can be killed. What is read while torch is loaded (the number of
-threads, the processor's instructions) is that of the tests. tests/test_cli.py starts the installed scripts themselves.
+arguments, folder, environment, streams and end, which can be killed. What is read while torch is loaded (which of the
+processor's instructions to use) is that of the tests. tests/test_cli.py starts the installed scripts themselves.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Started:
             assert self._process.pid is not None
             os.kill(self._process.pid, number)
 
-    def wait(self, timeout: float = 300) -> CompletedProcess[str]:
+    def wait(self, timeout: float = 600) -> CompletedProcess[str]:
         """Wait for its end; -N is the exit status after signal N. One that takes longer is killed, and that is said."""
         self._process.join(timeout)
         if (code := self._process.exitcode) is None:
@@ -102,6 +102,10 @@ def _become(
     os.environ.update(environment)
     os.chdir(cwd)
     sys.path[:] = path
+    if "OMP_NUM_THREADS" in environment:  # was read when torch was loaded
+        import torch
+
+        torch.set_num_threads(int(environment["OMP_NUM_THREADS"]))
     if n == 1:
         _python(arguments)
     else:

@@ -62,7 +62,7 @@ EXACT = {"rtol": 1e-6, "atol": 1e-6}
 
 def torchrun(n: int, cwd: Path, *arguments: object, restarts: int = 0) -> CompletedProcess[str]:
     """Some processes on this machine, connected by gloo."""
-    return processes.torchrun(n, *arguments, cwd=cwd, restarts=restarts, GLOO_SOCKET_IFNAME="lo")
+    return processes.torchrun(n, *arguments, cwd=cwd, restarts=restarts, OMP_NUM_THREADS="1", GLOO_SOCKET_IFNAME="lo")
 
 
 def own_words(done: CompletedProcess[str]) -> list[str]:
