@@ -7,16 +7,23 @@ from pathlib import Path
 
 from sklearn.metrics import average_precision_score, roc_auc_score
 
-from probe.evidence import ensemble_of
+from probe.ensembles import ensemble_of
+from probe.evidence import Question
 from probe.metrics import as_dict
-from probe.report.collect import collect
+from probe.report.collect import ReportOptions, collect
 from probe.report.read import read_runs
 from probe.resample import Resampling
 
 page, folder = map(Path, sys.argv[1:3])
 printed = json.loads(re.search(r'id="figures">(.*?)</script>', page.read_text(encoding="utf-8"))[1])
-runs = [run for run in read_runs(folder, folds=printed["fold_digest"])[0] if run.label in printed["labels"]]
-recomputed = as_dict(collect(runs, resampling=Resampling(**printed["how"])))
+runs, _ = read_runs(folder, named=[folder / id for id in printed["ids"].values()])
+asked = printed["options"]
+options = ReportOptions(
+    **{**asked, "question": Question(**asked["question"]), "prevalences": tuple(asked["prevalences"])}
+)
+recomputed = as_dict(collect(runs, resampling=Resampling(**printed["how"]), options=options))
+assert recomputed["across"] == printed["across"]
+assert recomputed["summary"] == printed["summary"]
 for was, now in zip(printed["sets"], recomputed["sets"], strict=True):
     dataset, split = was["dataset"], was["split"]
     assert {name: now[name] for name in was} == was, f"{dataset}/{split} differs"
@@ -24,5 +31,6 @@ for was, now in zip(printed["sets"], recomputed["sets"], strict=True):
         ensemble = ensemble_of(run.predictions, dataset, split)
         figures = was["comparison"]["judgements"][run.label]["figures"]
         for name, score in (("auroc", roc_auc_score), ("average_precision", average_precision_score)):
-            assert abs(figures[name]["value"] - score(ensemble.label, ensemble.probability)) < 1e-12
+            each = [score(ensemble.label, probability) for probability in ensemble.by_training]
+            assert abs(figures[name]["value"] - sum(each) / len(each)) < 1e-12
 print(f"{len(re.findall(r'[0-9][.][0-9]', json.dumps(printed)))} figures, none differs")

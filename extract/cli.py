@@ -45,7 +45,10 @@ def extract(
     device: DeviceOption = "auto",
     view: Annotated[
         str,
-        typer.Option(help="Views, comma-separated: full, centerN (central N source pixels), centerN@M (input of M)."),
+        typer.Option(
+            help="Views, comma-separated: full, centerN (central N source pixels); then @M (input of M pixels); then "
+            "+imagenet or +half (normalised by these)."
+        ),
     ] = "full",
     precision: Annotated[
         str,
@@ -166,7 +169,7 @@ def _show_lists(models: bool, datasets: bool, data: Path | None, as_json: bool) 
                 f"{row['parameters'] / 1e6:,.1f} M",
                 f"{row['embedding']:,}",
                 f"{row['gflops']:,.1f}",
-                ", ".join(f"{mpp:g}" for mpp in row["mpp"]),
+                "varied" if row["mpp"] is None else ", ".join(f"{mpp:g}" for mpp in row["mpp"]),
                 row["licence"],
                 "gated" if row["gated"] else "",
             )

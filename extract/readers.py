@@ -79,15 +79,16 @@ class PatchFile(NamedTuple):
     path: Path
 
 
-def load_patches(path: Path) -> Patches:
+def load_patches(path: Path, *, grouped: bool = False) -> Patches:
     """List and check new patches: an image, a folder (images at any depth), a table with a column path, or arrays.
 
-    Labels are not needed. Every file is checked first.
+    Labels are not needed. Every file is checked first. With `grouped`, a table's column of groups may have any of the
+    names that it may have for training.
 
     Raises:
         UserError: no such path, no patches, or patches that cannot be read.
     """
-    patches = list_patches(path, labelled=False)
+    patches = list_patches(path, labelled=False, grouped=grouped)
     if (
         path.suffix.lower() not in ARRAY_SUFFIXES
     ):  # the rows of an array have one type and shape; a file may hold anything
@@ -95,12 +96,13 @@ def load_patches(path: Path) -> Patches:
     return patches
 
 
-def list_patches(path: Path, *, labelled: bool) -> Patches:
+def list_patches(path: Path, *, labelled: bool, grouped: bool = False) -> Patches:
     """List the patches of a path without reading their pixels.
 
     Args:
         path: a folder, a table (.csv, .tsv), or a file of arrays (.h5, .npz); without labels also an image file.
         labelled: whether every patch must have a label: by its class folder, a column `label`, or an array of labels.
+        grouped: whether groups are wanted of patches without labels.
 
     Raises:
         UserError: no such path, another kind of file, no patches, or entries that contradict each other.
@@ -109,7 +111,7 @@ def list_patches(path: Path, *, labelled: bool) -> Patches:
     if path.is_dir():
         return _from_class_folders(path) if labelled else _from_any_folder(path)
     if path.is_file() and suffix in _TABLE_SUFFIXES:
-        return _from_table(path, labelled=labelled)
+        return _from_table(path, labelled=labelled, grouped=grouped)
     if path.is_file() and suffix in ARRAY_SUFFIXES:
         return _from_arrays(path, labelled=labelled)
     if path.is_file() and suffix in images.SUFFIXES and not labelled:
@@ -238,9 +240,10 @@ def _is_ignored(name: str) -> bool:
 # --- tables -----------------------------------------------------------------------------------------------------------
 
 
-def _from_table(path: Path, *, labelled: bool) -> Patches:
+def _from_table(path: Path, *, labelled: bool, grouped: bool) -> Patches:
     required = ("path", "label") if labelled else ("path",)
-    table = read_table(path, required=required, optional=_OPTIONAL_COLUMNS if labelled else ("id", "label"))
+    optional = _OPTIONAL_COLUMNS if labelled else ("id", "label", *(("group",) if grouped else ()))
+    table = read_table(path, required=required, optional=optional)
     paths = _locate(table)
     ids = table.columns.get("id", table.columns["path"])
     columns = {name: table.columns[name] for name in _COLUMNS if name in table.columns}

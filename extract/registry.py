@@ -42,7 +42,8 @@ class Backbone:
         resize: edge in pixels to which the patch is resized before the centre crop to `input_size`.
         mean, std: normalisation of RGB in 0..1.
         interpolation: "bicubic" or "bilinear", of that resize.
-        mpp: micrometres per pixel of the training patches; several for mixed magnifications, empty for natural images.
+        mpp: micrometres per pixel of the training patches; several for mixed magnifications, empty for natural images,
+            None where each slide was taken at its own resolution.
         amp: "fp16" or "bf16" where the card asks for autocast.
         card_pooling: the embedding of the card, composed of the stored poolings.
         finetune_view: input policy for fine-tuning by our own recipe; "full" unless another was measured to be better.
@@ -68,7 +69,7 @@ class Backbone:
     mean: RGB = IMAGENET_MEAN
     std: RGB = IMAGENET_STD
     interpolation: Literal["bicubic", "bilinear"] = "bicubic"
-    mpp: tuple[float, ...] = (0.5,)
+    mpp: tuple[float, ...] | None = (0.5,)
     amp: Literal["fp16", "bf16"] | None = None
     card_pooling: Pooling = "cls"
     finetune_view: str = "full"
@@ -147,7 +148,12 @@ _HIBOU = partial(
     licence="Apache-2.0",
     gated=True,
 )
-_LUNIT = _family("1aurent/{arch}.lunit_dino", kwargs={"img_size": 224}, licence="Lunit non-commercial")
+_LUNIT = _family(
+    "1aurent/{arch}.lunit_dino",
+    kwargs={"img_size": 224},
+    mpp=(0.5, 0.25),  # 20x and 40x: Kang et al., CVPR 2023
+    licence="Lunit non-commercial",
+)
 _DINOV2 = _family(
     "timm/{arch}.lvd142m",
     layout="timm-hub",
@@ -346,6 +352,7 @@ _RECORDS = (
         mean=HALF,
         std=HALF,
         interpolation="bilinear",
+        mpp=(2.0, 1.0, 0.5, 0.25),  # Karasikov et al., MICCAI 2025
         card_pooling="cls+mean",
         licence="MIT",
     ),
@@ -376,6 +383,7 @@ _RECORDS = (
         sha256="ebde1a9d7d9098848034bcff30f8771034c8d0b69e32846fa266940f2fd4604c",
         **_DINOV2_L14,
         kwargs={"img_size": 224, "init_values": 1e-5, "dynamic_img_size": True},
+        mpp=None,  # patches of level 0, not scaled to one resolution: Ma et al., arXiv 2407.18449
         licence="MIT or CC-BY-NC-ND (sources differ)",
     ),
     _LUNIT(

@@ -1,14 +1,15 @@
 """Which pixels of a patch does the network see, and at what size?
 
-A view is the input policy and part of every fingerprint: `full` is the whole patch, prepared as the model's card says
-(as in the paper); `centerN` is its central N source pixels, where the figure is. Extraction and fine-tuning use the
-same views.
+A view is the input policy and part of every fingerprint: `full` is the whole patch, prepared as the model's card says;
+`centerN` is its central N source pixels, where the figure is. `@M` asks for an input of M pixels, and `+imagenet` for
+another normalisation than the card's: `full@224+imagenet` is what the paper's text says. Extraction, probes and
+fine-tuning use the same views.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from extract.backbones import Backbone
+from extract.registry import HALF, IMAGENET_MEAN, IMAGENET_STD, RGB
 from extract.resize import resize_as_pillow
 from features.console import UserError
 from features.device import constant, copy_stream
@@ -26,41 +28,67 @@ from features.device import constant, copy_stream
 _MOST_PIXELS = 2_048  # edge of a network's input; its activations would not fit into any memory long before
 
 
+# What may follow a `+` in a view's name: a mean and standard deviation of each channel, instead of the card's.
+STATISTICS: Mapping[str, tuple[RGB, RGB]] = {"imagenet": (IMAGENET_MEAN, IMAGENET_STD), "half": (HALF, HALF)}
+
+
 @dataclass(frozen=True)
 class View:
-    """An input policy: which source pixels the network sees, and at what size.
+    """An input policy: which source pixels the network sees, at what size, and how they are normalised.
 
     Attributes:
-        name: as in the store: "full", "center64", "center64@160".
+        name: as in the store: "full", "center64", "center64@160", "full@224+imagenet".
         crop: edge of the central square in source pixels; None for the whole patch.
         input_size: edge of the network's input in pixels; None for the model's own.
+        statistics: a key of `STATISTICS`; None for the model card's mean and standard deviation.
     """
 
     name: str
     crop: int | None
     input_size: int | None
+    statistics: str | None = None
+
+    def resizes(self, backbone: Backbone) -> bool:
+        """Whether a network gets images of another size than its own, and so has to be built for any size."""
+        return self.input_size not in (None, backbone.input_size)
 
 
 def parse_view(text: str) -> View:
-    """Read a view's name: `full`, or `centerN` (central N source pixels), either with `@M` (input of M pixels).
+    """Read a view's name: `full` or `centerN` (central N source pixels), then perhaps `@M` (input of M pixels), then
+    perhaps modifiers, each after a `+`: `+imagenet` or `+half` (normalised by ImageNet's statistics, or by one half).
 
     >>> parse_view("full")
-    View(name='full', crop=None, input_size=None)
+    View(name='full', crop=None, input_size=None, statistics=None)
     >>> parse_view("center64@160")
-    View(name='center64@160', crop=64, input_size=160)
+    View(name='center64@160', crop=64, input_size=160, statistics=None)
+    >>> parse_view("full@224+imagenet")
+    View(name='full@224+imagenet', crop=None, input_size=224, statistics='imagenet')
 
     Raises:
         UserError: if the name is none of these.
     """
-    match = re.fullmatch(r"(full|center([1-9][0-9]{0,8}))(?:@([1-9][0-9]{0,8}))?", text)
+    pixels, *modifiers = text.split("+")
+    match = re.fullmatch(r"(full|center([1-9][0-9]{0,8}))(?:@([1-9][0-9]{0,8}))?", pixels)
     if not match:
         raise UserError(
-            f"unknown view {text!r}: use 'full' (the whole patch), 'center64' (its central 64 pixels) or "
-            "'center64@160' (the same, resized to an input of 160 pixels)."
+            f"unknown view {text!r}: use 'full' (the whole patch), 'center64' (its central 64 pixels), "
+            "'center64@160' (the same, resized to an input of 160 pixels), or any of these with '+imagenet' "
+            "(normalised by ImageNet's statistics)."
         )
     if match[3] and int(match[3]) > _MOST_PIXELS:
         raise UserError(f"view {text!r}: an input of {int(match[3]):,} pixels is too large; at most {_MOST_PIXELS:,}.")
-    return View(text, int(match[2]) if match[2] else None, int(match[3]) if match[3] else None)
+    unknown = [modifier for modifier in modifiers if modifier not in STATISTICS]
+    if unknown:
+        known = ", ".join(f"+{name}" for name in STATISTICS)
+        raise UserError(f"view {text!r}: unknown modifier '+{unknown[0]}'; known are {known}.")
+    if len(modifiers) > 1:
+        raise UserError(f"view {text!r}: images are normalised in one way; use one of +{' and +'.join(modifiers)}.")
+    return View(
+        text,
+        crop=int(match[2]) if match[2] else None,
+        input_size=int(match[3]) if match[3] else None,
+        statistics=modifiers[0] if modifiers else None,
+    )
 
 
 @dataclass(frozen=True)
@@ -173,15 +201,17 @@ def _beside_its_work(pinned: Tensor, device: torch.device) -> Tensor:
 def make_transform(backbone: Backbone, view: View) -> Transform:
     """Make the transform of a view: for `full` the card's; other views are resized to the input size itself.
 
-    So the other views lose no pixels to the crop that the card makes after resizing.
+    So the other views lose no pixels to the crop that the card makes after resizing. All are normalised as the card
+    says, unless the view says otherwise.
     """
     size = view.input_size or backbone.input_size
     as_card = view.crop is None and view.input_size is None
+    mean, std = (backbone.mean, backbone.std) if view.statistics is None else STATISTICS[view.statistics]
     return Transform(
         crop=view.crop,
         resize=backbone.resize if as_card else size,
         input_size=size,
         interpolation=backbone.interpolation,
-        mean=tuple(backbone.mean),
-        std=tuple(backbone.std),
+        mean=tuple(mean),
+        std=tuple(std),
     )

@@ -12,9 +12,11 @@ from __future__ import annotations
 
 import csv
 import hashlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib.resources import files
-from typing import Literal
+from itertools import product
+from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -65,6 +67,35 @@ class Folds:
         return np.asarray(self.fold[None, :] != np.arange(self.n_folds)[:, None])
 
 
+class FoldModel(NamedTuple):
+    """One of the models of a cross-validation: the seed of its training, and the fold that it does not train on."""
+
+    seed: int
+    fold: int
+
+
+def fold_models(seeds: Iterable[int], n_folds: int) -> tuple[FoldModel, ...]:
+    """List the models of a cross-validation that is trained once per seed on the same folds, seed after seed.
+
+    >>> fold_models([42, 43], 2)
+    (FoldModel(seed=42, fold=0), FoldModel(seed=42, fold=1), FoldModel(seed=43, fold=0), FoldModel(seed=43, fold=1))
+    """
+    return tuple(FoldModel(seed, fold) for seed, fold in product(seeds, range(n_folds)))
+
+
+def require_seeds(seed: int, seeds: int) -> None:
+    """Refuse seeds that no generator takes, or no training.
+
+    Raises:
+        UserError: a negative seed, one above 2^32 - 1, or no training.
+    """
+    if seeds < 1:
+        raise UserError(f"`seeds={seeds}`: expected how many times to train, at least 1.")
+    if not 0 <= seed <= 2**32 - seeds:
+        last = f", and with `seeds={seeds}` at most 2^32 - {seeds}" if seeds > 1 else ""
+        raise UserError(f"seed {seed}: expected a whole number from 0 to 2^32 - 1{last}.")
+
+
 def grouped_folds(samples: Samples, n_folds: int, *, seed: int = SEED, scheme: Scheme = "default") -> Folds:
     """Assign every row to one validation fold; no group is ever cut, and class rates are kept as even as that allows.
 
@@ -98,8 +129,8 @@ def grouped_folds(samples: Samples, n_folds: int, *, seed: int = SEED, scheme: S
         fold, source = frozen, f"AMi-Br, {_FROZEN_COLUMN[scheme].replace('_', '-', 1).replace('_', '.')}, frozen"
     elif scheme == "paper":
         raise UserError(
-            "the paper's fold assignment exists for AMi-Br's training split with five folds and seed 42 only. "
-            "Use `recipe='exact'` here, or `train='ami-br'`, `cv=5` and `seed=42`."
+            "the paper's fold assignment exists for AMi-Br's training split with five folds and the fold seed 42 only. "
+            "Use `recipe='exact'` here, or `train='ami-br'`, `cv=5` and `fold_seed=42`; `seed` may be any."
         )
     else:
         fold, source = _deal(samples.label, groups, n_folds, seed), f"greedy grouped stratified, seed {seed}"

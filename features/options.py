@@ -1,13 +1,6 @@
 """Which options do several commands share, and what do they mean?
 
-Each is the annotation of a parameter, whose default stands in the command: `device: LabelsOption = Annotated[
-    str | None,
-    typer.Option("--labels", help="old=new,...: what classes of your own datasets are called elsewhere: cancer=tumor."),
-]
-SkipUnlabelledOption = Annotated[
-    bool, typer.Option("--skip-unlabelled", help="Leave out patches without a label, instead of refusing them.")
-]
-DeviceOption = "auto"`.
+Each is the annotation of a parameter, whose default stands in the command: `device: DeviceOption = "auto"`.
 """
 
 from __future__ import annotations
@@ -50,9 +43,14 @@ CvOption = Annotated[
     int,
     typer.Option("--cv", max=MOST_FOLDS, help="Number of cross-validation folds; groups (slides) are never cut."),
 ]
-SeedOption = Annotated[
+# As many trainings as anybody has run to measure their scatter, and some more.
+MOST_SEEDS = 100
+FoldSeedOption = Annotated[
+    int, typer.Option("--fold-seed", min=0, max=2**32 - 1, help="Seed of the folds: which slides validate together.")
+]
+SeedsOption = Annotated[
     int,
-    typer.Option("--seed", min=0, max=2**32 - 1, help="Seed of the folds and of everything that is drawn at random."),
+    typer.Option("--seeds", min=1, max=MOST_SEEDS, help="Trainings on the same folds: seeds --seed, --seed + 1, ..."),
 ]
 OverwriteOption = Annotated[
     bool, typer.Option("--overwrite", help="Replace embeddings that are there under the same names.")
@@ -74,3 +72,19 @@ def parse_names(text: str, *, option: str | None = None) -> tuple[str, ...]:
     if not names and option is not None:
         raise UserError(f"{option} names nothing: found {text!r}, expected one or more names separated by commas.")
     return names
+
+
+def parse_numbers(text: str, *, option: str) -> tuple[float, ...]:
+    """Split a comma-separated option into its numbers, ascending, each once.
+
+    Args:
+        text: as the user wrote it.
+        option: the option's flag.
+
+    Raises:
+        UserError: if there is none, or one is no number.
+    """
+    try:
+        return tuple(sorted({float(part) for part in parse_names(text, option=option)}))
+    except ValueError as error:
+        raise UserError(f"{option}: {error}. Give numbers separated by commas, such as 0.1,0.3.") from None

@@ -4,7 +4,7 @@ An unfinished training is a folder with two files:
 
 - `training.json` is written once, at the start: the options, and digests of everything that must not change.
 - `checkpoint.safetensors` is replaced whole after every epoch. It holds everything that decides the rest of the
-  training: the values that training changes, the optimisers' moments, the best values so far, and each fold's history.
+  training: the values that training changes, the optimisers' moments, the best values so far, and all histories.
 
 Nothing else is state: the learning rate and early stopping follow from the history, and the random numbers of an epoch
 from (seed, fold, epoch).
@@ -41,18 +41,18 @@ class State:
     """Where a training stands after some epochs.
 
     Attributes:
-        folds: the folds that train at present, one per row.
+        members: numbers of the members (`finetune.network`) that train at present, one per row.
         values: (n_rows, p) as in `Network`.
-        best: (n_rows, p) rows of each fold's best epoch.
+        best: (n_rows, p) rows of each member's best epoch.
         moments: (n_rows, 2, p_trained) Adam's running means of gradients and of their squares.
         n_steps: optimiser steps of each row.
-        history: fold to one record per finished epoch; folds that have finished training stay.
+        history: member to one record per finished epoch; members that have finished training stay.
         seconds: of training, in all calls together.
         n_images: images passed forward and backward, likewise.
         fast_paths: which fast ways (`finetune.fast`) the last epoch took; None before the first.
     """
 
-    folds: tuple[int, ...]
+    members: tuple[int, ...]
     values: Tensor
     best: Tensor
     moments: Tensor
@@ -62,9 +62,9 @@ class State:
     n_images: int = 0
     fast_paths: tuple[str, ...] | None = None
 
-    def scores(self, fold: int) -> list[float]:
-        """List a fold's validation balanced accuracy after each epoch so far."""
-        return [epoch.balanced_accuracy for epoch in self.history[fold]]
+    def scores(self, member: int) -> list[float]:
+        """List a member's validation balanced accuracy after each epoch so far."""
+        return [epoch.balanced_accuracy for epoch in self.history[member]]
 
 
 def save_state(folder: Path, state: State) -> None:
@@ -76,9 +76,9 @@ def save_state(folder: Path, state: State) -> None:
     tensors = {name: getattr(state, name).detach().cpu() for name in ("values", "best", "moments")}
     described = {
         "format": FORMAT,
-        "folds": state.folds,
+        "folds": state.members,  # by the name that they had before there were seeds
         "n_steps": state.n_steps,
-        "history": {str(fold): [asdict(epoch) for epoch in history] for fold, history in state.history.items()},
+        "history": {str(member): [asdict(epoch) for epoch in history] for member, history in state.history.items()},
         "seconds": state.seconds,
         "n_images": state.n_images,
         "fast_paths": state.fast_paths,
@@ -104,9 +104,9 @@ def load_state(folder: Path, device: torch.device) -> State | None:
         histories = described["history"].items()
         return State(
             **tensors,
-            folds=tuple(described["folds"]),
+            members=tuple(described["folds"]),
             n_steps=described["n_steps"],
-            history={int(fold): [EpochRecord(**epoch) for epoch in history] for fold, history in histories},
+            history={int(member): [EpochRecord(**epoch) for epoch in history] for member, history in histories},
             seconds=described["seconds"],
             n_images=described["n_images"],
             fast_paths=None if described.get("fast_paths") is None else tuple(described["fast_paths"]),
@@ -179,5 +179,5 @@ def clear_up(folder: Path) -> None:
     """Remove what only an unfinished training needs, and what killed writers have left behind."""
     for name in (CHECKPOINT_FILE, START_FILE):
         (folder / name).unlink(missing_ok=True)
-    for path in (folder, *folder.glob("fold-*")):
+    for path in (folder, *folder.glob("fold-*"), *folder.glob("seed-*/fold-*")):
         sweep(path)

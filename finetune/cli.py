@@ -20,14 +20,16 @@ from features.options import (
     CvOption,
     DataOption,
     DeviceOption,
+    FoldSeedOption,
     JsonOption,
     LabelsOption,
     PositiveOption,
     RunsOption,
-    SeedOption,
+    SeedsOption,
     SkipUnlabelledOption,
     WeightsOption,
     parse_names,
+    parse_numbers,
 )
 
 if TYPE_CHECKING:  # torch takes seconds to import: commands import it when they run
@@ -61,9 +63,11 @@ def finetune(
     method: Annotated[
         str, typer.Option(help="lora, full (the whole backbone, folds in turn) or head (the classifier alone).")
     ] = "lora",
-    recipe: Annotated[str, typer.Option(help="default, or paper: the text of Banerjee et al. 2025.")] = "default",
+    recipe: Annotated[
+        str, typer.Option(help="default; paper: the text of Banerjee et al. 2025; authors: its scripts.")
+    ] = "default",
     view: Annotated[
-        str | None, typer.Option(help="full, centerN, centerN@M as in fm-extract. Default: the recipe's.")
+        str | None, typer.Option(help="full, centerN, centerN@M, any with +imagenet. Default: the recipe's.")
     ] = None,
     cv: CvOption = 5,
     epochs: Annotated[
@@ -73,7 +77,12 @@ def finetune(
         int | None, typer.Option(min=1, max=MOST_IMAGES, help="Patches per fold and step. Default: the recipe's.")
     ] = None,
     learning_rate: Annotated[float | None, typer.Option(help="At its start or peak. Default: the recipe's.")] = None,
-    seed: SeedOption = 42,
+    seed: Annotated[
+        int,
+        typer.Option(min=0, max=2**32 - 1, help="Seed of everything that training draws: not of the folds."),
+    ] = 42,
+    seeds: SeedsOption = 1,
+    fold_seed: FoldSeedOption = 42,
     precision: Annotated[str, typer.Option(help="auto, fp32 or bf16.")] = "auto",
     positive: PositiveOption = None,
     labels: LabelsOption = None,
@@ -83,7 +92,9 @@ def finetune(
     device: DeviceOption = "auto",
     folds_at_once: Annotated[
         int | None,
-        typer.Option(min=1, max=MOST_FOLDS, help="Folds per forward pass. Default: all on a GPU, one on a CPU."),
+        typer.Option(
+            min=1, max=MOST_FOLDS, help="Folds, of all seeds, per forward pass. Default: all on a GPU, one on a CPU."
+        ),
     ] = None,
     compile: Annotated[
         bool | None,
@@ -128,6 +139,8 @@ def finetune(
             batch_size=batch_size,
             learning_rate=learning_rate,
             seed=seed,
+            seeds=seeds,
+            fold_seed=fold_seed,
             precision=precision,
             positive=positive,
             labels=labels,
@@ -195,7 +208,8 @@ def _show_plan(plan: Plan) -> None:
     total.add_column(justify="right")
     total.add_row("Parameters of the backbone", f"{plan.n_parameters:,}")
     total.add_row("Trained per fold", f"{plan.n_trained:,} ({plan.n_trained / plan.n_parameters:.2%})")
-    total.add_row("Folds", f"{plan.n_folds} ({plan.folds_at_once} per forward pass)")
+    seeds = f" x {plan.n_seeds} seeds" if plan.n_seeds > 1 else ""
+    total.add_row("Folds", f"{plan.n_folds}{seeds} ({plan.folds_at_once} per forward pass)")
     for what, megabytes in memory.items():
         total.add_row(f"Memory: {what}", f"{megabytes:,.0f} MB")
     show(*([modules] if plan.modules else []), total)
@@ -214,19 +228,34 @@ def predict(
         float | None,
         typer.Option(help="Positive from this probability on. Default: the run's own."),
     ] = None,
+    by: Annotated[
+        str | None,
+        typer.Option(help="group: write a second CSV with the share of positives in every group (slide)."),
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     check_output(out)
     from finetune.predict import predict_paths
 
-    summary = predict_paths(folder, paths, out=out, device=device, weights=weights, threshold=threshold)
+    summary = predict_paths(folder, paths, out=out, device=device, weights=weights, threshold=threshold, by=by)
     if as_json:
         print_json(summary)
         return
     say(
         f"{out}: {summary['n']:,} patches, {summary['n_positive']:,} predicted {summary['label_names'][1]} at a "
-        f"probability of {summary['threshold']:.3f} or more ({summary['n_folds']} fold models)."
+        f"probability of {summary['threshold']:.3f} or more ({summary['n_models']} fold models)."
     )
+    if by:
+        of_groups = summary["by_group"]
+        rates = [one["rate"] for one in of_groups["groups"]]
+        errors = (of_groups[name]["value"] for name in ("sensitivity", "specificity"))
+        without = f"; {of_groups['n_without']:,} patches have no group" if of_groups["n_without"] else ""
+        say(
+            f"{of_groups['out']}: {len(rates):,} groups, {min(rates):.0%} to {max(rates):.0%} predicted "
+            "{}, beside shares corrected for a sensitivity of {:.3f} and a specificity of {:.3f} out of fold{}.".format(
+                summary["label_names"][1], *errors, without
+            )
+        )
 
 
 @report_app.command(
@@ -248,6 +277,31 @@ def report(
     store: Annotated[
         str | None, typer.Option(help="Feature store of the embedding map. Default: the one that was probed.")
     ] = None,
+    margin: Annotated[
+        float | None,
+        typer.Option(help="Differences below this do not matter, e.g. 0.02: which runs are equivalent, or no worse?"),
+    ] = None,
+    difference: Annotated[
+        float | None, typer.Option(help="A difference to be shown, e.g. 0.03: how many slides would do?")
+    ] = None,
+    prevalence: Annotated[
+        str | None,
+        typer.Option(help="Rates of the positive class for predictive values, e.g. 0.1,0.3."),
+    ] = None,
+    specificity: Annotated[float, typer.Option(help="Specificity at which sensitivities are compared.")] = 0.9,
+    holm: Annotated[
+        str,
+        typer.Option(
+            help="set: p-values are adjusted for all pairs of a set and figure; all: of all sets and figures."
+        ),
+    ] = "set",
+    design_effect: Annotated[
+        float,
+        typer.Option(
+            help="Where slides are unknown: how many times the variance may be what independent patches would give. "
+            "Intervals are given for 1 and for this."
+        ),
+    ] = 2.0,
     replicates: Annotated[int, typer.Option(help="Resamples that intervals and tests are drawn from.")] = 10_000,
     seed: Annotated[int, typer.Option(help="Seed of the resamples.")] = 42,
     as_json: JsonOption = False,
@@ -258,7 +312,9 @@ def report(
     if path is not None:
         check_output(path)
     from finetune.report import make_report, write_report
+    from probe.evidence import Question
     from probe.metrics import as_dict
+    from probe.report.collect import ReportOptions
     from probe.resample import Resampling
 
     text, figures, _ = make_report(
@@ -268,8 +324,16 @@ def report(
         format=format,  # type: ignore[arg-type]
         data=data,
         store=store,
-        resampling=Resampling(replicates=replicates, seed=seed),
+        resampling=Resampling(replicates=replicates, seed=seed, design_effect=design_effect),
+        options=ReportOptions(
+            question=Question(margin=margin, wanted=difference),
+            prevalences=() if prevalence is None else parse_numbers(prevalence, option="--prevalence"),
+            specificity=specificity,
+            holm=holm,  # type: ignore[arg-type]
+        ),
     )
+    for sentence in figures.summary:
+        say(sentence)
     for note in figures.notes:
         say(f"note: {note}")
     if path is not None:

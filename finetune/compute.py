@@ -1,4 +1,4 @@
-"""On what are passes through the network computed, how many folds at a time, and what if memory runs out?"""
+"""On what are passes through the network computed, how many members at a time, and what if memory runs out?"""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from finetune.network import Network
 from finetune.process_group import SINGLE_PROCESS, ProcessGroup
 
 Result = TypeVar("Result")
-EVALUATION_BATCH = {"cpu": 16, "cuda": 64}  # images per fold and forward pass
+EVALUATION_BATCH = {"cpu": 16, "cuda": 64}  # images per member and forward pass
 
 
 @dataclass
@@ -30,11 +30,11 @@ class Compute:
     Attributes:
         device: of the network.
         precision: "fp32" or "bf16" (autocast).
-        folds_at_once: how many folds share a forward pass; halved when memory runs out.
+        folds_at_once: how many members (folds, of all seeds) share a forward pass; halved when memory runs out.
         process_group: the processes that share the batches.
-        same_shapes: whether all passes are made alike, as compiled code needs it. Folds that have stopped then stay in
-            the passes of others, and the last patches of an evaluation are filled up.
-        evaluation_batch: images per fold and forward pass; halved when memory runs out.
+        same_shapes: whether all passes are made alike, as compiled code needs it. Members that have stopped then stay
+            in the passes of others, and the last patches of an evaluation are filled up.
+        evaluation_batch: images per member and forward pass; halved when memory runs out.
         fast: whether fast ways to train are tried (`finetune.fast`).
         fast_paths: those in use.
         unrepeatable: operations that this GPU cannot repeat bit by bit, which training needed.
@@ -58,19 +58,19 @@ class Compute:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
 
     def map_passes(
-        self, network: Network, folds: Sequence[int], work: Callable[[Network, list[int]], Result]
+        self, network: Network, members: Sequence[int], work: Callable[[Network, list[int]], Result]
     ) -> list[Result]:
-        """Call `work` with the network, or a replica of it, and the folds of every pass; returns the results in order.
+        """Call `work` with the network, or a replica, and the members of every pass; returns the results in order.
 
-        With `same_shapes` passes also hold folds of the network that were not asked for.
+        With `same_shapes` passes also hold members of the network that were not asked for.
 
-        On a CPU passes run side by side, in as many threads as torch may use. The operations of one fold's batch are
+        On a CPU passes run side by side, in as many threads as torch may use. The operations of one member's batch are
         too short to be divided among threads: where a core is busy with other work, all would wait after every one.
         """
-        wanted = network.folds if self.same_shapes else folds
+        wanted = network.members if self.same_shapes else members
         starts = range(0, len(wanted), self.folds_at_once)
         passes = [list(wanted[start : start + self.folds_at_once]) for start in starts]
-        passes = [group for group in passes if not set(group).isdisjoint(folds)]
+        passes = [group for group in passes if not set(group).isdisjoint(members)]
         n = min(torch.get_num_threads(), len(passes)) if self.device.type == "cpu" else 1
         idle: SimpleQueue[Network] = SimpleQueue()
         for replica in network.replicas(n):
@@ -89,9 +89,9 @@ class Compute:
 
 @torch.inference_mode()
 def network_logits(
-    network: Network, transform: Transform, pixels: Tensor, folds: Sequence[int], *, compute: Compute
+    network: Network, transform: Transform, pixels: Tensor, members: Sequence[int], *, compute: Compute
 ) -> Tensor:
-    """Compute the logits (f, b), Atypical minus Normal, of pixels (f, b, 3, s, s): each fold's under its own weights.
+    """Compute the logits (f, b), Atypical minus Normal, of pixels (f, b, 3, s, s): each member's under its own weights.
 
     If memory runs out, the batch is halved.
 
@@ -107,13 +107,13 @@ def network_logits(
         try:
             images = transform.normalise(part.flatten(0, 1)).contiguous(memory_format=torch.channels_last)
             with compute.autocast():
-                both: Tensor = network(images, folds)  # (f, b, 2)
+                both: Tensor = network(images, members)  # (f, b, 2)
         except RuntimeError as error:
             if not out_of_memory(error):
                 raise
             if compute.evaluation_batch == 1:
                 raise UserError(
-                    f"{network.backbone.name}: one image of {len(folds)} folds does not fit in the memory of "
+                    f"{network.backbone.name}: one image of {len(members)} folds does not fit in the memory of "
                     f"{compute.device}. Use `folds_at_once=1`, free memory, or take a smaller model."
                 ) from error
             free_cached_memory(compute.device)

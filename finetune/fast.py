@@ -88,12 +88,12 @@ def try_compiled_blocks(
 
 def _step_outcome(network: Network, compute: Compute, batch_size: int, image_size: int) -> list[Tensor]:
     """Compute logits and gradients of a step on random images."""
-    folds = network.folds[: compute.folds_at_once]
-    images = _images(len(folds) * batch_size, image_size, compute.device)
-    step = torch.tensor(dropout_keys(network.seed, folds, 0), device=compute.device)
+    members = network.members[: compute.folds_at_once]
+    images = _images(len(members) * batch_size, image_size, compute.device)
+    step = torch.tensor(dropout_keys([network.fold_models[m] for m in members], 0), device=compute.device)
     network.clear_gradients()
     with compute.autocast():
-        logits = network(images, folds, step=step)
+        logits = network(images, members, step=step)
     (logits * torch.linspace(-1, 1, batch_size, device=compute.device)[:, None]).sum().backward()
     network.gather_gradients()
     gradients = network.gradients.clone()
@@ -104,12 +104,12 @@ def _step_outcome(network: Network, compute: Compute, batch_size: int, image_siz
 @torch.inference_mode()
 def _evaluation_outcome(network: Network, compute: Compute, image_size: int) -> Tensor:
     """Compute the logits of an evaluation of random images; if memory runs out, of half as many from then on."""
-    folds = network.folds[: compute.folds_at_once]
+    members = network.members[: compute.folds_at_once]
     while True:
         try:
-            images = _images(len(folds) * compute.evaluation_batch, image_size, compute.device)
+            images = _images(len(members) * compute.evaluation_batch, image_size, compute.device)
             with compute.autocast():
-                logits: Tensor = network(images, folds)
+                logits: Tensor = network(images, members)
             return logits.clone()
         except RuntimeError as error:
             if not out_of_memory(error) or compute.evaluation_batch == 1 or network.is_compiled:

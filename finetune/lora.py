@@ -4,6 +4,7 @@ LoRA (Hu et al. 2021, arXiv:2106.09685) adds a product of two thin matrices to a
 s = alpha / rank. Here every fold has its own A and B, stacked along a leading fold axis. One batch holds the images of
 all active folds, fold after fold: the frozen product sees them together, and one batched product applies each fold's
 adapter to that fold's images. B starts at zero, so at step 0 the model computes exactly what the frozen one does.
+A training with several seeds has an adapter per seed and fold; each of them is what is called a fold here.
 
 Dropout masks are drawn again in the backward pass instead of being kept (`finetune.dropout`), and so is the output of
 an MLP's activation. The thin products are computed by `finetune.products`, or on NVIDIA's GPUs by `finetune.kernels`.
@@ -29,6 +30,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import Parameter
 
 from features.console import UserError
+from features.folds import FoldModel
 from finetune import kernels
 from finetune import products as plain
 from finetune.dropout import WHOLE_BATCH, BatchRows, drop_threshold, seed_of
@@ -92,18 +94,17 @@ class LoraOptions:
 # -------------------------------------------------------------------------------------------------- adapting a backbone
 
 
-def add_adapters(model: nn.Module, options: LoraOptions, *, n_folds: int, seed: int) -> tuple[str, ...]:
+def add_adapters(model: nn.Module, options: LoraOptions, *, fold_models: Sequence[FoldModel]) -> tuple[str, ...]:
     """Freeze a backbone and replace each target layer, in place, by one with an adapter per fold.
 
     The model is put in eval mode and should stay there, as batch norms in training mode would mix the folds' images;
-    `select_folds` switches dropout on and off. A fold's initial values depend on (seed, fold), not on the number of
-    folds.
+    `select_folds` switches dropout on and off. A fold's initial values depend on its seed and fold alone.
 
     Args:
         model: any timm model; its targets are `nn.Linear` or 1x1 `nn.Conv2d`.
         options: see `LoraOptions`.
-        n_folds: adapters per target.
-        seed: of the initial values (Kaiming-uniform A, zero B: those of `peft`) and of the dropout masks.
+        fold_models: seed and fold of each adapter of a target, which decide its initial values (Kaiming-uniform A, zero
+            B: those of `peft`) and its dropout masks.
 
     Returns:
         Names of the adapted modules, in the order of the network.
@@ -114,8 +115,8 @@ def add_adapters(model: nn.Module, options: LoraOptions, *, n_folds: int, seed: 
     targets = options.targets or default_targets(model)
     options, names = replace(options, targets=targets), _find_targets(model, targets)
     model.requires_grad_(False)
-    generators = [torch.Generator().manual_seed(seed_of(seed, fold)) for fold in range(n_folds)]
-    selection = Selection(seed, slice(0, n_folds), n_folds)
+    generators = [torch.Generator().manual_seed(seed_of(*model)) for model in fold_models]
+    selection = Selection(tuple(fold_models), slice(0, len(fold_models)), len(fold_models))
     for layer, name in enumerate(names):
         parent, _, child = name.rpartition(".")
         base = model.get_submodule(name)
@@ -191,13 +192,14 @@ def select_folds(
     if list(folds) != list(range(first, first + len(folds))):
         selection.folds = torch.tensor(list(folds), device=device)
     if isinstance(step, int):
-        step = torch.tensor(dropout_keys(selection.seed, folds, step), device=device)
+        chosen = [selection.fold_models[fold] for fold in folds]
+        step = torch.tensor(dropout_keys(chosen, step), device=device)
     selection.keys, selection.rows = step, rows
 
 
-def dropout_keys(seed: int, folds: Sequence[int], step: int) -> list[int]:
-    """List one seed per fold, from which the masks of all layers in a training step follow."""
-    return [seed_of(seed, fold, step) for fold in folds]
+def dropout_keys(fold_models: Sequence[FoldModel], step: int) -> list[int]:
+    """List one seed per fold model, from which the masks of all layers in a training step follow."""
+    return [seed_of(*model, step) for model in fold_models]
 
 
 def adapters(model: nn.Module) -> Iterator[tuple[str, StackedLora]]:
@@ -238,14 +240,14 @@ class Selection:
     """Which folds the next batches hold, and what their dropout masks follow from. All layers of a network share one.
 
     Attributes:
-        seed: of the masks.
+        fold_models: of all adapters; their masks follow from them.
         folds: one after the other, or (n,) on the device.
         n: how many folds.
         keys: (n,) `dropout_keys` of this step; None for no dropout.
         rows: which images of each fold's batch this process holds.
     """
 
-    seed: int
+    fold_models: tuple[FoldModel, ...]
     folds: slice | Tensor
     n: int
     keys: Tensor | None = None

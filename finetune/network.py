@@ -1,11 +1,14 @@
-"""What is trained, and where do its numbers lie? A backbone with one classifier per fold, by one of three methods.
+"""What is trained, and where do its numbers lie? A backbone with one classifier per member, by one of three methods.
 
-- lora: one frozen backbone, an adapter and a classifier per fold; a batch holds the images of several folds.
-- head: one frozen backbone, a classifier per fold.
-- full: the whole backbone is trained, so each fold needs its own: the network holds a single fold.
+A member is one of the models that a training makes: that of one seed, without the rows of one fold. Members are
+numbered seed by seed (`features.folds.fold_models`), so with one seed their numbers are those of the folds.
 
-Everything that training changes is one matrix with a row per fold, and the parameters are views into it. So an
-optimiser steps a row, a checkpoint saves rows, and the best epoch of a fold is a copy of its row.
+- lora: one frozen backbone, an adapter and a classifier per member; a batch holds the images of several members.
+- head: one frozen backbone, a classifier per member.
+- full: the whole backbone is trained, so each member needs its own: the network holds a single one.
+
+Everything that training changes is one matrix with a row per member, and the parameters are views into it. So an
+optimiser steps a row, a checkpoint saves rows, and the best epoch of a member is a copy of its row.
 """
 
 from __future__ import annotations
@@ -25,6 +28,7 @@ from torch.utils.hooks import RemovableHandle
 
 from extract.backbones import Backbone, forward_poolings, pooling_widths
 from extract.compute import compile_blocks
+from features.folds import FoldModel
 from finetune import weight_files
 from finetune.dropout import WHOLE_BATCH, BatchRows, seed_of
 from finetune.lora import LoraOptions, adapters, add_adapters, cast_frozen, select_folds, trainable
@@ -39,20 +43,20 @@ _HEAD_SEED = 1  # keeps these generators apart from the adapters', which are see
 
 
 class Network(nn.Module):
-    """A backbone and the classifiers of some folds.
+    """A backbone and the classifiers of some members.
 
     Attributes:
         backbone: the registry's record of the backbone.
         model: the timm network, adapted in place.
-        seed: of initial values and dropout masks.
-        folds: the fold of each row.
+        fold_models: seed and fold of all members of the training, by number.
+        members: the number of each row's member.
         pooling: the embedding that the classifiers read. It is the card's; where the card joins two (Virchow), it is
             the class token alone, so that the classifier is timm's own and adapters load elsewhere.
         weight, bias: (n_rows, 2, d) and (n_rows, 2) classifiers.
         values: (n_rows, p) everything that training changes: trained parameters first, then running statistics.
         gradients: (n_rows, p_trained), filled by `gather_gradients`.
         copies: (n_rows, p_adapters) the adapters in half precision, made anew in every pass; None in fp32.
-        batch_rows: which images of each fold's batch this process holds in a training step.
+        batch_rows: which images of each member's batch this process holds in a training step.
         n_synchronized_norms: how many batch norms wait for the other processes in every pass.
     """
 
@@ -63,27 +67,29 @@ class Network(nn.Module):
         *,
         method: Method,
         lora: LoraOptions,
-        folds: Sequence[int],
-        seed: int,
+        fold_models: Sequence[FoldModel],
+        members: Sequence[int] | None = None,
     ) -> None:
         """Adapt `model`, which `build_model` has built and which lies on its device (or on meta), in place.
 
         Args:
             lora: the adapters' options; other methods ignore them.
-            folds: 0, 1, ... for lora and head; a single fold for full.
-            seed: of all initial values, which depend on (seed, fold) alone.
+            fold_models: of the training; a member's initial values depend on its seed and fold alone.
+            members: numbers of those to hold: all, which is the default, for lora and head; a single one for full.
 
         Raises:
             UserError: as `add_adapters` does.
-            ValueError: folds that the method cannot hold at once.
+            ValueError: members that the method cannot hold at once.
         """
         super().__init__()
-        if list(folds) != list(range(len(folds))) and (method == "lora" or len(folds) != 1):
-            raise ValueError(f"{method} cannot hold the folds {list(folds)} at once")
-        if method == "full" and len(folds) != 1:
-            raise ValueError("full fine-tuning holds one fold at a time")
-        self.backbone, self.model, self.method, self.seed = backbone, model, method, seed
-        self.folds = tuple(folds)
+        self.fold_models = tuple(fold_models)
+        self.members = tuple(range(len(fold_models)) if members is None else members)
+        own = [self.fold_models[member] for member in self.members]
+        if list(self.members) != list(range(len(own))) and (method == "lora" or len(own) != 1):
+            raise ValueError(f"{method} cannot hold the members {list(self.members)} at once")
+        if method == "full" and len(own) != 1:
+            raise ValueError("full fine-tuning holds one member at a time")
+        self.backbone, self.model, self.method = backbone, model, method
         self.batch_rows: BatchRows = WHOLE_BATCH
         self.n_synchronized_norms = 0
         self.copies: Tensor | None = None
@@ -93,16 +99,16 @@ class Network(nn.Module):
         width = pooling_widths(model, backbone)[self.pooling]
         device = next(model.parameters()).device
         dtype = next(model.parameters()).dtype
-        stacked: list[Parameter] = []  # with a leading fold axis
-        single: list[Tensor] = []  # of the one fold of a full network
+        stacked: list[Parameter] = []  # with a leading axis of members
+        single: list[Tensor] = []  # of the one member of a full network
         if method == "lora":
-            self.adapted = add_adapters(model, lora, n_folds=len(folds), seed=seed)
+            self.adapted = add_adapters(model, lora, fold_models=own)
             stacked += trainable(model)
         else:
             self.adapted = ()
             model.requires_grad_(method == "full")
             single += list(model.parameters()) if method == "full" else []
-        heads = [_new_head(width, seed, fold) for fold in folds]
+        heads = [_new_head(width, *one) for one in own]
         self.weight = Parameter(torch.stack([weight for weight, _ in heads]).to(device, dtype))
         self.bias = Parameter(torch.stack([bias for _, bias in heads]).to(device, dtype))
         statistics = [b for b in model.buffers() if b.is_floating_point()] if method == "full" else []
@@ -113,8 +119,8 @@ class Network(nn.Module):
         self._lay_out([*stacked, self.weight, self.bias], single, statistics)
 
     def _lay_out(self, stacked: list[Parameter], single: list[Tensor], statistics: list[Tensor]) -> None:
-        """Move every tensor that training changes into one row per fold, and leave views in their place."""
-        n_rows = len(self.folds)
+        """Move every tensor that training changes into one row per member, and leave views in their place."""
+        n_rows = len(self.members)
         pieces = [(t, t.flatten(1)) for t in stacked] + [(t, t.reshape(1, -1)) for t in (*single, *statistics)]
         n_tensors = len(stacked) + len(single)
         n_trained = sum(flat.shape[1] for _, flat in pieces[:n_tensors])
@@ -131,8 +137,8 @@ class Network(nn.Module):
     def replicas(self, n: int) -> list[Network]:
         """Return n networks, this one first, that threads can use at the same time; all share the same tensors.
 
-        Which folds a pass holds is written into the adapted modules, so each thread needs modules of its own. The
-        gradients of all replicas add up in the same tensors. As long as each works on other folds, the order of the
+        Which members a pass holds is written into the adapted modules, so each thread needs modules of its own. The
+        gradients of all replicas add up in the same tensors. As long as each works on other members, the order of the
         additions does not change the bits.
         """
         tensors = [self.values, self.gradients, *self.parameters(), *self.buffers()]
@@ -169,7 +175,7 @@ class Network(nn.Module):
             layer.copies = A, B
 
     def shard_batches(self, process_group: ProcessGroup, batch_size: int) -> None:
-        """Have training steps hold this process's rows of each fold's batch, and trained batch norms see all rows.
+        """Have training steps hold this process's rows of each member's batch, and trained batch norms see all rows.
 
         Raises:
             UserError: a batch norm of an unknown kind.
@@ -193,7 +199,7 @@ class Network(nn.Module):
     def seed_layers(self, *key: int) -> None:
         """Let what such layers draw follow from (seed, fold) and a key, by torch's own generators."""
         if self.has_random_layers:
-            torch.manual_seed(seed_of(self.seed, self.folds[0], *key))
+            torch.manual_seed(seed_of(*self.fold_models[self.members[0]], *key))
 
     def compile_blocks(self) -> bool:
         """Have torch.compile translate equal blocks of the backbone at their first call; False if it has none."""
@@ -220,12 +226,12 @@ class Network(nn.Module):
 
     @property
     def n_trained(self) -> int:
-        """Trained parameters of one fold."""
+        """Trained parameters of one member."""
         return self._n_trained
 
-    def rows_of(self, folds: Sequence[int]) -> slice | list[int]:
-        """Find the rows of folds: a slice where they lie one after the other, for a list has to go to the device."""
-        rows = [self.folds.index(fold) for fold in folds]
+    def rows_of(self, members: Sequence[int]) -> slice | list[int]:
+        """Find the rows of members: a slice where they lie one after the other, for a list has to go to the device."""
+        rows = [self.members.index(member) for member in members]
         whole = rows == list(range(rows[0], rows[0] + len(rows)))
         return slice(rows[0], rows[0] + len(rows)) if whole else rows
 
@@ -237,23 +243,23 @@ class Network(nn.Module):
     def gather_gradients(self) -> None:
         """Copy the gradients of all parameters into `gradients`; to be called after one or several backward passes."""
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in self._trained]
-        torch.cat([gradient.reshape(len(self.folds), -1) for gradient in gradients], dim=1, out=self.gradients)
+        torch.cat([gradient.reshape(len(self.members), -1) for gradient in gradients], dim=1, out=self.gradients)
 
-    def forward(self, images: Tensor, folds: Sequence[int], *, step: int | Tensor | None = None) -> Tensor:
+    def forward(self, images: Tensor, members: Sequence[int], *, step: int | Tensor | None = None) -> Tensor:
         """Compute the logits of both classes.
 
         Args:
-            images: (f * b, 3, h, w) normalised, fold after fold.
-            folds: the f folds they belong to.
+            images: (f * b, 3, h, w) normalised, member after member.
+            members: the f members they belong to.
             step: identifies a training step, from which dropout follows: any number, or its (f,) `dropout_keys`. None
                 evaluates.
 
         Returns:
             (f, b, 2) in the type of the classifiers, float32.
         """
-        rows = self.rows_of(folds)
+        rows = self.rows_of(members)
         if self.method == "lora":
-            select_folds(self.model, folds, step=step, rows=self.batch_rows)
+            select_folds(self.model, members, step=step, rows=self.batch_rows)
             if self.copies is not None:
                 # By `data`, as other replicas, whose backward pass may not have ended, hold views of other rows.
                 self.copies.data[rows] = self.values[rows, : self.copies.shape[1]].to(self.copies.dtype)
@@ -262,11 +268,11 @@ class Network(nn.Module):
         features = forward_poolings(self.model, self.backbone, images)[self.pooling].to(self.weight.dtype)  # (f * b, d)
         with torch.autocast(images.device.type, enabled=False):
             return torch.baddbmm(
-                self.bias[rows][:, None], features.view(len(folds), -1, features.shape[1]), self.weight[rows].mT
+                self.bias[rows][:, None], features.view(len(members), -1, features.shape[1]), self.weight[rows].mT
             )
 
-    def save_fold(self, folder: Path, fold: int) -> None:
-        """Write the trained weights of one fold.
+    def save_member(self, folder: Path, member: int) -> None:
+        """Write the trained weights of one member.
 
         lora: an adapter as `peft` writes it; full: `model.safetensors`, the network under timm's names with its
         classifier; head: `head.safetensors`, "weight" (2, d) and "bias" (2,).
@@ -274,24 +280,24 @@ class Network(nn.Module):
         Raises:
             UserError: the disk cannot be written.
         """
-        row = self.folds.index(fold)
+        row = self.members.index(member)
         head = {"weight": self.weight[row].detach(), "bias": self.bias[row].detach()}
         if self.method == "lora":
             weight_files.save_adapter(self.model, folder, fold=row, head=head, base_model=self.backbone.name)
         elif self.method == "full":
-            self.save_merged(folder, fold)
+            self.save_merged(folder, member)
         else:
             weight_files.write_tensors(folder / HEAD_FILE, head)
 
-    def save_merged(self, folder: Path, fold: int) -> None:
-        """Write one fold as a plain timm network with its classifier, adapters added to the weights they adapt.
+    def save_merged(self, folder: Path, member: int) -> None:
+        """Write one member as a plain timm network with its classifier, adapters added to the weights they adapt.
 
         The file's metadata hold the arguments of `timm.create_model` under "timm", as JSON.
 
         Raises:
             UserError: the disk cannot be written.
         """
-        row = self.folds.index(fold)
+        row = self.members.index(member)
         state = weight_files.merge(self.model, row) if self.method == "lora" else dict(self.model.state_dict())
         name = weight_files.classifier_name(self.model)
         state |= self._counters
@@ -299,13 +305,13 @@ class Network(nn.Module):
         timm = {"architecture": self.backbone.arch, "kwargs": dict(self.backbone.kwargs), "num_classes": N_CLASSES}
         weight_files.write_tensors(folder / MODEL_FILE, state, {"timm": json.dumps(timm)})
 
-    def load_fold(self, folder: Path, fold: int) -> None:
-        """Read the weights that `save_fold` wrote.
+    def load_member(self, folder: Path, member: int) -> None:
+        """Read the weights that `save_member` wrote.
 
         Raises:
             UserError: a missing, truncated or foreign file.
         """
-        row = self.folds.index(fold)
+        row = self.members.index(member)
         if self.method == "lora":
             path, head = folder, weight_files.load_adapter(self.model, folder, fold=row)
         elif self.method == "head":

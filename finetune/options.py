@@ -13,12 +13,13 @@ from extract.backbones import Backbone
 from extract.views import View, parse_view
 from features.console import UserError
 from features.device import has_bf16
-from features.folds import SEED
+from features.folds import SEED, FoldModel, fold_models, require_seeds
 from finetune.lora import LoraOptions
 from finetune.network import METHODS, Method
-from finetune.recipes import RECIPES, Recipe, recipe_for
+from finetune.recipes import RECIPE_NAMES, Recipe, recipe_for
 
 _MOST_FOLDS = 100
+_MOST_MODELS = 500
 
 
 @dataclass(frozen=True)
@@ -29,11 +30,13 @@ class FinetuneOptions:
         model, train: a model and a dataset, by name or path.
         test: datasets to score besides the training set's own test split; None for the other published ones.
         method: "lora", "full" or "head"; see `finetune.network`.
-        recipe: "default" or "paper".
+        recipe: "default", "paper" or "authors".
         lora: rank, alpha, dropout and targets.
         view, epochs, batch_size, learning_rate: instead of the recipe's.
         cv: number of folds.
-        seed: of folds, initial values, sampling, augmentation and dropout.
+        seed: of initial values, sampling, augmentation and dropout.
+        seeds: how many trainings share the folds and the backbone, with `seed`, `seed + 1`, ...
+        fold_seed: of the folds.
         precision: "auto", "fp32" or "bf16".
         positive, labels, skip_unlabelled: for datasets of your own, see `extract.datasets.load_dataset`; `labels` as
             "old=new,old=new".
@@ -54,6 +57,8 @@ class FinetuneOptions:
     batch_size: int | None = None
     learning_rate: float | None = None
     seed: int = SEED
+    seeds: int = 1
+    fold_seed: int = SEED
     precision: str = "auto"
     positive: str | None = None
     labels: str | None = None
@@ -62,27 +67,35 @@ class FinetuneOptions:
     def __post_init__(self) -> None:
         if self.method not in METHODS:
             raise UserError(f"unknown method {self.method!r}: use {', '.join(METHODS)}.")
-        if self.recipe not in RECIPES:
-            raise UserError(f"unknown recipe {self.recipe!r}: use {' or '.join(RECIPES)}.")
+        if self.recipe not in RECIPE_NAMES:
+            raise UserError(f"unknown recipe {self.recipe!r}: use {', '.join(RECIPE_NAMES)}.")
         if self.precision not in ("auto", "fp32", "bf16"):
             raise UserError(f"precision {self.precision!r}: training computes in fp32 or bf16 (or auto).")
         if self.learning_rate is not None and not 0 < self.learning_rate < float("inf"):
             raise UserError(f"learning rate {self.learning_rate}: expected a number above 0, such as 1e-4.")
-        if not 0 <= self.seed < 2**32:
-            raise UserError(f"seed {self.seed}: expected a whole number from 0 to 2^32 - 1.")
+        require_seeds(self.seed, self.seeds)
+        require_seeds(self.fold_seed, 1)
         if self.cv < 2:
             raise UserError(f"cross-validation needs at least 2 folds, got {self.cv}.")
         if self.cv > _MOST_FOLDS:
             raise UserError(
                 f"{self.cv} folds: at most {_MOST_FOLDS} are fine-tuned; every fold has weights of its own."
             )
+        if self.cv * self.seeds > _MOST_MODELS:
+            raise UserError(
+                f"{self.cv} folds with {self.seeds} seeds: at most {_MOST_MODELS} models are fine-tuned in one run, as "
+                "each has weights of its own. Use fewer `seeds`, and another run with a later `seed`."
+            )
 
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> FinetuneOptions:
-        """Read the options of a run or of an interrupted training from its JSON values."""
+        """Read the options of a run or of an interrupted training from its JSON values.
+
+        Early versions drew the folds by `seed`.
+        """
         test = record["test"]
         nested = {"lora": LoraOptions(**record["lora"]), "test": None if test is None else tuple(test)}
-        return cls(**{**record, **nested})
+        return cls(**{"fold_seed": record["seed"], **record, **nested})
 
     def by_name(self) -> dict[str, Any]:
         """List all options by name, the adapters' as "lora.rank" and so on."""
@@ -92,17 +105,29 @@ class FinetuneOptions:
 
     def resolved_recipe(self, backbone: Backbone) -> Recipe:
         """Find the recipe for this method and backbone, changed where the user chose something else."""
-        recipe = recipe_for(self.recipe, method=self.method, convolutional=is_convolutional(backbone))
+        convolutional = is_convolutional(backbone)
+        recipe = recipe_for(self.recipe, method=self.method, convolutional=convolutional, model=backbone.name)
         chosen = {name: getattr(self, name) for name in ("epochs", "batch_size", "learning_rate")}
         return replace(recipe, **{name: value for name, value in chosen.items() if value is not None})
 
-    def resolved_view(self, backbone: Backbone) -> View:
-        """Choose the view: the user's, else the recipe's, else the backbone's."""
-        return parse_view(self.view or RECIPES[self.recipe].view or backbone.finetune_view)
+    def resolved_view(self, backbone: Backbone, recipe: Recipe | None = None) -> View:
+        """Choose the view: the user's, else the recipe's (None for `resolved_recipe`), else the backbone's."""
+        recipe = recipe or self.resolved_recipe(backbone)
+        return parse_view(self.view or recipe.view or backbone.finetune_view)
 
-    def network_folds(self, n_folds: int) -> list[tuple[int, ...]]:
-        """List the folds that each network holds: one network for all folds, or one per fold for "full"."""
-        return [(fold,) for fold in range(n_folds)] if self.method == "full" else [tuple(range(n_folds))]
+    @property
+    def training_seeds(self) -> tuple[int, ...]:
+        """The seeds of all trainings."""
+        return tuple(range(self.seed, self.seed + self.seeds))
+
+    def fold_models(self, n_folds: int) -> tuple[FoldModel, ...]:
+        """List the models that are trained; their numbers are those of the members of `finetune.network`."""
+        return fold_models(self.training_seeds, n_folds)
+
+    def network_members(self, n_folds: int) -> list[tuple[int, ...]]:
+        """List the members that each network holds: one network for all, or one per member for "full"."""
+        members = range(self.seeds * n_folds)
+        return [(member,) for member in members] if self.method == "full" else [tuple(members)]
 
 
 @dataclass(frozen=True)
@@ -113,7 +138,7 @@ class ComputeOptions:
         data: folder of the known datasets.
         weights: a local checkpoint of the backbone instead of the hub's.
         device: "auto", "cpu", "cuda" or "cuda:N".
-        folds_at_once: folds per forward pass; None for all on a GPU and one on a CPU.
+        folds_at_once: folds (of all seeds together) per forward pass; None for all on a GPU and one on a CPU.
         compile: compile the backbone's blocks with torch.compile; None for where it pays, if `fast`, on an NVIDIA GPU.
         fast: try what is faster on an NVIDIA GPU (`finetune.fast`); plain PyTorch without it.
         grad_checkpointing: compute activations twice instead of keeping them.
@@ -140,12 +165,12 @@ class ComputeOptions:
         paths = {"data": self.data, "weights": self.weights}
         return asdict(self) | {name: None if path is None else str(path.resolve()) for name, path in paths.items()}
 
-    def resolved_folds_at_once(self, device: torch.device, n_folds: int) -> int:
-        """Choose the folds per forward pass: at most `n_folds`, and by default all on a GPU and one on a CPU.
+    def resolved_folds_at_once(self, device: torch.device, n_members: int) -> int:
+        """Choose the members per forward pass: at most `n_members`, and by default all on a GPU and one on a CPU.
 
-        A CPU is faster with one: the activations of several folds would not fit into its caches.
+        A CPU is faster with one: the activations of several would not fit into its caches.
         """
-        return min(self.folds_at_once or (n_folds if device.type == "cuda" else 1), n_folds)
+        return min(self.folds_at_once or (n_members if device.type == "cuda" else 1), n_members)
 
 
 def training_precision(asked: str, backbone: Backbone, device: torch.device) -> str:

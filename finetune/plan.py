@@ -39,10 +39,10 @@ class Plan:
         model, method: as asked.
         modules: the layers that get adapters; none for the other methods.
         n_parameters: of the backbone, without classifier.
-        n_trained: per fold, classifier included.
-        n_folds, folds_at_once, batch_size, precision: of the training.
+        n_trained: per fold model, classifier included.
+        n_folds, n_seeds, folds_at_once, batch_size, precision: of the training.
         weights_mb: the frozen weights in float32.
-        rows_mb: trained values, their gradients, two moments and the best epoch, of all folds trained at once.
+        rows_mb: trained values, their gradients, two moments and the best epoch, of all models trained at once.
         kept_mb: what one forward pass keeps for its backward pass.
     """
 
@@ -52,6 +52,7 @@ class Plan:
     n_parameters: int
     n_trained: int
     n_folds: int
+    n_seeds: int
     folds_at_once: int
     batch_size: int
     precision: str
@@ -72,15 +73,22 @@ def make_plan(options: FinetuneOptions, compute_options: ComputeOptions = Comput
     view = options.resolved_view(backbone)
     transform = make_transform(backbone, view)
     precision = training_precision(options.precision, backbone, device)
-    folds = options.network_folds(options.cv)[0]
-    at_once = compute_options.resolved_folds_at_once(device, len(folds))
+    members = options.network_members(options.cv)[0]
+    at_once = compute_options.resolved_folds_at_once(device, len(members))
     with torch.device("meta"):  # where even constructors that compute with values run
-        model = build_model(backbone, None, dynamic=view.input_size is not None)
+        model = build_model(backbone, None, dynamic=view.resizes(backbone))
     check_forward(model, backbone, transform.input_size)
     n_parameters = sum(parameter.numel() for parameter in model.parameters())
     with FakeTensorMode(allow_non_fake_inputs=True):
         model = model.to_empty(device="cpu")
-        network = Network(model, backbone, method=options.method, lora=options.lora, folds=folds, seed=options.seed)
+        network = Network(
+            model,
+            backbone,
+            method=options.method,
+            lora=options.lora,
+            fold_models=options.fold_models(options.cv),
+            members=members,
+        )
         shape = (recipe.batch_size, 3, transform.input_size, transform.input_size)
         kept = at_once * _kept_bytes(network, torch.empty(shape), precision)
     modules = tuple(
@@ -100,17 +108,18 @@ def make_plan(options: FinetuneOptions, compute_options: ComputeOptions = Comput
         n_parameters=n_parameters,
         n_trained=network.n_trained,
         n_folds=options.cv,
+        n_seeds=options.seeds,
         folds_at_once=at_once,
         batch_size=recipe.batch_size,
         precision=precision,
         weights_mb=0.0 if options.method == "full" else 4 * n_parameters / 2**20,
-        rows_mb=4 * 5 * network.n_trained * len(folds) / 2**20,
+        rows_mb=4 * 5 * network.n_trained * len(members) / 2**20,
         kept_mb=kept / 2**20,
     )
 
 
 def _kept_bytes(network: Network, images: Tensor, precision: str) -> int:
-    """Count the bytes that a step of one fold keeps for its backward pass, each storage once, without parameters."""
+    """Count the bytes that a step of one member keeps for its backward pass, each storage once, without parameters."""
     sizes: dict[int, int] = {}
     parameters = {
         tensor.untyped_storage()._cdata for tensor in (network.values, *network.parameters(), *network.buffers())
@@ -128,5 +137,5 @@ def _kept_bytes(network: Network, images: Tensor, precision: str) -> int:
         torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
         torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"),
     ):
-        network(images, network.folds[:1], step=0)
+        network(images, network.members[:1], step=0)
     return sum(sizes.values())

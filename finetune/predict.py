@@ -29,17 +29,21 @@ from features.tables import first_of, is_missing
 from finetune.compute import Compute
 from finetune.network import Network
 from finetune.options import ComputeOptions, FinetuneOptions
-from finetune.score import load_folds, patch_logits
+from finetune.predict_groups import GroupRate, by_group_path, group_rates, group_table, groups_of
+from finetune.score import load_members, patch_logits
 from finetune.setup import build_network, training_transform
+from probe.ensembles import ensemble_of
 from probe.logistic import predict_logits
-from probe.predictions import csv_bytes
-from probe.runs import RunRecord, check_weights, read_run, read_weights
+from probe.metrics import as_dict
+from probe.predictions import VALIDATION, csv_bytes
+from probe.rates import error_rates
+from probe.runs import RunRecord, check_weights, read_predictions, read_run, read_weights
 
 COLUMNS = ("source", "id", "probability", "predicted", "spread")
 _BATCH = {"cpu": 8, "cuda": 64, "mps": 64}  # images per forward pass of a frozen backbone
 # Parts of a fingerprint that say where, and of which patches, embeddings were computed, but not by which function.
 _CIRCUMSTANCES = ("dataset_digest", "source_mpp", "poolings", "device", "numerics", "revision")
-_Predictor = Callable[[Patches, ProgressCallback], NDArray[np.float32]]  # patches to logits (n, n_folds)
+_Predictor = Callable[[Patches, ProgressCallback], NDArray[np.float32]]  # patches to logits (n, n_models)
 
 
 def predict_paths(
@@ -50,11 +54,13 @@ def predict_paths(
     device: str = "auto",
     weights: Path | None = None,
     threshold: float | None = None,
+    by: str | None = None,
 ) -> dict[str, Any]:
-    """Apply a run to patches and write a CSV.
+    """Apply a run to patches and write a CSV, and with `by="group"` a second one with a row per group (slide).
 
     Its columns: source (the path given), id (below it), probability (of class 1, the mean over fold models), predicted
-    (the class's name), spread (population standard deviation over fold models), and fold_0, fold_1, ... (each one's).
+    (the class's name), spread (population standard deviation over fold models), and fold_0, fold_1, ... (each one's);
+    of a run with several seeds seed_42_fold_0, seed_42_fold_1, ...
 
     Args:
         run: folder of a probe run or a fine-tuned one.
@@ -63,17 +69,22 @@ def predict_paths(
         device: "auto", "cpu", "cuda", "cuda:N" or "mps".
         weights: a local checkpoint of the backbone instead of the hub's; it must be the very same.
         threshold: class 1 from this probability on; None for the run's own, chosen on its out-of-fold predictions.
+        by: "group" for the share of class 1 in every group of patches; see `finetune.predict_groups`.
 
     Returns:
-        n, n_positive, n_folds, threshold, label_names, out.
+        n, n_positive, n_folds, n_models, threshold, label_names, out; with `by` by_group, what the second CSV holds.
 
     Raises:
         UserError: a threshold that is no probability, no run, a backbone that cannot be had as it was, patches that
-            cannot be read, or a full disk.
+            cannot be read or whose groups are not known, or a full disk.
     """
     if threshold is not None and not 0 <= threshold <= 1:
         raise UserError(f"`threshold={threshold}` is no probability: expected a number from 0 to 1.")
-    _check_out(out, run, paths)
+    if by not in (None, "group"):
+        raise UserError(f"`by={by}`: expected group, for the share of positives in every group of patches.")
+    outs = [out, *([by_group_path(out)] if by else [])]
+    for one in outs:
+        _check_out(one, run, paths)
     record = read_run(run)
     check_weights(run, record)
     torch_device = find_device(device, apple=record.kind == "probe" and record.precision == "fp32")
@@ -81,28 +92,49 @@ def predict_paths(
     backbone = find_backbone(record.model)
     loaded = fetch_weights(backbone, weights=weights)
     _require_same_backbone(run, record, backbone, loaded, torch_device)
-    sources = [load_patches(path) for path in paths]
+    sources = [load_patches(path, grouped=by is not None) for path in paths]
+    groups = [groups_of(patches, path) for patches, path in zip(sources, paths, strict=True)] if by else []
     for patches in sources:
         _say_other_classes(patches, record)
     make = _probe_predictor if record.kind == "probe" else _finetuned_predictor
     predict = make(run, record, backbone, loaded, torch_device)
-    n_folds = record.folds.n
-    with progress("predict", n_folds * sum(len(patches.id) for patches in sources)) as advance:
+    n_models = len(record.fold_models)
+    with progress("predict", n_models * sum(len(patches.id) for patches in sources)) as advance:
         logits = [predict(patches, advance) for patches in sources]
     limit = record.figures.threshold if threshold is None else threshold
-    probability = [expit(logit.astype(np.float64)) for logit in logits]  # (n, n_folds) of each source
+    probability = [expit(logit.astype(np.float64)) for logit in logits]  # (n, n_models) of each source
+    means = [models.mean(axis=1) for models in probability]
+    tables = [_table(sources, probability, limit, record)]
+    rates: list[GroupRate] = []
+    if by:
+        out_of_fold = ensemble_of(read_predictions(run), record.train, VALIDATION)
+        errors = error_rates(out_of_fold, threshold=limit)
+        rates = group_rates([patches.source for patches in sources], groups, means, threshold=limit, errors=errors)
+        tables.append(group_table(rates))
     with writing(out.parent):
         out.parent.mkdir(parents=True, exist_ok=True)
-        write_file(out, [_table(sources, probability, limit, record.label_names)])
-    means = np.concatenate([folds.mean(axis=1) for folds in probability])
-    return {
+        for one, table in zip(outs, tables, strict=True):
+            write_file(one, [table])
+    summary = {
         "out": str(out),
-        "n": len(means),
-        "n_positive": int((means >= limit).sum()),
-        "n_folds": n_folds,
+        "n": sum(map(len, means)),
+        "n_positive": int(sum((mean >= limit).sum() for mean in means)),
+        "n_folds": record.folds.n,
+        "n_models": n_models,
         "threshold": limit,
         "label_names": list(record.label_names),
     }
+    if by:
+        summary["by_group"] = as_dict(
+            {
+                "out": str(outs[1]),
+                "n_without": sum(names.count("") for names in groups),
+                "sensitivity": errors.sensitivity,
+                "specificity": errors.specificity,
+                "groups": rates,
+            }
+        )
+    return summary
 
 
 def _check_out(out: Path, run: Path, paths: Sequence[Path]) -> None:
@@ -157,7 +189,7 @@ def _probe_predictor(
     view = parse_view(record.view)
     transform = training_transform(backbone, view, "card")
     pooling = record.card_pooling if record.pooling == "card" else record.pooling
-    model = build_model(backbone, loaded, dynamic=view.input_size is not None)
+    model = build_model(backbone, loaded, dynamic=view.resizes(backbone))
     example = torch.zeros(1, 3, transform.input_size, transform.input_size, device=device)
     model = optimize_for_inference(model, device, example=example)
     size = _BATCH[device.type]
@@ -184,23 +216,25 @@ def _finetuned_predictor(
     options = FinetuneOptions.from_record(record.options)
     view = parse_view(record.view)
     transform = training_transform(backbone, view, record.statistics)
-    network_folds = options.network_folds(record.folds.n)
-    at_once = ComputeOptions().resolved_folds_at_once(device, record.folds.n)
+    network_members = options.network_members(record.folds.n)
+    at_once = ComputeOptions().resolved_folds_at_once(device, len(record.fold_models))
     compute = Compute(device, record.precision, at_once)
 
-    def load(folds: tuple[int, ...]) -> Network:
-        network = build_network(backbone, loaded, options, view, folds, device=device)
-        load_folds(network, run)
+    def load(members: tuple[int, ...]) -> Network:
+        network = build_network(
+            backbone, loaded, options, view, fold_models=record.fold_models, members=members, device=device
+        )
+        load_members(network, run)
         network.compute_in(compute.precision)
         return network
 
-    network = load(network_folds[0]) if len(network_folds) == 1 else None
+    network = load(network_members[0]) if len(network_members) == 1 else None
 
     def predict(patches: Patches, advance: ProgressCallback) -> NDArray[np.float32]:
         rows = np.arange(len(patches.id))
         logits = [
-            patch_logits(network or load(folds), patches.decode, rows, transform, compute=compute, advance=advance)
-            for folds in network_folds
+            patch_logits(network or load(members), patches.decode, rows, transform, compute=compute, advance=advance)
+            for members in network_members
         ]
         return np.concatenate(logits, axis=1)
 
@@ -208,13 +242,17 @@ def _finetuned_predictor(
 
 
 def _table(
-    sources: Sequence[Patches], probability: Sequence[NDArray[np.float64]], threshold: float, names: Sequence[str]
+    sources: Sequence[Patches], probability: Sequence[NDArray[np.float64]], threshold: float, record: RunRecord
 ) -> bytes:
-    header = (*COLUMNS, *(f"fold_{fold}" for fold in range(probability[0].shape[1])))
+    several, names = len(record.seeds) > 1, record.label_names
+    header = (
+        *COLUMNS,
+        *(f"seed_{seed}_fold_{fold}" if several else f"fold_{fold}" for seed, fold in record.fold_models),
+    )
     rows = []
     for patches, patch_probability in zip(sources, probability, strict=True):
-        for id, folds in zip(patches.id, patch_probability, strict=True):
-            mean = folds.mean()
-            row = (f"{mean:.6f}", names[int(mean >= threshold)], f"{folds.std():.6f}")
-            rows.append((patches.source, id, *row, *(f"{value:.6f}" for value in folds)))
+        for id, models in zip(patches.id, patch_probability, strict=True):
+            mean = models.mean()
+            row = (f"{mean:.6f}", names[int(mean >= threshold)], f"{models.std():.6f}")
+            rows.append((patches.source, id, *row, *(f"{value:.6f}" for value in models)))
     return csv_bytes(header, rows)

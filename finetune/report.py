@@ -19,7 +19,7 @@ from extract.registry import BACKBONES
 from features.console import UserError, say
 from features.files import write_file, writing
 from features.labels import NUMBERS, parse_renaming
-from probe.report.collect import Report, collect
+from probe.report.collect import Report, ReportOptions, collect
 from probe.report.gallery import PAGE_BYTES, Pixels, embedding_maps, make_thumbnails, open_store, select_patches
 from probe.report.page import html, with_thumbnails
 from probe.report.read import Run, read_runs
@@ -39,6 +39,7 @@ def make_report(
     data: Path | None = None,
     store: Path | str | None = None,
     resampling: Resampling = Resampling(),
+    options: ReportOptions = ReportOptions(),
 ) -> tuple[str, Report, list[Run]]:
     """Compare runs.
 
@@ -50,15 +51,16 @@ def make_report(
         data: the folder of the known datasets.
         store: the feature store that the map is drawn from; None for the one that runs were probed from.
         resampling: how resamples are drawn.
+        options: what else is asked: a margin, prevalences, and so on.
 
     Returns:
         The text, the figures in it, and the runs.
 
     Raises:
-        UserError: no runs, damaged ones, runs of different folds, or of different patches.
+        UserError: no runs, damaged ones, runs of different training sets or classes, or of different patches.
     """
     read, notes = read_runs(runs, named=named, folds=folds)
-    report = collect(read, notes, resampling=resampling)
+    report = collect(read, notes, resampling=resampling, options=options)
     if format != "html":
         table = markdown if format == "markdown" else latex
         return "\n".join(table(grid) for grid in grids(report, read)), report, read

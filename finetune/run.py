@@ -23,7 +23,8 @@ from finetune.checkpoint import RESUME, START_FILE, State, clear_up, load_state,
 from finetune.network import Network
 from finetune.options import ComputeOptions, FinetuneOptions
 from finetune.process_group import SINGLE_PROCESS, ProcessGroup, ProcessLostError
-from finetune.score import fold_folder, load_folds, score
+from finetune.recipes import Recipe
+from finetune.score import load_members, member_folder, score
 from finetune.setup import Setup, build_network, find_copies, load_training_set, new_network, prepare
 from finetune.step import TrainingSet
 from finetune.train import new_state, train
@@ -57,7 +58,7 @@ def finetune(
     setup = prepare(options, compute_options, process_group)
     _compute_reproducibly(setup)
     _connect(setup)
-    network = new_network(setup, setup.network_folds[0])  # refuses wrong targets before there is a folder
+    network = new_network(setup, setup.network_members[0])  # refuses wrong targets before there is a folder
     folder = process_group.broadcast("folder", lambda: str(_begun_before(setup, runs) or _begin(setup, runs)))
     return _train_and_finish(setup, Path(folder), network)
 
@@ -92,8 +93,12 @@ def resume(
     computing = {field.name for field in fields(ComputeOptions)}
     changes = {name: value for name, value in (given or {}).items() if name in computing}
     _require_same_options(folder, options, {n: value for n, value in (given or {}).items() if n not in computing})
-    setup = prepare(options, replace(ComputeOptions.from_record(record["compute"]), **changes), process_group)
-    differing = [f"{key} was {was} and is {now}" for key, was, now in differences(record["identity"], setup.identity())]
+    recipe = Recipe.from_record(record["identity"]["recipe"])  # as it was: what the options mean may have changed since
+    computing_options = replace(ComputeOptions.from_record(record["compute"]), **changes)
+    setup = prepare(options, computing_options, process_group, recipe=recipe)
+    now = setup.identity()
+    then = record["identity"] | {name: now[name] for name in ("options", "recipe")}  # they are the training's own
+    differing = [f"{key} was {was} and is {is_now}" for key, was, is_now in differences(then, now)]
     if differing:
         raise UserError(
             f"{folder} cannot be resumed, because what it was started with has changed: {'; '.join(differing[:5])}. "
@@ -103,7 +108,7 @@ def resume(
         say("Package versions have changed since the start: the result may differ in its last digits.")
     _compute_reproducibly(setup)
     _connect(setup)
-    return _train_and_finish(setup, folder, new_network(setup, setup.network_folds[0]))
+    return _train_and_finish(setup, folder, new_network(setup, setup.network_members[0]))
 
 
 def _require_same_options(folder: Path, options: FinetuneOptions, given: Mapping[str, Any]) -> None:
@@ -164,7 +169,7 @@ def _train_and_finish(setup: Setup, folder: Path, network: Network) -> RunRecord
         data = load_training_set(setup)
         network, state = _train_networks(setup, folder, network, data)
         if setup.compute_options.merge and process_group.is_first:
-            _merge_folds(setup, folder)
+            _merge_members(setup, folder)
         process_group.barrier("weights")
         started = time.perf_counter()
         predictions = setup.experiment.predictions(score(setup, folder, data))
@@ -197,55 +202,61 @@ def _compute_reproducibly(setup: Setup) -> None:
 
 
 def _train_networks(setup: Setup, folder: Path, network: Network, data: TrainingSet) -> tuple[Network, State]:
-    """Train every network that has not finished, and save the best epoch of each fold.
+    """Train every network that has not finished, and save the best epoch of each member.
 
     Returns:
-        The last network and the last state, whose history is that of all folds.
+        The last network and the last state, whose history is that of all members.
     """
     process_group, size = setup.compute.process_group, setup.recipe.batch_size
     state = load_state(folder, setup.compute.device)
-    summary = None if state is None else [state.folds, state.n_steps, state.n_images]
+    summary = None if state is None else [state.members, state.n_steps, state.n_images]
     process_group.assert_same("checkpoint", {"n_steps": summary})
-    first = 0 if state is None else setup.network_folds.index(state.folds)  # earlier ones are finished and saved
+    first = 0 if state is None else setup.network_members.index(state.members)  # earlier ones are finished and saved
     n_training = setup.experiment.folds.training.sum(axis=1).tolist()
-    total = setup.recipe.epochs * sum(-(-n // size) * size for n in n_training)
+    total = setup.recipe.epochs * setup.options.seeds * sum(-(-n // size) * size for n in n_training)
     with progress(f"train {setup.backbone.name}", total) as advance:
         advance(0 if state is None else state.n_images)
-        for folds in setup.network_folds[first:]:
-            if folds != network.folds:
-                network = new_network(setup, folds)
-            if state is None or state.folds != folds:
+        for members in setup.network_members[first:]:
+            if members != network.members:
+                network = new_network(setup, members)
+            if state is None or state.members != members:
                 state = new_state(network, after=state)
             train(
                 network,
                 data,
                 setup.recipe,
                 state=state,
-                seed=setup.options.seed,
                 compute=setup.compute,
                 save=lambda state: save_state(folder, state) if process_group.is_first else None,
                 advance=advance,
             )
             network.values.copy_(state.best)
             if process_group.is_first:
-                for fold in folds:
-                    network.save_fold(fold_folder(folder, fold), fold)
+                for member in members:
+                    network.save_member(member_folder(folder, network, member), member)
             network.release()  # callers hold the first one while others train, and all are scored from their files
             state.values = state.best = state.moments = network.values
     assert state is not None  # there is at least one network
     return network, state
 
 
-def _merge_folds(setup: Setup, folder: Path) -> None:
-    """Write each fold of a LoRA run as a plain timm network too."""
+def _merge_members(setup: Setup, folder: Path) -> None:
+    """Write each member of a LoRA run as a plain timm network too."""
     if setup.options.method != "lora":
         return
-    (folds,) = setup.network_folds
-    device = setup.compute.device
-    network = build_network(setup.backbone, setup.weights, setup.options, setup.view, folds, device=device)
-    load_folds(network, folder)
-    for fold in folds:
-        network.save_merged(fold_folder(folder, fold), fold)
+    (members,) = setup.network_members
+    network = build_network(
+        setup.backbone,
+        setup.weights,
+        setup.options,
+        setup.view,
+        fold_models=setup.fold_models,
+        members=members,
+        device=setup.compute.device,
+    )
+    load_members(network, folder)
+    for member in members:
+        network.save_merged(member_folder(folder, network, member), member)
 
 
 def _record(setup: Setup, run_id: str, network: Network, state: State) -> RunRecord:
@@ -271,9 +282,10 @@ def _record(setup: Setup, run_id: str, network: Network, state: State) -> RunRec
         fingerprints={n: fingerprint(setup.fingerprint_parts(patches)) for n, patches in setup.datasets.items()},
         embedding=setup.fingerprint_parts(setup.patches),
         folds=experiment.folds_record(),
+        seeds=options.training_seeds,
         table_digests=experiment.table_digests,
-        best_epoch=tuple(best_epoch(state.scores(fold)) for fold in range(experiment.folds.n_folds)),
-        history=tuple(tuple(state.history[fold]) for fold in range(experiment.folds.n_folds)),
+        best_epoch=tuple(best_epoch(state.scores(member)) for member in range(len(setup.fold_models))),
+        history=tuple(tuple(state.history[member]) for member in range(len(setup.fold_models))),
         cost=Cost(
             device=compute.device.type,
             training_seconds=round(state.seconds, 3),

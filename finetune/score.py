@@ -24,41 +24,44 @@ from finetune.setup import Setup, new_network
 from finetune.step import TrainingSet
 from finetune.train import validation_logits
 from probe.experiment import FoldLogits
+from probe.runs import weights_folder
 
 
-def fold_folder(run: Path, fold: int) -> Path:
-    """Return the folder in which a run keeps the weights of a fold."""
-    return run / f"fold-{fold}"
+def member_folder(run: Path, network: Network, member: int) -> Path:
+    """Return the folder in which a run keeps the weights of a member."""
+    n_seeds = len({model.seed for model in network.fold_models})
+    return weights_folder(run, network.fold_models[member], n_seeds=n_seeds)
 
 
-def load_folds(network: Network, run: Path) -> None:
-    """Read the weights of all of a network's folds from a run.
+def load_members(network: Network, run: Path) -> None:
+    """Read the weights of all of a network's members from a run.
 
     Raises:
         UserError: a missing, truncated or foreign file.
     """
-    for fold in network.folds:
-        network.load_fold(fold_folder(run, fold), fold)
+    for member in network.members:
+        network.load_member(member_folder(run, network, member), member)
 
 
 def score(setup: Setup, run: Path, data: TrainingSet) -> FoldLogits:
-    """Score held-out rows under the model of their own fold, and every test set under the models of all folds."""
+    """Score held-out rows under the models of their own fold, and every test set under all models."""
     experiment, compute = setup.experiment, setup.compute
-    n_folds = experiment.folds.n_folds
-    validation = np.empty(len(experiment.rows), dtype=np.float32)
-    tests = {name: np.empty((len(rows), n_folds), dtype=np.float32) for name, rows in experiment.tests.items()}
-    with progress("score", n_folds * sum(map(len, tests.values()))) as advance:
-        for folds in setup.network_folds:
-            network = new_network(setup, folds, training=False)
-            load_folds(network, run)
-            for fold, logit in validation_logits(network, data, folds, compute=compute).items():
-                validation[data.held_out(fold)] = logit
+    seeds, fold_models = setup.options.training_seeds, setup.fold_models
+    validation = np.empty((len(experiment.rows), len(seeds)), dtype=np.float32)
+    tests = {name: np.empty((len(rows), len(fold_models)), dtype=np.float32) for name, rows in experiment.tests.items()}
+    with progress("score", len(fold_models) * sum(map(len, tests.values()))) as advance:
+        for members in setup.network_members:
+            network = new_network(setup, members, training=False)
+            load_members(network, run)
+            for member, logit in validation_logits(network, data, members, compute=compute).items():
+                seed, fold = fold_models[member]
+                validation[data.held_out(fold), seeds.index(seed)] = logit
             for name, rows in experiment.tests.items():
                 decode = setup.datasets[name].decode
-                tests[name][:, list(folds)] = patch_logits(
+                tests[name][:, list(members)] = patch_logits(
                     network, decode, rows, setup.transform, compute=compute, advance=advance
                 )
-    return FoldLogits(validation, tests)
+    return FoldLogits(validation, tests, seeds)
 
 
 def patch_logits(
@@ -70,11 +73,11 @@ def patch_logits(
     compute: Compute,
     advance: ProgressCallback,
 ) -> NDArray[np.float32]:
-    """Compute the logits (len(rows), n_folds) of patches, under the weights of all of the network's folds."""
+    """Compute the logits (len(rows), n_members) of patches, under the weights of all of the network's members."""
     size, process_group = EVALUATION_BATCH[compute.device.type], compute.process_group
     shard = rows[process_group.shard_rows(len(rows))]
     batches = [shard[start : start + size].tolist() for start in range(0, len(shard), size)]
-    logits = [np.empty((0, len(network.folds)), dtype=np.float32)]
+    logits = [np.empty((0, len(network.members)), dtype=np.float32)]
     with closing(decoded(decode, batches, device=compute.device)) as ready:
         for batch, images in ready:
             pixels = transform.resized(images, compute.device)
@@ -83,7 +86,7 @@ def patch_logits(
                 repeated = pixels.expand(len(group), -1, -1, -1, -1)
                 return network_logits(network, transform, repeated, group, compute=compute)
 
-            parts = compute.map_passes(network, network.folds, logits_of)
+            parts = compute.map_passes(network, network.members, logits_of)
             logits.append(torch.cat(parts).T.cpu().numpy())  # (b, f)
-            advance(len(batch) * len(network.folds) * process_group.world_size)
+            advance(len(batch) * len(network.members) * process_group.world_size)
     return process_group.all_gather(np.concatenate(logits), len(rows), compute.device)

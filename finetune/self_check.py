@@ -27,7 +27,7 @@ from extract.doctor import Check, Status, installed_gpus
 from extract.views import Transform, make_transform, parse_view
 from features.console import progress
 from features.device import compute_exactly
-from features.folds import Folds
+from features.folds import Folds, fold_models
 from finetune import kernels
 from finetune.compute import Compute
 from finetune.dropout import drop_threshold
@@ -186,7 +186,6 @@ def run_training(
         data,
         recipe,
         state=new_state(network),
-        seed=0,
         compute=compute,
         save=after_epoch,
         advance=lambda n, note=None: None,
@@ -246,7 +245,7 @@ def dropout(device: torch.device, *, tiny: bool) -> list[Check]:
     width, tokens = (16, 64) if tiny else (32, 8192)
     options = LoraOptions(rank=width, alpha=width, targets="0")
     model = nn.Sequential(nn.Linear(width, width, bias=False)).to(device)
-    add_adapters(model, options, n_folds=N_FOLDS, seed=0)
+    add_adapters(model, options, fold_models=fold_models([0], N_FOLDS))
     ((_, module),) = adapters(model)
     module.triton = device.type == "cuda" and kernels.verify(device, torch.float32)
     with torch.no_grad():  # the frozen product is zero and both factors are the identity: the output is the mask
@@ -432,10 +431,10 @@ def _training_step(device: torch.device, *, tiny: bool) -> tuple[Backbone, Calla
     recipe = replace(recipe_for("default", method="lora", convolutional=False), batch_size=8)
     network.shard_batches(compute.process_group, recipe.batch_size)
     state = new_state(network)
-    drawn = {fold: draw_epoch(data, fold, recipe, seed=0, epoch=0) for fold in network.folds}
+    drawn = {member: draw_epoch(data, network.fold_models[member], recipe, epoch=0) for member in network.members}
     step = Step(network, data, recipe, moments=state.moments, compute=compute)
     step.begin(epoch_batches(network, data, recipe, drawn, state=state, epoch=0))
-    return backbone, lambda: step(0, network.folds)
+    return backbone, lambda: step(0, network.members)
 
 
 # ---------------------------------------------------------------------------------------------- small things to look at
@@ -476,7 +475,7 @@ def lora_network(
         torch.manual_seed(0)
         model = build_model(backbone, None)
     lora = LoraOptions(dropout=dropout)
-    return Network(model.to(device, dtype), backbone, method="lora", lora=lora, folds=range(N_FOLDS), seed=0)
+    return Network(model.to(device, dtype), backbone, method="lora", lora=lora, fold_models=fold_models([0], N_FOLDS))
 
 
 def drawn_training_set(backbone: Backbone, n: int, device: torch.device) -> TrainingSet:

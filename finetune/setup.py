@@ -30,6 +30,7 @@ from extract.registry import IMAGENET_MEAN, IMAGENET_STD
 from extract.views import Transform, View, make_transform
 from features.console import ProgressCallback, progress, say
 from features.device import compute_exactly, find_device
+from features.folds import FoldModel
 from features.labels import parse_renaming
 from features.samples import audit
 from finetune.compute import Compute, checkpoint_gradients
@@ -76,16 +77,21 @@ class Setup:
         return self.datasets[self.experiment.train]
 
     @property
-    def network_folds(self) -> list[tuple[int, ...]]:
-        """The folds of each network that is trained; the networks are trained one after the other."""
-        return self.options.network_folds(self.experiment.folds.n_folds)
+    def network_members(self) -> list[tuple[int, ...]]:
+        """The members of each network that is trained; the networks are trained one after the other."""
+        return self.options.network_members(self.experiment.folds.n_folds)
+
+    @property
+    def fold_models(self) -> tuple[FoldModel, ...]:
+        """Seed and fold of every member."""
+        return self.options.fold_models(self.experiment.folds.n_folds)
 
     @property
     def compiles(self) -> bool:
         """Whether to compile the backbone's blocks: where the user says so, or where training is long enough for it."""
         if self.compute_options.compile is not None:
             return self.compute_options.compile
-        n_images = self.recipe.epochs * int(self.experiment.folds.training.sum())
+        n_images = self.recipe.epochs * self.options.seeds * int(self.experiment.folds.training.sum())
         # Forward, and the gradient of the input.
         return self.compute.fast and worth_compiling(self.backbone, 2 * n_images)
 
@@ -113,8 +119,14 @@ def prepare(
     options: FinetuneOptions,
     compute_options: ComputeOptions = ComputeOptions(),
     process_group: ProcessGroup = SINGLE_PROCESS,
+    *,
+    recipe: Recipe | None = None,
 ) -> Setup:
     """Find and check everything that a fine-tuning needs.
+
+    Args:
+        options, compute_options, process_group: see `finetune.run.finetune`.
+        recipe: of a training that is resumed, which may be older than what the options mean today.
 
     Raises:
         UserError: see `finetune.run.finetune`.
@@ -127,8 +139,8 @@ def prepare(
     compute_exactly(device)
     fast = compute_options.fast and device.type == "cuda"
     backbone = find_backbone(options.model)
-    recipe = options.resolved_recipe(backbone)
-    view = options.resolved_view(backbone)
+    recipe = recipe or options.resolved_recipe(backbone)
+    view = options.resolved_view(backbone, recipe)
     datasets = _load_datasets(options, compute_options.data)
     train = next(iter(datasets))
     return Setup(
@@ -142,15 +154,15 @@ def prepare(
             train,
             {name: patches.samples for name, patches in datasets.items()},
             cv=options.cv,
-            seed=options.seed,
-            paper_folds=options.recipe == "paper",
+            fold_seed=options.fold_seed,
+            paper_folds=options.recipe != "default",
         ),
         weights=fetch_weights(backbone, weights=compute_options.weights),
         transform=training_transform(backbone, view, recipe.statistics),
         compute=Compute(
             device,
             training_precision(options.precision, backbone, device),
-            folds_at_once=compute_options.resolved_folds_at_once(device, len(options.network_folds(options.cv)[0])),
+            folds_at_once=compute_options.resolved_folds_at_once(device, len(options.network_members(options.cv)[0])),
             process_group=process_group,
             same_shapes=fast or bool(compute_options.compile),
             fast=fast,
@@ -215,15 +227,23 @@ def _pixel_digests(patches: PatchDataset, rows: NDArray[np.intp], advance: Progr
 
 
 def training_transform(backbone: Backbone, view: View, statistics: str) -> Transform:
-    """Make the view's transform, normalising by the card's statistics ("card") or by ImageNet's ("imagenet")."""
+    """Make the view's transform; runs from before views said so normalise by ImageNet's `statistics` ("imagenet")."""
     transform = make_transform(backbone, view)
     return transform if statistics == "card" else replace(transform, mean=IMAGENET_MEAN, std=IMAGENET_STD)
 
 
-def new_network(setup: Setup, folds: Sequence[int], *, training: bool = True) -> Network:
-    """Build the network of some folds before training, set up to compute as the user wants it; or only to evaluate."""
+def new_network(setup: Setup, members: Sequence[int], *, training: bool = True) -> Network:
+    """Build the network of some members before training, set up to compute as the user wants; or only to evaluate."""
     compute, size = setup.compute, setup.recipe.batch_size
-    network = build_network(setup.backbone, setup.weights, setup.options, setup.view, folds, device=compute.device)
+    network = build_network(
+        setup.backbone,
+        setup.weights,
+        setup.options,
+        setup.view,
+        fold_models=setup.fold_models,
+        members=members,
+        device=compute.device,
+    )
     network.compute_in(compute.precision)
     if setup.compute_options.grad_checkpointing:
         checkpoint_gradients(network)
@@ -241,19 +261,20 @@ def build_network(
     weights: Weights,
     options: FinetuneOptions,
     view: View,
-    folds: Sequence[int],
     *,
+    fold_models: Sequence[FoldModel],
+    members: Sequence[int],
     device: torch.device,
 ) -> Network:
-    """Build the backbone on its device, with the adapters and classifiers of some folds.
+    """Build the backbone on its device, with the adapters and classifiers of some members.
 
     Raises:
         UserError: weights that do not fit, an input size that does not, or targets that match nothing.
     """
-    model = build_model(backbone, weights, dynamic=view.input_size is not None)
+    model = build_model(backbone, weights, dynamic=view.resizes(backbone))
     check_forward(model.to(device), backbone, make_transform(backbone, view).input_size)
     model = model.to(memory_format=torch.channels_last)  # of convolutions; other layers stay as they are
-    return Network(model, backbone, method=options.method, lora=options.lora, folds=folds, seed=options.seed)
+    return Network(model, backbone, method=options.method, lora=options.lora, fold_models=fold_models, members=members)
 
 
 def load_training_set(setup: Setup) -> TrainingSet:

@@ -1,4 +1,4 @@
-"""What happens in one training step of all folds?
+"""What happens in one training step of all members?
 
 Patches become images, images losses, losses gradients, and gradients steps of Adam. On a GPU nothing in a step waits
 for the device: rows, random numbers and learning rates of an epoch lie there when it begins, and losses are read when
@@ -60,7 +60,7 @@ class TrainingSet:
 
 @dataclass(frozen=True, eq=False)
 class Batches:
-    """What the folds of a network see in the steps of an epoch; without the first axis, in one step.
+    """What the members of a network see in the steps of an epoch; without the first axis, in one step.
 
     Attributes:
         rows: (n_batches, f, b) of the training set, on the device of its pixels.
@@ -82,7 +82,7 @@ class Batches:
         return len(self.rows)
 
     def at(self, index: int | slice | list[int]) -> Batches:
-        """Take one step, or of one step some folds."""
+        """Take one step, or of one step some members."""
         return self._map(lambda part: part[index])
 
     def clone(self) -> Batches:
@@ -96,7 +96,7 @@ class Batches:
                 getattr(self, field.name).copy_(getattr(other, field.name))
 
     def draws_of(self, shard: slice) -> Tensor | None:
-        """Take the draws (f * b, k) of one step, of these patches of every fold's batch."""
+        """Take the draws (f * b, k) of one step, of these patches of every member's batch."""
         return None if self.draws is None else self.draws[:, shard].flatten(0, 1)
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> Batches:
@@ -105,10 +105,10 @@ class Batches:
 
 
 class Step:
-    """One training step of all folds of a network.
+    """One training step of all members of a network.
 
     Attributes:
-        losses: (n_rows,) this process's part of each fold's loss, summed over the steps since `begin`.
+        losses: (n_rows,) this process's part of each member's loss, summed over the steps since `begin`.
     """
 
     def __init__(
@@ -122,31 +122,31 @@ class Step:
         self._graph: torch.cuda.CUDAGraph | None = None
         self._first = True
         self._number = 0
-        self.losses = torch.zeros(len(network.folds), dtype=network.values.dtype, device=network.values.device)
+        self.losses = torch.zeros(len(network.members), dtype=network.values.dtype, device=network.values.device)
 
     def begin(self, batches: Batches, *, first: int = 0) -> None:
         """Take the batches of the next epoch, whose first step has this number among all."""
         self._batches, self._first_number = batches, first
         self.losses.zero_()
 
-    def __call__(self, batch: int, folds: Sequence[int]) -> None:
-        """Step these folds once: those that train in this batch of the epoch.
+    def __call__(self, batch: int, members: Sequence[int]) -> None:
+        """Step these members once: those that train in this batch of the epoch.
 
         Raises:
-            UserError: memory running out with a single fold and checkpointed gradients.
+            UserError: memory running out with a single member and checkpointed gradients.
         """
         now = self._batches.at(batch)
         self._number = self._first_number + batch
         if self._first:
-            self._try_fast(now, folds)
+            self._try_fast(now, members)
             self._first = False
         if self._graph is None:
-            self._step(now, folds)
+            self._step(now, members)
         else:
             self._captured.copy_(now)
             self._graph.replay()
 
-    def _try_fast(self, batch: Batches, folds: Sequence[int]) -> None:
+    def _try_fast(self, batch: Batches, members: Sequence[int]) -> None:
         """Augment by Triton kernels, and capture the step of a small network, where this machine can."""
         network, compute = self._network, self._compute
         if not compute.fast or compute.device.type != "cuda":
@@ -174,24 +174,24 @@ class Step:
             state = [network.values, self._moments, self.losses]
             outcome = [network.gradients, self.losses]
             self._graph = try_graph(
-                lambda: self._step(self._captured, network.folds), state, outcome, precision=compute.precision
+                lambda: self._step(self._captured, network.members), state, outcome, precision=compute.precision
             )
             if self._graph is not None:
                 compute.fast_paths.add("CUDA graph")
 
-    def _step(self, batch: Batches, folds: Sequence[int]) -> None:
+    def _step(self, batch: Batches, members: Sequence[int]) -> None:
         network = self._network
-        for rows, losses in self._backward(batch, folds):
+        for rows, losses in self._backward(batch, members):
             self.losses[rows] += losses
         self._compute.process_group.all_reduce_(network.gradients)
         adam_(network.values[:, : network.n_trained], network.gradients, self._moments, batch.schedule, self._recipe)
 
-    def _backward(self, batch: Batches, folds: Sequence[int]) -> list[tuple[slice | list[int], Tensor]]:
+    def _backward(self, batch: Batches, members: Sequence[int]) -> list[tuple[slice | list[int], Tensor]]:
         """Compute the network's gradients on this process's rows of a batch.
 
         Returns:
-            Of each pass, which rows of the network it held, and these patches' part of each fold's mean loss. Like the
-            gradients, it has to be summed over all processes.
+            Of each pass, which rows of the network it held, and these patches' part of each member's mean loss. Like
+            the gradients, it has to be summed over all processes.
         """
         network, compute, recipe = self._network, self._compute, self._recipe
         statistics = network.values[:, network.n_trained :]
@@ -217,7 +217,7 @@ class Step:
             try:
                 network.seed_layers(self._number, shard.start)
                 network.clear_gradients()
-                losses = compute.map_passes(network, folds, losses_of)
+                losses = compute.map_passes(network, members, losses_of)
                 network.gather_gradients()
                 return losses
             except RuntimeError as error:

@@ -1,12 +1,13 @@
-"""How do all folds train on patches, each by its own sampler, schedule and early stopping?
+"""How do all members train on patches, each by its own sampler, schedule and early stopping?
 
-One loop, `train`. The patches lie decoded on the device as bytes. In every step each fold draws a batch, weighted
-against its class frequencies. The batches are augmented and normalised on the device, pass through the network
-together, and each fold's own optimiser steps its own row of values. After an epoch each fold is scored on its held-out
-slides, and a fold whose score has not improved for long stops.
+A member (`finetune.network`) is the model of one seed and one fold. One loop, `train`. The patches lie decoded on the
+device as bytes. In every step each member draws a batch from its training rows, weighted against its class frequencies.
+The batches are augmented and normalised on the device, pass through the network together, and each member's own
+optimiser steps its own row of values. After an epoch each member is scored on the slides that its fold holds out, and
+one whose score has not improved for long stops.
 
-The random numbers of an epoch follow from (seed, fold, epoch). So a fold's training depends neither on the other folds
-nor on interruptions. Several processes may share the batches (`finetune.process_group`): all draw the same batches, and
+The random numbers of an epoch follow from (seed, fold, epoch). So a member's training depends neither on the others nor
+on interruptions. Several processes may share the batches (`finetune.process_group`): all draw the same batches, and
 each computes its own rows of them.
 """
 
@@ -22,6 +23,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from features.console import ProgressCallback, UserError, say
+from features.folds import FoldModel
 from finetune.augment import draw
 from finetune.checkpoint import State
 from finetune.compute import EVALUATION_BATCH, Compute, network_logits
@@ -37,18 +39,19 @@ from probe.runs import EpochRecord
 from probe.schedule import best_epoch, should_stop
 
 STEPS_APART = 2**20  # between the numbers of the first steps of two epochs
+_MOST_SAID = 10  # members whose accuracies progress tells one by one
 _DRAW_SEED = 2  # keeps these generators apart from those that draw initial values
 
 
 def new_state(network: Network, *, after: State | None = None) -> State:
-    """Make the state before the first step of the network's folds; `after` is the state at the end of other folds."""
+    """Make the state before the first step of the network's members; `after` is that at the end of other members."""
     return State(
-        folds=network.folds,
+        members=network.members,
         values=network.values,
         best=network.values.clone(),
-        moments=torch.zeros(len(network.folds), 2, network.n_trained).to(network.values),
-        n_steps=[0] * len(network.folds),
-        history=(after.history if after else {}) | {fold: [] for fold in network.folds},
+        moments=torch.zeros(len(network.members), 2, network.n_trained).to(network.values),
+        n_steps=[0] * len(network.members),
+        history=(after.history if after else {}) | {member: [] for member in network.members},
         seconds=after.seconds if after else 0.0,
         n_images=after.n_images if after else 0,
         fast_paths=after.fast_paths if after else None,
@@ -61,18 +64,16 @@ def train(
     recipe: Recipe,
     *,
     state: State,
-    seed: int,
     compute: Compute,
     save: Callable[[State], None],
     advance: ProgressCallback,
 ) -> None:
-    """Train the network's folds until each has stopped; the rows of their best epochs are then in `state.best`.
+    """Train the network's members until each has stopped; the rows of their best epochs are then in `state.best`.
 
     Args:
         network: its rows are overwritten by the state's.
         data: the patches of all folds.
         state: from `new_state`, or from a checkpoint; updated in place.
-        seed: of samplers, augmentation and dropout.
         save: called after every epoch.
         advance: progress, in images.
 
@@ -87,45 +88,46 @@ def train(
     step = Step(network, data, recipe, moments=state.moments, compute=compute)
     labels = data.label.cpu().numpy()
 
-    def is_training(fold: int) -> bool:
-        return not should_stop(state.scores(fold), patience=recipe.patience, max_epochs=recipe.epochs)
+    def is_training(member: int) -> bool:
+        return not should_stop(state.scores(member), patience=recipe.patience, max_epochs=recipe.epochs)
 
-    while active := list(filter(is_training, network.folds)):
+    while active := list(filter(is_training, network.members)):
         started = time.perf_counter()
-        epoch = len(state.history[active[0]])  # the same for all: a fold that has stopped never trains again
-        drawn = {fold: draw_epoch(data, fold, recipe, seed=seed, epoch=epoch) for fold in active}
+        epoch = len(state.history[active[0]])  # the same for all: a member that has stopped never trains again
+        drawn = {member: draw_epoch(data, network.fold_models[member], recipe, epoch=epoch) for member in active}
         batches = epoch_batches(network, data, recipe, drawn, state=state, epoch=epoch)
         step.begin(batches, first=epoch * STEPS_APART)
         for batch in range(batches.n_batches):
-            folds = [fold for fold in active if batch < drawn[fold].n_batches]  # smaller folds' epochs end earlier
-            step(batch, folds)
-            advance(len(folds) * recipe.batch_size)
-        for fold in active:
-            state.n_steps[network.folds.index(fold)] += drawn[fold].n_batches
-            state.n_images += drawn[fold].n_batches * recipe.batch_size
+            stepped = [member for member in active if batch < drawn[member].n_batches]  # some epochs end earlier
+            step(batch, stepped)
+            advance(len(stepped) * recipe.batch_size)
+        for member in active:
+            state.n_steps[network.members.index(member)] += drawn[member].n_batches
+            state.n_images += drawn[member].n_batches * recipe.batch_size
 
         process_group.all_reduce_(step.losses)
-        total = dict(zip(network.folds, step.losses.tolist(), strict=True))
-        mean_loss = {fold: total[fold] / drawn[fold].n_batches for fold in active}
-        _require_finite(mean_loss, epoch, recipe)
+        total = dict(zip(network.members, step.losses.tolist(), strict=True))
+        mean_loss = {member: total[member] / drawn[member].n_batches for member in active}
+        _require_finite(mean_loss, network, epoch, recipe)
         logits = validation_logits(network, data, active, compute=compute)
-        _require_finite({fold: float(np.abs(logit).max()) for fold, logit in logits.items()}, epoch, recipe)
-        for fold in active:
-            label, n_batches = labels[data.held_out(fold)], drawn[fold].n_batches
+        largest = {member: float(np.abs(logit).max()) for member, logit in logits.items()}
+        _require_finite(largest, network, epoch, recipe)
+        for member in active:
+            label, n_batches = labels[data.held_out(network.fold_models[member].fold)], drawn[member].n_batches
             record = EpochRecord(
-                loss=mean_loss[fold],
-                balanced_accuracy=balanced_accuracy(label, logits[fold] >= 0),
-                auroc=auroc(label, logits[fold]),
-                learning_rate=learning_rate(state.scores(fold), recipe, batch=n_batches // 2, n_batches=n_batches),
+                loss=mean_loss[member],
+                balanced_accuracy=balanced_accuracy(label, logits[member] >= 0),
+                auroc=auroc(label, logits[member]),
+                learning_rate=learning_rate(state.scores(member), recipe, batch=n_batches // 2, n_batches=n_batches),
             )
-            state.history[fold].append(record)
-            if best_epoch(state.scores(fold)) == epoch:
-                index = network.folds.index(fold)
+            state.history[member].append(record)
+            if best_epoch(state.scores(member)) == epoch:
+                index = network.members.index(member)
                 state.best[index] = network.values[index]
         state.seconds += time.perf_counter() - started
         _record_fast_paths(state, compute)
         save(state)
-        advance(0, _describe_epoch(epoch, [state.history[fold][-1] for fold in active]))
+        advance(0, _describe_epoch(epoch, [state.history[member][-1] for member in active]))
 
 
 def _record_fast_paths(state: State, compute: Compute) -> None:
@@ -140,18 +142,19 @@ def _record_fast_paths(state: State, compute: Compute) -> None:
 
 
 def _describe_epoch(epoch: int, records: Sequence[EpochRecord]) -> str:
-    return (
-        f"epoch {epoch + 1}, loss {np.mean([record.loss for record in records]):.3f}, validation bal. acc. "
-        + " ".join(f"{record.balanced_accuracy:.3f}" for record in records)
-    )
+    accuracies = [record.balanced_accuracy for record in records]
+    said = " ".join(f"{accuracy:.3f}" for accuracy in accuracies)
+    if len(accuracies) > _MOST_SAID:
+        said = f"{np.mean(accuracies):.3f} ({min(accuracies):.3f} to {max(accuracies):.3f})"
+    return f"epoch {epoch + 1}, loss {np.mean([record.loss for record in records]):.3f}, validation bal. acc. {said}"
 
 
-def _require_finite(losses: Mapping[int, float], epoch: int, recipe: Recipe) -> None:
-    broken = [fold for fold, loss in losses.items() if not np.isfinite(loss)]
+def _require_finite(losses: Mapping[int, float], network: Network, epoch: int, recipe: Recipe) -> None:
+    broken = [network.fold_models[member] for member, loss in losses.items() if not np.isfinite(loss)]
     if broken:
         raise UserError(
-            f"the loss of fold {broken[0]} is not finite in epoch {epoch + 1}, at a learning rate of "
-            f"{recipe.learning_rate:g}."
+            f"the loss of fold {broken[0].fold} is not finite in epoch {epoch + 1} of the training of seed "
+            f"{broken[0].seed}, at a learning rate of {recipe.learning_rate:g}."
             + (" The checkpoint of the epoch before is kept." if epoch else "")
             + " Start a new run with a smaller `learning_rate`, or with `precision='fp32'`."
         )
@@ -162,7 +165,7 @@ def _require_finite(losses: Mapping[int, float], epoch: int, recipe: Recipe) -> 
 
 @dataclass(frozen=True, eq=False)
 class EpochBatches:
-    """What one fold sees in one epoch: rows (n_batches, b), and draws (n_batches, b, k) for augmentation."""
+    """What one member sees in one epoch: rows (n_batches, b), and draws (n_batches, b, k) for augmentation."""
 
     rows: Tensor
     draws: Tensor | None
@@ -173,10 +176,10 @@ class EpochBatches:
         return len(self.rows)
 
 
-def draw_epoch(data: TrainingSet, fold: int, recipe: Recipe, *, seed: int, epoch: int) -> EpochBatches:
-    """Draw a fold's batches of one epoch (see `probe.paper.draw_batches`), and how each patch is augmented."""
-    generator = torch.Generator().manual_seed(seed_of(seed, fold, epoch, _DRAW_SEED))
-    rows = torch.from_numpy(np.flatnonzero(data.folds.fold != fold))
+def draw_epoch(data: TrainingSet, model: FoldModel, recipe: Recipe, *, epoch: int) -> EpochBatches:
+    """Draw a member's batches of one epoch (see `probe.paper.draw_batches`), and how each patch is augmented."""
+    generator = torch.Generator().manual_seed(seed_of(*model, epoch, _DRAW_SEED))
+    rows = torch.from_numpy(np.flatnonzero(data.folds.fold != model.fold))
     batches = draw_batches(rows, data.label.cpu()[rows], batch_size=recipe.batch_size, generator=generator)
     draws = None
     if recipe.augment is not None:
@@ -195,16 +198,16 @@ def epoch_batches(
 ) -> Batches:
     """Gather all that decides the steps of an epoch, and move it to the device at once.
 
-    Batches have the same shape to the end: where a fold has stopped, or has fewer batches than others, it is shown its
-    first patches with a weight of 0.
+    Batches have the same shape to the end: where a member has stopped, or has fewer batches than others, it is shown
+    the first patches with a weight of 0.
     """
     n_batches = max(own.n_batches for own in drawn.values())
     one = next(iter(drawn.values()))
-    rows = torch.zeros(n_batches, len(network.folds), recipe.batch_size, dtype=torch.int64)
+    rows = torch.zeros(n_batches, len(network.members), recipe.batch_size, dtype=torch.int64)
     draws = None if one.draws is None else torch.zeros(*rows.shape, one.draws.shape[-1])
-    plan = [[IDLE] * len(network.folds) for _ in range(n_batches)]
-    for fold, own in drawn.items():
-        index, scores = network.folds.index(fold), state.scores(fold)
+    plan = [[IDLE] * len(network.members) for _ in range(n_batches)]
+    for member, own in drawn.items():
+        index, scores = network.members.index(member), state.scores(member)
         rows[: own.n_batches, index] = own.rows
         if draws is not None and own.draws is not None:
             draws[: own.n_batches, index] = own.draws
@@ -212,7 +215,8 @@ def epoch_batches(
             rate = learning_rate(scores, recipe, batch=batch, n_batches=own.n_batches)
             plan[batch][index] = scalars(recipe, rate=rate, step=state.n_steps[index] + batch + 1)
     steps = range(epoch * STEPS_APART, epoch * STEPS_APART + n_batches)
-    keys = torch.tensor([dropout_keys(network.seed, network.folds, step) for step in steps])
+    models = [network.fold_models[member] for member in network.members]
+    keys = torch.tensor([dropout_keys(models, step) for step in steps])
     device = network.values.device
     return Batches(
         rows=rows.to(data.pixels.device),
@@ -227,18 +231,18 @@ def epoch_batches(
 
 
 def validation_logits(
-    network: Network, data: TrainingSet, folds: Sequence[int], *, compute: Compute
+    network: Network, data: TrainingSet, members: Sequence[int], *, compute: Compute
 ) -> dict[int, NDArray[np.float32]]:
-    """Compute each fold's logit (Atypical minus Normal) of the rows that validate in it, in their order."""
+    """Compute each member's logit (Atypical minus Normal) of the rows that validate in its fold, in their order."""
     process_group = compute.process_group
-    held_out = {fold: data.held_out(fold) for fold in network.folds}
-    shards = {fold: rows[process_group.shard_rows(len(rows))] for fold, rows in held_out.items()}
+    held_out = {member: data.held_out(network.fold_models[member].fold) for member in network.members}
+    shards = {member: rows[process_group.shard_rows(len(rows))] for member, rows in held_out.items()}
 
     def logits_of(network: Network, group: list[int]) -> dict[int, Tensor]:
         # A process whose shard of a small fold is empty computes any row, as all processes must make every pass.
-        rows_of = [shards[fold] if len(shards[fold]) else held_out[fold][:1] for fold in group]
+        rows_of = [shards[member] if len(shards[member]) else held_out[member][:1] for member in group]
         longest = max(map(len, rows_of))
-        # All folds of a pass hold equally many images: shorter ones repeat their last.
+        # All members of a pass hold equally many images: shorter ones repeat their last.
         padded = np.stack([np.pad(rows, (0, longest - len(rows)), mode="edge") for rows in rows_of])
         rows = torch.from_numpy(padded).to(data.pixels.device)
         parts = [
@@ -252,8 +256,10 @@ def validation_logits(
             for part in torch.split(rows, EVALUATION_BATCH[compute.device.type], dim=1)
         ]
         logits = torch.cat(parts, dim=1)  # (f, longest)
-        return {fold: row[: len(shards[fold])] for fold, row in zip(group, logits, strict=True)}
+        return {member: row[: len(shards[member])] for member, row in zip(group, logits, strict=True)}
 
-    parts = compute.map_passes(network, folds, logits_of)
-    logits = {fold: logit.cpu().numpy() for part in parts for fold, logit in part.items()}
-    return {fold: process_group.all_gather(logits[fold], len(held_out[fold]), compute.device) for fold in folds}
+    parts = compute.map_passes(network, members, logits_of)
+    logits = {member: logit.cpu().numpy() for part in parts for member, logit in part.items()}
+    return {
+        member: process_group.all_gather(logits[member], len(held_out[member]), compute.device) for member in members
+    }

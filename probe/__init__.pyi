@@ -1,8 +1,8 @@
 from .domains import by_domain as by_domain
+from .ensembles import Ensemble as Ensemble
+from .ensembles import ensemble_of as ensemble_of
 from .evidence import Comparison as Comparison
-from .evidence import Ensemble as Ensemble
 from .evidence import compare as compare
-from .evidence import ensemble_of as ensemble_of
 from .evidence import evaluate as evaluate
 from .evidence import judge as judge
 from .experiment import Experiment as Experiment

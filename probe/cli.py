@@ -11,9 +11,11 @@ from features.options import (
     DEFAULT_RUNS,
     DEFAULT_STORE,
     CvOption,
+    FoldSeedOption,
     JsonOption,
     LabelsOption,
     RunsOption,
+    SeedsOption,
     StoreOption,
     parse_names,
 )
@@ -44,15 +46,19 @@ def probe(
         ),
     ] = None,
     recipe: Annotated[
-        str, typer.Option(help="exact: logistic regression, strength chosen inside training data. paper: the paper's.")
+        str,
+        typer.Option(
+            help="exact: logistic regression, strength chosen inside training data. paper: as the paper's text says. "
+            "authors: as its scripts do."
+        ),
     ] = "exact",
     labels: LabelsOption = None,
     seed: Annotated[
         int,
-        typer.Option(
-            min=0, max=2**32 - 1, help="Seed of the folds, of the learning curve, and of the paper recipe's training."
-        ),
+        typer.Option(min=0, max=2**32 - 1, help="Seed of the paper recipe's training, and of the learning curve."),
     ] = 42,
+    seeds: SeedsOption = 1,
+    fold_seed: FoldSeedOption = 42,
     fractions: Annotated[
         str | None,
         typer.Option(help="Learning curve: shares of the training slides, comma-separated, e.g. 0.1,0.25,0.5,1."),
@@ -76,6 +82,8 @@ def probe(
         recipe=recipe,  # type: ignore[arg-type]
         labels=labels,
         seed=seed,
+        seeds=seeds,
+        fold_seed=fold_seed,
         fractions=() if fractions is None else parse_fractions(fractions),
         device=device,
     )

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from features.console import UserError
-from probe.evidence import Ensemble, judge, tally_of
+from probe.ensembles import Ensemble
+from probe.evidence import judge
 from probe.metrics import SMALLER_IS_BETTER, Interval, Judgement
-from probe.resample import Resampling, interval, make_clusters, resample
+from probe.resample import Resampling, Scatter, Statistic, interval, resample
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,7 @@ def by_domain(ensemble: Ensemble, domain: NDArray[np.str_], *, resampling: Resam
 
     Args:
         ensemble: the run on the set.
-        domain: (n,) str, aligned with the set (see `probe.evidence.rows_of`); empty where unknown.
+        domain: (n,) str, aligned with the set (see `probe.ensembles.rows_of`); empty where unknown.
         resampling: how resamples are drawn.
 
     Raises:
@@ -69,12 +71,13 @@ def by_domain(ensemble: Ensemble, domain: NDArray[np.str_], *, resampling: Resam
     names = np.unique(domain[known]).tolist()
     parts = [ensemble.select(domain == name) for name in names]
     # For the mean, slides are drawn from the whole set: a slide may lie in two domains.
-    clusters = make_clusters(ensemble.group[known])
-    tallies = [
-        tally_of(part, replace(clusters, index=clusters.index[domain[known] == name]))
-        for name, part in zip(names, parts, strict=True)
-    ]
-    resampled = resample(tallies, clusters.n, resampling)
+    clusters = ensemble.select(known).clusters
+    statistics = []
+    for name, part in zip(names, parts, strict=True):
+        members, index = np.unique(clusters.index[domain[known] == name], return_inverse=True)
+        own = replace(clusters, index=index, n=len(members))
+        statistics.append([_Within(members, tallied) for tallied in part.tallies(own)])
+    resampled = resample(statistics, clusters, resampling)
     macro: dict[str, Interval] = {}
     n_domains: dict[str, int] = {}
     worst: dict[str, Worst | None] = {}
@@ -88,7 +91,9 @@ def by_domain(ensemble: Ensemble, domain: NDArray[np.str_], *, resampling: Resam
         def mean(values: NDArray[np.float64], rows: NDArray[np.intp] = rows) -> NDArray[np.float64]:
             return np.asarray(values[rows].mean(axis=0))
 
-        macro[name] = interval(name, resampled.spread(name, mean), resampling.level)
+        trainings = mean(np.stack(resampled.trainings[name]))  # (K,) the mean over domains, of each training
+        spread = resampled.spread(name, mean, training=Scatter.of(trainings))
+        macro[name] = interval(name, spread, resampling.level)
         worst[name] = _worst(name, [names[row] for row in rows], value[rows], resampled.drawn[name][rows])
     return DomainView(
         domains={name: judge(part, resampling=resampling) for name, part in zip(names, parts, strict=True)},
@@ -97,6 +102,17 @@ def by_domain(ensemble: Ensemble, domain: NDArray[np.str_], *, resampling: Resam
         n_domains=n_domains,
         worst=worst,
     )
+
+
+@dataclass(frozen=True, eq=False)
+class _Within:
+    """A statistic that looks at some of the clusters alone, and so has less to add up."""
+
+    members: NDArray[np.intp]
+    statistic: Statistic
+
+    def __call__(self, count: NDArray[np.float64], /) -> Mapping[str, NDArray[np.float64]]:
+        return self.statistic(count[:, self.members])
 
 
 def _worst(name: str, domains: list[str], value: NDArray[np.float64], drawn: NDArray[np.float64]) -> Worst:

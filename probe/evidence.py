@@ -1,9 +1,8 @@
 """Is the difference real? Figures of runs with intervals, and runs compared on the same images.
 
-    predictions -> evaluate                  one run: what metrics.json holds
-    predictions -> ensemble_of -> judge      every figure with its interval
-                               -> compare    runs side by side: differences, tests, ranks
-                               -> probe.raters.by_agreement, probe.domains.by_domain
+    predictions -> evaluate                                  one run: what metrics.json holds
+    predictions -> probe.ensembles.ensemble_of -> judge      every figure with its interval
+                                               -> compare    runs side by side: differences, tests, ranks
 
 Intervals and p-values come from resampling (`probe.resample`, `probe.significance`): by slide where slides are known,
 by patch elsewhere.
@@ -12,8 +11,8 @@ by patch elsewhere.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import combinations
 
 import numpy as np
@@ -21,47 +20,48 @@ from numpy.typing import NDArray
 
 from features.console import UserError
 from features.display import html_table
+from features.samples import Samples
+from probe.edge import held
+from probe.ensembles import Ensemble, ensemble_of, rows_of
 from probe.metrics import COMPARED, NAMES, FoldFigure, Judgement, RunMetrics, SetMetrics, scores
-from probe.predictions import VALIDATION, Predictions, threshold_of
-from probe.resample import Clusters, Resampling, intervals, make_clusters, resample
-from probe.significance import DeLong, Difference, adjusted, delong_tests, difference
-from probe.tally import Tally, tally
+from probe.predictions import VALIDATION, Predictions, threshold_of, trainings_of
+from probe.resample import Clusters, Resampled, Resampling, intervals, resample
+from probe.significance import (
+    DeLong,
+    Difference,
+    ResampledT,
+    adjusted,
+    delong_tests,
+    difference,
+    resampled_t,
+    slides_needed,
+    untested,
+)
+from probe.trainings import Trainings, VarianceParts, chance_to_turn, variance_parts
+
+Folds = Mapping[str, Mapping[str, FoldFigure]]  # run to figure to what its fold models reach
 
 
-@dataclass(frozen=True, eq=False)
-class Ensemble:
-    """One run on one set as one model: the mean probability of its fold models, one row per patch.
+@dataclass(frozen=True)
+class Question:
+    """What is asked of a comparison beyond whether two runs differ.
 
     Attributes:
-        dataset, split: which set.
-        id, group: (n,) str; group is empty where the slide is unknown.
-        label: (n,) int8.
-        probability: (n,) mean over fold models; of "validation", that of the one model that did not train on it.
-        threshold: positive from this probability on; chosen on the run's out-of-fold predictions.
+        margin: differences smaller than this are of no account; None asks for no test of equivalence.
+        wanted: a difference that one would like to show; how many slides would do?
+
+    Raises:
+        UserError: a value that is no difference of two shares.
     """
 
-    dataset: str
-    split: str
-    id: NDArray[np.str_]
-    label: NDArray[np.int8]
-    group: NDArray[np.str_]
-    probability: NDArray[np.float64]
-    threshold: float
+    margin: float | None = None
+    wanted: float | None = None
 
-    def __len__(self) -> int:
-        return len(self.id)
-
-    def __repr__(self) -> str:
-        n_positive = int((self.label == 1).sum())
-        return (
-            f"Ensemble({self.dataset}/{self.split}: {len(self):,} patches, {n_positive:,} positive, "
-            f"threshold {self.threshold:.3f})"
-        )
-
-    def select(self, rows: NDArray[np.bool_] | NDArray[np.intp]) -> Ensemble:
-        """Keep the rows of a mask, or those of an index array in its order."""
-        columns = {name: getattr(self, name)[rows] for name in ("id", "label", "group", "probability")}
-        return replace(self, **columns)
+    def __post_init__(self) -> None:
+        for name in ("margin", "wanted"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < 1:
+                raise UserError(f"`{name}={value}`: expected a difference between 0 and 1, such as 0.02.")
 
 
 @dataclass(frozen=True)
@@ -71,13 +71,20 @@ class Pair:
     Attributes:
         first, second: the runs' names.
         differences: figure (`COMPARED`) to difference.
-        delong: None where samples are not independent, that is, where slides are known.
+        untested: why the differences have no p-values; empty if they have.
+        delong: None unless patches are independent: slides are known, and each has one patch.
+        resampled_t: figure to the test over folds; out of fold only, and empty where it is not valid.
+        turned: figure to the chance that the order is the other way round after one more training of each; NaN where
+            it is not known, because a run has been trained only once.
     """
 
     first: str
     second: str
     differences: dict[str, Difference]
+    untested: str
     delong: DeLong | None
+    resampled_t: dict[str, ResampledT]
+    turned: dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -98,6 +105,28 @@ class Rank:
 
 
 @dataclass(frozen=True)
+class Detectable:
+    """Which differences a set would show, with 80 % power at 5 %.
+
+    Attributes:
+        one: the median over pairs of runs, for one pair tested alone.
+        holm: the same if all pairs are tested, by Holm's first step.
+        low, high: of the pair of which this set could show the smallest and the largest, tested alone.
+        n_clusters: slides (or patches, where slides are not known) of this set.
+        wanted: the difference that was asked for; None if none was.
+        slides: how many slides like these would show it, tested alone, for the median pair; None likewise.
+    """
+
+    one: float
+    holm: float
+    low: float
+    high: float
+    n_clusters: int
+    wanted: float | None
+    slides: int | None
+
+
+@dataclass(frozen=True)
 class Comparison:
     """Runs on the same images, judged on the same resamples.
 
@@ -105,11 +134,15 @@ class Comparison:
         judgements: run to its figures.
         pairs: every two runs, in the order given.
         ranks: figure (`COMPARED`) to run to rank.
+        detectable: figure to the differences that this set would show; empty for a single run.
+        trainings: run to where the scatter of its figures comes from; of runs with several trainings.
     """
 
     judgements: dict[str, Judgement]
     pairs: tuple[Pair, ...]
     ranks: dict[str, dict[str, Rank]]
+    detectable: dict[str, Detectable]
+    trainings: dict[str, Trainings]
 
     def __repr__(self) -> str:
         return f"Comparison({len(self.judgements)} runs: {', '.join(self.judgements)})"
@@ -123,98 +156,46 @@ class Comparison:
         return html_table(("run", *columns), rows, caption=repr(self))
 
 
-def ensemble_of(predictions: Predictions, dataset: str, split: str) -> Ensemble:
-    """Average a run's probabilities over its fold models on one of its sets, in the order of the patch table.
-
-    Raises:
-        UserError: if the run has no such set, or its rows are not those of whole fold models.
-    """
-    part = predictions.select((predictions.dataset == dataset) & (predictions.split == split))
-    name = f"{dataset}/{split}"
-    if not len(part.id):
-        known = ", ".join(sorted(f"{a}/{b}" for a, b in predictions.sets())) or "none"
-        raise UserError(f"this run has no predictions of {name}; it has: {known}. Run it again with --test {dataset}.")
-    # A patch's rows mostly follow each other: its id is compared once per stretch of them, not once per row.
-    starts = np.flatnonzero(np.append(True, part.id[1:] != part.id[:-1]))
-    ids, first, row = np.unique(part.id[starts], return_index=True, return_inverse=True)
-    first, row = starts[first], np.repeat(row, np.diff(starts, append=len(part.id)))
-    n_models = np.bincount(row)
-    if np.bincount(row * (part.fold.max() + 1) + part.fold).max() > 1:
-        raise UserError(f"predictions of {name}: a patch occurs twice for one fold. predictions.csv is damaged.")
-    if n_models.min() < n_models.max():
-        lacking = ids[np.argmin(n_models)]
-        raise UserError(
-            f"predictions of {name}: {lacking} has {n_models.min()} fold models, others have {n_models.max()}. "
-            "predictions.csv is damaged."
-        )
-    if not np.isfinite(part.logit).all():
-        raise UserError(f"predictions of {name}: {(~np.isfinite(part.logit)).sum()} are no numbers. The run diverged.")
-    for column in ("label", "group"):
-        values = getattr(part, column)
-        differing = np.flatnonzero(values != values[first][row])
-        if len(differing):
-            raise UserError(
-                f"predictions of {name}: {part.id[differing[0]]} has two {column}s. predictions.csv is damaged."
-            )
-    in_order = np.argsort(first)
-    rows = first[in_order]
-    return Ensemble(
-        dataset=dataset,
-        split=split,
-        id=part.id[rows],
-        label=part.label[rows],
-        group=part.group[rows],
-        probability=(np.bincount(row, weights=part.probability) / n_models)[in_order],
-        threshold=threshold_of(predictions),
-    )
-
-
-def rows_of(ensemble: Ensemble, ids: NDArray[np.str_]) -> NDArray[np.intp]:
-    """Find each patch of the set in a patch table: votes[rows_of(ensemble, table_ids)] are aligned with the set.
-
-    Raises:
-        UserError: if the table lacks a patch.
-    """
-    order = np.argsort(ids, kind="stable")
-    position = np.searchsorted(ids, ensemble.id, sorter=order)
-    missing = ensemble.id[position == np.searchsorted(ids, ensemble.id, side="right", sorter=order)]
-    if len(missing):
-        raise UserError(
-            f"{len(missing)} of {len(ensemble)} patches of {ensemble.dataset}/{ensemble.split} are not in the patch "
-            f"table (first: {missing[0]}). The run and the table are of different data."
-        )
-    return np.asarray(order[position])
-
-
 def judge(ensemble: Ensemble, *, resampling: Resampling = Resampling()) -> Judgement:
     """Compute every figure of one run on one set, each with its interval.
 
     >>> label, k = np.array([0, 1] * 10, dtype=np.int8), np.arange(20)  # 20 patches of 5 slides
     >>> probability = np.where(k % 7 < 5, 0.2 + 0.6 * label, 0.5)
-    >>> run = Ensemble("mine", "test", k.astype(str), label, (k // 4).astype(str), probability, threshold=0.5)
+    >>> run = Ensemble(
+    ...     dataset="mine",
+    ...     split="test",
+    ...     id=k.astype(str),
+    ...     label=label,
+    ...     group=(k // 4).astype(str),
+    ...     digest=np.full(20, ""),
+    ...     by_training=probability[None],
+    ...     thresholds=np.array([0.5]),
+    ...     threshold=0.5,
+    ...     prior=0.5,
+    ... )
     >>> judgement = judge(run, resampling=Resampling(replicates=1_000))
     >>> print(judgement.n_clusters, judgement.unit, judgement.figures["auroc"])
-    5 slide 0.970 (0.875–1.000)
+    5 slide 0.970 (0.672–0.998)
     """
     return compare({"run": ensemble}, resampling=resampling).judgements["run"]
 
 
-def tally_of(ensemble: Ensemble, clusters: Clusters) -> Tally:
-    """Count an ensemble's predictions by cluster."""
-    return tally(
-        ensemble.label,
-        ensemble.probability,
-        cluster=clusters.index,
-        n_clusters=clusters.n,
-        threshold=ensemble.threshold,
-    )
+def evaluate(
+    predictions: Predictions,
+    *,
+    tables: Mapping[str, Samples] | None = None,
+    resampling: Resampling = Resampling(),
+) -> RunMetrics:
+    """Compute the figures of a run from its predictions: those that metrics.json holds.
 
-
-def evaluate(predictions: Predictions, *, resampling: Resampling = Resampling()) -> RunMetrics:
-    """Compute the figures of a run from its predictions: those that metrics.json holds."""
+    Args:
+        predictions: all of them.
+        tables: dataset to patch table, which tells byte-identical patches; they are drawn together.
+        resampling: how resamples are drawn.
+    """
     sets = {}
     for dataset, split in predictions.sets():
-        ensemble = ensemble_of(predictions, dataset, split)
+        ensemble = ensemble_of(predictions, dataset, split, samples=(tables or {}).get(dataset))
         sets[f"{dataset}/{split}"] = SetMetrics(
             n=len(ensemble),
             n_positive=int((ensemble.label == 1).sum()),
@@ -225,35 +206,54 @@ def evaluate(predictions: Predictions, *, resampling: Resampling = Resampling())
 
 
 def fold_figures(predictions: Predictions, dataset: str, split: str) -> dict[str, FoldFigure]:
-    """Compute every figure of every fold model on one set, at threshold 0.5 (the paper's view)."""
+    """Compute every figure of every fold model on one set, at threshold 0.5 (the paper's view), seed by seed."""
     part = predictions.select((predictions.dataset == dataset) & (predictions.split == split))
-    per_fold = [
-        scores(part.label[part.fold == fold], part.probability[part.fold == fold]) for fold in np.unique(part.fold)
-    ]
-    values = {name: [figures[name] for figures in per_fold] for name in NAMES}
+    models = [(seed, fold) for seed in trainings_of(part)[0] for fold in np.unique(part.fold)]
+    rows_of_model = [(part.seed == seed) & (part.fold == fold) for seed, fold in models]
+    per_model = [scores(part.label[rows], part.probability[rows]) for rows in rows_of_model]
+    values = {name: [figures[name] for figures in per_model] for name in NAMES}
     return {name: FoldFigure(float(np.mean(v)), float(np.std(v)), tuple(v)) for name, v in values.items()}
 
 
-def compare(runs: Mapping[str, Ensemble], *, resampling: Resampling = Resampling()) -> Comparison:
+def compare(
+    runs: Mapping[str, Ensemble],
+    *,
+    resampling: Resampling = Resampling(),
+    question: Question = Question(),
+    folds: Folds | None = None,
+    chose: Mapping[str, str] | None = None,
+    exact: Collection[str] = (),
+) -> Comparison:
     """Compare runs on the same images: their figures, every difference with interval and p-value, and their ranks.
 
     Args:
         runs: name to run. Rows may come in any order; they are matched by id.
         resampling: how resamples are drawn; all runs share them.
+        question: what else is asked.
+        folds: the figures of the runs' fold models (`fold_figures`), for the parts of variance, and on out-of-fold
+            predictions for the test over folds.
+        chose: what each run chose on these very patches, such as "its epoch"; with any of it a difference has no
+            p-value, because the chosen maximum is better than it would be elsewhere. Only out of fold.
+        exact: runs that every training repeats, because nothing in them is random.
 
     Raises:
         UserError: if there is no run, or the runs' sets, patches, labels or slides differ.
     """
-    names = list(runs)
+    names, chose = list(runs), chose or {}
     matched = _matched(runs)
     first = matched[0]
-    clusters = make_clusters(first.group)
-    resampled = resample([tally_of(ensemble, clusters) for ensemble in matched], clusters.n, resampling)
+    clusters = first.clusters
+    resampled = resample([ensemble.tallies(clusters) for ensemble in matched], clusters, resampling)
     pairs = list(combinations(range(len(names)), 2))
-    differences = {name: adjusted([difference(resampled, name, a, b) for a, b in pairs]) for name in COMPARED}
-    tests: Sequence[DeLong | None] = [None] * len(pairs)
-    if pairs and clusters.independent:
-        tests = delong_tests(first.label, np.stack([ensemble.probability for ensemble in matched]), pairs)
+    why = [_why_untested(names[a], names[b], chose) for a, b in pairs]
+    differences = {}
+    for name in COMPARED:
+        found = [difference(resampled, name, a, b, margin=question.margin) for a, b in pairs]
+        found = [untested(one) if reason else one for one, reason in zip(found, why, strict=True)]
+        differences[name] = adjusted(found)
+    delongs: Sequence[DeLong | None] = [None] * len(pairs)
+    if pairs and clusters.independent and not any(why):
+        delongs = delong_tests(first.label, np.stack([ensemble.probability for ensemble in matched]), pairs)
     return Comparison(
         judgements={
             name: Judgement(
@@ -265,19 +265,100 @@ def compare(runs: Mapping[str, Ensemble], *, resampling: Resampling = Resampling
                 threshold=ensemble.threshold,
                 level=resampling.level,
                 replicates=resampling.replicates,
-                figures=intervals(resampled, model),
+                figures=intervals(resampled, model, classes=held(first.label, clusters.index)),
+                trainings=len(ensemble.by_training),
+                design_effect=resampled.design_effect,
             )
             for model, (name, ensemble) in enumerate(zip(names, matched, strict=True))
         },
         pairs=tuple(
-            Pair(names[a], names[b], {name: differences[name][k] for name in COMPARED}, tests[k])
+            Pair(
+                names[a],
+                names[b],
+                {name: differences[name][k] for name in COMPARED},
+                why[k],
+                delongs[k],
+                _over_folds(matched, names, a, b, folds) if not why[k] else {},
+                {name: _turned(resampled.trainings[name], a, b, names, exact) for name in COMPARED},
+            )
             for k, (a, b) in enumerate(pairs)
         ),
         ranks={
             name: dict(zip(names, _ranks(resampled.value[name], resampled.drawn[name], resampling.level), strict=True))
             for name in COMPARED
         },
+        detectable={
+            name: one
+            for name in COMPARED
+            if (one := _detectable(differences[name], clusters, question.wanted)) is not None
+        },
+        trainings=_trainings(names, resampled, folds),
     )
+
+
+def _why_untested(first: str, second: str, chose: Mapping[str, str]) -> str:
+    said = [f"{name} chose {chose[name]}" for name in (first, second) if chose.get(name)]
+    return f"{' and '.join(said)} on these very patches" if said else ""
+
+
+def _over_folds(
+    runs: Sequence[Ensemble], names: Sequence[str], a: int, b: int, folds: Folds | None
+) -> dict[str, ResampledT]:
+    """Test the difference of two runs over the folds of their cross-validation; of several trainings by their mean."""
+    if runs[a].split != VALIDATION or folds is None:
+        return {}
+    tests = {}
+    for figure in COMPARED:
+        first, second = (_by_training(folds[names[k]][figure], len(runs[k].by_training)).mean(axis=0) for k in (a, b))
+        tests[figure] = resampled_t(first - second, test_share=1 / len(first))
+    return tests
+
+
+def _by_training(figure: FoldFigure, n_trainings: int) -> NDArray[np.float64]:
+    """Arrange what the fold models reach as (trainings, folds)."""
+    return np.array(figure.each).reshape(n_trainings, -1)
+
+
+def _turned(
+    trainings: Sequence[NDArray[np.float64]], a: int, b: int, names: Sequence[str], exact: Collection[str]
+) -> float:
+    known = all(len(trainings[model]) > 1 or names[model] in exact for model in (a, b))
+    return chance_to_turn(trainings[a], trainings[b]) if known else math.nan
+
+
+def _detectable(differences: Sequence[Difference], clusters: Clusters, wanted: float | None) -> Detectable | None:
+    """Summarise which differences a set would show over its pairs; None where there is none."""
+    known = sorted((one for one in differences if math.isfinite(one.detectable)), key=lambda one: one.detectable)
+    if not known:
+        return None
+    middle = known[len(known) // 2]
+    return Detectable(
+        one=float(np.median([one.detectable for one in known])),
+        holm=float(np.median([one.detectable_holm for one in known])),
+        low=known[0].detectable,
+        high=known[-1].detectable,
+        n_clusters=clusters.n_units,
+        wanted=wanted,
+        slides=None if wanted is None else slides_needed(middle, clusters.n_units, wanted),
+    )
+
+
+def _trainings(names: Sequence[str], resampled: Resampled, folds: Folds | None) -> dict[str, Trainings]:
+    found = {}
+    for model, name in enumerate(names):
+        n_trainings = len(resampled.trainings[COMPARED[0]][model])
+        if n_trainings < 2 or folds is None:
+            continue
+        figures: dict[str, VarianceParts] = {}
+        for figure in COMPARED:
+            spread = resampled.of(figure, model)
+            figures[figure] = variance_parts(
+                _by_training(folds[name][figure], n_trainings),
+                resampled.trainings[figure][model],
+                slide=math.sqrt(max(0.0, spread.standard_error**2 - spread.training.variance)),
+            )
+        found[name] = Trainings(n_trainings, figures)
+    return found
 
 
 def _matched(runs: Mapping[str, Ensemble]) -> list[Ensemble]:

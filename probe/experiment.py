@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from features.console import UserError
 from features.fingerprint import fingerprint
-from features.folds import SEED, Folds, Scheme, grouped_folds
+from features.folds import SEED, Folds, Scheme, fold_models, grouped_folds
 from features.samples import TEST, Samples
 from probe.predictions import VALIDATION, Predictions, concatenate, predictions_of
 from probe.runs import FoldsRecord
@@ -30,12 +30,14 @@ class FoldLogits:
     """The result of a fit: the logits of an experiment's patches, positive for class 1.
 
     Attributes:
-        validation: (n,) float32; each training row under the model of the fold that it validates.
-        tests: dataset to (m, F) float32; every test row under every fold's model.
+        validation: (n, K) float32; each training row under the models, one per seed, of the fold that it validates.
+        tests: dataset to (m, K * F) float32; every test row under every model, in the order of `fold_models`.
+        seeds: of the K trainings.
     """
 
     validation: NDArray[np.float32]
     tests: Mapping[str, NDArray[np.float32]]
+    seeds: tuple[int, ...] = (SEED,)
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,14 +49,14 @@ class Experiment:
         tables: dataset to patch table, that of `train` first.
         rows: (n,) the rows of the training table that cross-validation uses.
         folds: in which fold each of them validates.
-        seed: from which the folds were drawn.
+        fold_seed: from which the folds were drawn.
     """
 
     train: str
     tables: Mapping[str, Samples]
     rows: NDArray[np.intp]
     folds: Folds
-    seed: int
+    fold_seed: int
 
     def __repr__(self) -> str:
         tests = ", ".join(f"{name} ({len(rows):,})" for name, rows in self.tests.items()) or "none"
@@ -100,26 +102,37 @@ class Experiment:
     def folds_record(self) -> FoldsRecord:
         """Describe the fold assignment as a run records it."""
         folds = self.folds
-        return FoldsRecord(n=folds.n_folds, source=folds.source, digest=folds.digest, seed=self.seed)
+        return FoldsRecord(n=folds.n_folds, source=folds.source, digest=folds.digest, seed=self.fold_seed)
 
     def predictions(self, logits: FoldLogits) -> Predictions:
         """Join logits with the patches they are of.
 
         Raises:
-            ValueError: if logits of a test set are missing, or have another shape.
+            ValueError: if logits of a set are missing, or have another shape.
         """
-        every_fold = np.arange(self.folds.n_folds)
+        seeds = np.array(logits.seeds, dtype=np.intp)
+        seed, fold = np.array(fold_models(logits.seeds, self.folds.n_folds), dtype=np.intp).T  # (K * F,) each
         parts = [
-            predictions_of(self.train, self.samples, split=VALIDATION, fold=self.folds.fold, logit=logits.validation)
+            predictions_of(
+                self.train,
+                self.samples,
+                split=VALIDATION,
+                fold=self.folds.fold[:, None],
+                seed=seeds,
+                logit=_shaped(self.train, logits.validation, (len(self.rows), len(seeds))),
+            )
         ]
         for name, rows in self.tests.items():
-            logit = logits.tests.get(name)
-            if logit is None or logit.shape != (len(rows), self.folds.n_folds):
-                shape = None if logit is None else logit.shape
-                raise ValueError(f"{name}: expected logits ({len(rows)}, {self.folds.n_folds}), got {shape}")
+            logit = _shaped(name, logits.tests.get(name), (len(rows), len(fold)))
             samples = self.tables[name].select(rows)
-            parts.append(predictions_of(name, samples, split=TEST, fold=every_fold, logit=logit))
+            parts.append(predictions_of(name, samples, split=TEST, fold=fold, seed=seed, logit=logit))
         return concatenate(parts)
+
+
+def _shaped(name: str, logit: NDArray[np.float32] | None, shape: tuple[int, int]) -> NDArray[np.float32]:
+    if logit is None or logit.shape != shape:
+        raise ValueError(f"{name}: expected logits {shape}, got {None if logit is None else logit.shape}")
+    return logit
 
 
 def make_experiment(
@@ -127,7 +140,7 @@ def make_experiment(
     tables: Mapping[str, Samples],
     *,
     cv: int = 5,
-    seed: int = SEED,
+    fold_seed: int = SEED,
     paper_folds: bool = False,
 ) -> Experiment:
     """Decide which rows train and which validate together.
@@ -142,7 +155,7 @@ def make_experiment(
         train: dataset whose training split is cross-validated; if it has none, all its rows but the test split's.
         tables: dataset to patch table, of `train` and of every dataset to score.
         cv: number of folds.
-        seed: of the fold assignment.
+        fold_seed: of the fold assignment.
         paper_folds: take the assignment of the paper's runs where `train` is AMi-Br.
 
     Raises:
@@ -156,6 +169,6 @@ def make_experiment(
             "the split."
         )
     scheme: Scheme = "paper" if paper_folds and train == AMI_BR else "default"
-    folds = grouped_folds(table.select(rows), cv, seed=seed, scheme=scheme)
+    folds = grouped_folds(table.select(rows), cv, seed=fold_seed, scheme=scheme)
     others = {name: samples for name, samples in tables.items() if name != train}
-    return Experiment(train, {train: table} | others, rows, folds, seed)
+    return Experiment(train, {train: table} | others, rows, folds, fold_seed)

@@ -25,6 +25,7 @@ from probe.logistic import Fits, fit_logistic, predict_logits
 from probe.metrics import balanced_log_loss, best_threshold
 from probe.paper import fit_paper_probe
 from probe.runs import FitRecord
+from probe.schedule import PAPER, PaperRecipe
 from probe.stream import fit_streamed, fits_in_memory
 
 # Inverse L2 strengths C, half a decade apart: from "only the mean direction" to "nearly unpenalised" on
@@ -34,13 +35,15 @@ STRENGTHS = tuple(float(f"{c:.3g}") for c in np.logspace(-5, -0.5, 10))
 
 @dataclass(frozen=True, eq=False)
 class Probe:
-    """Linear probes of one matrix of embeddings, one per fold: logit = x @ coef[f] + intercept[f].
+    """Linear probes of one matrix of embeddings, one per seed and fold: logit = x @ coef[m] + intercept[m].
+
+    The exact probe draws nothing and has one seed; m is then the fold, else as in `features.folds.fold_models`.
 
     Attributes:
-        coef: (F, d) float32.
-        intercept: (F,) float64, because for uncentred embeddings it is a small difference of large sums.
-        validation_logit: (n,) each training row under the model of the fold that it validates.
-        threshold: with the highest balanced accuracy on the validation rows; `predict` uses it.
+        coef: (K * F, d) float32.
+        intercept: (K * F,) float64, because for uncentred embeddings it is a small difference of large sums.
+        validation_logit: (n, K) each training row under the models, one per seed, of the fold that it validates.
+        threshold: with the highest balanced accuracy on the validation rows' mean probabilities; `predict` uses it.
         fit: what was chosen and how well it converged.
     """
 
@@ -51,14 +54,14 @@ class Probe:
     fit: FitRecord
 
     def __repr__(self) -> str:
-        n_folds, width = self.coef.shape
+        n_models, width = self.coef.shape
         strength = (
             "" if self.fit.chosen_strength is None else f", C {' '.join(f'{c:g}' for c in self.fit.chosen_strength)}"
         )
-        return f"Probe({n_folds} folds, {width:,} features{strength}, threshold {self.threshold:.3f})"
+        return f"Probe({n_models} fold models, {width:,} features{strength}, threshold {self.threshold:.3f})"
 
     def decision_function(self, X: NDArray[np.floating] | Embeddings) -> NDArray[np.float32]:
-        """Compute the logits (m, F) of embeddings (m, d) under every fold's model."""
+        """Compute the logits (m, K * F) of embeddings (m, d) under every model."""
         return predict_logits(X, self.coef, self.intercept)
 
     def predict_proba(self, X: NDArray[np.floating] | Embeddings) -> NDArray[np.float64]:
@@ -120,9 +123,16 @@ def fit_exact(
     return _probe(coef, intercept, logits, y=y, folds=folds, record=record)
 
 
-def fit_paper(X: NDArray[np.floating], y: NDArray[np.integer], *, folds: Folds, seed: int) -> Probe:
-    """Fit the paper's own probe; see `probe.paper`."""
-    coef, intercept, record = fit_paper_probe(X, y, masks=folds.training, seed=seed)
+def fit_paper(
+    X: NDArray[np.floating],
+    y: NDArray[np.integer],
+    *,
+    folds: Folds,
+    seeds: Sequence[int],
+    recipe: PaperRecipe = PAPER,
+) -> Probe:
+    """Fit the paper's own probe, once per seed; see `probe.paper`."""
+    coef, intercept, record = fit_paper_probe(X, y, masks=folds.training, seeds=seeds, recipe=recipe)
     return _probe(coef, intercept, predict_logits(X, coef, intercept), y=y, folds=folds, record=record)
 
 
@@ -135,9 +145,11 @@ def _probe(
     folds: Folds,
     record: FitRecord,
 ) -> Probe:
-    """Make a probe of its folds' models and the logits (n, F) of the training rows under each of them."""
-    validation = logits[np.arange(len(y)), folds.fold]
-    return Probe(coef, intercept, validation, best_threshold(y, expit(validation.astype(np.float64))), record)
+    """Make a probe of its models and the logits (n, K * F) of the training rows under each of them."""
+    by_seed = logits.reshape(len(y), -1, folds.n_folds)  # (n, K, F)
+    validation = by_seed[np.arange(len(y)), :, folds.fold]
+    probability = expit(validation.astype(np.float64)).mean(axis=1)
+    return Probe(coef, intercept, validation, best_threshold(y, probability), record)
 
 
 def in_memory(stored: Embeddings, n_folds: int) -> NDArray[np.float16] | Embeddings:
@@ -194,4 +206,5 @@ def _choose_strengths(
         max_gradient=float(fits.gradient_norm.max()),
         n_not_converged=int((~fits.converged).sum()),
         n_fits=int(fits.converged.size),
+        n_dropped=int(fits.n_dropped.max()),
     )

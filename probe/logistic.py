@@ -38,6 +38,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 import torch
@@ -53,7 +54,6 @@ OVERSAMPLE = 32  # vectors of the subspace iteration beyond these: its last ones
 SKETCH_ROWS = 8192  # enough to find the leading eigenvectors of however many rows
 SLOPE = 0.25  # the line search stops at |slope| <= this times the initial slope
 REFINEMENT = 1e-2  # the fall of the gradient after which bfloat16 products are corrected
-NEGLIGIBLE = 1e-4  # of the root mean square of all features' standard deviations: a feature below counts as constant
 FLOOR = 1e-8  # where the gradient of a mean loss is rounding in float32: no descent aims lower
 
 
@@ -69,6 +69,8 @@ class Fits:
             intercept included: the quantity that scikit-learn's lbfgs compares with `tol`.
         n_iter: (F, S) int64; conjugate-gradient steps.
         converged: (F, S) bool; gradient_norm <= tol.
+        n_dropped: (F,) int64; features that count as constant on the fold's training rows (`inverse_std`), and have a
+            coefficient of 0.
     """
 
     coef: NDArray[np.float32]
@@ -77,6 +79,7 @@ class Fits:
     gradient_norm: NDArray[np.float64]
     n_iter: NDArray[np.int64]
     converged: NDArray[np.bool_]
+    n_dropped: NDArray[np.int64]
 
 
 @full_float32()
@@ -164,6 +167,7 @@ def in_original_units(
         gradient_norm=gradient_norm,
         n_iter=n_iter.cpu().numpy().reshape(F, -1),
         converged=gradient_norm <= tol,
+        n_dropped=(data.inv_std == 0).sum(dim=1).cpu().numpy(),
     )
 
 
@@ -257,7 +261,7 @@ def _prepare(
             values = A[:, j][mask[f] > 0].double()
             constant = (values == values[0]).all(dim=0)
             variance[f, j] = torch.where(constant, 0.0, values.var(dim=0, correction=0)).float()
-    inv_std = inverse_std(variance, scale)
+    inv_std = inverse_std(variance, centre=centre, scale=scale, dtype=X.dtype)
 
     positives = mask @ label[:, None]  # (F, 1)
     weight = mask * torch.where(label > 0, 0.5 / positives, 0.5 / (size - positives))
@@ -265,14 +269,26 @@ def _prepare(
     return Standardised(A, fast, centre, scale, mean, inv_std, weight, label)
 
 
-def inverse_std(variance: Tensor, scale: Tensor) -> Tensor:
-    """Compute inverse standard deviations (F, d) in units of `scale` (d,) from variances; 0 for constant features.
+def inverse_std(variance: Tensor, *, centre: Tensor, scale: Tensor, dtype: np.dtype[Any]) -> Tensor:
+    """Compute inverse standard deviations of the folds' training rows; 0 for a feature that counts as constant there.
 
-    Divided by next to nothing, a feature that hardly varies in training would outweigh all others where it varies.
+    It does if its deviation is at most half a unit in the last place of its own size, which is the root mean square
+    over all rows. So much is a constant moved by rounding to the type that the embeddings were given in, and more than
+    the arithmetic here adds. Divided by that, what is rounding in training would outweigh all else in a row where the
+    feature varies. Other features do not matter: one in other units than the rest drops nothing.
+
+    Args:
+        variance: (F, d) in units of `scale`.
+        centre, scale: (d,) mean and standard deviation of all rows; a scale of 1 where that is 0.
+        dtype: of the embeddings as they were given; rounding is at least that of float32.
+
+    Returns:
+        (F, d) in units of 1 / `scale`.
     """
+    rounding = 0.5 * max(np.finfo(dtype).eps, np.finfo(np.float32).eps)
     std = variance.clamp_min(0).sqrt() * scale
-    negligible = std <= NEGLIGIBLE * std.square().mean(dim=1, keepdim=True).sqrt()
-    return torch.where(negligible, torch.inf, variance).rsqrt()
+    constant = std <= float(rounding) * torch.hypot(centre, scale)
+    return torch.where(constant, torch.inf, variance).rsqrt()
 
 
 def leading_curvature(data: Standardised) -> tuple[Tensor, Tensor]:

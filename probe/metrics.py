@@ -174,12 +174,16 @@ class Interval:
             cluster holds, half of the resamples without a class, or a figure that no resample changes.
         n_undefined: resamples that lack a class the figure needs; the interval is that of the others. None if it was
             read from metrics.json, which does not keep it.
+        wide: ends at the largest plausible design effect; None where slides are known.
+        exact: a Clopper-Pearson bound, because no resample changes the figure (perfect scores).
     """
 
     value: float
     low: float
     high: float
     n_undefined: int | None = None
+    wide: tuple[float, float] | None = None
+    exact: bool = False
 
     def __str__(self) -> str:
         return f"{self.value:.3f}" + ("" if math.isnan(self.low) else f" ({self.low:.3f}–{self.high:.3f})")
@@ -211,6 +215,8 @@ class Judgement:
         threshold: positive from this probability on.
         level, replicates: of the resampling.
         figures: name (`NAMES`) to interval.
+        trainings: how many (seeds); figures are means over them, and intervals contain their scatter.
+        design_effect: the largest plausible one, for which `Interval.wide` is; 1 where slides are known.
     """
 
     n: int
@@ -222,6 +228,14 @@ class Judgement:
     level: float
     replicates: int
     figures: dict[str, Interval]
+    trainings: int = 1
+    design_effect: float = 1.0
+
+    @property
+    def over(self) -> str:
+        """What the intervals generalise over, in words."""
+        drawn = "slides" if self.unit == "slide" else "patches"
+        return f"other {drawn}" + (" and trainings" if self.trainings > 1 else "")
 
     def __repr__(self) -> str:
         figures = ", ".join(f"{name} {figure}" for name, figure in self.figures.items())

@@ -1,15 +1,16 @@
-"""How is the paper's own probe trained? One linear layer per fold on stored embeddings, kept for reproduction.
+"""How is the paper's own probe trained? One linear layer per seed and fold on stored embeddings, kept for reproduction.
 
 The protocol is that of Banerjee et al. 2025, sections 4 and 4.2: Adam (learning rate 1e-4, L2 penalty 1e-5),
 cross-entropy on two logits, random sampling weighted by inverse class frequency, batches of 8, up to 100 epochs. The
 learning rate is halved after 3 epochs without a better validation balanced accuracy, down to 1e-7; training stops after
-15 such epochs; the weights of the best epoch are kept. Each fold has its own sampler, schedule and early stopping.
-`probe.logistic` is the better probe.
+15 such epochs; the weights of the best epoch are kept. Each layer has its own sampler, schedule and early stopping.
+The authors' scripts do otherwise in rates and weight decay: `probe.schedule.AUTHORS`. `probe.logistic` is the better
+probe.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 
@@ -20,6 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from features.console import ProgressCallback, progress
+from features.folds import fold_models
 from probe.metrics import balanced_accuracy
 from probe.runs import FitRecord
 from probe.schedule import PAPER, PaperRecipe, best_epoch, plateau_rate, should_stop
@@ -30,32 +32,35 @@ def fit_paper_probe(
     y: NDArray[np.integer],
     *,
     masks: NDArray[np.bool_],
-    seed: int,
+    seeds: Sequence[int],
     recipe: PaperRecipe = PAPER,
 ) -> tuple[NDArray[np.float32], NDArray[np.float64], FitRecord]:
-    """Train one linear layer per fold on raw embeddings, which are not standardised.
+    """Train one linear layer per seed and fold on raw embeddings, which are not standardised.
 
     Args:
         X: (n, d) embeddings.
         y: (n,) labels, 0 or 1.
         masks: (F, n) the training rows of each fold; the others validate it.
-        seed: of the initial weights and the samplers. Each fold has its own generator, so a fold's result does not
+        seeds: (K,) of the initial weights and the samplers. Each layer has its own generator, so its result does not
             depend on the others.
         recipe: the hyperparameters.
 
     Returns:
-        coef (F, d) and intercept (F,): logit = x @ coef + intercept is the difference of the two class logits; and for
-        how long each fold trained.
+        coef (K * F, d) and intercept (K * F,), seed by seed: logit = x @ coef + intercept is the difference of the two
+        class logits; and for how long each layer trained.
     """
     features = torch.from_numpy(np.ascontiguousarray(X, dtype=np.float32))
     target = torch.from_numpy(np.asarray(y, dtype=np.int64))
-    with progress("paper probe", recipe.max_epochs * len(masks), "epochs") as advance, _one_thread():
-        folds = [
-            _fit_fold(features, target, mask, torch.Generator().manual_seed(seed * 1000 + k), recipe, advance)
-            for k, mask in enumerate(masks)
+    models = fold_models(seeds, len(masks))
+    with progress("paper probe", recipe.max_epochs * len(models), "epochs") as advance, _one_thread():
+        fitted = [
+            _fit_layer(
+                features, target, masks[fold], torch.Generator().manual_seed(seed * 1000 + fold), recipe, advance
+            )
+            for seed, fold in models
         ]
-    weights, biases, scores = zip(*folds, strict=True)
-    weight, bias = torch.stack(weights), torch.stack(biases)  # (F, 2, d), (F, 2)
+    weights, biases, scores = zip(*fitted, strict=True)
+    weight, bias = torch.stack(weights), torch.stack(biases)  # (K * F, 2, d), (K * F, 2)
     record = FitRecord(
         recipe=asdict(recipe), best_epoch=tuple(map(best_epoch, scores)), n_epochs=tuple(map(len, scores))
     )
@@ -73,7 +78,7 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(n_threads)
 
 
-def _fit_fold(
+def _fit_layer(
     features: Tensor,
     target: Tensor,
     mask: NDArray[np.bool_],
@@ -81,7 +86,7 @@ def _fit_fold(
     recipe: PaperRecipe,
     advance: ProgressCallback,
 ) -> tuple[Tensor, Tensor, list[float]]:
-    """Train one fold; return the weight (2, d) and bias (2,) of its best epoch, and all epochs' scores."""
+    """Train one layer; return the weight (2, d) and bias (2,) of its best epoch, and all epochs' scores."""
     d = features.shape[1]
     bound = d**-0.5  # torch.nn.Linear's initialisation
     initial = torch.rand(d + 1, 2, generator=generator) * 2 * bound - bound
@@ -99,6 +104,7 @@ def _fit_fold(
             factor=recipe.plateau_factor,
             patience=recipe.plateau_patience,
             minimum=recipe.min_learning_rate,
+            threshold=recipe.plateau_threshold,
         )
         for batch in draw_batches(rows, target[rows], batch_size=recipe.batch_size, generator=generator):
             optimizer.zero_grad()

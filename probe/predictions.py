@@ -1,7 +1,8 @@
 """What did each fold's model predict for each patch, and how is that kept in CSV files?
 
-predictions.csv holds one row per patch and fold model. samples.csv holds the patch tables of what was predicted. Both
-are written in pieces of bounded size, so that a run of a million patches needs no second copy of itself in memory.
+predictions.csv holds one row per patch and fold model; the models of one fold differ by the seed of their training.
+samples.csv holds the patch tables of what was predicted. Both are written in pieces of bounded size, so that a run of a
+million patches needs no second copy of itself in memory.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ _TYPES: dict[str, type[np.generic]] = {
     "group": np.str_,
     "split": np.str_,
     "fold": np.intp,
+    "seed": np.intp,
     "logit": np.float32,
     "probability": np.float64,
 }
@@ -48,6 +50,7 @@ class Predictions:
         dataset, id, group, split: (n,) str.
         label: (n,) int8.
         fold: (n,) the fold whose model predicts.
+        seed: (n,) of that model's training.
         logit: (n,) float32; probability is its sigmoid.
     """
 
@@ -57,6 +60,7 @@ class Predictions:
     group: NDArray[np.str_]
     split: NDArray[np.str_]
     fold: NDArray[np.intp]
+    seed: NDArray[np.intp]
     logit: NDArray[np.float32]
 
     def __len__(self) -> int:
@@ -87,7 +91,13 @@ class Predictions:
 
 
 def predictions_of(
-    dataset: str, samples: Samples, *, split: str, fold: NDArray[np.intp], logit: NDArray[np.floating]
+    dataset: str,
+    samples: Samples,
+    *,
+    split: str,
+    fold: NDArray[np.intp],
+    seed: NDArray[np.intp] | int = 0,
+    logit: NDArray[np.floating],
 ) -> Predictions:
     """Make the predictions of one dataset.
 
@@ -95,22 +105,20 @@ def predictions_of(
         dataset: its name.
         samples: (n,) the patches predicted.
         split: "validation" or "test".
-        fold: (n,) the fold model of each row's logit; or (F,), if every fold model predicts every row.
-        logit: (n,), or (n, F).
+        fold, seed: of the model of each logit, in any shape that broadcasts to that of `logit`: (F,) if each of F
+            models predicts every patch.
+        logit: (n,) for one model per patch, or (n, models).
     """
-    if logit.ndim == 2:
-        n, n_folds = logit.shape
-        rows, fold, logit = np.repeat(np.arange(n), n_folds), np.tile(fold, n), logit.reshape(-1)
-    else:
-        rows = np.arange(len(samples))
+    rows = np.repeat(np.arange(len(samples)), logit.size // max(len(samples), 1))
     return Predictions(
         dataset=np.broadcast_to(dataset, len(rows)),
         id=samples.id[rows],
         label=samples.label[rows],
         group=samples.group[rows],
         split=np.broadcast_to(split, len(rows)),
-        fold=np.asarray(fold),
-        logit=np.asarray(logit, dtype=np.float32),
+        fold=np.broadcast_to(fold, logit.shape).reshape(-1),
+        seed=np.broadcast_to(np.asarray(seed, dtype=np.intp), logit.shape).reshape(-1),
+        logit=np.asarray(logit, dtype=np.float32).reshape(-1),
     )
 
 
@@ -120,10 +128,62 @@ def concatenate(parts: Sequence[Predictions]) -> Predictions:
     return Predictions(**{name: np.concatenate([getattr(part, name) for part in parts]) for name in names})
 
 
+def patches_of(part: Predictions) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
+    """Find the patches of one set: the first row of each, in order, and (n,) the number of each row's patch."""
+    # A patch's rows mostly follow each other: its id is compared once per stretch of them, not once per row.
+    starts = np.flatnonzero(np.append(len(part) > 0, part.id[1:] != part.id[:-1]))
+    _, first, row = np.unique(part.id[starts], return_index=True, return_inverse=True)
+    in_order = np.argsort(first)
+    number = np.empty_like(in_order)
+    number[in_order] = np.arange(len(first))
+    return starts[first[in_order]], np.repeat(number[row], np.diff(starts, append=len(part)))
+
+
+def trainings_of(predictions: Predictions) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
+    """List the seeds of a run's trainings in ascending order, and (n,) the number of each row's training."""
+    seed = predictions.seed
+    if not len(seed) or (seed == seed[0]).all():  # most runs; found without sorting
+        return seed[:1], np.zeros(len(seed), dtype=np.intp)
+    seeds, training = np.unique(seed, return_inverse=True)
+    return seeds, training
+
+
+def by_training(predictions: Predictions, dataset: str, split: str) -> tuple[NDArray[np.intp], NDArray[np.float64]]:
+    """Average the fold models of each training on one set.
+
+    Returns:
+        The seeds (K,) in ascending order, and probabilities (K, n), patches in the order of the patch table: of
+        "validation" each patch's under the one model of the training that did not train on it.
+    """
+    part = predictions.select((predictions.dataset == dataset) & (predictions.split == split))
+    seeds, training = trainings_of(part)
+    first, patch = patches_of(part)
+    cell = training * len(first) + patch
+    size = len(seeds) * len(first)
+    total = np.bincount(cell, weights=part.probability, minlength=size)
+    return seeds, (total / np.bincount(cell, minlength=size)).reshape(len(seeds), len(first))
+
+
 def threshold_of(predictions: Predictions) -> float:
-    """Choose a run's threshold: the best on its out-of-fold predictions; 0.5 where it has none."""
-    out_of_fold = predictions.select(predictions.split == VALIDATION)
-    return best_threshold(out_of_fold.label, out_of_fold.probability) if len(out_of_fold) else THRESHOLD
+    """Choose a run's threshold: the best on its out-of-fold predictions, or their mean over trainings; else 0.5."""
+    label, probability = _out_of_fold(predictions)
+    return best_threshold(label, probability.mean(axis=0)) if len(label) else THRESHOLD
+
+
+def thresholds_of(predictions: Predictions) -> NDArray[np.float64]:
+    """Choose a threshold (K,) for each training of a run by itself, as `threshold_of` does."""
+    label, probability = _out_of_fold(predictions)
+    if not len(label):
+        return np.full(len(trainings_of(predictions)[0]), THRESHOLD)
+    return np.array([best_threshold(label, one) for one in probability])
+
+
+def _out_of_fold(predictions: Predictions) -> tuple[NDArray[np.int8], NDArray[np.float64]]:
+    """Find the labels (n,) and out-of-fold probabilities (K, n) of the patches that cross-validation used."""
+    part = predictions.select(predictions.split == VALIDATION)
+    if not len(part):
+        return part.label, np.empty((0, 0))
+    return part.label[patches_of(part)[0]], by_training(part, str(part.dataset[0]), VALIDATION)[1]
 
 
 # ------------------------------------------------------------------------------------------------------ predictions.csv
@@ -139,13 +199,21 @@ def predictions_csv(predictions: Predictions) -> Iterator[bytes]:
         yield csv_bytes(() if start else COLUMNS, zip(*columns.values(), strict=True))
 
 
-def parse_predictions(text: str) -> Predictions:
+def parse_predictions(text: str, *, seed: int = 0) -> Predictions:
     """Read predictions.csv.
+
+    Args:
+        text: of the file.
+        seed: of the only training, for files of early versions, which do not say it.
 
     Raises:
         ValueError: if a column is missing, a row is malformed, or a probability is not that of its logit.
     """
-    columns = parse_columns(text, COLUMNS)
+    early = tuple(name for name in COLUMNS if name != "seed")
+    has_seeds = not text.startswith(",".join(early) + "\n")
+    columns: dict[str, Sequence[str]] = dict(parse_columns(text, COLUMNS if has_seeds else early))
+    if not has_seeds:
+        columns["seed"] = [str(seed)] * len(columns["id"])
     try:
         arrays: dict[str, Any] = {name: np.array(columns[name], dtype=dtype) for name, dtype in _TYPES.items()}
     except OverflowError as error:

@@ -1,14 +1,14 @@
 """How are the backbones of a store probed? View and pooling are chosen on training data alone; tests only ever score.
 
 For each backbone, every candidate (view, pooling) is fitted, and the one with the highest mean validation AUROC over
-folds is kept. A learning curve (`probe.curve`) is the same fits again of the chosen candidate, each on fewer slides.
-Embeddings that do not fit into memory stay in the store and are read block by block (`probe.stream`).
+fold models is kept. A learning curve (`probe.curve`) is the same fits again of the chosen candidate, each on fewer
+slides. Embeddings that do not fit into memory stay in the store and are read block by block (`probe.stream`).
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -20,7 +20,7 @@ from features.blocks import Embeddings
 from features.console import UserError, nearest, progress, say
 from features.device import compute_exactly, find_device
 from features.entry import Entry
-from features.folds import SEED, effective_groups
+from features.folds import SEED, effective_groups, require_seeds
 from features.labels import NUMBERS, Classes, aligned, compare_classes, parse_renaming
 from features.leaks import similar_rows
 from features.samples import TEST, Samples
@@ -40,8 +40,13 @@ from probe.linear import Probe, fit_exact, fit_paper, held_out_folds, in_memory
 from probe.metrics import auroc, balanced_accuracy
 from probe.predictions import Predictions
 from probe.runs import Candidate, Cost, CurveFits, RunRecord, write_run
+from probe.schedule import probe_recipe
 
 DEMO = "demo"
+# What a trained probe's recipe sees: the paper's text resizes the whole patch to 224 pixels and normalises it by
+# ImageNet's statistics; the authors' scripts prepare it as each model's card says.
+TRAINED_VIEWS = {"paper": "full@224+imagenet", "authors": "full"}
+_TEXT = {"crop": None, "resize": 224, "input_size": 224, "mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
 
 
 @dataclass(frozen=True)
@@ -54,9 +59,12 @@ class ProbeOptions:
         test: datasets to score besides the training set's own test split; None for all of the store's but the demo.
         view: one view, or None to choose among those in the store.
         pooling: "card", "cls", "mean", "center", "cls+mean", or None to choose.
-        recipe: "exact" (`fit_exact`) or "paper" (`fit_paper`, the paper's folds, the card's embedding of `full`).
+        recipe: "exact" (`fit_exact`), or what the paper's text ("paper") or its authors' scripts ("authors") do:
+            `fit_paper`, on the paper's folds, with the card's embedding of the whole patch.
         labels: what classes of the test sets are called in the training set, as "old=new,old=new".
-        seed: of the folds, of the paper recipe's training, and of the learning curve's draws.
+        seed: of the paper recipe's training, and of the learning curve's draws.
+        seeds: how many times the paper's probe is trained, with `seed`, `seed + 1`, ...
+        fold_seed: of the folds.
         fractions: of the training slides, in (0, 1], for a learning curve of the chosen candidate; none for no curve.
         device: where to fit: "auto", "cpu", "cuda" or "cuda:N". The paper's recipe, whose products are tiny, always
             computes on the processor.
@@ -67,20 +75,33 @@ class ProbeOptions:
     test: tuple[str, ...] | None = None
     view: str | None = None
     pooling: str | None = None
-    recipe: Literal["exact", "paper"] = "exact"
+    recipe: Literal["exact", "paper", "authors"] = "exact"
     labels: str | None = None
     seed: int = SEED
+    seeds: int = 1
+    fold_seed: int = SEED
     fractions: tuple[float, ...] = ()
     device: str = "auto"
 
     def __post_init__(self) -> None:
+        require_seeds(self.seed, self.seeds)
         checked_fractions(self.fractions)
-        if self.recipe not in ("exact", "paper"):
-            raise UserError(f"unknown recipe {self.recipe!r}: use exact or paper.")
-        if self.fractions and self.recipe == "paper":
+        if self.recipe not in ("exact", *TRAINED_VIEWS):
+            raise UserError(f"unknown recipe {self.recipe!r}: use exact, {' or '.join(TRAINED_VIEWS)}.")
+        if self.fractions and self.recipe != "exact":
             raise UserError(
                 "`fractions` needs `recipe='exact'`: the paper's probe has no learning curve here. Leave one out."
             )
+        if self.seeds > 1 and self.recipe == "exact":
+            raise UserError(
+                f"`seeds={self.seeds}`: the exact probe draws nothing at random, so the same folds give the same probe "
+                "with every seed. Leave `seeds` out, or use `recipe='paper'`."
+            )
+
+    @property
+    def training_seeds(self) -> tuple[int, ...]:
+        """The seeds of all trainings."""
+        return tuple(range(self.seed, self.seed + self.seeds))
 
 
 @dataclass(frozen=True, eq=False)
@@ -127,7 +148,8 @@ def probe_store(
     tables = {name: store.samples(name) for name in store.datasets()}
     train = _train_dataset(store, tables, options)
     tables = {train: tables[train]} | _aligned_tests(store, train, tables, options)
-    experiment = make_experiment(train, tables, cv=options.cv, seed=options.seed, paper_folds=options.recipe == "paper")
+    paper_folds = options.recipe != "exact"
+    experiment = make_experiment(train, tables, cv=options.cv, fold_seed=options.fold_seed, paper_folds=paper_folds)
     embedded = list(dict.fromkeys(entry.model for entry in store.entries(train)))
     for model in models or ():
         if model not in embedded:
@@ -150,6 +172,11 @@ def _probe_model(setup: _Setup, model: str, runs: Path) -> RunRecord:
     candidates = _fit_candidates(setup, model)
     chosen = max(candidates, key=lambda fitted: fitted.record.validation_auroc)  # the first of equals
     entry, probe = chosen.entry, chosen.probe
+    if probe.fit.n_dropped:
+        say(
+            f"{model} ({entry.view}, {chosen.record.pooling}): {probe.fit.n_dropped:,} of {probe.coef.shape[1]:,} "
+            "features vary by no more than rounding in training, and have no weight."
+        )
     points, curve_fits = _learning_curve(setup, chosen) if setup.subsets else ([], None)
     attributes = {name: store.dataset_attrs(name) for name in experiment.tables}
     record = RunRecord(
@@ -168,6 +195,7 @@ def _probe_model(setup: _Setup, model: str, runs: Path) -> RunRecord:
         fingerprints={name: store.entry(name, model=model, view=entry.view).fingerprint for name in experiment.tables},
         embedding=entry.parts,
         folds=experiment.folds_record(),
+        seeds=setup.options.training_seeds,
         table_digests=experiment.table_digests,
         similar=_similar(setup, chosen) or None,
         candidates=tuple(fitted.record for fitted in candidates),
@@ -294,7 +322,7 @@ def _predictions(setup: _Setup, chosen: _Fitted, probe: Probe) -> Predictions:
     for name, rows in experiment.tests.items():
         stored = _embeddings(setup, chosen.entry, chosen.record.pooling, name, rows)
         tests[name] = probe.decision_function(in_memory(stored, experiment.folds.n_folds))
-    return experiment.predictions(FoldLogits(probe.validation_logit, tests))
+    return experiment.predictions(FoldLogits(probe.validation_logit, tests, setup.options.training_seeds))
 
 
 # ----------------------------------------------------------------------------------------------------------- candidates
@@ -308,17 +336,18 @@ def _fit_candidates(setup: _Setup, model: str) -> list[_Fitted]:
     fitted = []
     for entry, pooling in _candidates(setup, model):
         stored = _embeddings(setup, entry, pooling, experiment.train, experiment.rows)
-        if setup.options.recipe == "paper":
-            probe = fit_paper(stored.read(), y, folds=folds, seed=setup.options.seed)
+        if setup.options.recipe != "exact":
+            recipe = probe_recipe(setup.options.recipe, model=model)
+            probe = fit_paper(stored.read(), y, folds=folds, seeds=setup.options.training_seeds, recipe=recipe)
         else:
             probe = fit_exact(in_memory(stored, folds.n_folds), y, folds=folds, device=setup.device)
-        logit = probe.validation_logit
+        judged = [(y[rows], logit[rows]) for logit in probe.validation_logit.T for rows in held_out]
         record = Candidate(
             view=entry.view,
             pooling=pooling,
-            validation_auroc=float(np.mean([auroc(y[rows], logit[rows]) for rows in held_out])),
+            validation_auroc=float(np.mean([auroc(label, logit) for label, logit in judged])),
             validation_balanced_accuracy=float(
-                np.mean([balanced_accuracy(y[rows], logit[rows] >= 0) for rows in held_out])
+                np.mean([balanced_accuracy(label, logit >= 0) for label, logit in judged])
             ),
             **vars(probe.fit),
         )
@@ -329,12 +358,12 @@ def _fit_candidates(setup: _Setup, model: str) -> list[_Fitted]:
 def _candidates(setup: _Setup, model: str) -> list[tuple[Entry, str]]:
     """List the pairs (training entry, pooling) to choose from: views that every dataset has, and all poolings."""
     store, train, tests, options = setup.store, setup.experiment.train, setup.experiment.test, setup.options
-    view = options.view or ("full" if options.recipe == "paper" else None)
-    pooling = options.pooling or ("card" if options.recipe == "paper" else None)
+    pooling = options.pooling or (None if options.recipe == "exact" else "card")
 
     def complete(dataset: str) -> dict[str, Entry]:
         return {entry.view: entry for entry in store.entries(dataset, model) if entry.complete}
 
+    view = options.view or _view_of_recipe(options.recipe, model, {name: complete(name) for name in (train, *tests)})
     by_view = complete(train)
     for name in tests:
         test_entries = complete(name)
@@ -357,6 +386,26 @@ def _candidates(setup: _Setup, model: str) -> list[tuple[Entry, str]]:
     return [
         (entry, name) for entry in by_view.values() for name in ([pooling] if pooling else _distinct_poolings(entry))
     ]
+
+
+def _view_of_recipe(recipe: str, model: str, by_dataset: Mapping[str, Mapping[str, Entry]]) -> str | None:
+    """Choose the view that a recipe asks for; `full` where not every dataset has that one, and then say so.
+
+    Args:
+        recipe, model: of the probe.
+        by_dataset: dataset to view to entry.
+    """
+    asked = TRAINED_VIEWS.get(recipe)
+    has_asked, has_full = (all(view in entries for entries in by_dataset.values()) for view in (asked, "full"))
+    if asked is None or has_asked or not has_full:
+        return asked  # where none is there, the caller says what is missing
+    transforms = [entries["full"].parts.get("transform", {}) for entries in by_dataset.values()]
+    if any(transform.get(name) != value for transform in transforms for name, value in _TEXT.items()):
+        say(
+            f"{model}: the paper's text asks for view {asked}; used is full, as the model's card prepares it. For the "
+            f"other: fm-extract --model {model} --dataset {','.join(by_dataset)} --view {asked}"
+        )
+    return "full"
 
 
 def _distinct_poolings(entry: Entry) -> list[str]:

@@ -3,11 +3,15 @@
 A run is a folder `runs/<id>/`. `run.json` is written last: a folder without it is no run, or not one yet.
 
     run.json         options verbatim, versions, fingerprints, fold digest, what was chosen and how, cost: a `RunRecord`
-    predictions.csv  dataset, id, label, group, split, fold, logit, probability: every prediction of every fold's model
+    predictions.csv  dataset, id, label, group, split, fold, seed, logit, probability: every prediction of every model
     samples.csv      the rows of the patch tables that were predicted: votes, domains and digests beside the above
     metrics.json     figures computed from predictions.csv by probe.evidence: a `RunMetrics`
     learning_curve.csv  figures of probes fitted to fewer slides, where they were asked for
-    *.safetensors    the weights; those of a fine-tuned run in a folder per fold
+    *.safetensors    the weights; those of a fine-tuned run in a folder per model: `weights_folder`
+
+A run holds one model per fold, or, where it was trained several times on the same folds, one per seed and fold. Lists
+over models (`best_epoch`, `history`, the rows of a probe's weights) go seed by seed (`features.folds.fold_models`).
+Format 2 is that of runs with several seeds; all others are of format 1, which every version reads.
 
 Tables, intervals and plots are computed from these files alone. run.json holds the SHA-256 of every file, and under its
 own name that of its other contents. This module is the only one that knows the keys of run.json.
@@ -27,7 +31,7 @@ from dataclasses import dataclass, field, replace
 from html import escape
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
 import numpy as np
@@ -37,6 +41,7 @@ from features.console import UserError, say
 from features.display import html_table
 from features.entry import store_key
 from features.files import PARTIAL, move_folder, write_file, writing
+from features.folds import SEED, FoldModel, fold_models
 from features.samples import Samples
 from probe.evidence import evaluate
 from probe.leaks import known_patches, with_unseen
@@ -50,7 +55,7 @@ from probe.predictions import (
     samples_from,
 )
 
-RUN_FORMAT = 1
+RUN_FORMAT, SEEDS_FORMAT = 1, 2  # of runs with one seed, and with several
 WEIGHTS_FILE = "weights.safetensors"
 Parsed = TypeVar("Parsed")
 
@@ -103,7 +108,8 @@ class FitRecord:
         at_edge: whether a fold chose the first or the last of them.
         inner_loss: (F, S) balanced log loss within each fold's training rows, on which the choice was made.
         max_gradient, n_not_converged, n_fits: of all fits.
-        recipe, best_epoch, n_epochs: of the paper's recipe; epochs per fold.
+        n_dropped: features without a weight, because they vary by no more than rounding in training: the most of a fit.
+        recipe, best_epoch, n_epochs: of the paper's recipe; epochs per fold model.
     """
 
     strengths: tuple[float, ...] | None = None
@@ -113,6 +119,7 @@ class FitRecord:
     max_gradient: float | None = None
     n_not_converged: int | None = None
     n_fits: int | None = None
+    n_dropped: int | None = None
     recipe: Mapping[str, Any] | None = None
     best_epoch: tuple[int, ...] | None = None
     n_epochs: tuple[int, ...] | None = None
@@ -165,11 +172,12 @@ class RunRecord:
         fingerprints: dataset to the fingerprint of its embeddings.
         embedding: everything that decides the embeddings' numbers, whose digest the fingerprint is.
         folds: the assignment that all fold models share.
+        seeds: of the trainings, each of which has a model per fold; early versions trained once, by `options["seed"]`.
         table_digests: dataset to the digest of its patch table.
         similar: dataset to the ids of test patches that look like training patches, to the backbone or pixel by pixel.
         store, candidates, learning_curve: of a probe.
-        recipe, adapted_modules, n_trained, best_epoch, history: of a fine-tuned run; `n_trained` parameters per fold,
-            `best_epoch` and `history` per fold.
+        recipe, adapted_modules, n_trained, best_epoch, history: of a fine-tuned run; `n_trained` parameters per fold
+            model, `best_epoch` and `history` per fold model.
         cost: seconds, images per second, memory.
         versions: of the packages that decide a number.
         sha256: file to digest.
@@ -197,6 +205,7 @@ class RunRecord:
     fingerprints: Mapping[str, str] = field(default_factory=dict)
     embedding: Mapping[str, Any] = field(default_factory=dict)
     folds: FoldsRecord
+    seeds: Annotated[tuple[int, ...], msgspec.Meta(min_length=1)] = (SEED,)
     table_digests: Mapping[str, str] = field(default_factory=dict)
     similar: Mapping[str, tuple[str, ...]] | None = None
     candidates: tuple[Candidate, ...] | None = None
@@ -223,8 +232,13 @@ class RunRecord:
             )
             for name, one in self.metrics.sets.items()
         ]
-        caption = f"{self!r}; mean ± std over {self.folds.n} fold models"
+        caption = f"{self!r}; mean ± std over {len(self.fold_models)} fold models"
         return html_table(("set", "patches", "balanced accuracy", "AUROC"), rows, caption=caption)
+
+    @property
+    def fold_models(self) -> tuple[FoldModel, ...]:
+        """The models of the run, in the order of all lists over them."""
+        return fold_models(self.seeds, self.folds.n)
 
     @property
     def figures(self) -> RunMetrics:
@@ -236,6 +250,21 @@ class RunRecord:
         if self.metrics is None:
             raise ValueError(f"{self!r} has no metrics yet")
         return self.metrics
+
+    @property
+    def is_random(self) -> bool:
+        """Whether another training, with another seed, would give another run; exactly solved probes are all equal."""
+        return self.kind == "finetune" or self.options.get("recipe", "exact") != "exact"
+
+    @property
+    def chosen_out_of_fold(self) -> str:
+        """Say what the run chose on its out-of-fold predictions, which are optimistic by that; empty if nothing."""
+        chosen = []
+        if len(self.candidates or ()) > 1:
+            chosen.append("its view and pooling")
+        if self.is_random and (self.history is None or any(len(epochs) > 1 for epochs in self.history)):
+            chosen.append("its epoch")
+        return " and ".join(chosen)
 
     @property
     def weights_sha256(self) -> str | None:
@@ -270,7 +299,8 @@ class RunRecord:
         for part in (record, record["cost"], *(record["candidates"] or ())):  # of options and the like, None is a value
             for name in [name for name, value in part.items() if value is None]:
                 del part[name]
-        return {"format": RUN_FORMAT} | record | ({} if self.metrics is None else {"metrics": self.metrics.as_dict()})
+        format = RUN_FORMAT if len(self.seeds) == 1 else SEEDS_FORMAT
+        return {"format": format} | record | ({} if self.metrics is None else {"metrics": self.metrics.as_dict()})
 
     @classmethod
     def from_json(cls, raw: Mapping[str, Any]) -> RunRecord:
@@ -279,7 +309,9 @@ class RunRecord:
         Raises:
             ValueError: if the object describes no run.
         """
-        return msgspec.convert({name: value for name, value in raw.items() if name != "metrics"}, cls)
+        options = raw.get("options")
+        early = {"seeds": [options.get("seed", SEED) if isinstance(options, dict) else SEED]}
+        return msgspec.convert(early | {name: value for name, value in raw.items() if name != "metrics"}, cls)
 
 
 # -------------------------------------------------------------------------------------------------------------- writing
@@ -359,7 +391,7 @@ def finish_run(
     known = known_patches(record.train, tables, record.similar or {})
     for one in known.values():
         say(f"{one.line(record.train)}.")
-    metrics = evaluate(with_unseen(predictions, known.values()))
+    metrics = evaluate(with_unseen(predictions, known.values()), tables=tables)
     contents: dict[str, Iterable[bytes]] = {
         "predictions.csv": predictions_csv(predictions),
         "samples.csv": samples_csv(predictions, tables),
@@ -426,10 +458,10 @@ def read_run(folder: Path) -> RunRecord:
                 "fm-finetune; an interrupted training goes on with fm-finetune --resume."
             )
     raw = _parsed(folder, "run.json", lambda: _json_object((folder / "run.json").read_bytes()))
-    if raw.get("format") != RUN_FORMAT:
+    if raw.get("format") not in (RUN_FORMAT, SEEDS_FORMAT):
         raise UserError(
-            f"{folder} is a run of format {raw.get('format')}; this version reads format {RUN_FORMAT}. "
-            "Update mitofm, or run the command again."
+            f"{folder} is a run of format {raw.get('format')}; this version reads formats {RUN_FORMAT} and "
+            f"{SEEDS_FORMAT}. Update mitofm, or run the command again."
         )
     if _digests(raw).get("run.json") not in (None, _own_digest(raw)):
         raise _not_as_written(folder / "run.json")
@@ -456,13 +488,17 @@ def _parsed(folder: Path, name: str, parse: Callable[[], Parsed]) -> Parsed:
         raise UserError(f"{folder / name} is damaged ({error}). Run the command again.") from error
 
 
-def read_predictions(folder: Path) -> Predictions:
+def read_predictions(folder: Path, *, seed: int = 0) -> Predictions:
     """Read a run's predictions.csv.
+
+    Args:
+        folder: of the run.
+        seed: of its only training, for runs of early versions, whose predictions do not say it.
 
     Raises:
         UserError: if the file is missing, is not the one that the run wrote, lacks a column, or holds a malformed row.
     """
-    return read_checked(folder, "predictions.csv", parse=parse_predictions)
+    return read_checked(folder, "predictions.csv", parse=lambda text: parse_predictions(text, seed=seed))
 
 
 def read_samples(folder: Path, predictions: Predictions) -> dict[str, Samples]:
@@ -510,7 +546,7 @@ def read_checked(folder: Path, name: str, *, parse: Callable[[str], Parsed]) -> 
 
 
 def read_weights(folder: Path) -> dict[str, NDArray[Any]]:
-    """Read a probe run's weights: "coef" (F, d) float32 and "intercept" (F,) float64.
+    """Read a probe run's weights: "coef" (K * F, d) float32 and "intercept" (K * F,) float64.
 
     Raises:
         UserError: if the file is missing or damaged.
@@ -538,9 +574,14 @@ def check_weights(folder: Path, record: RunRecord) -> None:
             raise _not_as_written(path)
 
 
+def weights_folder(run: Path, model: FoldModel, *, n_seeds: int) -> Path:
+    """Return the folder in which a fine-tuned run keeps a model: "fold-0", or "seed-42/fold-0" of several seeds."""
+    return (run if n_seeds == 1 else run / f"seed-{model.seed}") / f"fold-{model.fold}"
+
+
 def _weight_files(folder: Path) -> list[Path]:
-    """List the weights of a probe, or all files that the fold folders of a fine-tuned run hold."""
-    candidates = (folder / WEIGHTS_FILE, *folder.glob("fold-*/*"))
+    """List the weights of a probe, or all files in the folders of a fine-tuned run's models."""
+    candidates = (folder / WEIGHTS_FILE, *folder.glob("fold-*/*"), *folder.glob("seed-*/fold-*/*"))
     return sorted(path for path in candidates if path.is_file() and not path.name.endswith(PARTIAL))
 
 

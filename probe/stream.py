@@ -258,7 +258,9 @@ def _sampled(rows: _Rows, *, size: int) -> tuple[_Rows, Standardised]:
     std = torch.where(variance[-1] > 0, variance[-1].sqrt(), 1.0)  # of all rows, in units of the scale so far
     centre, scale = rows.centre + mean[-1] * rows.scale, std * rows.scale
     rows = replace(rows, centre=centre.float(), scale=scale.float())
-    inv_std = inverse_std((variance[:-1] / std**2).float(), rows.scale)
+    inv_std = inverse_std(
+        (variance[:-1] / std**2).float(), centre=rows.centre, scale=rows.scale, dtype=np.dtype(np.float16)
+    )
 
     chosen, times = _draw(rows.label.cpu().numpy(), length.cpu().numpy(), size)
     A = rows.standardise(torch.from_numpy(rows.X.select(chosen).read()).to(rows.device))

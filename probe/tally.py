@@ -1,65 +1,74 @@
 """What are the figures of thousands of resamples of one set? Counted, not copied: a cluster drawn twice counts twice.
 
 Confusion counts, Brier and calibration are sums over patches: one matrix product gives those of many resamples. AUROC
-and average precision are cumulative sums of counts in the order of scores, which is sorted once.
+and average precision are sums over the scores of the positives, which are sorted once: of few clusters their cumulative
+counts are one more product, of many they are added up patch by patch.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from probe.metrics import ECE_BINS, NAMES, THRESHOLD, auroc, average_precision, calibration_bin, confusion_figures
 
-_BLOCK = 2**17  # counts resampled at a time: a megabyte, which stays in the cache
+_BLOCK = 2**19  # numbers worked on at a time: a few megabytes, which stay near the processor
 _MANY = 2**17  # samples: in larger sets, scores are rounded to quantiles of the positives' scores before ranking
 _STEPS = 2**11  # quantiles: at a million samples they moved an interval's ends by less than a hundredth of its width
-_DENSE = 40  # one multiplication of a matrix product takes a fortieth of one step of a gathered sum
+_DENSE = 40  # one multiplication of a matrix product takes a fortieth of a step from patch to patch
+_EXACT = 2**24  # float32 holds every whole number up to here
+_RANKED = frozenset({"auroc", "average_precision"})
 
 
 @dataclass(frozen=True, eq=False)
 class Tally:
     """Predictions sorted and counted by cluster, once for all resamples. A cluster (slide, patch) is drawn as a whole.
 
-    AUROC and average precision depend only on how many positives have each score, and on how many negatives have that
-    score or lie between two neighbouring ones. So the g distinct scores of the positives, ascending, cut the negatives
-    into 2 g + 1 segments: segment 2 j + 1 is the j-th of those scores itself, segment 2 j what lies between it and the
-    one below.
+    It is a `probe.resample.Statistic`: called with counts of clusters, it gives the figures.
 
-    With more than `_MANY` samples, a walk through all of them per resample would take too long: scores are rounded to
+    With more than `_MANY` samples, ranking all of them per resample would take too long: scores are rounded to
     quantiles first. How far that moves the figures of the whole set is kept, and added to those of every resample.
 
     Attributes:
         table: (k, 5 + ECE_BINS) what a cluster adds to each sum: positives, negatives, true positives, true negatives,
             squared errors, and label minus probability per calibration bin.
-        positives: in the g scores.
-        negatives: in the 2 g + 1 segments.
+        ranks: what AUROC and average precision follow from; None where neither is wanted.
         rounded_off: figure to what rounding took from it; empty without rounding.
+        names: the figures wanted.
     """
 
     table: NDArray[np.float64]
-    positives: _Segments
-    negatives: _Segments
+    ranks: _Cumulated | _Sorted | None
     rounded_off: dict[str, float]
+    names: tuple[str, ...]
 
+    def __call__(self, count: NDArray[np.floating[Any]], /) -> dict[str, NDArray[np.float64]]:
+        """Compute the figures of many resamples: in resample j, every sample of cluster c occurs `count[j, c]` times.
 
-@dataclass(frozen=True, eq=False)
-class _Segments:
-    """Samples of one class by the segment of the score that they lie in, ascending.
+        Each equals `probe.metrics.scores` of the repeated rows, ties included, but for the rounding of this class.
 
-    Attributes:
-        cluster, segment: (m,) of every sample.
-        n: how many segments there are.
-        counts: (k, n) samples of every cluster in every segment; None where that would be large and nearly empty.
-    """
+        Args:
+            count: (r, k), 0 or more.
 
-    cluster: NDArray[np.intp]
-    segment: NDArray[np.intp]
-    n: int
-    counts: NDArray[np.float64] | None
+        Returns:
+            Name to (r,); NaN in a resample that lacks a class the figure needs (see `probe.metrics.scores`).
+        """
+        sums = count @ self.table
+        positive, negative, tp, tn, squares = sums.T[:5]
+        with np.errstate(invalid="ignore"):  # a resample without samples, or without a class, gives NaN
+            figures = confusion_figures(positive, negative, tp=tp, tn=tn) | {
+                "brier": squares / (positive + negative),
+                "ece": np.abs(sums[:, 5:]).sum(axis=1) / (positive + negative),
+            }
+            if self.ranks is not None:
+                won, precision = self.ranks.sums(count)
+                figures["auroc"] = won / (positive * negative) + self.rounded_off.get("auroc", 0.0)
+                figures["average_precision"] = precision / positive + self.rounded_off.get("average_precision", 0.0)
+        return {name: figures[name] for name in self.names}
 
 
 def tally(
@@ -69,8 +78,9 @@ def tally(
     cluster: NDArray[np.intp],
     n_clusters: int,
     threshold: float = THRESHOLD,
+    names: Collection[str] = NAMES,
 ) -> Tally:
-    """Count (n,) labels and probabilities by cluster, ready for `resampled_scores`.
+    """Count (n,) labels and probabilities by cluster, once for all resamples.
 
     Args:
         label: (n,) 0 or 1.
@@ -78,6 +88,7 @@ def tally(
         cluster: (n,) what each sample is drawn with, 0 to n_clusters - 1; `np.arange(n)` where each is drawn alone.
         n_clusters: how many clusters there are; some may be without a sample.
         threshold: predicted positive from this probability on.
+        names: the figures wanted, of `probe.metrics.NAMES`.
     """
     y = np.asarray(label).astype(bool)
     p = np.asarray(probability, dtype=np.float64)
@@ -86,6 +97,8 @@ def tally(
     for column, value in enumerate((y, ~y, y & predicted, ~y & ~predicted, (p - y) ** 2)):
         table[:, column] = np.bincount(cluster, weights=value, minlength=n_clusters)
     np.add.at(table, (cluster, 5 + calibration_bin(p)), y - p)
+    if _RANKED.isdisjoint(names):
+        return Tally(table, None, {}, tuple(names))
     rounded_off = {}
     if len(p) > _MANY:
         quantiles = np.unique(np.quantile(p[y] if y.any() else p, np.linspace(0, 1, _STEPS + 1)))
@@ -94,91 +107,114 @@ def tally(
             "auroc": auroc(y, exact) - auroc(y, p),
             "average_precision": average_precision(y, exact) - average_precision(y, p),
         }
+    return Tally(table, _ranks(y, p, cluster, n_clusters), rounded_off, tuple(names))
+
+
+# ------------------------------------------------------------------------------------- AUROC and average precision
+#
+# Both depend only on how many positives have each of their g distinct scores, and on how many negatives have that score
+# and how many a lower one.
+
+
+def _ranks(
+    y: NDArray[np.bool_], p: NDArray[np.float64], cluster: NDArray[np.intp], n_clusters: int
+) -> _Cumulated | _Sorted:
     order = np.argsort(p, kind="stable")
     positives, negatives = order[y[order]], order[~y[order]]
-    distinct, score = np.unique(p[positives], return_inverse=True)
-    between = np.searchsorted(distinct, p[negatives], side="left")
-    between += np.searchsorted(distinct, p[negatives], side="right")
-    return Tally(
-        table,
-        _segments(cluster[positives], score, n=len(distinct), n_clusters=n_clusters),
-        _segments(cluster[negatives], between, n=2 * len(distinct) + 1, n_clusters=n_clusters),
-        rounded_off,
-    )
+    distinct, first = np.unique(p[positives], return_index=True)
+    g = len(distinct)
+    below, up_to = (np.searchsorted(p[negatives], distinct, side=side) for side in ("left", "right"))
+    if n_clusters * g > _DENSE * len(p):
+        return _Sorted(cluster[positives], np.append(first, len(positives)), cluster[negatives], below, up_to)
+    hits = _by_score(cluster[positives], np.searchsorted(distinct, p[positives]), n_clusters, g)
+    true = np.cumsum(hits[:, ::-1], axis=1)[:, ::-1]
+    # Negatives with a score of the positives', and those between it and the one below.
+    tied = np.searchsorted(distinct, p[negatives], side="right") > np.searchsorted(distinct, p[negatives])
+    at = np.searchsorted(distinct, p[negatives])
+    equal = _by_score(cluster[negatives][tied], at[tied], n_clusters, g + 1)
+    between = _by_score(cluster[negatives][~tied], at[~tied], n_clusters, g + 1)
+    n_lower = (np.cumsum(between, axis=1) + np.cumsum(equal, axis=1) - equal)[:, :g]
+    retrieved = true + (equal + between).sum(axis=1, keepdims=True) - n_lower
+    return _Cumulated(np.concatenate([hits, true, retrieved], axis=1), hits @ (2 * n_lower + equal[:, :g]).T)
 
 
-def _segments(cluster: NDArray[np.intp], segment: NDArray[np.intp], *, n: int, n_clusters: int) -> _Segments:
-    counts = None
-    if n_clusters * n <= _DENSE * len(segment):
-        flat = np.bincount(cluster * n + segment, minlength=n_clusters * n)
-        counts = flat.reshape(n_clusters, n).astype(np.float64)
-    return _Segments(cluster, segment, n, counts)
+def _by_score(cluster: NDArray[np.intp], score: NDArray[np.intp], n_clusters: int, n: int) -> NDArray[np.float64]:
+    """Count samples by cluster and score: (k, n)."""
+    return np.bincount(cluster * n + score, minlength=n_clusters * n).reshape(n_clusters, n).astype(np.float64)
 
 
-def resampled_scores(
-    tallied: Tally, count: NDArray[np.integer], *, names: Collection[str] = NAMES
-) -> dict[str, NDArray[np.float64]]:
-    """Compute the figures of many resamples: in resample j, every sample of cluster c occurs `count[j, c]` times.
+@dataclass(frozen=True, eq=False)
+class _Cumulated:
+    """Counts of few clusters by score.
 
-    Each equals `probe.metrics.scores` of the repeated rows, ties included, but for the rounding of `Tally`.
-
-    Args:
-        tallied: the set, of `tally`.
-        count: (r, k), 0 or more.
-        names: the figures wanted.
-
-    Returns:
-        Name to (r,); NaN in a resample that lacks a class the figure needs (see `probe.metrics.scores`).
+    Attributes:
+        table: (k, 3 g) a cluster's positives with each of the g scores, with that score or a higher one, and all its
+            samples with that score or a higher one.
+        won_twice: (k, k) twice the pairs that the positives of one cluster win against the negatives of another.
     """
-    results = {name: np.empty(len(count)) for name in names}
-    n_samples = len(tallied.positives.segment) + len(tallied.negatives.segment)
-    n_walked = tallied.negatives.n if tallied.rounded_off else n_samples
-    step = max(1, _BLOCK // max(1, count.shape[1], n_walked))
-    for start in range(0, len(count), step):
-        block = count[start : start + step].astype(np.float64)
-        figures = _sum_figures(tallied, block)
-        if "auroc" in names or "average_precision" in names:
-            figures |= _rank_figures(tallied, block)
-        for name in names:
-            results[name][start : start + step] = figures[name]
-    return results
+
+    table: NDArray[np.float64]
+    won_twice: NDArray[np.float64]
+
+    def sums(self, count: NDArray[np.floating[Any]]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Add up pairs won, and precision over positives, each (b,), of (b, k) resamples."""
+        won, precision = np.empty(len(count)), np.empty(len(count))
+        step = max(16, _BLOCK // max(1, self.table.shape[1]))
+        for start in range(0, len(count), step):
+            rows = slice(start, start + step)
+            hits, true, retrieved = np.split(_product(count[rows], self.table), 3, axis=1)
+            share = np.divide(true, retrieved, out=np.zeros(true.shape), where=retrieved > 0, dtype=np.float64)
+            precision[rows] = np.einsum("bg,bg->b", hits, share)
+            won[rows] = np.einsum("bk,bk->b", _product(count[rows], self.won_twice), count[rows]) / 2
+        return won, precision
 
 
-def _sum_figures(tallied: Tally, count: NDArray[np.float64]) -> dict[str, NDArray[np.float64]]:
-    """Compute the figures that follow from sums over samples, each (b,), of (b, k) resamples."""
-    sums = count @ tallied.table
-    positive, negative, tp, tn, squares = sums.T[:5]
-    with np.errstate(invalid="ignore"):  # a resample without samples gives NaN
-        return confusion_figures(positive, negative, tp=tp, tn=tn) | {
-            "brier": squares / (positive + negative),
-            "ece": np.abs(sums[:, 5:]).sum(axis=1) / (positive + negative),
-        }
+@dataclass(frozen=True, eq=False)
+class _Sorted:
+    """Samples of many clusters in ascending order of scores.
+
+    Attributes:
+        positive: (p,) clusters of the positives.
+        first: (g + 1,) the first positive with each of the g scores, and p.
+        negative: (q,) clusters of the negatives.
+        below, up_to: (g,) how many negatives have a lower score, and how many that score or a lower one.
+    """
+
+    positive: NDArray[np.intp]
+    first: NDArray[np.intp]
+    negative: NDArray[np.intp]
+    below: NDArray[np.intp]
+    up_to: NDArray[np.intp]
+
+    def sums(self, count: NDArray[np.floating[Any]]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Add up pairs won, and precision over positives, each (b,), of (b, k) resamples."""
+        won, precision = np.empty(len(count)), np.empty(len(count))
+        n = len(self.positive) + len(self.negative)
+        if count.size and float(count.max()) * n < _EXACT:
+            count = count.astype(np.float32)
+        step = max(16, _BLOCK // max(1, n))
+        for start in range(0, len(count), step):
+            rows = slice(start, start + step)
+            turned = np.ascontiguousarray(count[rows].T)  # adding rows is faster than adding within one
+            positives, negatives = _added_up(turned, self.positive), _added_up(turned, self.negative)
+            before, lower = positives[self.first], negatives[self.below]
+            hits, true = np.diff(before, axis=0), before[-1] - before[:-1]
+            retrieved = true + negatives[-1] - lower
+            share = np.divide(true, retrieved, out=np.zeros(true.shape), where=retrieved > 0, dtype=np.float64)
+            precision[rows] = np.einsum("gb,gb->b", hits, share)
+            won[rows] = np.einsum("gb,gb->b", hits, (lower + negatives[self.up_to]) / 2, dtype=np.float64)
+        return won, precision
 
 
-def _rank_figures(tallied: Tally, count: NDArray[np.float64]) -> dict[str, NDArray[np.float64]]:
-    """Compute the figures that follow from ranks, each (b,), of (b, k) resamples."""
-    hits = _segment_counts(count, tallied.positives)  # positives with each distinct score
-    others = _segment_counts(count, tallied.negatives)
-    negatives = np.cumsum(others, axis=1)  # with this segment's scores or lower ones
-    n_positive, n_negative = hits.sum(axis=1), negatives[:, -1]
-    lower, tied = negatives[:, :-1:2], others[:, 1::2]
-    true = np.cumsum(hits[:, ::-1], axis=1)[:, ::-1]  # positives with this score or a higher one
-    retrieved = true + n_negative[:, None] - lower  # equal scores enter together
-    precision = np.divide(true, retrieved, out=np.zeros_like(true), where=retrieved > 0)
-    with np.errstate(invalid="ignore"):  # an absent class gives NaN
-        figures = {
-            "auroc": np.einsum("bg,bg->b", hits, lower + tied / 2) / (n_positive * n_negative),
-            "average_precision": np.einsum("bg,bg->b", hits, precision) / n_positive,
-        }
-    return {name: values + tallied.rounded_off.get(name, 0.0) for name, values in figures.items()}
-
-
-def _segment_counts(count: NDArray[np.float64], segments: _Segments) -> NDArray[np.float64]:
-    """Turn (b, k) counts of clusters into (b, n) counts of segments."""
-    if segments.counts is not None:
-        return count @ segments.counts
-    total = np.zeros((len(count), segments.n))
-    if len(segments.segment):
-        starts = np.flatnonzero(np.diff(segments.segment, prepend=-1))
-        total[:, segments.segment[starts]] = np.add.reduceat(count[:, segments.cluster], starts, axis=1)
+def _added_up(turned: NDArray[np.floating[Any]], cluster: NDArray[np.intp]) -> NDArray[np.floating[Any]]:
+    """Add up (k, b) counts over (m,) clusters one after the other: (m + 1, b), from 0 on."""
+    total = np.zeros((len(cluster) + 1, turned.shape[1]), dtype=turned.dtype)
+    np.cumsum(turned[cluster], axis=0, out=total[1:])
     return total
+
+
+def _product(count: NDArray[np.floating[Any]], table: NDArray[np.float64]) -> NDArray[np.floating[Any]]:
+    """Multiply whole numbers: in float32 where every sum that can occur is a whole number that it holds."""
+    if count.size and table.size and float(count.sum(axis=1).max()) * float(table.max()) < _EXACT:
+        return count.astype(np.float32) @ table.astype(np.float32)
+    return count @ table

@@ -42,6 +42,7 @@ from extract.datasets import load_dataset
 from extract.embed import decoded, embed_rows
 from extract.prepare import Extraction, ExtractOptions, prepare
 from features.console import say
+from features.folds import fold_models
 from features.store import FeatureStore
 from finetune.compute import Compute
 from finetune.fast import try_compiled_blocks, try_kernels
@@ -216,7 +217,7 @@ def lora(
     """The forward and backward pass of five folds, eight images each, by our stacked adapters."""
     network, compute = adapted(bench, backbone, at_once=at_once, fast=fast, compiled=compiled)
     keys = [
-        torch.tensor(dropout_keys(0, range(first, first + at_once), 0), device=bench.device)
+        torch.tensor(dropout_keys(fold_models([0], N_FOLDS)[first : first + at_once], 0), device=bench.device)
         for first in range(0, N_FOLDS, at_once)
     ]
     images = torch.randn(at_once * FOLD_BATCH, 3, backbone.input_size, backbone.input_size, device=bench.device)
@@ -237,7 +238,9 @@ def adapted(
     bench: Bench, backbone: Backbone, *, at_once: int, fast: bool = True, compiled: bool = False
 ) -> tuple[Network, Compute]:
     """Make a network with adapters as `fm-finetune` does, with what is fast on this GPU or without."""
-    network = Network(bench.build(backbone), backbone, method="lora", lora=LoraOptions(), folds=range(N_FOLDS), seed=0)
+    network = Network(
+        bench.build(backbone), backbone, method="lora", lora=LoraOptions(), fold_models=fold_models([0], N_FOLDS)
+    )
     network.compute_in(bench.precision)
     fast = fast and bench.device.type == "cuda"
     compute = Compute(bench.device, bench.precision, at_once, same_shapes=fast or compiled, fast=fast)

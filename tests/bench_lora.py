@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from extract.backbones import Backbone, build_model, find_backbone
 from features.console import say, show
+from features.folds import fold_models
 from finetune import kernels
 from finetune.compute import Compute
 from finetune.lora import TARGETS, LoraOptions, adapters, dropout_keys
@@ -63,7 +64,7 @@ def measure(arguments: argparse.Namespace, precision: str, table: Table) -> None
     batch = torch.randn(N_FOLDS * n, 3, 224, 224)
     backbone = vit(arguments.depth)
     network = Network(
-        build_model(backbone, None), backbone, method="lora", lora=LoraOptions(), folds=range(N_FOLDS), seed=0
+        build_model(backbone, None), backbone, method="lora", lora=LoraOptions(), fold_models=fold_models([0], N_FOLDS)
     )
     network.compute_in(precision)
     config = peft.LoraConfig(r=8, lora_alpha=16, lora_dropout=0.3, target_modules=TARGETS)
@@ -123,13 +124,13 @@ def host_time(repeats: int) -> str:
     """
     small = replace(vit(12), kwargs={**vit(12).kwargs, "img_size": 32, "embed_dim": 16, "num_heads": 2})
     batch = torch.randn(N_FOLDS, 3, 32, 32)
-    step = torch.tensor(dropout_keys(0, range(N_FOLDS), 0))
+    step = torch.tensor(dropout_keys(fold_models([0], N_FOLDS), 0))
     config = peft.LoraConfig(r=8, lora_alpha=16, lora_dropout=0.3, target_modules=TARGETS)
     theirs = [peft.get_peft_model(build_model(small, None), config) for _ in range(N_FOLDS)]
 
     def ours(*, triton: bool) -> Callable[[], None]:
         network = Network(
-            build_model(small, None), small, method="lora", lora=LoraOptions(), folds=range(N_FOLDS), seed=0
+            build_model(small, None), small, method="lora", lora=LoraOptions(), fold_models=fold_models([0], N_FOLDS)
         )
         for _, layer in adapters(network.model):
             layer.triton = triton

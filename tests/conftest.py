@@ -56,6 +56,12 @@ def real_data() -> Path:
 
 
 @pytest.fixture
+def no_patches_at_hand(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The known datasets are not here, whatever this machine has."""
+    monkeypatch.setenv("MITOFM_DATA", str(tmp_path_factory.mktemp("nothing")))
+
+
+@pytest.fixture
 def point(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Callable[[str], None]]:
     """Points huggingface_hub at an endpoint, with an empty cache and without a token."""
     import huggingface_hub.utils

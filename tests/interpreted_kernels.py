@@ -137,7 +137,7 @@ def test_a_whole_network_trains_by_them_as_by_plain_pytorch(backbone: Backbone, 
         layer.triton = True
     for network in (found, expected):
         network.clear_gradients()
-        logits = network(images(), network.folds, step=3)
+        logits = network(images(), network.members, step=3)
         (logits * torch.linspace(-1, 1, 2)).sum().backward()
         network.gather_gradients()
     assert expected.gradients.abs().amax(dim=1).min() > 0.01

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from test_network import CNN, VIT, tiny_network
-from test_train import CPU, DROPPING, N_FOLDS, PLATEAU, RECIPE, SEED, nothing, patches
+from test_train import CPU, DROPPING, N_FOLDS, PLATEAU, RECIPE, nothing, patches
 from torch import Tensor
 
 from extract.backbones import Backbone
@@ -80,7 +80,6 @@ def _outcome(case: Case, process_group: ProcessGroup) -> State:
         patches(torch.uint8 if case.dtype == torch.float32 else case.dtype),
         case.recipe,
         state=state,
-        seed=SEED,
         compute=Compute(CPU, "fp32", case.folds_at_once, process_group),
         save=nothing,
         advance=nothing,

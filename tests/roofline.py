@@ -38,6 +38,7 @@ from torch.utils.flop_counter import flop_registry
 
 from extract.backbones import Backbone, build_model, find_backbone
 from extract.compute import embed_batch, hold_weights
+from features.folds import fold_models
 from finetune.lora import LoraOptions, adapters, add_adapters, default_targets, select_folds
 from finetune.network import Network
 
@@ -300,7 +301,7 @@ def training_operations(name: str, *, triton: bool, n_folds: int = N_FOLDS, batc
     backbone = find_backbone(name)
     with pretended_gpu():
         model = fake_network(backbone, "cpu")
-        network = Network(model, backbone, method="lora", lora=LoraOptions(), folds=range(n_folds), seed=0)
+        network = Network(model, backbone, method="lora", lora=LoraOptions(), fold_models=fold_models([0], n_folds))
         network.compute_in("bf16")
         for _, layer in adapters(network.model):
             layer.triton = triton
@@ -336,7 +337,7 @@ def kernels_per_layer(*, triton: bool, n_folds: int = N_FOLDS) -> tuple[int, int
     """Count the kernels of one adapted layer, forward and backward, its frozen product included."""
     with pretended_gpu():
         model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
-        add_adapters(model, LoraOptions(targets="1"), n_folds=n_folds, seed=0)
+        add_adapters(model, LoraOptions(targets="1"), fold_models=fold_models([0], n_folds))
         select_folds(model, range(n_folds), step=0)
         for _, layer in adapters(model):
             layer.triton = triton

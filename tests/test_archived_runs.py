@@ -48,7 +48,9 @@ def test_an_archived_run_opens_whole(archive: Path, kind: str) -> None:
         ("Normal", "Atypical"),
     )
     assert list(run.figures.sets) == ["demo/validation", "demo/test"]
-    predictions = read_predictions(archive / kind)
+    assert run.seeds == (42,)
+    predictions = read_predictions(archive / kind, seed=run.seeds[0])
+    assert set(predictions.seed.tolist()) == {42}
     assert predictions.sets() == [("demo", "validation"), ("demo", "test")]
     assert set(read_samples(archive / kind, predictions)) == {"demo"}
     if kind == "probe":
@@ -69,7 +71,8 @@ def test_what_is_written_again_is_what_was_read(archive: Path, kind: str) -> Non
 
     written = json.loads((archive / kind / "run.json").read_text())
     metrics = json.loads((archive / kind / "metrics.json").read_text())
-    assert read_run(archive / kind).as_json() == written | {"metrics": metrics}
+    seeds = {"seeds": [written["options"]["seed"]]}  # which early versions did not write
+    assert read_run(archive / kind).as_json() == written | seeds | {"metrics": metrics}
 
 
 def test_archived_runs_stand_in_one_report(archive: Path) -> None:

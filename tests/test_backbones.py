@@ -490,7 +490,7 @@ def table_of_models() -> str:
     ]
     for row in list_models():
         record = BACKBONES[row["name"]]
-        mpp = ", ".join(f"{value:g}" for value in record.mpp) or "photographs"
+        mpp = "varied" if record.mpp is None else ", ".join(f"{value:g}" for value in record.mpp) or "photographs"
         crop = f"{record.resize} → {record.input_size}" if record.resize != record.input_size else record.input_size
         lines.append(
             f"| `{record.name}` | [{record.title}]({record.url}) | {record.n_parameters / 1e6:,.1f} M | "
@@ -498,6 +498,14 @@ def table_of_models() -> str:
             f"{record.interpolation} | {record.licence} | {'yes' if record.gated else 'no'} |"
         )
     return "\n".join(lines)
+
+
+def test_resolutions_are_those_of_the_papers() -> None:
+    """Of models trained on several, or on each slide's own."""
+    several = (2.0, 1.0, 0.5, 0.25)
+    expected = {"virchow2": several, "midnight-12k": several, "gpfm": None}
+    expected |= {"lunit-s8": (0.5, 0.25), "lunit-s16": (0.5, 0.25)}
+    assert {name: record.mpp for name, record in BACKBONES.items() if record.mpp not in ((0.5,), ())} == expected
 
 
 def test_the_documented_table_is_the_registry() -> None:

@@ -44,7 +44,7 @@ class Killed(BaseException):
 def some_state() -> State:
     generator = torch.Generator().manual_seed(0)
     return State(
-        folds=(0, 1, 2),
+        members=(0, 1, 2),
         values=torch.randn(3, 7, generator=generator),
         best=torch.randn(3, 7, generator=generator).double().float(),
         moments=torch.randn(3, 2, 5, generator=generator),
@@ -311,7 +311,7 @@ def test_a_training_killed_after_any_epoch_ends_as_if_it_had_not_been(
 MOMENTS = {
     "before training": (finetuning, "load_training_set", 1, 1),
     "before a network is trained": (finetuning, "train", 1, 2),
-    "while folds are saved": (finetuning, "fold_folder", 2, 2),
+    "while folds are saved": (finetuning, "member_folder", 2, 2),
     "before scoring": (finetuning, "score", 1, 1),
     "while held-out patches are scored": (score, "validation_logits", 1, 2),
     "while test patches are scored": (score, "patch_logits", 1, 2),

@@ -313,7 +313,8 @@ def test_a_dry_run_needs_no_weights(bare: Command) -> None:
         (("--lora-rank", "0"), r"rank 0: expected 1 or more"),
         (("--lora-alpha", "0"), r"alpha 0.*expected"),
         (("--lora-dropout", "1"), r"dropout 1.*expected"),
-        (("--recipe", "best"), r"unknown recipe 'best': use (default or paper|paper or default)"),
+        (("--recipe", "best"), r"unknown recipe 'best': use default, paper, authors"),
+        (("--recipe", "authors"), r"no script for efficientnet-lite0 by --method lora.*uni2-h.*--recipe paper"),
         (("--method", "dora"), r"unknown method 'dora': use lora, full, head"),
         (("--precision", "fp16"), r"precision 'fp16'.*fp32 or bf16"),
         (("--model", "h-optimus"), r"unknown model 'h-optimus'.*h-optimus-"),
@@ -472,7 +473,13 @@ def test_every_option_reaches_the_training(finetune: Command, tmp_path: Path) ->
     weights = write_weights(tmp_path / "vit.safetensors", "test_vit")
     chosen = {
         **{"model": "timm/test_vit", "recipe": "paper", "method": "lora", "cv": 3, "epochs": 4, "batch_size": 3},
-        **{"learning_rate": 0.002, "seed": 7, "precision": "bf16", "positive": "Normal", "view": "center16@32"},
+        **{
+            "learning_rate": 0.002,
+            "seed": 7,
+            "precision": "bf16",
+            "positive": "Normal",
+            "view": "center16@32+imagenet",
+        },
         **{"labels": "Atypical=Unusual"},
     }
     lora = {"rank": 3, "alpha": 5.0, "dropout": 0.1, "targets": r"blocks\.0\.attn\.qkv"}
@@ -504,7 +511,7 @@ def test_every_option_reaches_the_training(finetune: Command, tmp_path: Path) ->
         "lora": lora,
     }
     recipe = {name: chosen[name] for name in ("epochs", "batch_size", "learning_rate")}
-    recipe |= {"optimizer": "adam", "schedule": "plateau", "statistics": "imagenet", "view": "full"}
+    recipe |= {"optimizer": "adam", "schedule": "plateau", "view": "full@224+imagenet"}
     assert {name: identity["recipe"][name] for name in recipe} == recipe
     assert identity["backbone"]["precision"] == "bf16"
     transform = identity["backbone"]["transform"]

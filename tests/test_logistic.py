@@ -10,6 +10,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import roc_auc_score
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
@@ -141,9 +142,45 @@ def test_a_feature_that_all_but_never_varies_in_training_does_not_rule_the_rows_
     X[:, 4] = 0  # a dead unit ...
     X[1, 4] = 1e-6  # ... but for a speck in the training rows of fold 0, and a held-out row that excites it
     X[0, 4] = 0.5
-    fits = fit_logistic(X, y, masks=masks[:1], strengths=STRENGTHS)
+    fits = fit_logistic(X.astype(np.float16), y, masks=masks[:1], strengths=STRENGTHS)
     assert (fits.coef[0, :, 4] == 0).all()
     assert np.abs(fits.logits[0]).max() <= np.abs(fits.logits[1:]).max() * 2
+
+
+@pytest.mark.parametrize(("dtype", "largest"), [(np.float32, 1e6), (np.float16, 1e4)])
+def test_a_feature_in_other_units_than_the_rest_drops_nothing(dtype, largest):
+    """Unit features, one a million (or ten thousand) times as large, one as much smaller: all are used."""
+    X, y = embeddings(400, 12)
+    X[:, 3] *= largest
+    X[:, 7] /= largest
+    X = X.astype(dtype)
+    masks = five_folds(400)
+    fits = fit_logistic(X, y, masks=masks, strengths=STRENGTHS)
+    assert (fits.n_dropped == 0).all()
+    assert (fits.coef != 0).all()
+    assert_agrees(X, y, masks, STRENGTHS, fits, atol=2e-3)
+    coef, intercept = reference(X[masks[0]], y[masks[0]], STRENGTHS[-1])
+    held_out = ~masks[0]
+    theirs = roc_auc_score(y[held_out], X[held_out].astype(np.float64) @ coef + intercept)
+    assert roc_auc_score(y[held_out], fits.logits[held_out, 0, -1]) == pytest.approx(theirs, abs=1e-3)
+
+
+def test_what_is_constant_but_for_rounding_is_dropped_and_counted():
+    X, y = embeddings(400, 8)
+    masks = five_folds(400)
+    unit = np.float16(2**-10)  # of float16 in the last place, at 1
+    X = X.astype(np.float16)
+    X[:, 2] = 1 + unit * (np.arange(400) % 3 == 0)  # rounded up or down: half a unit at most
+    X[:, 5] = 1 + unit * (np.arange(400) % 4)  # over four values: more than that
+    X[masks[1], 6] = -0.3  # constant in one fold only
+    fits = fit_logistic(X, y, masks=masks, strengths=STRENGTHS)
+    assert fits.n_dropped.tolist() == [1, 2, 1, 1, 1]
+    assert (fits.coef[:, :, 2] == 0).all()
+    assert (fits.coef[:, :, 5] != 0).all()
+    in_full = fit_logistic(
+        X.astype(np.float32), y, masks=masks, strengths=STRENGTHS
+    )  # of float32 it is far from rounding
+    assert in_full.n_dropped.tolist() == [0, 1, 0, 0, 0]
 
 
 def test_folds_far_from_the_mean_of_all_rows_are_standardised_by_their_own():
@@ -316,7 +353,7 @@ def hand_made_probe(threshold: float) -> Probe:
     return Probe(
         coef=np.array([[1], [3]], dtype=np.float32),
         intercept=np.zeros(2),
-        validation_logit=np.zeros(2, dtype=np.float32),
+        validation_logit=np.zeros((2, 1), dtype=np.float32),
         threshold=threshold,
         fit=FitRecord(),
     )

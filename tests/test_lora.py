@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from features.console import UserError
+from features.folds import fold_models
 from finetune.dropout import keep_mask
 from finetune.lora import (
     FAMILY_TARGETS,
@@ -78,7 +79,7 @@ def with_adapters(
     family: str = "vit", options: LoraOptions = OPTIONS, *, n_folds: int = N_FOLDS, dtype: torch.dtype = torch.float32
 ) -> nn.Module:
     model = tiny(family, dtype=dtype)
-    add_adapters(model, options, n_folds=n_folds, seed=7)
+    add_adapters(model, options, fold_models=fold_models([7], n_folds))
     return model
 
 
@@ -100,7 +101,7 @@ def test_step_zero_is_the_frozen_model_to_the_bit(family: str, autocast: bool) -
     model.to(memory_format=torch.channels_last)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         frozen = model(batch)
-        add_adapters(model, OPTIONS, n_folds=N_FOLDS, seed=7)
+        add_adapters(model, OPTIONS, fold_models=fold_models([7], N_FOLDS))
         for step in (None, 0):
             select_folds(model, range(N_FOLDS), step=step)
             assert torch.equal(model(batch), frozen)
@@ -147,7 +148,7 @@ def test_initial_values_of_a_fold_do_not_depend_on_how_many_there_are() -> None:
 def test_each_family_has_default_targets(name: str, family: str, adapted: set[str]) -> None:
     with torch.device("meta"):
         model = timm.create_model(name)
-    names = add_adapters(model, LoraOptions(), n_folds=2, seed=0)
+    names = add_adapters(model, LoraOptions(), fold_models=fold_models([0], 2))
     assert default_targets(model) == FAMILY_TARGETS[family]
     assert {name for name in adapted if not any(found.endswith(name) for found in names)} == set()
     assert all(found.endswith(tuple(adapted)) for found in names)
@@ -173,17 +174,17 @@ def test_each_family_has_default_targets(name: str, family: str, adapted: set[st
 )
 def test_options_that_cannot_work_are_refused_in_one_message(options: dict[str, Any], said: str) -> None:
     with pytest.raises(UserError, match=said):
-        add_adapters(tiny(), LoraOptions(**options), n_folds=2, seed=0)
+        add_adapters(tiny(), LoraOptions(**options), fold_models=fold_models([0], 2))
 
 
 def test_a_depthwise_convolution_is_refused() -> None:
     with pytest.raises(UserError, match=r"3x3 Conv2d of stride 1 and 32 group\(s\)"):
-        add_adapters(tiny("cnn"), LoraOptions(targets=r"blocks\..*conv_dw"), n_folds=2, seed=0)
+        add_adapters(tiny("cnn"), LoraOptions(targets=r"blocks\..*conv_dw"), fold_models=fold_models([0], 2))
 
 
 def test_a_network_that_reads_the_weights_of_an_adapted_layer_is_refused() -> None:
     model = timm.create_model("beit_base_patch16_224", img_size=32, depth=1, embed_dim=32, num_heads=2, num_classes=0)
-    add_adapters(model, LoraOptions(), n_folds=1, seed=0)
+    add_adapters(model, LoraOptions(), fold_models=fold_models([0], 1))
     with pytest.raises(UserError, match="would never act"):
         model(images(n=1))
 
@@ -247,7 +248,7 @@ def test_the_fused_function_has_the_right_gradients(kind: str, step: int | None)
     torch.manual_seed(0)
     base = nn.Linear(5, 4) if kind == "linear" else nn.Conv2d(5, 4, 1)
     model = nn.Sequential(base).double()
-    add_adapters(model, LoraOptions(rank=2, dropout=0.4, targets="0"), n_folds=2, seed=0)
+    add_adapters(model, LoraOptions(rank=2, dropout=0.4, targets="0"), fold_models=fold_models([0], 2))
     stir(model)
     select_folds(model, [0, 1], step=step)
     x = torch.randn(4, 3, 5) if kind == "linear" else torch.randn(4, 5, 2, 2)
@@ -300,7 +301,7 @@ def test_torch_compile_takes_it_whole_and_once_for_all_steps() -> None:
 
 def test_the_backward_pass_keeps_one_copy_of_the_input_and_no_mask() -> None:
     model = nn.Sequential(nn.Linear(64, 48))
-    add_adapters(model, LoraOptions(rank=2, targets="0"), n_folds=2, seed=0)
+    add_adapters(model, LoraOptions(rank=2, targets="0"), fold_models=fold_models([0], 2))
     select_folds(model, [0, 1], step=0)
     x = torch.zeros(8, 10, 64, requires_grad=True)
     kept: dict[int, int] = {}
@@ -420,7 +421,7 @@ def test_an_adapter_trained_by_peft_loads_here(family: str, as_list: bool, peft:
         optimizer.step()
     theirs.save_pretrained(str(tmp_path))
     model = tiny(family)
-    add_adapters(model, read_options(tmp_path), n_folds=2, seed=0)
+    add_adapters(model, read_options(tmp_path), fold_models=fold_models([0], 2))
     head = load_adapter(model, tmp_path, fold=1)
     select_folds(model, [1])
     with torch.no_grad():
@@ -510,7 +511,7 @@ def test_a_damaged_or_foreign_adapter_is_refused_in_one_message(spoil: Any, said
 def test_an_adapter_of_another_backbone_is_refused(tmp_path: Path) -> None:
     saved(tmp_path)
     wider = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=2, embed_dim=64, num_heads=2, num_classes=0)
-    add_adapters(wider, OPTIONS, n_folds=1, seed=0)
+    add_adapters(wider, OPTIONS, fold_models=fold_models([0], 1))
     with pytest.raises(UserError, match=r"lora_A\.weight, found \(3, 32\), expected \(3, 64\)"):
         load_adapter(wider, tmp_path, fold=0)
     swin = with_adapters("swin")
@@ -528,7 +529,7 @@ def one_layer(options: LoraOptions = UNUSUAL, *, n_folds: int = 2, seed: int = 7
     """A single linear layer with adapters whose factors are drawn; float64."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(24, 6)).double()
-    add_adapters(model, options, n_folds=n_folds, seed=seed)
+    add_adapters(model, options, fold_models=fold_models([seed], n_folds))
     stir(model)
     return model
 
@@ -591,7 +592,7 @@ def test_what_is_dropped_follows_from_fold_and_seed() -> None:
 @pytest.mark.parametrize("dropout", [0.1, 0.4, 0.75])
 def test_a_layer_drops_the_share_of_its_inputs_that_was_asked_for(dropout: float) -> None:
     model = nn.Sequential(nn.Linear(40, 40, bias=False)).double()
-    add_adapters(model, LoraOptions(rank=40, alpha=40, dropout=dropout, targets="0"), n_folds=2, seed=7)
+    add_adapters(model, LoraOptions(rank=40, alpha=40, dropout=dropout, targets="0"), fold_models=fold_models([7], 2))
     with torch.no_grad():
         for parameter in trainable(model):
             parameter.copy_(torch.eye(40).expand_as(parameter))
@@ -610,7 +611,7 @@ def test_two_layers_drop_different_inputs() -> None:
     torch.manual_seed(0)
     first = nn.Linear(24, 6)
     model = nn.Sequential(first, copy.deepcopy(first)).double()
-    add_adapters(model, LoraOptions(rank=4, alpha=5, dropout=0.4, targets=r"\d"), n_folds=1, seed=7)
+    add_adapters(model, LoraOptions(rank=4, alpha=5, dropout=0.4, targets=r"\d"), fold_models=fold_models([7], 1))
     stir(model)
     x = torch.randn(N, 24, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
     with torch.no_grad():
@@ -630,7 +631,7 @@ def test_dropping_nearly_everything_leaves_numbers_finite() -> None:
 
 def test_initial_factors_are_uniform_as_those_of_a_linear_layer_and_differ_between_layers() -> None:
     model = nn.Sequential(nn.Linear(400, 400), nn.Linear(400, 400))
-    add_adapters(model, LoraOptions(rank=16, targets=r"\d"), n_folds=2, seed=0)
+    add_adapters(model, LoraOptions(rank=16, targets=r"\d"), fold_models=fold_models([0], 2))
     first, second = (module.A for _, module in adapters(model))
     for drawn in (*first, *second):
         bound = 400**-0.5  # variance bound^2 / 3, with a standard error of bound^2 sqrt((1/5 - 1/9) / n)
@@ -652,7 +653,7 @@ def test_initial_factors_are_uniform_as_those_of_a_linear_layer_and_differ_betwe
 )
 def test_convolutions_that_are_no_linear_layer_are_refused(convolution: nn.Conv2d) -> None:
     with pytest.raises(UserError, match=r"match 0, which is a"):
-        add_adapters(nn.Sequential(convolution), LoraOptions(targets="0"), n_folds=1, seed=0)
+        add_adapters(nn.Sequential(convolution), LoraOptions(targets="0"), fold_models=fold_models([0], 1))
 
 
 @pytest.mark.parametrize("options", [LoraOptions(4, 5, 0.1), LoraOptions(3, 3, 0.25), LoraOptions(2, 64, 0.0)])
@@ -697,5 +698,5 @@ def test_a_list_of_targets_means_last_parts_of_names_as_in_peft(tmp_path: Path) 
     _set(tmp_path / "adapter_config.json", target_modules=["qkv", "attn.proj"])
     model = tiny()
     model.blocks[0].attn.own_qkv = nn.Linear(3, 3)  # ends in qkv, but its last part is another
-    names = add_adapters(model, read_options(tmp_path), n_folds=1, seed=0)
+    names = add_adapters(model, read_options(tmp_path), fold_models=fold_models([0], 1))
     assert set(names) == {f"blocks.{block}.attn.{name}" for block in (0, 1) for name in ("qkv", "proj")}

@@ -85,7 +85,7 @@ def test_every_resample_equals_scikit_learns_with_weights(monkeypatch, dense, n_
     monkeypatch.setattr(tally, "_DENSE", dense)
     y, p = data(3)
     cluster, count = resamples(0, n_clusters, len(y))
-    found = tally.resampled_scores(tally.tally(y, p, cluster=cluster, n_clusters=n_clusters), count)
+    found = tally.tally(y, p, cluster=cluster, n_clusters=n_clusters)(count)
     for j, weight in enumerate(count[:, cluster]):
         assert found["auroc"][j] == pytest.approx(sk.roc_auc_score(y, p, sample_weight=weight), abs=1e-12)
         precision = sk.average_precision_score(y, p, sample_weight=weight)
@@ -98,7 +98,7 @@ def test_every_resample_equals_the_figures_of_its_repeated_rows(monkeypatch, blo
     y, p = data(5)
     cluster, count = resamples(1, 25, len(y))
     tallied = tally.tally(y, p, cluster=cluster, n_clusters=25, threshold=0.4)
-    found = tally.resampled_scores(tallied, count)
+    found = tallied(count)
     for j, times in enumerate(count[:, cluster]):
         expected = metrics.scores(np.repeat(y, times), np.repeat(p, times), threshold=0.4)
         assert {name: found[name][j] for name in metrics.NAMES} == pytest.approx(expected, abs=1e-12)
@@ -107,13 +107,13 @@ def test_every_resample_equals_the_figures_of_its_repeated_rows(monkeypatch, blo
 def test_of_very_many_samples_resamples_are_rounded_and_the_figures_themselves_are_not(monkeypatch):
     y, p = data(3, n=4000, decimals=6)
     cluster, count = resamples(0, 200, len(y), replicates=200)
-    exact = tally.resampled_scores(tally.tally(y, p, cluster=cluster, n_clusters=200), count)
+    exact = tally.tally(y, p, cluster=cluster, n_clusters=200)(count)
     monkeypatch.setattr(tally, "_MANY", 1000)
     monkeypatch.setattr(tally, "_STEPS", 500)
     scores = metrics.scores(y, p)
     assert scores["auroc"] == pytest.approx(sk.roc_auc_score(y, p), abs=1e-12)
     assert scores["average_precision"] == pytest.approx(sk.average_precision_score(y, p), abs=1e-12)
-    rounded = tally.resampled_scores(tally.tally(y, p, cluster=cluster, n_clusters=200), count)
+    rounded = tally.tally(y, p, cluster=cluster, n_clusters=200)(count)
     for name in metrics.NAMES:
         expected, found = (np.quantile(values[name], [0.025, 0.975]) for values in (exact, rounded))
         np.testing.assert_allclose(found, expected, atol=0.01 * (expected[1] - expected[0]))
@@ -121,17 +121,14 @@ def test_of_very_many_samples_resamples_are_rounded_and_the_figures_themselves_a
 
 def test_only_the_figures_asked_for_are_given():
     y, p = data(2)
-    tallied = tally.tally(y, p, cluster=np.arange(len(y)), n_clusters=len(y))
-    assert set(tally.resampled_scores(tallied, np.ones((2, len(y)), dtype=int), names=("f1", "auroc"))) == {
-        "f1",
-        "auroc",
-    }
+    tallied = tally.tally(y, p, cluster=np.arange(len(y)), n_clusters=len(y), names=("f1", "auroc"))
+    assert set(tallied(np.ones((2, len(y))))) == {"f1", "auroc"}
 
 
 def test_a_resample_without_a_class_has_the_figures_that_need_none_of_it():
     y, p = np.array([1, 1, 0, 0]), np.array([0.9, 0.2, 0.3, 0.6])
     tallied = tally.tally(y, p, cluster=np.array([0, 0, 1, 1]), n_clusters=3)  # the third brings nothing
-    found = tally.resampled_scores(tallied, np.array([[2, 0, 1], [0, 2, 1], [1, 1, 1], [0, 0, 3]]))
+    found = tallied(np.array([[2, 0, 1], [0, 2, 1], [1, 1, 1], [0, 0, 3]]))
     defined = {name: np.isfinite(values).tolist() for name, values in found.items()}
     assert defined["auroc"] == defined["balanced_accuracy"] == defined["mcc"] == [False, False, True, False]
     assert defined["sensitivity"] == defined["f1"] == defined["average_precision"] == [True, False, True, False]

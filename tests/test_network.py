@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from extract.backbones import Backbone, build_model, fetch_weights, find_backbone, forward_poolings
 from extract.views import parse_view
 from features.console import UserError
+from features.folds import fold_models
 from finetune.lora import LoraOptions, adapters
 from finetune.network import HEAD_FILE, METHODS, MODEL_FILE, Method, Network
 from finetune.options import FinetuneOptions
@@ -68,14 +69,17 @@ def tiny_network(
     dtype: torch.dtype = torch.float32,
     seed: int = 7,
 ) -> Network:
+    """Of one seed, whose members are numbered as the folds are."""
     chosen = folds if folds is not None else [0] if method == "full" else range(N_FOLDS)
-    model = backbone_model(backbone, dtype)
-    return Network(model, backbone, method=method, lora=lora, folds=chosen, seed=seed)
+    models = fold_models([seed], N_FOLDS)
+    return Network(
+        backbone_model(backbone, dtype), backbone, method=method, lora=lora, fold_models=models, members=chosen
+    )
 
 
 def stirred(network: Network) -> Network:
     """Give every fold values of its own; without it adapters do nothing."""
-    for fold, row in zip(network.folds, network.values, strict=True):
+    for fold, row in zip(network.members, network.values, strict=True):
         noise = torch.randn(row.shape, generator=torch.Generator().manual_seed(fold)).to(row)
         # Variances among the running statistics have to stay positive.
         row[: network.n_trained] += 0.05 * noise[: network.n_trained]
@@ -89,9 +93,9 @@ def images(n: int = N_FOLDS * N, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def logits(network: Network, batch: Tensor | None = None) -> Tensor:
-    batch = images(len(network.folds) * N) if batch is None else batch
+    batch = images(len(network.members) * N) if batch is None else batch
     with torch.no_grad():
-        found: Tensor = network(batch, network.folds)
+        found: Tensor = network(batch, network.members)
     return found
 
 
@@ -104,7 +108,7 @@ def test_before_the_first_step_the_classifiers_read_the_frozen_features(method: 
     with torch.no_grad():
         features = forward_poolings(backbone_model(backbone), backbone, images())[backbone.card_pooling]
     network = tiny_network(method, backbone)
-    n_rows = len(network.folds)
+    n_rows = len(network.members)
     batch = images()[: n_rows * N]
     each = features[: n_rows * N].view(n_rows, N, -1)
     expected = torch.baddbmm(network.bias[:, None], each, network.weight.mT)
@@ -113,7 +117,7 @@ def test_before_the_first_step_the_classifiers_read_the_frozen_features(method: 
     else:
         assert torch.equal(logits(network, batch), expected)
         # A dropped input of an adapter that adds nothing changes nothing.
-        assert torch.equal(network(batch, network.folds, step=3), expected)
+        assert torch.equal(network(batch, network.members, step=3), expected)
 
 
 def test_a_full_networks_batch_norms_learn_while_training_only() -> None:
@@ -130,7 +134,7 @@ def test_a_full_networks_batch_norms_learn_while_training_only() -> None:
 def test_a_frozen_backbones_batch_norms_never_learn(method: Method) -> None:
     network = tiny_network(method, CNN)
     before = {name: tensor.clone() for name, tensor in network.model.state_dict().items()}
-    network(images(), network.folds, step=0).sum().backward()
+    network(images(), network.members, step=0).sum().backward()
     assert all(torch.equal(tensor, before[name]) for name, tensor in network.model.state_dict().items())
 
 
@@ -156,7 +160,7 @@ def test_everything_a_full_network_computes_with_lies_in_its_row() -> None:
 def test_trained_parameters_are_views_of_the_rows_and_counted(method: Method, backbone: Backbone) -> None:
     network = tiny_network(method, backbone)
     learning = [parameter for parameter in network.parameters() if parameter.requires_grad]
-    assert sum(parameter.numel() for parameter in learning) == len(network.folds) * network.n_trained
+    assert sum(parameter.numel() for parameter in learning) == len(network.members) * network.n_trained
     storage = network.values.untyped_storage().data_ptr()
     assert {parameter.untyped_storage().data_ptr() for parameter in learning} == {storage}
     frozen = sum(parameter.numel() for parameter in network.parameters() if not parameter.requires_grad)
@@ -176,30 +180,30 @@ def test_initial_values_depend_on_seed_and_fold_alone() -> None:
 
 @pytest.mark.parametrize("folds", [[1, 0], [0, 2], [1, 2], [2]])
 def test_folds_that_the_rows_cannot_be_are_refused(folds: list[int]) -> None:
-    with pytest.raises(ValueError, match="cannot hold the folds"):
+    with pytest.raises(ValueError, match="cannot hold the members"):
         tiny_network("lora", folds=folds)
 
 
 def test_a_full_network_of_two_folds_is_refused() -> None:
-    with pytest.raises(ValueError, match="one fold at a time"):
+    with pytest.raises(ValueError, match="one member at a time"):
         tiny_network("full", folds=[0, 1])
 
 
 @pytest.mark.parametrize(("method", "backbone"), [("lora", VIT), ("lora", CNN), ("head", VIT), ("full", CNN)])
 def test_gathered_gradients_are_autograds(method: Method, backbone: Backbone) -> None:
     network = stirred(tiny_network(method, backbone, dtype=torch.float64))
-    batch = images(len(network.folds) * N, torch.float64)
-    weights = torch.linspace(-1, 2, len(network.folds) * N * 2, dtype=torch.float64).view(-1, N, 2)
+    batch = images(len(network.members) * N, torch.float64)
+    weights = torch.linspace(-1, 2, len(network.members) * N * 2, dtype=torch.float64).view(-1, N, 2)
     network.clear_gradients()
-    (network(batch, network.folds, step=5) * weights).sum().backward()
+    (network(batch, network.members, step=5) * weights).sum().backward()
     network.gather_gradients()
     learning = [p for p in network.parameters() if p.requires_grad]
-    expected = torch.autograd.grad((network(batch, network.folds, step=5) * weights).sum(), learning)
+    expected = torch.autograd.grad((network(batch, network.members, step=5) * weights).sum(), learning)
     together = torch.zeros_like(network.values)
     for parameter, gradient in zip(learning, expected, strict=True):
         start = parameter.storage_offset()
-        flat = gradient.reshape(len(network.folds), -1)
-        if parameter.shape[0] == len(network.folds) and method != "full":
+        flat = gradient.reshape(len(network.members), -1)
+        if parameter.shape[0] == len(network.members) and method != "full":
             together[:, start : start + flat.shape[1]] = flat
         else:
             together.view(-1)[start : start + flat.numel()] = gradient.flatten()
@@ -210,7 +214,7 @@ def test_passes_of_some_folds_at_a_time_gather_the_same_gradients() -> None:
     network = stirred(tiny_network(dtype=torch.float64))
     batch = images(dtype=torch.float64)
     network.clear_gradients()
-    network(batch, network.folds, step=5).square().sum().backward()
+    network(batch, network.members, step=5).square().sum().backward()
     network.gather_gradients()
     together = network.gradients.clone()
     network.clear_gradients()
@@ -243,12 +247,12 @@ def test_a_network_that_joins_two_poolings_is_classified_by_its_class_token() ->
 @pytest.mark.parametrize("method", METHODS)
 def test_a_fold_comes_back_as_it_was_saved(method: Method, backbone: Backbone, tmp_path: Path) -> None:
     network = stirred(tiny_network(method, backbone))
-    for fold in network.folds:
-        network.save_fold(tmp_path / str(fold), fold)
+    for fold in network.members:
+        network.save_member(tmp_path / str(fold), fold)
     other = tiny_network(method, backbone, seed=8)
     assert not torch.equal(other.values, network.values)
-    for fold in other.folds:
-        other.load_fold(tmp_path / str(fold), fold)
+    for fold in other.members:
+        other.load_member(tmp_path / str(fold), fold)
     assert torch.equal(other.values, network.values)
     assert torch.equal(logits(other), logits(network))
 
@@ -257,7 +261,7 @@ def test_a_fold_comes_back_as_it_was_saved(method: Method, backbone: Backbone, t
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_plain_timm_loads_the_merged_file_and_agrees(method: Method, backbone: Backbone, tmp_path: Path) -> None:
     network = stirred(tiny_network(method, backbone))
-    fold = network.folds[-1]
+    fold = network.members[-1]
     network.save_merged(tmp_path, fold)
     with safetensors.safe_open(tmp_path / MODEL_FILE, "pt") as file:
         described = json.loads(file.metadata()["timm"])
@@ -272,7 +276,7 @@ def test_plain_timm_loads_the_merged_file_and_agrees(method: Method, backbone: B
 def test_the_merged_file_is_what_full_training_writes(tmp_path: Path) -> None:
     adapted, full = stirred(tiny_network("lora")), tiny_network("full", folds=[1])
     adapted.save_merged(tmp_path, 1)
-    full.load_fold(tmp_path, 1)
+    full.load_member(tmp_path, 1)
     batch = images(N)
     with torch.no_grad():
         torch.testing.assert_close(full(batch, [1]), adapted(batch, [1]), rtol=1e-5, atol=1e-6)
@@ -281,9 +285,9 @@ def test_the_merged_file_is_what_full_training_writes(tmp_path: Path) -> None:
 @pytest.mark.parametrize("method", METHODS)
 def test_the_same_values_are_saved_as_the_same_bytes(method: Method, tmp_path: Path) -> None:
     network = stirred(tiny_network(method))
-    network.save_fold(tmp_path / "0", 0)
+    network.save_member(tmp_path / "0", 0)
     for time in range(1, 8):
-        network.save_fold(tmp_path / str(time), 0)
+        network.save_member(tmp_path / str(time), 0)
         for path in (tmp_path / "0").iterdir():
             assert (tmp_path / str(time) / path.name).read_bytes() == path.read_bytes()
 
@@ -294,47 +298,47 @@ FILES = {"lora": "adapter_model.safetensors", "head": HEAD_FILE, "full": MODEL_F
 @pytest.mark.parametrize("method", METHODS)
 def test_a_missing_or_truncated_file_is_named(method: Method, tmp_path: Path) -> None:
     network = tiny_network(method)
-    fold = network.folds[0]
-    network.save_fold(tmp_path, fold)
+    fold = network.members[0]
+    network.save_member(tmp_path, fold)
     path = tmp_path / FILES[method]
     path.write_bytes(path.read_bytes()[:-10])
     with pytest.raises(UserError, match=rf"{FILES[method]}: not a whole safetensors file.*[Cc]opy"):
-        network.load_fold(tmp_path, fold)
+        network.load_member(tmp_path, fold)
     path.unlink()
     with pytest.raises(UserError, match=rf"{FILES[method]}: no such file"):
-        network.load_fold(tmp_path, fold)
+        network.load_member(tmp_path, fold)
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_another_networks_file_is_named_and_changes_nothing(method: Method, tmp_path: Path) -> None:
     wider = replace(VIT, kwargs={**VIT.kwargs, "embed_dim": 32})
-    tiny_network(method, wider).save_fold(tmp_path, 0)
+    tiny_network(method, wider).save_member(tmp_path, 0)
     network = tiny_network(method)
     before = network.values.clone()
     with pytest.raises(UserError, match=FILES[method]):
-        network.load_fold(tmp_path, 0)
+        network.load_member(tmp_path, 0)
     assert torch.equal(network.values, before)
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_file_without_classifier_is_named(method: Method, tmp_path: Path) -> None:
     network = tiny_network(method)
-    network.save_fold(tmp_path, 0)
+    network.save_member(tmp_path, 0)
     path = tmp_path / FILES[method]
     tensors = safetensors.torch.load_file(path)
     kept = {name: tensor for name, tensor in tensors.items() if name not in ("weight", "bias") and "head." not in name}
     safetensors.torch.save_file(kept, path)
     with pytest.raises(UserError, match=rf"{tmp_path}.*2 tensors are missing.*first: weight"):
-        network.load_fold(tmp_path, 0)
+        network.load_member(tmp_path, 0)
 
 
 def test_a_file_with_more_than_a_classifier_is_named(tmp_path: Path) -> None:
     network = tiny_network("head")
-    network.save_fold(tmp_path, 0)
+    network.save_member(tmp_path, 0)
     more = safetensors.torch.load_file(tmp_path / HEAD_FILE) | {"scale": torch.ones(1)}
     safetensors.torch.save_file(more, tmp_path / HEAD_FILE)
     with pytest.raises(UserError, match=rf"{HEAD_FILE}: 1 tensors.*first: scale"):
-        network.load_fold(tmp_path, 0)
+        network.load_member(tmp_path, 0)
 
 
 def test_logits_of_a_single_fold_are_a_linear_layers() -> None:
@@ -376,5 +380,11 @@ def test_a_network_that_embeds_otherwise_than_its_record_says_is_refused_before_
     record = replace(find_backbone(MODEL), card_pooling="mean")
     with pytest.raises(UserError, match=r"in another way than by mean pooling"):
         build_network(
-            record, weights, FinetuneOptions(model=MODEL), parse_view("full"), [0], device=torch.device("cpu")
+            record,
+            weights,
+            FinetuneOptions(model=MODEL),
+            parse_view("full"),
+            fold_models=fold_models([42], 1),
+            members=[0],
+            device=torch.device("cpu"),
         )

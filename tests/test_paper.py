@@ -20,7 +20,7 @@ def test_a_fold_follows_a_plain_loop_over_torchs_scheduler():
     X, y, masks = problem()
     y = np.where(np.random.default_rng(1).random(len(y)) < 0.25, 1 - y, y)  # noisy: accuracies rise and fall
     recipe = schedule.PaperRecipe(learning_rate=0.02, weight_decay=0.1, max_epochs=40, patience=8, plateau_patience=2)
-    coef, _, fit = paper.fit_paper_probe(X, y, masks=masks, seed=3, recipe=recipe)
+    coef, _, fit = paper.fit_paper_probe(X, y, masks=masks, seeds=[3], recipe=recipe)
     features, target = torch.from_numpy(X), torch.from_numpy(y.astype(np.int64))
     for k, mask in enumerate(masks):
         generator = torch.Generator().manual_seed(3000 + k)
@@ -30,7 +30,7 @@ def test_a_fold_follows_a_plain_loop_over_torchs_scheduler():
         layer.load_state_dict({"weight": initial[:-1].T, "bias": initial[-1]})
         optimizer = torch.optim.Adam(layer.parameters(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
         scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(
-            optimizer, mode="max", factor=0.5, patience=2, threshold=0, min_lr=recipe.min_learning_rate
+            optimizer, mode="max", factor=0.5, patience=2, min_lr=recipe.min_learning_rate
         )
         rows = torch.from_numpy(np.flatnonzero(mask))
         counts = torch.bincount(target[rows])
@@ -57,15 +57,15 @@ def test_a_fold_follows_a_plain_loop_over_torchs_scheduler():
 def test_a_folds_result_does_not_depend_on_the_others():
     X, y, masks = problem()
     recipe = schedule.PaperRecipe(learning_rate=1e-2, max_epochs=6)
-    together, _, _ = paper.fit_paper_probe(X, y, masks=masks, seed=1, recipe=recipe)
-    first, _, _ = paper.fit_paper_probe(X, y, masks=masks[:1], seed=1, recipe=recipe)
+    together, _, _ = paper.fit_paper_probe(X, y, masks=masks, seeds=[1], recipe=recipe)
+    first, _, _ = paper.fit_paper_probe(X, y, masks=masks[:1], seeds=[1], recipe=recipe)
     np.testing.assert_allclose(together[0], first[0], rtol=1e-5, atol=1e-6)
 
 
 def test_training_stops_early_and_keeps_the_best_epoch():
     X, y, masks = problem()
     recipe = schedule.PaperRecipe(learning_rate=1e-2, patience=3)
-    coef, intercept, fit = paper.fit_paper_probe(X, y, masks=masks, seed=0, recipe=recipe)
+    coef, intercept, fit = paper.fit_paper_probe(X, y, masks=masks, seeds=[0], recipe=recipe)
     assert max(fit.n_epochs) < recipe.max_epochs
     assert (np.subtract(fit.n_epochs, fit.best_epoch) - 1 == recipe.patience).all()
     held_out = ~masks[0]

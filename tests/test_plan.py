@@ -8,6 +8,7 @@ import torch
 
 from extract.backbones import build_model, find_backbone
 from features.console import UserError
+from features.folds import fold_models
 from finetune import options as training_options
 from finetune.lora import LoraOptions
 from finetune.network import Network
@@ -40,7 +41,9 @@ def test_activations_are_those_of_a_real_step():
     options = FinetuneOptions(view="full@64", batch_size=2, precision="fp32")
     plan = make_plan(options, COMPUTE)
     backbone = find_backbone(options.model)
-    network = Network(build_model(backbone, None), backbone, method="lora", lora=LoraOptions(), folds=range(5), seed=0)
+    network = Network(
+        build_model(backbone, None), backbone, method="lora", lora=LoraOptions(), fold_models=fold_models([0], 5)
+    )
     sizes: dict[int, int] = {}
     alive = []
 
@@ -95,6 +98,6 @@ def test_auto_precision_trains_convolutions_of_a_cpu_in_fp32(monkeypatch):
 def test_the_users_view_goes_before_the_recipes_and_that_before_the_backbones():
     backbone = replace(find_backbone("h-optimus-1"), finetune_view="center48")
     assert FinetuneOptions().resolved_view(backbone).name == "center48"
-    assert FinetuneOptions(recipe="paper").resolved_view(backbone).name == RECIPES["paper"].view == "full"
+    assert FinetuneOptions(recipe="paper").resolved_view(backbone).name == RECIPES["paper"].view == "full@224+imagenet"
     for recipe in RECIPES:
         assert FinetuneOptions(recipe=recipe, view="center64").resolved_view(backbone).name == "center64"

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from drawn_runs import patches
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -21,8 +22,10 @@ from features.store import FeatureStore
 from finetune.lora import LoraOptions
 from finetune.options import ComputeOptions, FinetuneOptions
 from finetune.predict import predict_paths
+from finetune.predict_groups import group_rates, groups_of
 from finetune.run import finetune
 from probe.probing import ProbeOptions, probe_store
+from probe.rates import error_rates
 from probe.runs import read_predictions, read_run
 
 MODEL, VIEW = "timm/test_vit", "full@32"
@@ -332,3 +335,89 @@ def test_nothing_that_predictions_are_made_from_is_replaced(tmp_path, out):
     with pytest.raises(UserError, match="is an image, one of the inputs, or part of the run"):
         predict_paths(tmp_path / "run", [tmp_path / "in.csv", tmp_path / "0.png"], out=tmp_path / out)
     assert (tmp_path / "in.csv").read_text() == (tmp_path / "run" / "run.json").read_text() == "kept"
+
+
+# --- by group ---------------------------------------------------------------------------------------------------------
+
+
+def test_every_slide_has_its_rate_as_predicted_and_as_corrected_by_out_of_fold_errors(runs, table, weights, tmp_path):
+    out = tmp_path / "new.csv"
+    summary = predict_paths(runs["head"], [table], out=out, weights=weights, by="group")
+    rows, slides = rows_of(out), rows_of(tmp_path / "new-by-group.csv")
+    assert [row["group"] for row in slides] == [f"s{k}" for k in range(12)]
+    own = read_predictions(runs["head"])
+    own = own.select(own.split == "validation")
+    hit = (own.probability >= summary["threshold"]) == (own.label == 1)
+    sensitivity, specificity = hit[own.label == 1].mean(), hit[own.label == 0].mean()
+    found = summary["by_group"]
+    assert found["sensitivity"]["value"] == pytest.approx(sensitivity)
+    assert found["specificity"]["value"] == pytest.approx(specificity)
+    assert (found["out"], found["n_without"], len(found["groups"])) == (str(tmp_path / "new-by-group.csv"), 0, 12)
+    for k, row in enumerate(slides):
+        predicted = [one["predicted"] == "Atypical" for one in rows[4 * k : 4 * k + 4]]
+        assert (row["source"], row["n"], row["n_positive"]) == (str(table), "4", str(sum(predicted)))
+        assert float(row["rate"]) == sum(predicted) / 4
+        assert float(row["low"]) <= float(row["rate"]) <= float(row["high"])
+        if sensitivity + specificity > 1:
+            share = np.clip((sum(predicted) / 4 + specificity - 1) / (sensitivity + specificity - 1), 0, 1)
+            assert float(row["corrected"]) == pytest.approx(share, abs=1e-6)
+            assert float(row["corrected_low"]) <= share + 1e-6
+
+
+def test_errors_are_those_at_the_threshold_that_is_used(runs, table, weights, tmp_path):
+    out = tmp_path / "new.csv"
+    found = predict_paths(runs["head"], [table], out=out, weights=weights, threshold=0.0, by="group")["by_group"]
+    assert (found["sensitivity"]["value"], found["specificity"]["value"]) == (1, 0)
+    assert {row["rate"] for row in rows_of(tmp_path / "new-by-group.csv")} == {"1.000000"}
+    assert {row["corrected"] for row in rows_of(tmp_path / "new-by-group.csv")} == {""}  # all are called positive
+    assert found["groups"][0]["corrected"] is None
+
+
+class TestGroups:
+    """Where the group of a new patch comes from. A rate by wrong groups would be worse than none."""
+
+    def patch(self, path: Path) -> Path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(path)
+        return path
+
+    def of(self, path: Path) -> list[str]:
+        return groups_of(load_patches(path, grouped=True), path)
+
+    def test_from_a_column_under_any_of_its_names(self, tmp_path):
+        for name in "abc":
+            self.patch(tmp_path / f"{name}.png")
+        for column in ("group", "Slide ID", "patient"):
+            (tmp_path / "t.csv").write_text(f"path,{column}\na.png,s1\nb.png,NA\nc.png,s2\n")
+            assert self.of(tmp_path / "t.csv") == ["s1", "", "s2"]
+
+    def test_from_the_folder_of_its_slide(self, tmp_path):
+        for name in ("s1/a.png", "s1/b.png", "centre/s2/a.png"):
+            self.patch(tmp_path / "new" / name)
+        assert self.of(tmp_path / "new") == ["centre/s2", "s1", "s1"]
+
+    def test_from_arrays(self, tmp_path):
+        with h5py.File(tmp_path / "x.h5", "w") as file:
+            file["x"] = np.zeros((3, 8, 8, 3), np.uint8)
+            file["group"] = np.array([b"s1", b"s2", b"s1"])
+        assert self.of(tmp_path / "x.h5") == ["s1", "s2", "s1"]
+
+    def test_from_nowhere(self, tmp_path):
+        for name in ("s1/a.png", "b.png"):
+            self.patch(tmp_path / "new" / name)
+        with pytest.raises(UserError, match=r"1 images \(first: b.png\) lie in no folder of their slide"):
+            self.of(tmp_path / "new")
+        (tmp_path / "t.csv").write_text("path\nnew/b.png\n")
+        for path in (tmp_path / "t.csv", tmp_path / "new" / "b.png"):
+            with pytest.raises(UserError, match=r"the groups \(slides\) of its patches are not known. Give a table"):
+                self.of(path)
+
+    def test_by_anything_else(self, tmp_path):
+        with pytest.raises(UserError, match=r"`by=slide`: expected group"):
+            predict_paths(tmp_path, [tmp_path], out=tmp_path / "out.csv", by="slide")
+
+    def test_a_slide_of_one_name_in_two_sources_is_two(self):
+        errors = error_rates(patches([0, 1, 0, 1], [0.1, 0.9, 0.2, 0.6]))
+        names, values = [["s", "", "s"], ["s"]], [np.array([0.9, 0.9, 0.1]), np.array([0.5])]
+        found = group_rates(["a", "b"], names, values, threshold=0.5, errors=errors)
+        assert [(one.source, one.group, one.n, one.n_positive) for one in found] == [("a", "s", 2, 1), ("b", "s", 1, 1)]

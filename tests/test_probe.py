@@ -1,6 +1,7 @@
 """Is a store probed fairly: choices made on training data, groups whole, every figure recomputable?"""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ from features.console import UserError
 from features.folds import grouped_folds
 from features.samples import Samples, make_samples
 from features.store import FeatureStore
-from probe import experiment
+from probe import experiment, probing
 from probe.evidence import evaluate
 from probe.linear import fit_exact
 from probe.metrics import FoldFigure, RunMetrics, SetMetrics, auroc
@@ -18,6 +19,7 @@ from probe.probing import ProbeOptions, probe_store
 from probe.report.published import published
 from probe.report.terminal import leaderboard
 from probe.runs import FoldsRecord, RunRecord, read_predictions, read_run
+from probe.schedule import probe_recipe
 
 WIDTH = 12
 
@@ -39,14 +41,26 @@ def table(n: int = 240, seed: int = 0, split: bool = True) -> Samples:
     )
 
 
-def add(store: FeatureStore, dataset: str, samples: Samples, model: str, view: str, *, signal: float, seed: int = 0):
-    """Embeddings of one view: noise, and the label in a few directions."""
+def add(
+    store: FeatureStore,
+    dataset: str,
+    samples: Samples,
+    model: str,
+    view: str,
+    *,
+    signal: float,
+    seed: int = 0,
+    dead: int = 0,
+    **parts,
+):
+    """Embeddings of one view: noise, and the label in a few directions; the last features may be dead."""
     store.put_samples(dataset, samples, attrs={})
     rng = np.random.default_rng(seed)
     arrays = {}
     for pooling, strength in (("cls", signal), ("mean", signal / 3)):
         X = rng.standard_normal((len(samples), WIDTH))
         X[:, :3] += strength * (2.0 * samples.label[:, None] - 1)
+        X[:, WIDTH - dead :] = 0.25
         arrays[pooling] = X
     writer = store.begin(
         dataset,
@@ -54,7 +68,7 @@ def add(store: FeatureStore, dataset: str, samples: Samples, model: str, view: s
         view=view,
         poolings={"cls": WIDTH, "mean": WIDTH},
         card_pooling="cls",
-        parts={"model": model, "view": view},
+        parts={"model": model, "view": view} | parts,
     )
     for rows in writer.missing():
         writer.write(rows, {name: X[rows.start : rows.stop] for name, X in arrays.items()})
@@ -157,13 +171,77 @@ def test_saved_weights_give_the_saved_logits(store, tmp_path):
     np.testing.assert_allclose(part.logit, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_paper_recipe_probes_the_cards_embedding_of_the_full_view(store, tmp_path, monkeypatch):
-    monkeypatch.setattr(experiment, "AMI_BR", "")  # the table is not AMi-Br's
-    options = ProbeOptions(recipe="paper")
-    (folder,) = probed(store, ["good"], options=options, runs=tmp_path / "runs")
+TEXT = "full@224+imagenet"
+AS_TEXT = {"crop": None, "resize": 224, "input_size": 224, "mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
+
+
+@pytest.fixture
+def briefly(monkeypatch) -> None:
+    """Trained probes of two epochs, on a table that is not AMi-Br's."""
+    monkeypatch.setattr(experiment, "AMI_BR", "")
+    monkeypatch.setattr(
+        probing, "probe_recipe", lambda name, *, model: replace(probe_recipe(name, model=model), max_epochs=2)
+    )
+
+
+@pytest.fixture
+def with_text(tmp_path, briefly) -> FeatureStore:
+    """A store of one model in the view of the paper's text, and in `full`, which is not that."""
+    store = FeatureStore.open_or_create(tmp_path / "text.zarr")
+    for dataset, samples in (("ami-br", table()), ("atnorm-br", table(seed=1, split=False))):
+        for view in ("full", TEXT):
+            add(store, dataset, samples, "prov-gigapath", view, signal=0.6)
+    return store
+
+
+@pytest.mark.parametrize(
+    ("recipe", "view", "rate", "decay"), [("paper", TEXT, 1e-4, 1e-5), ("authors", "full", 1e-3, 1e-4)]
+)
+def test_a_trained_probe_sees_what_its_recipe_asks_for(with_text, tmp_path, capsys, recipe, view, rate, decay):
+    (folder,) = probed(with_text, options=ProbeOptions(recipe=recipe, cv=3), runs=tmp_path / "runs")
     run = read_run(folder)
-    assert (run.view, run.pooling) == ("full", "card")
-    assert len(run.candidates[0].n_epochs) == 5
+    (candidate,) = run.candidates
+    assert (run.view, run.pooling, len(candidate.n_epochs)) == (view, "card", 3)
+    assert (candidate.recipe["learning_rate"], candidate.recipe["weight_decay"]) == (rate, decay)
+    assert "text asks" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("lacking", ["ami-br", "atnorm-br"])
+def test_a_store_without_the_texts_view_is_probed_in_the_cards_and_that_is_said(
+    with_text, tmp_path, capsys, monkeypatch, lacking
+):
+    entries = with_text.entries
+    without = [lacking, TEXT]
+    monkeypatch.setattr(
+        with_text, "entries", lambda *given: [e for e in entries(*given) if [e.dataset, e.view] != without]
+    )
+    (folder,) = probed(with_text, options=ProbeOptions(recipe="paper", cv=3), runs=tmp_path / "runs")
+    assert read_run(folder).view == "full"
+    command = f"fm-extract --model prov-gigapath --dataset ami-br,atnorm-br --view {TEXT}"
+    said = " ".join(capsys.readouterr().err.split())
+    assert f"prov-gigapath: the paper's text asks for view {TEXT}; used is full" in said
+    assert command in said
+
+
+@pytest.mark.parametrize(("transform", "said"), [(AS_TEXT, False), (AS_TEXT | {"resize": 256}, True)])
+@pytest.mark.usefixtures("briefly")
+def test_a_card_that_does_as_the_text_says_needs_no_other_view(tmp_path, capsys, transform, said):
+    store = FeatureStore.open_or_create(tmp_path / "card.zarr")
+    add(store, "ami-br", table(), "uni", "full", signal=0.6, transform=transform)
+    probed(store, options=ProbeOptions(recipe="paper", cv=3), runs=tmp_path / "runs")
+    assert ("text asks" in capsys.readouterr().err) == said
+
+
+def test_features_without_a_weight_are_counted_recorded_and_said_once(tmp_path, capsys):
+    store = FeatureStore.open_or_create(tmp_path / "dead.zarr")
+    for view in ("full", "center64"):
+        add(store, "ami-br", table(), "uni", view, signal=0.6, dead=2)
+    (folder,) = probed(store, options=ProbeOptions(cv=3), runs=tmp_path / "runs")
+    run = read_run(folder)
+    assert [candidate.n_dropped for candidate in run.candidates] == [2] * 4
+    said = " ".join(capsys.readouterr().err.split())
+    assert said.count("vary by no more than rounding") == 1
+    assert f"uni ({run.view}, {run.pooling}): 2 of {WIDTH} features vary by no more than rounding" in said
 
 
 def test_datasets_embedded_differently_are_never_compared(store, tmp_path):
@@ -237,6 +315,10 @@ def test_published_figures_stand_beside_ours():
     assert cells[0] == ["uni (probe)", "  paper, Table 3", "  authors' re-run"]
     assert cells[4] == ["0.5000 ± 0.0100", "0.6477 ± 0.0108", "0.6339"]
     assert cells[2][1:] == ["", ""]
+    named = [
+        list(leaderboard([replace(run, model=model)]).columns[0].cells)[2] for model in ("prov-gigapath", "virchow")
+    ]
+    assert named == ["  authors' re-run (same figures as Table 3)", "  authors' re-run"]
 
 
 def relabelled(samples: Samples, split: list[str]) -> Samples:

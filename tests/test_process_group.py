@@ -211,7 +211,7 @@ def test_only_norms_that_learn_are_shared() -> None:
         assert found == network.n_synchronized_norms == (expected if n is None else n)
         assert list(network.model.state_dict()) == list(before)
         with torch.no_grad():
-            assert torch.isfinite(network(images(len(network.folds)), network.folds)).all()
+            assert torch.isfinite(network(images(len(network.members)), network.members)).all()
 
 
 # --------------------------------------------------------------------------------------------------------- the command

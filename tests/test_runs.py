@@ -398,8 +398,8 @@ def test_a_damaged_record_is_refused(name, content, tmp_path):
 
 def test_a_run_of_another_format_is_refused(tmp_path):
     folder = made_run(tmp_path)
-    edit_record(folder, format=2)
-    with pytest.raises(UserError, match="is a run of format 2; this version reads format 1"):
+    edit_record(folder, format=3)
+    with pytest.raises(UserError, match="is a run of format 3; this version reads formats 1 and 2"):
         read_run(folder)
 
 

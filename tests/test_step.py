@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from extract.backbones import build_model
 from features.console import UserError
 from features.device import constant
+from features.folds import fold_models
 from finetune import fast, kernels
 from finetune import run as finetuning
 from finetune import train as training
@@ -82,8 +83,7 @@ def fake_step(recipe: Any = RECIPE) -> tuple[Step, Network]:
         VIT,
         method="lora",
         lora=LoraOptions(rank=2),
-        folds=range(3),
-        seed=0,
+        fold_models=fold_models([0], 3),
     )
     for _, layer in adapters(network.model):
         layer.triton = True
@@ -166,7 +166,7 @@ def stopping(network: Network, **options: Any) -> tuple[Any, list[int]]:
         patched.setattr(training, "balanced_accuracy", lambda *_: next(judged))
         compute = Compute(CPU, "fp32", 3, evaluation_batch=5, **options)
         data = patches(network.values.dtype)
-        train(network, data, recipe, state=state, seed=1, compute=compute, save=nothing, advance=nothing)
+        train(network, data, recipe, state=state, compute=compute, save=nothing, advance=nothing)
     handle.remove()
     assert [len(state.history[fold]) for fold in range(3)] == [2, 3, 4]
     return state, seen
@@ -278,7 +278,7 @@ def test_all_rows_are_stepped_as_torchs_optimisers_step_each_alone(optimizer: An
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_training_keeps_at_most_half_of_what_peft_keeps(precision: str) -> None:
     wide = replace(VIT, kwargs={**VIT.kwargs, "embed_dim": 192, "num_heads": 3, "depth": 6})
-    network = Network(build_model(wide, None), wide, method="lora", lora=LoraOptions(), folds=range(2), seed=0)
+    network = Network(build_model(wide, None), wide, method="lora", lora=LoraOptions(), fold_models=fold_models([0], 2))
     network.compute_in(precision)
     config = peft.LoraConfig(r=8, lora_alpha=16, lora_dropout=0.3, target_modules=TARGETS)
     theirs = peft.get_peft_model(build_model(wide, None), config)
@@ -337,7 +337,7 @@ def test_compiled_blocks_that_differ_or_fail_are_left_out_with_a_sentence(
         nn.Module, "compile", lambda module, options=None, **more: compile(module, backend=backend, **more)
     )
     network = tiny_network()
-    expected = network(images(), network.folds, step=1)
+    expected = network(images(), network.members, step=1)
     before = network.values.clone()
     compute = Compute(CPU, "fp32", 3, evaluation_batch=2)
     try_compiled_blocks(network, compute, batch_size=2, image_size=32)
@@ -345,7 +345,7 @@ def test_compiled_blocks_that_differ_or_fail_are_left_out_with_a_sentence(
     assert compute.fast_paths == (set() if said else {"compiled blocks"})
     assert said in capsys.readouterr().err
     assert torch.equal(network.values, before)
-    torch.testing.assert_close(network(images(), network.folds, step=1), expected)
+    torch.testing.assert_close(network(images(), network.members, step=1), expected)
     torch.compiler.reset()
 
 
@@ -474,7 +474,7 @@ def test_an_operation_that_cannot_be_repeated_is_named_once_and_recorded(
     monkeypatch.setattr(Network, "forward", refusing)
     network, compute = tiny_network(), Compute(CPU, "fp32", 3)
     state = new_state(network)
-    train(network, patches(torch.uint8), RECIPE, state=state, seed=42, compute=compute, save=nothing, advance=nothing)
+    train(network, patches(torch.uint8), RECIPE, state=state, compute=compute, save=nothing, advance=nothing)
     assert compute.unrepeatable == {"max_pool_backward"}
     assert capsys.readouterr().err.count("cannot repeat max_pool_backward bit by bit") == 1
     assert torch.is_deterministic_algorithms_warn_only_enabled()
@@ -487,9 +487,7 @@ def test_a_training_that_goes_on_in_another_way_says_so(capsys: pytest.CaptureFi
     state = replace(new_state(network), fast_paths=("CUDA graph", "kernels"))
     compute = Compute(CPU, "fp32", 3)
     recipe = replace(RECIPE, epochs=2)
-    train(
-        network, patches(torch.uint8), recipe, state=state, seed=42, compute=compute, save=said.append, advance=nothing
-    )
+    train(network, patches(torch.uint8), recipe, state=state, compute=compute, save=said.append, advance=nothing)
     assert state.fast_paths == ()
     assert capsys.readouterr().err.count("with plain PyTorch instead of CUDA graph, kernels") == 1
 
@@ -565,7 +563,7 @@ def test_compiled_blocks_of_a_classifier_alone_are_not_differentiated(monkeypatc
     assert network.compile_blocks()
     seen: list[bool] = []
     network.model.norm.register_forward_hook(lambda *given: seen.append(given[-1].requires_grad))
-    network(images(), network.folds, step=0)
+    network(images(), network.members, step=0)
     assert seen == [False]
     torch.compiler.reset()
 
@@ -595,7 +593,7 @@ def test_layers_that_draw_while_training_draw_the_same_again_whatever_else_draws
 def test_a_network_that_is_released_holds_no_memory(method: Any) -> None:
     network = tiny_network(method)
     network.compute_in("bf16")
-    network(images(2 * len(network.folds)), network.folds, step=0).sum().backward()
+    network(images(2 * len(network.members)), network.members, step=0).sum().backward()
     n_trained = network.n_trained
     network.release()
     tensors = [network.values, network.gradients, *network.parameters(), *network.buffers()]

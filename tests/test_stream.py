@@ -87,6 +87,20 @@ def test_rows_of_a_kind_that_the_sample_hardly_holds_count(tmp_path):
     assert (found.coef[:, :, 7] == 0).all()
 
 
+def test_a_feature_in_other_units_than_the_rest_drops_nothing(tmp_path):
+    X, y = embeddings(3000, 12)
+    X[:, 3] *= 1e4
+    X[:, 7] *= 1e-3
+    X[:, 9] = 1 + 2**-10 * (np.arange(3000) % 3 == 0)  # rounded up or down in float16
+    X = X.astype(np.float16)
+    masks = five_folds(3000)
+    expected = fit_logistic(X, y, masks=masks, strengths=STRENGTHS)
+    found = fit_streamed(stored(tmp_path, X, y), y, masks=masks, strengths=STRENGTHS, sample=300)
+    assert_same(found, expected)
+    assert found.n_dropped.tolist() == expected.n_dropped.tolist() == [1] * 5
+    assert (found.coef[:, :, 7] != 0).all()
+
+
 def test_a_rare_class_is_in_the_sample_whole(tmp_path):
     X, y = embeddings(3000, 12)
     y[np.flatnonzero(y == 1)[40:]] = 0

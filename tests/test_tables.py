@@ -12,7 +12,8 @@ import pytest
 from rich.console import Console
 from test_runs import TABLES, made_run, patches, predicted
 
-from probe.evidence import ensemble_of, evaluate, judge
+from probe.ensembles import ensemble_of
+from probe.evidence import evaluate, judge
 from probe.predictions import VALIDATION
 from probe.report.collect import Report, collect
 from probe.report.published import published, published_for

@@ -23,7 +23,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from extract.registry import IMAGENET_MEAN, IMAGENET_STD
 from extract.views import Transform
 from features.console import UserError
-from features.folds import Folds
+from features.folds import FoldModel, Folds, fold_models
 from finetune import compute as computing
 from finetune import train as training
 from finetune.augment import AugmentOptions, augment
@@ -103,12 +103,13 @@ def trained(
     seed: int = SEED,
 ) -> State:
     """Train to the end; `only` some folds, the others being finished before they begin."""
+    network.fold_models = fold_models([seed], N_FOLDS)
     state = new_state(network)
-    for fold in set(network.folds) - set(network.folds if only is None else only):
+    for fold in set(network.members) - set(network.members if only is None else only):
         state.history[fold] = [EpochRecord(0.7, 0.5, 0.5, 0.0)] * recipe.epochs
     compute = Compute(CPU, "fp32", at_once)
     data = patches(network.values.dtype) if data is None else data
-    train(network, data, recipe, state=state, seed=seed, compute=compute, save=save, advance=nothing)
+    train(network, data, recipe, state=state, compute=compute, save=save, advance=nothing)
     return state
 
 
@@ -207,7 +208,7 @@ def test_a_stopped_fold_leaves_the_batch() -> None:
         at_its_end = saved[n - 1]
         assert torch.equal(together.values[fold], at_its_end.values[fold])
         assert torch.equal(together.moments[fold], at_its_end.moments[fold])
-        n_batches = training.draw_epoch(patches(), fold, recipe, seed=SEED, epoch=0).n_batches
+        n_batches = training.draw_epoch(patches(), FoldModel(SEED, fold), recipe, epoch=0).n_batches
         assert together.n_steps[fold] == n * n_batches == sum(fold in folds for folds in seen)
         alone = trained(double(lora=DROPPING), recipe, only=[fold])
         assert len(alone.history[fold]) == n
@@ -258,7 +259,7 @@ def reference(network: Network, fold: int, recipe: Recipe) -> Reference:
     held_out, label = data.folds.fold == fold, data.label
     found = Reference({}, {}, [], [])
     for epoch in range(recipe.epochs):
-        plan = training.draw_epoch(data, fold, recipe, seed=SEED, epoch=epoch)
+        plan = training.draw_epoch(data, FoldModel(SEED, fold), recipe, epoch=epoch)
         losses = []
         for batch, rows in enumerate(plan.rows):
             if recipe.schedule == "cosine":
@@ -333,7 +334,7 @@ def test_full_training_ends_as_in_a_plain_loop() -> None:
         [*model.parameters(), *head.parameters()], lr=recipe.learning_rate, weight_decay=recipe.weight_decay
     )
     for epoch in range(recipe.epochs):
-        plan = training.draw_epoch(data, fold, recipe, seed=SEED, epoch=epoch)
+        plan = training.draw_epoch(data, FoldModel(SEED, fold), recipe, epoch=epoch)
         assert plan.draws is not None
         model.train()
         for batch, (rows, draws) in enumerate(zip(plan.rows, plan.draws, strict=True)):
@@ -358,7 +359,7 @@ def test_full_training_ends_as_in_a_plain_loop() -> None:
 def test_only_training_rows_are_drawn_and_classes_about_equally_often() -> None:
     data = patches(torch.uint8)
     for fold in range(N_FOLDS):
-        plans = [training.draw_epoch(data, fold, RECIPE, seed=SEED, epoch=epoch) for epoch in range(60)]
+        plans = [training.draw_epoch(data, FoldModel(SEED, fold), RECIPE, epoch=epoch) for epoch in range(60)]
         drawn = torch.cat([plan.rows.flatten() for plan in plans])
         assert set(drawn.tolist()) == set(np.flatnonzero(data.folds.fold != fold).tolist())
         assert data.label[drawn].double().mean() == pytest.approx(0.5, abs=0.06)  # about four standard errors
@@ -372,18 +373,18 @@ def test_only_training_rows_are_drawn_and_classes_about_equally_often() -> None:
 def test_an_epoch_draws_as_many_patches_as_the_fold_trains_on_in_whole_batches() -> None:
     data = patches(torch.uint8)
     for fold, n_batches in enumerate([4, 4, 3]):  # of 15, 13 and 12 patches, four at a time
-        plan = training.draw_epoch(data, fold, RECIPE, seed=SEED, epoch=0)
+        plan = training.draw_epoch(data, FoldModel(SEED, fold), RECIPE, epoch=0)
         assert plan.rows.shape == (n_batches, 4)
         assert plan.draws is not None
         assert plan.draws.shape[:2] == (n_batches, 4)
-    assert training.draw_epoch(data, 0, replace(RECIPE, augment=None), seed=SEED, epoch=0).draws is None
+    assert training.draw_epoch(data, FoldModel(SEED, 0), replace(RECIPE, augment=None), epoch=0).draws is None
 
 
 def test_what_a_fold_sees_depends_on_seed_fold_and_epoch() -> None:
     data = patches(torch.uint8)
 
     def seen(fold: int, seed: int, epoch: int) -> tuple[Any, ...]:
-        plan = training.draw_epoch(data, fold, RECIPE, seed=seed, epoch=epoch)
+        plan = training.draw_epoch(data, FoldModel(seed, fold), RECIPE, epoch=epoch)
         assert plan.draws is not None
         return (*plan.rows.flatten().tolist(), *plan.draws.flatten().tolist())
 
@@ -476,7 +477,7 @@ def test_weights_that_the_last_step_of_an_epoch_breaks_are_not_saved() -> None:
     network, saved = tiny_network(), []
     recipe = replace(RECIPE, epochs=1, augment=None)
     gather = network.gather_gradients
-    n_batches = training.draw_epoch(patches(), 0, recipe, seed=SEED, epoch=0).n_batches
+    n_batches = training.draw_epoch(patches(), FoldModel(SEED, 0), recipe, epoch=0).n_batches
 
     def broken() -> None:
         gather()
@@ -593,7 +594,7 @@ def test_autocast_trains_in_bf16_and_keeps_float32_values() -> None:
     network = tiny_network()
     state = new_state(network)
     data, compute = patches(torch.uint8), Compute(CPU, "bf16", N_FOLDS)
-    train(network, data, RECIPE, state=state, seed=SEED, compute=compute, save=nothing, advance=nothing)
+    train(network, data, RECIPE, state=state, compute=compute, save=nothing, advance=nothing)
     assert state.values.dtype == state.moments.dtype == torch.float32
     exact = trained(tiny_network(), data=data)
     losses = [[epoch.loss for epoch in each.history[0]] for each in (state, exact)]
@@ -749,7 +750,7 @@ def test_a_fold_of_fewer_batches_than_others_ends_as_in_a_plain_loop(recipe: Rec
 @pytest.mark.usefixtures("exact")
 def test_a_training_resumed_after_folds_have_stopped_ends_as_if_undisturbed(tmp_path: Path) -> None:
     recipe = replace(PLATEAU, epochs=9, patience=2)
-    expected = trained(double(lora=DROPPING), recipe)
+    expected = trained(double(lora=DROPPING), recipe, seed=7)
     lengths = [len(expected.history[fold]) for fold in range(N_FOLDS)]
     assert lengths[0] < max(lengths), "the first fold of this example must stop before another"
 
@@ -759,11 +760,11 @@ def test_a_training_resumed_after_folds_have_stopped_ends_as_if_undisturbed(tmp_
             raise KeyboardInterrupt  # it has just stopped, others go on
 
     with pytest.raises(KeyboardInterrupt):
-        trained(double(lora=DROPPING), recipe, save=save)
+        trained(double(lora=DROPPING), recipe, save=save, seed=7)
     state = load_state(tmp_path, CPU)
     assert state is not None
     compute = Compute(CPU, "fp32", N_FOLDS)
-    options: dict[str, Any] = {"state": state, "seed": SEED, "compute": compute, "save": nothing, "advance": nothing}
+    options: dict[str, Any] = {"state": state, "compute": compute, "save": nothing, "advance": nothing}
     train(double(lora=DROPPING), patches(torch.float64), recipe, **options)
     for name in ("values", "best", "moments"):
         torch.testing.assert_close(getattr(state, name), getattr(expected, name), **TIGHT)

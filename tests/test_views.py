@@ -84,11 +84,55 @@ def test_a_patch_smaller_than_its_crop_is_refused_with_the_remedy():
 
 
 @pytest.mark.parametrize(
-    "text", ["", "center", "center0", "middle64", "full@", "center64@0", "center64x", "full@9999999999", "full@٣"]
+    "text",
+    ["", "center", "center0", "middle64", "full@", "center64@0", "center64x", "full@9999999999", "full@٣", "+imagenet"],
 )
 def test_an_unknown_view_is_refused(text):
     with pytest.raises(UserError, match="unknown view"):
         parse_view(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("full+rot45", r"unknown modifier '\+rot45'; known are \+imagenet, \+half"),
+        ("full+", r"unknown modifier '\+'"),
+        ("full+imagenet@224", r"unknown modifier '\+imagenet@224'"),
+        ("full+half+imagenet", r"normalised in one way; use one of \+half and \+imagenet"),
+    ],
+)
+def test_a_modifier_that_means_nothing_is_refused(text, message):
+    with pytest.raises(UserError, match=message):
+        parse_view(text)
+
+
+def test_a_view_can_say_how_images_are_normalised():
+    """Pixels are those of the view without the modifier; mean and deviation are not the card's."""
+    hoptimus = find_backbone("h-optimus-0")
+    made = {name: make_transform(hoptimus, parse_view(f"center64@160{name}")) for name in ("", "+imagenet", "+half")}
+    assert {name: (one.mean, one.std) for name, one in made.items()} == {
+        "": (hoptimus.mean, hoptimus.std),
+        "+imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+        "+half": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+    }
+    assert {(one.crop, one.resize, one.input_size) for one in made.values()} == {(64, 160, 160)}
+    records = [one.record() for one in made.values()]
+    assert all(a != b for k, a in enumerate(records) for b in records[:k])
+
+
+@pytest.mark.parametrize("name", ["vit-l", "swin-b", "prov-gigapath"])
+def test_the_whole_patch_at_224_loses_no_border_where_the_card_crops_one(name):
+    backbone = find_backbone(name)
+    assert backbone.resize > backbone.input_size == 224
+    whole = np.asarray(Image.fromarray(patch()).resize((224, 224), Image.Resampling.BICUBIC))
+    assert np.abs(pixels(backbone, "full@224+imagenet", patch())[0] - whole).max() < 2.1
+    assert np.abs(pixels(backbone, "full", patch())[0] - whole).max() > 10
+
+
+def test_a_network_is_built_for_other_sizes_only_where_it_gets_them():
+    uni = find_backbone("uni")
+    found = {name: parse_view(name).resizes(uni) for name in ("full", "center64", "full@224+imagenet", "full@160")}
+    assert found == {"full": False, "center64": False, "full@224+imagenet": False, "full@160": True}
 
 
 def test_an_input_that_no_memory_holds_is_refused():

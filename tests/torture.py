@@ -391,7 +391,7 @@ def _whole_training(path: Path) -> object:
     tensors = {name: zlib.crc32(getattr(state, name).numpy().tobytes()) for name in ("values", "best", "moments")}
     start = checkpoint.read_start(path)
     FinetuneOptions.from_record(start["identity"]["options"])
-    return [tensors, state.folds, state.n_steps, state.history, state.seconds, state.n_images, start]
+    return [tensors, state.members, state.n_steps, state.history, state.seconds, state.n_images, start]
 
 
 # -------------------------------------------------------------------------------------------------- two writers at once

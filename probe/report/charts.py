@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from markupsafe import Markup
 
@@ -68,6 +68,7 @@ def intervals(panels: Sequence[str], rows: Sequence[Row], *, title: str) -> Mark
             for row in rows
             for value in (
                 *(row.figures[panel].value, row.figures[panel].low, row.figures[panel].high, *row.folds[panel]),
+                *(row.figures[panel].wide or ()),
                 *(value for _, value, _ in row.published[panel]),
             )
             if math.isfinite(value)
@@ -90,6 +91,10 @@ def _marks(row: Row, panel: int, scale: _Scale, y: float) -> Iterator[Markup]:
             yield _line(scale(value), y - 6, scale(value), y + 6, "fold")
     low, high, value = row.figures[panel].low, row.figures[panel].high, row.figures[panel].value
     hint = f"{row.label}: {value:.3f}" + (f" ({low:.3f} to {high:.3f})" if math.isfinite(low) else "")
+    wide = row.figures[panel].wide
+    if wide is not None and math.isfinite(wide[0]):
+        hint += f"; {wide[0]:.3f} to {wide[1]:.3f} if patients gave several patches"
+        yield _line(scale(wide[0]), y, scale(wide[1]), y, f"thin s{row.style}", hint)
     if math.isfinite(low):
         yield _line(scale(low), y, scale(high), y, f"interval s{row.style}", hint)
     if math.isfinite(value):
@@ -127,23 +132,107 @@ def reliability(bins: Sequence[tuple[float, float, int]], *, title: str, style: 
     return _svg(_MARGIN + 204, 244, title, body)
 
 
-def over_slides(lines: Sequence[Line], *, title: str, y: str) -> Markup:
-    """Draw learning curves: a figure over the number of training slides."""
-    xs = [x for line in lines for x, _ in line.points]
+@dataclass(frozen=True)
+class Dot:
+    """A point of a plot: where, its interval upwards, its radius, and the hint shown on it."""
+
+    x: float
+    y: float
+    hint: str
+    low: float = math.nan
+    high: float = math.nan
+    r: float = 3.5
+    hollow: bool = False
+
+
+def agreement(dots: Sequence[Dot], *, title: str, x: str, y: str, style: int) -> Markup:
+    """Draw what was predicted over what was annotated, both from 0 to the largest; on the dotted line they agree."""
+    most = max((value for dot in dots for value in (dot.x, dot.y, dot.high) if math.isfinite(value)), default=1.0)
+    ticks = _ticks(0.0, most)
+    across, up = _Scale(0, ticks[-1], _MARGIN, _MARGIN + _SIDE), _Scale(0, ticks[-1], 12 + _SIDE, 12)
+    body = list(_axes(across, up, ticks, ticks, x, y))
+    body.append(_line(across(0), up(0), across(ticks[-1]), up(ticks[-1]), "chance"))
+    body += [mark for dot in dots for mark in _dot(dot, across, up, style)]
+    return _svg(_MARGIN + _SIDE + 14, _SIDE + 54, title, body)
+
+
+def bland_altman(
+    dots: Sequence[Dot], levels: Sequence[tuple[Interval, str]], *, title: str, x: str, y: str, style: int
+) -> Markup:
+    """Draw differences over means, with levels (bias, limits of agreement) and bands for their intervals."""
+    xs = [dot.x for dot in dots]
+    ys = [value for level, _ in levels for value in (level.value, level.low, level.high)] + [dot.y for dot in dots]
+    seen = [value for value in ys if math.isfinite(value)]
+    x_ticks, y_ticks = _ticks(0.0, max(xs, default=1.0)), _ticks(min(seen, default=-0.1), max(seen, default=0.1))
+    across = _Scale(x_ticks[0], x_ticks[-1], _MARGIN, _MARGIN + _SIDE)
+    up = _Scale(y_ticks[0], y_ticks[-1], 12 + _SIDE, 12)
+    body = list(_axes(across, up, x_ticks, y_ticks, x, y))
+    for level, name in levels:
+        hint = f"{name}: {level.value:+.3f}"
+        if math.isfinite(level.low):
+            top, height = up(level.high), up(level.low) - up(level.high)
+            body.append(
+                Markup('<rect class="band s{}" x="{:.1f}" y="{:.1f}" width="{:.1f}" height="{:.1f}"/>').format(
+                    style, across.start, top, across.end - across.start, height
+                )
+            )
+        if math.isfinite(level.value):
+            at = up(level.value)
+            body.append(_line(across.start, at, across.end, at, f"level s{style}", hint))
+            body.append(_text(across.end - 4, at - 8, hint, "tick end"))
+    body += [mark for dot in dots for mark in _dot(dot, across, up, style)]
+    return _svg(_MARGIN + _SIDE + 14, _SIDE + 54, title, body)
+
+
+def decision_curves(lines: Sequence[Line], everyone: Sequence[tuple[float, float]], *, title: str) -> Markup:
+    """Draw the net benefit over the probability from which on one acts, beside acting on `everyone` and on none."""
+    most = max((y for line in lines for _, y in line.points), default=0.1)
+    ticks = _ticks(-0.15 * most, most)
+    across, up = _Scale(0, 1, _MARGIN, _MARGIN + _SIDE), _Scale(ticks[0], ticks[-1], 12 + _SIDE, 12)
+    body = list(_axes(across, up, [0, 0.2, 0.4, 0.6, 0.8, 1], ticks, "acting from this probability on", "net benefit"))
+    body.append(_line(across(0), up(0), across(1), up(0), "chance"))
+    shown = [(x, y) for x, y in everyone if y >= ticks[0]]
+    d = " ".join(f"{across(x):.1f},{up(y):.1f}" for x, y in shown)
+    body.append(
+        Markup('<polyline class="everyone" points="{}"><title>acting on every patch</title></polyline>').format(d)
+    )
+    within = [replace(line, points=[(x, y) for x, y in line.points if y >= ticks[0]]) for line in lines]
+    body += [_curve(line, across, up) for line in within if line.points]
+    return _svg(_MARGIN + _SIDE + 14, _SIDE + 54, title, body)
+
+
+def _dot(dot: Dot, across: _Scale, up: _Scale, style: int) -> Iterator[Markup]:
+    if not (math.isfinite(dot.x) and math.isfinite(dot.y)):
+        return
+    if math.isfinite(dot.low):
+        yield _line(across(dot.x), up(dot.low), across(dot.x), up(dot.high), f"thin faint s{style}")
+    yield _circle(across(dot.x), up(dot.y), dot.r, f"{'ring' if dot.hollow else 'dot'} s{style}", dot.hint)
+
+
+def over_slides(
+    lines: Sequence[Line], *, title: str, y: str, x: str = "training slides", level: float | None = None
+) -> Markup:
+    """Draw learning curves: a figure over a number of slides, beside the `level` that needs none."""
+    xs = [at for line in lines for at, _ in line.points]
     ys = [
         y + sign * spread
         for line in lines
-        for (_, y), spread in zip(line.points, line.spread, strict=True)
+        for (_, y), spread in zip(line.points, line.spread or [0.0] * len(line.points), strict=True)
         for sign in (-1, 1)
     ]
+    ys += [] if level is None else [level]
     ticks, most = _ticks(min(ys, default=0.0), max(ys, default=1.0)), max(xs, default=1.0)
     across, up = _Scale(0, most * 1.05, _MARGIN, _MARGIN + _SIDE), _Scale(ticks[0], ticks[-1], 12 + _SIDE, 12)
     step = max(1, round(most / 5, -1)) if most >= 25 else 5
     slides = [step * number for number in range(int(most * 1.05 / step) + 1)]
-    body = list(_axes(across, up, slides, ticks, "training slides", y))
+    body = list(_axes(across, up, slides, ticks, x, y))
+    if level is not None:
+        body.append(_line(across.start, up(level), across.end, up(level), "chance"))
     for line in lines:
-        for (at, value), spread in zip(line.points, line.spread, strict=True):
-            body.append(_line(across(at), up(value - spread), across(at), up(value + spread), f"thin s{line.style}"))
+        for (at, value), spread in zip(line.points, line.spread or [0.0] * len(line.points), strict=True):
+            if spread:
+                ends = (across(at), up(value - spread), across(at), up(value + spread))
+                body.append(_line(*ends, f"thin s{line.style}"))
             body.append(_circle(across(at), up(value), 3, f"dot s{line.style}"))
         body.append(_curve(line, across, up))
     return _svg(_MARGIN + _SIDE + 14, _SIDE + 54, title, body)

@@ -2,7 +2,8 @@
 
     folders -> read_runs -> collect -> Report -> probe.report.page (HTML), probe.report.tables (Markdown, LaTeX)
 
-All runs on a set are judged on the same patches and the same resamples (`probe.evidence`).
+All runs on a set are judged on the same patches and the same resamples (`probe.evidence`). Test sets compare all runs;
+out of fold, only runs on the same folds are compared.
 """
 
 from __future__ import annotations
@@ -14,23 +15,61 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from html import escape
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from features.console import UserError, progress
 from features.samples import MISSING_VOTE, TEST, Samples, audit
+from probe.across import Across, across_sets, adjusted_over
+from probe.calibration import Calibration, calibrate
 from probe.domains import DomainView, by_domain
-from probe.evidence import Comparison, Ensemble, compare, ensemble_of, fold_figures, rows_of
+from probe.ensembles import Ensemble, ensemble_of, rows_of
+from probe.evidence import Comparison, Question, compare, fold_figures
 from probe.leaks import UNSEEN, KnownPatches, known_patches, with_unseen
 from probe.metrics import ECE_BINS, FoldFigure, Judgement, calibration_bin
 from probe.predictions import VALIDATION
 from probe.raters import RaterView, by_agreement
+from probe.rates import RateView, by_slide
 from probe.report.read import Run
-from probe.resample import Resampling
+from probe.report.summary import three_sentences
+from probe.resample import SLIDE, Resampling
+from probe.thresholds import ThresholdView, by_threshold
 
 _SPLIT_TITLES = {VALIDATION: "out of fold", TEST: "test", UNSEEN: "test without patches known from training"}
+_DIGITS = 8  # of a digest
+_ROPE = 0.01  # differences between datasets' means that are of no account, where no margin is named
 _POINTS = 250  # at most, of a drawn curve
+
+
+@dataclass(frozen=True)
+class ReportOptions:
+    """What a reader asks of a report.
+
+    Attributes:
+        question: a margin of equivalence, and a difference to be shown.
+        prevalences: rates of class 1 at which predictive values are wanted.
+        specificity: at which sensitivities are compared.
+        holm: p-values are adjusted for all pairs of a "set" and figure, or for "all" pairs, figures and sets together.
+
+    Raises:
+        UserError: a value outside its range.
+    """
+
+    question: Question = Question()
+    prevalences: tuple[float, ...] = ()
+    specificity: float = 0.9
+    holm: Literal["set", "all"] = "set"
+
+    def __post_init__(self) -> None:
+        for value in self.prevalences:
+            if not 0 < value < 1:
+                raise UserError(f"`prevalence={value:g}`: expected a rate between 0 and 1, such as 0.2.")
+        if not 0 < self.specificity < 1:
+            raise UserError(f"`specificity={self.specificity:g}`: expected a share between 0 and 1, such as 0.9.")
+        if self.holm not in ("set", "all"):
+            raise UserError(f"unknown `holm={self.holm!r}`: use set or all.")
 
 
 @dataclass(frozen=True)
@@ -64,6 +103,8 @@ class SetReport:
 
     Attributes:
         dataset, split: which set; split "validation" holds out-of-fold predictions.
+        fold_digest: of the assignment that out-of-fold predictions belong to; empty for a test set, and if all runs
+            share one.
         n, n_positive: patches.
         n_identical: sets of byte-identical patches among them.
         comparison: figures with intervals, differences, ranks.
@@ -71,11 +112,15 @@ class SetReport:
         confusion, curves: of the ensemble.
         raters: by agreement of the raters; empty without two raters.
         domains: by domain; empty without two domains.
+        calibration: of predicted probabilities.
+        thresholds: how thresholds travel to other domains; empty without two domains, and out of fold.
+        rates: the rate of class 1 per slide; empty where slides are not known, and out of fold.
         missing: runs without predictions here.
     """
 
     dataset: str
     split: str
+    fold_digest: str
     n: int
     n_positive: int
     n_identical: int
@@ -85,6 +130,9 @@ class SetReport:
     curves: dict[str, Curves]
     raters: dict[str, RaterView]
     domains: dict[str, DomainView]
+    calibration: dict[str, Calibration]
+    thresholds: dict[str, ThresholdView]
+    rates: dict[str, RateView]
     missing: tuple[str, ...]
 
     @property
@@ -99,8 +147,9 @@ class SetReport:
 
     @property
     def title(self) -> str:
-        """Dataset and split, for a reader."""
-        return f"{self.dataset}, {_SPLIT_TITLES[self.split]}"
+        """Dataset and split, for a reader; of out-of-fold predictions also which folds, if there are several."""
+        folds = f" (folds {self.fold_digest[:_DIGITS]})" if self.fold_digest else ""
+        return f"{self.dataset}, {_SPLIT_TITLES[self.split]}{folds}"
 
     @property
     def any_judgement(self) -> Judgement:
@@ -117,9 +166,14 @@ class Report:
         version: of mitofm.
         labels: of the runs, by date.
         train: the dataset that all runs were trained on.
-        fold_digest, n_folds: of the assignment that all runs share.
+        fold_digest, n_folds: of the first run's assignment.
+        ids: run to its id, which is the name of its folder.
+        fold_digests: run to the digest of its assignment.
         how: resamples were drawn.
-        sets: the test sets, that of the training dataset first, then the out-of-fold predictions.
+        options: what was asked.
+        sets: the test sets, that of the training dataset first, then the out-of-fold predictions, by assignment.
+        across: the runs over all test sets; None for fewer than two sets or runs.
+        summary: at most three sentences.
         notes: what a reader must know: sets that runs lack, identical patches, what was left out.
     """
 
@@ -129,9 +183,29 @@ class Report:
     train: str
     fold_digest: str
     n_folds: int
+    ids: dict[str, str]
+    fold_digests: dict[str, str]
     how: Resampling
+    options: ReportOptions
     sets: tuple[SetReport, ...]
+    across: Across | None
+    summary: tuple[str, ...]
     notes: tuple[str, ...]
+
+    @property
+    def margin(self) -> float | None:
+        """Differences below it are of no account; None if none was named."""
+        return self.options.question.margin
+
+    @property
+    def wanted(self) -> float | None:
+        """A difference that the reader would like to show; None if none was named."""
+        return self.options.question.wanted
+
+    @property
+    def prevalences(self) -> tuple[float, ...]:
+        """Rates of class 1 at which predictive values are wanted."""
+        return self.options.prevalences
 
     def __repr__(self) -> str:
         sets = ", ".join(set_report.name for set_report in self.sets)
@@ -141,7 +215,13 @@ class Report:
         return "".join(f"<h4>{escape(one.title)}</h4>{one.comparison._repr_html_()}" for one in self.sets)
 
 
-def collect(runs: Sequence[Run], notes: Sequence[str] = (), *, resampling: Resampling = Resampling()) -> Report:
+def collect(
+    runs: Sequence[Run],
+    notes: Sequence[str] = (),
+    *,
+    resampling: Resampling = Resampling(),
+    options: ReportOptions = ReportOptions(),
+) -> Report:
     """Compare runs, of `read_runs`, on every set that any of them has; the report's notes begin with those given.
 
     Raises:
@@ -151,39 +231,62 @@ def collect(runs: Sequence[Run], notes: Sequence[str] = (), *, resampling: Resam
 
     first = runs[0].record
     runs, known = _with_unseen(runs)
-    names = dict.fromkeys(pair for run in runs for pair in run.predictions.sets())
-    datasets = list(dict.fromkeys((first.train, *(dataset for dataset, _ in names))))
-    ordered = sorted(names, key=lambda pair: (pair[1] == VALIDATION, datasets.index(pair[0]), pair[1] == UNSEEN))
+    ordered = _sets(runs)
     with progress("compare", len(ordered), unit="sets") as advance, ThreadPoolExecutor(os.cpu_count()) as pool:
 
-        def compare_on(pair: tuple[str, str]) -> SetReport:
-            set_report = _set_report(runs, *pair, resampling)
+        def compare_on(one: tuple[str, str, str]) -> SetReport:
+            set_report = _set_report(runs, *one, resampling=resampling, options=options)
             advance(1)
             return set_report
 
         sets = list(pool.map(compare_on, ordered))
+    whole = {one.title: one.comparison for one in sets if one.split == TEST}
+    if options.holm == "all":
+        over_all = adjusted_over({one.title: one.comparison for one in sets})
+        sets = [replace(one, comparison=over_all[one.title]) for one in sets]
     all_notes = [*notes, *(f"{one.line(first.train)}." for one in known)]
     for one in sets:
-        if one.split == UNSEEN:
+        if one.split == UNSEEN or one.is_validation:
             continue
         all_notes += [
             f"{label} was not scored on {one.dataset}: run it again with --test {one.dataset}." for label in one.missing
         ]
         if one.n_identical:
-            all_notes.append(
-                f"{one.title} holds {one.n_identical} sets of byte-identical patches; they count as separate patches."
-            )
-    return Report(
+            all_notes.append(_say_identical(one))
+    report = Report(
         created=time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
         version=version("mitofm"),
         labels=tuple(run.label for run in runs),
         train=first.train,
         fold_digest=first.folds.digest,
         n_folds=first.folds.n,
+        ids={run.label: run.record.id for run in runs},
+        fold_digests={run.label: run.record.folds.digest for run in runs},
         how=resampling,
+        options=options,
         sets=tuple(sets),
+        across=across_sets(whole, rope=options.question.margin or _ROPE),
+        summary=(),
         notes=tuple(dict.fromkeys(all_notes)),
     )
+    return replace(report, summary=three_sentences(report))
+
+
+def _sets(runs: Sequence[Run]) -> list[tuple[str, str, str]]:
+    """List dataset, split and fold digest (where runs differ in it) of every set, out-of-fold predictions last."""
+    differ = len({run.record.folds.digest for run in runs}) > 1
+    found = {
+        (dataset, split, run.record.folds.digest if differ and split == VALIDATION else ""): None
+        for run in runs
+        for dataset, split in run.predictions.sets()
+    }
+    datasets = list(dict.fromkeys((runs[0].record.train, *(dataset for dataset, _, _ in found))))
+    return sorted(found, key=lambda one: (one[1] == VALIDATION, datasets.index(one[0]), one[1] == UNSEEN))
+
+
+def _say_identical(one: SetReport) -> str:
+    drawn = "with their slides" if one.any_judgement.unit == SLIDE else "together"
+    return f"{one.title} holds {one.n_identical} sets of byte-identical patches; in resamples they are drawn {drawn}."
 
 
 def _with_unseen(runs: Sequence[Run]) -> tuple[list[Run], list[KnownPatches]]:
@@ -200,38 +303,79 @@ def _with_unseen(runs: Sequence[Run]) -> tuple[list[Run], list[KnownPatches]]:
     return [replace(run, predictions=with_unseen(run.predictions, known)) for run in runs], known
 
 
-def _set_report(runs: Sequence[Run], dataset: str, split: str, resampling: Resampling) -> SetReport:
-    scored = [run for run in runs if (dataset, split) in run.predictions.sets()]
-    ensembles = {run.label: _ensemble(run, dataset, split) for run in scored}
-    comparison = compare(ensembles, resampling=resampling)  # refuses runs of different patches
+def _set_report(
+    runs: Sequence[Run], dataset: str, split: str, fold_digest: str, *, resampling: Resampling, options: ReportOptions
+) -> SetReport:
+    scored = [
+        run
+        for run in runs
+        if (dataset, split) in run.predictions.sets() and fold_digest in ("", run.record.folds.digest)
+    ]
     table = fullest([run.tables[dataset] for run in scored])
+    ensembles = {run.label: _ensemble(run, dataset, split, table) for run in scored}
+    folds = {run.label: fold_figures(run.predictions, dataset, split) for run in scored}
+    comparison = compare(  # refuses runs of different patches
+        ensembles,
+        resampling=resampling,
+        question=options.question,
+        folds=folds,
+        chose={run.label: run.record.chosen_out_of_fold for run in scored} if split == VALIDATION else None,
+        exact=[run.label for run in scored if not run.record.is_random],
+    )
     # The patch table in each run's order of patches.
     tables = {label: table.select(rows_of(ensemble, table.id)) for label, ensemble in ensembles.items()}
     samples = next(iter(tables.values()))
     has_raters = ((samples.votes != MISSING_VOTE).sum(axis=1) >= 2).any()
     has_domains = len(set(samples.domain.tolist()) - {""}) >= 2
+    is_test = split != VALIDATION
+    by_run = ensembles.items()
     return SetReport(
         dataset=dataset,
         split=split,
+        fold_digest=fold_digest,
         n=len(samples),
         n_positive=int((samples.label == 1).sum()),
         n_identical=len(audit(samples).duplicates),
         comparison=comparison,
-        folds={run.label: fold_figures(run.predictions, dataset, split) for run in scored},
-        confusion={label: _confusion(ensemble) for label, ensemble in ensembles.items()},
-        curves={label: _curves(ensemble) for label, ensemble in ensembles.items()},
+        folds=folds,
+        confusion={label: _confusion(ensemble) for label, ensemble in by_run},
+        curves={label: _curves(ensemble) for label, ensemble in by_run},
         raters={
             label: by_agreement(ensemble, tables[label].votes, resampling=resampling)
-            for label, ensemble in ensembles.items()
+            for label, ensemble in by_run
             if has_raters
         },
         domains={
             label: by_domain(ensemble, tables[label].domain, resampling=resampling)
-            for label, ensemble in ensembles.items()
+            for label, ensemble in by_run
             if has_domains
+        },
+        calibration={
+            label: calibrate(ensemble, prevalences=options.prevalences, resampling=resampling)
+            for label, ensemble in by_run
+        },
+        thresholds={
+            label: by_threshold(ensemble, tables[label].domain, specificity=options.specificity, resampling=resampling)
+            for label, ensemble in by_run
+            if has_domains and is_test
+        },
+        rates={
+            run.label: by_slide(
+                ensembles[run.label],
+                tables[run.label].domain,
+                out_of_fold=_at_own_threshold(_ensemble(run, run.record.train, VALIDATION, None), ensembles[run.label]),
+                resampling=resampling,
+            )
+            for run in scored
+            if (samples.group != "").any() and is_test and (run.record.train, VALIDATION) in run.predictions.sets()
         },
         missing=tuple(run.label for run in runs if run not in scored),
     )
+
+
+def _at_own_threshold(out_of_fold: Ensemble, test: Ensemble) -> Ensemble:
+    """Judge out-of-fold predictions at the thresholds that were chosen on them, as test sets are."""
+    return replace(out_of_fold, thresholds=test.thresholds, threshold=test.threshold)
 
 
 def fullest(tables: Sequence[Samples]) -> Samples:
@@ -239,9 +383,9 @@ def fullest(tables: Sequence[Samples]) -> Samples:
     return max(tables, key=lambda table: (table.votes.shape[1], (table.domain != "").sum(), (table.sha256 != "").sum()))
 
 
-def _ensemble(run: Run, dataset: str, split: str) -> Ensemble:
+def _ensemble(run: Run, dataset: str, split: str, samples: Samples | None) -> Ensemble:
     try:
-        return ensemble_of(run.predictions, dataset, split)
+        return ensemble_of(run.predictions, dataset, split, samples=samples)
     except UserError as error:
         raise UserError(f"{run.folder}: {error}") from error
 

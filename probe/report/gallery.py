@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from features.console import UserError, progress
 from features.samples import MISSING_VOTE
 from features.store import FeatureStore
-from probe.evidence import ensemble_of, rows_of
+from probe.ensembles import ensemble_of, rows_of
 from probe.leaks import UNSEEN
 from probe.report.collect import Report, fullest
 from probe.report.read import Run

@@ -29,18 +29,39 @@ theme.addEventListener("click", () => {
   themed();
 });
 prefersDark.addEventListener("change", themed);
-// Print in light colours. A canvas keeps the colours that it was drawn in, so it is drawn again.
+// Print in light colours. A canvas keeps the colours that it was drawn in, so it is drawn again. The style sheet opens
+// what belongs on paper (`.paper`); older browsers need it open.
 let screenTheme;
+let opened = [];
 addEventListener("beforeprint", () => {
+  opened = [...document.querySelectorAll("details.paper:not([open])")];
+  opened.forEach((one) => { one.open = true; });
   screenTheme = document.documentElement.dataset.theme;
   document.documentElement.dataset.theme = "light";
   themed();
 });
 addEventListener("afterprint", () => {
+  opened.forEach((one) => { one.open = false; });
   if (screenTheme) document.documentElement.dataset.theme = screenTheme;
   else delete document.documentElement.dataset.theme;
   themed();
 });
+
+// -------------------------------------------------------------------------------------------------------------- folding
+const folds = [...document.querySelectorAll("details")];
+const foldAll = document.getElementById("fold");
+const isAnyClosed = () => folds.some((one) => !one.open);
+const named = () => { foldAll.textContent = isAnyClosed() ? "Open all" : "Fold all"; };
+reveal(foldAll);
+foldAll.addEventListener("click", () => {
+  const open = isAnyClosed();
+  folds.forEach((one) => { one.open = open; });
+});
+folds.forEach((one) => one.addEventListener("toggle", named));
+// Whoever follows a link to a section wants to see what is in it.
+const openNamed = (hash) => document.querySelector(`main > section${CSS.escape(hash).replace("\\#", "#")} > details`)?.setAttribute("open", "");
+document.querySelectorAll("nav a").forEach((link) => link.addEventListener("click", () => openNamed(link.hash)));
+if (location.hash) openNamed(location.hash);
 
 // -------------------------------------------------------------------------------------------------------------- sorting
 for (const table of document.querySelectorAll("table.sortable")) {
@@ -95,6 +116,17 @@ const canvasOf = (row, scale) => {
   });
   return canvas;
 };
+
+// Patches on which a run says otherwise than the raters: pictures of those that the gallery has.
+const rowOf = new Map(data.id.map((id, row) => [`${data.set[row]} ${id}`, row]));
+for (const list of document.querySelectorAll(".dissents")) {
+  list.closest("details").addEventListener("toggle", () => {
+    for (const item of list.children) {
+      const row = rowOf.get(`${list.dataset.set} ${item.dataset.id}`);
+      if (row !== undefined && picture[row] >= 0) item.prepend(canvasOf(row, 1));
+    }
+  }, { once: true });
+}
 
 // -------------------------------------------------------------------------------------------------------------- patches
 const votesOf = (row) => [...data.votes[data.vote[row]]].filter((vote) => vote !== "-");

@@ -13,6 +13,7 @@ import json
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from importlib.resources import files
 from typing import Any
@@ -24,11 +25,30 @@ from probe.metrics import COMPARED, NAMES, TITLES, as_dict
 from probe.report.charts import N_STYLES
 from probe.report.collect import Report, SetReport
 from probe.report.gallery import EmbeddingMap, GalleryPatches, Thumbnails
+from probe.report.headlines import headlines
 from probe.report.provenance import commands, facts
 from probe.report.published import SOURCES
 from probe.report.read import Run
-from probe.report.views import costs, set_view
+from probe.report.views import SetView, costs, set_view
 
+SECTIONS = {
+    "summary": "In short",
+    "leaderboard": "Leaderboard",
+    "differences": "Differences",
+    "trainings": "Trainings",
+    "across": "Across sets",
+    "curves": "Curves",
+    "decisions": "Decisions",
+    "thresholds": "Thresholds",
+    "slides": "Slides",
+    "raters": "Raters",
+    "domains": "Domains",
+    "learning": "Learning curves",
+    "map": "Map",
+    "gallery": "Gallery",
+    "provenance": "Provenance",
+}
+_DISSENTS = 24  # patches shown of those on which a run says otherwise than the raters
 _PICTURES = Markup("<!--pictures-->")  # no name can be taken for it: the template escapes them
 # Control characters, and those that turn the direction of what follows a name.
 _UNSEEN = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
@@ -55,8 +75,16 @@ def html(
     """
     style, script = _resource("page.css"), _resource("page.js")
     names = runs[0].record.label_names
+    views = [
+        set_view(one, runs, index=index, margin=report.margin, positive=names[1])
+        for index, one in enumerate(report.sets)
+    ]
     page = _template().render(
         report=report,
+        summary=report.summary,
+        headlines=headlines(report, runs),
+        contents=_contents(report, views),
+        folds=_folds(runs),
         runs=runs,
         style=Markup(style),
         script=Markup(script),
@@ -69,7 +97,8 @@ def html(
         figures=NAMES,
         compared=COMPARED,
         sources=SOURCES,
-        views=[set_view(set_report, runs) for set_report in report.sets],
+        views=views,
+        n_dissents=_DISSENTS,
         costs={run.label: costs(run, sizes.get(run.record.model)) for run in runs},
         facts=facts,
         commands=commands,
@@ -89,10 +118,46 @@ def with_thumbnails(page: str, thumbnails: Thumbnails) -> str:
     return page.replace(_PICTURES, _json(thumbnails.as_json()), 1)
 
 
-def _template() -> Any:
-    from jinja2 import Environment, StrictUndefined
+@dataclass(frozen=True)
+class _Folds:
+    """A fold assignment: its digest, how many folds, and the numbers of the runs that were trained on it."""
 
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    digest: str
+    n: int
+    numbers: tuple[int, ...]
+
+
+def _folds(runs: Sequence[Run]) -> list[_Folds]:
+    by_digest: dict[tuple[str, int], list[int]] = {}
+    for number, run in enumerate(runs, start=1):
+        by_digest.setdefault((run.record.folds.digest, run.record.folds.n), []).append(number)
+    return [_Folds(digest, n, tuple(numbers)) for (digest, n), numbers in by_digest.items()]
+
+
+def _contents(report: Report, views: Sequence[SetView]) -> list[tuple[str, str]]:
+    """List the sections of the page: id, which is the name of their template, and title."""
+    present = {
+        "trainings": any(view.trainings for view in views),
+        "across": bool(report.across),
+        "thresholds": any(one.thresholds for one in report.sets),
+        "slides": any(one.rates for one in report.sets),
+        "raters": any(one.raters for one in report.sets),
+        "domains": any(one.domains for one in report.sets),
+        "learning": any(view.learning for view in views),
+    }
+    return [(id, title) for id, title in SECTIONS.items() if present.get(id, True)]
+
+
+def _template() -> Any:
+    from jinja2 import Environment, FunctionLoader, StrictUndefined
+
+    environment = Environment(
+        loader=FunctionLoader(_resource),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
     environment.filters |= {
         "figure": _figure,
         "signed": _signed,
@@ -102,7 +167,7 @@ def _template() -> Any:
         "share": _share,
         "indented": partial(json.dumps, indent=1),
     }
-    return environment.from_string(_resource("page.html"))
+    return environment.get_template("page.html")
 
 
 def _resource(name: str) -> str:

@@ -13,6 +13,7 @@ from probe.runs import RunRecord
 
 SOURCES = {"table-3": "paper, Table 3", "re-run": "authors' re-run"}
 FIGURES = {"balanced_accuracy": "bal. acc.", "auroc": "AUROC"}  # those that were published, in print
+SAME = " (same figures as Table 3)"  # printed behind a source whose figures are no second measurement
 TRAINED_ON = "ami-br"  # what the published models were trained on
 
 
@@ -33,6 +34,8 @@ class Published:
         model, method: as a run's record names them.
         dataset: the test set.
         figures: figure (`FIGURES`) to its value.
+        date: "2025-06-09" or "2025-06", as printed beside the figures; empty where they are not dated.
+        same_as_table_3: of a re-run whose figures are those of Table 3 to the last digit: no second measurement.
     """
 
     source: str
@@ -40,6 +43,13 @@ class Published:
     method: str
     dataset: str
     figures: Mapping[str, PublishedFigure]
+    date: str = ""
+    same_as_table_3: bool = False
+
+    @property
+    def title(self) -> str:
+        """Where the figures stand, in print; with a warning where they are no second measurement."""
+        return SOURCES[self.source] + (SAME if self.same_as_table_3 else "")
 
 
 @cache
@@ -47,7 +57,8 @@ def published() -> tuple[Published, ...]:
     """Read all published figures, those of each source in its order.
 
     Sources: Table 3 of Banerjee et al. 2025 (arXiv 2506.21444v1), and the authors' later re-run in the notebooks of the
-    AMi-Br_Benchmark repository (commit 3acf4dad). Means over five fold models on the same test images.
+    AMi-Br_Benchmark repository (commit 3acf4dad). Means over five fold models on the same test images. Of the re-run,
+    the standard deviations are known where its figures are those of Table 3; tests/check_published.py compares.
     """
     with files("probe.report").joinpath("published.csv").open(encoding="utf-8") as file:
         return tuple(
@@ -60,6 +71,8 @@ def published() -> tuple[Published, ...]:
                     name: PublishedFigure(float(row[name]), float(std) if (std := row[f"{name}_std"]) else None)
                     for name in FIGURES
                 },
+                row["date"],
+                row["same_as_table_3"] == "yes",
             )
             for row in csv.DictReader(file)
         )

@@ -1,12 +1,12 @@
 """Which runs stand in one report, and what is each called?
 
-Only runs that were trained on the same folds: a model that saw other slides cannot be set beside them.
+Runs that were trained on the same dataset, on whatever folds: test sets take part in no fold.
 """
 
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,7 +46,7 @@ class Run:
 
 
 def read_runs(runs: Path, *, named: Sequence[Path] = (), folds: str | None = None) -> tuple[list[Run], list[str]]:
-    """Read the runs that were trained on the same folds, by date, with notes on what was left out.
+    """Read the runs that were trained on the same dataset, by date, with notes on what was left out.
 
     Args:
         runs: the folder of all runs.
@@ -54,7 +54,7 @@ def read_runs(runs: Path, *, named: Sequence[Path] = (), folds: str | None = Non
         folds: the first digits of a fold digest; only runs on those folds are taken.
 
     Raises:
-        UserError: no runs, damaged ones, or runs of different folds.
+        UserError: no runs, damaged ones, runs that were trained on different datasets, or that tell different classes.
     """
     folders, notes = (list(named), []) if named else _folders(runs)
     records: dict[str, RunRecord] = {}  # by id
@@ -62,24 +62,45 @@ def read_runs(runs: Path, *, named: Sequence[Path] = (), folds: str | None = Non
         record = read_run(folder)
         if (same := records.setdefault(record.id, record)) is not record:
             notes.append(f"{folder} is the same run as {same.folder} and is left out.")
-    by_folds: dict[str, list[RunRecord]] = defaultdict(list)
-    for record in sorted(records.values(), key=lambda record: (record.created, record.id)):
-        by_folds[record.folds.digest].append(record)
-    chosen = [digest for digest in by_folds if folds is None or digest.startswith(folds)]
-    if not chosen:
-        known = [digest[:_DIGITS] for digest in by_folds]
+    in_order = sorted(records.values(), key=lambda record: (record.created, record.id))
+    kept = [record for record in in_order if folds is None or record.folds.digest.startswith(folds)]
+    if not kept:
+        known = list(dict.fromkeys(record.folds.digest[:_DIGITS] for record in in_order))
         raise UserError(f"no run has folds {folds}.{nearest(str(folds), known)} The runs have {', '.join(known)}.")
-    if len(chosen) > 1:
-        raise UserError(_different_folds({digest: by_folds[digest] for digest in chosen}))
-    kept = by_folds[chosen[0]]
     n_left_out = len(records) - len(kept)
     if n_left_out:
-        notes.append(
-            f"{n_left_out} run{'s' * (n_left_out > 1)} on other folds left out: different folds are never tabulated "
-            "together."
-        )
+        notes.append(f"{n_left_out} run{'s' * (n_left_out > 1)} on other folds left out, as --folds asks for.")
+    _require_same_training_set(kept)
     _require_same_classes(kept)
+    n_tables = len({digest for record in kept if (digest := record.table_digests.get(record.train))})
+    if n_tables > 1:
+        notes.append(f"These runs were trained on {n_tables} different patch tables of {kept[0].train}.")
+    n_assignments = len({record.folds.digest for record in kept})
+    if n_assignments > 1:
+        notes.append(
+            f"These runs were trained on {n_assignments} different fold assignments. They are compared on test sets; "
+            "out of fold, only with runs on the same folds."
+        )
     return [_read(record, label) for record, label in zip(kept, labels_of(kept), strict=True)], notes
+
+
+def _require_same_training_set(records: Sequence[RunRecord]) -> None:
+    by_set: dict[str, list[RunRecord]] = defaultdict(list)
+    for record in records:
+        by_set[record.train].append(record)
+    if len(by_set) == 1:
+        return
+    lines = [
+        f"  {train}: {len(of_set)} run{'s' * (len(of_set) > 1)} ("
+        f"{', '.join(_folder(record).name for record in of_set[:3])}{', ...' if len(of_set) > 3 else ''})"
+        for train, of_set in by_set.items()
+    ]
+    raise UserError(
+        f"these runs were trained on {len(by_set)} different datasets, and a report has one:\n"
+        + "\n".join(lines)
+        + "\nName the runs of one of them, for instance: fm-report "
+        + " ".join(str(_folder(record)) for record in next(iter(by_set.values()))[:2])
+    )
 
 
 def _require_same_classes(records: Sequence[RunRecord]) -> None:
@@ -110,24 +131,9 @@ def _folders(runs: Path) -> tuple[list[Path], list[str]]:
     return finished, notes
 
 
-def _different_folds(by_folds: Mapping[str, Sequence[RunRecord]]) -> str:
-    lines = [
-        f"  {digest[:_DIGITS]}: {records[0].train}, {records[0].folds.n} folds, "
-        f"{len(records)} run{'s' * (len(records) > 1)} ({', '.join(_folder(record).name for record in records[:3])}"
-        f"{', ...' if len(records) > 3 else ''})"
-        for digest, records in by_folds.items()
-    ]
-    first = next(iter(by_folds))[:_DIGITS]
-    return (
-        f"these runs were trained on {len(by_folds)} different fold assignments, and are never tabulated together:\n"
-        + "\n".join(lines)
-        + f"\nReport one of them, for instance: fm-report --folds {first}"
-    )
-
-
 def _read(record: RunRecord, label: str) -> Run:
     folder = _folder(record)
-    predictions = read_predictions(folder)
+    predictions = read_predictions(folder, seed=record.seeds[0])
     datasets = {dataset for dataset, _ in predictions.sets()}
     missing = [name for name in (record.train, *record.test) if name not in datasets]
     if missing:
@@ -168,7 +174,9 @@ def _repeated(labels: Sequence[str]) -> list[str]:
 
 def _facts(record: RunRecord) -> dict[str, Any]:
     """Gather what may distinguish a run from its namesakes: view and pooling, then the options."""
-    options = {name: value for name, value in record.options.items() if name not in _NOT_TELLING}
+    # Early versions did not record these two.
+    whole = {"fold_seed": record.folds.seed, **record.options, "seeds": len(record.seeds)}
+    options = {name: value for name, value in whole.items() if name not in _NOT_TELLING}
     nested = {inner: value for outer in options.values() if isinstance(outer, dict) for inner, value in outer.items()}
     flat = {name: value for name, value in options.items() if not isinstance(value, dict)}
     return {"view": record.view, "pooling": record.pooling, **nested, **flat}

@@ -1,4 +1,4 @@
-"""How are runs tabulated in a paper? Two tables, in Markdown and in LaTeX."""
+"""How are runs tabulated in a paper? Three tables, in Markdown and in LaTeX."""
 
 from __future__ import annotations
 
@@ -6,14 +6,18 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 
 from features.console import printable
 from probe.metrics import Interval
 from probe.report.collect import Report, SetReport
-from probe.report.published import FIGURES, SOURCES, published_for
+from probe.report.published import FIGURES, SOURCES, Published, published_for
 from probe.report.read import Run
+from probe.report.summary import ALPHA, by_rank, difference_of, listed, over, units
+from probe.significance import Difference
 
 _DIGITS = 3  # in print
+_MOST_PAIRS = 15  # of runs; of more, each run is compared with the best alone
 
 
 @dataclass(frozen=True)
@@ -43,8 +47,12 @@ class Grid:
     rows: tuple[tuple[str, tuple[Cell, ...], bool], ...]
 
 
-def grids(report: Report, runs: Sequence[Run]) -> tuple[Grid, Grid]:
-    """Make two tables of the test sets: fold models and what was published of them; ensembles with intervals."""
+def grids(report: Report, runs: Sequence[Run]) -> tuple[Grid, ...]:
+    """Make the tables of the test sets.
+
+    Returns:
+        Fold models and what was published of them; ensembles with intervals; differences of runs, if there are two.
+    """
     sets = [one for one in report.sets if not one.is_validation] or list(report.sets)
     groups = tuple(f"{one.title} (n = {one.n:,})" for one in sets)
     columns = [(one, figure) for one in sets for figure in FIGURES]
@@ -60,24 +68,73 @@ def grids(report: Report, runs: Sequence[Run]) -> tuple[Grid, Grid]:
     for run in runs:
         folds.append((run.label, tuple(cells.get(run.label, _NONE) for cells in fold_cells), False))
         ensembles.append((run.label, tuple(cells.get(run.label, _NONE) for cells in ensemble_cells), False))
-        for source, title in SOURCES.items():
-            published = tuple(_published_cell(run, *column, source) for column in columns)
-            if any(cell.value != "–" for cell in published):
+        for source in SOURCES:
+            found = [published_for(run.record, one.dataset, one.split).get(source) for one, _ in columns]
+            title = next((row.title for row in found if row), None)  # of one model and method, the same on all sets
+            if title:
+                cells = zip(found, columns, strict=True)
+                published = tuple(_published_cell(row, name) for row, (_, name) in cells)
                 folds.append((f"{run.label}: {title}", published, True))
-    units = "; ".join(f"{one.title}: {one.any_judgement.n_clusters} {one.any_judgement.unit}s" for one in sets)
-    return (
+    drawn = "; ".join(
+        f"{one.title}: {one.any_judgement.n_clusters:,} {units(one.any_judgement)}, intervals over {over(one)}"
+        for one in sets
+    )
+    n_folds = listed([str(n) for n in sorted({run.record.folds.n for run in runs})])
+    tables = [
         Grid(
-            f"Mean ± standard deviation over {report.n_folds} fold models trained on {report.train}; threshold 0.5.",
+            f"Mean ± standard deviation over {n_folds} fold models trained on {report.train}; threshold 0.5.",
             groups,
             tuple(folds),
         ),
         Grid(
-            f"Ensemble of {report.n_folds} fold models at the threshold chosen on out-of-fold predictions, with "
-            f"{report.how.level:.0%} cluster-bootstrap intervals ({units}).",
+            f"Ensemble of {n_folds} fold models at the threshold chosen on out-of-fold predictions, with "
+            f"{report.how.level:.0%} cluster-bootstrap intervals ({drawn}).",
             groups,
             tuple(ensembles),
         ),
+    ]
+    return (*tables, _differences(report, sets, groups)) if len(runs) > 1 else tuple(tables)
+
+
+def _differences(report: Report, sets: Sequence[SetReport], groups: tuple[str, ...]) -> Grid:
+    """Tabulate every two runs, or each run and the best of the first set where pairs are too many to print."""
+    pairs, which = list(combinations(report.labels, 2)), "every two runs"
+    if len(pairs) > _MOST_PAIRS:
+        best = by_rank(sets[0])[0]
+        pairs, which = [(best, label) for label in report.labels if label != best], f"{best} and every other run"
+    rows = [
+        (
+            f"{first} − {second}",
+            tuple(_difference_cell(difference_of(one, first, second, name)) for one in sets for name in FIGURES),
+            False,
+        )
+        for first, second in pairs
+    ]
+    counts = "; ".join(f"{one.title}: {len(one.comparison.pairs)} pairs, over {over(one)}" for one in sets)
+    return Grid(
+        f"Differences of {which} on the same patches, with {report.how.level:.0%} intervals and p-values after Holm's "
+        f"correction for all pairs of a set ({counts}); bold: p < .05. Where p is larger, δ is the smallest true "
+        "difference that the set would show for this pair in four of five cases, at 5 % after correction.",
+        groups,
+        tuple(rows),
     )
+
+
+def _difference_cell(difference: Difference | None) -> Cell:
+    if difference is None or math.isnan(difference.value):
+        return _NONE
+    shown = difference.p_holm < ALPHA
+    parts = [] if math.isnan(difference.low) else [f"[{_signed(difference.low)}, {_signed(difference.high)}]"]
+    if not math.isnan(difference.p_holm):
+        parts.append("p < .001" if difference.p_holm < 0.001 else f"p = {_digits(difference.p_holm)}")
+    if not shown and not math.isnan(difference.detectable_holm):
+        parts.append(f"δ = {_digits(difference.detectable_holm)}")
+    return Cell(_signed(difference.value), ", ".join(parts), shown)
+
+
+def _signed(value: float) -> str:
+    text = _digits(abs(value))
+    return ("−" if value < 0 and float(f"{value:.{_DIGITS}f}") else "+") + text
 
 
 def _cells(figures: Mapping[str, tuple[float, str]]) -> dict[str, Cell]:
@@ -92,8 +149,7 @@ def _with_ends(figure: Interval) -> tuple[float, str]:
     return figure.value, ends
 
 
-def _published_cell(run: Run, set_report: SetReport, name: str, source: str) -> Cell:
-    row = published_for(run.record, set_report.dataset, set_report.split).get(source)
+def _published_cell(row: Published | None, name: str) -> Cell:
     if row is None:
         return _NONE
     std = row.figures[name].std
@@ -162,6 +218,8 @@ _LATEX = {
     ">": r"\textgreater{}",
     "±": r"$\pm$",
     "–": "--",
+    "−": "$-$",
+    "δ": r"$\delta$",
     "[": "{[}",  # after a line's end these two would be taken for its arguments
     "*": "{*}",
 }

@@ -31,7 +31,7 @@ def leaderboard(runs: Sequence[RunRecord]) -> Table:
     named = [name.rsplit("/", 1) for name in sets]
     titles = [f"{dataset}\n{'test, unseen' if split == UNSEEN else split}" for dataset, split in named]
     columns = [f"{title}\n{figure}" for title in titles for figure in FIGURES.values()]
-    table = _table("Mean ± std over fold models; threshold 0.5", "Model", "View, pooling", *columns)
+    table = _table(f"Mean ± std over {_which_models(runs)}; threshold 0.5", "Model", "View, pooling", *columns)
     for run in runs:
         metrics = [run.figures.sets.get(name) for name in sets]
         cells = [
@@ -41,14 +41,23 @@ def leaderboard(runs: Sequence[RunRecord]) -> Table:
         ]
         table.add_row(f"{run.model} ({run.method})", f"{run.view}, {run.pooling}", *cells)
         published = [published_for(run, *name.rsplit("/", 1)) for name in sets]
-        for source, title in SOURCES.items():
+        for source in SOURCES:
             rows = [by_source.get(source) for by_source in published]
-            if any(rows):
+            title = next((row.title for row in rows if row), None)  # of one model and method, the same on all sets
+            if title:
                 figures = [row.figures[figure] if row else None for row in rows for figure in FIGURES]
                 cells = [_spread(figure.mean, figure.std) if figure else "" for figure in figures]
                 table.add_row(f"  {title}", "full, card", *cells, style="dim")
         table.add_section()
     return table
+
+
+def _which_models(runs: Sequence[RunRecord]) -> str:
+    """Say over which models figures are averaged: how many, where runs were trained with several seeds."""
+    counts = {(len(run.seeds), run.folds.n) for run in runs}
+    if all(n_seeds == 1 for n_seeds, _ in counts):
+        return "fold models"
+    return " or ".join(f"{k * f} fold models ({k} seed{'s' * (k > 1)} x {f} folds)" for k, f in sorted(counts))
 
 
 def ensemble_table(runs: Sequence[RunRecord]) -> Table | None:
@@ -91,12 +100,16 @@ def candidates_table(runs: Sequence[RunRecord]) -> Table:
 
 
 def training_table(run: RunRecord) -> Table:
-    """Tabulate how a fine-tuned run's folds trained: epochs, the one that was kept, and its validation figures."""
+    """Tabulate how a fine-tuned run's models trained: epochs, the one that was kept, and its validation figures."""
+    several = len(run.seeds) > 1
     columns = ("Fold", "Epochs", "Kept", "Loss", "Validation bal. acc.", "Validation AUROC", "Learning rate")
-    table = _table("Training: the epoch kept per fold", *columns)
-    for fold, (history, kept) in enumerate(zip(run.history or (), run.best_epoch or (), strict=True)):
+    what = "seed and fold" if several else "fold"
+    table = _table(f"Training: the epoch kept per {what}", *(["Seed"] if several else []), *columns)
+    models = zip(run.fold_models, run.history or (), run.best_epoch or (), strict=True) if run.history else ()
+    for (seed, fold), history, kept in models:
         best = history[kept]
         table.add_row(
+            *([str(seed)] if several else []),
             str(fold),
             str(len(history)),
             str(kept + 1),

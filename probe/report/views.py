@@ -4,22 +4,29 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from markupsafe import Markup
 
 from features.console import UserError
 from probe.curve import CurveSummary, summarise
+from probe.evidence import Pair
 from probe.metrics import COMPARED, TITLES, Interval
 from probe.report import charts
-from probe.report.charts import N_STYLES, Line, Row
+from probe.report.charts import N_STYLES, Dot, Line, Row
 from probe.report.collect import SetReport
+from probe.report.headlines import power
 from probe.report.published import SOURCES, Published, published_on
 from probe.report.read import Run
+from probe.report.summary import by_rank, certain, over, reversed_difference
 from probe.runs import read_weights
-from probe.significance import Difference
+from probe.significance import Difference, verdict
+from probe.thresholds import ThresholdView
 
 _MANY = 8  # runs in one square plot; more are drawn apart by method
+_DRAWN = 3  # runs whose slides and patches are drawn one by one: the best of a set
+_MARKS = {"better": "▲", "worse": "▼", "equivalent": "≈", "not worse": "≥", "not better": "≤"}
+_UNSURE = {"▲": "△", "▼": "▽"}  # only if every patch comes from its own patient
 
 Numbered = Sequence[tuple[int, Run]]  # runs with their number in the report, which decides their line style
 
@@ -41,11 +48,41 @@ class CurvePanel:
 
 
 @dataclass(frozen=True)
+class Cell:
+    """Two runs in a table of differences.
+
+    Attributes:
+        difference: row minus column.
+        mark: what it shows, as a sign; empty for nothing.
+        shows: where it shows nothing, the smallest difference that it would; None elsewhere.
+    """
+
+    difference: Difference
+    mark: str
+    shows: float | None
+
+
+@dataclass(frozen=True)
+class RatePlots:
+    """The rates per slide of one run: predicted over annotated, and their difference over their mean."""
+
+    label: str
+    scatter: Markup
+    bland_altman: Markup
+
+
+@dataclass(frozen=True)
 class SetView:
     """One set in all sections.
 
     Attributes:
+        index: of the set in the report.
         report: its figures.
+        over: what its intervals generalise over.
+        has_wide: whether there are wider ones, as slides are not known.
+        power: how many pairs differ, and which differences the set can show.
+        untested: why some pairs have no p-value.
+        shown: labels of the runs whose slides and patches are drawn.
         board: the runs, best AUROC first.
         published_for: label to what was published of the same model and method, by source.
         published: every published model and method to what was published of it, by source.
@@ -54,10 +91,22 @@ class SetView:
         panels: ROC and precision-recall curves.
         calibration: label to reliability plot.
         matrices: figure to rows of differences; None where row and column are the same run.
+        trainings: whether a run was trained several times.
+        turned: pairs for which it is known how often another training would turn their order.
+        net_benefit: decision curves; None where there are none.
+        recalibration, domain_styles: what thresholds chosen on labelled slides gain by domain, for the best run, and
+            the line style of every domain.
+        rates: plots of the rate per slide.
         learning, learning_plots: label to the points of its learning curve, of runs that have one; a plot per figure.
     """
 
+    index: int
     report: SetReport
+    over: str
+    has_wide: bool
+    power: str
+    untested: Sequence[str]
+    shown: Sequence[str]
     board: Sequence[Run]
     published_for: Mapping[str, Mapping[str, Published]]
     published: Mapping[tuple[str, str], Mapping[str, Published]]
@@ -65,24 +114,39 @@ class SetView:
     intervals: Markup
     panels: Sequence[CurvePanel]
     calibration: Mapping[str, Markup]
-    matrices: Mapping[str, Sequence[tuple[str, Sequence[Difference | None]]]]
+    matrices: Mapping[str, Sequence[tuple[str, Sequence[Cell | None]]]]
+    trainings: bool
+    turned: Sequence[Pair]
+    net_benefit: Markup | None
+    recalibration: Markup | None
+    domain_styles: Mapping[str, int]
+    rates: Sequence[RatePlots]
     learning: Mapping[str, Sequence[CurveSummary]]
     learning_plots: Sequence[Markup]
 
 
-def set_view(set_report: SetReport, runs: Sequence[Run]) -> SetView:
+def set_view(set_report: SetReport, runs: Sequence[Run], *, index: int, margin: float | None, positive: str) -> SetView:
     """Arrange and draw one set, with all runs of the report."""
     scored = [(number, run) for number, run in enumerate(runs) if run.label not in set_report.missing]
+    style = {run.label: number % N_STYLES for number, run in scored}
     published = published_on(set_report.dataset, set_report.split, train=runs[0].record.train)
     models: dict[tuple[str, str], dict[str, Published]] = {}
     for row in published:
         models.setdefault((row.model, row.method), {})[row.source] = row
-    ranks = set_report.comparison.ranks["auroc"]
+    labels = by_rank(set_report)
     summaries = {run.label: summarise(run.curve) for _, run in scored}
     learning = {label: [p for p in points if p.name == set_report.name] for label, points in summaries.items()}
+    comparison = set_report.comparison
+    travelled = [set_report.thresholds[label] for label in labels if label in set_report.thresholds]
     return SetView(
+        index=index,
         report=set_report,
-        board=sorted((run for _, run in scored), key=lambda run: ranks[run.label].value),
+        over=over(set_report),
+        has_wide=any(one.wide for judged in comparison.judgements.values() for one in judged.figures.values()),
+        power=power(set_report),
+        untested=list(dict.fromkeys(pair.untested for pair in comparison.pairs if pair.untested)),
+        shown=labels[:_DRAWN],
+        board=sorted((run for _, run in scored), key=lambda run: labels.index(run.label)),
         published_for={run.label: models.get((run.record.model, run.record.method), {}) for _, run in scored},
         published=models,
         best={name: max(folds[name].mean for folds in set_report.folds.values()) for name in COMPARED},
@@ -92,11 +156,21 @@ def set_view(set_report: SetReport, runs: Sequence[Run]) -> SetView:
             run.label: charts.reliability(
                 set_report.curves[run.label].calibration,
                 title=f"Calibration of {run.label} on {set_report.title}",
-                style=number % N_STYLES,
+                style=style[run.label],
             )
-            for number, run in scored
+            for _, run in scored
         },
-        matrices={name: _matrix(set_report, name) for name in COMPARED},
+        matrices={name: _matrix(set_report, name, margin) for name in COMPARED},
+        trainings=bool(comparison.trainings),
+        turned=[pair for pair in comparison.pairs if not all(math.isnan(chance) for chance in pair.turned.values())],
+        net_benefit=_net_benefit(set_report, style),
+        recalibration=_recalibration(set_report, travelled[0]) if travelled else None,
+        domain_styles={domain: k % N_STYLES for k, domain in enumerate(travelled[0].domains)} if travelled else {},
+        rates=[
+            _rate_plots(set_report, label, style[label], positive)
+            for label in labels[:_DRAWN]
+            if label in set_report.rates and "all" in set_report.rates[label].agreement
+        ],
         learning={label: points for label, points in learning.items() if points},
         learning_plots=[_learning_plot(set_report, scored, learning, figure) for figure in COMPARED],
     )
@@ -158,20 +232,92 @@ def _mark(row: Published, name: str, label: str) -> tuple[str, float, str]:
     return row.source, mean, f"{label}, {SOURCES[row.source]}: {mean:.4f}"
 
 
-def _matrix(set_report: SetReport, name: str) -> list[tuple[str, list[Difference | None]]]:
+def _matrix(set_report: SetReport, name: str, margin: float | None) -> list[tuple[str, list[Cell | None]]]:
     """Tabulate row minus column for every two runs; None where they are the same."""
     labels = list(set_report.comparison.judgements)
     differences = {(pair.first, pair.second): pair.differences[name] for pair in set_report.comparison.pairs}
+    differences |= {(second, first): reversed_difference(one) for (first, second), one in differences.items()}
+    return [
+        (first, [None if first == second else _cell(differences[first, second], margin) for second in labels])
+        for first in labels
+    ]
 
-    def cell(first: str, second: str) -> Difference | None:
-        if first == second:
-            return None
-        if (first, second) in differences:
-            return differences[first, second]
-        reverse = differences[second, first]
-        return replace(reverse, value=0.0 - reverse.value, low=0.0 - reverse.high, high=0.0 - reverse.low)  # no -0.0
 
-    return [(first, [cell(first, second) for second in labels]) for first in labels]
+def _cell(difference: Difference, margin: float | None) -> Cell:
+    mark = _MARKS.get(verdict(difference, margin), "")
+    if mark and certain(difference, margin) == "unknown":
+        mark = _UNSURE.get(mark, "")
+    shows = None if mark or math.isnan(difference.detectable_holm) else difference.detectable_holm
+    return Cell(difference, mark, shows)
+
+
+def _net_benefit(set_report: SetReport, style: Mapping[str, int]) -> Markup | None:
+    curves = {label: of.net_benefit for label, of in set_report.calibration.items() if of.net_benefit.threshold}
+    if not curves:
+        return None
+    lines = [Line(style[label], list(zip(of.threshold, of.run, strict=True)), label) for label, of in curves.items()]
+    any_curve = next(iter(curves.values()))
+    everyone = list(zip(any_curve.threshold, any_curve.all, strict=True))
+    return charts.decision_curves(lines, everyone, title=f"Decision curves, {set_report.title}")
+
+
+def _recalibration(set_report: SetReport, view: ThresholdView) -> Markup | None:
+    """Draw what a threshold gains that was chosen on some slides of a domain, over the run's own, by domain."""
+    lines = [
+        Line(
+            number % N_STYLES,
+            [
+                (point.n_slides, gain)
+                for point in of.recalibration
+                if math.isfinite(gain := point.balanced_accuracy - point.own)
+            ],
+            f"{domain}: {of.own['balanced_accuracy'].value:.3f} at the run's own threshold",
+        )
+        for number, (domain, of) in enumerate(view.domains.items())
+    ]
+    lines = [line for line in lines if line.points]
+    if not lines:
+        return None
+    return charts.over_slides(
+        lines,
+        title=f"What a threshold chosen on labelled slides of a domain gains, {set_report.title}",
+        x="labelled slides of the domain",
+        y="gain in balanced accuracy",
+        level=0.0,
+    )
+
+
+def _rate_plots(set_report: SetReport, label: str, style: int, positive: str) -> RatePlots:
+    view = set_report.rates[label]
+    title = f"{label} on {set_report.title}"
+    scatter, differences = [], []
+    for one in view.slides:
+        hint = f"{one.slide}: {one.n} figures, annotated {one.annotated:.3f}, predicted {one.predicted:.3f}"
+        corrected = one.corrected
+        if math.isnan(corrected):
+            corrected = one.predicted
+        else:
+            hint += f", corrected {one.corrected:.3f} ({one.low:.3f} to {one.high:.3f})"
+            scatter.append(Dot(one.annotated, one.corrected, hint, one.low, one.high))
+        scatter.append(Dot(one.annotated, one.predicted, hint, hollow=True))
+        differences.append(Dot((one.annotated + corrected) / 2, corrected - one.annotated, hint))
+    found = view.agreement["all"].corrected
+    if math.isnan(found["bias"].value):
+        found = view.agreement["all"].predicted
+    levels = [(found[name], name) for name in ("bias", "lower limit", "upper limit")]
+    rate = f"rate of {positive}"
+    return RatePlots(
+        label,
+        charts.agreement(scatter, title=f"Rates per slide, {title}", x=f"annotated {rate}", y="predicted", style=style),
+        charts.bland_altman(
+            differences,
+            levels,
+            title=f"Bland-Altman plot, {title}",
+            x="mean of predicted and annotated",
+            y="predicted minus annotated",
+            style=style,
+        ),
+    )
 
 
 def _panels(set_report: SetReport, scored: Numbered) -> list[CurvePanel]:

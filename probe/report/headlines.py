@@ -1,0 +1,226 @@
+"""What does each section of the page say in one sentence? Of one run where there are many: the best of the set."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from statistics import fmean
+
+from probe.metrics import COMPARED, TITLES, Interval
+from probe.report.collect import Report, SetReport
+from probe.report.read import Run
+from probe.report.summary import ALPHA, RANKING, by_rank, held_out, listed, short, units
+
+
+def headlines(report: Report, runs: Sequence[Run]) -> dict[str, str]:
+    """Say what each section shows, section to sentence; empty where nothing can be said."""
+    positive = runs[0].record.label_names[1]
+    sets = held_out(report.sets) or list(report.sets)
+
+    def first(name: str) -> SetReport | None:
+        """The first set that has something of that name; the test sets are asked first."""
+        return next((one for one in (*sets, *report.sets) if getattr(one, name)), None)
+
+    return {
+        "trainings": _trainings(report.sets),
+        "across": _across(report),
+        "curves": _curves(sets[0]),
+        "decisions": _decisions(sets[0], positive),
+        "thresholds": _thresholds(first("thresholds")),
+        "slides": _slides(first("rates"), positive),
+        "raters": _raters(first("raters")),
+        "domains": _domains(first("domains")),
+        "learning": _learning(report, runs),
+        "gallery": _gallery(sets, positive),
+    }
+
+
+def power(on: SetReport) -> str:
+    """Say how many pairs of runs differ on a set, and which differences it can show; empty without a pair."""
+    comparison = on.comparison
+    n = sum(not pair.untested for pair in comparison.pairs)
+    if not n:
+        return f"{on.title}: {comparison.pairs[0].untested}, so that no test is valid." if comparison.pairs else ""
+    pairs = f"{n} pair{'s' * (n > 1)}"
+    differing = [
+        f"{sum(pair.differences[name].p_holm < ALPHA for pair in comparison.pairs)} in {_low(name)}"
+        for name in COMPARED
+    ]
+    said = f"{on.title}: of {pairs} of runs, {listed(differing)} differ after Holm's correction"
+    if on.any_judgement.unit != "slide":
+        said += ", if every patch comes from its own patient"
+    known = {name: limit for name in COMPARED if (limit := comparison.detectable.get(name))}
+    if not known:
+        return f"{said}."
+    limits = [
+        f"{short(limit.one)} (one pair) or {short(limit.holm)} (after Holm over {pairs}) in {_low(name)}"
+        if n > 1
+        else f"{short(limit.one)} in {_low(name)}"
+        for name, limit in known.items()
+    ]
+    said += f". This set can show differences of {listed(limits)} with 80 % power"
+    unit = units(on.any_judgement)
+    needed = [
+        f"{limit.slides:,} {unit} for {short(limit.wanted)} in {_low(name)}"
+        if limit.slides is not None
+        else f"for {short(limit.wanted)} in {_low(name)} no number of {unit} would do"
+        for name, limit in known.items()
+        if limit.wanted is not None
+    ]
+    return f"{said}; needed: {listed(needed)}." if needed else f"{said}."
+
+
+def _low(name: str) -> str:
+    return TITLES[name] if TITLES[name].isupper() else TITLES[name].lower()
+
+
+def _trainings(sets: Sequence[SetReport]) -> str:
+    on = next((one for one in sets if one.comparison.trainings), None)
+    if on is None:
+        return ""
+    label = next(label for label in by_rank(on) if label in on.comparison.trainings)
+    of = on.comparison.trainings[label]
+    parts = of.figures[RANKING]
+    return (
+        f"On {on.title}, the {TITLES[RANKING]} of {label} changes by {short(parts.ensemble_training)} (standard "
+        f"deviation over {of.n} trainings) with another training, and by {short(parts.ensemble_slide)} with "
+        f"other {units(on.any_judgement)}."
+    )
+
+
+def _across(report: Report) -> str:
+    figure = report.across.figures.get(RANKING) if report.across else None
+    if figure is None:
+        return ""
+    best, following, *_ = (*sorted(figure.mean_ranks, key=lambda label: figure.mean_ranks[label]), "", "")
+    pair = next((one for one in figure.pairs if {one.first, one.second} == {best, following}), None)
+    if pair is None or report.across is None:
+        return figure.sentence
+    as_named = pair.first == best
+    better, worse = (pair.p_better, pair.p_worse) if as_named else (pair.p_worse, pair.p_better)
+    return (
+        f"On a new data set, {best} would be better than {following} in {TITLES[RANKING]} by more than "
+        f"{short(report.across.rope)} with a probability of {_per_cent(better)}, and worse with one of "
+        f"{_per_cent(worse)}. {figure.sentence}"
+    )
+
+
+def _curves(on: SetReport) -> str:
+    values = {label: one.figures[RANKING].value for label, one in on.comparison.judgements.items()}
+    known = {label: value for label, value in values.items() if not math.isnan(value)}
+    if not known:
+        return f"On {on.title} there is one class, and no curve."
+    best, worst = max(known, key=lambda label: known[label]), min(known, key=lambda label: known[label])
+    if len(known) == 1:
+        return f"On {on.title}, {best} has an area under the ROC curve of {short(known[best])}."
+    return (
+        f"On {on.title}, the area under the ROC curve goes from {short(known[worst])} ({worst}) to "
+        f"{short(known[best])} ({best})."
+    )
+
+
+def _decisions(on: SetReport, positive: str) -> str:
+    best = by_rank(on)[0]
+    figures = on.comparison.judgements[best].figures
+    found, passed = figures["sensitivity"], figures["specificity"]
+    parts = []
+    if not math.isnan(found.value):
+        parts.append(f"finds {_per_cent(found.value)} of {positive} patches")
+    if not math.isnan(passed.value):
+        parts.append(f"takes {_per_cent(1 - passed.value)} of the others for {positive}")
+    return f"On {on.title}, {best} {listed(parts)} at its threshold."
+
+
+def _thresholds(on: SetReport | None) -> str:
+    if on is None:
+        return ""
+    label = next(label for label in by_rank(on) if label in on.thresholds)
+    gaps = {
+        domain: of.oracle["balanced_accuracy"].value - of.own["balanced_accuracy"].value
+        for domain, of in on.thresholds[label].domains.items()
+    }
+    known = {domain: gap for domain, gap in gaps.items() if not math.isnan(gap)}
+    if not known:
+        return ""
+    worst = max(known, key=lambda domain: known[domain])
+    of = on.thresholds[label].domains[worst]
+    return (
+        f"On {on.title}, the threshold of {label} costs most in {worst}: balanced accuracy "
+        f"{_ends(of.own['balanced_accuracy'])}, where the threshold that fits these patches best would give "
+        f"{short(of.oracle['balanced_accuracy'].value)}."
+    )
+
+
+def _slides(on: SetReport | None, positive: str) -> str:
+    if on is None:
+        return ""
+    label = next(label for label in by_rank(on) if label in on.rates)
+    of = on.rates[label].agreement.get("all")
+    if of is None:
+        return f"No slide of {on.title} has figures enough for a rate."
+    found = of.corrected if not math.isnan(of.corrected["bias"].value) else of.predicted
+    which = "corrected" if found is of.corrected else "apparent"
+    low, high = (found[f"{name} limit"].value for name in ("lower", "upper"))
+    return (
+        f"On {of.n_slides} slides of {on.title}, the {which} rate of {positive} by {label} is off by "
+        f"{_signed(found['bias'].value)} on average, and on 95 % of slides by {_signed(low)} to {_signed(high)}."
+    )
+
+
+def _raters(on: SetReport | None) -> str:
+    if on is None:
+        return ""
+    label = next(label for label in by_rank(on) if label in on.raters)
+    view = on.raters[label]
+    pairs = [(one.run["kappa"].value, one.rater["kappa"].value) for one in view.raters]
+    known = [pair for pair in pairs if not any(math.isnan(value) for value in pair)]
+    if not known:
+        return ""
+    run, rater = (fmean(column) for column in zip(*known, strict=True))
+    return (
+        f"On {on.title}, {label} agrees with a rater with a kappa of {short(run)} on average, and another rater with "
+        f"one of {short(rater)}, on the same patches; Fleiss' kappa of the raters is {_ends(view.fleiss)}."
+    )
+
+
+def _domains(on: SetReport | None) -> str:
+    if on is None:
+        return ""
+    label = next(label for label in by_rank(on) if label in on.domains)
+    view = on.domains[label]
+    worst = view.worst[RANKING]
+    if worst is None:
+        return ""
+    return (
+        f"On {on.title}, the worst domain of {label} is {worst.domain} ({TITLES[RANKING]} {short(worst.value)}); the "
+        f"mean of its domains is {_ends(view.macro[RANKING])}."
+    )
+
+
+def _learning(report: Report, runs: Sequence[Run]) -> str:
+    n = sum(bool(run.curve) for run in runs)
+    return f"{n} of {len(report.labels)} runs have a learning curve." if n else ""
+
+
+def _gallery(sets: Sequence[SetReport], positive: str) -> str:
+    on = sets[0]
+    best = by_rank(on)[0]
+    counts = on.confusion[best]
+    return (
+        f"On {on.title}, {best} is wrong on {counts.fn + counts.fp:,} of {on.n:,} patches: {counts.fn:,} missed and "
+        f"{counts.fp:,} false {positive}."
+    )
+
+
+def _ends(figure: Interval) -> str:
+    ends = "" if math.isnan(figure.low) else f" ({short(figure.low)} to {short(figure.high)})"
+    return f"{short(figure.value)}{ends}"
+
+
+def _signed(value: float) -> str:
+    text = short(value)
+    return text if text.startswith(("−", "–")) else f"+{text}"
+
+
+def _per_cent(value: float) -> str:
+    return f"{value:.0%}".replace("%", " %")
