@@ -13,7 +13,8 @@ from features.console import UserError
 from probe import evidence
 from probe.calibration import calibrate
 from probe.domains import by_domain
-from probe.evidence import COMPARED, compare, ensemble_of, evaluate, judge
+from probe.ensembles import ensemble_of, rows_of
+from probe.evidence import COMPARED, compare, evaluate, judge
 from probe.metrics import as_dict, best_threshold
 from probe.raters import by_agreement
 from probe.rates import by_slide

@@ -27,7 +27,8 @@ from finetune.options import ComputeOptions, FinetuneOptions
 from finetune.plan import make_plan
 from finetune.predict import predict_paths
 from finetune.run import finetune, resume
-from probe.evidence import ensemble_of, evaluate, fold_figures
+from probe.ensembles import ensemble_of
+from probe.evidence import evaluate, fold_figures
 from probe.experiment import FoldLogits, make_experiment
 from probe.metrics import best_threshold, scores
 from probe.predictions import (

@@ -110,14 +110,15 @@ def _clause(on: SetReport, report: Report) -> str:
     if len(labels) == 1:
         return f"on {_place(on)}, {labels[0]} reaches an AUROC of {_reached(on, labels[0])}"
     if len(labels) == 2:
-        return _of_two(on, *labels, report)
+        return _of_two(on, labels[0], labels[1], report)
     return _of_many(on, labels, report)
 
 
 def _of_others(first: SetReport, others: Sequence[SetReport], report: Report) -> str:
     """Say what the other sets show: in short where they repeat the first."""
     if all(_same_order(first, other, report) for other in others):
-        pairs = [(other, difference_of(other, *by_rank(other), RANKING)) for other in others]
+        first_label, second_label = by_rank(first)  # of all sets, then
+        pairs = [(other, difference_of(other, first_label, second_label, RANKING)) for other in others]
         return "so it is on " + listed([f"{_place(on)} by {_by(one)}" for on, one in pairs if one is not None])
     disagree = "the sets disagree: " if _disagree([first, *others], report.margin) else ""
     return disagree + "; ".join(_clause(other, report) for other in others)
