@@ -1,7 +1,7 @@
 """Do the augmentation's GPU kernels compute what plain PyTorch does, element by element?
 
-Triton's interpreter runs them on a CPU. It has to be asked for before Triton is loaded, so
-tests/test_augment_kernels.py runs this file in a process of its own, with TRITON_INTERPRET=1.
+Triton's interpreter runs them on a CPU. It has to be asked for before Triton is loaded, so tests/test_kernels.py runs
+this file in a process of its own, with TRITON_INTERPRET=1.
 """
 
 from __future__ import annotations

@@ -7,16 +7,16 @@ import resource
 import signal
 import subprocess
 import sys
-import tomllib
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import processes
 import pytest
 from PIL import Image
+from processes import SCRIPTS
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-SCRIPTS = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]["scripts"]
 COMMANDS = sorted(SCRIPTS)
 
 
@@ -27,7 +27,10 @@ def command(name: str, *arguments: str, cwd: Path | None = None) -> subprocess.C
 
 @pytest.fixture
 def here(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., subprocess.CompletedProcess[str]]:
-    """A command in this process, which has imported everything, in an empty folder."""
+    """A command in this process, which has imported everything, in a folder with a table of two patches."""
+    for row in range(2):
+        Image.new("RGB", (8, 8), (row, 0, 0)).save(tmp_path / f"{row}.png")
+    (tmp_path / "patches.csv").write_text("path,label,group\n0.png,Normal,a\n1.png,Atypical,b\n")
 
     def run(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
         module, _, function = SCRIPTS[name].partition(":")
@@ -90,13 +93,13 @@ def test_extract_probe_and_info_speak_json_alone_on_stdout(demo):
     assert extracted.returncode == 0, extracted.stderr
     (embedding,) = json.loads(extracted.stdout)["embeddings"]
     assert (embedding["model"], embedding["n_rows"], embedding["view"]) == ("efficientnet-lite0", 60, "full@64")
-    probed = command("fm-probe", "--cv", "3", "--json", cwd=demo)
+    probed = processes.run("fm-probe", "--cv", "3", "--json", cwd=demo)
     assert probed.returncode == 0, probed.stderr
     (result,) = json.loads(probed.stdout)["results"]
     assert set(result["metrics"]["sets"]) == {"patches/validation", "patches/test"}
     assert (demo / "runs" / result["id"] / "predictions.csv").exists()
     assert "\r" not in extracted.stderr + probed.stderr  # no progress bar in a pipe
-    shown = command("fm-probe", "--cv", "3", cwd=demo)
+    shown = processes.run("fm-probe", "--cv", "3", cwd=demo)
     assert "efficientnet-lite0 (probe)" in shown.stdout
     info = json.loads(command("fm-store", "info", "--json", cwd=demo).stdout)
     assert info
@@ -108,8 +111,8 @@ def test_extract_probe_and_info_speak_json_alone_on_stdout(demo):
         (("fm-extract", "--model", "h-optimus"), r"unknown model 'h-optimus'.*h-optimus-"),
         (("fm-extract", "--dataset", "atnorm"), r"'atnorm'.*atnorm-"),
         (("fm-extract", "--view", "middle"), r"unknown view 'middle'"),
-        (("fm-extract", "--precision", "fp8"), r"unknown precision 'fp8'"),
-        (("fm-extract", "--device", "tpu"), r"device 'tpu'"),
+        (("fm-extract", "--dataset", "patches.csv", "--precision", "fp8"), r"unknown precision 'fp8'"),
+        (("fm-extract", "--dataset", "patches.csv", "--device", "tpu"), r"device 'tpu'"),
         (("fm-extract", "--model", ","), r"--model names nothing"),
         (("fm-probe",), r"embeddings.zarr does not exist. Run fm-extract first"),
         (("fm-probe", "--recipe", "best"), r"unknown recipe 'best'"),
@@ -141,12 +144,12 @@ def test_wrong_usage_is_status_2(here):
         assert here(*arguments).returncode == 2, arguments
 
 
-def test_every_option_is_documented():
+def test_every_option_is_documented(here):
     document = (REPOSITORY / "docs" / "cli.md").read_text()
     for name in COMMANDS:
-        help_text = command(name, "--help").stdout
+        help_text = here(name, "--help").stdout
         verbs = re.findall(r"^  (info|verify|export|import)\b", help_text, re.MULTILINE)
-        texts = [help_text] + [command(name, verb, "--help").stdout for verb in verbs]
+        texts = [help_text] + [here(name, verb, "--help").stdout for verb in verbs]
         for option in set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", " ".join(texts))) - {"--help", "--no-json"}:
             section = document.partition(f"## {name}")[2].partition("\n## ")[0]
             assert f"`{option}" in section, f"docs/cli.md says nothing of {name} {option}"

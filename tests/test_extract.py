@@ -4,8 +4,6 @@ import dataclasses
 import hashlib
 import random
 import signal
-import subprocess
-import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -17,6 +15,7 @@ import pytest
 import timm
 import torch
 from patch_folders import MODEL, content, write_patches, write_weights
+from processes import start
 from safetensors.torch import save_file
 
 from extract import compute, embed, prepare
@@ -269,8 +268,7 @@ def test_a_norm_that_does_not_follow_its_convolution_is_left_alone():
 
 def command(patches: Path, weights: Path, store: Path) -> list[str]:
     return [
-        str(Path(sys.executable).with_name("fm-extract")),
-        *("--model", MODEL, "--weights", str(weights), "--dataset", str(patches), "--store", str(store)),
+        *("fm-extract", "--model", MODEL, "--weights", str(weights), "--dataset", str(patches), "--store", str(store)),
         *("--view", "full,center16", "--precision", "fp32", "--batch-size", "8"),
     ]
 
@@ -281,18 +279,18 @@ def test_an_interrupted_run_ends_bit_for_bit_like_an_undisturbed_one(patches, we
     path = tmp_path / "b.zarr"
     moments = random.Random(int(how))
     for _ in range(2):
-        process = subprocess.Popen(command(patches, weights, path), stderr=subprocess.PIPE, text=True)
-        while not path.exists() and process.poll() is None:  # the imports are of no interest
+        process = start(*command(patches, weights, path))
+        while not path.exists() and not process.ended():  # the imports are of no interest
             time.sleep(0.01)
         time.sleep(moments.uniform(0, 0.5))
         process.send_signal(how)
-        _, prose = process.communicate(timeout=60)
-        if process.returncode == 1:
-            assert "run the same command again to finish the rest" in prose
-            assert "Traceback" not in prose
+        done = process.wait()
+        if done.returncode == 1:
+            assert "run the same command again to finish the rest" in done.stderr
+            assert "Traceback" not in done.stderr
         else:
-            assert process.returncode in (0, -how)  # done already, or not yet listening
-    subprocess.run(command(patches, weights, path), check=True, capture_output=True)
+            assert done.returncode in (0, -how)  # done already, or not yet listening
+    assert start(*command(patches, weights, path)).wait().returncode == 0
     assert content(path) == undisturbed
 
 

@@ -8,7 +8,6 @@ import random
 import re
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import processes
 import pytest
 import safetensors.torch
 import timm
@@ -447,20 +447,17 @@ def test_resuming_after_the_patches_have_changed_is_refused(bare: Command, finet
 def test_a_killed_command_resumes_to_the_same_bytes(tmp_path: Path, finished: Path) -> None:
     """A real process, killed at some moment of its training, scoring or writing."""
     write_patches(tmp_path)
-    command = [str(Path(sys.executable).with_name("fm-finetune"))]
-    start = [*command, "--train", "patches.csv", *SMALL]
-    quiet = {"cwd": tmp_path, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     (expected,) = (finished / "runs").iterdir()
     moment = random.Random(os.getpid()).uniform(0, read_run(expected).cost.seconds or 0.0)
-    process = subprocess.Popen(start, **quiet)  # type: ignore[call-overload]
-    while not (runs := list((tmp_path / "runs").glob("*/training.json"))) and process.poll() is None:
+    process = processes.start("fm-finetune", "--train", "patches.csv", *SMALL, cwd=tmp_path)
+    while not (runs := list((tmp_path / "runs").glob("*/training.json"))) and not process.ended():
         time.sleep(0.01)  # what comes before is of no interest
     assert runs
     time.sleep(moment)
-    process.kill()
-    process.wait(timeout=60)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
     folder = runs[0].parent
-    resumed = subprocess.run([*command, "--resume", str(folder)], cwd=tmp_path, capture_output=True, text=True)
+    resumed = processes.run("fm-finetune", "--resume", folder, cwd=tmp_path)
     assert resumed.returncode == 0, resumed.stderr
     for name in (*(f"fold-{fold}/adapter_model.safetensors" for fold in range(2)), "predictions.csv"):
         same = (folder / name).read_bytes() == (expected / name).read_bytes()

@@ -9,13 +9,11 @@ import os
 import random
 import re
 import signal
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import fuzz
+import processes
 import pytest
 from typer.testing import CliRunner
 
@@ -25,8 +23,7 @@ def test_hostile_commands_end_with_one_message() -> None:
     number, seed = (
         os.environ.get(f"MITOFM_FUZZ_{name}", default) for name, default in (("COMMANDS", "25"), ("SEED", "0"))
     )
-    command = [sys.executable, str(Path(fuzz.__file__)), "--commands", number, "--seed", seed]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    done = processes.run(fuzz.__file__, "--commands", number, "--seed", seed, OMP_NUM_THREADS="1")
     assert done.returncode == 0, done.stdout + done.stderr
 
 

@@ -1,7 +1,7 @@
 """Do the GPU kernels hold what they promise, as far as a machine without a GPU can tell?
 
-What they compute is checked by interpreted_kernels.py; here it is run, and the kernels are compiled for two generations
-of GPUs with the blocks that real networks lead to.
+What they compute is checked by interpreted_kernels.py; here it is run, with the augmentation's, and the kernels are
+compiled for two generations of GPUs with the blocks that real networks lead to.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import processes
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -24,19 +25,18 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 LAYER, KEYS = torch.tensor(3), torch.arange(5)
 
 
-def run(*arguments: str, **environment: str) -> str:
+def test_interpreted_on_a_cpu_they_and_the_augmentations_compute_what_plain_pytorch_does() -> None:
+    pytest.importorskip("triton")
+    files = ("tests/interpreted_kernels.py", "tests/interpreted_augment_kernels.py")
     found = subprocess.run(
-        [sys.executable, *arguments], cwd=REPOSITORY, env=os.environ | environment, capture_output=True, text=True
+        [sys.executable, "-m", "pytest", *files, "-p", "no:cacheprovider"],
+        cwd=REPOSITORY,
+        env=os.environ | {"TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
     )
     assert found.returncode == 0, found.stdout + found.stderr
-    return found.stdout
-
-
-def test_interpreted_on_a_cpu_they_compute_what_plain_products_do() -> None:
-    pytest.importorskip("triton")
-    assert " passed" in run(
-        "-m", "pytest", "tests/interpreted_kernels.py", "-p", "no:cacheprovider", TRITON_INTERPRET="1"
-    )
+    assert " passed" in found.stdout
 
 
 def test_without_triton_there_are_none_and_everything_else_works() -> None:
@@ -46,7 +46,7 @@ sys.modules["triton"] = None
 from finetune import kernels
 print(kernels.available(), kernels.verify(torch.device("cpu"), torch.float32))
 """
-    assert run("-c", program) == "False False\n"
+    assert processes.run("-c", program).stdout == "False False\n"
 
 
 @pytest.mark.parametrize("rank", [8, 40, 200])
@@ -102,11 +102,11 @@ class PretendedGPU:
         return 0
 
 
-# Tokens of eight images of 224 pixels, and widths in and out of each adapted layer.
+# Tokens of 16 images of 224 pixels, and widths in and out of each adapted layer.
 NETWORKS = {
-    "ViT-S/16": (8 * 197, [(384, 1152), (384, 384), (384, 1536), (1536, 384)]),
-    "ViT-H/14": (8 * 261, [(1280, 3840), (1280, 1280), (1280, 5120), (5120, 1280)]),
-    "ViT-g/14": (8 * 261, [(1536, 4608), (1536, 1536), (1536, 8192), (4096, 1536)]),
+    "ViT-S/16": (16 * 197, [(384, 1152), (384, 384), (384, 1536), (1536, 384)]),
+    "ViT-H/14": (16 * 261, [(1280, 3840), (1280, 1280), (1280, 5120), (5120, 1280)]),
+    "ViT-g/14": (16 * 261, [(1536, 4608), (1536, 1536), (1536, 8192), (4096, 1536)]),
 }
 
 
@@ -154,7 +154,7 @@ def test_compiled_kernels_spill_no_register(
         for tokens, layers in NETWORKS.values():
             for width_in, width_out in layers:
                 start_all(dtype, tokens, width_in, width_out, rank=8)
-        start_all(dtype, 8 * 197, 384, 384, rank=most_rank)
+        start_all(dtype, 16 * 197, 384, 384, rank=most_rank)
         start_all(dtype, 64 * 197, 384, 384, rank=8)  # so many rows that blocks are larger
         start_all(dtype, 1, 40, 1, rank=1, plain=True)  # Triton compiles anew for sizes of 1
     finally:

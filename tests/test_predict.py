@@ -28,7 +28,7 @@ from probe.probing import ProbeOptions, probe_store
 from probe.rates import error_rates
 from probe.runs import read_predictions, read_run
 
-MODEL = "timm/test_vit"
+MODEL, VIEW = "timm/test_vit", "full@32"
 N = 48
 
 
@@ -63,13 +63,24 @@ def runs(table: Path, weights: Path, tmp_path_factory) -> dict[str, Path]:
     store = FeatureStore.open_or_create(place / "store.zarr")
     dataset = load_dataset(str(table))
     extract_dataset(
-        dataset, [find_backbone(MODEL)], store=store, options=ExtractOptions(precision="fp32"), weights=weights
+        dataset,
+        [find_backbone(MODEL)],
+        store=store,
+        options=ExtractOptions(precision="fp32", views=(VIEW,)),
+        weights=weights,
     )
     (probe,) = probe_store(store, options=ProbeOptions(cv=3), runs=place)
     found = {"probe": probe.folder}
     for method in ("lora", "full", "head"):
         options = FinetuneOptions(
-            model=MODEL, train=str(table), method=method, cv=3, epochs=2, lora=LoraOptions(rank=2), precision="fp32"
+            model=MODEL,
+            train=str(table),
+            view=VIEW,
+            method=method,
+            cv=3,
+            epochs=2,
+            lora=LoraOptions(rank=2),
+            precision="fp32",
         )
         found[method] = finetune(options, compute_options=ComputeOptions(weights=weights), runs=place).folder
     return found

@@ -7,17 +7,17 @@ import math
 import os
 import shutil
 import socket
-import subprocess
-import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from functools import partial
 from itertools import chain
 from pathlib import Path
+from subprocess import CompletedProcess
 from types import SimpleNamespace
 from typing import Any
 
+import processes
 import pytest
 import torch
 from process_group_worker import CASES, exact_embed
@@ -60,21 +60,12 @@ FILES = {
 EXACT = {"rtol": 1e-6, "atol": 1e-6}
 
 
-def torchrun(n: int, cwd: Path, *arguments: object, restarts: int = 0) -> subprocess.CompletedProcess[str]:
+def torchrun(n: int, cwd: Path, *arguments: object, restarts: int = 0) -> CompletedProcess[str]:
     """Some processes on this machine, connected by gloo."""
-    launcher = ("torch.distributed.run", "--standalone", "--nproc-per-node", n, "--max-restarts", restarts)
-    return subprocess.run(
-        [sys.executable, "-m", *map(str, (*launcher, *arguments))],
-        cwd=cwd,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+    return processes.torchrun(n, *arguments, cwd=cwd, restarts=restarts, OMP_NUM_THREADS="1", GLOO_SOCKET_IFNAME="lo")
 
 
-def own_words(done: subprocess.CompletedProcess[str]) -> list[str]:
+def own_words(done: CompletedProcess[str]) -> list[str]:
     """Lines on stderr that are not torchrun's."""
     return [line for line in done.stderr.splitlines() if line.startswith(("error:", "runs/", "run written"))]
 
@@ -235,7 +226,7 @@ def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(material: Path) -> tuple[Path, subprocess.CompletedProcess[str]]:
+def undisturbed(material: Path) -> tuple[Path, CompletedProcess[str]]:
     """The folder of a run of two processes, and what they said."""
     done = torchrun(2, material, "-m", "finetune.cli", *OPTIONS, "--runs", "runs/undisturbed", "--json")
     assert done.returncode == 0, done.stderr
@@ -244,7 +235,7 @@ def undisturbed(material: Path) -> tuple[Path, subprocess.CompletedProcess[str]]
 
 
 @pytest.fixture(scope="module")
-def interrupted(material: Path) -> tuple[Path, subprocess.CompletedProcess[str]]:
+def interrupted(material: Path) -> tuple[Path, CompletedProcess[str]]:
     """The folder of a run whose second process was killed in the second epoch, and what was said."""
     done = torchrun(2, material, WORKER, "finetune", 1, 4, *OPTIONS, "--runs", "runs/interrupted")
     assert done.returncode != 0

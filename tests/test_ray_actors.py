@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import processes
 import pytest
 from patch_folders import content
 from test_extract import patches, weights  # noqa: F401 - fixtures
@@ -54,7 +55,7 @@ def test_a_mistake_in_an_actor_is_one_message(patches, weights, tmp_path):  # no
 
 def test_without_ray_there_is_one_message(patches, weights, tmp_path):  # noqa: F811
     hidden = "import sys; sys.modules['ray'] = None; from extract.cli import main; main()"
-    done = run("-c", hidden, *options(patches, weights, tmp_path / "s.zarr"))
+    done = processes.run("-c", hidden, *options(patches, weights, tmp_path / "s.zarr"))
     assert done.returncode == 1
     assert "pip install 'mitofm[ray]'" in done.stderr
     assert done.stderr.count("error:") == 1
@@ -64,7 +65,7 @@ def test_without_ray_there_is_one_message(patches, weights, tmp_path):  # noqa: 
 def test_one_gpu_for_all_actors_is_refused_before_anything_is_loaded(patches, weights, tmp_path, device):  # noqa: F811
     arguments = [*options(patches, weights, tmp_path / "s.zarr"), "--device", device]
     hidden = "import sys; sys.modules['ray'] = None; from extract.cli import main; main()"
-    done = run("-c", hidden, *arguments)
+    done = processes.run("-c", hidden, *arguments)
     assert done.returncode == 1
     assert f"--engine ray gives each actor a GPU of its own, and --device {device} names one for all" in done.stderr
     assert not (tmp_path / "s.zarr").exists()

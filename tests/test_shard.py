@@ -1,15 +1,13 @@
 """Do many processes write the store that one would, whoever starts when, on whatever machine, or dies?"""
 
-import os
 import signal
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
 from patch_folders import MODEL, content, write_patches, write_weights
+from processes import Started, start, torchrun
 
 from extract import compute, embed, prepare
 from extract.backbones import find_backbone
@@ -281,21 +279,11 @@ def command(patches: Path, weights: Path, store: Path) -> list[str]:
     ]
 
 
-def start(*arguments: str, **environment: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, *arguments],
-        stderr=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
-    )
-
-
-def finish(process: subprocess.Popen[str]) -> str:
-    _, prose = process.communicate(timeout=300)
-    assert process.returncode == 0, prose
-    assert "Traceback" not in prose
-    return prose
+def finish(process: Started) -> str:
+    done = process.wait()
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
+    return done.stderr
 
 
 @pytest.mark.slow
@@ -319,22 +307,17 @@ def test_an_array_on_a_file_system_without_locks(patches, weights, alone, tmp_pa
 def test_an_array_element_killed_midway_and_started_again(patches, weights, alone, tmp_path):
     options = command(patches, weights, tmp_path / "s.zarr")
     element = {"SLURM_ARRAY_TASK_ID": "1", "SLURM_ARRAY_TASK_COUNT": "2", "SLURM_ARRAY_TASK_MIN": "0"}
-    killed = start(str(KILLED_RANK), str(tmp_path / "marker"), "1", "1", *options, **element)
-    killed.communicate(timeout=300)
-    assert killed.returncode == -signal.SIGKILL
-    assert "left to other ranks" in finish(
-        start("-m", "extract.cli", *options, **element | {"SLURM_ARRAY_TASK_ID": "0"})
-    )
-    finish(start("-m", "extract.cli", *options, **element))
+    killed = start(KILLED_RANK, tmp_path / "marker", 1, 1, *options, **element)
+    assert killed.wait().returncode == -signal.SIGKILL
+    assert "left to other ranks" in finish(start("fm-extract", *options, **element | {"SLURM_ARRAY_TASK_ID": "0"}))
+    finish(start("fm-extract", *options, **element))
     assert content(tmp_path / "s.zarr") == alone
 
 
 def test_two_ranks_of_torchrun_one_of_them_killed_midway(patches, weights, alone, tmp_path):
     options = command(patches, weights, tmp_path / "s.zarr")
-    torchrun = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--max-restarts", "2")
-    process = start(*torchrun, str(KILLED_RANK), str(tmp_path / "marker"), "1", "1", *options)
-    _, said = process.communicate(timeout=300)
-    assert process.returncode == 0, said
+    done = torchrun(2, KILLED_RANK, tmp_path / "marker", 1, 1, *options, restarts=2)
+    assert done.returncode == 0, done.stderr
     assert (tmp_path / "marker").exists()
-    assert "complete" in said
+    assert "complete" in done.stderr
     assert content(tmp_path / "s.zarr") == alone

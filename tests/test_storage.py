@@ -9,7 +9,6 @@ import logging
 import re
 import signal
 import socket
-import subprocess
 import sys
 import threading
 import time
@@ -21,6 +20,7 @@ from types import SimpleNamespace
 
 import killed_writer
 import numpy as np
+import processes
 import pytest
 import timm
 import torch
@@ -189,8 +189,7 @@ def test_extraction_killed_midway_and_run_again_gives_the_same(
         "    os.kill(os.getpid(), signal.SIGKILL) if sum(n) == 9 + 8 else put(store, path, *a, **k)\n"  # 7: the table
     )
     done += "obstore.put = killed; app(sys.argv[1:])"
-    command = [sys.executable, "-c", done, *extraction(patches, weights, url)]
-    assert subprocess.run(command, capture_output=True, check=False).returncode == -signal.SIGKILL
+    assert processes.run("-c", done, *extraction(patches, weights, url)).returncode == -signal.SIGKILL
     left = objects(url)
     assert left.items() < local.items()
     assert 0 < sum("timm" in key and key.endswith(".0") for key in left) < 18
@@ -200,7 +199,7 @@ def test_extraction_killed_midway_and_run_again_gives_the_same(
 
 def test_a_writer_killed_before_any_request_leaves_a_store_that_the_next_run_finishes(tmp_path: Path, url: str) -> None:
     script = Path(__file__).parent / "killed_bucket_writer.py"
-    done = subprocess.run([sys.executable, script, url, "13"], capture_output=True, text=True, check=False)
+    done = processes.run(script, url, 13)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "stores identical" in done.stdout
 
