@@ -475,7 +475,15 @@ def test_every_option_reaches_the_training(finetune: Command, tmp_path: Path) ->
     weights = write_weights(tmp_path / "vit.safetensors", "test_vit")
     chosen = {
         **{"model": "timm/test_vit", "recipe": "paper", "method": "lora", "cv": 3, "epochs": 4, "batch_size": 3},
-        **{"learning_rate": 0.002, "seed": 7, "precision": "bf16", "positive": "Normal", "view": "center16@32"},
+        **{
+            "learning_rate": 0.002,
+            "seed": 7,
+            "seeds": 2,
+            "fold_seed": 5,
+            "precision": "bf16",
+            "positive": "Normal",
+            "view": "center16@32",
+        },
         **{"labels": "Atypical=Unusual"},
     }
     lora = {"rank": 3, "alpha": 5.0, "dropout": 0.1, "targets": r"blocks\.0\.attn\.qkv"}
