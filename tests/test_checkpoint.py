@@ -25,7 +25,7 @@ from finetune import checkpoint, score, setup
 from finetune import run as finetuning
 from finetune.checkpoint import CHECKPOINT_FILE, FORMAT, START_FILE, State, load_state, save_state
 from finetune.lora import LoraOptions
-from finetune.network import Method
+from finetune.network import Method, Network
 from finetune.options import ComputeOptions, FinetuneOptions
 from finetune.run import finetune, resume
 from probe import experiment
@@ -653,8 +653,8 @@ def test_rows_train_validate_and_test_as_the_table_says_in_whatever_order(materi
 def test_the_seed_asked_for_is_the_seed_trained_with(material: Path, tmp_path: Path) -> None:
     seeds: list[int] = []
 
-    def listen(*_: Any, **named: Any) -> None:
-        seeds.append(named["seed"])
+    def listen(network: Network, *_: Any, **named: Any) -> None:
+        seeds.extend(model.seed for model in network.fold_models)
         raise Killed
 
     with pytest.MonkeyPatch.context() as patched:
@@ -663,7 +663,7 @@ def test_the_seed_asked_for_is_the_seed_trained_with(material: Path, tmp_path: P
             finetune(
                 options(material, "head", seed=7), compute_options=compute_options(material, "head"), runs=tmp_path
             )
-    assert seeds == [7]
+    assert seeds == [7] * FOLDS
 
 
 def test_merged_weights_of_a_training_in_bf16_are_not_rounded_to_bf16(material: Path, tmp_path: Path) -> None:

@@ -476,6 +476,8 @@ def test_every_option_reaches_the_training(finetune: Command, tmp_path: Path) ->
         **{
             "learning_rate": 0.002,
             "seed": 7,
+            "seeds": 2,
+            "fold_seed": 5,
             "precision": "bf16",
             "positive": "Normal",
             "view": "center16@32+imagenet",
