@@ -85,7 +85,7 @@ def printed(tmp_path_factory) -> tuple[Element, Any, list[Any]]:
 
 
 def three(value: float, digits: int = 3) -> str:
-    return "–" if np.isnan(value) else f"{value:.{digits}f}"
+    return "–" if np.isnan(value) else f"{value:.{digits}f}".replace("-", "−")
 
 
 def with_sign(value: float) -> str:
@@ -169,8 +169,9 @@ def test_every_figure_of_the_leaderboard_is_that_of_the_record(printed):
     for on, title in zip(report.sets, titles, strict=True):
         any_run = on.comparison.judgements[runs[0].label]
         alone = f" ({any_run.n_alone} patches of unknown slide count as one each)" * bool(any_run.n_alone)
+        units = "slides" if any_run.unit == "slide" else "distinct patches"
         size = f"{on.n:,} patches, {on.n_positive} Atypical"
-        assert title == f"{on.title} {size}, {any_run.n_clusters:,} {any_run.unit}s{alone}"
+        assert title == f"{on.title} {size}, {any_run.n_clusters:,} {units}{alone}"
         rows = cells_of(root, f"Leaderboard of {on.title}")
         assert len(rows) == len(runs)
         for rank, name, *figures in rows:
@@ -226,7 +227,7 @@ def test_every_difference_is_that_of_the_record_with_its_sign(printed):
                 if one.wide:
                     wide = sorted(sign * end for end in one.wide)
                     expected += f"{with_sign(wide[0])} to {with_sign(wide[1])}p {p_text(one.p_wide_holm)}"
-                expected += f"shows {three(one.detectable_holm)}" * (not mark)
+                expected += f"shows {three(one.detectable_holm)}" * (mark not in ("▲", "▼", "△", "▽", "≈"))
                 assert said == [expected]
                 differs = one.p_holm < 0.05
                 sure = not one.wide or one.p_wide_holm < 0.05

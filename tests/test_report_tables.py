@@ -32,7 +32,7 @@ def test_captions_say_what_intervals_generalise_over(made):
     assert (
         "ami-br, test: 3 pairs, over other slides; atnorm-br, test: 3 pairs, over other patches" in differences.caption
     )
-    assert "atnorm-md, test: 1 pairs, over other slides" in differences.caption
+    assert "atnorm-md, test: 1 pair, over other slides" in differences.caption
 
 
 def test_every_two_runs_stand_with_difference_interval_p_and_what_the_set_could_show(made):

@@ -184,7 +184,7 @@ def _json(value: Any) -> Markup:
 
 
 def _figure(value: float | None, digits: int = 3) -> str:
-    return "–" if value is None or not math.isfinite(value) else f"{value:.{digits}f}"
+    return "–" if value is None or not math.isfinite(value) else f"{value:.{digits}f}".replace("-", "−")
 
 
 def _signed(value: float) -> str:

@@ -26,6 +26,7 @@ from probe.thresholds import ThresholdView
 _MANY = 8  # runs in one square plot; more are drawn apart by method
 _DRAWN = 3  # runs whose slides and patches are drawn one by one: the best of a set
 _MARKS = {"better": "▲", "worse": "▼", "equivalent": "≈", "not worse": "≥", "not better": "≤"}
+_TOLD = frozenset("▲▼△▽≈")  # elsewhere it is said what the set could show
 _UNSURE = {"▲": "△", "▼": "▽"}  # only if every patch comes from its own patient
 
 Numbered = Sequence[tuple[int, Run]]  # runs with their number in the report, which decides their line style
@@ -54,7 +55,7 @@ class Cell:
     Attributes:
         difference: row minus column.
         mark: what it shows, as a sign; empty for nothing.
-        shows: where it shows nothing, the smallest difference that it would; None elsewhere.
+        shows: where the runs are not told apart, the smallest difference that would be shown; None elsewhere.
     """
 
     difference: Difference
@@ -247,8 +248,8 @@ def _cell(difference: Difference, margin: float | None) -> Cell:
     mark = _MARKS.get(verdict(difference, margin), "")
     if mark and certain(difference, margin) == "unknown":
         mark = _UNSURE.get(mark, "")
-    shows = None if mark or math.isnan(difference.detectable_holm) else difference.detectable_holm
-    return Cell(difference, mark, shows)
+    told = mark in _TOLD or math.isnan(difference.detectable_holm)
+    return Cell(difference, mark, None if told else difference.detectable_holm)
 
 
 def _net_benefit(set_report: SetReport, style: Mapping[str, int]) -> Markup | None:
