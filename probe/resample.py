@@ -297,7 +297,7 @@ def _draws(n_clusters: int, resampling: Resampling) -> Iterator[NDArray[np.float
         yield block.astype(np.float64)
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=64)
 def _kept(n_clusters: int, replicates: int, seed: int) -> tuple[NDArray[np.uint8], ...]:
     """Keep the draws of the last sets: a report draws the same ones for every run and view."""
     return tuple(block.astype(np.uint8) for block in _drawn(n_clusters, replicates, seed))

@@ -41,6 +41,7 @@ def inputs(n: int, size: int, device: str = "cpu") -> tuple[Tensor, ...]:
 
 def test_without_triton_there_are_none_and_everything_else_works() -> None:
     program = """
+import sys
 sys.modules["triton"] = None
 from finetune import augment_kernels, step
 print(augment_kernels.available())

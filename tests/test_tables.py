@@ -66,7 +66,7 @@ def printed(value: float) -> str:
 
 def test_a_grid_says_what_the_evidence_says(tmp_path):
     report, runs = two_runs(tmp_path)
-    folds, ensembles = grids(report, runs)
+    folds, ensembles, _ = grids(report, runs)
     assert folds.groups == ensembles.groups
     assert folds.groups == ("ami-br, test (n = 24)", "atnorm-br, test (n = 24)", "atnorm-md, test (n = 48)")
     ours = [row for row in folds.rows if not row[2]]
@@ -86,17 +86,18 @@ def test_a_grid_says_what_the_evidence_says(tmp_path):
 
 def test_the_caption_says_what_was_resampled(tmp_path):
     report, runs = two_runs(tmp_path)
-    folds, ensembles = grids(report, runs)
+    folds, ensembles, _ = grids(report, runs)
     assert "3 fold models trained on ami-br" in folds.caption
     assert "95% cluster-bootstrap intervals" in ensembles.caption
-    assert "ami-br, test: 6 slides; atnorm-br, test: 24 samples; atnorm-md, test: 12 slides" in ensembles.caption
+    for drawn in ("ami-br, test: 6 slides", "atnorm-br, test: 24 patches", "atnorm-md, test: 12 slides"):
+        assert drawn in ensembles.caption
 
 
 def test_the_best_of_every_column_is_marked_and_all_of_a_tie(tmp_path):
     for model in ("uni", "conch"):  # equals
         made_run(tmp_path, model, signal=1.2)
     made_run(tmp_path, "virchow", signal=0.0, seed=1)
-    for grid in grids(*collected(tmp_path)):
+    for grid in grids(*collected(tmp_path))[:2]:  # in the third, of differences, bold is another thing
         ours = [cells for _, cells, others in grid.rows if not others]
         for column in zip(*ours, strict=True):
             best = max(cell.value for cell in column)
@@ -111,7 +112,7 @@ def test_a_set_that_a_run_lacks_has_dashes(tmp_path):
     made_run(tmp_path, "virchow", tables={name: TABLES[name] for name in ("ami-br", "atnorm-br")}, seed=1)
     report, runs = collected(tmp_path)
     assert [on.missing for on in report.sets] == [(), (), ("virchow probe",), ()]
-    for grid in grids(report, runs):
+    for grid in grids(report, runs)[:2]:
         (cells,) = (cells for name, cells, _ in grid.rows if name == "virchow probe")
         assert [cell.value == "–" for cell in cells] == [False] * 4 + [True] * 2
         assert not any(cell.best for cell in cells[4:])
@@ -156,7 +157,7 @@ def test_uni_s_linear_probe_was_published_twice(tmp_path):
 
 
 def test_what_was_published_stands_below_the_run_that_it_is_of(tmp_path):
-    folds, ensembles = grids(*two_runs(tmp_path))
+    folds, ensembles, _ = grids(*two_runs(tmp_path))
     names = [name for name, _, _ in folds.rows]
     assert names == [
         "uni probe",
@@ -206,7 +207,9 @@ def test_published_figures_are_shares_of_known_sources():
 def test_every_markdown_row_has_the_same_cells(tmp_path):
     for grid in grids(*two_runs(tmp_path)):
         caption, blank, *lines, last = markdown(grid).split("\n")
-        assert caption.startswith(("Mean ± standard deviation", "Ensemble of 3 fold models"))
+        assert caption.startswith(
+            ("Mean ± standard deviation", "Ensemble of 3 fold models", "Differences of every two runs")
+        )
         assert (blank, last) == ("", "")
         assert len(lines) == 2 + len(grid.rows)
         assert {len(pipe_cells(line)) for line in (lines[0], *lines[2:])} == {7}
@@ -266,7 +269,7 @@ def test_every_latex_row_has_the_same_columns(tmp_path):
         assert len(rows) == len(grid.rows)
         assert all(row.endswith(" \\\\") and row.count(" & ") == 6 for row in rows)
         assert ("\\quad\\textit{uni probe: paper, Table 3}" in body) == ("standard deviation" in grid.caption)
-        assert "\\textbf{." in body
+        assert ("\\textbf{." in body) == (not grid.caption.startswith("Differences"))
         assert "±" not in text
         for begun in ("table", "tabular"):
             assert text.count(f"\\begin{{{begun}}}") == text.count(f"\\end{{{begun}}}") == 1

@@ -592,6 +592,7 @@ def test_a_repeated_step_of_full_training_moves_the_running_statistics_once(monk
 
 def test_autocast_trains_in_bf16_and_keeps_float32_values() -> None:
     network = tiny_network()
+    network.fold_models = fold_models([SEED], N_FOLDS)
     state = new_state(network)
     data, compute = patches(torch.uint8), Compute(CPU, "bf16", N_FOLDS)
     train(network, data, RECIPE, state=state, compute=compute, save=nothing, advance=nothing)

@@ -229,10 +229,16 @@ def collect(
     """
     from importlib.metadata import version
 
+    from threadpoolctl import threadpool_limits
+
     first = runs[0].record
     runs, known = _with_unseen(runs)
     ordered = _sets(runs)
-    with progress("compare", len(ordered), unit="sets") as advance, ThreadPoolExecutor(os.cpu_count()) as pool:
+    with (
+        progress("compare", len(ordered), unit="sets") as advance,
+        threadpool_limits(1, user_api="blas"),  # sets are shared out already: more threads would wait for each other
+        ThreadPoolExecutor(os.cpu_count()) as pool,
+    ):
 
         def compare_on(one: tuple[str, str, str]) -> SetReport:
             set_report = _set_report(runs, *one, resampling=resampling, options=options)
