@@ -267,23 +267,27 @@ def resample(statistics: Sequence[Sequence[Statistic]], clusters: Clusters, resa
     k = clusters.n
     n_without = k if k <= _MOST_LEFT_OUT else 0
     counts = chain([np.ones((1, k))], _left_out(k), _draws(k, resampling))
-    parts = [[[one(count) for one in subject] for subject in statistics] for count in counts]
-    names = tuple(parts[0][0][0]) if statistics else ()
-    value, without, drawn, trainings = {}, {}, {}, {}
-    for name in names:
-        means = np.stack(
-            [
-                np.concatenate([np.mean([figures[name] for figures in part[subject]], axis=0) for part in parts])
-                for subject in range(len(statistics))
-            ]
-        )  # (R, 1 + n_without + replicates)
-        value[name], without[name], drawn[name] = means[:, 0], means[:, 1 : 1 + n_without], means[:, 1 + n_without :]
-        trainings[name] = tuple(np.array([figures[name][0] for figures in subject]) for subject in parts[0])
+    tables: dict[str, NDArray[np.float64]] = {}  # name to (R, 1 + n_without + replicates)
+    trainings: dict[str, list[list[float]]] = {}
+    at = 0
+    for count in counts:
+        for row, subject in enumerate(statistics):
+            for one in subject:
+                for name, figures in one(count).items():
+                    if name not in tables:
+                        tables[name] = np.zeros((len(statistics), 1 + n_without + resampling.replicates))
+                        trainings[name] = [[] for _ in statistics]
+                    tables[name][row, at : at + len(count)] += figures
+                    if at == 0:  # the whole set
+                        trainings[name][row].append(float(figures[0]))
+        at += len(count)
+    n_trainings = np.array([len(subject) for subject in statistics])[:, None]
+    means = {name: table / n_trainings for name, table in tables.items()}
     return Resampled(
-        value=value,
-        drawn=drawn,
-        without=without,
-        trainings=trainings,
+        value={name: mean[:, 0] for name, mean in means.items()},
+        drawn={name: mean[:, 1 + n_without :] for name, mean in means.items()},
+        without={name: mean[:, 1 : 1 + n_without] for name, mean in means.items()},
+        trainings={name: tuple(map(np.array, of_subjects)) for name, of_subjects in trainings.items()},
         n_clusters=k,
         level=resampling.level,
         design_effect=resampling.design_effect if clusters.unit == SAMPLE else 1.0,

@@ -235,17 +235,28 @@ def collect(
     runs, known = _with_unseen(runs)
     ordered = _sets(runs)
     with (
-        progress("compare", len(ordered), unit="sets") as advance,
-        threadpool_limits(1, user_api="blas"),  # sets are shared out already: more threads would wait for each other
+        progress("compare", len(ordered) + sum(map(len, ordered.values())), unit="comparisons") as advance,
+        threadpool_limits(1, user_api="blas"),  # the work is shared out already: more threads would wait for each other
         ThreadPoolExecutor(os.cpu_count()) as pool,
     ):
 
-        def compare_on(one: tuple[str, str, str]) -> SetReport:
-            set_report = _set_report(runs, *one, resampling=resampling, options=options)
+        def compared(key: _Key) -> _Compared:
+            found = _compare_on(*key, ordered[key], resampling=resampling, options=options)
             advance(1)
-            return set_report
+            return found
 
-        sets = list(pool.map(compare_on, ordered))
+        def judged(one: tuple[_Compared, Run]) -> _Views:
+            found = _views(*one, resampling=resampling, options=options)
+            advance(1)
+            return found
+
+        comparisons = list(pool.map(compared, ordered))
+        pairs = [(on, run) for on in comparisons for run in on.scored]
+        views = list(pool.map(judged, pairs))
+    sets = []
+    for on in comparisons:
+        of_runs = {run.label: view for (other, run), view in zip(pairs, views, strict=True) if other is on}
+        sets.append(_set_report(on, of_runs, missing=[run.label for run in runs if run not in on.scored]))
     whole = {one.title: one.comparison for one in sets if one.split == TEST}
     if options.holm == "all":
         over_all = adjusted_over({one.title: one.comparison for one in sets})
@@ -278,16 +289,19 @@ def collect(
     return replace(report, summary=three_sentences(report))
 
 
-def _sets(runs: Sequence[Run]) -> list[tuple[str, str, str]]:
-    """List dataset, split and fold digest (where runs differ in it) of every set, out-of-fold predictions last."""
+_Key = tuple[str, str, str]  # dataset, split, and the fold digest of out-of-fold predictions where runs differ in it
+
+
+def _sets(runs: Sequence[Run]) -> dict[_Key, list[Run]]:
+    """List the sets of a report, out-of-fold predictions last, and the runs that were scored on each."""
     differ = len({run.record.folds.digest for run in runs}) > 1
-    found = {
-        (dataset, split, run.record.folds.digest if differ and split == VALIDATION else ""): None
-        for run in runs
-        for dataset, split in run.predictions.sets()
-    }
+    found: dict[_Key, list[Run]] = defaultdict(list)
+    for run in runs:
+        for dataset, split in run.predictions.sets():
+            found[dataset, split, run.record.folds.digest if differ and split == VALIDATION else ""].append(run)
     datasets = list(dict.fromkeys((runs[0].record.train, *(dataset for dataset, _, _ in found))))
-    return sorted(found, key=lambda one: (one[1] == VALIDATION, datasets.index(one[0]), one[1] == UNSEEN))
+    in_order = sorted(found, key=lambda key: (key[1] == VALIDATION, datasets.index(key[0]), key[1] == UNSEEN))
+    return {key: found[key] for key in in_order}
 
 
 def _say_identical(one: SetReport) -> str:
@@ -309,14 +323,42 @@ def _with_unseen(runs: Sequence[Run]) -> tuple[list[Run], list[KnownPatches]]:
     return [replace(run, predictions=with_unseen(run.predictions, known)) for run in runs], known
 
 
-def _set_report(
-    runs: Sequence[Run], dataset: str, split: str, fold_digest: str, *, resampling: Resampling, options: ReportOptions
-) -> SetReport:
-    scored = [
-        run
-        for run in runs
-        if (dataset, split) in run.predictions.sets() and fold_digest in ("", run.record.folds.digest)
-    ]
+@dataclass(frozen=True, eq=False)
+class _Compared:
+    """The runs that were scored on a set, compared."""
+
+    dataset: str
+    split: str
+    fold_digest: str
+    scored: Sequence[Run]
+    ensembles: dict[str, Ensemble]
+    tables: dict[str, Samples]  # the patch table in each run's order of patches
+    folds: dict[str, dict[str, FoldFigure]]
+    comparison: Comparison
+
+
+@dataclass(frozen=True, eq=False)
+class _Views:
+    """What is said of one run on one set; None where its table does not tell what that needs."""
+
+    confusion: Confusion
+    curves: Curves
+    calibration: Calibration
+    raters: RaterView | None
+    domains: DomainView | None
+    thresholds: ThresholdView | None
+    rates: RateView | None
+
+
+def _compare_on(
+    dataset: str,
+    split: str,
+    fold_digest: str,
+    scored: Sequence[Run],
+    *,
+    resampling: Resampling,
+    options: ReportOptions,
+) -> _Compared:
     table = fullest([run.tables[dataset] for run in scored])
     ensembles = {run.label: _ensemble(run, dataset, split, table) for run in scored}
     folds = {run.label: fold_figures(run.predictions, dataset, split) for run in scored}
@@ -328,54 +370,51 @@ def _set_report(
         chose={run.label: run.record.chosen_out_of_fold for run in scored} if split == VALIDATION else None,
         exact=[run.label for run in scored if not run.record.is_random],
     )
-    # The patch table in each run's order of patches.
     tables = {label: table.select(rows_of(ensemble, table.id)) for label, ensemble in ensembles.items()}
-    samples = next(iter(tables.values()))
-    has_raters = ((samples.votes != MISSING_VOTE).sum(axis=1) >= 2).any()
-    has_domains = len(set(samples.domain.tolist()) - {""}) >= 2
-    is_test = split != VALIDATION
-    by_run = ensembles.items()
+    return _Compared(dataset, split, fold_digest, scored, ensembles, tables, folds, comparison)
+
+
+def _views(on: _Compared, run: Run, *, resampling: Resampling, options: ReportOptions) -> _Views:
+    ensemble, table = on.ensembles[run.label], on.tables[run.label]
+    is_test = on.split != VALIDATION
+    has_raters = ((table.votes != MISSING_VOTE).sum(axis=1) >= 2).any()
+    has_domains = len(set(table.domain.tolist()) - {""}) >= 2
+    thresholds = rates = None
+    if has_domains and is_test:
+        thresholds = by_threshold(ensemble, table.domain, specificity=options.specificity, resampling=resampling)
+    if (table.group != "").any() and is_test and (run.record.train, VALIDATION) in run.predictions.sets():
+        out_of_fold = _at_own_threshold(_ensemble(run, run.record.train, VALIDATION, None), ensemble)
+        rates = by_slide(ensemble, table.domain, out_of_fold=out_of_fold, resampling=resampling)
+    return _Views(
+        confusion=_confusion(ensemble),
+        curves=_curves(ensemble),
+        calibration=calibrate(ensemble, prevalences=options.prevalences, resampling=resampling),
+        raters=by_agreement(ensemble, table.votes, resampling=resampling) if has_raters else None,
+        domains=by_domain(ensemble, table.domain, resampling=resampling) if has_domains else None,
+        thresholds=thresholds,
+        rates=rates,
+    )
+
+
+def _set_report(on: _Compared, views: dict[str, _Views], *, missing: Sequence[str]) -> SetReport:
+    samples = next(iter(on.tables.values()))
     return SetReport(
-        dataset=dataset,
-        split=split,
-        fold_digest=fold_digest,
+        dataset=on.dataset,
+        split=on.split,
+        fold_digest=on.fold_digest,
         n=len(samples),
         n_positive=int((samples.label == 1).sum()),
         n_identical=len(audit(samples).duplicates),
-        comparison=comparison,
-        folds=folds,
-        confusion={label: _confusion(ensemble) for label, ensemble in by_run},
-        curves={label: _curves(ensemble) for label, ensemble in by_run},
-        raters={
-            label: by_agreement(ensemble, tables[label].votes, resampling=resampling)
-            for label, ensemble in by_run
-            if has_raters
-        },
-        domains={
-            label: by_domain(ensemble, tables[label].domain, resampling=resampling)
-            for label, ensemble in by_run
-            if has_domains
-        },
-        calibration={
-            label: calibrate(ensemble, prevalences=options.prevalences, resampling=resampling)
-            for label, ensemble in by_run
-        },
-        thresholds={
-            label: by_threshold(ensemble, tables[label].domain, specificity=options.specificity, resampling=resampling)
-            for label, ensemble in by_run
-            if has_domains and is_test
-        },
-        rates={
-            run.label: by_slide(
-                ensembles[run.label],
-                tables[run.label].domain,
-                out_of_fold=_at_own_threshold(_ensemble(run, run.record.train, VALIDATION, None), ensembles[run.label]),
-                resampling=resampling,
-            )
-            for run in scored
-            if (samples.group != "").any() and is_test and (run.record.train, VALIDATION) in run.predictions.sets()
-        },
-        missing=tuple(run.label for run in runs if run not in scored),
+        comparison=on.comparison,
+        folds=on.folds,
+        confusion={label: view.confusion for label, view in views.items()},
+        curves={label: view.curves for label, view in views.items()},
+        raters={label: view.raters for label, view in views.items() if view.raters},
+        domains={label: view.domains for label, view in views.items() if view.domains},
+        calibration={label: view.calibration for label, view in views.items()},
+        thresholds={label: view.thresholds for label, view in views.items() if view.thresholds},
+        rates={label: view.rates for label, view in views.items() if view.rates},
+        missing=tuple(missing),
     )
 
 
