@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from probe.leaks import UNSEEN
 from probe.metrics import TITLES, Interval, Judgement
+from probe.resample import SLIDE
 from probe.significance import Difference, Verdict, verdict
 
 if TYPE_CHECKING:
@@ -244,7 +245,8 @@ def _caveat(on: SetReport) -> str:
 def _place(on: SetReport) -> str:
     judgement = on.any_judgement
     known = " without patches known from training" if on.split == UNSEEN else ""
-    return f"{on.dataset}'s {judgement.n_clusters:,} held-out {units(judgement)}{known}"
+    n = judgement.n_clusters if judgement.unit == SLIDE else judgement.n  # copies of a patch are patches too
+    return f"{on.dataset}'s {n:,} held-out {units(judgement)}{known}"
 
 
 def over(set_report: SetReport) -> str:
@@ -255,7 +257,7 @@ def over(set_report: SetReport) -> str:
 
 def units(judgement: Judgement) -> str:
     """Name what was resampled, in the plural."""
-    return "slides" if judgement.unit == "slide" else "patches"
+    return "slides" if judgement.unit == SLIDE else "patches"
 
 
 def _reached(on: SetReport, label: str) -> str:
