@@ -33,7 +33,9 @@ class Difference:
         detectable_holm: the same at 5 % divided by the number of tests.
         wide: ends of the interval at the largest plausible design effect; None where slides are known.
         p_wide: p at that design effect; NaN where slides are known.
-        p_equivalent: against a true difference of the margin or more, either way (two one-sided tests).
+        p_equivalent: against a true difference of the margin or more, either way: two one-sided tests at 2.5 % each
+            (Schuirmann, Journal of Pharmacokinetics and Biopharmaceutics 15, 1987; ICH E9, 1998, 3.5 and 5.5), doubled,
+            so that it is below 5 % where the 95 % interval lies within the margin.
         p_not_worse: against "the first is worse than the second by the margin or more".
         p_not_better: against "the first is better than the second by the margin or more".
     """
@@ -123,7 +125,8 @@ def difference(resampled: Resampled, name: str, first: int, second: int, *, marg
     training = Scatter.of(each[first]) + Scatter.of(each[second])
     spread = resampled.spread(name, lambda values: values[first] - values[second], training=training)
     if spread.value == spread.clusters.variance == training.variance == 0:
-        return Difference(0.0, 0.0, 0.0, 1.0, math.nan, spread.n_undefined)  # the two never differ
+        same = Difference(0.0, 0.0, 0.0, 1.0, math.nan, spread.n_undefined)  # the two never differ
+        return same if margin is None else replace(same, p_equivalent=0.0, p_not_worse=0.0, p_not_better=0.0)
     low, high = np.clip(spread.ends(resampled.level), -1, 1).tolist()
     found = Difference(
         spread.value,
@@ -141,7 +144,8 @@ def difference(resampled: Resampled, name: str, first: int, second: int, *, marg
         wide = np.clip(spread.ends(resampled.level, spread.design_effect), -1, 1).tolist()
         found = replace(found, wide=tuple(wide), p_wide=spread.p_value(0.0, spread.design_effect))
     if margin is not None:
-        p_not_worse, p_not_better = spread.p_above(-margin), spread.p_below(margin)
+        # Twice the one-sided p-value, as that of a difference: below 5 % where the 95 % interval ends within the margin.
+        p_not_worse, p_not_better = (min(1.0, 2 * p) for p in (spread.p_above(-margin), spread.p_below(margin)))
         found = replace(
             found,
             p_equivalent=float(np.maximum(p_not_worse, p_not_better)),

@@ -116,8 +116,8 @@ def test_margins():
     resampled = subjects([0.800], [0.797])
     found = difference(resampled, "auroc", 0, 1, margin=0.1)
     t = [(0.003 + 0.1) / found.standard_error, (0.003 - 0.1) / found.standard_error]
-    assert found.p_not_worse == pytest.approx(stats.t.sf(t[0], found.freedom), rel=1e-6)
-    assert found.p_not_better == pytest.approx(stats.t.cdf(t[1], found.freedom), rel=1e-6)
+    assert found.p_not_worse == pytest.approx(2 * stats.t.sf(t[0], found.freedom), rel=1e-6)
+    assert found.p_not_better == pytest.approx(min(1, 2 * stats.t.cdf(t[1], found.freedom)), rel=1e-6)
     assert found.p_equivalent == max(found.p_not_worse, found.p_not_better)
     assert np.isnan(difference(resampled, "auroc", 0, 1).p_equivalent)
     (one,) = adjusted([found])
@@ -131,6 +131,20 @@ def test_margins():
     (better,) = adjusted([difference(subjects([0.95], [0.75]), "auroc", 0, 1, margin=0.05)])
     (worse,) = adjusted([difference(subjects([0.75], [0.95]), "auroc", 0, 1, margin=0.05)])
     assert (verdict(better, 0.05), verdict(worse, 0.05)) == ("better", "worse")
+
+
+def test_a_claim_with_a_margin_is_what_the_interval_shows():
+    resampled = subjects([0.80], [0.81])
+    interval = difference(resampled, "auroc", 0, 1)
+    for edge, name in ((-interval.low, "p_not_worse"), (interval.high, "p_not_better")):
+        for margin, expected in ((edge * 1.001, True), (edge * 0.999, False)):
+            assert (getattr(difference(resampled, "auroc", 0, 1, margin=margin), name) < 0.05) == expected
+
+
+def test_runs_that_never_differ_are_equivalent():
+    same = subjects([0.80], [0.80])
+    (one,) = adjusted([difference(same, "auroc", 0, 0, margin=0.01)])
+    assert verdict(one, 0.01) == "equivalent"
 
 
 def test_claims_with_a_margin_are_adjusted_too():
