@@ -84,7 +84,11 @@ def parse_numbers(text: str, *, option: str) -> tuple[float, ...]:
     Raises:
         UserError: if there is none, or one is no number.
     """
+    such = "Give numbers separated by commas, such as 0.1,0.3."
+    parts = parse_names(text)
+    if not parts:
+        raise UserError(f"{option} has no number: found {text!r}. {such}")
     try:
-        return tuple(sorted({float(part) for part in parse_names(text, option=option)}))
+        return tuple(sorted({float(part) for part in parts}))
     except ValueError as error:
-        raise UserError(f"{option}: {error}. Give numbers separated by commas, such as 0.1,0.3.") from None
+        raise UserError(f"{option}: {error}. {such}") from None

@@ -58,8 +58,7 @@ class Question:
     wanted: float | None = None
 
     def __post_init__(self) -> None:
-        for name in ("margin", "wanted"):
-            value = getattr(self, name)
+        for name, value in (("margin", self.margin), ("difference", self.wanted)):
             if value is not None and not 0 < value < 1:
                 raise UserError(f"`{name}={value}`: expected a difference between 0 and 1, such as 0.02.")
 
@@ -136,6 +135,7 @@ class Comparison:
         ranks: figure (`COMPARED`) to run to rank.
         detectable: figure to the differences that this set would show; empty for a single run.
         trainings: run to where the scatter of its figures comes from; of runs with several trainings.
+        exact: runs that every training repeats.
     """
 
     judgements: dict[str, Judgement]
@@ -143,6 +143,7 @@ class Comparison:
     ranks: dict[str, dict[str, Rank]]
     detectable: dict[str, Detectable]
     trainings: dict[str, Trainings]
+    exact: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
         return f"Comparison({len(self.judgements)} runs: {', '.join(self.judgements)})"
@@ -293,6 +294,7 @@ def compare(
             if (one := _detectable(differences[name], clusters, question.wanted)) is not None
         },
         trainings=_trainings(names, resampled, folds),
+        exact=tuple(name for name in names if name in exact),
     )
 
 
@@ -322,6 +324,8 @@ def _by_training(figure: FoldFigure, n_trainings: int) -> NDArray[np.float64]:
 def _turned(
     trainings: Sequence[NDArray[np.float64]], a: int, b: int, names: Sequence[str], exact: Collection[str]
 ) -> float:
+    if names[a] in exact and names[b] in exact:
+        return 0.0
     known = all(len(trainings[model]) > 1 or names[model] in exact for model in (a, b))
     return chance_to_turn(trainings[a], trainings[b]) if known else math.nan
 

@@ -144,7 +144,7 @@ def difference(resampled: Resampled, name: str, first: int, second: int, *, marg
         wide = np.clip(spread.ends(resampled.level, spread.design_effect), -1, 1).tolist()
         found = replace(found, wide=tuple(wide), p_wide=spread.p_value(0.0, spread.design_effect))
     if margin is not None:
-        # Twice the one-sided p-value, as that of a difference: below 5 % where the 95 % interval ends within the margin.
+        # Twice the one-sided p-value, as for a difference: below 5 % where the 95 % interval ends within the margin.
         p_not_worse, p_not_better = (min(1.0, 2 * p) for p in (spread.p_above(-margin), spread.p_below(margin)))
         found = replace(
             found,

@@ -36,6 +36,7 @@ def judged(
     trainings: int = 1,
     turned: float = math.nan,
     wanted: tuple[float, int] | None = None,
+    exact: tuple[str, ...] = (),
 ) -> Any:
     """A set with its runs' AUROCs; two runs are .05 apart and cannot be told so, unless said otherwise."""
     wide = {"wide": (0.8, 0.99)} if unit == "sample" else {}
@@ -65,6 +66,7 @@ def judged(
         ranks={"auroc": {label: Rank(order.index(label) + 1, 1, 2, 0.5) for label in areas}},
         detectable={"auroc": limit} if pairs else {},
         trainings={},
+        exact=exact,
     )
     return SimpleNamespace(
         dataset=on,
@@ -101,8 +103,8 @@ def test_the_better_of_two_is_named_with_the_difference_and_its_interval():
 def test_two_that_cannot_be_told_apart_are_not_called_equal_and_the_limit_of_the_set_is_said():
     first, _ = said(judged("ami-br", {"probe": 0.89, "lora": 0.9}, wanted=(0.03, 210)))
     assert first == (
-        "On ami-br's 56 held-out slides, lora and probe cannot be told apart in AUROC (−.04 to .06); this set cannot "
-        "show differences below .07; to show .03 it would take about 210 slides."
+        "On ami-br's 56 held-out slides, lora and probe cannot be told apart in AUROC (−.04 to .06); there, "
+        "differences below .07 would mostly go unseen; to show .03 it would take about 210 slides."
     )
 
 
@@ -129,7 +131,7 @@ def test_of_many_runs_it_is_counted_how_many_the_best_beats_and_cannot_be_told_f
     first, _ = said(judged("ami-br", areas, wins))
     assert first == (
         "On ami-br's 56 held-out slides, a has the highest AUROC, .90 (.87 to .93); of the 3 other runs 2 are "
-        "worse and 1 cannot be told from it; this set cannot show differences below .09."
+        "worse and 1 cannot be told from it; there, differences below .09 would mostly go unseen."
     )
     wins[("a", "b")] = apart(0.01, 0.04, width=0.009)
     assert said(judged("ami-br", areas, wins))[0] == (
@@ -152,7 +154,9 @@ def test_one_run_is_compared_with_nothing():
 
 def test_without_a_test_set_nothing_is_claimed():
     sentences = said(judged("ami-br", TWO, LORA_WINS, split=VALIDATION))
-    assert sentences[0].startswith("Out of fold on ami-br, lora has the highest AUROC, .92, which is optimistic")
+    assert sentences[0].startswith("Out of fold on ami-br, the 2 runs reach AUROCs of .80 to .92, which is optimistic")
+    alone = said(judged("ami-br", {"probe": 0.8}, split=VALIDATION))
+    assert alone[0].startswith("Out of fold on ami-br, probe reaches an AUROC of .80, which is optimistic")
     assert "There is no test set" in sentences[1]
     assert not any("better than" in sentence for sentence in sentences)
 
@@ -168,7 +172,11 @@ def test_a_set_of_one_class_has_no_auroc():
 def test_a_set_too_small_for_an_interval_compares_nothing():
     lacking = Difference(0.1, math.nan, math.nan, math.nan, math.nan, 0)
     on = judged("a", {"x": 0.9, "y": 0.8}, {("x", "y"): lacking})
-    assert "x and y cannot be compared: the set is too small" in said(on)[0]
+    assert "x and y cannot be compared: there are too few slides for an interval" in said(on)[0]
+    as_wide = apart(0.1, width=0.6)
+    assert (
+        "there are too few slides or trainings" in said(judged("a", TWO, {("probe", "lora"): as_wide}, trainings=2))[0]
+    )
     three = dict.fromkeys([("x", "y"), ("x", "z"), ("y", "z")], lacking)
     assert "too small to compare runs" in said(judged("a", {"x": 0.9, "y": 0.8, "z": 0.7}, three))[0]
 
@@ -228,7 +236,19 @@ def test_runs_without_seeds_beside_runs_with_them_are_named():
     assert said(on)[1].startswith("As probe was trained once, another training may change the order of lora and probe:")
 
 
+def test_a_set_that_shows_hardly_any_difference_plans_nothing():
+    few = replace(apart(0.05, width=0.3), detectable=0.7)
+    first, _ = said(judged("a", {"x": 0.9, "y": 0.85}, {("x", "y"): few}, n=4, wanted=(0.03, 900)))
+    assert first.endswith("(−.25 to .35); with so few slides hardly any difference would show.")
+    some = replace(few, detectable=0.2)
+    first, _ = said(judged("a", {"x": 0.9, "y": 0.85}, {("x", "y"): some}, n=9, wanted=(0.03, 900)))
+    assert first.endswith("; there, differences below .20 would mostly go unseen.")
+
+
 def test_exact_runs_have_no_other_training():
-    assert said(judged("a", TWO, LORA_WINS, turned=0.0))[1] == (
-        "Training lora and probe again would change nothing: their solution is exact."
-    )
+    both = judged("a", TWO, LORA_WINS, turned=0.0, exact=("lora", "probe"))
+    assert said(both)[1] == "Training lora and probe again would change nothing: their solution is exact."
+    alone = judged("a", {"probe": 0.8}, exact=("probe",))
+    assert said(alone)[1] == "Training probe again would change nothing: its solution is exact."
+    beside = judged("a", TWO, LORA_WINS, exact=("probe",))
+    assert said(beside)[1].startswith("As lora was trained once, another training may change the order of lora and")

@@ -200,7 +200,7 @@ def test_the_chance_to_turn_is_how_often_new_trainings_turn():
 def test_a_margin_that_is_no_difference_is_refused(value):
     with pytest.raises(UserError, match=r"margin=.*between 0 and 1"):
         Question(margin=value)
-    with pytest.raises(UserError, match=r"wanted=.*between 0 and 1"):
+    with pytest.raises(UserError, match=r"difference=.*between 0 and 1"):
         Question(wanted=value)
 
 

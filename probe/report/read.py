@@ -158,7 +158,10 @@ def labels_of(records: Sequence[RunRecord]) -> list[str]:
         known = dict.fromkeys(name for fact in facts for name in fact)
         telling = [name for name in known if len({str(fact.get(name, "")) for fact in facts}) > 1]
         for row, fact in zip(rows, facts, strict=True):
-            labels[row] = " ".join([label, *(_fact(name, fact[name]) for name in telling if name in fact)])
+            said = [name for name in telling if name in fact and (name, fact[name]) != ("seeds", 1)]
+            if "recipe" in telling and not records[row].is_random:
+                said = [name for name in said if name != "seed"]  # it seeds nothing that the others' does
+            labels[row] = " ".join([label, *(_fact(name, fact[name]) for name in said)])
     for shorten in (True, False):  # the id's last digits; the whole id where these are the same
         repeated = _repeated(labels)
         labels = [

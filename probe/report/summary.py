@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 RANKING = "auroc"  # the figure that orders runs, here and in the leaderboard
 ALPHA = 0.05
 _CASES = 20  # "in 1 of 20 cases"
+_FEW = 10  # slides: from fewer nothing is planned
+_WIDEST = 0.5  # of AUROCs above chance, no two differ by more
 
 
 def three_sentences(report: Report) -> tuple[str, ...]:
@@ -93,12 +95,13 @@ def held_out(sets: Sequence[SetReport]) -> list[SetReport]:
 
 def _out_of_fold(sets: Sequence[SetReport]) -> tuple[str, ...]:
     on = max(sets, key=lambda one: len(one.comparison.judgements))
-    best, *others = by_rank(on)
-    figure = on.comparison.judgements[best].figures[RANKING]
-    reaches = "has the highest AUROC," if others else "reaches an AUROC of"
+    figures = [one.figures[RANKING].value for one in on.comparison.judgements.values()]
+    if len(figures) == 1:
+        reached = f"{by_rank(on)[0]} reaches an AUROC of {short(figures[0])}"
+    else:
+        reached = f"the {len(figures)} runs reach AUROCs of {short(min(figures))} to {short(max(figures))}"
     return (
-        f"Out of fold on {on.dataset}, {best} {reaches} {short(figure.value)}, which is optimistic: what a run chose, "
-        "it chose on these patches.",
+        f"Out of fold on {on.dataset}, {reached}, which is optimistic: what a run chose, it chose on these patches.",
         "There is no test set, so nothing is said here of which run is better: score the runs on one with --test.",
     )
 
@@ -162,8 +165,8 @@ def _of_two(on: SetReport, best: str, other: str, report: Report) -> str:
     assert found is not None
     start = f"on {_place(on)}, "
     said = verdict(found, report.margin, ALPHA)
-    if math.isnan(found.low):
-        return f"{start}{best} and {other} cannot be compared: the set is too small for an interval of their difference"
+    if math.isnan(found.low) or found.high - found.low > 2 * _WIDEST:
+        return f"{start}{best} and {other} cannot be compared: there are too few {_few(on)} for an interval"
     if said == "unknown":
         return f"{start}{best} and {other} cannot be told apart in AUROC ({_ends(found)}){_limit(on, found.detectable)}"
     claim = {
@@ -194,8 +197,8 @@ def _of_many(on: SetReport, labels: Sequence[str], report: Report) -> str:
     text = f"{start}; of the {len(found)} other runs {_counted(sure, report)}"
     if (hopeful := Counter(verdict(one, report.margin, ALPHA) for one in found)) != sure:
         text += f" (if every patch comes from its own patient: {_counted(hopeful, report)})"
-    limit = on.comparison.detectable.get(RANKING)
-    return text + (_limit(on, limit.holm) if limit is not None and sure["unknown"] else "")
+    undecided = [one.detectable_holm for one in found if certain(one, report.margin) == "unknown"]
+    return text + _limit(on, min((limit for limit in undecided if math.isfinite(limit)), default=math.nan))
 
 
 def _counted(verdicts: Counter[Verdict], report: Report) -> str:
@@ -220,20 +223,22 @@ def _caveat(on: SetReport) -> str:
         n = trainings[best]
         if n > 1:
             return f"the interval includes how much {best} changes from one of its {n} trainings to another"
+        if best in on.comparison.exact:
+            return f"training {best} again would change nothing: its solution is exact"
         return f"as {best} was trained once, another training may change its figures: train with --seeds 3"
     both = (best, others[0])
     names = f"{best} and {others[0]}"
     turned = next(pair.turned for pair in on.comparison.pairs if {pair.first, pair.second} == set(both))
-    once = [label for label in both if trainings[label] == 1]
-    if math.isnan(chance := turned[RANKING]):
-        who = (
-            "every run was"
-            if max(trainings.values()) == 1
-            else f"{' and '.join(once)} {'was' if len(once) == 1 else 'were'}"
-        )
+    once = [label for label in both if trainings[label] == 1 and label not in on.comparison.exact]
+    if once:
+        every = max(trainings.values()) == 1 and not on.comparison.exact
+        who = "every run was" if every else f"{' and '.join(once)} {'was' if len(once) == 1 else 'were'}"
         return f"as {who} trained once, another training may change the order of {names}: train with --seeds 3"
-    if len(once) == 2:
+    if set(both) <= set(on.comparison.exact):
         return f"training {names} again would change nothing: their solution is exact"
+    chance = turned[RANKING]
+    if math.isnan(chance):
+        return f"how much {names} change from training to training is not known on {on.dataset}"
     n = round(_CASES * chance)
     cases = f"{n} of {_CASES} cases" if n else f"fewer than 1 of {_CASES} cases"
     return f"with another training seed the order of {names} on {on.dataset} would turn in {cases}"
@@ -282,14 +287,22 @@ def _ends(difference: Difference) -> str:
 
 
 def _limit(on: SetReport, smallest: float) -> str:
+    """Say which differences of runs that cannot be told apart the set would have shown in four of five cases."""
     if math.isnan(smallest):
         return ""
+    if smallest >= _WIDEST:
+        return f"; with so few {_few(on)} hardly any difference would show"
     limit = on.comparison.detectable.get(RANKING)
     needed = ""
-    if limit is not None and limit.wanted is not None and limit.slides is not None:
+    if limit is not None and limit.wanted is not None and limit.slides is not None and limit.n_clusters >= _FEW:
         unit = units(on.any_judgement)
         needed = f"; to show {short(limit.wanted)} it would take about {limit.slides:,} {unit}"
-    return f"; this set cannot show differences below {short(smallest)}{needed}"
+    return f"; there, differences below {short(smallest)} would mostly go unseen{needed}"
+
+
+def _few(on: SetReport) -> str:
+    several = max(judgement.trainings for judgement in on.comparison.judgements.values()) > 1
+    return units(on.any_judgement) + (" or trainings" if several else "")
 
 
 def _margin(report: Report) -> str:

@@ -80,14 +80,16 @@ def grids(report: Report, runs: Sequence[Run]) -> tuple[Grid, ...]:
         for one in sets
     )
     n_folds = listed([str(n) for n in sorted({run.record.folds.n for run in runs})])
+    n_models = listed([str(n) for n in sorted({run.record.folds.n * len(run.record.seeds) for run in runs})])
+    several = " (of runs with several trainings, the mean over them)" if n_models != n_folds else ""
     tables = [
         Grid(
-            f"Mean ± standard deviation over {n_folds} fold models trained on {report.train}; threshold 0.5.",
+            f"Mean ± standard deviation over {n_models} fold models trained on {report.train}; threshold 0.5.",
             groups,
             tuple(folds),
         ),
         Grid(
-            f"Ensemble of {n_folds} fold models at the threshold chosen on out-of-fold predictions, with "
+            f"Ensemble of {n_folds} fold models{several} at the threshold chosen on out-of-fold predictions, with "
             f"{report.how.level:.0%} cluster-bootstrap intervals ({drawn}).",
             groups,
             tuple(ensembles),
@@ -113,9 +115,10 @@ def _differences(report: Report, sets: Sequence[SetReport], groups: tuple[str, .
     counts = "; ".join(
         f"{one.title}: {(n := len(one.comparison.pairs))} pair{'s' * (n != 1)}, over {over(one)}" for one in sets
     )
+    tests = "pairs of a set" if report.options.holm == "set" else "pairs, figures and sets together"
     return Grid(
         f"Differences of {which} on the same patches, with {report.how.level:.0%} intervals and p-values after Holm's "
-        f"correction for all pairs of a set ({counts}); bold: p < .05. Where p is larger, δ is the smallest true "
+        f"correction for all {tests} ({counts}); bold: p < .05. Where p is larger, δ is the smallest true "
         "difference that the set would show for this pair in four of five cases, at 5 % after correction.",
         groups,
         tuple(rows),
