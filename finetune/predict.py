@@ -24,7 +24,7 @@ from features.console import ProgressCallback, UserError, progress, say
 from features.device import compute_exactly, find_device
 from features.files import write_file, writing
 from features.fingerprint import differences
-from features.labels import binary_labels
+from features.labels import class_labels
 from features.tables import first_of, is_missing
 from finetune.compute import Compute
 from finetune.network import Network
@@ -148,7 +148,7 @@ def _say_other_classes(patches: Patches, record: RunRecord) -> None:
     """Say that a table's labels, which are not used, are not the classes that are predicted."""
     names = sorted({label for label in patches.columns.get("label", ()) if not is_missing(label)})
     try:
-        binary_labels(names, classes=record.label_names)
+        class_labels(names, classes=record.label_names)
     except UserError:
         say(
             f"{patches.source}: its labels ({first_of(names)}) are not the classes of the run "
