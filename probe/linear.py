@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import combinations
 
 import numpy as np
@@ -37,8 +38,8 @@ STRENGTHS = tuple(float(f"{c:.3g}") for c in np.logspace(-5, -0.5, 10))
 class Probe:
     """Linear probes of one matrix of embeddings, one per seed and fold: logit = x @ coef[m] + intercept[m].
 
-    The exact probe draws nothing and has one seed; m is then the fold, else as in `features.folds.fold_models`. The c - 1
-    logits of a row are those of class 1 ... c - 1 over class 0.
+    The exact probe draws nothing and has one seed; m is then the fold, else as in `features.folds.fold_models`.
+    Of c classes, the c - 1 logits of a row are those of class 1 ... c - 1 over class 0.
 
     Attributes:
         coef: (K * F, c - 1, d) float32.
@@ -109,7 +110,7 @@ def fit_exact(
         device: where to compute, as torch names it.
 
     Raises:
-        UserError: if there are fewer than three folds, so that none is left to choose on; if a fold has no other fold to
+        UserError: if there are fewer than three folds, so that none is left to choose on; if a fold has no other to
             choose on; and as `fit_logistic` does.
     """
     held_out = held_out_folds(folds.n_folds)
@@ -121,15 +122,11 @@ def fit_exact(
         learned = None if target is None else target[used]
         fitted = X[used] if isinstance(X, np.ndarray) else in_memory(X.select(used), folds.n_folds, n_classes=n_classes)
     # Without two folds a class may be missing: that fit says nothing. Without one, it is refused.
-    made = ~lacked_classes(label, masks, n_classes).any(axis=1)
-    made[: folds.n_folds] = True
-    masks, held_out = masks[made], [held for held, kept in zip(held_out, made, strict=True) if kept]
-    options = {"masks": masks, "strengths": strengths, "n_classes": n_classes, "target": learned, "device": device}
-    solved = (
-        fit_logistic(fitted, label, **options)
-        if isinstance(fitted, np.ndarray)
-        else fit_streamed(fitted, label, **options)
-    )
+    lacking = lacked_classes(label, masks, n_classes).any(axis=1)
+    made = [m for m in range(len(masks)) if m < folds.n_folds or not lacking[m]]
+    masks, held_out = masks[made], [held_out[m] for m in made]
+    fit = partial(fit_logistic, fitted) if isinstance(fitted, np.ndarray) else partial(fit_streamed, fitted)
+    solved = fit(label, masks=masks, strengths=strengths, n_classes=n_classes, target=learned, device=device)
     chosen, record = _choose_strengths(solved, label, fold=fold, masks=masks, held_out=held_out, strengths=strengths)
     every_fold = np.arange(folds.n_folds)
     coef, intercept = solved.coef[every_fold, chosen], solved.intercept[every_fold, chosen]
@@ -222,7 +219,7 @@ def _choose_strengths(
     if not n_scored.all():
         raise UserError(
             f"fold {n_scored.argmin()}: no strength can be chosen within its training rows. Without each of the other "
-            "folds in turn they lack a class, or the one left out holds only one. Use more folds, or name fewer classes."
+            "folds in turn they lack a class, or the one left out holds only one. Use more folds, or fewer classes."
         )
     chosen = inner.argmin(axis=1)  # (F,)
     return chosen, FitRecord(

@@ -161,9 +161,9 @@ def fit_logistic(
         unfinished, columns, now = unfinished[going_on], columns.keep(going_on), now[going_on]
         if len(unfinished) == 0:
             break
-        target = (now * (0 if factor is data.X else REFINEMENT)).clamp_min(max(0.5 * tol, FLOOR))
+        goal = (now * (0 if factor is data.X else REFINEMENT)).clamp_min(max(0.5 * tol, FLOOR))
         budget = max_iter - n_iter[unfinished]
-        theta_reached, steps = descend(data, factor, basis, columns, target=target, budget=budget)
+        theta_reached, steps = descend(data, factor, basis, columns, goal=goal, budget=budget)
         n_iter[unfinished] += steps
         columns = evaluate(data, fold[unfinished], columns.ridge, theta_reached)
 
@@ -257,7 +257,7 @@ def _check_target(target: NDArray[np.floating], shape: tuple[int, int]) -> None:
     wrong = np.flatnonzero(~((target >= 0).all(axis=1) & (np.abs(target.sum(axis=1) - 1) <= 1e-3)))
     if len(wrong):
         raise UserError(
-            f"{len(wrong)} rows of the target are no distribution (first: row {wrong[0]}, {target[wrong[0]].tolist()}); "
+            f"{len(wrong)} target rows are no distribution (first: row {wrong[0]}, {target[wrong[0]].tolist()}); "
             "expected shares of at least 0 that sum to 1. Divide each row's votes by their number."
         )
 
@@ -283,7 +283,9 @@ class Standardised:
 
 def targets(y: NDArray[np.integer], target: NDArray[np.floating] | None, n_classes: int) -> Tensor:
     """Lay out the probabilities (q, n) that a column's q logits are to give: of class 1 alone for two classes."""
-    shares = np.eye(n_classes, dtype=np.float32)[y.astype(np.int64)] if target is None else target.astype(np.float32)  # (n, c)
+    shares = (
+        np.eye(n_classes, dtype=np.float32)[y.astype(np.int64)] if target is None else target.astype(np.float32)
+    )  # (n, c)
     return torch.from_numpy(np.ascontiguousarray(shares.T[1:] if n_classes == 2 else shares.T))
 
 
@@ -376,10 +378,10 @@ class Curvature:
 
 
 def leading_curvature(data: Standardised) -> Curvature:
-    """Find the leading eigenvalues and eigenvectors of the Hessian at zero, h X^T diag(weight) X, by subspace iteration.
+    """Find the leading eigenvalues and eigenvectors of the Hessian at zero, h X^T diag(weight) X.
 
-    h is the second derivative of a row's loss by a logit there: 1/4 for two classes. For c classes it is a matrix,
-    I / c - 1 / c^2, and on vectors that sum to zero it multiplies by 1 / c.
+    The method is subspace iteration. h is the second derivative of a row's loss by a logit there: 1/4 for two classes.
+    For c classes it is a matrix, I / c - 1 / c^2, and on vectors that sum to zero it multiplies by 1 / c.
 
     Weights are the folds' average; a tall X is thinned to evenly spaced rows, as a preconditioner need not be exact.
     """
@@ -422,7 +424,7 @@ class Columns:
         return Columns(**{field.name: getattr(self, field.name)[rows] for field in fields(self)})
 
 
-# ------------------------------------------------------------- what two classes do otherwise than more: these three alone
+# ---------------------------------------------------------------------------- what two classes do otherwise than more
 
 
 def probabilities(logits: Tensor) -> Tensor:
@@ -454,13 +456,13 @@ def _times(X: Tensor, mean: Tensor, inv_std: Tensor, step: Tensor) -> Tensor:
     """Compute the logits (K, q, n) of coefficients and intercepts (K, q, d + 1), in the precision of X."""
     W = (step[..., :-1] * inv_std).to(X.dtype)
     offset = step[..., -1:] - (W.float() * mean).sum(dim=2, keepdim=True)
-    return (W.flatten(0, 1) @ X.T).float().unflatten(0, W.shape[:2]).add_(offset)
+    return (W.flatten(0, 1) @ X.T).float().view(*W.shape[:2], len(X)).add_(offset)
 
 
 def _transposed_times(X: Tensor, mean: Tensor, inv_std: Tensor, residual: Tensor) -> Tensor:
     """Convert derivatives by the logits (K, q, n) into derivatives (K, q, d + 1) by coefficients and intercepts."""
     total = residual.sum(dim=2, keepdim=True)
-    product = (residual.flatten(0, 1).to(X.dtype) @ X).float().unflatten(0, residual.shape[:2])
+    product = (residual.flatten(0, 1).to(X.dtype) @ X).float().view(*residual.shape[:2], X.shape[1])
     return torch.cat([(product - total * mean) * inv_std, total], dim=2)
 
 
@@ -487,9 +489,9 @@ def evaluate(data: Standardised, fold: Tensor, ridge: Tensor, theta: Tensor) -> 
 
 
 def descend(
-    data: Standardised, X: Tensor, basis: Curvature, columns: Columns, *, target: Tensor, budget: Tensor
+    data: Standardised, X: Tensor, basis: Curvature, columns: Columns, *, goal: Tensor, budget: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Run preconditioned conjugate gradients until each column's gradient (largest component) is at its target.
+    """Run preconditioned conjugate gradients until each column's gradient (largest component) is at its goal.
 
     The numbers in `columns` are worked on in place.
 
@@ -523,10 +525,10 @@ def descend(
         c.gradient = c.gradient + change
 
         steps[row] += 1
-        left = (c.gradient.abs().amax(dim=(1, 2)) > target) & (steps[row] < budget[row])
+        left = (c.gradient.abs().amax(dim=(1, 2)) > goal) & (steps[row] < budget[row])
         if not left.all():
             theta[row] = c.theta
-            row, target, direction, change, c = row[left], target[left], direction[left], change[left], c.keep(left)
+            row, goal, direction, change, c = row[left], goal[left], direction[left], change[left], c.keep(left)
     return theta, steps
 
 

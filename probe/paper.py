@@ -1,11 +1,11 @@
 """How is the paper's own probe trained? One linear layer per seed and fold on stored embeddings, kept for reproduction.
 
 The protocol is that of Banerjee et al. 2025, sections 4 and 4.2: Adam (learning rate 1e-4, L2 penalty 1e-5),
-cross-entropy on one logit per class, random sampling weighted by inverse class frequency, batches of 8, up to 100 epochs. The
-learning rate is halved after 3 epochs without a better validation balanced accuracy, down to 1e-7; training stops after
-15 such epochs; the weights of the best epoch are kept. Each layer has its own sampler, schedule and early stopping.
-The authors' scripts do otherwise in rates and weight decay: `probe.schedule.AUTHORS`. `probe.logistic` is the better
-probe.
+cross-entropy on one logit per class, random sampling weighted by inverse class frequency, batches of 8, up to 100
+epochs. The learning rate is halved after 3 epochs without a better validation balanced accuracy, down to 1e-7; training
+stops after 15 such epochs; the weights of the best epoch are kept. Each layer has its own sampler, schedule and early
+stopping. The authors' scripts do otherwise in rates and weight decay: `probe.schedule.AUTHORS`. `probe.logistic` is the
+better probe.
 """
 
 from __future__ import annotations

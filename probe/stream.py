@@ -119,7 +119,7 @@ def fit_streamed(
             data.fast,
             basis,
             columns,
-            target=torch.full((F * S,), max(START, tol), device=rows.device),
+            goal=torch.full((F * S,), max(START, tol), device=rows.device),
             budget=torch.full((F * S,), MAX_STEPS, device=rows.device),
         )
 
@@ -185,9 +185,9 @@ def _direction(
     for taken, change, scale in reversed(pairs):
         shares.append(scale * dot(taken, columns.gradient)[:, None, None])
         columns.gradient -= shares[-1] * change
-    target = (FALL * columns.gradient.abs().amax(dim=(1, 2))).clamp_min(max(0.1 * tol, FLOOR))
-    start, budget = columns.theta, torch.full((len(target),), MAX_STEPS, device=target.device)
-    reached, steps = descend(data, data.fast, basis, columns, target=target, budget=budget)
+    goal = (FALL * columns.gradient.abs().amax(dim=(1, 2))).clamp_min(max(0.1 * tol, FLOOR))
+    start, budget = columns.theta, torch.full((len(goal),), MAX_STEPS, device=goal.device)
+    reached, steps = descend(data, data.fast, basis, columns, goal=goal, budget=budget)
     step = reached - start
     for (taken, change, scale), share in zip(pairs, reversed(shares), strict=True):
         step -= (share + scale * dot(change, step)[:, None, None]) * taken
@@ -357,10 +357,10 @@ def _gradient(
     total = torch.zeros_like(product[..., :1])
     which = which.cpu()
     for at, A in rows.pieces():
-        Z = torch.addmm(offset.flatten(0, 1), W.flatten(0, 1), A.T).unflatten(0, W.shape[:2])
+        Z = torch.addmm(offset.flatten(0, 1), W.flatten(0, 1), A.T).view(*W.shape[:2], len(A))
         logits[which, :, at] = Z.cpu()
         residual = rows.weight(at)[fold][:, None] * (probabilities(Z) - rows.target[:, at])
-        product += (residual.flatten(0, 1) @ A).unflatten(0, W.shape[:2])
+        product += (residual.flatten(0, 1) @ A).view(W.shape)
         total += residual.sum(dim=2, keepdim=True)
     by_coef = ((product - total * mean) * inv_std).float() + ridge * theta[..., :-1]
     return torch.cat([by_coef, total.float()], dim=2)
