@@ -167,8 +167,9 @@ const spread = (row) => {
   const scores = data.runs.map((_, run) => (many ? data.probability_of_label : data.probability)[run][row]).filter((p) => p !== null);
   return scores.length < 2 ? 0 : Math.max(...scores) - Math.min(...scores);
 };
-const describe = (row) => {
+const describe = (row, run) => {
   const lines = [`label ${data.names[data.label[row]]}`];
+  if (many && run !== undefined && outcome(run, row) === "wrong") lines[0] += `, probability ${data.probability_of_label[run][row].toFixed(3)}`;
   const votes = votesOf(row);
   if (votes.length && !many) lines[0] += `, votes ${votesFor(votes, 1)}/${votes.length}`;
   const given = many ? data.names.map((name, k) => [name, votesFor(votes, k)]).filter(([, times]) => times) : [];
@@ -205,8 +206,7 @@ const tileOf = (row, run) => {
   const caption = make("figcaption");
   const p = data.probability[run][row];
   caption.append(make("div", `${outcomeText(run, row)}${p === null ? "" : ` ${p.toFixed(3)}`}`, "outcome"));
-  for (const line of describe(row)) caption.append(make("div", line));
-  if (many && is === "wrong") caption.append(make("div", `probability of its label ${data.probability_of_label[run][row].toFixed(3)}`));
+  for (const line of describe(row, run)) caption.append(make("div", line));
   caption.append(make("div", data.id[row], "ends"), make("div", data.sets[data.set[row]].title, "ends"));
   tile.title = [data.id[row], ...scoresOf(row)].join("\n");
   tile.append(canvas, caption);
