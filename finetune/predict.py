@@ -99,8 +99,8 @@ def predict_paths(
     two = record.n_classes == 2
     if threshold is not None and not two:
         raise UserError(
-            f"`threshold={threshold}`: {run} has {record.n_classes} classes ({first_of(record.label_names)}), of which it "
-            "predicts the most probable. A threshold is for two classes: leave it out."
+            f"`threshold={threshold}`: {run} has {record.n_classes} classes ({first_of(record.label_names)}), of which "
+            "it predicts the most probable. A threshold is for two classes: leave it out."
         )
     check_weights(run, record)
     torch_device = find_device(device, apple=record.kind == "probe" and record.precision == "fp32")

@@ -1,10 +1,10 @@
 """How do all members train on patches, each by its own sampler, schedule and early stopping?
 
 A member (`finetune.network`) is the model of one seed and one fold. One loop, `train`. The patches lie decoded on the
-device as bytes. In every step each member draws a batch from its training rows, weighted against the frequencies of their labels.
-The batches are augmented and normalised on the device, pass through the network together, and each member's own
-optimiser steps its own row of values. After an epoch each member is scored on the slides that its fold holds out, and
-one whose score has not improved for long stops.
+device as bytes. In every step each member draws a batch from its training rows, weighted against the frequencies of
+their labels. The batches are augmented and normalised on the device, pass through the network together, and each
+member's own optimiser steps its own row of values. After an epoch each member is scored on the slides that its fold
+holds out, and one whose score has not improved for long stops.
 
 The random numbers of an epoch follow from (seed, fold, epoch). So a member's training depends neither on the others nor
 on interruptions. Several processes may share the batches (`finetune.process_group`): all draw the same batches, and
@@ -235,7 +235,7 @@ def epoch_batches(
 def validation_logits(
     network: Network, data: TrainingSet, members: Sequence[int], *, compute: Compute
 ) -> dict[int, NDArray[np.float32]]:
-    """Compute each member's logits (n, c-1), of class k over class 0, of the n rows that validate in its fold, in order."""
+    """Compute each member's logits (n, c-1), class k over class 0, of the rows that validate in its fold, in order."""
     process_group = compute.process_group
     held_out = {member: data.held_out(network.fold_models[member].fold) for member in network.members}
     shards = {member: rows[process_group.shard_rows(len(rows))] for member, rows in held_out.items()}
