@@ -33,7 +33,7 @@ from extract.readers import Patches as Patches
 from extract.readers import list_patches
 from extract.readers import load_patches as load_patches
 from features.console import UserError, nearest, say
-from features.labels import Classes, aligned, binary_labels, read_labels
+from features.labels import Classes, aligned, class_labels, read_labels
 from features.samples import Samples, make_samples
 from features.tables import known_cells, read_splits
 
@@ -84,7 +84,7 @@ def load_dataset(
             also as NAME=PATH, to name the dataset otherwise than its path does.
         data: the folder of the known datasets, laid out like a clone of AMi-Br_Benchmark; by default the one in the
             environment variable MITOFM_DATA, else a download kept in the cache.
-        positive: the class that is label 1, for paths; see `features.labels.binary_labels`.
+        positive: the class that is label 1, for paths; see `features.labels.class_labels`.
         labels: old class name to new, for paths; applied first.
         classes: the classes of the training set, if these patches are to test its models.
         skip_unlabelled: leave out patches whose label is missing, instead of refusing them.
@@ -115,7 +115,7 @@ def load_dataset(
     if len(rows) < len(patches.id):
         patches, where = patches.select(rows), [where[row] for row in rows]
     try:
-        label, label_names = binary_labels(named, positive, classes=classes)
+        label, label_names = class_labels(named, positive, classes=classes)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     columns = patches.columns
@@ -136,8 +136,8 @@ def aligned_dataset(test: PatchDataset, classes: Classes, labels: Mapping[str, s
     Raises:
         UserError: see `features.labels.aligned`.
     """
-    turned = aligned(classes, test.label_names, train_name="the training set", test_name=test.name, labels=labels)
-    return replace(test, samples=test.samples.swapped() if turned else test.samples, label_names=classes)
+    found = aligned(classes, test.label_names, train_name="the training set", test_name=test.name, labels=labels)
+    return replace(test, samples=test.samples.relabelled(found), label_names=classes)
 
 
 def parse_source(name_or_path: str) -> tuple[str, Path]:

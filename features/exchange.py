@@ -20,7 +20,7 @@ from features.console import UserError, progress, say
 from features.embedding_files import FORMATS, coordinates, read_embeddings
 from features.entry import Entry
 from features.files import check_output, new_file, writing
-from features.labels import NUMBERS, Classes, binary_labels, read_labels
+from features.labels import NUMBERS, Classes, class_labels, read_labels
 from features.rounding import require_float16
 from features.samples import Samples, make_samples
 from features.store import FeatureStore
@@ -174,7 +174,7 @@ def _read_samples(path: Path) -> tuple[Samples, Classes]:
     where = [f"line {line}: {id}" for line, id in zip(table.lines, ids, strict=True)]
     names, _ = read_labels(columns["label"], None, source=path, where=where, skip=None)
     try:
-        labels, classes = binary_labels(names)
+        labels, classes = class_labels(names)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     samples = make_samples(

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib.resources import files
@@ -23,6 +24,7 @@ from numpy.typing import NDArray
 
 from features.console import UserError
 from features.display import html_table
+from features.labels import Classes
 from features.samples import Samples
 
 Scheme = Literal["default", "paper"]
@@ -96,8 +98,13 @@ def require_seeds(seed: int, seeds: int) -> None:
         raise UserError(f"seed {seed}: expected a whole number from 0 to 2^32 - 1{last}.")
 
 
-def grouped_folds(samples: Samples, n_folds: int, *, seed: int = SEED, scheme: Scheme = "default") -> Folds:
+def grouped_folds(
+    samples: Samples, n_folds: int, *, seed: int = SEED, scheme: Scheme = "default", classes: Classes | None = None
+) -> Folds:
     """Assign every row to one validation fold; no group is ever cut, and class rates are kept as even as that allows.
+
+    Every fold validates on both of two classes. Of more than two, a rare one may be absent from a fold, but every fold
+    trains on all of them.
 
     A row without a known group counts as a group by itself; byte-identical patches always stay together.
 
@@ -115,26 +122,33 @@ def grouped_folds(samples: Samples, n_folds: int, *, seed: int = SEED, scheme: S
         n_folds: at least 2.
         seed: decides the order of groups whose classes are equally unbalanced.
         scheme: "paper" takes the assignment of the paper's runs (AMi-Br, five folds, seed 42 only).
+        classes: names of all classes, of which some may be absent here; by default those that the labels count, by
+            number.
 
     Raises:
-        UserError: if a class occurs in too few groups for every fold to validate on both classes, or if the paper's
-            assignment is asked for where there is none.
+        UserError: if a class occurs in too few groups for every fold to validate on both classes (or, of more than two,
+            to train on all), or if the paper's assignment is asked for where there is none.
     """
     if n_folds < 2:
         raise UserError(f"cross-validation needs at least 2 folds, got {n_folds}.")
+    names = classes or tuple(map(str, range(samples.n_classes)))
     groups = effective_groups(samples)
-    _require_groups(samples.label, groups, n_folds)
-    frozen = _frozen(samples, n_folds, seed, scheme)
+    _require_groups(samples.label, groups, n_folds, names)
+    frozen = _frozen(samples, n_folds, seed, scheme) if len(names) == 2 else None
     if frozen is not None:
         fold, source = frozen, f"AMi-Br, {_FROZEN_COLUMN[scheme].replace('_', '-', 1).replace('_', '.')}, frozen"
     elif scheme == "paper":
         raise UserError(
-            "the paper's fold assignment exists for AMi-Br's training split with five folds and the fold seed 42 only. "
+            "the paper's fold assignment exists for the two classes of AMi-Br's training split with five folds and the "
+            "fold seed 42 only. "
             "Use `recipe='exact'` here, or `train='ami-br'`, `cv=5` and `fold_seed=42`; `seed` may be any."
         )
     else:
-        fold, source = _deal(samples.label, groups, n_folds, seed), f"greedy grouped stratified, seed {seed}"
-    _require_both_classes(samples.label, groups, fold, n_folds)
+        fold, source = (
+            _deal(samples.label, groups, n_folds, seed, len(names)),
+            f"greedy grouped stratified, seed {seed}",
+        )
+    _require_classes(samples.label, groups, fold, n_folds, names)
     lines = sorted(f"{id}\t{k}\n" for id, k in zip(samples.id.tolist(), fold.tolist(), strict=True))
     digest = hashlib.sha256("".join(lines).encode()).hexdigest()
     return Folds(fold=fold, n_folds=n_folds, source=source, digest=digest)
@@ -184,63 +198,85 @@ def _frozen(samples: Samples, n_folds: int, seed: int, scheme: Scheme) -> NDArra
     return np.array([fold_of[slide] for slide in samples.group.tolist()], dtype=np.intp)
 
 
-def _deal(label: NDArray[np.int8], groups: NDArray[np.intp], n_folds: int, seed: int) -> NDArray[np.intp]:
+def _deal(
+    label: NDArray[np.int8], groups: NDArray[np.intp], n_folds: int, seed: int, n_classes: int
+) -> NDArray[np.intp]:
     """Assign groups to folds, those with the most unequal classes first, each to the fold that keeps classes most even.
 
     Of equally good folds, the one with the fewest rows is taken.
 
+    How unequal the classes of a group are is the variance of its counts: sum_c g_c^2 - (sum_c g_c)^2 / C, made an
+    integer by C, the number of classes. Of two classes that is (g_0 - g_1)^2.
+
     The unevenness of a class c is the variance over folds of its share n_kc / n_c. Adding a group with g_c rows of
     class c to fold k raises the sum of squared shares by ((n_kc + g_c)^2 - n_kc^2) / n_c^2; only that increment
-    differs between folds, and scaled by the product of both n_c^2 it is an integer.
+    differs between folds, and scaled by the least common multiple of all n_c^2 it is an integer.
     """
     n_groups = int(groups.max()) + 1
-    counts = np.zeros((n_groups, 2), dtype=np.int64)
+    counts = np.zeros((n_groups, n_classes), dtype=np.int64)
     np.add.at(counts, (groups, label.astype(np.intp)), 1)
     # RandomState, not Generator: its permutations are guaranteed never to change.
     shuffled = np.random.RandomState(seed).permutation(n_groups)
-    imbalance = np.abs(counts[shuffled, 0] - counts[shuffled, 1])
-    order = shuffled[np.argsort(-imbalance, kind="stable")]
+    inequality = n_classes * (counts[shuffled] ** 2).sum(axis=1) - counts[shuffled].sum(axis=1) ** 2
+    order = shuffled[np.argsort(-inequality, kind="stable")]
 
-    n_negative, n_positive = (int(total) for total in counts.sum(axis=0))
-    weights = (max(n_positive, 1) ** 2, max(n_negative, 1) ** 2)  # 1/n_c^2, times both squares
-    in_fold = [[0, 0] for _ in range(n_folds)]
+    totals = [max(total, 1) for total in counts.sum(axis=0).tolist()]
+    multiple = math.lcm(*totals) ** 2
+    weights = [multiple // total**2 for total in totals]
+    in_fold = [[0] * n_classes for _ in range(n_folds)]
+    n_rows = [0] * n_folds
     fold_of = np.empty(n_groups, dtype=np.intp)
     for group in order:
-        new = [int(count) for count in counts[group]]
+        new = [(c, count) for c, count in enumerate(counts[group].tolist()) if count]
 
-        def unevenness(k: int, new: list[int] = new) -> tuple[int, int]:
-            added = sum(w * ((n + g) ** 2 - n**2) for w, n, g in zip(weights, in_fold[k], new, strict=True))
-            return added, sum(in_fold[k])
+        def unevenness(k: int, new: list[tuple[int, int]] = new) -> tuple[int, int]:
+            held = in_fold[k]
+            return sum(weights[c] * count * (2 * held[c] + count) for c, count in new), n_rows[k]
 
         best = min(range(n_folds), key=unevenness)
-        in_fold[best] = [n + g for n, g in zip(in_fold[best], new, strict=True)]
+        for c, count in new:
+            in_fold[best][c] += count
+            n_rows[best] += count
         fold_of[group] = best
     return np.asarray(fold_of[groups])
 
 
-def _require_groups(label: NDArray[np.int8], groups: NDArray[np.intp], n_folds: int) -> None:
+def _require_groups(label: NDArray[np.int8], groups: NDArray[np.intp], n_folds: int, names: Classes) -> None:
     """Refuse more folds than there are groups, before they are dealt."""
     n_groups = len(np.unique(groups))
     if n_folds > n_groups:
-        fewest = min(len(np.unique(groups[label == value])) for value in (0, 1))
-        fits = f"Use `cv={fewest}` or fewer" if fewest >= 2 else "Use fewer folds"
+        fewest, rarest = min((len(np.unique(groups[label == value])), value) for value in range(len(names)))
+        enough = fewest if len(names) == 2 else n_groups  # more than two classes need not be in every fold
+        fits = f"Use `cv={enough}` or fewer" if fewest >= 2 else "Use fewer folds"
+        rarer = "the rarer class" if len(names) == 2 else f"the rarest class ({names[rarest]})"
         raise UserError(
-            f"{n_folds} folds were asked for, but there are {n_groups} groups (slides), which are never cut, and the "
-            f"rarer class occurs in {fewest}. {fits}, or label more slides."
+            f"{n_folds} folds were asked for, but there are {n_groups} groups (slides), which are never cut, and "
+            f"{rarer} occurs in {fewest}. {fits}, or label more slides."
         )
 
 
-def _require_both_classes(
-    label: NDArray[np.int8], groups: NDArray[np.intp], fold: NDArray[np.intp], n_folds: int
+def _require_classes(
+    label: NDArray[np.int8], groups: NDArray[np.intp], fold: NDArray[np.intp], n_folds: int, names: Classes
 ) -> None:
-    for value in (0, 1):
+    """Refuse folds of which one cannot validate on both of two classes, or cannot train on one of more."""
+    for value, name in enumerate(names):
         n_groups = len(np.unique(groups[label == value]))
-        lacking = sorted(set(range(n_folds)) - set(fold[label == value].tolist()))
-        if lacking:
+        within = set(fold[label == value].tolist())
+        lacking = sorted(set(range(n_folds)) - within)
+        many = len(names) > 2
+        if len(within) >= 2 if many else not lacking:
+            continue
+        occurs = f"which occurs in {n_groups} group{'s' * (n_groups != 1)}"
+        if not many:
             role = "positive" if value else "negative"
             fits = f"Use `cv={n_groups}` or fewer" if 2 <= n_groups < n_folds else "Use fewer folds"
             raise UserError(
-                f"fold {lacking[0]} of {n_folds} has no patch of the {role} class (label {value}), which occurs in "
-                f"{n_groups} group{'s' * (n_groups != 1)}; every fold needs both classes, and groups (slides) are "
-                f"never cut. {fits}, or label more slides."
+                f"fold {lacking[0]} of {n_folds} has no patch of the {role} class (label {value}), {occurs}; every "
+                f"fold needs both classes, and groups (slides) are never cut. {fits}, or label more slides."
             )
+        found = "one fold alone would validate on" if within else "there is no training patch of"
+        fits = "Use another `fold_seed`" if n_groups >= 2 else "Make it one with another class by `labels`"
+        raise UserError(
+            f"{found} the class {name} (label {value}), {occurs}; every fold must train on every class, and groups "
+            f"(slides) are never cut. {fits}, or label more slides."
+        )

@@ -1,7 +1,8 @@
 """What do class names mean, and do two datasets mean the same by theirs?
 
-Label 1 is the positive class. Which class that is follows from its name, in every dataset alike: a class that would be
-label 1 of one dataset and label 0 of another is refused, because scores would be turned upside down.
+A class is a number from 0; its name says what it means, in every dataset alike. Of two classes, label 1 is the positive
+one: a class that would be label 1 of one dataset and label 0 of another is refused, because scores would be turned
+upside down. More than two are put in one order when a dataset is loaded, and are found by name ever after.
 """
 
 from __future__ import annotations
@@ -13,9 +14,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from features.console import UserError, nearest, say
+from features.samples import MOST_CLASSES
 from features.tables import first_of, is_missing, natural_order, refuse_rows
 
-Classes = tuple[str, str]  # the names of class 0 and class 1
+Classes = tuple[str, ...]  # the names of class 0, class 1, ...
 ATYPICAL = "Atypical"
 NUMBERS: Classes = ("0", "1")  # labels that are no names: 1 is the positive class by convention
 # Names that mean "nothing found", as well as whatever begins with no, non or not.
@@ -37,35 +39,45 @@ _NEGATIVE = frozenset(
 )
 
 
-def binary_labels(
-    names: Sequence[str], positive: str | None = None, *, classes: Classes | None = None
+def class_labels(
+    names: Sequence[str],
+    positive: str | None = None,
+    *,
+    classes: Classes | None = None,
+    order: Sequence[str] | None = None,
 ) -> tuple[list[int], Classes]:
-    """Turn class names into labels: 1 for the positive class, 0 for every other.
+    """Turn class names into labels: the number of each class, from 0.
 
-    With `classes`, names are looked up there and nothing is chosen. Otherwise the positive class is `positive`; else,
-    of two classes, the one named Atypical; else the one beside a usual name for "nothing found" (normal, benign,
-    negative, non-...); else the one that sorts last (so 1 of 0 and 1). A message names the choice.
+    With `classes`, names are looked up there and nothing is chosen. With `order`, that is their order. With `positive`,
+    that class is label 1 and every other is label 0. Otherwise the order of three and more is that of their names, and
+    a message names it. Of two, the positive class is the one named Atypical; else the one beside a usual name for
+    "nothing found" (normal, benign, negative, non-...); else the one that sorts last (so 1 of 0 and 1). A message names
+    the choice.
 
-    >>> binary_labels(["Normal", "Atypical", "Normal"])
+    >>> class_labels(["Normal", "Atypical", "Normal"])
     ([0, 1, 0], ('Normal', 'Atypical'))
-    >>> binary_labels(["stroma", "tumour", "fat"], "tumour")
+    >>> class_labels(["stroma", "tumour", "fat"], "tumour")
     ([0, 1, 0], ('not tumour', 'tumour'))
-    >>> binary_labels(["1.0", "0"])
-    ([1, 0], ('0', '1'))
-    >>> binary_labels(["tumour"], classes=("normal", "tumour"))
+    >>> class_labels(["mild", "severe", "none"], order=("none", "mild", "severe"))
+    ([1, 2, 0], ('none', 'mild', 'severe'))
+    >>> class_labels(["3", "1", "2.0"])
+    ([2, 0, 1], ('1', '2', '3'))
+    >>> class_labels(["tumour"], classes=("normal", "tumour"))
     ([1], ('normal', 'tumour'))
 
     Args:
         names: the class of every patch.
-        positive: the class that is label 1.
-        classes: the classes of the dataset that these patches test models of; one of them may be absent here.
+        positive: the class that is label 1, told from all others.
+        classes: the classes of the dataset that these patches test models of; some of them may be absent here.
+        order: all classes in the order of their labels, whatever their case.
 
     Returns:
-        The labels, and the names of class 0 and class 1.
+        The labels, and the names of class 0, class 1, ...
 
     Raises:
-        UserError: for names that differ in case only, an unknown `positive`, names that are not among `classes`, three
-            and more classes without `positive`, or one class of which it is not known whether it is the positive one.
+        UserError: for names that differ in case only, an unknown `positive`, an `order` that does not name each class
+            once, names that are not among `classes`, more than 62 classes, or one class of which it is not known
+            whether it is the positive one.
     """
     names = _whole_numbers(names)
     present = sorted(set(names), key=natural_order)
@@ -77,21 +89,85 @@ def binary_labels(
                 f"by `labels='{name}={alike[name.casefold()]}'`."
             )
     if classes is not None:
-        return _labels_by_name(names, present, classes), classes
-    if positive is not None:
-        positive = _find_class(positive, present, lone=len(present) == 1)
+        label = _labels_by_name(present, classes)
+    elif order is not None:
+        if positive is not None:
+            raise UserError(
+                f"`positive={positive!r}` tells one class from the rest and `classes` tells all apart: give one of "
+                "both. Of two classes in `classes`, the second is the positive one."
+            )
+        classes = _in_order(present, order)
+        label = {name: k for k, name in enumerate(classes)}
+    elif positive is None and len(present) > 2:
+        _require_few(present)
+        classes = tuple(present)
+        label = {name: k for k, name in enumerate(classes)}
+        say(
+            f"{len(classes)} classes in the order {_numbered(classes)}. The option `classes` gives another order, "
+            "`positive` tells one class from all others."
+        )
     else:
-        positive = _choose_positive(present)
+        classes = _with_positive(present, positive)
+        label = {name: int(name == classes[1]) for name in present}
+    return [label[name] for name in names], classes
+
+
+def _with_positive(present: Sequence[str], positive: str | None) -> Classes:
+    """Choose the negative and the positive class: the given one and the rest, or one of at most two."""
+    positive = _choose_positive(present) if positive is None else _find_class(positive, present)
     others = [name for name in present if name != positive]
     if positive == "1" and set(present) <= set(NUMBERS):
-        return [int(name) for name in names], NUMBERS
-    if positive not in present:
-        negative = others[0]
-    else:
-        negative = others[0] if len(others) == 1 else f"not {positive}"
-        if len(others) > 1:
-            say(f"Class 0 is every class but {positive!r}: {', '.join(others)}.")
-    return [int(name == positive) for name in names], (negative, positive)
+        return NUMBERS
+    if len(others) > 1:
+        named = first_of(others) if len(others) > MOST_CLASSES else ", ".join(others)
+        say(f"Class 0 is every class but {positive!r}: {named}.")
+    alone = len(others) == 1 or positive not in present
+    return (others[0] if alone else f"not {positive}", positive)
+
+
+def _in_order(present: Sequence[str], order: Sequence[str]) -> Classes:
+    """Put the classes that are present into a given order, which must name each of them once."""
+    listed = _whole_numbers([name.strip() for name in order])
+    found = {name.casefold(): name for name in present}
+    repeated = [name for k, name in enumerate(listed) if name.casefold() in map(str.casefold, listed[:k])]
+    unlisted = [name for name in present if name.casefold() not in map(str.casefold, listed)]
+    absent = [name for name in listed if name.casefold() not in found]
+    if repeated:
+        raise UserError(f"`classes` names {repeated[0]} twice; expected each class once.")
+    if absent:
+        raise UserError(
+            f"`classes` names {', '.join(absent)}, and no patch is of {'it' if len(absent) == 1 else 'these'}."
+            f"{nearest(absent[0], unlisted)} The classes are {', '.join(present)}."
+        )
+    if unlisted:
+        raise UserError(
+            f"`classes` leaves out {first_of(unlisted)}; expected every class of the patches, in the order of their "
+            f"labels: {first_of([*listed, *unlisted])}. To tell one class from all others, give `positive`; to "
+            "make two classes one, give `labels`."
+        )
+    _require_few(listed)
+    if len(listed) < 2:
+        raise UserError(f"`classes` names one class ({listed[0]}); expected two or more, in the order of their labels.")
+    return tuple(found[name.casefold()] for name in listed)
+
+
+def _require_few(classes: Sequence[str]) -> None:
+    if len(classes) > MOST_CLASSES:
+        raise UserError(
+            f"found {len(classes):,} classes ({first_of(classes)}); expected at most {MOST_CLASSES}. If these are "
+            "measurements or identifiers, take another column as the label. Otherwise make several classes one with "
+            "`labels`, or tell one from all others with `positive`."
+        )
+
+
+def _numbered(classes: Classes) -> str:
+    """List classes with their labels.
+
+    >>> _numbered(("a", "b")), _numbered(("a", "b", "c"))
+    ('a (0) and b (1)', 'a (0), b (1) and c (2)')
+    """
+    *first, last = (f"{name} ({k})" for k, name in enumerate(classes))
+    return f"{', '.join(first)} and {last}"
 
 
 def _whole_numbers(names: Sequence[str]) -> Sequence[str]:
@@ -105,43 +181,56 @@ def _whole_numbers(names: Sequence[str]) -> Sequence[str]:
     return [str(int(numbers[name])) for name in names]
 
 
-def _labels_by_name(names: Sequence[str], present: Sequence[str], classes: Classes) -> list[int]:
-    label = {name: side for name in present for side in (0, 1) if _equal(name, classes[side])}
-    if present and set(present) <= set(NUMBERS) and classes != NUMBERS:
+def _labels_by_name(present: Sequence[str], classes: Classes) -> dict[str, int]:
+    """Look up the label of every class that is present among the classes of a training set."""
+    if len(classes) == 2 and classes != NUMBERS and present and set(present) <= set(NUMBERS):
         say(f"The labels 0 and 1 are taken as {classes[0]} and {classes[1]}.")
-        label = {name: int(name) for name in present}
-    if _equal(classes[0], f"not {classes[1]}"):  # of several classes of the training set, all but one
-        others = [name for name in present if name not in label]
-        slips = difflib.get_close_matches(classes[1].casefold(), [name.casefold() for name in others], cutoff=0.8)
-        if not slips and 1 in label.values():
-            label |= dict.fromkeys(others, 0)
+        return {name: int(name) for name in present}
+    found = zip(present, _find_labels(present, classes, rest=_against_rest(classes)), strict=True)
+    label = {name: k for name, k in found if k is not None}
     unknown = [name for name in present if name not in label]
     if unknown:
         raise UserError(
-            f"its classes are {', '.join(present)}, those of the training set {classes[0]} (0) and {classes[1]} (1): "
+            f"its classes are {', '.join(present)}, those of the training set {_numbered(classes)}: "
             f"{', '.join(unknown)} is none of them. Say what that means, for example "
-            f"`labels='{unknown[0]}={classes[1]}'`."
+            f"`labels='{unknown[0]}={_meant(unknown[0], classes)}'`."
         )
-    return [label[name] for name in names]
+    return label
 
 
-def _find_class(positive: str, present: Sequence[str], *, lone: bool) -> str:
+def _find_labels(names: Sequence[str], classes: Classes, *, rest: bool) -> list[int | None]:
+    """Find the label of every name; None where there is none. With `rest`, what is not class 1 is class 0."""
+    known = {name.casefold(): k for k, name in enumerate(classes)}
+    label = [known.get(name.casefold()) for name in names]
+    others = [name.casefold() for name, k in zip(names, label, strict=True) if k is None]
+    slips = difflib.get_close_matches(classes[1].casefold(), others, cutoff=0.8)
+    return [0 if k is None and rest and 1 in label and not slips else k for k in label]
+
+
+def _against_rest(classes: Classes) -> bool:
+    """Whether class 0 is every class but class 1."""
+    return len(classes) == 2 and _equal(classes[0], f"not {classes[1]}")
+
+
+def _meant(name: str, classes: Classes) -> str:
+    """Choose a class for the example in a message: of several the one whose name is the nearest, of two the second."""
+    close = difflib.get_close_matches(name, classes, n=1, cutoff=0.5) if len(classes) > 2 else []
+    return close[0] if close else classes[1]
+
+
+def _find_class(positive: str, present: Sequence[str]) -> str:
     """Find the positive class among those present, whatever its case; of a lone class it may be the absent one."""
     same = [name for name in present if name.casefold() == positive.casefold()]
-    if not same and not (lone and present):
-        raise UserError(
-            f"there is no class {positive!r}.{nearest(positive, present)} The classes are {', '.join(present)}."
-        )
+    if not same and len(present) != 1:
+        named = first_of(present) if len(present) > MOST_CLASSES else ", ".join(present)
+        raise UserError(f"there is no class {positive!r}.{nearest(positive, present)} The classes are {named}.")
     return same[0] if same else positive
 
 
 def _choose_positive(present: Sequence[str]) -> str:
+    """Choose the positive class of at most two."""
     if not present:
         raise UserError("found no patches.")
-    if len(present) > 2:
-        raise UserError(
-            f"found {len(present)} classes ({first_of(present)}); name the one to tell from all others with `positive`."
-        )
     atypical = [name for name in present if ATYPICAL.casefold() in _words(name) and not is_negative(name)]
     if len(atypical) == 1:
         return atypical[0]
@@ -230,49 +319,68 @@ def compare_classes(train: Classes, test: Classes) -> Literal["same", "swapped",
     'partly'
     >>> compare_classes(("normal", "tumor"), ("metaphase", "anaphase"))
     'other'
+    >>> compare_classes(("fat", "stroma", "tumor"), ("tumor", "fat"))
+    'swapped'
 
     Returns:
-        "same": both classes mean the same. "swapped": a class is label 1 of one and label 0 of the other. "partly":
-        one class is the same and the other is not. "other": no name in common, another task.
+        "same": every class means the same and has the same label. "swapped": a class has one label here and another
+        there; or, of more than two, all classes of the test set are known and some are absent from it. "partly": one
+        class is the same and another is not known. "other": no name in common, another task.
     """
-    if NUMBERS in (train, test) and not all(name.isdecimal() for name in (*train, *test)):
+    two = len(train) == len(test) == 2
+    if two and NUMBERS in (train, test) and not all(name.isdecimal() for name in (*train, *test)):
         return "same"
-    if any(_equal(train[side], test[1 - side]) for side in (0, 1)):
-        return "swapped"
-    equal = [_equal(train[side], test[side]) for side in (0, 1)]
-    fitting = [_fits(test[side], train[side]) for side in (0, 1)]
-    if any(equal):
-        return "same" if all(fitting) else "partly"
-    return "other"
+    equal = [_equal(here, there) for here, there in zip(train, test, strict=False)]
+    if two:
+        if any(_equal(train[side], test[1 - side]) for side in (0, 1)):
+            return "swapped"
+        fitting = all(_fits(test[side], train[side]) for side in (0, 1))
+        return ("same" if fitting else "partly") if any(equal) else "other"
+    if len(train) == len(test) and all(equal):
+        return "same"
+    label = _training_labels(train, test)
+    return "swapped" if None not in label else "partly" if set(label) != {None} else "other"
 
 
-def aligned(train: Classes, test: Classes, *, train_name: str, test_name: str, labels: Mapping[str, str]) -> bool:
-    """Decide how the labels of a test set are read: False as they are, True the other way round.
+def _training_labels(train: Classes, test: Classes) -> list[int | None]:
+    """Find the training label of every test class by its name; of several, all may be "not X" but X."""
+    return _find_labels(test, train, rest=len(test) > 2 and _against_rest(train))
 
-    They are turned round only where `labels` says what a class of the test set means, so that both classes are known
-    by name.
+
+def aligned(
+    train: Classes, test: Classes, *, train_name: str, test_name: str, labels: Mapping[str, str]
+) -> tuple[int, ...]:
+    """Decide how the labels of a test set are read: give the training label of each of its labels.
+
+    More than two classes are found by name. Two are turned round, (1, 0), only where `labels` says what a class of the
+    test set means, so that both are known by name; otherwise they stay as they are, (0, 1).
+
+    >>> aligned(("fat", "stroma", "tumor"), ("tumor", "fat"), train_name="a", test_name="b", labels={})
+    (2, 0)
 
     Raises:
-        UserError: if a class changes sides, or a name is on one side only.
+        UserError: if a class of two changes sides, or a class of the test set is none of the training set.
     """
-    test = (labels.get(test[0], test[0]), labels.get(test[1], test[1]))
+    test = tuple(labels.get(name, name) for name in test)
     relation = compare_classes(train, test)
     if relation == "same":
-        return False
-    known = all(any(_equal(name, other) for other in train) for name in test)
-    if relation == "swapped" and known and any(name in labels.values() for name in test):
-        return True
-    in_both = [name for name in test if any(_equal(name, other) for other in train)]
+        return tuple(range(len(test)))
+    label = _training_labels(train, test)
+    known = [k for k in label if k is not None]
+    said = len(train) > 2 or len(test) > 2 or any(name in labels.values() for name in test)
+    if relation == "swapped" and len(known) == len(test) and said:
+        return tuple(known)
+    in_both = [name for name, k in zip(test, label, strict=True) if k is not None]
     unknown = next((name for name in test if name not in in_both), test[1])
     found = {
         "swapped": f"{in_both[0]} changes sides" if in_both else "",
-        "partly": f"only {in_both[0]} is in both" if in_both else "",
+        "partly": f"only {', '.join(in_both)} {'is' if len(in_both) == 1 else 'are'} in both",
         "other": "no class is in both",
     }[relation]
     raise UserError(
-        f"{test_name} has the classes {test[0]} (0) and {test[1]} (1), {train_name} has {train[0]} (0) and {train[1]} "
-        f"(1): {found}. Say what the classes of {test_name} mean, for example `labels='{unknown}={train[1]}'`; or name "
-        "the right positive class where it is loaded (fm-extract --positive); or leave it out with `test`."
+        f"{test_name} has the classes {_numbered(test)}, {train_name} has {_numbered(train)}: {found}. Say what the "
+        f"classes of {test_name} mean, for example `labels='{unknown}={_meant(unknown, train)}'`; or name the right "
+        "positive class where it is loaded (fm-extract --positive); or leave it out with `test`."
     )
 
 

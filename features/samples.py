@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import re
+import string
 import unicodedata
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +19,9 @@ from features.display import html_table
 
 TRAIN, TEST = "train", "test"
 MISSING_VOTE = -1
+VOTE_LETTERS = string.digits + string.ascii_lowercase + string.ascii_uppercase  # of the vote for class 0, 1, ...
+MOST_CLASSES = len(VOTE_LETTERS)
+_VOTE_LETTER = dict(enumerate(VOTE_LETTERS)) | {MISSING_VOTE: "-"}
 _SHOWN = 5  # rows in a notebook, sets of patches in a sentence
 
 
@@ -26,10 +31,10 @@ class Samples:
 
     Attributes:
         id: (n,) str, unique; the file's path below the dataset's folder (`Atypical/MIDOG21_7.png`).
-        label: (n,) int8; 1 is the positive class (Atypical), 0 the other.
+        label: (n,) int8; the number of the class, from 0 to 61. Of two classes 1 is the positive one (Atypical).
         group: (n,) str; the slide or patient, whose patches always stay on one side of a split; empty where unknown.
         split: (n,) str; "train", "test", or empty where the dataset defines no split.
-        votes: (n, n_raters) int8; 1 positive, 0 negative, -1 missing; n_raters may be 0.
+        votes: (n, n_raters) int8; each rater's class, -1 if missing; n_raters may be 0.
         domain: (n,) str; tumour type, scanner or centre; empty where unknown.
         sha256: (n,) str; hex SHA-256 of the stored bytes: the file, or the array row of an HDF5 file; empty where
             unknown.
@@ -57,7 +62,9 @@ class Samples:
     def __repr__(self) -> str:
         n_groups = len(set(self.group.tolist()) - {""})
         splits = ", ".join(f"{int((self.split == split).sum()):,} {split}" for split in (TRAIN, TEST))
-        return f"Samples({len(self):,} patches: {int(self.label.sum()):,} positive; {splits}; {n_groups:,} groups)"
+        counts = np.bincount(self.label, minlength=2).tolist()
+        classes = f"{counts[1]:,} positive" if len(counts) == 2 else f"{', '.join(f'{n:,}' for n in counts)} of classes"
+        return f"Samples({len(self):,} patches: {classes}; {splits}; {n_groups:,} groups)"
 
     def _repr_html_(self) -> str:
         columns = ("id", "label", "group", "split", "domain")
@@ -72,8 +79,13 @@ class Samples:
     @property
     def table_digest(self) -> str:
         """SHA-256 over every column in row order: equal only if labels, groups, splits, votes and domains are equal."""
-        votes = ["".join("-01"[v + 1] for v in row) for row in self.votes]
+        votes = ["".join(_VOTE_LETTER.get(vote, "?") for vote in row) for row in self.votes.tolist()]
         return _digest(self.id, self.label, self.group, self.split, votes, self.domain, self.sha256)
+
+    @property
+    def n_classes(self) -> int:
+        """How many classes the labels count, at least 2: one more than the largest label."""
+        return max(2, int(self.label.max(initial=0)) + 1)
 
     @property
     def training_rows(self) -> NDArray[np.intp]:
@@ -85,11 +97,42 @@ class Samples:
         """Select the rows of a boolean mask or an index array, in that order."""
         return replace(self, **{field.name: getattr(self, field.name)[rows] for field in fields(self)})
 
-    def swapped(self) -> Samples:
-        """Turn labels and votes round: the positive class becomes the other."""
-        return replace(
-            self, label=1 - self.label, votes=np.where(self.votes == MISSING_VOTE, self.votes, 1 - self.votes)
-        )
+    def relabelled(self, labels: Sequence[int]) -> Samples:
+        """Give every class another label, in labels and votes: class k becomes `labels[k]`; a missing vote stays so.
+
+        >>> make_samples(["a.png", "b.png"], [0, 1], sha256=["", ""]).relabelled([2, 0]).label.tolist()
+        [2, 0]
+        """
+        new = np.array([*labels, MISSING_VOTE], dtype=np.int8)  # the last is what -1 picks
+        return replace(self, label=new[self.label], votes=new[self.votes])
+
+
+def vote_shares(samples: Samples, n_classes: int) -> NDArray[np.float32]:
+    """Compute which share of its votes each patch has for each class; without any vote, all is its label's.
+
+    >>> votes = np.array([[0, 2, 2, -1], [-1, -1, -1, -1]], dtype=np.int8)
+    >>> vote_shares(make_samples(["a.png", "b.png"], [2, 1], sha256=["", ""], votes=votes), 3).round(2).tolist()
+    [[0.33000001311302185, 0.0, 0.6700000166893005], [0.0, 1.0, 0.0]]
+
+    Args:
+        samples: (n,) patch table.
+        n_classes: c, more than every label and vote.
+
+    Returns:
+        (n, c) float32; every row sums to 1.
+
+    Raises:
+        ValueError: for a label or a vote that is none of these classes.
+    """
+    classes = np.arange(n_classes)
+    counts = (samples.votes[:, :, None] == classes).sum(axis=1)  # (n, c)
+    unvoted = (samples.votes == MISSING_VOTE).all(axis=1)
+    counts[unvoted] = samples.label[unvoted, None] == classes
+    highest = max(int(samples.label.max(initial=0)), int(samples.votes.max(initial=0)))
+    if highest >= n_classes:
+        raise ValueError(f"samples: class {highest} is none of {n_classes}")
+    shares: NDArray[np.float32] = (counts / counts.sum(axis=1, keepdims=True)).astype(np.float32)
+    return shares
 
 
 def make_samples(
@@ -108,7 +151,8 @@ def make_samples(
     Samples(3 patches: 1 positive; 0 train, 0 test; 2 groups)
 
     Raises:
-        UserError: on a duplicate id, a label other than 0 or 1, or a split other than train, test or empty.
+        UserError: on a duplicate id, a label or a vote that is no class number, or a split other than train, test or
+            empty.
     """
     n = len(id)
     unknown = [""] * n
@@ -120,22 +164,33 @@ def make_samples(
             f"{len(repeated)} ids occur more than once (first: {repeated[0]}). No two patches may have the same id: "
             "remove the repeated rows or rename the files."
         )
-    labels = np.asarray(label, dtype=np.int8)
-    if not np.isin(labels, (0, 1)).all():
-        raise UserError(f"labels must be 0 or 1 (1 = the positive class); found {sorted(set(labels.tolist()))}.")
+    labels = np.asarray(label, dtype=np.int8 if n == 0 else None)
+    _require_classes("labels", labels, 0)
+    given = np.empty((n, 0), dtype=np.int8) if votes is None else np.asarray(votes)
+    _require_classes("votes", given, MISSING_VOTE)
     splits = _strings(unknown if split is None else split)
     unknown_splits = sorted(set(splits.tolist()) - {TRAIN, TEST, ""})
     if unknown_splits:
         raise UserError(f"unknown split {unknown_splits[0]!r}: a split is 'train', 'test' or empty.")
     return Samples(
         id=ids,
-        label=labels,
+        label=labels.astype(np.int8),
         group=_strings(unknown if group is None else group),
         split=splits,
-        votes=np.empty((n, 0), dtype=np.int8) if votes is None else np.asarray(votes, dtype=np.int8),
+        votes=given.astype(np.int8),
         domain=_strings(unknown if domain is None else domain),
         sha256=_strings(sha256),
     )
+
+
+def _require_classes(what: str, values: NDArray[Any], least: int) -> None:
+    wrong = np.setdiff1d(values, np.arange(least, MOST_CLASSES)).tolist()
+    if wrong:
+        missing = f", or {MISSING_VOTE} where one is missing" if least < 0 else ""
+        raise UserError(
+            f"{what} must be whole numbers from 0 to {MOST_CLASSES - 1}, one for each class{missing}; found "
+            f"{', '.join(map(str, wrong[:_SHOWN]))}."
+        )
 
 
 def _strings(values: Iterable[str]) -> NDArray[np.str_]:
@@ -170,7 +225,7 @@ class Audit:
 
     Attributes:
         duplicates: ids of byte-identical patches, one tuple per set of identical ones.
-        conflicts: those of `duplicates` that carry both labels.
+        conflicts: those of `duplicates` that carry different labels.
         split_duplicates: those of `duplicates` with one copy in train and another in test.
         split_groups: groups (slides, patients) with patches in both train and test.
         alike_groups: names of groups that differ only in case or in how a number is written, one tuple per set.

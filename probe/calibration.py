@@ -107,7 +107,7 @@ def calibrate(
             raise UserError(f"`prevalence={prevalence}`: expected a share between 0 and 1, such as 0.2.")
     clusters = ensemble.clusters
     label = (ensemble.label == 1).astype(np.float64)
-    raw = [logit(np.clip(probability, _EDGE, 1 - _EDGE)) for probability in ensemble.by_training]
+    raw = [logit(np.clip(probability, _EDGE, 1 - _EDGE)) for probability in ensemble.positive]
     corrected = [values + logit(ensemble.prior) for values in raw] if 0 < ensemble.prior < 1 else []
     subjects = [[_agreement(label, values, clusters) for values in logits] for logits in (raw, corrected) if logits]
     resampled = resample(subjects, clusters, resampling)
@@ -243,7 +243,7 @@ def _predictive_values(
 
     trainings = [
         statistic(probability >= threshold)
-        for probability, threshold in zip(ensemble.by_training, ensemble.thresholds, strict=True)
+        for probability, threshold in zip(ensemble.positive, ensemble.thresholds, strict=True)
     ]
     found = intervals(resample([trainings], clusters, resampling), 0)
     return tuple(PredictiveValues(one, found[f"ppv {k}"], found[f"npv {k}"]) for k, one in enumerate(prevalences))

@@ -141,15 +141,14 @@ def _judgement(part: Ensemble, resampled: Resampled, resampling: Resampling) -> 
     """Give the figures of one domain, as `probe.evidence.judge` does."""
     clusters = part.clusters
     return Judgement(
-        n=len(part),
-        n_positive=int((part.label == 1).sum()),
+        counts=part.counts,
         unit=clusters.unit,
         n_clusters=clusters.n_units,
         n_alone=clusters.n_alone,
         threshold=part.threshold,
         level=resampling.level,
         replicates=resampling.replicates,
-        figures=intervals(resampled, 0, classes=held(part.label, clusters.index)),
+        figures=intervals(resampled, 0, classes=held(part.label, clusters.index, part.n_classes)),
         trainings=len(part.by_training),
         design_effect=resampled.design_effect,
     )

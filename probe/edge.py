@@ -26,23 +26,32 @@ class Held:
     """How often a set holds each class.
 
     Attributes:
-        n_positive, n_negative: clusters with at least one patch of it; fewer by a design effect.
-        prevalence: share of patches that are positive.
+        clusters: (c,) with at least one patch of the class; fewer by a design effect.
+        prevalence: share of patches that are of class 1.
     """
 
-    n_positive: float
-    n_negative: float
+    clusters: tuple[float, ...]
     prevalence: float
+
+    @property
+    def n_positive(self) -> float:
+        """Clusters that hold class 1."""
+        return self.clusters[1]
+
+    @property
+    def n_negative(self) -> float:
+        """Clusters that hold class 0."""
+        return self.clusters[0]
 
     def thinned(self, design_effect: float) -> Held:
         """Take as many clusters for one as the design effect says."""
-        return Held(self.n_positive / design_effect, self.n_negative / design_effect, self.prevalence)
+        return Held(tuple(n / design_effect for n in self.clusters), self.prevalence)
 
 
-def held(label: NDArray[np.integer], cluster: NDArray[np.intp]) -> Held:
+def held(label: NDArray[np.integer], cluster: NDArray[np.intp], n_classes: int = 2) -> Held:
     """Count the clusters that hold each class, of (n,) labels and clusters."""
-    positive = label == 1
-    return Held(len(np.unique(cluster[positive])), len(np.unique(cluster[~positive])), float(positive.mean()))
+    clusters = tuple(len(np.unique(cluster[label == k])) for k in range(n_classes))
+    return Held(clusters, float((label == 1).mean()))
 
 
 def edge_ends(name: str, values: Mapping[str, float], classes: Held, level: float) -> tuple[float, float] | None:
@@ -53,7 +62,7 @@ def edge_ends(name: str, values: Mapping[str, float], classes: Held, level: floa
     average precision what is left when the false positives that the box allows come first.
 
     Args:
-        name: of `probe.metrics.NAMES`.
+        name: of `probe.metrics.figure_names`. Of more than two classes, only recalls have such an interval.
         values: every figure as it is.
         classes: how many clusters hold each class.
         level: coverage asked.
@@ -62,6 +71,10 @@ def edge_ends(name: str, values: Mapping[str, float], classes: Held, level: floa
         The ends; None for a figure that is not at its edge, such as the AUROC of one and the same score.
     """
     error = 1 - level
+    if name.startswith("recall "):
+        return _side(values[name], classes.clusters[int(name.split()[1])], error)
+    if len(classes.clusters) > 2:
+        return None
     if name == "sensitivity":
         return _side(values[name], classes.n_positive, error)
     if name == "specificity":

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from features.console import UserError
 from features.samples import Samples
-from probe.metrics import NAMES, THRESHOLD
+from probe.metrics import THRESHOLD, describe_counts, predicted_classes
 from probe.predictions import (
     VALIDATION,
     Predictions,
@@ -36,19 +36,21 @@ class Ensemble:
     """One run on one set, one row per patch.
 
     Figures with intervals are means over the run's trainings, each at its own threshold. Single patches and drawn
-    curves are those of `probability` at `threshold`: of all fold models together.
+    curves are those of `probability` at `threshold`: of all fold models together. With more than two classes the most
+    probable one is predicted, and thresholds are NaN.
 
     Attributes:
         dataset, split: which set.
         id, group: (n,) str; group is empty where the slide is unknown.
         digest: (n,) str; SHA-256 of the patch's file, empty where it is not known.
         label: (n,) int8.
-        by_training: (K, n) of each training, the mean over its fold models; of "validation", the probability by the one
-            model that did not train on the patch's slide.
+        by_training: (K, n, c) probabilities of each training, the mean over its fold models; of "validation", those by
+            the one model that did not train on the patch's slide.
         thresholds: (K,) each training is positive from this probability on; chosen on its out-of-fold predictions. On
             "validation" itself they are 0.5, so that nothing was chosen on the patches that are judged.
         threshold: of `probability`, likewise.
-        prior: share of positives among the patches that the run trained on; NaN where it is not known.
+        prior: share of class 1 among the patches that the run trained on; NaN where it is not known.
+        ordinal: whether the classes are ordered.
     """
 
     dataset: str
@@ -61,22 +63,53 @@ class Ensemble:
     thresholds: NDArray[np.float64]
     threshold: float
     prior: float
+    ordinal: bool = False
 
     def __len__(self) -> int:
         return len(self.id)
 
     def __repr__(self) -> str:
-        n_positive = int((self.label == 1).sum())
         trainings = f", {len(self.by_training)} trainings" if len(self.by_training) > 1 else ""
-        return (
-            f"Ensemble({self.dataset}/{self.split}: {len(self):,} patches, {n_positive:,} positive{trainings}, "
-            f"threshold {self.threshold:.3f})"
-        )
+        threshold = f", threshold {self.threshold:.3f}" if self.n_classes == 2 else ""
+        return f"Ensemble({self.dataset}/{self.split}: {describe_counts(self.counts)}{trainings}{threshold})"
+
+    @property
+    def n_classes(self) -> int:
+        """How many classes there are."""
+        return self.by_training.shape[2]
+
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """Patches of every class."""
+        return tuple(np.bincount(self.label, minlength=self.n_classes).tolist())
 
     @property
     def probability(self) -> NDArray[np.float64]:
-        """(n,) mean over trainings."""
+        """(n, c) mean over trainings."""
         return np.asarray(self.by_training.mean(axis=0))
+
+    @property
+    def positive(self) -> NDArray[np.float64]:
+        """(K, n) probability of class 1 by each training: what views of two classes are made of."""
+        return self.by_training[..., 1]
+
+    @property
+    def predicted(self) -> NDArray[np.int8]:
+        """(n,) class that all fold models together predict."""
+        return predicted_classes(self.probability, self.threshold)
+
+    def against_rest(self, k: int) -> Ensemble:
+        """Ask for one class against all others: label 1 is class k, with its probability, and threshold 0.5."""
+        own = self.by_training[..., k]
+        return replace(
+            self,
+            label=(self.label == k).astype(np.int8),
+            by_training=np.stack([1 - own, own], axis=-1),
+            thresholds=np.full(len(own), THRESHOLD),
+            threshold=THRESHOLD,
+            prior=math.nan,
+            ordinal=False,
+        )
 
     @property
     def clusters(self) -> Clusters:
@@ -88,7 +121,7 @@ class Ensemble:
         columns = {name: getattr(self, name)[rows] for name in _COLUMNS}
         return replace(self, **columns, by_training=self.by_training[:, rows])
 
-    def tallies(self, clusters: Clusters, *, names: Collection[str] = NAMES) -> list[Tally]:
+    def tallies(self, clusters: Clusters, *, names: Collection[str] | None = None) -> list[Tally]:
         """Count its predictions by cluster, those of each training, for some figures."""
         return [
             tally(
@@ -97,19 +130,23 @@ class Ensemble:
                 cluster=clusters.index,
                 n_clusters=clusters.n,
                 threshold=float(threshold),
+                ordinal=self.ordinal,
                 names=names,
             )
             for probability, threshold in zip(self.by_training, self.thresholds, strict=True)
         ]
 
 
-def ensemble_of(predictions: Predictions, dataset: str, split: str, *, samples: Samples | None = None) -> Ensemble:
+def ensemble_of(
+    predictions: Predictions, dataset: str, split: str, *, samples: Samples | None = None, ordinal: bool = False
+) -> Ensemble:
     """Average a run's probabilities over the fold models of each training, on one of its sets.
 
     Args:
         predictions: of the run.
         dataset, split: which set; its patches keep their order.
         samples: the dataset's patch table, which tells the patches' digests.
+        ordinal: whether the run's classes are ordered.
 
     Raises:
         UserError: if the run has no such set, or its rows are not those of whole fold models.
@@ -131,8 +168,9 @@ def ensemble_of(predictions: Predictions, dataset: str, split: str, *, samples: 
             f"predictions of {name}: {part.id[first[lacking]]} has {n_models[:, lacking].min()} fold models, others "
             f"have {n_models.max()}. predictions.csv is damaged."
         )
-    if not np.isfinite(part.logit).all():
-        raise UserError(f"predictions of {name}: {(~np.isfinite(part.logit)).sum()} are no numbers. The run diverged.")
+    finite = np.isfinite(part.logit).all(axis=1)
+    if not finite.all():
+        raise UserError(f"predictions of {name}: {(~finite).sum()} are no numbers. The run diverged.")
     for column in ("label", "group"):
         values = getattr(part, column)
         differing = np.flatnonzero(values != values[first][patch])
@@ -141,7 +179,7 @@ def ensemble_of(predictions: Predictions, dataset: str, split: str, *, samples: 
                 f"predictions of {name}: {part.id[differing[0]]} has two {column}s. predictions.csv is damaged."
             )
     # On the patches that thresholds are chosen on, nothing may be chosen for those that are judged.
-    at_half = split == VALIDATION
+    at_half = split == VALIDATION and predictions.n_classes == 2
     trained_on = predictions.select(predictions.split == VALIDATION).label
     ensemble = Ensemble(
         dataset=dataset,
@@ -154,6 +192,7 @@ def ensemble_of(predictions: Predictions, dataset: str, split: str, *, samples: 
         thresholds=np.full(len(seeds), THRESHOLD) if at_half else thresholds_of(predictions),
         threshold=THRESHOLD if at_half else threshold_of(predictions),
         prior=float((trained_on == 1).mean()) if len(trained_on) else math.nan,
+        ordinal=ordinal,
     )
     return ensemble if samples is None else replace(ensemble, digest=samples.sha256[rows_of(ensemble, samples.id)])
 

@@ -23,7 +23,7 @@ from features.display import html_table
 from features.samples import Samples
 from probe.edge import held
 from probe.ensembles import Ensemble, ensemble_of, rows_of
-from probe.metrics import COMPARED, NAMES, FoldFigure, Judgement, RunMetrics, SetMetrics, scores
+from probe.metrics import COMPARED, FoldFigure, Judgement, RunMetrics, SetMetrics, figure_names, scores
 from probe.predictions import VALIDATION, Predictions, threshold_of, trainings_of
 from probe.resample import Clusters, Resampled, Resampling, intervals, resample
 from probe.significance import (
@@ -169,7 +169,7 @@ def judge(ensemble: Ensemble, *, resampling: Resampling = Resampling()) -> Judge
     ...     label=label,
     ...     group=(k // 4).astype(str),
     ...     digest=np.full(20, ""),
-    ...     by_training=probability[None],
+    ...     by_training=np.stack([1 - probability, probability], axis=1)[None],
     ...     thresholds=np.array([0.5]),
     ...     threshold=0.5,
     ...     prior=0.5,
@@ -186,6 +186,7 @@ def evaluate(
     *,
     tables: Mapping[str, Samples] | None = None,
     resampling: Resampling = Resampling(),
+    ordinal: bool = False,
 ) -> RunMetrics:
     """Compute the figures of a run from its predictions: those that metrics.json holds.
 
@@ -193,26 +194,29 @@ def evaluate(
         predictions: all of them.
         tables: dataset to patch table, which tells byte-identical patches; they are drawn together.
         resampling: how resamples are drawn.
+        ordinal: whether the classes are ordered.
     """
     sets = {}
     for dataset, split in predictions.sets():
-        ensemble = ensemble_of(predictions, dataset, split, samples=(tables or {}).get(dataset))
+        ensemble = ensemble_of(predictions, dataset, split, samples=(tables or {}).get(dataset), ordinal=ordinal)
         sets[f"{dataset}/{split}"] = SetMetrics(
-            n=len(ensemble),
-            n_positive=int((ensemble.label == 1).sum()),
-            folds=fold_figures(predictions, dataset, split),
+            counts=ensemble.counts,
+            folds=fold_figures(predictions, dataset, split, ordinal=ordinal),
             ensemble=judge(ensemble, resampling=resampling) if split != VALIDATION else None,
         )
     return RunMetrics(threshold_of(predictions), sets)
 
 
-def fold_figures(predictions: Predictions, dataset: str, split: str) -> dict[str, FoldFigure]:
+def fold_figures(
+    predictions: Predictions, dataset: str, split: str, *, ordinal: bool = False
+) -> dict[str, FoldFigure]:
     """Compute every figure of every fold model on one set, at threshold 0.5 (the paper's view), seed by seed."""
     part = predictions.select((predictions.dataset == dataset) & (predictions.split == split))
     models = [(seed, fold) for seed in trainings_of(part)[0] for fold in np.unique(part.fold)]
     rows_of_model = [(part.seed == seed) & (part.fold == fold) for seed, fold in models]
-    per_model = [scores(part.label[rows], part.probability[rows]) for rows in rows_of_model]
-    values = {name: [figures[name] for figures in per_model] for name in NAMES}
+    probability = part.probability
+    per_model = [scores(part.label[rows], probability[rows], ordinal=ordinal) for rows in rows_of_model]
+    values = {name: [figures[name] for figures in per_model] for name in figure_names(part.n_classes)}
     return {name: FoldFigure(float(np.mean(v)), float(np.std(v)), tuple(v)) for name, v in values.items()}
 
 
@@ -245,6 +249,7 @@ def compare(
     first = matched[0]
     clusters = first.clusters
     resampled = resample([ensemble.tallies(clusters) for ensemble in matched], clusters, resampling)
+    classes = held(first.label, clusters.index, first.n_classes)
     pairs = list(combinations(range(len(names)), 2))
     why = [_why_untested(names[a], names[b], chose) for a, b in pairs]
     differences = {}
@@ -253,20 +258,20 @@ def compare(
         found = [untested(one) if reason else one for one, reason in zip(found, why, strict=True)]
         differences[name] = adjusted(found)
     delongs: Sequence[DeLong | None] = [None] * len(pairs)
-    if pairs and clusters.independent and not any(why):
-        delongs = delong_tests(first.label, np.stack([ensemble.probability for ensemble in matched]), pairs)
+    if pairs and clusters.independent and not any(why) and first.n_classes == 2:
+        positive = np.stack([ensemble.probability[:, 1] for ensemble in matched])
+        delongs = delong_tests(first.label, positive, pairs)
     return Comparison(
         judgements={
             name: Judgement(
-                n=len(ensemble),
-                n_positive=int((ensemble.label == 1).sum()),
+                counts=ensemble.counts,
                 unit=clusters.unit,
                 n_clusters=clusters.n_units,
                 n_alone=clusters.n_alone,
                 threshold=ensemble.threshold,
                 level=resampling.level,
                 replicates=resampling.replicates,
-                figures=intervals(resampled, model, classes=held(first.label, clusters.index)),
+                figures=intervals(resampled, model, classes=classes),
                 trainings=len(ensemble.by_training),
                 design_effect=resampled.design_effect,
             )
@@ -373,6 +378,11 @@ def _matched(runs: Mapping[str, Ensemble]) -> list[Ensemble]:
     matched = [first]
     for other_name, other in others:
         names = f"{name} and {other_name}"
+        if first.n_classes != other.n_classes:
+            raise UserError(
+                f"{name} tells {first.n_classes} classes apart, {other_name} {other.n_classes}: only runs of the same "
+                "classes can be compared."
+            )
         if (first.dataset, first.split) != (other.dataset, other.split):
             raise UserError(
                 f"{name} is judged on {first.dataset}/{first.split}, {other_name} on {other.dataset}/{other.split}: "

@@ -1,4 +1,9 @@
-"""How good are these scores? Figures from labels and probabilities alone; label 1 (Atypical) is the positive class.
+"""How good are these scores? Figures from labels and probabilities alone.
+
+A label is the number of a class. A model gives a logit of every class over class 0, whose own is 0; probabilities are
+their softmax. With two classes that is one logit and its sigmoid: class 1 (Atypical) is the positive class, predicted
+from a threshold on. Of more classes the most probable one is predicted, and figures are means over classes, each
+against the rest: over those that a set holds, if these are two or more.
 
 Every figure equals scikit-learn's, ties included. `probe.tally` computes the same figures of thousands of resamples at
 once.
@@ -11,13 +16,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import msgspec
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from scipy.special import expit, softmax
 
 THRESHOLD = 0.5  # the paper's
 ECE_BINS = 15  # Guo et al. 2017, On Calibration of Modern Neural Networks
@@ -33,23 +39,89 @@ TITLES = {
     "ece": "ECE",
 }
 NAMES = tuple(TITLES)
+# Of more than two classes; each of `_PER_CLASS` is also there for every class k by itself, as "recall k".
+_TITLES_OF_MORE = {
+    "balanced_accuracy": "Balanced accuracy",
+    "auroc": "AUROC",
+    "average_precision": "Average precision",
+    "f1": "F1",
+    "mcc": "MCC",
+    "kappa": "Kappa",
+    "log_loss": "Log loss",
+    "brier": "Brier",
+    "ece": "ECE",
+}
+_PER_CLASS = {"recall": "Recall", "auroc": "AUROC", "average_precision": "Average precision"}
 COMPARED = ("balanced_accuracy", "auroc")  # the figures for which there are differences, tests, ranks, learning curves
-SMALLER_IS_BETTER = frozenset({"brier", "ece"})
+SMALLER_IS_BETTER = frozenset({"brier", "ece", "log_loss"})
+_LEAST = 1e-15  # probability that a log loss is computed from
 
 
-def scores(label: ArrayLike, probability: ArrayLike, *, threshold: float = THRESHOLD) -> dict[str, float]:
-    """Compute every figure of `NAMES` for one set of predictions.
+def probabilities(logit: NDArray[np.floating]) -> NDArray[np.float64]:
+    """Turn logits (..., c - 1) of classes 1, 2, ... over class 0 into probabilities (..., c) of all classes."""
+    wide = logit.astype(np.float64)
+    if wide.shape[-1] == 1:
+        positive = expit(wide)
+        return np.concatenate([1 - positive, positive], axis=-1)
+    return np.asarray(softmax(np.concatenate([np.zeros_like(wide[..., :1]), wide], axis=-1), axis=-1))
+
+
+def predicted_classes(probability: NDArray[np.floating], threshold: float = THRESHOLD) -> NDArray[np.int8]:
+    """Predict the class (n,) of probabilities (n, c): of two classes 1 from the threshold on, else the most probable."""
+    if probability.shape[1] == 2:
+        return np.asarray(probability[:, 1] >= threshold, dtype=np.int8)
+    return np.asarray(probability.argmax(axis=1), dtype=np.int8)
+
+
+def judge_logits(label: NDArray[np.integer], logit: NDArray[np.floating]) -> tuple[float, float]:
+    """Compute balanced accuracy and AUROC of (n,) labels and (n, c - 1) logits, the most probable class predicted."""
+    if logit.shape[1] == 1:
+        return balanced_accuracy(label, logit[:, 0] >= 0), auroc(label, logit[:, 0])
+    p = probabilities(logit)
+    return balanced_accuracy(label, p.argmax(axis=1)), auroc(label, p)
+
+
+def figure_titles(classes: Sequence[str]) -> dict[str, str]:
+    """List the figures of a task with these classes, and their headings.
+
+    >>> list(figure_titles(("a", "b", "c")))[:4]
+    ['balanced_accuracy', 'auroc', 'average_precision', 'f1']
+    >>> figure_titles(("a", "b", "c"))["recall 1"]
+    'Recall b'
+    """
+    if len(classes) == 2:
+        return TITLES
+    return _TITLES_OF_MORE | {
+        f"{name} {k}": f"{title} {one}" for name, title in _PER_CLASS.items() for k, one in enumerate(classes)
+    }
+
+
+def figure_names(n_classes: int) -> tuple[str, ...]:
+    """List the figures of a task with this many classes."""
+    return tuple(figure_titles([str(k) for k in range(n_classes)]))
+
+
+def scores(
+    label: ArrayLike, probability: ArrayLike, *, threshold: float = THRESHOLD, ordinal: bool = False
+) -> dict[str, float]:
+    """Compute every figure of `figure_names` for one set of predictions.
 
     Args:
-        label: (n,) 0 or 1.
-        probability: (n,) predicted probability of class 1.
-        threshold: predicted positive from this probability on.
+        label: (n,) class numbers.
+        probability: (n, c) of every class; or (n,) of class 1, of two.
+        threshold: of two classes, class 1 is predicted from this probability on.
+        ordinal: whether the classes are ordered; kappa's weights are then quadratic (Cohen, Psychological Bulletin 70,
+            1968), else all errors weigh the same.
 
     Returns:
-        Name to value; NaN where a figure does not exist because a class is absent: sensitivity, average precision and
-        F1 need a positive, specificity a negative, balanced accuracy, AUROC and MCC both.
+        Name to value; NaN where a figure does not exist because a class is absent. Of two classes sensitivity, average
+        precision and F1 need a positive, specificity a negative, balanced accuracy, AUROC and MCC both. Of more
+        classes a figure of one class needs that class, and AUROC others too; means need two classes.
     """
-    y, p = np.asarray(label).astype(bool), np.asarray(probability, dtype=np.float64)
+    p = np.asarray(probability, dtype=np.float64)
+    if p.ndim == 2 and p.shape[1] > 2:
+        return _scores_of_more(np.asarray(label).astype(np.intp), p, ordinal=ordinal)
+    y, p = np.asarray(label).astype(bool), p if p.ndim == 1 else p[:, 1]
     predicted = p >= threshold
     figures = confusion_figures(y.sum(), (~y).sum(), tp=(y & predicted).sum(), tn=(~y & ~predicted).sum())
     figures |= {
@@ -59,6 +131,72 @@ def scores(label: ArrayLike, probability: ArrayLike, *, threshold: float = THRES
         "ece": expected_calibration_error(y, p),
     }
     return {name: float(figures[name]) for name in NAMES}
+
+
+def _scores_of_more(y: NDArray[np.intp], p: NDArray[np.float64], *, ordinal: bool) -> dict[str, float]:
+    n_classes = p.shape[1]
+    predicted = p.argmax(axis=1)
+    matrix = np.bincount(y * n_classes + predicted, minlength=n_classes**2).reshape(1, n_classes, n_classes)
+    figures = {name: float(value[0]) for name, value in matrix_figures(matrix, ordinal=ordinal).items()}
+    held = np.flatnonzero(matrix[0].sum(axis=1))
+    for k in range(n_classes):
+        figures[f"auroc {k}"] = auroc(y == k, p[:, k])
+        figures[f"average_precision {k}"] = average_precision(y == k, p[:, k])
+    for name in ("auroc", "average_precision"):
+        of_held = [figures[f"{name} {k}"] for k in held]
+        figures[name] = float(np.mean(of_held)) if len(held) > 1 else math.nan
+    surest = p.max(axis=1)
+    figures["log_loss"] = float(log_losses(y, p).mean()) if len(y) else math.nan
+    figures["brier"] = float(squared_errors(y, p).mean()) if len(y) else math.nan
+    figures["ece"] = expected_calibration_error(y == predicted, surest) if len(y) else math.nan
+    return {name: figures[name] for name in figure_names(n_classes)}
+
+
+def log_losses(label: NDArray[np.integer], probability: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Compute minus the log of the probability (n, c) of each patch's class; (n,)."""
+    return np.asarray(-np.log(np.maximum(probability[np.arange(len(label)), label], _LEAST)))
+
+
+def squared_errors(label: NDArray[np.integer], probability: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Sum the squared errors of probabilities (n, c) over classes (Brier, Monthly Weather Review 78, 1950); (n,)."""
+    return np.asarray(((probability - np.eye(probability.shape[1])[label]) ** 2).sum(axis=1))
+
+
+def matrix_figures(
+    matrix: NDArray[Any], *, ordinal: bool = False, held: NDArray[np.bool_] | None = None
+) -> dict[str, NDArray[np.float64]]:
+    """Compute the figures that follow from (b, c, c) confusion matrices of more than two classes: (b,) each.
+
+    Args:
+        matrix: counts by label and predicted class.
+        ordinal: see `scores`.
+        held: (c,) the classes that means are over, and that must be there; by default those of the first matrix.
+    """
+    matrix = np.asarray(matrix, dtype=np.float64)
+    c = matrix.shape[1]
+    of_class, called, right = matrix.sum(axis=2), matrix.sum(axis=1), np.einsum("bkk->bk", matrix)  # (b, c) each
+    total = of_class.sum(axis=1)
+    held = of_class[0] > 0 if held is None else held
+    steps = np.arange(c)
+    weight = (steps[:, None] - steps) ** 2 if ordinal else 1 - np.eye(c)
+    with np.errstate(divide="ignore", invalid="ignore"):  # an absent class gives NaN
+        recall = right / of_class
+        f1 = np.where(of_class > 0, 2 * right / (of_class + called), np.nan)
+        chance = np.einsum("bk,kl,bl->b", of_class, weight, called) / total
+        kappa = 1 - np.einsum("bkl,kl->b", matrix, weight) / chance
+        agreed = right.sum(axis=1) * total - (of_class * called).sum(axis=1)
+        spread = [total**2 - (side**2).sum(axis=1) for side in (called, of_class)]
+        mcc = np.where((spread[0] == 0) & (spread[1] > 0), 0.0, agreed / np.sqrt(spread[0] * spread[1]))
+    lacks = (of_class[:, held] == 0).any(axis=1) | (held.sum() < 2)
+    means = {
+        "balanced_accuracy": recall[:, held].mean(axis=1) if held.any() else np.full(len(matrix), np.nan),
+        "f1": f1[:, held].mean(axis=1) if held.any() else np.full(len(matrix), np.nan),
+        "mcc": mcc,
+        "kappa": kappa,
+    }
+    return {name: np.where(lacks, np.nan, value) for name, value in means.items()} | {
+        f"recall {k}": recall[:, k] for k in range(c)
+    }
 
 
 def confusion_figures(positive: Any, negative: Any, *, tp: Any, tn: Any) -> dict[str, Any]:
@@ -83,19 +221,32 @@ def confusion_figures(positive: Any, negative: Any, *, tp: Any, tn: Any) -> dict
 
 
 def balanced_accuracy(label: ArrayLike, predicted: ArrayLike) -> float:
-    """Average sensitivity and specificity, of (n,) labels and (n,) predicted classes; NaN if a class is absent."""
-    y, hit = np.asarray(label).astype(bool), np.asarray(predicted).astype(bool)
-    figures = confusion_figures(y.sum(), (~y).sum(), tp=(y & hit).sum(), tn=(~y & ~hit).sum())
-    return float(figures["balanced_accuracy"])
+    """Average the recall of every class that (n,) labels hold, of (n,) predicted classes; NaN if they hold only one."""
+    y, said = np.asarray(label).astype(np.intp), np.asarray(predicted).astype(np.intp)
+    held = np.unique(y)
+    if len(held) < 2:
+        return math.nan
+    return float(np.mean([(said[y == k] == k).mean() for k in held]))
 
 
 def auroc(label: ArrayLike, score: ArrayLike) -> float:
-    """Compute the area under the ROC curve from mid-ranks (Mann and Whitney); NaN if a class is absent."""
+    """Compute the area under the ROC curve from mid-ranks (Mann and Whitney); NaN if a class is absent.
+
+    Args:
+        label: (n,) 0 or 1; or class numbers.
+        score: (n,), the larger the more likely class 1; or (n, c) probabilities, whose areas, each class against the
+            rest, are averaged over the classes that the labels hold.
+    """
+    values = np.asarray(score)
+    if values.ndim == 2:
+        y = np.asarray(label)
+        held = np.unique(y).astype(np.intp)
+        return float(np.mean([auroc(y == k, values[:, k]) for k in held])) if len(held) > 1 else math.nan
     y = np.asarray(label).astype(bool)
     n_positive, n_negative = int(y.sum()), int((~y).sum())
     if not n_positive or not n_negative:
         return float("nan")
-    ranks = mid_ranks(np.asarray(score))
+    ranks = mid_ranks(values)
     return float((ranks[y].sum() - n_positive * (n_positive + 1) / 2) / (n_positive * n_negative))
 
 
@@ -154,11 +305,19 @@ def best_threshold(label: ArrayLike, probability: ArrayLike) -> float:
 
 
 def balanced_log_loss(label: ArrayLike, logit: NDArray[np.floating]) -> NDArray[np.float64]:
-    """Compute the log loss (k,) of (n,) labels and (n, k) logits, both classes weighing the same, as probes do."""
-    y = np.asarray(label).astype(bool)
-    signed = np.where(y[:, None], -logit, logit).astype(np.float64)
-    losses = np.logaddexp(0, signed)
-    return np.asarray((losses[y].mean(axis=0) + losses[~y].mean(axis=0)) / 2)
+    """Compute the log loss (k,) of (n,) labels and (n, k, c - 1) logits, all classes weighing the same, as in probes.
+
+    Classes that the labels do not hold weigh nothing.
+    """
+    y = np.asarray(label).astype(np.intp)
+    wide = logit.astype(np.float64)
+    if wide.shape[-1] == 1:
+        losses = np.logaddexp(0, np.where(y[:, None] == 1, -wide[..., 0], wide[..., 0]))
+    else:
+        every = np.concatenate([np.zeros_like(wide[..., :1]), wide], axis=-1)
+        own = np.take_along_axis(every, y[:, None, None], axis=-1)[..., 0]
+        losses = np.logaddexp.reduce(every, axis=-1) - own
+    return np.asarray(np.mean([losses[y == k].mean(axis=0) for k in np.unique(y)], axis=0))
 
 
 # ------------------------------------------------------------------------------------------------- figures, recorded
@@ -208,19 +367,18 @@ class Judgement:
     """Every figure of one run's ensemble on one set.
 
     Attributes:
-        n, n_positive: patches.
+        counts: patches of every class.
         unit: what was resampled, "slide" or "sample".
         n_clusters: how many of them.
         n_alone: patches of unknown slide among known ones; each counts as one slide.
-        threshold: positive from this probability on.
+        threshold: of two classes, positive from this probability on; else NaN.
         level, replicates: of the resampling.
-        figures: name (`NAMES`) to interval.
+        figures: name (`figure_names`) to interval.
         trainings: how many (seeds); figures are means over them, and intervals contain their scatter.
         design_effect: the largest plausible one, for which `Interval.wide` is; 1 where slides are known.
     """
 
-    n: int
-    n_positive: int
+    counts: tuple[int, ...]
     unit: str
     n_clusters: int
     n_alone: int
@@ -232,6 +390,16 @@ class Judgement:
     design_effect: float = 1.0
 
     @property
+    def n(self) -> int:
+        """Patches."""
+        return sum(self.counts)
+
+    @property
+    def n_positive(self) -> int:
+        """Patches of class 1."""
+        return self.counts[1]
+
+    @property
     def over(self) -> str:
         """What the intervals generalise over, in words."""
         drawn = "slides" if self.unit == "slide" else "patches"
@@ -239,9 +407,17 @@ class Judgement:
 
     def __repr__(self) -> str:
         figures = ", ".join(f"{name} {figure}" for name, figure in self.figures.items())
-        return (
-            f"Judgement({self.n:,} patches, {self.n_positive:,} positive, {self.n_clusters:,} {self.unit}s: {figures})"
-        )
+        return f"Judgement({describe_counts(self.counts)}, {self.n_clusters:,} {self.unit}s: {figures})"
+
+
+def describe_counts(counts: Sequence[int]) -> str:
+    """Say how many patches there are, and of two classes how many positives.
+
+    >>> describe_counts((15, 5)), describe_counts((7, 0, 3))
+    ('20 patches, 5 positive', '10 patches of 2 classes')
+    """
+    n = f"{sum(counts):,} patches"
+    return f"{n}, {counts[1]:,} positive" if len(counts) == 2 else f"{n} of {sum(count > 0 for count in counts)} classes"
 
 
 @dataclass(frozen=True)
@@ -249,13 +425,12 @@ class SetMetrics:
     """The figures of a run on one set.
 
     Attributes:
-        n, n_positive: patches.
-        folds: name (`NAMES`) to what the fold models reach.
+        counts: patches of every class.
+        folds: name (`figure_names`) to what the fold models reach.
         ensemble: of the ensemble; None for out-of-fold predictions, on which the threshold was chosen.
     """
 
-    n: int
-    n_positive: int
+    counts: tuple[int, ...]
     folds: dict[str, FoldFigure]
     ensemble: Judgement | None
 
@@ -268,7 +443,7 @@ class RunMetrics:
     """The figures of a run: what metrics.json holds.
 
     Attributes:
-        threshold: of the ensemble, chosen on the out-of-fold predictions.
+        threshold: of the ensemble, chosen on the out-of-fold predictions; NaN for more than two classes.
         sets: "dataset/split" to its figures.
     """
 
@@ -297,7 +472,9 @@ class RunMetrics:
 
 
 def _set_as_dict(metrics: SetMetrics) -> dict[str, Any]:
-    record: dict[str, Any] = {"n": metrics.n, "n_positive": metrics.n_positive, "folds": metrics.folds}
+    counts = metrics.counts
+    of_classes = {"n_positive": counts[1]} if len(counts) == 2 else {"counts": counts}
+    record: dict[str, Any] = {"n": sum(counts)} | of_classes | {"folds": metrics.folds}
     if metrics.ensemble is not None:
         figures = metrics.ensemble.figures
         record["ensemble"] = {name: figure.value for name, figure in figures.items()}
@@ -310,6 +487,8 @@ def _set_as_dict(metrics: SetMetrics) -> dict[str, Any]:
 def _set_from_dict(record: Mapping[str, Any], threshold: float) -> dict[str, Any]:
     """Arrange one set of metrics.json as `SetMetrics`."""
     judgement = None
+    if "counts" not in record:  # two classes
+        record = {**record, "counts": [record["n"] - record["n_positive"], record["n_positive"]]}
     if "intervals" in record:  # runs of early versions have an ensemble without
         ends = record["intervals"]["figures"]
         figures = {

@@ -1,6 +1,7 @@
 """What did each fold's model predict for each patch, and how is that kept in CSV files?
 
 predictions.csv holds one row per patch and fold model; the models of one fold differ by the seed of their training.
+With two classes it has the logit and the probability of class 1; with more those of every class, by number.
 samples.csv holds the patch tables of what was predicted. Both are written in pieces of bounded size, so that a run of a
 million patches needs no second copy of itself in memory.
 """
@@ -9,6 +10,7 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from itertools import repeat
@@ -16,11 +18,10 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import expit
 
 from features.console import UserError
 from features.samples import MISSING_VOTE, Samples, make_samples
-from probe.metrics import THRESHOLD, best_threshold
+from probe.metrics import THRESHOLD, best_threshold, probabilities
 
 VALIDATION = "validation"  # the split name of out-of-fold predictions
 _TYPES: dict[str, type[np.generic]] = {
@@ -31,10 +32,8 @@ _TYPES: dict[str, type[np.generic]] = {
     "split": np.str_,
     "fold": np.intp,
     "seed": np.intp,
-    "logit": np.float32,
-    "probability": np.float64,
 }
-COLUMNS = tuple(_TYPES)  # of predictions.csv: the fields of `Predictions`, and the probability
+COLUMNS = (*_TYPES, "logit", "probability")  # of predictions.csv with two classes
 SAMPLE_COLUMNS = ("dataset", "id", "label", "group", "split", "votes", "domain", "sha256")
 _VOTES = {"0": 0, "1": 1, "-": MISSING_VOTE}  # a rater's vote as a letter
 _LETTERS = {vote: letter for letter, vote in _VOTES.items()}
@@ -51,7 +50,7 @@ class Predictions:
         label: (n,) int8.
         fold: (n,) the fold whose model predicts.
         seed: (n,) of that model's training.
-        logit: (n,) float32; probability is its sigmoid.
+        logit: (n, c - 1) float32, of classes 1, 2, ... over class 0.
     """
 
     dataset: NDArray[np.str_]
@@ -71,9 +70,14 @@ class Predictions:
         return f"Predictions({len(self):,} rows: {sets})"
 
     @property
+    def n_classes(self) -> int:
+        """How many classes there are."""
+        return self.logit.shape[1] + 1
+
+    @property
     def probability(self) -> NDArray[np.float64]:
-        """(n,) sigmoid of the logit."""
-        return np.asarray(expit(self.logit.astype(np.float64)))
+        """(n, c) of every class."""
+        return probabilities(self.logit)
 
     def sets(self) -> list[tuple[str, str]]:
         """List the (dataset, split) pairs in order of appearance."""
@@ -105,20 +109,20 @@ def predictions_of(
         dataset: its name.
         samples: (n,) the patches predicted.
         split: "validation" or "test".
-        fold, seed: of the model of each logit, in any shape that broadcasts to that of `logit`: (F,) if each of F
-            models predicts every patch.
-        logit: (n,) for one model per patch, or (n, models).
+        fold, seed: of the model of each patch, in any shape that broadcasts to (n, models): (F,) if each of F models
+            predicts every patch.
+        logit: (n, models, c - 1).
     """
-    rows = np.repeat(np.arange(len(samples)), logit.size // max(len(samples), 1))
+    rows = np.repeat(np.arange(len(samples)), logit.shape[1])
     return Predictions(
         dataset=np.broadcast_to(dataset, len(rows)),
         id=samples.id[rows],
         label=samples.label[rows],
         group=samples.group[rows],
         split=np.broadcast_to(split, len(rows)),
-        fold=np.broadcast_to(fold, logit.shape).reshape(-1),
-        seed=np.broadcast_to(np.asarray(seed, dtype=np.intp), logit.shape).reshape(-1),
-        logit=np.asarray(logit, dtype=np.float32).reshape(-1),
+        fold=np.broadcast_to(fold, logit.shape[:2]).reshape(-1),
+        seed=np.broadcast_to(np.asarray(seed, dtype=np.intp), logit.shape[:2]).reshape(-1),
+        logit=np.asarray(logit, dtype=np.float32).reshape(-1, logit.shape[2]),
     )
 
 
@@ -152,7 +156,7 @@ def by_training(predictions: Predictions, dataset: str, split: str) -> tuple[NDA
     """Average the fold models of each training on one set.
 
     Returns:
-        The seeds (K,) in ascending order, and probabilities (K, n), patches in the order of the patch table: of
+        The seeds (K,) in ascending order, and probabilities (K, n, c), patches in the order of the patch table: of
         "validation" each patch's under the one model of the training that did not train on it.
     """
     part = predictions.select((predictions.dataset == dataset) & (predictions.split == split))
@@ -160,43 +164,71 @@ def by_training(predictions: Predictions, dataset: str, split: str) -> tuple[NDA
     first, patch = patches_of(part)
     cell = training * len(first) + patch
     size = len(seeds) * len(first)
-    total = np.bincount(cell, weights=part.probability, minlength=size)
-    return seeds, (total / np.bincount(cell, minlength=size)).reshape(len(seeds), len(first))
+    total = [np.bincount(cell, weights=column, minlength=size) for column in part.probability.T]
+    mean = np.stack(total, axis=1) / np.bincount(cell, minlength=size)[:, None]
+    return seeds, mean.reshape(len(seeds), len(first), -1)
 
 
 def threshold_of(predictions: Predictions) -> float:
-    """Choose a run's threshold: the best on its out-of-fold predictions, or their mean over trainings; else 0.5."""
+    """Choose a run's threshold: the best on its out-of-fold predictions, or their mean over trainings; else 0.5.
+
+    With more than two classes the most probable one is predicted, and there is none: NaN.
+    """
+    if predictions.n_classes > 2:
+        return math.nan
     label, probability = _out_of_fold(predictions)
     return best_threshold(label, probability.mean(axis=0)) if len(label) else THRESHOLD
 
 
 def thresholds_of(predictions: Predictions) -> NDArray[np.float64]:
     """Choose a threshold (K,) for each training of a run by itself, as `threshold_of` does."""
+    n_trainings = len(trainings_of(predictions)[0])
+    if predictions.n_classes > 2:
+        return np.full(n_trainings, math.nan)
     label, probability = _out_of_fold(predictions)
     if not len(label):
-        return np.full(len(trainings_of(predictions)[0]), THRESHOLD)
+        return np.full(n_trainings, THRESHOLD)
     return np.array([best_threshold(label, one) for one in probability])
 
 
 def _out_of_fold(predictions: Predictions) -> tuple[NDArray[np.int8], NDArray[np.float64]]:
-    """Find the labels (n,) and out-of-fold probabilities (K, n) of the patches that cross-validation used."""
+    """Find the labels (n,) and out-of-fold probabilities (K, n) of class 1 of the patches that cross-validation used."""
     part = predictions.select(predictions.split == VALIDATION)
     if not len(part):
         return part.label, np.empty((0, 0))
-    return part.label[patches_of(part)[0]], by_training(part, str(part.dataset[0]), VALIDATION)[1]
+    return part.label[patches_of(part)[0]], by_training(part, str(part.dataset[0]), VALIDATION)[1][..., 1]
 
 
 # ------------------------------------------------------------------------------------------------------ predictions.csv
 
 
+def columns_of(n_classes: int) -> tuple[str, ...]:
+    """List the columns of predictions.csv.
+
+    >>> columns_of(3)[-5:]
+    ('logit_1', 'logit_2', 'probability_0', 'probability_1', 'probability_2')
+    """
+    if n_classes == 2:
+        return COLUMNS
+    logits = (f"logit_{k}" for k in range(1, n_classes))
+    return (*_TYPES, *logits, *(f"probability_{k}" for k in range(n_classes)))
+
+
 def predictions_csv(predictions: Predictions) -> Iterator[bytes]:
     """Make predictions.csv, a piece at a time."""
+    names = columns_of(predictions.n_classes)
     for start in range(0, max(1, len(predictions)), _ROWS):
         part = predictions.select(np.arange(start, min(start + _ROWS, len(predictions))))
-        columns = {field.name: getattr(part, field.name).tolist() for field in fields(part)}
-        columns["logit"] = [f"{value:.9g}" for value in columns["logit"]]  # 9 digits give a float32 back exactly
-        columns["probability"] = [f"{value:.6f}" for value in part.probability.tolist()]
-        yield csv_bytes(() if start else COLUMNS, zip(*columns.values(), strict=True))
+        columns = [getattr(part, name).tolist() for name in _TYPES]
+        # 9 digits give a float32 back exactly.
+        columns += [[f"{value:.9g}" for value in column] for column in part.logit.T.tolist()]
+        columns += [[f"{value:.6f}" for value in column] for column in _written(part.probability).T.tolist()]
+        yield csv_bytes(() if start else names, zip(*columns, strict=True))
+
+
+def _written(probability: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Choose the probabilities that are written: of two classes that of class 1, of more all."""
+    return probability[:, 1:] if probability.shape[1] == 2 else probability
 
 
 def parse_predictions(text: str, *, seed: int = 0) -> Predictions:
@@ -211,25 +243,31 @@ def parse_predictions(text: str, *, seed: int = 0) -> Predictions:
     """
     early = tuple(name for name in COLUMNS if name != "seed")
     has_seeds = not text.startswith(",".join(early) + "\n")
-    columns: dict[str, Sequence[str]] = dict(parse_columns(text, COLUMNS if has_seeds else early))
+    n_classes = max(2, 1 + text.partition("\n")[0].count(",logit_"))
+    expected = columns_of(n_classes)
+    columns: dict[str, Sequence[str]] = dict(parse_columns(text, expected if has_seeds else early))
     if not has_seeds:
         columns["seed"] = [str(seed)] * len(columns["id"])
     try:
         arrays: dict[str, Any] = {name: np.array(columns[name], dtype=dtype) for name, dtype in _TYPES.items()}
+        numbers = np.array([columns[name] for name in expected[len(_TYPES) :]], dtype=np.float64).T  # (n, ...)
+        with np.errstate(over="ignore"):  # becomes infinite, which is refused below
+            logit = numbers[:, : n_classes - 1].astype(np.float32)
     except OverflowError as error:
         raise ValueError(str(error)) from error
-    written = arrays.pop("probability")
-    predictions = Predictions(**arrays)
-    if not np.isin(predictions.label, (0, 1)).all():
-        raise ValueError("a label is neither 0 nor 1")
-    undefined = np.flatnonzero(~np.isfinite(predictions.logit))
+    written = numbers[:, n_classes - 1 :]
+    predictions = Predictions(**arrays, logit=logit)
+    if not ((predictions.label >= 0) & (predictions.label < n_classes)).all():
+        raise ValueError("a label is neither 0 nor 1" if n_classes == 2 else f"a label is not from 0 to {n_classes - 1}")
+    undefined = np.flatnonzero(~np.isfinite(predictions.logit).all(axis=1))
     if len(undefined):
         raise ValueError(f"the logit of line {undefined[0] + 2} is no number")
-    wrong = np.flatnonzero(~(np.abs(predictions.probability - written) < _ROUNDED))
+    meant = _written(predictions.probability)
+    wrong, column = np.nonzero(~(np.abs(meant - written) < _ROUNDED))
     if len(wrong):
         raise ValueError(
-            f"line {wrong[0] + 2}: the probability is {written[wrong[0]]:g}, that of its logit is "
-            f"{predictions.probability[wrong[0]]:.6f}"
+            f"line {wrong[0] + 2}: the probability is {written[wrong[0], column[0]]:g}, that of its logit is "
+            f"{meant[wrong[0], column[0]]:.6f}"
         )
     return predictions
 

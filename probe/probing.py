@@ -261,8 +261,8 @@ def _aligned_tests(
         if options.test is None and compare_classes(classes, mapped) == "other":
             say(f"{name} has other classes ({', '.join(names)}) than {train} ({', '.join(classes)}) and is not scored.")
             continue
-        turned = aligned(classes, names, train_name=train, test_name=name, labels=renamed)
-        tests[name] = tables[name].swapped() if turned else tables[name]
+        found = aligned(classes, names, train_name=train, test_name=name, labels=renamed)
+        tests[name] = tables[name].relabelled(found)
     renamed.require_met()
     return tests
 

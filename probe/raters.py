@@ -119,8 +119,8 @@ def by_agreement(ensemble: Ensemble, votes: NDArray[np.integer], *, resampling: 
         judge(part.select(rows), resampling=resampling) if rows.any() else None for rows in (agreed, ~agreed)
     )
     chance = intervals(resample([[_agreement_sums(n_votes, n_for, clusters)]], clusters, resampling), 0)
-    trainings = [_soft_sums(probability, n_for / n_votes, clusters) for probability in part.by_training]
-    says = part.probability >= part.threshold
+    trainings = [_soft_sums(probability, n_for / n_votes, clusters) for probability in part.positive]
+    says = part.predicted == 1
     against, minority = (
         agreed & (says != (n_for > 0)),
         ~agreed & np.where(says, 2 * n_for < n_votes, 2 * n_for > n_votes),
@@ -174,7 +174,7 @@ def _raters(
     n_raters = votes.shape[1]
     trainings = [
         (probability >= threshold).astype(np.int8)
-        for probability, threshold in zip(ensemble.by_training, ensemble.thresholds, strict=True)
+        for probability, threshold in zip(ensemble.positive, ensemble.thresholds, strict=True)
     ]
     as_raters = [[_against_others(votes[:, k], votes, k, clusters)] for k in range(n_raters)]
     as_runs = [[_against_others(says, votes, k, clusters) for says in trainings] for k in range(n_raters)]
@@ -253,9 +253,10 @@ def _soft_sums(probability: NDArray[np.float64], share: NDArray[np.float64], clu
 
 def _dissents(ensemble: Ensemble) -> tuple[Dissent, ...]:
     """List patches, those whose probability lies furthest from the threshold first."""
-    order = np.argsort(-np.abs(ensemble.probability - ensemble.threshold), kind="stable")[:_MOST_DISSENTS]
+    positive = ensemble.probability[:, 1]
+    order = np.argsort(-np.abs(positive - ensemble.threshold), kind="stable")[:_MOST_DISSENTS]
     chosen = ensemble.select(order)
     return tuple(
         Dissent(*row)
-        for row in zip(chosen.id.tolist(), chosen.label.tolist(), chosen.probability.tolist(), strict=True)
+        for row in zip(chosen.id.tolist(), chosen.label.tolist(), positive[order].tolist(), strict=True)
     )

@@ -190,7 +190,7 @@ def error_rates(
         resampling: how resamples are drawn.
     """
     y = out_of_fold.label == 1
-    predicted = out_of_fold.probability >= (out_of_fold.threshold if threshold is None else threshold)
+    predicted = out_of_fold.probability[:, 1] >= (out_of_fold.threshold if threshold is None else threshold)
     clusters = out_of_fold.clusters
     counts = sums_by_cluster(np.stack([y, ~y, y & predicted, ~y & ~predicted], axis=1).astype(np.float64), clusters)
     resampled = resample([[Sums(counts, _hit_rates)]], clusters, resampling)
@@ -279,12 +279,12 @@ def by_slide(
         return np.asarray(np.bincount(row, weights=of)[kept] / n[kept])
 
     slide, domains = places[:, kept]
-    annotated, predicted = share(part.label == 1), share(part.probability >= part.threshold)
+    annotated, predicted = share(part.label == 1), share(part.predicted == 1)
     errors = error_rates(out_of_fold, threshold=ensemble.threshold, resampling=resampling)
     shares = []  # of every training: predicted, and corrected for its own errors
     for k, threshold in enumerate(part.thresholds):
-        of_training = share(part.by_training[k] >= threshold)
-        y, hit = out_of_fold.label == 1, out_of_fold.by_training[k] >= threshold
+        of_training = share(part.positive[k] >= threshold)
+        y, hit = out_of_fold.label == 1, out_of_fold.positive[k] >= threshold
         gain = hit[y].mean() - hit[~y].mean() if y.any() and not y.all() else math.nan
         corrected = np.clip((of_training - hit[~y].mean()) / gain, 0, 1) if gain > 0 else np.full(len(kept), np.nan)
         shares.append((of_training, corrected))

@@ -1,8 +1,9 @@
 """What are the figures of thousands of resamples of one set? Counted, not copied: a cluster drawn twice counts twice.
 
-Confusion counts, Brier and calibration are sums over patches: one matrix product gives those of many resamples. AUROC
-and average precision are sums over the scores of the positives, which are sorted once: of few clusters their cumulative
-counts are one more product, of many they are added up patch by patch.
+Confusion counts, log loss, Brier and calibration are sums over patches: one matrix product gives those of many
+resamples. AUROC and average precision are sums over the scores of the positives, which are sorted once: of few clusters
+their cumulative counts are one more product, of many they are added up patch by patch. Of more than two classes that is
+done for each class against the rest.
 """
 
 from __future__ import annotations
@@ -14,7 +15,19 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from probe.metrics import ECE_BINS, NAMES, THRESHOLD, auroc, average_precision, calibration_bin, confusion_figures
+from probe.metrics import (
+    ECE_BINS,
+    THRESHOLD,
+    auroc,
+    average_precision,
+    calibration_bin,
+    confusion_figures,
+    figure_names,
+    log_losses,
+    matrix_figures,
+    predicted_classes,
+    squared_errors,
+)
 
 _BLOCK = 2**19  # numbers worked on at a time: a few megabytes, which stay near the processor
 _MANY = 2**17  # samples: in larger sets, scores are rounded to quantiles of the positives' scores before ranking
@@ -34,16 +47,19 @@ class Tally:
     quantiles first. How far that moves the figures of the whole set is kept, and added to those of every resample.
 
     Attributes:
-        table: (k, 5 + ECE_BINS) what a cluster adds to each sum: positives, negatives, true positives, true negatives,
-            squared errors, and label minus probability per calibration bin.
-        ranks: what AUROC and average precision follow from; None where neither is wanted.
-        rounded_off: figure to what rounding took from it; empty without rounding.
+        table: (k, c * c + 2 + ECE_BINS) what a cluster adds to each sum: patches by label and predicted class, squared
+            errors, log losses, and per calibration bin what was right minus its probability.
+        ranks: what AUROC and average precision follow from, of class 1 if there are two, else of every class that the
+            set holds; empty where neither is wanted.
+        held: (c,) which classes the set holds.
+        ordinal: whether kappa's weights are quadratic.
         names: the figures wanted.
     """
 
     table: NDArray[np.float64]
-    ranks: _Cumulated | _Sorted | None
-    rounded_off: dict[str, float]
+    ranks: dict[int, _Ranked]
+    held: NDArray[np.bool_]
+    ordinal: bool
     names: tuple[str, ...]
 
     def __call__(self, count: NDArray[np.floating[Any]], /) -> dict[str, NDArray[np.float64]]:
@@ -57,18 +73,38 @@ class Tally:
         Returns:
             Name to (r,); NaN in a resample that lacks a class the figure needs (see `probe.metrics.scores`).
         """
+        c = len(self.held)
         sums = count @ self.table
-        positive, negative, tp, tn, squares = sums.T[:5]
-        with np.errstate(invalid="ignore"):  # a resample without samples, or without a class, gives NaN
-            figures = confusion_figures(positive, negative, tp=tp, tn=tn) | {
-                "brier": squares / (positive + negative),
-                "ece": np.abs(sums[:, 5:]).sum(axis=1) / (positive + negative),
+        matrix = sums[:, : c * c].reshape(-1, c, c)
+        total = matrix.sum(axis=(1, 2))
+        with np.errstate(invalid="ignore", divide="ignore"):  # a resample without samples, or without a class
+            figures = {
+                "brier": sums[:, c * c] / total,
+                "log_loss": sums[:, c * c + 1] / total,
+                "ece": np.abs(sums[:, c * c + 2 :]).sum(axis=1) / total,
             }
-            if self.ranks is not None:
-                won, precision = self.ranks.sums(count)
-                figures["auroc"] = won / (positive * negative) + self.rounded_off.get("auroc", 0.0)
-                figures["average_precision"] = precision / positive + self.rounded_off.get("average_precision", 0.0)
+            if c == 2:
+                negative, positive = matrix.sum(axis=2).T
+                figures |= confusion_figures(positive, negative, tp=matrix[:, 1, 1], tn=matrix[:, 0, 0])
+                figures |= self.ranks[1](count, positive, negative) if self.ranks else {}
+            else:
+                figures |= matrix_figures(matrix, ordinal=self.ordinal, held=self.held)
+                figures |= self._ranked(count, matrix.sum(axis=2)) if self.ranks else {}
         return {name: figures[name] for name in self.names}
+
+    def _ranked(
+        self, count: NDArray[np.floating[Any]], of_class: NDArray[np.float64]
+    ) -> dict[str, NDArray[np.float64]]:
+        """Compute AUROC and average precision of every class against the rest, and their means."""
+        total = of_class.sum(axis=1)
+        each = {k: ranked(count, of_class[:, k], total - of_class[:, k]) for k, ranked in self.ranks.items()}
+        absent = np.full(len(count), np.nan)
+        found = {}
+        for name in _RANKED:
+            values = [figures[name] for figures in each.values()]
+            found[name] = np.mean(values, axis=0) if len(values) > 1 else absent
+            found |= {f"{name} {k}": each[k][name] if k in each else absent for k in range(len(self.held))}
+        return found
 
 
 def tally(
@@ -78,27 +114,68 @@ def tally(
     cluster: NDArray[np.intp],
     n_clusters: int,
     threshold: float = THRESHOLD,
-    names: Collection[str] = NAMES,
+    ordinal: bool = False,
+    names: Collection[str] | None = None,
 ) -> Tally:
     """Count (n,) labels and probabilities by cluster, once for all resamples.
 
     Args:
-        label: (n,) 0 or 1.
-        probability: (n,) predicted probability of class 1.
+        label: (n,) class numbers.
+        probability: (n, c) of every class; or (n,) of class 1, of two.
         cluster: (n,) what each sample is drawn with, 0 to n_clusters - 1; `np.arange(n)` where each is drawn alone.
         n_clusters: how many clusters there are; some may be without a sample.
-        threshold: predicted positive from this probability on.
-        names: the figures wanted, of `probe.metrics.NAMES`.
+        threshold: of two classes, class 1 is predicted from this probability on.
+        ordinal: see `probe.metrics.scores`.
+        names: the figures wanted, of `probe.metrics.figure_names`; by default all.
     """
-    y = np.asarray(label).astype(bool)
+    y = np.asarray(label).astype(np.intp)
     p = np.asarray(probability, dtype=np.float64)
-    predicted = p >= threshold
-    table = np.zeros((n_clusters, 5 + ECE_BINS))
-    for column, value in enumerate((y, ~y, y & predicted, ~y & ~predicted, (p - y) ** 2)):
-        table[:, column] = np.bincount(cluster, weights=value, minlength=n_clusters)
-    np.add.at(table, (cluster, 5 + calibration_bin(p)), y - p)
-    if _RANKED.isdisjoint(names):
-        return Tally(table, None, {}, tuple(names))
+    p = np.stack([1 - p, p], axis=1) if p.ndim == 1 else p
+    c = p.shape[1]
+    names = figure_names(c) if names is None else tuple(names)
+    predicted = predicted_classes(p, threshold)
+    table = np.zeros((n_clusters, c * c + 2 + ECE_BINS))
+    np.add.at(table, (cluster, y * c + predicted), 1)
+    if c == 2:  # of class 1, whatever is predicted
+        brier, surest, right = (p[:, 1] - y) ** 2, p[:, 1], y
+    else:
+        brier, surest, right = squared_errors(y, p), p.max(axis=1), y == predicted
+    table[:, c * c] = np.bincount(cluster, weights=brier, minlength=n_clusters)
+    table[:, c * c + 1] = np.bincount(cluster, weights=log_losses(y, p), minlength=n_clusters)
+    np.add.at(table, (cluster, c * c + 2 + calibration_bin(surest)), right - surest)
+    held = np.bincount(y, minlength=c) > 0
+    ranks: dict[int, _Ranked] = {}
+    if not _RANKED.isdisjoint(name.split()[0] for name in names):
+        ranks = {
+            k: _ranked(y == k, p[:, k], cluster, n_clusters) for k in ([1] if c == 2 else np.flatnonzero(held).tolist())
+        }
+    return Tally(table, ranks, held, ordinal, names)
+
+
+@dataclass(frozen=True, eq=False)
+class _Ranked:
+    """One class against the rest, ranked.
+
+    Attributes:
+        ranks: counts by score.
+        rounded_off: figure to what rounding took from it; empty without rounding.
+    """
+
+    ranks: _Cumulated | _Sorted
+    rounded_off: dict[str, float]
+
+    def __call__(
+        self, count: NDArray[np.floating[Any]], positive: NDArray[np.float64], negative: NDArray[np.float64]
+    ) -> dict[str, NDArray[np.float64]]:
+        """Compute AUROC and average precision, each (b,), of (b, k) resamples and their (b,) patches of either side."""
+        won, precision = self.ranks.sums(count)
+        return {
+            "auroc": won / (positive * negative) + self.rounded_off.get("auroc", 0.0),
+            "average_precision": precision / positive + self.rounded_off.get("average_precision", 0.0),
+        }
+
+
+def _ranked(y: NDArray[np.bool_], p: NDArray[np.float64], cluster: NDArray[np.intp], n_clusters: int) -> _Ranked:
     rounded_off = {}
     if len(p) > _MANY:
         quantiles = np.unique(np.quantile(p[y] if y.any() else p, np.linspace(0, 1, _STEPS + 1)))
@@ -107,7 +184,7 @@ def tally(
             "auroc": auroc(y, exact) - auroc(y, p),
             "average_precision": average_precision(y, exact) - average_precision(y, p),
         }
-    return Tally(table, _ranks(y, p, cluster, n_clusters), rounded_off, tuple(names))
+    return _Ranked(_ranks(y, p, cluster, n_clusters), rounded_off)
 
 
 # ------------------------------------------------------------------------------------- AUROC and average precision

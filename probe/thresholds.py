@@ -116,11 +116,11 @@ def by_threshold(
 def _judge(ensemble: Ensemble, specificity: float, resampling: Resampling) -> DomainThreshold:
     clusters, y = ensemble.clusters, ensemble.label == 1
     both = bool(y.any() and not y.all())
-    best = [best_threshold(y, p) if both else np.nan for p in ensemble.by_training]
-    own = [_at(y, p >= t, clusters) for p, t in zip(ensemble.by_training, ensemble.thresholds, strict=True)]
-    tuned = [_at(y, p >= t, clusters) for p, t in zip(ensemble.by_training, best, strict=True)]
+    best = [best_threshold(y, p) if both else np.nan for p in ensemble.positive]
+    own = [_at(y, p >= t, clusters) for p, t in zip(ensemble.positive, ensemble.thresholds, strict=True)]
+    tuned = [_at(y, p >= t, clusters) for p, t in zip(ensemble.positive, best, strict=True)]
     resampled = resample([own, tuned], clusters, resampling)
-    ranked = [_Ranked.of(y, p, clusters) for p in ensemble.by_training]
+    ranked = [_Ranked.of(y, p, clusters) for p in ensemble.positive]
     fixed = resample([[_AtSpecificity(one, specificity) for one in ranked]], clusters, resampling)
     classes = held(ensemble.label, clusters.index)
     curve = _learning_curve(ranked, ensemble.thresholds, clusters, resampling.seed) if both else ()

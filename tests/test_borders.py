@@ -67,7 +67,7 @@ def add_test(store: FeatureStore, classes: tuple[str, str], *, turned: bool = Fa
     """A test set whose class 1 looks like the training set's; `turned` calls the same patches class 0."""
     samples = table("test", 80)
     X = embeddings(samples, 1)
-    add(store, "test", samples.swapped() if turned else samples, X, classes)
+    add(store, "test", samples.relabelled((1, 0)) if turned else samples, X, classes)
 
 
 @pytest.mark.parametrize(
@@ -118,7 +118,7 @@ def test_a_test_set_of_one_class_is_scored_on_what_exists(store, tmp_path):
 
 def test_runs_of_other_classes_never_stand_in_one_report(store, tmp_path):
     probed(store, tmp_path)
-    store.put_samples("train", store.samples("train").swapped(), attrs={"label_names": ["tumor", "normal"]})
+    store.put_samples("train", store.samples("train").relabelled((1, 0)), attrs={"label_names": ["tumor", "normal"]})
     probed(store, tmp_path)
     with pytest.raises(UserError, match=r"they answer different questions"):
         make_report(tmp_path / "runs", format="markdown")

@@ -22,7 +22,7 @@ from extract import benchmark, images
 from extract.datasets import DATASETS, load_dataset, load_patches
 from extract.table1 import table1
 from features.console import UserError
-from features.labels import binary_labels
+from features.labels import class_labels
 from features.samples import audit
 
 # --- helpers ----------------------------------------------------------------------------------------------------------
@@ -273,35 +273,35 @@ def test_decoding_is_thread_safe(two_classes: Path) -> None:
 
 
 def test_the_class_named_atypical_is_positive_in_any_case() -> None:
-    assert binary_labels(["zebra", "ATYPICAL"], None) == ([0, 1], ("zebra", "ATYPICAL"))
+    assert class_labels(["zebra", "ATYPICAL"], None) == ([0, 1], ("zebra", "ATYPICAL"))
 
 
 def test_zero_and_one_keep_their_meaning(capsys: pytest.CaptureFixture[str]) -> None:
-    assert binary_labels(["1", "0", "1"], None) == ([1, 0, 1], ("0", "1"))
+    assert class_labels(["1", "0", "1"], None) == ([1, 0, 1], ("0", "1"))
     assert capsys.readouterr().err == ""
 
 
 def test_otherwise_the_last_class_is_positive_and_this_is_said(capsys: pytest.CaptureFixture[str]) -> None:
-    assert binary_labels(["stroma", "tumour"], None) == ([0, 1], ("stroma", "tumour"))
+    assert class_labels(["stroma", "tumour"], None) == ([0, 1], ("stroma", "tumour"))
     assert "'tumour'" in capsys.readouterr().err
 
 
 def test_positive_names_the_class_against_the_rest() -> None:
-    assert binary_labels(["a", "b", "c"], "b") == ([0, 1, 0], ("not b", "b"))
-    assert binary_labels(["a", "b"], "a") == ([1, 0], ("b", "a"))
+    assert class_labels(["a", "b", "c"], "b") == ([0, 1, 0], ("not b", "b"))
+    assert class_labels(["a", "b"], "a") == ([1, 0], ("b", "a"))
 
 
 @pytest.mark.parametrize(
     ("classes", "positive", "message"),
     [
-        (["a", "b", "c"], None, "found 3 classes"),
+        ([f"c{k}" for k in range(63)], None, "found 63 classes .*expected at most 62"),
         (["a", "a"], None, r"found one class \(a\) and cannot tell whether it is the positive one"),
         (["mitosis", "other"], "mitoses", "Did you mean mitosis"),
     ],
 )
 def test_unclear_classes_are_refused(classes: list[str], positive: str | None, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        binary_labels(classes, positive)
+        class_labels(classes, positive)
 
 
 # --- CSV --------------------------------------------------------------------------------------------------------------

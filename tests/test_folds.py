@@ -1,6 +1,7 @@
 """Do folds keep groups whole, classes even, and never drift?"""
 
 import csv
+from dataclasses import replace
 from importlib.resources import files
 
 import numpy as np
@@ -186,28 +187,85 @@ def test_the_seed_and_the_ids_are_in_the_folds_and_their_digest():
     assert before.digest != after.digest
 
 
-def test_groups_are_dealt_as_a_plain_loop_over_fractions_deals_them():
+@pytest.mark.parametrize("n_classes", [2, 3, 8])
+def test_groups_are_dealt_as_a_plain_loop_over_fractions_deals_them(n_classes):
     """The rule of the docstring again, in exact fractions: the fold whose shares become the least uneven."""
     from fractions import Fraction
+    from statistics import pvariance
 
     samples = table(37, seed=5)
-    groups, n_folds = effective_groups(samples), 4
-    counts = np.array([[((groups == g) & (samples.label == c)).sum() for c in (0, 1)] for g in range(groups.max() + 1)])
+    if n_classes > 2:
+        samples = replace(samples, label=np.random.RandomState(6).randint(0, n_classes, len(samples)).astype(np.int8))
+    groups, n_folds, classes = effective_groups(samples), 4, range(n_classes)
+    counts = [[int(((groups == g) & (samples.label == c)).sum()) for c in classes] for g in range(groups.max() + 1)]
     order = np.random.RandomState(7).permutation(len(counts)).tolist()
-    order = sorted(order, key=lambda g: -abs(int(counts[g, 0]) - int(counts[g, 1])))  # stable
-    held = [[0, 0] for _ in range(n_folds)]
-    total = counts.sum(axis=0).tolist()
+    order = sorted(order, key=lambda g: -pvariance(map(Fraction, counts[g])))  # stable
+    held = [[0] * n_classes for _ in range(n_folds)]
+    total = np.sum(counts, axis=0).tolist()
     fold_of = {}
     for group in order:
         found = []
         for k in range(n_folds):
             trial = [list(of) for of in held]
-            trial[k] = [trial[k][c] + int(counts[group, c]) for c in (0, 1)]
-            squares = sum(Fraction(of[c], total[c]) ** 2 for of in trial for c in (0, 1))
+            trial[k] = [trial[k][c] + counts[group][c] for c in classes]
+            squares = sum(Fraction(of[c], total[c]) ** 2 for of in trial for c in classes)
             found.append((squares, sum(held[k]), k))
         fold_of[group] = min(found)[2]
-        held[fold_of[group]] = [held[fold_of[group]][c] + int(counts[group, c]) for c in (0, 1)]
+        held[fold_of[group]] = [held[fold_of[group]][c] + counts[group][c] for c in classes]
     assert grouped_folds(samples, n_folds, seed=7).fold.tolist() == [fold_of[g] for g in groups.tolist()]
+
+
+def of_classes(groups_of: dict[int, int], *, rows: int = 2) -> Samples:
+    """Some rows of each class in each of so many groups of its own."""
+    place = [(f"{label}-{g}", label) for label, n in groups_of.items() for g in range(n) for _ in range(rows)]
+    ids = [f"{k}.png" for k in range(len(place))]
+    return make_samples(ids, [label for _, label in place], group=[g for g, _ in place], sha256=[""] * len(ids))
+
+
+def test_a_rare_class_of_several_may_be_absent_from_a_fold_but_not_from_its_training():
+    samples = of_classes({0: 20, 1: 10, 2: 2})
+    folds = grouped_folds(samples, 5)
+    assert len(set(folds.fold[samples.label == 2].tolist())) == 2
+    for training in folds.training:
+        assert set(samples.label[training].tolist()) == {0, 1, 2}
+    names = ("pro", "meta", "ana", "telo")
+    assert grouped_folds(samples, 5, classes=names[:3]).digest == folds.digest  # names change nothing
+    for groups_of, classes, message in (
+        (
+            {0: 20, 1: 10, 2: 1},
+            names[:3],
+            r"one fold alone .* class ana \(label 2\), which occurs in 1 group; .*`labels`",
+        ),
+        ({0: 20, 1: 10, 2: 1}, None, r"the class 2 \(label 2\), which occurs in 1 group;"),
+        ({0: 20, 1: 10, 2: 5}, names, r"no training patch of the class telo \(label 3\), which occurs in 0 groups"),
+        ({0: 20, 1: 10}, names[:3], r"no training patch of the class ana \(label 2\)"),
+        ({0: 2, 1: 2, 3: 2}, names, r"no training patch of the class ana"),
+    ):
+        with pytest.raises(UserError, match=message):
+            grouped_folds(of_classes(groups_of), 5, classes=classes)
+
+
+def test_two_groups_of_a_class_in_one_fold_are_refused_with_another_remedy(monkeypatch):
+    from features import folds
+
+    samples = of_classes({0: 4, 1: 4, 2: 2})
+    monkeypatch.setattr(folds, "_deal", lambda label, *_: np.where(label == 2, 0, np.arange(len(label)) % 3))
+    with pytest.raises(UserError, match=r"label 2\), which occurs in 2 groups; .* Use another `fold_seed`"):
+        grouped_folds(samples, 3)
+
+
+def test_more_folds_than_groups_of_several_classes_are_refused():
+    with pytest.raises(UserError, match=r"7 groups.*rarest class \(meta\) occurs in 2\. Use `cv=7` or fewer"):
+        grouped_folds(of_classes({0: 3, 1: 2, 2: 2}), 8, classes=("pro", "meta", "telo"))
+    assert set(grouped_folds(of_classes({0: 3, 1: 2, 2: 2}), 7).fold.tolist()) == set(range(7))
+
+
+def test_the_frozen_folds_are_for_two_classes():
+    samples = slides_of_ami_br()
+    three = replace(samples, label=np.where(np.arange(len(samples)) % 4 == 3, 2, samples.label).astype(np.int8))
+    assert grouped_folds(three, 5).source == "greedy grouped stratified, seed 42"
+    with pytest.raises(UserError, match="paper's fold assignment exists for the two classes"):
+        grouped_folds(three, 5, scheme="paper")
 
 
 def test_the_fold_that_lacks_the_negative_class_is_refused_too():

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from types import MappingProxyType
+
 import pytest
 
 from features.console import UserError
-from features.labels import aligned, binary_labels, compare_classes, parse_renaming, read_labels
+from features.labels import aligned, class_labels, compare_classes, parse_renaming, read_labels
 
 
 @pytest.mark.parametrize(
@@ -27,7 +29,7 @@ from features.labels import aligned, binary_labels, compare_classes, parse_renam
     ],
 )
 def test_the_positive_class_follows_from_the_names(names, positive, labels, classes):
-    assert binary_labels(names, positive) == (labels, classes)
+    assert class_labels(names, positive) == (labels, classes)
 
 
 @pytest.mark.parametrize(
@@ -45,21 +47,99 @@ def test_the_positive_class_follows_from_the_names(names, positive, labels, clas
 )
 def test_what_could_mean_two_things_is_refused(names, arguments, message):
     with pytest.raises(UserError, match=message):
-        binary_labels(names, **arguments)
+        class_labels(names, **arguments)
 
 
 def test_a_test_set_takes_the_classes_of_the_training_set_by_name(capsys):
-    assert binary_labels(["TUMOR", "Normal"], classes=("normal", "tumor"))[0] == [1, 0]
-    assert binary_labels(["tumor", "tumor"], classes=("tumor", "normal"))[0] == [0, 0]  # the training set's side
-    assert binary_labels(["fat", "tumour"], classes=("not tumour", "tumour"))[0] == [0, 1]
+    assert class_labels(["TUMOR", "Normal"], classes=("normal", "tumor"))[0] == [1, 0]
+    assert class_labels(["tumor", "tumor"], classes=("tumor", "normal"))[0] == [0, 0]  # the training set's side
+    assert class_labels(["fat", "tumour"], classes=("not tumour", "tumour"))[0] == [0, 1]
     assert capsys.readouterr().err == ""
-    assert binary_labels(["1", "0"], classes=("normal", "tumor"))[0] == [1, 0]
+    assert class_labels(["1", "0"], classes=("normal", "tumor"))[0] == [1, 0]
     assert "0 and 1 are taken as normal and tumor" in capsys.readouterr().err
 
 
 def test_several_classes_that_count_as_negative_are_named(capsys):
-    binary_labels(["fat", "tumour", "stroma"], "tumour")
+    class_labels(["fat", "tumour", "stroma"], "tumour")
     assert "every class but 'tumour': fat, stroma" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("names", "order", "labels", "classes"),
+    [
+        (["mild", "severe", "none", "mild"], ("none", "mild", "severe"), [1, 2, 0, 1], ("none", "mild", "severe")),
+        (["mild", "none"], ("MILD", "None"), [0, 1], ("mild", "none")),  # spelled as the patches spell them
+        (["normal", "cancer"], ("cancer", "normal"), [1, 0], ("cancer", "normal")),  # (negative, positive) as given
+        (["10", "9", "9.0", "8"], ("10", "09", "8"), [0, 1, 1, 2], ("10", "9", "8")),
+        (["1", "0"], ("1", "0"), [0, 1], ("1", "0")),
+    ],
+)
+def test_classes_are_numbered_in_the_order_given(names, order, labels, classes):
+    assert class_labels(names, order=order) == (labels, classes)
+
+
+@pytest.mark.parametrize(
+    ("names", "labels", "classes"),
+    [
+        (["grade 10", "grade 2", "grade 9"], [2, 0, 1], ("grade 2", "grade 9", "grade 10")),
+        (["2", "0", "1.0"], [2, 0, 1], ("0", "1", "2")),
+        (["3", "1", "2", "3"], [2, 0, 1, 2], ("1", "2", "3")),
+        (["5", "7", "70"], [0, 1, 2], ("5", "7", "70")),  # ranks, not values
+        ([f"c{k}" for k in range(62)], list(range(62)), tuple(f"c{k}" for k in range(62))),
+    ],
+)
+def test_three_and_more_classes_are_in_the_order_of_their_names_and_that_is_said(names, labels, classes, capsys):
+    assert class_labels(names) == (labels, classes)
+    said = capsys.readouterr().err
+    assert f"{len(classes)} classes in the order {classes[0]} (0), {classes[1]} (1)" in said
+    assert f"and {classes[-1]} ({len(classes) - 1})." in said
+    assert "`classes` gives another order, `positive` tells one class" in said
+
+
+@pytest.mark.parametrize(
+    ("names", "arguments", "message"),
+    [
+        (["a", "b", "c"], {"order": ("a", "b")}, "leaves out c; expected every class .* labels: a, b, c"),
+        (["a", "b", "c"], {"order": ("a", "b", "c", "d")}, "names d, and no patch is of it"),
+        (["mild", "severe", "none"], {"order": ("none", "mild", "sever")}, "names sever.*Did you mean severe"),
+        (["a", "b"], {"order": ("a", "B", "A")}, "names A twice"),
+        (["a", "b"], {"order": ()}, "leaves out a, b"),
+        (["a"], {"order": ("a",)}, r"names one class \(a\)"),
+        (["a", "b", "c"], {"order": ("a", "b", "c"), "positive": "b"}, "give one of both"),
+        (
+            [str(k) for k in range(63)],
+            {},
+            "found 63 classes .*expected at most 62.*another column.*`labels`.*`positive`",
+        ),
+        ([str(k) for k in range(1_000)], {}, "found 1,000 classes"),
+        ([str(k) for k in range(63)], {"order": [str(k) for k in range(63)]}, "found 63 classes"),
+        (["a", "b", "x"], {"classes": ("a", "b", "c")}, r"a \(0\), b \(1\) and c \(2\): x is none"),
+        (["prometaphse"], {"classes": ("metaphase", "other", "prometaphase")}, "labels='prometaphse=prometaphase'"),
+        (["0", "1", "2"], {"classes": ("a", "b", "c")}, "0, 1, 2 is none of them"),  # from 0 or from 1?
+        (["A", "a", "b"], {"order": ("a", "b")}, "differ in case only"),
+    ],
+)
+def test_classes_that_do_not_fit_are_refused(names, arguments, message):
+    with pytest.raises(UserError, match=message):
+        class_labels(names, **arguments)
+
+
+def test_one_of_a_thousand_classes_is_told_from_the_rest(capsys):
+    names = [f"c{k}" for k in range(1_000)]
+    labels, classes = class_labels(names, "c7")
+    assert (sum(labels), labels[7], classes) == (1, 1, ("not c7", "c7"))
+    assert "Class 0 is every class but 'c7': c0, c1, " in (said := capsys.readouterr().err)
+    assert len(said) < 200
+    with pytest.raises(UserError, match="no class 'x'") as refused:
+        class_labels(names, "x")
+    assert len(str(refused.value)) < 400
+
+
+def test_a_test_set_may_lack_classes_and_keeps_the_numbers_of_the_training_set(capsys):
+    classes = ("none", "mild", "severe")
+    assert class_labels(["SEVERE", "none"], classes=classes) == ([2, 0], classes)
+    assert class_labels(["2", "0"], classes=("0", "1", "2")) == ([1 + 1, 0], ("0", "1", "2"))
+    assert capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize("spelling", ["", "NA", "nan", "None", "null", "?", "<NA>", "N/A", "unknown"])
@@ -88,6 +168,18 @@ def test_a_missing_label_is_no_class(spelling, capsys):
         (("normal", "tumor"), ("stroma", "tumor"), "partly"),
         (("not tumour", "tumour"), ("fat", "tumor"), "other"),
         (("normal", "tumor"), ("metaphase", "anaphase"), "other"),
+        (("a", "b", "c"), ("A", "b", "C"), "same"),
+        (("a", "b", "c"), ("a", "c", "b"), "swapped"),
+        (("a", "b", "c"), ("a", "b"), "swapped"),  # fewer classes are not the same classes
+        (("a", "b", "c"), ("a", "b", "c", "d"), "partly"),
+        (("a", "b"), ("a", "b", "c"), "partly"),
+        (("0", "1"), ("0", "1", "2"), "partly"),
+        (("0", "1"), ("x", "y", "z"), "other"),  # numbers stand for the names of two classes only
+        (("a", "b", "c"), ("0", "1"), "other"),
+        (("Normal", "Atypical"), ("metaphase", "anaphase", "other"), "other"),
+        (("not tumor", "tumor"), ("fat", "stroma", "tumor"), "swapped"),
+        (("not tumour", "tumour"), ("fat", "tumor", "tumour"), "partly"),  # a slip of the pen
+        (("not tumor", "tumor"), ("fat", "stroma", "muscle"), "other"),
     ],
 )
 def test_classes_of_two_datasets_are_compared_by_name(train, test, relation):
@@ -98,14 +190,30 @@ def test_labels_are_turned_round_only_where_the_user_says_what_they_mean():
     def align(test, labels):
         return aligned(("normal", "tumor"), test, train_name="a", test_name="b", labels=labels)
 
-    assert align(("normal", "tumor"), {}) is False
-    assert align(("normal", "cancer"), {"cancer": "tumor"}) is False
-    assert align(("cancer", "normal"), {"cancer": "tumor"}) is True
+    assert align(("normal", "tumor"), {}) == (0, 1)
+    assert align(("normal", "cancer"), {"cancer": "tumor"}) == (0, 1)
+    assert align(("cancer", "normal"), {"cancer": "tumor"}) == (1, 0)
     for test in (("tumor", "normal"), ("cancer", "normal"), ("normal", "cancer"), ("x", "y")):
         with pytest.raises(UserError, match=r"b has the classes .* a has normal \(0\) and tumor \(1\): .*labels="):
             align(test, {})
     with pytest.raises(UserError, match="normal changes sides"):
         align(("cancer", "normal"), {"something": "else"})
+
+
+def test_more_than_two_classes_are_found_by_name():
+    def align(train, test, labels=MappingProxyType({})):
+        return aligned(train, test, train_name="a", test_name="b", labels=labels)
+
+    phases = ("pro", "meta", "ana")
+    assert align(phases, phases) == (0, 1, 2)
+    assert align(phases, ("Ana", "pro", "meta")) == (2, 0, 1)
+    assert align(phases, ("ana", "meta")) == (2, 1)
+    assert align(phases, ("ana", "early", "late"), {"early": "pro", "late": "pro"}) == (2, 0, 0)
+    assert align(("not meta", "meta"), ("pro", "meta", "ana")) == (0, 1, 0)
+    with pytest.raises(UserError, match=r"ana \(0\), telo \(1\) and pro \(2\).*only ana, pro are in both.*'telo=meta'"):
+        align(phases, ("ana", "telo", "pro"))
+    with pytest.raises(UserError, match="no class is in both"):
+        align(phases, ("Normal", "Atypical"))
 
 
 def test_a_renaming_is_read_or_refused():
@@ -150,7 +258,7 @@ def test_a_renaming_that_meets_no_class_is_refused():
     ],
 )
 def test_words_within_names_and_numbers_decide_too(names, positive):
-    assert binary_labels(list(names))[1][1] == positive
+    assert class_labels(list(names))[1][1] == positive
 
 
 @pytest.mark.parametrize("name", ["no label", "no_label", "tbd", "exclude", "#VALUE!", "Unclear"])
@@ -167,4 +275,4 @@ def test_names_in_two_forms_of_unicode_are_one_class():
 def test_other_numbers_than_0_and_1_are_compared_as_names():
     assert compare_classes(("0", "1"), ("1", "2")) == "swapped"
     assert compare_classes(("0", "1"), ("0", "1")) == "same"
-    assert binary_labels(["1", "1"]) == ([1, 1], ("0", "1"))
+    assert class_labels(["1", "1"]) == ([1, 1], ("0", "1"))

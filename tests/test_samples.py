@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from features.console import UserError
-from features.samples import audit, make_samples
+from features.samples import MOST_CLASSES, VOTE_LETTERS, audit, make_samples, vote_shares
 
 SPLIT = ["train", "train", "test", "test", "test"]
 
@@ -57,7 +57,10 @@ def test_what_the_labels_are_does_not_change_which_images_they_are():
     ("columns", "message"),
     [
         ({"id": list("aacde")}, "1 ids occur more than once"),
-        ({"label": [0, 1, 2, 0, 1]}, "labels must be 0 or 1"),
+        ({"label": [0, 1, 62, 0, -1]}, r"labels must be whole numbers from 0 to 61, .*; found -1, 62\."),
+        ({"label": [0, 1, 300, 0, 1]}, "found 300"),  # not what is left of it in 8 bits
+        ({"label": [0, 1, 0.5, 0, 1]}, "found 0.5"),
+        ({"votes": np.array([[0, 62, -2]] * 5)}, r"votes must be .*, or -1 where one is missing; found -2, 62"),
         ({"split": ["train", "validation", "", "", ""]}, "unknown split 'validation'"),
     ],
 )
@@ -169,3 +172,50 @@ def test_groups_that_are_written_in_several_ways_are_named():
     samples = make_samples(ids, [0, 1] * 3, sha256=[""] * 6, group=["S1", "s1", "T7", "T7", "t7", "9"])
     (line,) = (line for line in audit(samples).lines() if "several ways" in line)
     assert line.startswith("2 groups are written in several ways (first: S1, s1)")
+
+
+def test_a_table_of_several_classes_counts_each():
+    samples = table(label=[3, 1, 0, 3, 61], votes=np.array([[3, -1], [1, 0], [0, 0], [61, 3], [-1, -1]]))
+    assert (samples.n_classes, MOST_CLASSES, len(set(VOTE_LETTERS))) == (62, 62, 62)
+    assert samples.label.dtype == samples.votes.dtype == np.int8
+    few = table(label=[2, 1, 0, 2, 2])
+    assert (few.n_classes, table(label=[0] * 5).n_classes, table(label=[1] * 5).n_classes) == (3, 2, 2)
+    assert repr(few).startswith("Samples(5 patches: 1, 1, 3 of classes; 2 train")
+    assert audit(table(label=[2, 1, 0, 1, 2], sha256=list("11345"))).conflicts == (("a", "b"),)
+
+
+def test_a_vote_is_one_letter_of_the_digest():
+    votes = [np.full((5, 1), vote) for vote in (-1, 0, 9, 10, 35, 36, 61)]
+    assert len({table(votes=of).table_digest for of in votes}) == len(votes)
+    # Two classes as ever: a change of the digest would make every store look damaged.
+    assert table(votes=np.array([[1, 0], [0, 0], [1, 1], [0, -1], [-1, -1]])).table_digest == (
+        "ddd69a8022a9d2f613031a6e2d2d583897458d0462d2aef7e3d9e0fd5503ab0e"
+    )
+
+
+def test_classes_are_relabelled_in_labels_and_votes():
+    samples = table(label=[0, 1, 2, 1, 0], votes=np.array([[0, 2], [1, -1], [2, 2], [-1, 0], [-1, -1]]))
+    new = samples.relabelled((4, 0, 1))
+    assert new.label.tolist() == [4, 0, 1, 0, 4]
+    assert new.votes.tolist() == [[4, 1], [0, -1], [1, 1], [-1, 4], [-1, -1]]
+    assert new.label.dtype == new.votes.dtype == np.int8
+    assert samples.relabelled((0, 1, 2)).table_digest == samples.table_digest
+    assert table().relabelled((1, 0)).label.tolist() == [1, 0, 1, 0, 0]
+    assert new.id is samples.id
+
+
+def test_votes_become_shares():
+    votes = np.array([[0, 2, 2, -1], [1, -1, -1, -1], [-1, -1, -1, -1], [2, 1, 0, 0], [3, 3, 3, 3]])
+    samples = table(label=[2, 0, 1, 0, 3], votes=votes)
+    third, half, quarter = 1 / 3, 1 / 2, 1 / 4
+    np.testing.assert_allclose(
+        vote_shares(samples, 4),
+        [[third, 0, 2 * third, 0], [0, 1, 0, 0], [0, 1, 0, 0], [half, quarter, quarter, 0], [0, 0, 0, 1]],
+        rtol=1e-7,
+    )
+    assert vote_shares(samples, 5).shape == (5, 5)
+    assert vote_shares(table(), 2).tolist() == [[1, 0], [0, 1], [1, 0], [0, 1], [0, 1]]  # no raters
+    assert vote_shares(table(), 2).dtype == np.float32
+    for few in (samples, table(label=[0] * 5, votes=votes), table(label=[0, 0, 0, 0, 3])):
+        with pytest.raises(ValueError, match="class 3 is none of 3"):
+            vote_shares(few, 3)
