@@ -417,7 +417,9 @@ def describe_counts(counts: Sequence[int]) -> str:
     ('20 patches, 5 positive', '10 patches of 2 classes')
     """
     n = f"{sum(counts):,} patches"
-    return f"{n}, {counts[1]:,} positive" if len(counts) == 2 else f"{n} of {sum(count > 0 for count in counts)} classes"
+    return (
+        f"{n}, {counts[1]:,} positive" if len(counts) == 2 else f"{n} of {sum(count > 0 for count in counts)} classes"
+    )
 
 
 @dataclass(frozen=True)

@@ -258,7 +258,9 @@ def parse_predictions(text: str, *, seed: int = 0) -> Predictions:
     written = numbers[:, n_classes - 1 :]
     predictions = Predictions(**arrays, logit=logit)
     if not ((predictions.label >= 0) & (predictions.label < n_classes)).all():
-        raise ValueError("a label is neither 0 nor 1" if n_classes == 2 else f"a label is not from 0 to {n_classes - 1}")
+        raise ValueError(
+            "a label is neither 0 nor 1" if n_classes == 2 else f"a label is not from 0 to {n_classes - 1}"
+        )
     undefined = np.flatnonzero(~np.isfinite(predictions.logit).all(axis=1))
     if len(undefined):
         raise ValueError(f"the logit of line {undefined[0] + 2} is no number")
