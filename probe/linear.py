@@ -9,20 +9,21 @@ that f holds out choose nothing.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import combinations
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import expit
 
 from features.blocks import Embeddings
 from features.console import UserError
 from features.folds import Folds
 from probe.curve import Subset
-from probe.logistic import Fits, fit_logistic, predict_logits
-from probe.metrics import balanced_log_loss, best_threshold
+from probe.logistic import Fits, fit_logistic, lacked_classes, predict_logits
+from probe.metrics import balanced_log_loss, best_threshold, predicted_classes, probabilities
 from probe.paper import fit_paper_probe
 from probe.runs import FitRecord
 from probe.schedule import PAPER, PaperRecipe
@@ -38,12 +39,14 @@ class Probe:
     """Linear probes of one matrix of embeddings, one per seed and fold: logit = x @ coef[m] + intercept[m].
 
     The exact probe draws nothing and has one seed; m is then the fold, else as in `features.folds.fold_models`.
+    Of c classes, the c - 1 logits of a row are those of class 1 ... c - 1 over class 0.
 
     Attributes:
-        coef: (K * F, d) float32.
-        intercept: (K * F,) float64, because for uncentred embeddings it is a small difference of large sums.
-        validation_logit: (n, K) each training row under the models, one per seed, of the fold that it validates.
-        threshold: with the highest balanced accuracy on the validation rows' mean probabilities; `predict` uses it.
+        coef: (K * F, c - 1, d) float32.
+        intercept: (K * F, c - 1) float64, because for uncentred embeddings it is a small difference of large sums.
+        validation_logit: (n, K, c - 1) each training row under the models, one per seed, of the fold that it validates.
+        threshold: of two classes, with the highest balanced accuracy on the validation rows' mean probabilities;
+            `predict` uses it. NaN for more classes.
         fit: what was chosen and how well it converged.
     """
 
@@ -54,24 +57,24 @@ class Probe:
     fit: FitRecord
 
     def __repr__(self) -> str:
-        n_models, width = self.coef.shape
+        n_models, n_logits, width = self.coef.shape
         strength = (
             "" if self.fit.chosen_strength is None else f", C {' '.join(f'{c:g}' for c in self.fit.chosen_strength)}"
         )
-        return f"Probe({n_models} fold models, {width:,} features{strength}, threshold {self.threshold:.3f})"
+        classes = f"threshold {self.threshold:.3f}" if n_logits == 1 else f"{n_logits + 1} classes"
+        return f"Probe({n_models} fold models, {width:,} features{strength}, {classes})"
 
     def decision_function(self, X: NDArray[np.floating] | Embeddings) -> NDArray[np.float32]:
-        """Compute the logits (m, K * F) of embeddings (m, d) under every model."""
+        """Compute the logits (m, K * F, c - 1) of embeddings (m, d) under every model."""
         return predict_logits(X, self.coef, self.intercept)
 
     def predict_proba(self, X: NDArray[np.floating] | Embeddings) -> NDArray[np.float64]:
-        """Compute the probabilities (m, 2) of class 0 and class 1, the mean over fold models, for embeddings (m, d)."""
-        positive = expit(self.decision_function(X).astype(np.float64)).mean(axis=1)
-        return np.stack([1 - positive, positive], axis=1)
+        """Compute the probabilities (m, c) of all classes, the mean over fold models, for embeddings (m, d)."""
+        return np.asarray(probabilities(self.decision_function(X)).mean(axis=1))
 
     def predict(self, X: NDArray[np.floating] | Embeddings) -> NDArray[np.int8]:
-        """Predict the class (m,) of embeddings (m, d): 1 from the probability `threshold` on, else 0."""
-        return np.asarray(self.predict_proba(X)[:, 1] >= self.threshold, dtype=np.int8)
+        """Predict the class (m,) of embeddings (m, d): of two classes 1 from `threshold` on, else the most probable."""
+        return predicted_classes(self.predict_proba(X), self.threshold)
 
 
 def fit_exact(
@@ -81,6 +84,8 @@ def fit_exact(
     folds: Folds,
     subset: Subset | None = None,
     strengths: Sequence[float] = STRENGTHS,
+    n_classes: int = 2,
+    target: NDArray[np.floating] | None = None,
     device: str = "cpu",
 ) -> Probe:
     """Fit L2-regularised logistic regressions by nested, grouped cross-validation, as one batched solve.
@@ -91,31 +96,37 @@ def fit_exact(
     >>> X = np.stack([samples.label, np.arange(12) % 3], axis=1).astype(np.float32)
     >>> probe = fit_exact(X, samples.label, folds=grouped_folds(samples, 3))
     >>> probe.coef.shape, probe.predict(X).tolist()
-    ((3, 2), [0, 1, 0, 1, 0, 1, 0, 1, 0, 1, 0, 1])
+    ((3, 1, 2), [0, 1, 0, 1, 0, 1, 0, 1, 0, 1, 0, 1])
 
     Args:
         X: (n, d) embeddings of the training rows, in memory or still in the store.
-        y: (n,) labels, 0 or 1.
+        y: (n,) labels, 0 ... c - 1.
         folds: in which fold each row validates.
         subset: of `draw_subsets`, its masks in the order of `held_out_folds`: train on this share of the slides.
         strengths: (S,) values of C to choose from, per fold.
+        n_classes: c.
+        target: (n, c) a distribution over the classes for every row, to be learned instead of `y`, such as the shares
+            of raters' votes. Strength and threshold are chosen on `y` all the same.
         device: where to compute, as torch names it.
 
     Raises:
-        UserError: if there are fewer than three folds, so that none is left to choose on; and as `fit_logistic` does.
+        UserError: if there are fewer than three folds, so that none is left to choose on; if a fold has no other to
+            choose on; and as `fit_logistic` does.
     """
     held_out = held_out_folds(folds.n_folds)
-    fold, fitted, label = folds.fold, X, y
+    fold, fitted, label, learned = folds.fold, X, y, target
     masks = np.stack([~np.isin(fold, held) for held in held_out])
     if subset is not None:
         used = np.flatnonzero(subset.masks.any(axis=0))
         masks, fold, label = subset.masks[:, used], fold[used], y[used]
-        fitted = X[used] if isinstance(X, np.ndarray) else in_memory(X.select(used), folds.n_folds)
-    solved = (
-        fit_logistic(fitted, label, masks=masks, strengths=strengths, device=device)
-        if isinstance(fitted, np.ndarray)
-        else fit_streamed(fitted, label, masks=masks, strengths=strengths, device=device)
-    )
+        learned = None if target is None else target[used]
+        fitted = X[used] if isinstance(X, np.ndarray) else in_memory(X.select(used), folds.n_folds, n_classes=n_classes)
+    # Without two folds a class may be missing: that fit says nothing. Without one, it is refused.
+    lacking = lacked_classes(label, masks, n_classes).any(axis=1)
+    made = [m for m in range(len(masks)) if m < folds.n_folds or not lacking[m]]
+    masks, held_out = masks[made], [held_out[m] for m in made]
+    fit = partial(fit_logistic, fitted) if isinstance(fitted, np.ndarray) else partial(fit_streamed, fitted)
+    solved = fit(label, masks=masks, strengths=strengths, n_classes=n_classes, target=learned, device=device)
     chosen, record = _choose_strengths(solved, label, fold=fold, masks=masks, held_out=held_out, strengths=strengths)
     every_fold = np.arange(folds.n_folds)
     coef, intercept = solved.coef[every_fold, chosen], solved.intercept[every_fold, chosen]
@@ -130,9 +141,13 @@ def fit_paper(
     folds: Folds,
     seeds: Sequence[int],
     recipe: PaperRecipe = PAPER,
+    n_classes: int = 2,
+    target: NDArray[np.floating] | None = None,
 ) -> Probe:
     """Fit the paper's own probe, once per seed; see `probe.paper`."""
-    coef, intercept, record = fit_paper_probe(X, y, masks=folds.training, seeds=seeds, recipe=recipe)
+    coef, intercept, record = fit_paper_probe(
+        X, y, masks=folds.training, seeds=seeds, recipe=recipe, n_classes=n_classes, target=target
+    )
     return _probe(coef, intercept, predict_logits(X, coef, intercept), y=y, folds=folds, record=record)
 
 
@@ -145,17 +160,18 @@ def _probe(
     folds: Folds,
     record: FitRecord,
 ) -> Probe:
-    """Make a probe of its models and the logits (n, K * F) of the training rows under each of them."""
-    by_seed = logits.reshape(len(y), -1, folds.n_folds)  # (n, K, F)
-    validation = by_seed[np.arange(len(y)), :, folds.fold]
-    probability = expit(validation.astype(np.float64)).mean(axis=1)
-    return Probe(coef, intercept, validation, best_threshold(y, probability), record)
+    """Make a probe of its models and the logits (n, K * F, c - 1) of the training rows under each of them."""
+    n, n_logits = len(y), logits.shape[2]
+    validation = logits.reshape(n, -1, folds.n_folds, n_logits)[np.arange(n), :, folds.fold]  # (n, K, c - 1)
+    probability = probabilities(validation).mean(axis=1)  # (n, c)
+    threshold = best_threshold(y, probability[:, 1]) if n_logits == 1 else math.nan
+    return Probe(coef, intercept, validation, threshold, record)
 
 
-def in_memory(stored: Embeddings, n_folds: int) -> NDArray[np.float16] | Embeddings:
+def in_memory(stored: Embeddings, n_folds: int, *, n_classes: int = 2) -> NDArray[np.float16] | Embeddings:
     """Read embeddings into memory if there is room for them and their solver; else leave them in the store."""
     n_columns = n_folds * (n_folds + 1) // 2 * len(STRENGTHS)
-    return stored.read() if fits_in_memory(stored.shape, n_columns) else stored
+    return stored.read() if fits_in_memory(stored.shape, n_columns, n_classes=n_classes) else stored
 
 
 def held_out_folds(n_folds: int) -> list[tuple[int, ...]]:
@@ -187,6 +203,9 @@ def _choose_strengths(
 
     Returns:
         (F,) index of the chosen strength, and the record.
+
+    Raises:
+        UserError: if nothing is said for a fold.
     """
     n_folds = sum(len(held) == 1 for held in held_out)
     # inner[f, s]: mean balanced log loss on each other fold g of the fit that saw neither f nor g.
@@ -194,9 +213,14 @@ def _choose_strengths(
     for m, held in enumerate(held_out[n_folds:], start=n_folds):
         for f, g in (held, held[::-1]):
             rows = masks[f] & (fold == g)
-            if len(np.unique(y[rows])) == 2:
+            if len(np.unique(y[rows])) > 1:
                 inner[f] += balanced_log_loss(y[rows], fits.logits[rows, m])
                 n_scored[f] += 1
+    if not n_scored.all():
+        raise UserError(
+            f"fold {n_scored.argmin()}: no strength can be chosen within its training rows. Without each of the other "
+            "folds in turn they lack a class, or the one left out holds only one. Use more folds, or fewer classes."
+        )
     chosen = inner.argmin(axis=1)  # (F,)
     return chosen, FitRecord(
         strengths=tuple(strengths),

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from features.console import UserError
-from features.samples import MISSING_VOTE, Samples, make_samples
+from features.samples import MISSING_VOTE, VOTE_LETTERS, Samples, make_samples
 from probe.metrics import THRESHOLD, best_threshold, probabilities
 
 VALIDATION = "validation"  # the split name of out-of-fold predictions
@@ -35,8 +35,8 @@ _TYPES: dict[str, type[np.generic]] = {
 }
 COLUMNS = (*_TYPES, "logit", "probability")  # of predictions.csv with two classes
 SAMPLE_COLUMNS = ("dataset", "id", "label", "group", "split", "votes", "domain", "sha256")
-_VOTES = {"0": 0, "1": 1, "-": MISSING_VOTE}  # a rater's vote as a letter
-_LETTERS = {vote: letter for letter, vote in _VOTES.items()}
+_LETTERS = dict(enumerate(VOTE_LETTERS)) | {MISSING_VOTE: "-"}  # a rater's vote as a letter
+_VOTES = {letter: vote for vote, letter in _LETTERS.items()}
 _ROWS = 2**16  # of a CSV file made at a time
 _ROUNDED = 1e-6  # predictions.csv gives a probability with six digits
 
@@ -72,7 +72,7 @@ class Predictions:
     @property
     def n_classes(self) -> int:
         """How many classes there are."""
-        return self.logit.shape[1] + 1
+        return int(self.logit.shape[1]) + 1
 
     @property
     def probability(self) -> NDArray[np.float64]:
@@ -192,7 +192,7 @@ def thresholds_of(predictions: Predictions) -> NDArray[np.float64]:
 
 
 def _out_of_fold(predictions: Predictions) -> tuple[NDArray[np.int8], NDArray[np.float64]]:
-    """Find the labels (n,) and out-of-fold probabilities (K, n) of class 1 of the patches that cross-validation used."""
+    """Find labels (n,) and out-of-fold probabilities (K, n) of class 1 of the patches that cross-validation used."""
     part = predictions.select(predictions.split == VALIDATION)
     if not len(part):
         return part.label, np.empty((0, 0))

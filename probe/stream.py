@@ -14,7 +14,7 @@ per column in between. Here a step reads all rows once, and about nine steps are
    statistical preconditioning: Hendrikx et al. 2020). The sample decides how many steps are needed, not where they end.
 2. The last steps correct what the sample gets wrong of the curvature, as in L-BFGS (Nocedal & Wright 2006, ch. 7): the
    descent on the sample takes the place of the scaled identity. This halves the number of steps.
-3. The sample holds equally many rows of either class, as the loss weighs the classes equally. It prefers rows far from
+3. The sample holds equally many rows of every class, as the loss weighs the classes equally. It prefers rows far from
    the mean, because a rare kind of row bends the loss more than its number says. Weights undo both preferences.
 4. A step that ends uphill, as steeply as it began downhill, is taken back and tried again, shorter.
    Convergence is declared only on the float32 gradient over all rows, summed in float64.
@@ -39,15 +39,20 @@ from features.device import full_float32, has_bf16
 from probe.logistic import (
     FLOOR,
     Columns,
+    Curvature,
     Fits,
     Standardised,
     check,
+    class_weights,
     descend,
     dot,
     evaluate,
     in_original_units,
     inverse_std,
     leading_curvature,
+    probabilities,
+    ridges,
+    targets,
 )
 
 BUDGET = 4 * 2**30  # bytes that a solve may take
@@ -62,14 +67,14 @@ MAX_PASSES = 60  # after which a column is given back as it is
 MAX_STEPS = 500  # of one descent on the sample
 
 
-def bytes_per_row(d: int, n_columns: int) -> int:
-    """Count the bytes that `fit_logistic` holds per row: embeddings in three types, and thirty numbers per column."""
-    return 8 * d + 120 * n_columns
+def bytes_per_row(d: int, n_columns: int, *, n_classes: int = 2) -> int:
+    """Count the bytes that `fit_logistic` holds per row: embeddings in three types, and thirty numbers per vector."""
+    return 8 * d + 120 * n_columns * (1 if n_classes == 2 else n_classes)
 
 
-def fits_in_memory(shape: tuple[int, int], n_columns: int) -> bool:
+def fits_in_memory(shape: tuple[int, int], n_columns: int, *, n_classes: int = 2) -> bool:
     """Say whether `fit_logistic` of (n, d) float16 embeddings stays within `BUDGET`."""
-    return shape[0] * bytes_per_row(shape[1], n_columns) <= BUDGET
+    return shape[0] * bytes_per_row(shape[1], n_columns, n_classes=n_classes) <= BUDGET
 
 
 @full_float32()
@@ -79,6 +84,8 @@ def fit_streamed(
     *,
     masks: NDArray[np.bool_],
     strengths: Sequence[float] | NDArray[np.floating],
+    n_classes: int = 2,
+    target: NDArray[np.floating] | None = None,
     tol: float = 1e-6,
     device: str = "cpu",
     sample: int | None = None,
@@ -87,33 +94,36 @@ def fit_streamed(
 
     Args:
         X: (n, d), in ascending order of rows.
-        y, masks, strengths, tol, device: as for `fit_logistic`.
+        y, masks, strengths, n_classes, target, tol, device: as for `fit_logistic`.
         sample: how many rows stand in for all; by default `ROWS_PER_FEATURE` per feature, in half of `BUDGET`.
 
     Raises:
         UserError: as `fit_logistic`; or if a checksum of the store fails.
     """
     C = np.asarray(strengths, dtype=np.float64)
-    check(X.shape, y, masks=masks, strengths=C)
+    check(X.shape, y, masks=masks, strengths=C, n_classes=n_classes, target=target)
     F, S, (n, d) = len(masks), len(C), X.shape
-    size = sample or min(ROWS_PER_FEATURE * d, BUDGET // 2 // bytes_per_row(d, F * S))
+    size = sample or min(ROWS_PER_FEATURE * d, BUDGET // 2 // bytes_per_row(d, F * S, n_classes=n_classes))
     with progress("probe", F * S, unit="fits") as advance:
-        rows, data = _sampled(_rows(X, y, masks=masks, device=torch.device(device)), size=size)
+        rows, data = _sampled(
+            _rows(X, y, masks=masks, n_classes=n_classes, target=target, device=torch.device(device)), size=size
+        )
+        q = len(rows.target)
         basis = leading_curvature(data)
         # Column k = f * S + s. All start at zero.
         fold = torch.arange(F, device=rows.device).repeat_interleave(S)
-        ridge = torch.from_numpy(1 / (masks.sum(axis=1)[:, None] * C)).to(data.X).reshape(-1, 1)  # (K, 1): 1 / (C n_f)
-        columns = evaluate(data, fold, ridge, data.X.new_zeros(F * S, d + 1))
+        ridge = ridges(masks, C).to(data.X)
+        columns = evaluate(data, fold, ridge, data.X.new_zeros(F * S, q, d + 1))
         step, n_iter = descend(
             data,
             data.fast,
             basis,
             columns,
-            target=torch.full((F * S,), max(START, tol), device=rows.device),
+            goal=torch.full((F * S,), max(START, tol), device=rows.device),
             budget=torch.full((F * S,), MAX_STEPS, device=rows.device),
         )
 
-        logits = torch.empty(F * S, n)  # off the device: with the labels, all here that grows with n
+        logits = torch.empty(F * S, q, n)  # off the device: with the labels, all here that grows with n
         theta, gradient = torch.zeros_like(step), torch.zeros_like(step)  # the point reached, and the gradient there
         norm = torch.full((F * S,), torch.inf, device=rows.device)
         unfinished = torch.arange(F * S, device=rows.device)
@@ -124,13 +134,13 @@ def fit_streamed(
             slope, slope_ahead = dot(gradient[u], step[u]), dot(ahead, step[u])
             taken = slope_ahead <= TOO_FAR * slope.abs() if k else torch.ones_like(slope, dtype=torch.bool)
             # Shorten a step that went too far to where the slope, taken as linear, is zero.
-            step[u[~taken]] *= (slope / (slope - slope_ahead)).clamp(0.1, 0.9)[~taken, None]
+            step[u[~taken]] *= (slope / (slope - slope_ahead)).clamp(0.1, 0.9)[~taken, None, None]
             u = u[taken]
             if k:
                 pairs.append(_pair(u, step[u], ahead[taken] - gradient[u], like=theta))
             theta[u] += step[u]
             gradient[u] = ahead[taken]
-            norm[u] = gradient[u].abs().amax(dim=1)
+            norm[u] = gradient[u].abs().amax(dim=(1, 2))
             going_on = norm[unfinished] > tol
             advance(int((~going_on).sum()), note=f"{k + 1} passes, gradient {float(norm.max()):.0e}")
             unfinished = unfinished[going_on]
@@ -150,37 +160,37 @@ def fit_streamed(
 
 
 def _pair(which: Tensor, step: Tensor, change: Tensor, *, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Spread a step of some columns, and the change of their gradients by it, (k, d + 1) each, over all columns.
+    """Spread a step of some columns, and the change of their gradients by it, (k, q, d + 1) each, over all columns.
 
     Returns:
-        The step and the change (K, d + 1), and the inverse of their product (K, 1); 0 for columns not in `which`.
+        The step and the change (K, q, d + 1), and the inverse of their product (K, 1, 1); 0 for columns not in `which`.
     """
-    product = dot(step, change)[:, None]  # positive, as the loss is convex, but for rounding
-    steps, changes, scale = torch.zeros_like(like), torch.zeros_like(like), torch.zeros_like(like[:, :1])
+    product = dot(step, change)[:, None, None]  # positive, as the loss is convex, but for rounding
+    steps, changes, scale = torch.zeros_like(like), torch.zeros_like(like), torch.zeros_like(like[:, :1, :1])
     steps[which], changes[which], scale[which] = step, change, torch.where(product > 0, 1 / product, 0)
     return steps, changes, scale
 
 
 def _direction(
     data: Standardised,
-    basis: tuple[Tensor, Tensor],
+    basis: Curvature,
     columns: Columns,
     pairs: Sequence[tuple[Tensor, ...]],
     *,
     tol: float,
 ) -> tuple[Tensor, Tensor]:
-    """Compute the L-BFGS direction (K, d + 1), a descent on the sample in place of a Hessian; and its steps (K,)."""
+    """Compute the L-BFGS direction (K, q, d + 1), a descent on the sample in place of a Hessian; and its steps (K,)."""
     shares = []
     columns.gradient = columns.gradient.clone()
     for taken, change, scale in reversed(pairs):
-        shares.append(scale * dot(taken, columns.gradient)[:, None])
+        shares.append(scale * dot(taken, columns.gradient)[:, None, None])
         columns.gradient -= shares[-1] * change
-    target = (FALL * columns.gradient.abs().amax(dim=1)).clamp_min(max(0.1 * tol, FLOOR))
-    start, budget = columns.theta, torch.full((len(target),), MAX_STEPS, device=target.device)
-    reached, steps = descend(data, data.fast, basis, columns, target=target, budget=budget)
+    goal = (FALL * columns.gradient.abs().amax(dim=(1, 2))).clamp_min(max(0.1 * tol, FLOOR))
+    start, budget = columns.theta, torch.full((len(goal),), MAX_STEPS, device=goal.device)
+    reached, steps = descend(data, data.fast, basis, columns, goal=goal, budget=budget)
     step = reached - start
     for (taken, change, scale), share in zip(pairs, reversed(shares), strict=True):
-        step -= (share + scale * dot(change, step)[:, None]) * taken
+        step -= (share + scale * dot(change, step)[:, None, None]) * taken
     return step, steps
 
 
@@ -189,9 +199,10 @@ class _Rows:
     """All rows, and how they are standardised and weighed."""
 
     X: Embeddings  # (n, d)
-    label: Tensor  # (n,) 0.0 or 1.0
+    label: Tensor  # (n,) int64
+    target: Tensor  # (q, n) the probabilities to be learned
     mask: Tensor  # (F, n) bool
-    class_weight: Tensor  # (F, 2) what a negative and a positive weigh: half, divided by the fold's rows of that class
+    class_weight: Tensor  # (F, c) what a row of each class weighs: 1 / c, divided by the fold's rows of that class
     centre: Tensor  # (d,) of all rows, or near it
     scale: Tensor  # (d,) likewise
 
@@ -201,8 +212,7 @@ class _Rows:
 
     def weight(self, rows: slice) -> Tensor:
         """Compute the weights (F, b) of some rows, as in `Standardised`."""
-        negative, positive = self.class_weight[:, :1], self.class_weight[:, 1:]
-        return torch.where(self.label[rows] > 0, positive, negative) * self.mask[:, rows]
+        return self.class_weight[:, self.label[rows]] * self.mask[:, rows]
 
     def standardise(self, embeddings: Tensor) -> Tensor:
         """Standardise rows (b, d) float16 on the device: float32, about the centre, in units of the scale."""
@@ -221,18 +231,25 @@ class _Rows:
                 yield slice(start, start + len(part)), self.standardise(held.to(self.device, non_blocking=True))
 
 
-def _rows(X: Embeddings, y: NDArray[np.integer], *, masks: NDArray[np.bool_], device: torch.device) -> _Rows:
-    positives = masks @ (y == 1).astype(np.float64)  # (F,)
-    class_weight = np.stack([0.5 / (masks.sum(axis=1) - positives), 0.5 / positives], axis=1)
+def _rows(
+    X: Embeddings,
+    y: NDArray[np.integer],
+    *,
+    masks: NDArray[np.bool_],
+    n_classes: int,
+    target: NDArray[np.floating] | None,
+    device: torch.device,
+) -> _Rows:
     first = torch.from_numpy(X.select(np.arange(0, len(X), -(-len(X) // FIRST_ROWS))).read()).to(device).float()
     std = first.std(dim=0, correction=0)
     # What hardly varies in these few rows may do so in others, and must not be blown up there.
     least = 0.01 * float(std.square().mean().sqrt()) or 1.0
     return _Rows(
         X,
-        label=torch.from_numpy(y.astype(np.float32)).to(device),
+        label=torch.from_numpy(y.astype(np.int64)).to(device),
+        target=targets(y, target, n_classes).to(device),
         mask=torch.from_numpy(masks).to(device),
-        class_weight=torch.from_numpy(class_weight.astype(np.float32)).to(device),
+        class_weight=class_weights(y, masks, n_classes).float().to(device),
         centre=first.mean(dim=0),
         scale=std.clamp_min(least),
     )
@@ -264,12 +281,16 @@ def _sampled(rows: _Rows, *, size: int) -> tuple[_Rows, Standardised]:
 
     chosen, times = _draw(rows.label.cpu().numpy(), length.cpu().numpy(), size)
     A = rows.standardise(torch.from_numpy(rows.X.select(chosen).read()).to(rows.device))
-    label = rows.label[chosen]
-    of_classes = (rows.mask[:, chosen] * torch.from_numpy(times).to(A) * of_class for of_class in (label, 1 - label))
-    positive, negative = (0.5 * weight / weight.sum(dim=1, keepdim=True) for weight in of_classes)
+    stands_for, n_classes = rows.mask[:, chosen] * torch.from_numpy(times).to(A), rows.class_weight.shape[1]
+    weight = torch.zeros_like(stands_for)
+    for k in range(n_classes):
+        of_class = stands_for * (rows.label[chosen] == k)
+        total = of_class.sum(dim=1, keepdim=True)  # 0 where the sample has no row of the class for a fold
+        weight += 1 / n_classes * of_class / total.clamp_min(torch.finfo(total.dtype).tiny)
     fast = A.bfloat16() if has_bf16(rows.device) else A
     fold_mean = ((mean[:-1] - mean[-1]) / std).float()
-    return rows, Standardised(A, fast, rows.centre, rows.scale, fold_mean, inv_std, positive + negative, label)
+    target = rows.target[:, chosen]
+    return rows, Standardised(A, fast, rows.centre, rows.scale, fold_mean, inv_std, weight, target)
 
 
 def _mended(rows: _Rows, mask: Tensor, mean: Tensor, mean_square: Tensor) -> Tensor:
@@ -299,15 +320,18 @@ def _mended(rows: _Rows, mask: Tensor, mean: Tensor, mean_square: Tensor) -> Ten
 
 
 def _draw(
-    label: NDArray[np.float32], length: NDArray[np.float32], size: int
+    label: NDArray[np.int64], length: NDArray[np.float32], size: int
 ) -> tuple[NDArray[np.intp], NDArray[np.float64]]:
     """Draw the rows of the sample, ascending, and how many rows each of them stands for.
 
-    It draws as many of either class, or all of a small one; half evenly over the table, half by squared length.
+    It draws as many of every class, or all of a small one; half evenly over the table, half by squared length.
     """
-    drawn = []
-    smaller, larger = sorted((np.flatnonzero(label == value) for value in (0, 1)), key=len)
-    for of_class, wanted in ((smaller, size // 2), (larger, size - min(size // 2, len(smaller)))):
+    drawn: list[tuple[NDArray[np.intp], NDArray[np.float64]]] = []
+    classes = sorted((np.flatnonzero(label == k) for k in np.unique(label)), key=len)
+    left = size
+    for k, of_class in enumerate(classes):
+        wanted = left // (len(classes) - k)
+        left -= min(wanted, len(of_class))
         if len(of_class) <= wanted:
             drawn.append((of_class, np.ones(len(of_class))))
             continue
@@ -325,18 +349,18 @@ def _draw(
 def _gradient(
     rows: _Rows, data: Standardised, fold: Tensor, ridge: Tensor, theta: Tensor, logits: Tensor, which: Tensor
 ) -> Tensor:
-    """Compute gradients (K, d + 1) over all rows at theta (K, d + 1) in one pass; logits go to `logits[which]`."""
-    mean, inv_std = data.mean[fold], data.inv_std[fold]
-    W = theta[:, :-1] * inv_std
-    offset = (theta[:, -1] - dot(W, mean))[:, None]
+    """Compute gradients (K, q, d + 1) over all rows at theta (K, q, d + 1) in one pass, and write `logits[which]`."""
+    mean, inv_std = data.mean[fold][:, None], data.inv_std[fold][:, None]
+    W = theta[..., :-1] * inv_std
+    offset = theta[..., -1:] - (W * mean).sum(dim=2, keepdim=True)
     product = torch.zeros(W.shape, dtype=torch.float64, device=W.device)
-    total = torch.zeros(len(W), 1, dtype=torch.float64, device=W.device)
+    total = torch.zeros_like(product[..., :1])
     which = which.cpu()
     for at, A in rows.pieces():
-        Z = torch.addmm(offset, W, A.T)
-        logits[which, at] = Z.cpu()
-        residual = rows.weight(at)[fold] * (torch.sigmoid(Z) - rows.label[at])
-        product += residual @ A
-        total += residual.sum(dim=1, keepdim=True)
-    by_coef = ((product - total * mean) * inv_std).float() + ridge * theta[:, :-1]
-    return torch.cat([by_coef, total.float()], dim=1)
+        Z = torch.addmm(offset.flatten(0, 1), W.flatten(0, 1), A.T).view(*W.shape[:2], len(A))
+        logits[which, :, at] = Z.cpu()
+        residual = rows.weight(at)[fold][:, None] * (probabilities(Z) - rows.target[:, at])
+        product += (residual.flatten(0, 1) @ A).view(W.shape)
+        total += residual.sum(dim=2, keepdim=True)
+    by_coef = ((product - total * mean) * inv_std).float() + ridge * theta[..., :-1]
+    return torch.cat([by_coef, total.float()], dim=2)

@@ -38,7 +38,7 @@ def predictions(seed: int = 0) -> Predictions:
         split=np.array(split),
         fold=np.array(fold),
         seed=np.zeros(len(ids), dtype=np.intp),
-        logit=rng.standard_normal(len(ids)).astype(np.float32),
+        logit=rng.standard_normal((len(ids), 1)).astype(np.float32),
     )
 
 

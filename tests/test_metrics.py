@@ -144,7 +144,7 @@ def test_predictions_of_one_class_have_no_correlation():
 def test_metrics_of_a_run_come_back_from_their_json():
     interval = metrics.Interval(0.8, 0.7, 0.9)
     undefined = metrics.Interval(math.nan, math.nan, math.nan)
-    ensemble = metrics.Judgement(9, 4, "slide", 3, 1, 0.4, 0.95, 1000, {"auroc": interval, "f1": undefined})
+    ensemble = metrics.Judgement((5, 4), "slide", 3, 1, 0.4, 0.95, 1000, {"auroc": interval, "f1": undefined})
     folds = {"auroc": metrics.FoldFigure(0.75, 0.05, (0.7, 0.8)), "f1": metrics.FoldFigure(math.nan, math.nan, (0.5,))}
     written = metrics.RunMetrics(
         0.4,

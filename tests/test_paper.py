@@ -51,7 +51,7 @@ def test_a_fold_follows_a_plain_loop_over_torchs_scheduler():
                 break
         assert (fit.best_epoch[k], fit.n_epochs[k]) == (best_epoch, epoch + 1)
         assert 0 < best_epoch < epoch  # the kept epoch is neither the first nor the last
-        np.testing.assert_allclose(coef[k], (weight[1] - weight[0]).numpy(), rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(coef[k, 0], (weight[1] - weight[0]).numpy(), rtol=1e-4, atol=1e-5)
 
 
 def test_a_folds_result_does_not_depend_on_the_others():
@@ -69,7 +69,7 @@ def test_training_stops_early_and_keeps_the_best_epoch():
     assert max(fit.n_epochs) < recipe.max_epochs
     assert (np.subtract(fit.n_epochs, fit.best_epoch) - 1 == recipe.patience).all()
     held_out = ~masks[0]
-    predicted = X[held_out] @ coef[0] + intercept[0] > 0
+    predicted = X[held_out] @ coef[0, 0] + intercept[0, 0] > 0
     assert (predicted == y[held_out]).mean() > 0.8
 
 

@@ -147,8 +147,10 @@ def adapted(runs: Path, like: Path, samples: Samples) -> Path:
     judged = logit(rng.uniform(0.05, 0.95, (len(test), 3)) * 0.5 + 0.25 * test.label[:, None])
     predictions = concatenate(
         [
-            predictions_of("patches", training, split="validation", fold=folds.fold, logit=logit(p)),
-            predictions_of("patches", test, split="test", fold=np.arange(3), logit=judged),
+            predictions_of(
+                "patches", training, split="validation", fold=folds.fold[:, None], logit=logit(p)[:, None, None]
+            ),
+            predictions_of("patches", test, split="test", fold=np.arange(3), logit=judged[..., None]),
         ]
     )
     record = replace(
@@ -914,7 +916,9 @@ def large(tmp_path_factory) -> Path:
     )
     for model in ("one", "two"):
         scores = rng.standard_normal(MANY) + samples.label
-        predictions = predictions_of("many", samples, split="validation", fold=folds.fold, logit=scores)
+        predictions = predictions_of(
+            "many", samples, split="validation", fold=folds.fold[:, None], logit=scores[:, None, None]
+        )
         with unscored():
             write_run(
                 folder / "runs",

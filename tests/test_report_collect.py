@@ -76,7 +76,7 @@ def curves_of(logit: np.ndarray, label: np.ndarray, runs: Path):
     )
     tables = {"mine": patches("mine", 36, test_from=36), "t": table}
     parts = predicted({"mine": tables["mine"]}, "mine")
-    test = predictions_of("t", table, split="test", fold=np.array([0]), logit=logit[:, None])
+    test = predictions_of("t", table, split="test", fold=np.array([0]), logit=logit[:, None, None])
     made_run(runs, tables=tables, train="mine", predictions=concatenate([parts, test]))
     report, (run,) = collected(runs)
     return report.sets[0].curves[run.label], ensemble_of(run.predictions, "t", "test")

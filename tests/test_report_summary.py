@@ -59,7 +59,9 @@ def judged(
     limit = Detectable(0.06, 0.09, 0.05, 0.08, n, wanted[0] if wanted else None, wanted[1] if wanted else None)
     comparison = Comparison(
         judgements={
-            label: Judgement(n if unit == "sample" else 600, n_positive, unit, n, 0, 0.5, 0.95, 100, of, trainings)
+            label: Judgement(
+                ((n if unit == "sample" else 600) - n_positive, n_positive), unit, n, 0, 0.5, 0.95, 100, of, trainings
+            )
             for label, of in figures.items()
         },
         pairs=tuple(pairs),
