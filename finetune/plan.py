@@ -15,6 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from extract.backbones import build_model, check_forward, find_backbone
 from extract.views import make_transform
 from features.device import find_device
+from features.labels import NUMBERS
 from finetune.lora import adapters
 from finetune.network import Network
 from finetune.options import ComputeOptions, FinetuneOptions, training_precision
@@ -62,7 +63,7 @@ class Plan:
 
 
 def make_plan(options: FinetuneOptions, compute_options: ComputeOptions = ComputeOptions()) -> Plan:
-    """Build the training of fake tensors, and count.
+    """Build the training of fake tensors, and count: of two classes, unless `options.classes` names more.
 
     Raises:
         UserError: an unknown model, targets that match nothing, an input size that does not fit.
@@ -88,6 +89,7 @@ def make_plan(options: FinetuneOptions, compute_options: ComputeOptions = Comput
             lora=options.lora,
             fold_models=options.fold_models(options.cv),
             members=members,
+            n_classes=len(options.classes or NUMBERS),
         )
         shape = (recipe.batch_size, 3, transform.input_size, transform.input_size)
         kept = at_once * _kept_bytes(network, torch.empty(shape), precision)

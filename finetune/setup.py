@@ -28,7 +28,7 @@ from extract.embed import decoded
 from extract.prepare import fingerprint_parts
 from extract.registry import IMAGENET_MEAN, IMAGENET_STD
 from extract.views import Transform, View, make_transform
-from features.console import ProgressCallback, progress, say
+from features.console import ProgressCallback, UserError, progress, say
 from features.device import compute_exactly, find_device
 from features.folds import FoldModel
 from features.labels import parse_renaming
@@ -77,6 +77,11 @@ class Setup:
         return self.datasets[self.experiment.train]
 
     @property
+    def n_classes(self) -> int:
+        """How many classes the training set has."""
+        return len(self.patches.label_names)
+
+    @property
     def network_members(self) -> list[tuple[int, ...]]:
         """The members of each network that is trained; the networks are trained one after the other."""
         return self.options.network_members(self.experiment.folds.n_folds)
@@ -105,7 +110,7 @@ class Setup:
         """Describe what must not change between the start and the end of a training, as JSON values."""
         digests = self.experiment.table_digests
         identity = {
-            "options": asdict(self.options),
+            "options": self.options.as_record(),
             "recipe": asdict(self.recipe),
             "backbone": self.fingerprint_parts(self.patches),
             "folds": self.experiment.folds.digest,
@@ -143,6 +148,16 @@ def prepare(
     view = options.resolved_view(backbone, recipe)
     datasets = _load_datasets(options, compute_options.data)
     train = next(iter(datasets))
+    experiment = make_experiment(
+        train,
+        {name: patches.samples for name, patches in datasets.items()},
+        cv=options.cv,
+        fold_seed=options.fold_seed,
+        paper_folds=options.recipe != "default",
+        classes=datasets[train].label_names,
+        soft_labels=options.soft_labels,
+    )
+    _require_two_classes(experiment, datasets[train].label_names)
     return Setup(
         options=options,
         compute_options=compute_options,
@@ -150,13 +165,7 @@ def prepare(
         view=view,
         backbone=backbone,
         datasets=datasets,
-        experiment=make_experiment(
-            train,
-            {name: patches.samples for name, patches in datasets.items()},
-            cv=options.cv,
-            fold_seed=options.fold_seed,
-            paper_folds=options.recipe != "default",
-        ),
+        experiment=experiment,
         weights=fetch_weights(backbone, weights=compute_options.weights),
         transform=training_transform(backbone, view, recipe.statistics),
         compute=Compute(
@@ -170,13 +179,34 @@ def prepare(
     )
 
 
+def _require_two_classes(experiment: Experiment, classes: Sequence[str]) -> None:
+    """Refuse folds of which one validates on less than two classes: there no epoch is better than another."""
+    folds = experiment.folds
+    for fold in range(folds.n_folds):
+        present = np.unique(experiment.label[folds.fold == fold])
+        if len(present) < 2:
+            found = ", ".join(classes[k] for k in present) or "nothing"
+            raise UserError(
+                f"fold {fold} of {folds.n_folds} validates on {found} alone; expected patches of at least two classes, "
+                "as the epoch that is kept is chosen on them. Use a smaller `cv`, another `fold_seed`, or label more "
+                "slides."
+            )
+
+
 def _load_datasets(options: FinetuneOptions, data: Path | None) -> dict[str, PatchDataset]:
     """Load the training set and those to score, by name."""
     tests = _test_names(options, data)
     require_distinct_names((options.train, *tests))
     renamed = parse_renaming(options.labels)
     reading: dict[str, Any] = {"labels": renamed, "skip_unlabelled": options.skip_unlabelled}
-    patches = load_dataset(options.train, data=data, positive=options.positive, **reading)
+    patches = load_dataset(
+        options.train,
+        data=data,
+        positive=options.positive,
+        order=options.classes,
+        ordinal=options.ordinal,
+        **reading,
+    )
     for line in audit(patches.samples).lines():
         say(f"{patches.name}: {line}.")
     loaded = [load_dataset(name, data=data, classes=patches.label_names, **reading) for name in tests]
@@ -242,6 +272,7 @@ def new_network(setup: Setup, members: Sequence[int], *, training: bool = True) 
         setup.view,
         fold_models=setup.fold_models,
         members=members,
+        n_classes=setup.n_classes,
         device=compute.device,
     )
     network.compute_in(compute.precision)
@@ -264,6 +295,7 @@ def build_network(
     *,
     fold_models: Sequence[FoldModel],
     members: Sequence[int],
+    n_classes: int,
     device: torch.device,
 ) -> Network:
     """Build the backbone on its device, with the adapters and classifiers of some members.
@@ -274,7 +306,15 @@ def build_network(
     model = build_model(backbone, weights, dynamic=view.resizes(backbone))
     check_forward(model.to(device), backbone, make_transform(backbone, view).input_size)
     model = model.to(memory_format=torch.channels_last)  # of convolutions; other layers stay as they are
-    return Network(model, backbone, method=options.method, lora=options.lora, fold_models=fold_models, members=members)
+    return Network(
+        model,
+        backbone,
+        method=options.method,
+        lora=options.lora,
+        fold_models=fold_models,
+        members=members,
+        n_classes=n_classes,
+    )
 
 
 def load_training_set(setup: Setup) -> TrainingSet:
@@ -298,5 +338,7 @@ def load_training_set(setup: Setup) -> TrainingSet:
         for start, (batch, images) in zip(starts, ready, strict=True):
             pixels[start : start + len(batch)] = setup.transform.resized(images, setup.compute.device)
             advance(len(batch))
-    label = torch.from_numpy(setup.experiment.label.astype(np.int64)).to(setup.compute.device)
-    return TrainingSet(pixels, label, folds=setup.experiment.folds, transform=setup.transform)
+    experiment, on_device = setup.experiment, setup.compute.device
+    label = torch.from_numpy(experiment.label.astype(np.int64)).to(on_device)
+    target = None if experiment.target is None else torch.from_numpy(experiment.target).to(on_device)
+    return TrainingSet(pixels, label, folds=experiment.folds, transform=setup.transform, target=target)

@@ -285,10 +285,10 @@ def judged(n_seeds: int = 3) -> Predictions:
     other = make_samples(["d", "b", "c", "a"], [0, 1, 0, 1], sha256=[""] * 4)
     made = make_experiment("mine", {"mine": samples, "other": other}, cv=2)
     rng = np.random.default_rng(0)
-    signal = {"mine": samples.label[:, None] - 0.5, "other": other.label[:, None] - 0.5}
+    signal = {"mine": samples.label[:, None, None] - 0.5, "other": other.label[:, None, None] - 0.5}
     logits = FoldLogits(
-        validation=(rng.normal(size=(12, n_seeds)) + signal["mine"]).astype("f4"),
-        tests={"other": (rng.normal(size=(4, 2 * n_seeds)) + signal["other"]).astype("f4")},
+        validation=(rng.normal(size=(12, n_seeds, 1)) + signal["mine"]).astype("f4"),
+        tests={"other": (rng.normal(size=(4, 2 * n_seeds, 1)) + signal["other"]).astype("f4")},
         seeds=tuple(range(5, 5 + n_seeds)),
     )
     return made.predictions(logits)
