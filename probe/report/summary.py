@@ -160,7 +160,7 @@ def _of_one_class(on: SetReport) -> str:
     start = f"on {_place(on)}, all of one class, there is no AUROC"
     if len(found) == 1:
         ((label, only),) = found.items()
-        return f"{start}; the {said} of {label} is {_with_ends(only)}"
+        return f"{start}; the {said} {'of' if len(on.classes) == 2 else 'by'} {label} is {_with_ends(only)}"
     values = [one.value for one in found.values()]
     return f"{start}; {several} range from {short(min(values))} to {short(max(values))}"
 

@@ -46,7 +46,7 @@ class Grid:
     caption: str
     groups: tuple[str, ...]
     rows: tuple[tuple[str, tuple[Cell, ...], bool], ...]
-    figures: tuple[str, ...]
+    figures: tuple[str, ...] = tuple(FIGURES.values())
 
 
 def grids(report: Report, runs: Sequence[Run]) -> tuple[Grid, ...]:
