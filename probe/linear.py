@@ -122,7 +122,7 @@ def fit_exact(
         learned = None if target is None else target[used]
         fitted = X[used] if isinstance(X, np.ndarray) else in_memory(X.select(used), folds.n_folds, n_classes=n_classes)
     # Without two folds a class may be missing: that fit says nothing. Without one, it is refused.
-    lacking = lacked_classes(label, masks, n_classes).any(axis=1)
+    lacking = np.asarray(lacked_classes(label, masks, n_classes).any(axis=1))
     made = [m for m in range(len(masks)) if m < folds.n_folds or not lacking[m]]
     masks, held_out = masks[made], [held_out[m] for m in made]
     fit = partial(fit_logistic, fitted) if isinstance(fitted, np.ndarray) else partial(fit_streamed, fitted)

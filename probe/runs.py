@@ -532,6 +532,9 @@ def read_samples(folder: Path, predictions: Predictions) -> dict[str, Samples]:
             missing = np.setdiff1d(ids, tables[name].id if name in tables else [])
             if len(missing):
                 raise ValueError(f"{len(missing)} patches of {name} are missing, first: {missing[0]}")
+            highest = max(tables[name].label.max(initial=0), tables[name].votes.max(initial=0))
+            if highest >= predictions.n_classes:
+                raise ValueError(f"{name} has a label or vote of {highest}, the run {predictions.n_classes} classes")
         return tables
 
     return read_checked(folder, "samples.csv", parse=parse)

@@ -132,7 +132,7 @@ def test_several_trainings_are_averaged():
         calibrate(
             patches(run.label, p, group=run.group, threshold=0.65, prior=0.2), resampling=QUICK, prevalences=(0.2,)
         )
-        for p in run.by_training
+        for p in run.positive
     ]
     for name in CALIBRATION_FIGURES:
         assert whole.corrected[name].value == pytest.approx(np.mean([one.corrected[name].value for one in each]))

@@ -110,7 +110,7 @@ def test_a_run_of_several_trainings_is_their_mean():
     whole = by_agreement(judged, votes, resampling=QUICK)
     each = [
         by_agreement(patches(judged.label, p, group=judged.group, threshold=0.65), votes, resampling=QUICK)
-        for p in judged.by_training
+        for p in judged.positive
     ]
     for name in RATER_FIGURES:
         values = [view.raters[0].run[name].value for view in each]

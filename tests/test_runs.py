@@ -399,8 +399,8 @@ def test_a_damaged_record_is_refused(name, content, tmp_path):
 
 def test_a_run_of_another_format_is_refused(tmp_path):
     folder = made_run(tmp_path)
-    edit_record(folder, format=3)
-    with pytest.raises(UserError, match="is a run of format 3; this version reads formats 1 and 2"):
+    edit_record(folder, format=4)
+    with pytest.raises(UserError, match="is a run of format 4; this version reads formats 1 to 3"):
         read_run(folder)
 
 

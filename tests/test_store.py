@@ -131,9 +131,9 @@ def test_a_table_without_raters_comes_back(tmp_path: Path) -> None:
 
 
 def test_the_same_table_again_is_no_work_and_other_labels_update_it(full: FeatureStore) -> None:
-    assert full.put_samples("ami-br", make_table(), attrs={}) is False
+    assert full.put_samples("ami-br", make_table(), attrs={}) is None
     relabelled = make_table(label=np.zeros(N, np.int8))
-    assert full.put_samples("ami-br", relabelled, attrs={"source": "corrected"}) is True
+    assert full.put_samples("ami-br", relabelled, attrs={"source": "corrected"}) == ("0", "1")
     assert full.samples("ami-br").table_digest == relabelled.table_digest
     assert full.dataset_attrs("ami-br")["source"] == "corrected"
     assert len(read(full)) == N  # the embeddings stay
@@ -396,10 +396,10 @@ def test_what_is_no_store_is_refused(tmp_path: Path) -> None:
 
 def test_a_newer_format_is_refused_with_what_to_do(empty: FeatureStore) -> None:
     document = json.loads((empty.path / "zarr.json").read_text())
-    document["attributes"]["format_version"] = 2
+    document["attributes"]["format_version"] = 3
     del document["attributes"]["attributes_digest"]
     (empty.path / "zarr.json").write_text(json.dumps(document))
-    with pytest.raises(UserError, match=r"format 2.*Upgrade"):
+    with pytest.raises(UserError, match=r"format 3.*up to 2.*Upgrade"):
         FeatureStore.open(empty.path)
 
 
@@ -794,9 +794,12 @@ def test_blocks_of_repeated_or_descending_rows_are_refused(full: FeatureStore, r
 
 def test_other_names_of_the_same_classes_are_recorded(empty: FeatureStore) -> None:
     attrs = {"label_names": ["normal", "cancer"], "source": "there"}
-    assert empty.put_samples("mine", make_table(), attrs=attrs) is False
-    assert empty.put_samples("mine", make_table(), attrs=attrs | {"source": "moved"}) is False
-    assert empty.put_samples("mine", make_table(), attrs=attrs | {"label_names": ["normal", "tumor"]}) is True
+    assert empty.put_samples("mine", make_table(), attrs=attrs) is None
+    assert empty.put_samples("mine", make_table(), attrs=attrs | {"source": "moved"}) is None
+    assert empty.put_samples("mine", make_table(), attrs=attrs | {"label_names": ["normal", "tumor"]}) == (
+        "normal",
+        "cancer",
+    )
     assert empty.dataset_attrs("mine")["label_names"] == ["normal", "tumor"]
     assert empty.dataset_attrs("mine")["source"] == "there"
     assert empty.verify() == []

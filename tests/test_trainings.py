@@ -58,15 +58,15 @@ def test_every_training_has_its_own_ensemble_and_its_own_threshold():
 def test_figures_are_means_over_trainings_each_at_its_threshold():
     judged = ensemble_of(predictions(noise=3), "mine", "test")
     figures = judge(judged, resampling=QUICK).figures
-    each = [auroc(judged.label, one) for one in judged.by_training]
+    each = [auroc(judged.label, one) for one in judged.positive]
     assert each[0] != each[1]
     assert figures["auroc"].value == pytest.approx(np.mean(each), abs=1e-12)
     cut = [
         balanced_accuracy(judged.label, one >= threshold)
-        for one, threshold in zip(judged.by_training, judged.thresholds, strict=True)
+        for one, threshold in zip(judged.positive, judged.thresholds, strict=True)
     ]
     assert figures["balanced_accuracy"].value == pytest.approx(np.mean(cut), abs=1e-12)
-    assert figures["auroc"].value != pytest.approx(auroc(judged.label, judged.probability), abs=1e-6)
+    assert figures["auroc"].value != pytest.approx(auroc(judged.label, judged.probability[:, 1]), abs=1e-6)
 
 
 def test_an_interval_over_trainings_is_wider_by_their_scatter():
