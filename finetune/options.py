@@ -82,7 +82,7 @@ class FinetuneOptions:
         if self.learning_rate is not None and not 0 < self.learning_rate < float("inf"):
             raise UserError(f"learning rate {self.learning_rate}: expected a number above 0, such as 1e-4.")
         if self.soft_labels not in (None, "votes"):
-            raise UserError(f"soft labels {self.soft_labels!r}: expected votes, the only kind there is.")
+            raise UserError(f"`soft_labels={self.soft_labels}`: expected votes, for the share of the raters' votes.")
         require_seeds(self.seed, self.seeds)
         require_seeds(self.fold_seed, 1)
         if self.cv < 2:

@@ -112,7 +112,7 @@ def _load_patches(dataset: str, run: RunRecord, data: Path | None) -> PatchDatas
     named, labels = _classes_of(dataset, run), parse_renaming(run.options.get("labels"))
     if known := DATASETS.get(dataset):
         folder = local_data(data)
-        if known.folder and folder is None:
+        if (known.folder or known.phases) and folder is None:
             raise UserError("give the folder of the datasets with --data.")
         # Two classes of a known dataset have one order only.
         return load_dataset(dataset, data=folder, **(named | {"labels": labels} if len(run.label_names) > 2 else {}))

@@ -340,5 +340,6 @@ def load_training_set(setup: Setup) -> TrainingSet:
             advance(len(batch))
     experiment, on_device = setup.experiment, setup.compute.device
     label = torch.from_numpy(experiment.label.astype(np.int64)).to(on_device)
-    target = None if experiment.target is None else torch.from_numpy(experiment.target).to(on_device)
+    shares = experiment.target
+    target = None if shares is None else torch.from_numpy(shares).to(on_device)
     return TrainingSet(pixels, label, folds=experiment.folds, transform=setup.transform, target=target)

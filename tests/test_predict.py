@@ -123,7 +123,7 @@ def test_a_run_repeats_its_own_test_predictions(kind, runs, table, weights, tmp_
     assert len(set(tested.id)) == 12
     for id in set(tested.id.tolist()):
         of_patch = tested.select(tested.id == id)
-        folds = of_patch.probability[np.argsort(of_patch.fold)]
+        folds = of_patch.probability[np.argsort(of_patch.fold), 1]
         row = written[id]
         assert [float(row[f"fold_{k}"]) for k in range(3)] == pytest.approx(folds, abs=2e-4)
         assert float(row["probability"]) == pytest.approx(folds.mean(), abs=2e-4)
@@ -356,7 +356,8 @@ def test_a_run_keeps_its_statistics_and_what_its_classes_mean(table, weights, tm
     own = read_predictions(run)
     tested = own.select(own.split == "test")
     written = {row["id"]: row for row in rows_of(tmp_path / "out.csv")}
-    for id, fold, label, probability in zip(tested.id, tested.fold, tested.label, tested.probability, strict=True):
+    probabilities = tested.probability[:, 1]
+    for id, fold, label, probability in zip(tested.id, tested.fold, tested.label, probabilities, strict=True):
         assert label == 1 - int(id.removesuffix(".png")) % 2
         assert float(written[id][f"fold_{fold}"]) == pytest.approx(probability, abs=2e-4)
     for row in written.values():
@@ -371,14 +372,15 @@ def test_a_run_keeps_its_statistics_and_what_its_classes_mean(table, weights, tm
 def test_the_threshold_is_the_best_on_out_of_fold_predictions(kind, runs):
     predictions = read_predictions(runs[kind])
     own = predictions.select(predictions.split == "validation")
+    probability = own.probability[:, 1]
     assert len(own.label) == 36
 
     def balanced(threshold: float) -> float:
-        predicted = own.probability >= threshold
+        predicted = probability >= threshold
         return float(np.mean([(predicted == own.label)[own.label == value].mean() for value in (0, 1)]))
 
     threshold = read_run(runs[kind]).figures.threshold
-    values = np.unique(own.probability)
+    values = np.unique(probability)
     every = [values[0], *((values[1:] + values[:-1]) / 2), 1.0]
     assert balanced(threshold) == pytest.approx(max(map(balanced, every)))
     # The same cut: no out-of-fold prediction lies between the threshold and the nearest that was tried.
@@ -435,7 +437,7 @@ def test_every_slide_has_its_rate_as_predicted_and_as_corrected_by_out_of_fold_e
     assert [row["group"] for row in slides] == [f"s{k}" for k in range(12)]
     own = read_predictions(runs["head"])
     own = own.select(own.split == "validation")
-    hit = (own.probability >= summary["threshold"]) == (own.label == 1)
+    hit = (own.probability[:, 1] >= summary["threshold"]) == (own.label == 1)
     sensitivity, specificity = hit[own.label == 1].mean(), hit[own.label == 0].mean()
     found = summary["by_group"]
     assert found["sensitivity"]["value"] == pytest.approx(sensitivity)
