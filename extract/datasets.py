@@ -33,7 +33,7 @@ from extract.readers import Patches as Patches
 from extract.readers import list_patches
 from extract.readers import load_patches as load_patches
 from features.console import UserError, nearest, say
-from features.labels import Classes, aligned, class_labels, read_labels, require_grades
+from features.labels import Classes, aligned, class_labels, numbered, read_labels, require_grades
 from features.samples import Samples, make_samples
 from features.tables import known_cells, read_splits
 
@@ -103,9 +103,10 @@ def load_dataset(
         if positive is not None and (record.classes or positive != ATYPICAL):
             has = f"{len(record.classes)} classes" if record.classes else f"the positive class {ATYPICAL}"
             raise UserError(f"{name_or_path} has {has}, not {positive!r}: leave `positive` out.")
-        if order is not None or ordinal:
-            given = "classes" if order is not None else "ordinal"
-            raise UserError(f"{name_or_path} has {', '.join(record.label_names)}: leave `{given}` out.")
+        other = order is not None and tuple(order) != record.label_names
+        if other or ordinal:
+            named = f"the classes {numbered(record.label_names)}, which are no grades"
+            raise UserError(f"{name_or_path} has {named}: leave `{'classes' if other else 'ordinal'}` out.")
         if record.phases or record.folder:
             dataset = _known(name_or_path, data or _default_data() or download.fetch_benchmark(verify_download))
         else:

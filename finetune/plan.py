@@ -64,8 +64,9 @@ class Plan:
 
 
 def make_plan(options: FinetuneOptions, compute_options: ComputeOptions = ComputeOptions()) -> Plan:
-    """Build the training of fake tensors, and count. Patches of the user's own are not read: they count as two classes unless
-    `options.classes` names more.
+    """Build the training of fake tensors, and count.
+
+    The user's own patches are not read: they count as of two classes, unless `options.classes` names more.
 
     Raises:
         UserError: an unknown model, targets that match nothing, an input size that does not fit.

@@ -113,7 +113,7 @@ def _load_patches(dataset: str, run: RunRecord, data: Path | None) -> PatchDatas
     several, of_training = len(run.label_names) > 2, dataset == run.train
     if known := DATASETS.get(dataset):
         folder = local_data(data)
-        if DATASETS[known.of or dataset].folder and folder is None:
+        if (known.folder or known.phases) and folder is None:
             raise UserError("give the folder of the datasets with --data.")
         # Two classes of a known dataset have one order only.
         return load_dataset(

@@ -64,7 +64,7 @@ OVERSAMPLE = 32  # vectors of the subspace iteration beyond these: its last ones
 SKETCH_ROWS = 8192  # enough to find the leading eigenvectors of however many rows
 SLOPE = 0.25  # the line search stops at |slope| <= this times the initial slope
 REFINEMENT = 1e-2  # the fall of the gradient after which bfloat16 products are corrected
-BLOCK = 2**18  # logits on which a line search works at a time: 1 MB per array. A GPU takes all at once
+BLOCK = 2**20  # logits on which a line search works at a time: 4 MB per array. A GPU takes all at once
 FLOOR = 1e-8  # where the gradient of a mean loss is rounding in float32: no descent aims lower
 
 

@@ -360,7 +360,7 @@ def patches(made) -> list[Patch]:
         predictions = read_predictions(folder)
         threshold[run] = threshold_of(predictions)
         scores: dict[tuple[str, str], list[float]] = {}
-        columns = (predictions.dataset, predictions.split, predictions.id, predictions.probability)
+        columns = (predictions.dataset, predictions.split, predictions.id, predictions.probability[:, 1])
         for dataset, split, id, p in zip(*(column.tolist() for column in columns), strict=True):
             scores.setdefault((f"{dataset}, {'out of fold' if split == 'validation' else split}", id), []).append(p)
         for key, values in scores.items():
@@ -459,10 +459,10 @@ def test_the_gallery_counts_the_mistakes_that_the_tables_count(open_page, patche
             for run, label in enumerate(labels):
                 if label not in on["confusion"]:
                     continue
-                for outcome, cell in (("missed", "fn"), ("alarm", "fp")):
+                for outcome, (row, column) in (("missed", (1, 0)), ("alarm", (0, 1))):
                     choose(page, {"run": str(run), "set": title, "outcome": outcome})
                     n = int(page.inner_text("#count").split(" of ")[1].split()[0])
-                    assert n == on["confusion"][label][cell], (title, label, outcome)
+                    assert n == on["confusion"][label][row][column], (title, label, outcome)
 
 
 ORDERS: dict[str, Callable[[Patch], float]] = {
