@@ -132,10 +132,12 @@ def run_of_classes(
     )
 
 
-def runs_of_classes(runs: Path, table: Samples | None = None, *, n: int = 4, **options: Any) -> list[Path]:
-    """Runs of five classes, each less good than the one before."""
+def runs_of_classes(
+    runs: Path, table: Samples | None = None, *, classes: Sequence[str] = PHASES, n: int = 4, **options: Any
+) -> list[Path]:
+    """Runs of these classes, each less good than the one before."""
     table = patches_of_classes("cells", 240, len(PHASES), votes=3) if table is None else table
-    return [run_of_classes(runs, table, model=f"model-{k}", signal=1 - 0.2 * k, seed=k, **options) for k in range(n)]
+    return [run_of_classes(runs, table, classes, f"model-{k}", signal=1 - 0.2 * k, seed=k, **options) for k in range(n)]
 
 
 # --- pages of their own patches ---------------------------------------------------------------------------------------

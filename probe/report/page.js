@@ -286,7 +286,7 @@ if (canvas) {
   const draw = (to, shape, x, y, colour) => {
     to.beginPath();
     if (typeof shape === "string") {
-      to.font = "bold 10px sans-serif";
+      to.font = "bold 11px monospace"; // tells l from I
       to.textAlign = "center";
       to.textBaseline = "middle";
       to.fillStyle = colour;
