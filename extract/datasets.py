@@ -105,8 +105,8 @@ def load_dataset(
             raise UserError(f"{name_or_path} has {has}, not {positive!r}: leave `positive` out.")
         other = order is not None and tuple(order) != record.label_names
         if other or ordinal:
-            named = f"the classes {numbered(record.label_names)}, which are no grades"
-            raise UserError(f"{name_or_path} has {named}: leave `{'classes' if other else 'ordinal'}` out.")
+            has = f"the classes {numbered(record.label_names)}, which are no grades"
+            raise UserError(f"{name_or_path} has {has}: leave `{'classes' if other else 'ordinal'}` out.")
         if record.phases or record.folder:
             dataset = _known(name_or_path, data or _default_data() or download.fetch_benchmark(verify_download))
         else:

@@ -123,7 +123,7 @@ def count_groups(
     for source, names, classes in zip(sources, groups, predicted, strict=True):
         place = {group: k for k, group in enumerate(dict.fromkeys(names))}
         counts = np.zeros((len(place), n_classes), dtype=np.intp)
-        np.add.at(counts, ([place[name] for name in names], classes), 1)
+        np.add.at(counts, (np.array([place[name] for name in names], dtype=np.intp), classes), 1)
         found = zip(place, counts.tolist(), strict=True)
         counted += [GroupCounts(source, group, tuple(of_class)) for group, of_class in found if group]
     return counted

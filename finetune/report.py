@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -109,31 +109,28 @@ def _load_patches(dataset: str, run: RunRecord, data: Path | None) -> PatchDatas
     Raises:
         UserError: it is not at hand.
     """
-    named, labels = _classes_of(dataset, run), parse_renaming(run.options.get("labels"))
+    labels = parse_renaming(run.options.get("labels"))
+    several, of_training = len(run.label_names) > 2, dataset == run.train
     if known := DATASETS.get(dataset):
         folder = local_data(data)
         if (known.folder or known.phases) and folder is None:
             raise UserError("give the folder of the datasets with --data.")
         # Two classes of a known dataset have one order only.
-        return load_dataset(dataset, data=folder, **(named | {"labels": labels} if len(run.label_names) > 2 else {}))
+        return load_dataset(
+            dataset, data=folder, labels=labels, classes=run.label_names if several and not of_training else None
+        )
     source = run.sources.get(dataset, "")
     if not Path(source).is_absolute() or not Path(source).exists():
         raise UserError(f"{source or 'where they lie'} is not {'there' if source else 'known'}.")
+    named = run.label_names != NUMBERS  # early runs do not know the names of their classes
     return load_dataset(
         source,
-        **named,
+        positive=run.label_names[1] if named and of_training and not several else None,
+        order=run.label_names if of_training and several else None,
+        classes=run.label_names if named and not of_training else None,
         labels=labels,
         skip_unlabelled=bool(run.options.get("skip_unlabelled")),
     )
-
-
-def _classes_of(dataset: str, run: RunRecord) -> dict[str, Any]:
-    """Say how `load_dataset` gives the classes of a dataset the labels that they have in a run."""
-    if run.label_names == NUMBERS:
-        return {}  # early runs do not know the names of their classes
-    if dataset != run.train:
-        return {"classes": run.label_names}
-    return {"order": run.label_names} if len(run.label_names) > 2 else {"positive": run.label_names[1]}
 
 
 def _reader(patches: PatchDataset) -> Pixels:

@@ -28,7 +28,7 @@ from extract.embed import decoded
 from extract.prepare import fingerprint_parts
 from extract.registry import IMAGENET_MEAN, IMAGENET_STD
 from extract.views import Transform, View, make_transform
-from features.console import ProgressCallback, UserError, progress, say
+from features.console import ProgressCallback, progress, say
 from features.device import compute_exactly, find_device
 from features.folds import FoldModel
 from features.labels import parse_renaming
@@ -157,7 +157,6 @@ def prepare(
         classes=datasets[train].label_names,
         soft_labels=options.soft_labels,
     )
-    _require_two_classes(experiment, datasets[train].label_names)
     return Setup(
         options=options,
         compute_options=compute_options,
@@ -177,20 +176,6 @@ def prepare(
             fast=fast,
         ),
     )
-
-
-def _require_two_classes(experiment: Experiment, classes: Sequence[str]) -> None:
-    """Refuse folds of which one validates on less than two classes: there no epoch is better than another."""
-    folds = experiment.folds
-    for fold in range(folds.n_folds):
-        present = np.unique(experiment.label[folds.fold == fold])
-        if len(present) < 2:
-            found = ", ".join(classes[k] for k in present) or "nothing"
-            raise UserError(
-                f"fold {fold} of {folds.n_folds} validates on {found} alone; expected patches of at least two classes, "
-                "as the epoch that is kept is chosen on them. Use a smaller `cv`, another `fold_seed`, or label more "
-                "slides."
-            )
 
 
 def _load_datasets(options: FinetuneOptions, data: Path | None) -> dict[str, PatchDataset]:

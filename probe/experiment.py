@@ -9,7 +9,7 @@ The two differ in `fit` alone. Test rows choose nothing: no fit sees them before
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -194,4 +194,20 @@ def make_experiment(
         )
     others = {name: samples for name, samples in tables.items() if name != train}
     n_classes = len(classes) if classes else table.n_classes
-    return Experiment(train, {train: table} | others, rows, folds, fold_seed, n_classes, soft_labels)
+    experiment = Experiment(train, {train: table} | others, rows, folds, fold_seed, n_classes, soft_labels)
+    _require_two_classes(experiment, classes or tuple(map(str, range(n_classes))))
+    return experiment
+
+
+def _require_two_classes(experiment: Experiment, classes: Sequence[str]) -> None:
+    """Refuse folds of which one validates on less than two classes: nothing can be chosen on it."""
+    folds = experiment.folds
+    for fold in range(folds.n_folds):
+        present = np.unique(experiment.label[folds.fold == fold])
+        if len(present) < 2:
+            found = ", ".join(classes[k] for k in present) or "nothing"
+            raise UserError(
+                f"fold {fold} of {folds.n_folds} validates on {found} alone; expected patches of at least two classes, "
+                "as epochs and strengths are chosen on them. Use a smaller `cv`, another `fold_seed`, or label more "
+                "slides."
+            )

@@ -444,6 +444,14 @@ def _second_derivative(weight: Tensor, p: Tensor, shift: Tensor) -> Tensor:
     return dot(weight, centred.square_().mul_(p).sum(dim=1, keepdim=True))
 
 
+def _summing_to_zero(gradient: Tensor) -> Tensor:
+    """Take from a gradient (K, q, d + 1) its mean over the c vectors of many classes, which is 0 but for rounding.
+
+    Left in, it would drive the vectors' sum away from zero, where nothing but the penalty brings it back.
+    """
+    return gradient if gradient.shape[1] == 1 else gradient - gradient.mean(dim=1, keepdim=True)
+
+
 def _over_class_0(values: Tensor) -> Tensor:
     """Subtract class 0's values from the other classes': (K, q, m) -> (K, c - 1, m). Two classes' are that already."""
     return values if values.shape[1] == 1 else values[:, 1:] - values[:, :1]
@@ -463,7 +471,7 @@ def _transposed_times(X: Tensor, mean: Tensor, inv_std: Tensor, residual: Tensor
     """Convert derivatives by the logits (K, q, n) into derivatives (K, q, d + 1) by coefficients and intercepts."""
     total = residual.sum(dim=2, keepdim=True)
     product = (residual.flatten(0, 1).to(X.dtype) @ X).float().view(*residual.shape[:2], X.shape[1])
-    return torch.cat([(product - total * mean) * inv_std, total], dim=2)
+    return _summing_to_zero(torch.cat([(product - total * mean) * inv_std, total], dim=2))
 
 
 def dot(a: Tensor, b: Tensor) -> Tensor:

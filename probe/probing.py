@@ -186,7 +186,7 @@ def _probe_model(setup: _Setup, model: str, runs: Path) -> RunRecord:
     entry, probe = chosen.entry, chosen.probe
     if probe.fit.n_dropped:
         say(
-            f"{model} ({entry.view}, {chosen.record.pooling}): {probe.fit.n_dropped:,} of {probe.coef.shape[1]:,} "
+            f"{model} ({entry.view}, {chosen.record.pooling}): {probe.fit.n_dropped:,} of {probe.coef.shape[-1]:,} "
             "features vary by no more than rounding in training, and have no weight."
         )
     points, curve_fits = _learning_curve(setup, chosen) if setup.subsets else ([], None)

@@ -27,6 +27,7 @@ from extract.views import make_transform, parse_view
 from features.console import UserError
 from finetune import cli
 from finetune import run as finetuning
+from finetune.report import _load_patches
 from probe.evidence import evaluate
 from probe.runs import read_predictions, read_run
 
@@ -552,6 +553,9 @@ def test_three_classes_are_trained_in_the_order_asked_for(finetune: Command, tmp
     predictions = read_predictions(folder)
     for id, label in zip(predictions.id, predictions.label, strict=True):
         assert label == (1, 0, 2)[int(id.removesuffix(".png")) % 3]
+    # For its pictures, a report reads the patches in the same order.
+    again = _load_patches("patches", read_run(folder), None)
+    assert again.samples.table_digest == record["table_digests"]["patches"]
     transform = make_transform(find_backbone("timm/test_vit"), parse_view("full@32"))
     for fold in range(2):
         model = timm.create_model("test_vit", num_classes=3, dynamic_img_size=True).eval()

@@ -11,7 +11,6 @@ import torch
 from numpy.typing import NDArray
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
-from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from features.console import UserError
@@ -38,39 +37,84 @@ def five_folds(n: int, folds: int = 5) -> NDArray[np.bool_]:
     return np.arange(n)[None, :] % folds != np.arange(folds)[:, None]
 
 
-def reference(X: NDArray, y: NDArray, C: float) -> tuple[NDArray, float]:
-    """scikit-learn's solution in float64, in the original feature space."""
-    model = make_pipeline(
-        StandardScaler(), LogisticRegression(C=C, class_weight="balanced", tol=1e-10, max_iter=100, solver="newton-cg")
-    ).fit(X.astype(np.float64), y)
-    scaler, regression = model[0], model[1]
-    coef = regression.coef_[0] / scaler.scale_
-    return coef, regression.intercept_[0] - coef @ scaler.mean_
+def many_classes(n: int, d: int, c: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    """The same embeddings; classes by the largest of c noisy linear scores, so unequal in size and confused."""
+    X, _ = embeddings(n, d)
+    rng = np.random.default_rng(1)
+    scores = (X - X.mean(axis=0)) / X.std(axis=0) @ rng.standard_normal((d, c)) / np.sqrt(d)
+    return X, (2 * scores + rng.gumbel(size=(n, c)) + np.linspace(0, 1, c)).argmax(axis=1)
+
+
+def over_class_0(values: NDArray) -> NDArray:
+    """What scikit-learn gives for class 1, 2, ... beyond class 0; of two classes it gives that itself."""
+    return values if len(values) == 1 else values[1:] - values[:1]
+
+
+def reference(
+    X: NDArray, y: NDArray, C: float, *, target: NDArray | None = None, solver: str = "newton-cg"
+) -> tuple[NDArray, NDArray]:
+    """scikit-learn's solution in float64, in the original feature space: (c - 1, d) and (c - 1,).
+
+    Where rows have a distribution, every row is there once per class.
+    """
+    scaler = StandardScaler().fit(X.astype(np.float64))
+    rows, labels, weight = scaler.transform(X.astype(np.float64)), y, (len(y) / np.bincount(y) / len(np.unique(y)))[y]
+    if target is not None:
+        n, c = target.shape
+        rows, labels = np.repeat(rows, c, axis=0), np.tile(np.arange(c), n)
+        weight = (weight[:, None] * target).ravel()
+    regression = LogisticRegression(C=C, tol=1e-10, max_iter=10_000, solver=solver)
+    regression.fit(rows, labels, sample_weight=weight)
+    coef = over_class_0(regression.coef_) / scaler.scale_
+    return coef, over_class_0(regression.intercept_) - coef @ scaler.mean_
 
 
 def gradient_norms(X: NDArray, y: NDArray, masks: NDArray, strengths: NDArray, fits: Fits) -> NDArray[np.float64]:
-    """The mean loss's largest derivative in each fold's standardised space, recomputed in float64: (F, S)."""
+    """The mean loss's largest derivative in each fold's standardised space, recomputed in float64: (F, S).
+
+    Of more than two classes, the coefficients over class 0 belong to those that sum to zero over the classes.
+    """
+    n_classes = y.max() + 1
     norms = np.zeros(fits.gradient_norm.shape)
     for f, mask in enumerate(masks):
-        rows, labels = X[mask].astype(np.float64), y[mask]
-        scaler = StandardScaler().fit(rows)
-        weight = np.where(labels == 1, 0.5 / labels.mean(), 0.5 / (1 - labels.mean()))
+        scaler = StandardScaler().fit(X[mask].astype(np.float64))
+        rows, labels = scaler.transform(X[mask].astype(np.float64)), y[mask]
+        weight = (len(labels) / n_classes / np.bincount(labels))[labels]
         for s, C in enumerate(strengths):
-            logits = rows @ fits.coef[f, s, 0].astype(np.float64) + fits.intercept[f, s, 0]
-            residual = weight * (1 / (1 + np.exp(-logits)) - labels)
-            by_coef = (scaler.transform(rows).T @ residual + fits.coef[f, s, 0] * scaler.scale_ / C) / len(rows)
-            norms[f, s] = max(np.abs(by_coef).max(), abs(residual.mean()))
+            beyond = fits.coef[f, s].astype(np.float64)
+            logits = X[mask].astype(np.float64) @ beyond.T + fits.intercept[f, s]  # (m, c - 1)
+            every = np.exp(np.column_stack([np.zeros(len(rows)), logits]))
+            residual = weight[:, None] * (every / every.sum(axis=1, keepdims=True) - np.eye(n_classes)[labels])
+            coef = beyond * scaler.scale_
+            if n_classes == 2:
+                residual = residual[:, 1:]
+            else:
+                coef = np.concatenate([0 * coef[:1], coef])
+                coef -= coef.mean(axis=0)
+            by_coef = (residual.T @ rows + coef / C) / len(rows)
+            norms[f, s] = max(np.abs(by_coef).max(), np.abs(residual.mean(axis=0)).max())
     return norms
 
 
-def assert_agrees(X: NDArray, y: NDArray, masks: NDArray, strengths: NDArray, fits: Fits, *, atol: float) -> None:
+def assert_agrees(
+    X: NDArray,
+    y: NDArray,
+    masks: NDArray,
+    strengths: NDArray,
+    fits: Fits,
+    *,
+    atol: float,
+    target: NDArray | None = None,
+    solver: str = "newton-cg",
+) -> None:
     """Logits of every row, also of those held out, agree with scikit-learn to `atol` of their spread."""
     assert fits.converged.all()
     for f, mask in enumerate(masks):
         for s, C in enumerate(strengths):
-            coef, intercept = reference(X[mask], y[mask], C)
-            expected = X.astype(np.float64) @ coef + intercept
-            np.testing.assert_allclose(fits.logits[:, f, s, 0], expected, atol=atol * max(expected.std(), 1e-3), rtol=0)
+            learned = None if target is None else target[mask]
+            coef, intercept = reference(X[mask], y[mask], C, target=learned, solver=solver)
+            expected = X.astype(np.float64) @ coef.T + intercept
+            np.testing.assert_allclose(fits.logits[:, f, s], expected, atol=atol * max(expected.std(), 1e-3), rtol=0)
 
 
 @pytest.mark.parametrize(("n", "d"), [(600, 40), (600, 200), (120, 300)], ids=["n>>d", "n>d", "n<d"])
@@ -79,6 +123,82 @@ def test_every_fold_and_strength_agrees_with_scikit_learn(n, d):
     masks = five_folds(n)
     fits = fit_logistic(X, y, masks=masks, strengths=STRENGTHS)
     assert_agrees(X, y, masks, STRENGTHS, fits, atol=2e-3)
+
+
+@pytest.mark.parametrize(("n", "d"), [(600, 40), (240, 300)], ids=["n>d", "n<d"])
+@pytest.mark.parametrize("c", [3, 9])
+def test_every_fold_and_strength_of_many_classes_agrees_with_scikit_learn(n, d, c):
+    X, y = many_classes(n, d, c)
+    masks = five_folds(n)[:2]
+    fits = fit_logistic(X, y, masks=masks, strengths=STRENGTHS, n_classes=c)
+    assert fits.coef.shape == (2, 4, c - 1, d)
+    assert fits.intercept.shape == (2, 4, c - 1)
+    assert fits.logits.shape == (n, 2, 4, c - 1)
+    assert_agrees(X, y, masks, STRENGTHS, fits, atol=4e-3, solver="lbfgs")
+    np.testing.assert_allclose(predict_logits(X, fits.coef, fits.intercept), fits.logits, atol=2e-4)
+
+
+def test_a_class_of_three_rows_weighs_as_much_as_the_others():
+    X, y = many_classes(600, 40, 4)
+    rare = np.flatnonzero(y == 2)
+    y[rare[3:]] = 0
+    masks = five_folds(600)[:2]
+    masks[0, rare[:3]], masks[1, rare[:3]] = [True, True, False], [False, True, False]
+    fits = fit_logistic(X, y, masks=masks, strengths=STRENGTHS, n_classes=4)
+    assert_agrees(X, y, masks, STRENGTHS, fits, atol=2e-3)
+
+
+@pytest.mark.parametrize("c", [2, 3])
+def test_distributions_are_learned_as_scikit_learn_learns_a_row_per_class(c):
+    """Balanced by the label, also where most of a row's votes are for another class."""
+    X, y = many_classes(300, 20, c)
+    target = np.random.default_rng(2).dirichlet(np.ones(c), size=300).astype(np.float32)
+    target[:100] = np.eye(c)[y[:100]]  # some unanimous
+    masks = five_folds(300)[:2]
+    fits = fit_logistic(X, y, masks=masks, strengths=STRENGTHS, n_classes=c, target=target)
+    assert_agrees(X, y, masks, STRENGTHS, fits, atol=2e-3, target=target)
+
+
+@pytest.mark.parametrize("c", [2, 3])
+def test_a_distribution_that_is_certain_is_a_label(c):
+    X, y = many_classes(200, 10, c)
+    arguments = {"masks": five_folds(200), "strengths": STRENGTHS, "n_classes": c}
+    by_label = fit_logistic(X, y, **arguments)
+    by_share = fit_logistic(X, y, **arguments, target=np.eye(c)[y])
+    np.testing.assert_allclose(by_share.logits, by_label.logits, rtol=1e-5, atol=1e-5)
+
+
+def test_columns_are_the_same_however_many_a_line_search_takes_at_a_time(monkeypatch):
+    X, y = many_classes(300, 20, 3)
+    arguments = {"masks": five_folds(300), "strengths": STRENGTHS, "n_classes": 3}
+    together = fit_logistic(X, y, **arguments)
+    for block in (1, 5 * 900):  # two columns at a time; five or six
+        monkeypatch.setattr(logistic, "BLOCK", block)
+        fits = fit_logistic(X, y, **arguments)
+        assert fits.converged.all()
+        np.testing.assert_allclose(fits.logits, together.logits, rtol=1e-3, atol=1e-3)
+
+
+def test_many_separable_classes_with_hardly_any_penalty_converge():
+    X, y = many_classes(200, 20, 3)
+    X[:, :3] += 20 * np.eye(3, dtype=np.float32)[y]
+    masks = five_folds(200)
+    strengths = np.array([1.0, 1e2, 1e4])
+    fits = fit_logistic(X, y, masks=masks, strengths=strengths, n_classes=3)
+    assert fits.converged.all()
+    every = np.concatenate([np.zeros_like(fits.logits[..., :1]), fits.logits], axis=3)
+    for f, mask in enumerate(masks):
+        assert (every[mask, f].argmax(axis=2) == y[mask, None]).all()
+    assert gradient_norms(X, y, masks, strengths, fits).max() <= 1.5e-6
+
+
+def test_the_gradient_norm_reported_for_many_classes_is_the_true_one():
+    X, y = many_classes(400, 100, 5)
+    masks = five_folds(400)
+    fits = fit_logistic(X, y, masks=masks, strengths=STRENGTHS, n_classes=5, tol=1e-3)
+    true = gradient_norms(X, y, masks, STRENGTHS, fits)
+    assert true.max() > 1e-5
+    np.testing.assert_allclose(fits.gradient_norm, true, rtol=0.02, atol=1e-6)
 
 
 def test_logits_are_those_of_the_returned_coefficients():
@@ -161,7 +281,7 @@ def test_a_feature_in_other_units_than_the_rest_drops_nothing(dtype, largest):
     assert_agrees(X, y, masks, STRENGTHS, fits, atol=2e-3)
     coef, intercept = reference(X[masks[0]], y[masks[0]], STRENGTHS[-1])
     held_out = ~masks[0]
-    theirs = roc_auc_score(y[held_out], X[held_out].astype(np.float64) @ coef + intercept)
+    theirs = roc_auc_score(y[held_out], X[held_out].astype(np.float64) @ coef[0] + intercept)
     assert roc_auc_score(y[held_out], fits.logits[held_out, 0, -1, 0]) == pytest.approx(theirs, abs=1e-3)
 
 
@@ -301,6 +421,14 @@ def test_a_fold_with_one_class_is_named(label):
         fit_logistic(X, y, masks=masks, strengths=STRENGTHS)
 
 
+def test_a_fold_that_lacks_one_of_many_classes_is_named():
+    X, y = many_classes(60, 5, 4)
+    masks = five_folds(60)
+    masks[2] &= y != 3
+    with pytest.raises(UserError, match=r"fold 2: its \d+ training rows hold no row of class 3, .* all 4 classes"):
+        fit_logistic(X, y, masks=masks, strengths=STRENGTHS, n_classes=4)
+
+
 def test_a_fold_without_rows_is_named():
     X, y = embeddings(40, 5)
     masks = five_folds(40)
@@ -338,6 +466,25 @@ def test_labels_other_than_0_and_1_are_refused():
     X, y = embeddings(40, 5)
     with pytest.raises(UserError, match="from 0 to 1; found"):
         fit_logistic(X, y * 2, masks=five_folds(40), strengths=STRENGTHS)
+    with pytest.raises(UserError, match=r"labels of 3 classes .* from 0 to 2; found \[0, 3\]"):
+        fit_logistic(X, y * 3, masks=five_folds(40), strengths=STRENGTHS, n_classes=3)
+
+
+def test_targets_that_are_no_distributions_are_refused():
+    X, y = embeddings(40, 5)
+    good = np.eye(2)[y]
+    negative, short, missing = good.copy(), good.copy(), good.copy()
+    negative[7] = [1.5, -0.5]
+    short[[7, 9]] = [0.5, 0.4]
+    missing[7] = np.nan
+    for target, message in (
+        (good[:-1], r"\(39, 2\); expected \(40, 2\)"),
+        (negative, "1 target rows are no distribution .*row 7"),
+        (short, "2 target rows are no distribution .*row 7"),
+        (missing, "1 target rows are no distribution .*row 7"),
+    ):
+        with pytest.raises(UserError, match=message):
+            fit_logistic(X, y, masks=five_folds(40), strengths=STRENGTHS, target=target)
 
 
 @pytest.mark.gpu
@@ -372,6 +519,25 @@ def test_a_probe_calls_positive_from_its_threshold_on():
     assert hand_made_probe(0.5).predict(x).tolist() == [0, 1, 1]
     assert hand_made_probe(0.51).predict(x).tolist() == [0, 0, 1]
     assert hand_made_probe(0.1).predict(x).tolist() == [1, 1, 1]
+
+
+def test_a_probe_of_three_classes_predicts_the_most_probable_on_average():
+    """Two folds, class 1 over 0 and 2 over 0: at x = 1 the folds disagree, and their probabilities decide."""
+    probe = Probe(
+        coef=np.array([[[1], [0]], [[0], [4]]], dtype=np.float32),
+        intercept=np.array([[0.5, 0], [0, 0]]),
+        validation_logit=np.zeros((2, 1, 2), dtype=np.float32),
+        threshold=np.nan,
+        fit=FitRecord(),
+    )
+    x = np.array([[-4.0], [0.0], [1.0]], dtype=np.float32)
+    assert probe.decision_function(x).shape == (3, 2, 2)
+    first, second = np.exp([0, 1.5, 0]), np.exp([0, 0, 4.0])
+    expected = (first / first.sum() + second / second.sum()) / 2
+    np.testing.assert_allclose(probe.predict_proba(x)[2], expected, rtol=1e-5)
+    np.testing.assert_allclose(probe.predict_proba(x).sum(axis=1), 1, rtol=1e-12)
+    assert probe.predict(x).tolist() == [0, 1, 2]
+    assert "3 classes" in repr(probe)
 
 
 def precision_inside(monkeypatch: pytest.MonkeyPatch, module: ModuleType, fit: Callable[[], Fits]) -> list[str]:

@@ -146,7 +146,9 @@ def test_strength_is_chosen_as_a_plain_nested_loop_would():
                     StandardScaler(), LogisticRegression(C=strength, class_weight="balanced", tol=1e-8, max_iter=1000)
                 ).fit(X[trains], samples.label[trains])
                 held = folds.fold == g
-                losses[s] += balanced_log_loss(samples.label[held], reference.decision_function(X[held])[:, None])[0]
+                losses[s] += balanced_log_loss(
+                    samples.label[held], reference.decision_function(X[held])[:, None, None]
+                )[0]
         assert probe.fit.chosen_strength[f] == strengths[int(losses.argmin())]
 
 

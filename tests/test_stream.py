@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from test_logistic import embeddings, five_folds, precision_inside
+from test_logistic import embeddings, five_folds, many_classes, precision_inside
 
 from features.blocks import Embeddings
 from features.console import UserError
@@ -111,6 +111,47 @@ def test_a_rare_class_is_in_the_sample_whole(tmp_path):
     assert y[chosen].sum() == 40
     assert (times[y[chosen] == 1] == 1).all()
     assert times.sum() == pytest.approx(3000, rel=0.02)
+
+
+@pytest.mark.parametrize("c", [2, 3, 5])
+@pytest.mark.parametrize("soft", [False, True], ids=["labels", "distributions"])
+def test_many_classes_and_distributions_have_the_optimum_of_the_solver_in_memory(tmp_path, c, soft):
+    X, y = many_classes(3000, 12, c)
+    X = X.astype(np.float16)
+    shares = 0.7 * np.eye(c)[y] + 0.3 * np.random.default_rng(2).dirichlet(np.ones(c), size=3000)
+    masks, target = five_folds(3000)[:3], shares if soft else None
+    # With 1 / c of the curvature of a class, the same gradient is further from the optimum: hence a smaller one.
+    arguments = {"masks": masks, "strengths": STRENGTHS, "n_classes": c, "target": target, "tol": 2e-7}
+    expected = fit_logistic(X, y, **arguments)
+    found = fit_streamed(stored(tmp_path, X, y), y, **arguments, sample=400)
+    assert found.logits.shape == expected.logits.shape == (3000, 3, 4, c - 1)
+    assert_same(found, expected)
+
+
+def test_the_sample_holds_equally_many_rows_of_every_class_and_small_ones_whole(tmp_path):
+    sizes = [1700, 20, 900, 380]
+    y = np.random.default_rng(0).permutation(np.repeat(np.arange(4), sizes))
+    chosen, times = stream._draw(y, np.ones(3000, np.float32), 410)
+    assert np.bincount(y[chosen]).tolist() == [130, 20, 130, 130]
+    for k, size in enumerate(sizes):
+        assert times[y[chosen] == k].sum() == pytest.approx(size, rel=1e-6)
+
+
+def test_a_fold_that_lacks_one_of_many_classes_is_refused(tmp_path):
+    X, y = many_classes(600, 6, 3)
+    masks = five_folds(600)
+    masks[1] &= y != 2
+    where = stored(tmp_path, X, y)
+    with pytest.raises(UserError, match=r"fold 1: its \d+ training rows hold no row of class 2, "):
+        fit_streamed(where, y, masks=masks, strengths=STRENGTHS, n_classes=3)
+
+
+def test_memory_counts_the_vectors_of_a_column():
+    two, nine = (stream.bytes_per_row(100, 50, n_classes=c) - 8 * 100 for c in (2, 9))
+    assert nine == 9 * two
+    n = stream.BUDGET // stream.bytes_per_row(100, 50, n_classes=9)
+    assert stream.fits_in_memory((n, 100), 50, n_classes=9)
+    assert not stream.fits_in_memory((n + 1, 100), 50, n_classes=9)
 
 
 def test_a_step_too_far_is_taken_back(problem, monkeypatch):
