@@ -82,3 +82,20 @@ def test_patches_of_one_s_own_are_extracted_from_where_they_lie(tmp_path):
     folder = run_on(own_patches, tmp_path)
     extract, _ = commands(read_run(folder))
     assert options_of(extract)["dataset"] == str(own_patches.resolve())
+
+
+def test_the_order_of_classes_of_one_s_own_is_said_where_they_are_read(tmp_path):
+    own = {"train": "cells", "label_names": ("low", "middle", "high"), "ordinal": True}
+    at = {"sources": {"cells": str(tmp_path / "cells.csv")}}
+    extract, _ = map(options_of, commands(replace(record(), **own, **at)))
+    assert (extract["classes"], extract["ordinal"]) == ("low,middle,high", True)
+    extract, _ = map(options_of, commands(replace(record(), **own, sources={"cells": "Zenodo"})))
+    assert (extract["classes"], extract["ordinal"]) == (None, False)
+    extract, _ = map(
+        options_of, commands(replace(record(), **own | {"label_names": ("a", "b"), "ordinal": False}, **at))
+    )
+    assert extract["classes"] is None
+    options = {"train": "cells", "classes": ["low", "middle", "high"], "ordinal": True, "skip_unlabelled": False}
+    (line,) = commands(replace(record(method="head"), kind="finetune", **own, options=options))
+    again = options_of(line)
+    assert (again["classes"], again["ordinal"], again["skip_unlabelled"]) == ("low,middle,high", True, False)

@@ -40,7 +40,7 @@ def commands(record: RunRecord) -> list[str]:
     sets = ",".join(paths[name] if PurePath(paths[name]).is_absolute() else name for name in names)
     if record.kind == "probe":
         steps = [
-            ["fm-extract", "--model", record.model, "--dataset", sets, "--view", record.view],
+            ["fm-extract", "--model", record.model, "--dataset", sets, "--view", record.view, *_classes(record)],
             ["fm-probe", "--model", record.model, *_flags(options)],
         ]
     else:
@@ -50,10 +50,20 @@ def commands(record: RunRecord) -> list[str]:
     return [shlex.join(map(str, step)) for step in steps]
 
 
+def _classes(record: RunRecord) -> list[str]:
+    """Give the order of more than two classes of one's own; that of others follows from their names."""
+    if record.n_classes == 2 or not PurePath(record.sources.get(record.train, "")).is_absolute():
+        return []
+    return ["--classes", ",".join(record.label_names), *(["--ordinal"] if record.ordinal else [])]
+
+
 def _flags(options: Mapping[str, Any]) -> list[str]:
     flags = []
     for name, value in options.items():
         if value is None or (value in ([], ()) and name != "test"):  # an empty --test asks for no other dataset
+            continue
+        if isinstance(value, bool):
+            flags += [f"--{name.replace('_', '-')}"] if value else []
             continue
         text = ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
         flags += [f"--{name.replace('_', '-')}", text]
