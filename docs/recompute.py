@@ -10,7 +10,7 @@ from sklearn.metrics import average_precision_score, roc_auc_score
 from probe.ensembles import ensemble_of
 from probe.evidence import Question
 from probe.metrics import as_dict
-from probe.report.collect import ReportOptions, collect
+from probe.report.collect import ReportOptions, collect, drawn_classes
 from probe.report.read import read_runs
 from probe.resample import Resampling
 
@@ -30,7 +30,12 @@ for was, now in zip(printed["sets"], recomputed["sets"], strict=True):
     for run in (run for run in runs if run.label not in was["missing"]):  # and by scikit-learn, from predictions.csv
         ensemble = ensemble_of(run.predictions, dataset, split)
         figures = was["comparison"]["judgements"][run.label]["figures"]
-        for name, score in (("auroc", roc_auc_score), ("average_precision", average_precision_score)):
-            each = [score(ensemble.label, probability) for probability in ensemble.by_training]
-            assert abs(figures[name]["value"] - sum(each) / len(each)) < 1e-12
+        for k in drawn_classes(ensemble.n_classes):  # each class against the rest; of two, class 1
+            of_class = f" {k}" if ensemble.n_classes > 2 else ""
+            for name, score in (("auroc", roc_auc_score), ("average_precision", average_precision_score)):
+                value = figures[f"{name}{of_class}"]["value"]
+                if value is None:  # the set lacks the class
+                    continue
+                each = [score(ensemble.label == k, probability[:, k]) for probability in ensemble.by_training]
+                assert abs(value - sum(each) / len(each)) < 1e-12
 print(f"{len(re.findall(r'[0-9][.][0-9]', json.dumps(printed)))} figures, none differs")

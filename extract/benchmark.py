@@ -1,15 +1,15 @@
 """Which public datasets are known, what do their tables say of each patch, and are these the published files?
 
 A known dataset is a row of `DATASETS`. Its files lie in a data folder that is laid out like a clone of the repository
-AMi-Br_Benchmark; `demo` is drawn and has no files.
+AMi-Br_Benchmark; `demo` is drawn and has no files. Two rows give patches of another dataset finer labels, their phases.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,6 +18,7 @@ from extract.images import check_files
 from extract.readers import PatchFile, list_classes
 from features.console import UserError
 from features.labels import ATYPICAL as ATYPICAL
+from features.labels import Classes
 from features.samples import TEST, TRAIN
 from features.tables import first_of, read_table
 
@@ -35,6 +36,18 @@ TABLE_SHA256 = {
 
 _SLIDES_CSV = Path(__file__).parent / "data" / "atnorm_md_slides.csv"
 _AMI_BR_VOTES = ("expert1_atypical", "expert2_atypical", "expert3_atypical")
+_AMI_BR_PHASES = ("expert1_label", "expert2_label")
+# What two experts of AMi-Br wrote (AMF: atypical mitotic figure, NMF: normal), and the class it is.
+_PHASE_OF = {
+    "NMF prometaphase": "prometaphase",
+    "NMF metaphase": "metaphase",
+    "NMF anaphase-telophase": "anaphase-telophase",
+    "NMF ring shape": "ring shape",
+    "AMF segregation": "segregation",
+    "AMF multipolar": "multipolar",
+    "AMF bipolar assymetric": "bipolar asymmetric",
+    "AMF other": "other",
+}
 _ATNORM_MD_VOTES = ("Expert_1", "Expert_2", "Expert_3", "Expert_4", "Expert_5")
 
 
@@ -54,7 +67,7 @@ class DatasetRecord:
 
     Attributes:
         title: its name in print.
-        folder: its folder below the data folder; empty for the drawn one.
+        folder: its folder below the data folder; empty for the drawn one, and for those without files of their own.
         n_atypical, n_normal: how many patches of each class (Table 1 of the paper).
         n_bytes: the size of all files together; for the drawn one, of the pixels.
         digest: SHA-256 over the sorted lines `<sha256>  <id>`, or None where it is not known yet.
@@ -62,6 +75,9 @@ class DatasetRecord:
         species, source: as in Table 1 of the paper.
         figures: reads the dataset's tables from a data folder, by file name; None where there are no tables.
         mpp: micrometres per pixel.
+        of: the dataset whose patches these are, under other labels; empty if they are its own.
+        classes: number of patches by class, in the order of the labels, where the classes are not normal and atypical.
+        phases: reads the class of every patch from the tables of a data folder, by file name; None of what is drawn.
     """
 
     title: str
@@ -75,15 +91,26 @@ class DatasetRecord:
     source: str
     figures: Callable[[Path], dict[str, Figure]] | None = None
     mpp: float = 0.25
+    of: str = ""
+    classes: Mapping[str, int] = field(default_factory=dict)
+    phases: Callable[[Path], dict[str, str]] | None = None
+
+    @property
+    def label_names(self) -> Classes:
+        """The names of class 0, class 1, ..."""
+        return tuple(self.classes) or (NORMAL, ATYPICAL)
 
 
 # --- what the tables say ----------------------------------------------------------------------------------------------
 
 
+def _ami_br_table(data: Path) -> Path:
+    table = data / AMI_BR_CSV
+    return table if table.is_file() else download.fetch_file(AMI_BR_CSV_URL, AMI_BR_CSV_SHA256)
+
+
 def _ami_br_figures(data: Path) -> dict[str, Figure]:
-    table, train_table = data / AMI_BR_CSV, data / "amibr_train_split.csv"
-    if not table.is_file():
-        table = download.fetch_file(AMI_BR_CSV_URL, AMI_BR_CSV_SHA256)
+    table, train_table = _ami_br_table(data), data / "amibr_train_split.csv"
     rows = read_table(table, required=("slide", "dataset", "uid", *_AMI_BR_VOTES, "majority_atypical"))
     train_rows = read_table(train_table, required=("dataset_uid", "final_label"))
     train = {row["dataset_uid"]: row["final_label"] for row in train_rows}
@@ -100,6 +127,26 @@ def _ami_br_figures(data: Path) -> dict[str, Figure]:
     if missing := sorted(set(train) - set(figures)):
         raise UserError(f"{len(missing)} rows of {train_table} are not in {table} ({first_of(missing)}). Restore both.")
     return figures
+
+
+def _ami_br_phases(data: Path) -> dict[str, str]:
+    """Read the phase of every figure of AMi-Br on which its two experts who named one agree; others are left out."""
+    table = _ami_br_table(data)
+    meaning = {"True": 1, "False": 0}
+    phases = {}
+    for row in read_table(table, required=("dataset", "uid", *_AMI_BR_PHASES, "majority_atypical")):
+        first, second = (row[expert] for expert in _AMI_BR_PHASES)
+        for name in (first, second):
+            if name not in _PHASE_OF:
+                raise UserError(f"{table}, line {row.line}: the label is {name!r}, expected {' or '.join(_PHASE_OF)}.")
+        if first != second:
+            continue
+        if first.startswith("AMF") != _vote(row["majority_atypical"], meaning, table, row.line):
+            raise UserError(
+                f"{table}, line {row.line}: two of three experts say {first!r}, the majority does not. Restore it."
+            )
+        phases[f"{row['dataset']}_{row['uid']}.png"] = _PHASE_OF[first]
+    return phases
 
 
 def _atnorm_md_figures(data: Path) -> dict[str, Figure]:
@@ -174,6 +221,42 @@ DATASETS: dict[str, DatasetRecord] = {
         species="Human",
         source="TCGA (BRCA)",
     ),
+    "demo-phases": DatasetRecord(
+        title="demo, phases",
+        folder="",
+        n_atypical=107,
+        n_normal=293,
+        n_bytes=demo.N_PATCHES * demo.SIZE * demo.SIZE * 3,
+        digest="131b569a441a9e370602e9690cd393285d6745e16f3090e3a1e2c2a62048aa63",
+        annotation="the kind that was drawn",
+        species="none",
+        source="drawn by mitofm",
+        of="demo",
+        classes=dict(zip(demo.KINDS, (68, 117, 50, 58, 25, 23, 21, 23, 15), strict=True)),
+    ),
+    "ami-br-phases": DatasetRecord(
+        title="AMi-Br, phases",
+        folder="",
+        n_atypical=304,
+        n_normal=2_324,
+        n_bytes=79_681_312,
+        digest="199861b7a7f82b87c31d3dd94a5cdbab55e7cb6d05f48b8f980bf6311db36007",
+        annotation="2 experts agree",
+        species="Human",
+        source="TUPAC16, MIDOG21",
+        of="ami-br",
+        classes={
+            "prometaphase": 949,
+            "metaphase": 1_175,
+            "anaphase-telophase": 166,
+            "ring shape": 34,
+            "segregation": 120,
+            "multipolar": 28,
+            "bipolar asymmetric": 35,
+            "other": 121,
+        },
+        phases=_ami_br_phases,
+    ),
 }
 
 
@@ -229,6 +312,34 @@ def known_figures(name: str, data: Path, files: Sequence[PatchFile]) -> list[Fig
             f"({first_of(wrong)}). Expected folder and majority vote to agree; restore the files or the table."
         )
     return joined
+
+
+def known_phases(name: str, data: Path, ids: Sequence[str]) -> dict[int, int]:
+    """Look up the class of each patch of a dataset under other labels; patches without a class are left out.
+
+    Args:
+        name: of the dataset.
+        data: the data folder.
+        ids: all patches of the dataset that it is of.
+
+    Returns:
+        By row of `ids`, the label.
+
+    Raises:
+        UserError: if the tables contradict themselves, or have more or fewer patches of a class than were published.
+    """
+    record = DATASETS[name]
+    phases = record.phases(data) if record.phases else {}
+    named = {row: phases.get(Path(id).name) for row, id in enumerate(ids)}
+    labels = {row: record.label_names.index(phase) for row, phase in named.items() if phase is not None}
+    counts = Counter(record.label_names[label] for label in labels.values())
+    for phase, n in record.classes.items():
+        if counts[phase] != n:
+            raise UserError(
+                f"{name} has {counts[phase]:,} patches of the class {phase} by the tables in {data}, expected {n:,}. "
+                "Restore the tables."
+            )
+    return labels
 
 
 # --- the published files ----------------------------------------------------------------------------------------------

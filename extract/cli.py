@@ -14,10 +14,12 @@ from features.options import (
     DEFAULT_STORE,
     MOST_IMAGES,
     MOST_WORKERS,
+    ClassesOption,
     DataOption,
     DeviceOption,
     JsonOption,
     LabelsOption,
+    OrdinalOption,
     OverwriteOption,
     PositiveOption,
     SkipUnlabelledOption,
@@ -65,6 +67,8 @@ def extract(
     ] = True,
     weights: WeightsOption = None,
     positive: PositiveOption = None,
+    classes: ClassesOption = None,
+    ordinal: OrdinalOption = False,
     labels: LabelsOption = None,
     skip_unlabelled: SkipUnlabelledOption = False,
     overwrite: OverwriteOption = False,
@@ -79,7 +83,7 @@ def extract(
     ] = None,
     list_models: Annotated[bool, typer.Option("--list-models", help="Show every model and stop.")] = False,
     list_datasets: Annotated[
-        bool, typer.Option("--list-datasets", help="Show every dataset (Table 1) and stop.")
+        bool, typer.Option("--list-datasets", help="Show every dataset (Table 1 and others) and stop.")
     ] = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -122,6 +126,8 @@ def extract(
     renamed = parse_renaming(labels)
     reading: dict[str, Any] = {
         "positive": positive,
+        "order": None if classes is None else parse_names(classes, option="--classes"),
+        "ordinal": ordinal,
         "labels": renamed,
         "skip_unlabelled": skip_unlabelled,
     }
@@ -175,16 +181,24 @@ def _show_lists(models: bool, datasets: bool, data: Path | None, as_json: bool) 
             )
         tables.append(table)
     if datasets:
-        from extract.table1 import table1, table1_rows
+        from extract.table1 import other_labels, table1, table1_rows
 
         summaries = table1(data)
         lists["datasets"] = [summary.as_json() for summary in summaries]
+        lists["other_labels"] = other_labels()
         table = Table(title="Datasets (Table 1 of the paper, recomputed)", title_style="bold", header_style="bold")
         table.add_column("")
         for summary in summaries:
             table.add_column(f"{summary.title}\n{summary.name}", justify="right")
         for title, cells in table1_rows(summaries):
             table.add_row(title, *cells)
+        tables.append(table)
+        table = Table(title="The same patches under other labels", title_style="bold", header_style="bold")
+        for column in ("Name", "Patches of", "Patches", "Classes", "Annotation"):
+            table.add_column(column, justify="right" if column == "Patches" else "left", no_wrap=column == "Name")
+        for row in lists["other_labels"]:
+            classes = ", ".join(f"{name} {n:,}" for name, n in row["classes"].items())
+            table.add_row(row["name"], row["of"], f"{row['n_total']:,}", classes, row["annotation"])
         tables.append(table)
     if as_json:
         print_json(lists)

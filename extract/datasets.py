@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import re
 import unicodedata
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -19,11 +19,11 @@ from extract import demo, download
 from extract.benchmark import (
     ATYPICAL,
     DATA_VARIABLE,
-    NORMAL,
     check_known_files,
     difference_to_published,
     known_figures,
     known_files,
+    known_phases,
     verify_download,
 )
 from extract.benchmark import DATASETS as DATASETS
@@ -33,7 +33,7 @@ from extract.readers import Patches as Patches
 from extract.readers import list_patches
 from extract.readers import load_patches as load_patches
 from features.console import UserError, nearest, say
-from features.labels import Classes, aligned, class_labels, read_labels
+from features.labels import Classes, aligned, class_labels, numbered, read_labels, require_grades
 from features.samples import Samples, make_samples
 from features.tables import known_cells, read_splits
 
@@ -45,11 +45,12 @@ class PatchDataset:
     Attributes:
         name: a short safe name, which the feature store knows the dataset by.
         samples: the patch table, in a fixed row order.
-        label_names: the names of class 0 and class 1.
+        label_names: the names of class 0, class 1, ...
         source: where the patches come from.
         mpp: micrometres per pixel, or None where unknown.
         decode: `decode(row)` gives that patch as (height, width, 3) uint8 RGB; thread-safe; raises UserError naming
             the patch when it cannot be decoded. Patches may differ in size.
+        ordinal: whether the classes are grades, each more than the one before it.
     """
 
     name: str
@@ -58,9 +59,10 @@ class PatchDataset:
     source: str
     mpp: float | None
     decode: Decode
+    ordinal: bool = False
 
     def __repr__(self) -> str:
-        counts = np.bincount(self.samples.label, minlength=2)
+        counts = np.bincount(self.samples.label, minlength=len(self.label_names))
         classes = ", ".join(f"{n:,} {name}" for n, name in zip(counts, self.label_names, strict=True))
         return f"PatchDataset({self.name!r}, {len(self.samples):,} patches: {classes}; source={self.source!r})"
 
@@ -72,6 +74,8 @@ def load_dataset(
     positive: str | None = None,
     labels: Mapping[str, str] | None = None,
     classes: Classes | None = None,
+    order: Sequence[str] | None = None,
+    ordinal: bool = False,
     skip_unlabelled: bool = False,
 ) -> PatchDataset:
     """Load the patch table of a dataset: list its patches, check and hash every file, and join what is known of each.
@@ -84,23 +88,29 @@ def load_dataset(
             also as NAME=PATH, to name the dataset otherwise than its path does.
         data: the folder of the known datasets, laid out like a clone of AMi-Br_Benchmark; by default the one in the
             environment variable MITOFM_DATA, else a download kept in the cache.
-        positive: the class that is label 1, for paths; see `features.labels.class_labels`.
+        positive: the class that is label 1 against all others, for paths; see `features.labels.class_labels`.
         labels: old class name to new, for paths; applied first.
         classes: the classes of the training set, if these patches are to test its models.
+        order: all classes in the order of their labels, for paths, unless `classes` says it.
+        ordinal: whether the classes are grades, for paths.
         skip_unlabelled: leave out patches whose label is missing, instead of refusing them.
 
     Raises:
-        UserError: when the name is unknown, files are missing, too many or unreadable, or tables contradict them.
+        UserError: when the name is unknown, files are missing, too many or unreadable, tables contradict them, or
+            grades are two or in no order that can be known.
     """
     if record := DATASETS.get(name_or_path):
-        if positive not in (None, ATYPICAL):
-            raise UserError(
-                f"{name_or_path} has the positive class {ATYPICAL}, not {positive!r}: leave `positive` out."
-            )
-        if not record.folder:
-            dataset = _drawn(name_or_path)
-        else:
+        if positive is not None and (record.classes or positive != ATYPICAL):
+            has = f"{len(record.classes)} classes" if record.classes else f"the positive class {ATYPICAL}"
+            raise UserError(f"{name_or_path} has {has}, not {positive!r}: leave `positive` out.")
+        other = order is not None and tuple(order) != record.label_names
+        if other or ordinal:
+            has = f"the classes {numbered(record.label_names)}, which are no grades"
+            raise UserError(f"{name_or_path} has {has}: leave `{'classes' if other else 'ordinal'}` out.")
+        if record.phases or record.folder:
             dataset = _known(name_or_path, data or _default_data() or download.fetch_benchmark(verify_download))
+        else:
+            dataset = _drawn(name_or_path)
         return dataset if classes is None else aligned_dataset(dataset, classes, labels or {})
     name, path = parse_source(name_or_path)
     if not (path.is_dir() or path.is_file()):
@@ -115,7 +125,9 @@ def load_dataset(
     if len(rows) < len(patches.id):
         patches, where = patches.select(rows), [where[row] for row in rows]
     try:
-        label, label_names = class_labels(named, positive, classes=classes)
+        label, label_names = class_labels(named, positive, classes=classes, order=order)
+        if ordinal:
+            require_grades(label_names, ordered=order is not None)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     columns = patches.columns
@@ -127,7 +139,7 @@ def load_dataset(
         split=read_splits(columns.get("split"), source=path, where=where),
         domain=known_cells(columns.get("domain")),
     )
-    return PatchDataset(name, samples, label_names, str(path.resolve()), None, patches.decode)
+    return PatchDataset(name, samples, label_names, str(path.resolve()), None, patches.decode, ordinal)
 
 
 def aligned_dataset(test: PatchDataset, classes: Classes, labels: Mapping[str, str]) -> PatchDataset:
@@ -195,6 +207,8 @@ def local_data(data: Path | None = None) -> Path | None:
 
 def _known(name: str, data: Path) -> PatchDataset:
     record = DATASETS[name]
+    if record.of:
+        return _relabelled(name, _known(record.of, data), data)
     files = known_files(name, data)
     figures = known_figures(name, data, files)
     sha256, n_bytes = check_known_files(name, files)
@@ -211,13 +225,29 @@ def _known(name: str, data: Path) -> PatchDataset:
         domain=[figure.domain for figure in figures],
     )
     decode = file_decoder([file.path for file in files])
-    return PatchDataset(name, samples, (NORMAL, ATYPICAL), record.source, record.mpp, decode)
+    return PatchDataset(name, samples, record.label_names, record.source, record.mpp, decode)
+
+
+def _relabelled(name: str, whole: PatchDataset, data: Path) -> PatchDataset:
+    """Give those patches of a dataset another label that have one, and leave out the others."""
+    labels = known_phases(name, data, whole.samples.id.tolist())
+    rows = list(labels)
+    samples = replace(
+        whole.samples.select(np.array(rows)),
+        label=np.array(list(labels.values()), dtype=np.int8),
+        votes=np.empty((len(rows), 0), dtype=np.int8),
+    )
+    return PatchDataset(
+        name, samples, DATASETS[name].label_names, whole.source, whole.mpp, lambda row: whole.decode(rows[row])
+    )
 
 
 def _drawn(name: str) -> PatchDataset:
-    samples, pixels = demo.draw()
-    source = DATASETS[name].source
-    return PatchDataset(name, samples, (NORMAL, ATYPICAL), source, demo.MPP, lambda row: pixels[row].copy())
+    record, drawn = DATASETS[name], demo.draw()
+    samples = drawn.phases if record.of else drawn.samples
+    return PatchDataset(
+        name, samples, record.label_names, record.source, demo.MPP, lambda row: drawn.pixels[row].copy()
+    )
 
 
 def _default_data() -> Path | None:

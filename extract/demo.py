@@ -42,9 +42,10 @@ _ERROR_RATE = 0.07  # of one rater on one figure
 
 
 class Demo(NamedTuple):
-    """The drawn patches: their table, and pixels (n, SIZE, SIZE, 3) uint8."""
+    """The drawn patches: their table, that of the kinds that were drawn, and pixels (n, SIZE, SIZE, 3) uint8."""
 
     samples: Samples
+    phases: Samples
     pixels: NDArray[np.uint8]
 
 
@@ -64,7 +65,8 @@ class _Slide:
 def draw() -> Demo:
     """Draw the demo dataset: 400 patches of 30 slides with three votes each, in a second or two.
 
-    Slides differ in stain, scanner and grade. The label is the majority of the votes.
+    Slides differ in stain, scanner and grade. The label is the majority of the votes; in the table of the phases it is
+    the kind that was drawn, a number of `KINDS`, whatever the raters say.
     """
     rng = np.random.Generator(np.random.PCG64(SEED))
     slides = [_slide(rng, number) for number in range(N_SLIDES)]
@@ -75,13 +77,16 @@ def draw() -> Demo:
     slide_numbers.sort()
     pixels = np.empty((N_PATCHES, SIZE, SIZE, 3), dtype=np.uint8)
     votes = np.empty((N_PATCHES, N_RATERS), dtype=np.int8)
+    kinds = []
     with progress("draw demo", N_PATCHES) as advance:
         for row, number in enumerate(slide_numbers):
             slide = slides[number]
             atypical = rng.random() < 0.05 + 0.42 * slide.grade
             votes[row] = (rng.random(N_RATERS) < _ERROR_RATE) != atypical
             figures = _ATYPICAL if atypical else _NORMAL
-            pixels[row] = _patch(rng, slide, figures[int(len(figures) * rng.random())])
+            figure = figures[int(len(figures) * rng.random())]
+            kinds.append(list(_FIGURES.values()).index(figure))
+            pixels[row] = _patch(rng, slide, figure)
             advance(1)
     pixels.setflags(write=False)
     label = (votes.sum(axis=1) * 2 > N_RATERS).astype(int).tolist()
@@ -95,7 +100,15 @@ def draw() -> Demo:
         votes=votes,
         domain=[slides[number].scanner for number in slide_numbers],
     )
-    return Demo(samples, pixels)
+    phases = make_samples(
+        [f"{KINDS[kind]}/{row:03d}" for row, kind in enumerate(kinds)],
+        kinds,
+        sha256=samples.sha256.tolist(),
+        group=samples.group.tolist(),
+        split=samples.split.tolist(),
+        domain=samples.domain.tolist(),
+    )
+    return Demo(samples, phases, pixels)
 
 
 def _slide(rng: np.random.Generator, number: int) -> _Slide:
@@ -251,6 +264,19 @@ def _fragments(rng: np.random.Generator) -> Clumps:
     return _together(_plate(rng), lost)
 
 
+# By what they look like: they are no phases of a real mitosis, and share no name with those of real datasets.
+_FIGURES: dict[str, Figure] = {
+    "scattered": _prometaphase,
+    "plate": _plate,
+    "ring": _ring,
+    "two plates": _anaphase,
+    "tripolar": _tripolar,
+    "lagging": _lagging,
+    "bridge": _bridge,
+    "asymmetric": _asymmetric,
+    "fragments": _fragments,
+}
+KINDS = tuple(_FIGURES)  # the classes of the drawn phases: four normal ones, five atypical ones
 _NORMAL: tuple[Figure, ...] = (_plate, _plate, _ring, _anaphase, _prometaphase)
 _ATYPICAL: tuple[Figure, ...] = (_tripolar, _lagging, _bridge, _asymmetric, _fragments)
 

@@ -38,7 +38,7 @@ from features.device import compute_exactly, find_device, numerics
 from features.entry import Entry
 from features.fingerprint import fingerprint
 from features.layout import rows_per_block
-from features.store import FeatureStore
+from features.store import FeatureStore, table_changed
 from features.writer import Writer
 
 _EXAMPLES = 8  # patches on which precision and folded networks are checked
@@ -171,9 +171,12 @@ def prepare(extraction: Extraction) -> Prepared:
         "source": dataset.source,
         "label_names": list(dataset.label_names),
         "mpp": dataset.mpp,
-    }
-    if store.put_samples(dataset.name, dataset.samples, attrs=attrs, overwrite=options.overwrite, shared=shard.shared):
-        say(f"{dataset.name}: same patches, but labels, groups or splits have changed; the store's table was updated.")
+    } | ({"ordinal": True} if dataset.ordinal else {})
+    before = store.put_samples(
+        dataset.name, dataset.samples, attrs=attrs, overwrite=options.overwrite, shared=shard.shared
+    )
+    if before is not None:
+        say(f"{dataset.name}: {table_changed(before, dataset.label_names)}")
 
     jobs: list[Job] = []
     entries: dict[tuple[str, str], Entry] = {}

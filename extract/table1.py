@@ -64,7 +64,23 @@ class DatasetSummary:
 def table1(data: Path | None = None) -> list[DatasetSummary]:
     """Recompute Table 1 of the paper from the images and tables at hand (`data`); never downloads patches."""
     folder = local_data(data)
-    return [_summary(name, folder) for name in DATASETS]
+    return [_summary(name, folder) for name, record in DATASETS.items() if not record.of]
+
+
+def other_labels() -> list[dict[str, Any]]:
+    """List the known datasets that give patches of another one other labels: how many patches of each class."""
+    return [
+        {
+            "name": name,
+            "title": record.title,
+            "of": record.of,
+            "annotation": record.annotation,
+            "n_total": sum(record.classes.values()),
+            "classes": dict(record.classes),
+        }
+        for name, record in DATASETS.items()
+        if record.of
+    ]
 
 
 def table1_rows(summaries: Sequence[DatasetSummary]) -> list[tuple[str, list[str]]]:

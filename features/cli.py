@@ -9,7 +9,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from features.console import UserError, print_json, print_text, run, say, show
-from features.options import DEFAULT_STORE, JsonOption, OverwriteOption, StoreOption
+from features.options import (
+    DEFAULT_STORE,
+    ClassesOption,
+    JsonOption,
+    OrdinalOption,
+    OverwriteOption,
+    StoreOption,
+    parse_names,
+)
 
 if TYPE_CHECKING:
     from features.entry import Entry
@@ -103,9 +111,12 @@ def import_(
     table: Annotated[
         Path | None,
         typer.Option(
-            "--table", help="CSV (id, label[, group, split, domain]) to make a new dataset from; label 1 = positive."
+            "--table",
+            help="CSV (id, label[, group, split, domain]) to make a new dataset from; of 0 and 1, 1 is positive.",
         ),
     ] = None,
+    classes: ClassesOption = None,
+    ordinal: OrdinalOption = False,
     overwrite: OverwriteOption = False,
     store: StoreOption = DEFAULT_STORE,
     json: JsonOption = False,
@@ -116,7 +127,16 @@ def import_(
 
     opened = FeatureStore.open(store) if table is None else FeatureStore.open_or_create(store)
     entry = import_embeddings(
-        opened, source, dataset=dataset, model=model, view=view, ids=ids, table=table, overwrite=overwrite
+        opened,
+        source,
+        dataset=dataset,
+        model=model,
+        view=view,
+        ids=ids,
+        table=table,
+        order=None if classes is None else parse_names(classes, option="--classes"),
+        ordinal=ordinal,
+        overwrite=overwrite,
     )
     if json:
         print_json(_entry(entry))
@@ -133,15 +153,21 @@ def _contents(store: FeatureStore) -> dict[str, Any]:
 
 
 def _dataset(store: FeatureStore, name: str) -> dict[str, Any]:
+    import numpy as np
+
     from features.samples import audit
 
-    samples = store.samples(name)
+    samples, classes = store.samples(name), store.class_names(name)
     audited = audit(samples)
+    counts = np.bincount(samples.label, minlength=len(classes)).tolist()
+    by_class: dict[str, Any] = {"positive": counts[1], "negative": counts[0]}
+    if len(classes) > 2:
+        ordinal = bool(store.dataset_attrs(name).get("ordinal", False))
+        by_class = {"classes": dict(zip(classes, counts, strict=True)), "ordinal": ordinal}
     return {
         "name": name,
         "rows": len(samples),
-        "positive": int((samples.label == 1).sum()),
-        "negative": int((samples.label == 0).sum()),
+        **by_class,
         "groups": len(set(samples.group.tolist()) - {""}),
         "domains": len(set(samples.domain.tolist()) - {""}),
         "raters": samples.votes.shape[1],
@@ -174,10 +200,14 @@ def _print_contents(contents: dict[str, Any]) -> None:
     from rich.table import Table
 
     datasets = Table("dataset", title="Datasets", title_justify="left")
-    for name in ("rows", "positive", "groups", "domains", "raters"):
+    several = any("classes" in row for row in contents["datasets"])
+    for name in ("rows", "positive or classes" if several else "positive", "groups", "domains", "raters"):
         datasets.add_column(name, justify="right")
     for row in contents["datasets"]:
-        positive = f"{row['positive']:,} ({row['positive'] / row['rows']:.1%})"
+        if "classes" in row:
+            positive = "\n".join(f"{name} {n:,}" for name, n in row["classes"].items())
+        else:
+            positive = f"{row['positive']:,} ({row['positive'] / row['rows']:.1%})"
         counts = (f"{row[name]:,}" if row[name] else "–" for name in ("groups", "domains", "raters"))
         datasets.add_row(row["name"], f"{row['rows']:,}", positive, *counts)
 

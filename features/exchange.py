@@ -9,8 +9,9 @@ from __future__ import annotations
 import hashlib
 import json
 import unicodedata
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,10 +21,10 @@ from features.console import UserError, progress, say
 from features.embedding_files import FORMATS, coordinates, read_embeddings
 from features.entry import Entry
 from features.files import check_output, new_file, writing
-from features.labels import NUMBERS, Classes, class_labels, read_labels
+from features.labels import Classes, class_labels, read_labels, require_grades
 from features.rounding import require_float16
 from features.samples import Samples, make_samples
-from features.store import FeatureStore
+from features.store import FeatureStore, table_changed
 from features.tables import known_cells, read_splits, read_table
 
 IMPORTED_POOLING = "pooled"  # the one pooling of an imported embedding, whatever its maker calls it
@@ -43,6 +44,8 @@ def export_embeddings(
     dtype: str = "float32",
 ) -> tuple[int, int]:
     """Write embeddings, with ids, labels, groups, splits, domains and votes beside them, to one file for other tools.
+
+    Labels are numbers. What those of more than two classes mean stands in `label_names` beside them, a JSON list.
 
     Positions are written too, as CLAM and TRIDENT have them, if every id holds x and y; see `coordinates`.
 
@@ -75,7 +78,9 @@ def export_embeddings(
         "fingerprint": entry.fingerprint,
         "parts": json.dumps(entry.parts),
     }
-    samples = store.samples(dataset)
+    samples, classes = store.samples(dataset), store.class_names(dataset)
+    if len(classes) > 2:  # what the numbers in the column of labels mean
+        record |= {"label_names": json.dumps(classes, ensure_ascii=False)}
     with writing(out):
         out.parent.mkdir(parents=True, exist_ok=True)
         with new_file(out) as temporary:
@@ -95,6 +100,8 @@ def import_embeddings(
     view: str,
     ids: Path | None = None,
     table: Path | None = None,
+    order: Sequence[str] | None = None,
+    ordinal: bool = False,
     overwrite: bool = False,
 ) -> Entry:
     """Bring in embeddings that were made elsewhere, matched to a dataset's patches by id.
@@ -109,6 +116,8 @@ def import_embeddings(
         ids: the rows' ids if `source` does not hold them: a text file of one id per line, or a CSV with a column `id`.
         table: CSV with columns id, label and optionally group, split, domain, to make `dataset` from; without it
             `dataset` must be in the store.
+        order: all classes of `table` in the order of their labels; see `features.labels.class_labels`.
+        ordinal: whether these are grades.
         overwrite: whether to replace embeddings under the same names.
 
     Returns:
@@ -118,7 +127,14 @@ def import_embeddings(
         UserError: if a file is not as described, ids are repeated, missing or unknown, or float16 does not hold what
             the embeddings say; see `require_float16`.
     """
-    samples, classes = (store.samples(dataset), None) if table is None else _read_samples(table)
+    if table is None and (order is not None or ordinal):
+        raise UserError(
+            f"`{'classes' if order is not None else 'ordinal'}` is about the labels of a `table`: give one."
+        )
+    if table is None:
+        samples, classes = store.samples(dataset), store.class_names(dataset)
+    else:
+        samples, classes = _read_samples(table, order, ordinal=ordinal)
     if table is not None and dataset in store.datasets():
         stored = store.dataset_attrs(dataset)
         if stored.get("images_digest") != samples.images_digest:
@@ -131,8 +147,11 @@ def import_embeddings(
     require_float16(embeddings, str(source), ids=samples.id)
     halves = to_float16(embeddings, str(source), ids=samples.id)
     if table is not None:
-        attrs = {"source": f"imported from {table.name}", "label_names": list(classes or NUMBERS)}
-        store.put_samples(dataset, samples, attrs=attrs)
+        attrs: dict[str, Any] = {"source": f"imported from {table.name}", "label_names": list(classes)}
+        attrs |= {"ordinal": True} if ordinal else {}
+        before = store.put_samples(dataset, samples, attrs=attrs)
+        if before is not None:
+            say(f"{dataset}: {table_changed(before, classes)}")
     with source.open("rb") as file:
         parts = {"source_sha256": hashlib.file_digest(file, "sha256").hexdigest()}
     parts |= {"ids_digest": _digest(source_ids), "images_digest": samples.images_digest}
@@ -167,14 +186,16 @@ def _read_ids(path: Path) -> NDArray[np.str_]:
         raise UserError(f"{path} cannot be read as a text file of ids: {error}.") from error
 
 
-def _read_samples(path: Path) -> tuple[Samples, Classes]:
+def _read_samples(path: Path, order: Sequence[str] | None, *, ordinal: bool) -> tuple[Samples, Classes]:
     """Read a patch table. The images are not at hand, so their digests stay unknown."""
     table = read_table(path, required=("id", "label"), optional=("group", "split", "domain"))
     columns, ids = table.columns, table.columns["id"]
     where = [f"line {line}: {id}" for line, id in zip(table.lines, ids, strict=True)]
     names, _ = read_labels(columns["label"], None, source=path, where=where, skip=None)
     try:
-        labels, classes = class_labels(names)
+        labels, classes = class_labels(names, order=order)
+        if ordinal:
+            require_grades(classes, ordered=order is not None)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     samples = make_samples(

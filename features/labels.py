@@ -58,8 +58,8 @@ def class_labels(
     ([0, 1, 0], ('Normal', 'Atypical'))
     >>> class_labels(["stroma", "tumour", "fat"], "tumour")
     ([0, 1, 0], ('not tumour', 'tumour'))
-    >>> class_labels(["mild", "severe", "none"], order=("none", "mild", "severe"))
-    ([1, 2, 0], ('none', 'mild', 'severe'))
+    >>> class_labels(["mild", "severe", "clear"], order=("clear", "mild", "severe"))
+    ([1, 2, 0], ('clear', 'mild', 'severe'))
     >>> class_labels(["3", "1", "2.0"])
     ([2, 0, 1], ('1', '2', '3'))
     >>> class_labels(["tumour"], classes=("normal", "tumour"))
@@ -103,7 +103,7 @@ def class_labels(
         classes = tuple(present)
         label = {name: k for k, name in enumerate(classes)}
         say(
-            f"{len(classes)} classes in the order {_numbered(classes)}. The option `classes` gives another order, "
+            f"{len(classes)} classes in the order {numbered(classes)}. The option `classes` gives another order, "
             "`positive` tells one class from all others."
         )
     else:
@@ -160,10 +160,31 @@ def _require_few(classes: Sequence[str]) -> None:
         )
 
 
-def _numbered(classes: Classes) -> str:
+def require_grades(classes: Classes, *, ordered: bool) -> None:
+    """Refuse two classes as grades, and those of which only the alphabet says which is more.
+
+    >>> require_grades(("grade 1", "grade 2", "grade 3"), ordered=False)
+
+    Args:
+        classes: from the least to the most.
+        ordered: whether the user gave that order.
+
+    Raises:
+        UserError: for two classes, or for names without numbers in an order that nobody gave.
+    """
+    if len(classes) == 2:
+        raise UserError(f"`ordinal` is for three and more classes; found two, {classes[0]} and {classes[1]}.")
+    if not ordered and not all(re.search("[0-9]", name) for name in classes):
+        raise UserError(
+            f"`ordinal` needs to know which class is more: found {', '.join(classes)}. Name them from the least to the "
+            "most with `classes`."
+        )
+
+
+def numbered(classes: Classes) -> str:
     """List classes with their labels.
 
-    >>> _numbered(("a", "b")), _numbered(("a", "b", "c"))
+    >>> numbered(("a", "b")), numbered(("a", "b", "c"))
     ('a (0) and b (1)', 'a (0), b (1) and c (2)')
     """
     *first, last = (f"{name} ({k})" for k, name in enumerate(classes))
@@ -191,7 +212,7 @@ def _labels_by_name(present: Sequence[str], classes: Classes) -> dict[str, int]:
     unknown = [name for name in present if name not in label]
     if unknown:
         raise UserError(
-            f"its classes are {', '.join(present)}, those of the training set {_numbered(classes)}: "
+            f"its classes are {', '.join(present)}, those of the training set {numbered(classes)}: "
             f"{', '.join(unknown)} is none of them. Say what that means, for example "
             f"`labels='{unknown[0]}={_meant(unknown[0], classes)}'`."
         )
@@ -378,7 +399,7 @@ def aligned(
         "other": "no class is in both",
     }[relation]
     raise UserError(
-        f"{test_name} has the classes {_numbered(test)}, {train_name} has {_numbered(train)}: {found}. Say what the "
+        f"{test_name} has the classes {numbered(test)}, {train_name} has {numbered(train)}: {found}. Say what the "
         f"classes of {test_name} mean, for example `labels='{unknown}={_meant(unknown, train)}'`; or name the right "
         "positive class where it is loaded (fm-extract --positive); or leave it out with `test`."
     )

@@ -25,11 +25,22 @@ WeightsOption = Annotated[
     Path | None, typer.Option("--weights", help="A local checkpoint of the model instead of the hub's.")
 ]
 PositiveOption = Annotated[
-    str | None, typer.Option("--positive", help="The class that counts as positive, for datasets of your own.")
+    str | None,
+    typer.Option("--positive", help="The class that counts as positive, against all others: of datasets of your own."),
 ]
 LabelsOption = Annotated[
     str | None,
     typer.Option("--labels", help="old=new,...: what classes of your own datasets are called elsewhere: cancer=tumor."),
+]
+ClassesOption = Annotated[
+    str | None,
+    typer.Option("--classes", help="A,B,C: all classes of your own datasets, in the order of their labels 0, 1, 2."),
+]
+OrdinalOption = Annotated[
+    bool, typer.Option("--ordinal", help="The classes are grades, each more than the one before it in --classes.")
+]
+SoftLabelsOption = Annotated[
+    str | None, typer.Option("--soft-labels", help="votes: train on each class's share of the raters' votes.")
 ]
 SkipUnlabelledOption = Annotated[
     bool, typer.Option("--skip-unlabelled", help="Leave out patches without a label, instead of refusing them.")

@@ -22,6 +22,7 @@ from features.display import html_table
 from features.entry import Entry, create_entry, entry_key, folder_name, read_entry, refuse_other, store_key
 from features.files import PARTIAL
 from features.fingerprint import fingerprint
+from features.labels import NUMBERS, Classes, numbered
 from features.layout import rows_per_block
 from features.metadata import damage, encode_group, read_attributes, write_attributes
 from features.patch_table import encode_samples, read_samples
@@ -30,7 +31,21 @@ from features.storage import METADATA, DamageError, Storage, find_groups, find_s
 from features.writer import Writer
 
 FORMAT = "mitofm-features"
-FORMAT_VERSION = 1
+FIRST_VERSION = 1  # of a store in which every dataset has two classes
+FORMAT_VERSION = 2  # of one with a dataset of more: whoever knows two would read its labels wrong
+
+
+_MEANING = ("label_names", "ordinal")  # the attributes of a dataset that say what its labels mean
+
+
+def table_changed(before: Classes, after: Classes) -> str:
+    """Say that a dataset's table was replaced, and what its labels meant before if that has changed.
+
+    >>> table_changed(("a", "b"), ("b", "a")).partition("updated.")[2]
+    ' Its classes were a (0) and b (1), now b (0) and a (1).'
+    """
+    names = f" Its classes were {numbered(before)}, now {numbered(after)}." if before != after else ""
+    return f"same patches, but labels, classes, groups or splits have changed; the store's table was updated.{names}"
 
 
 @dataclass(frozen=True)
@@ -107,7 +122,7 @@ class FeatureStore:
                 raise UserError(
                     f"{storage.root} exists but is not a feature store. Name another `store`; nothing was changed."
                 )
-            write_attributes(storage, "", {"format": FORMAT, "format_version": FORMAT_VERSION})
+            write_attributes(storage, "", {"format": FORMAT, "format_version": FIRST_VERSION})
         return cls._open(storage)
 
     def datasets(self) -> list[str]:
@@ -136,6 +151,14 @@ class FeatureStore:
             )
         return attributes
 
+    def class_names(self, dataset: str) -> Classes:
+        """Read the names of a dataset's classes, in the order of their labels; numbers where no names are recorded.
+
+        Raises:
+            UserError: as `dataset_attrs`.
+        """
+        return tuple(map(str, self.dataset_attrs(dataset).get("label_names", NUMBERS)))
+
     def samples(self, dataset: str) -> Samples:
         """Read a dataset's patch table and check it against its recorded digest.
 
@@ -151,38 +174,52 @@ class FeatureStore:
 
     def put_samples(
         self, dataset: str, samples: Samples, *, attrs: Mapping[str, Any], overwrite: bool = False, shared: bool = False
-    ) -> bool:
+    ) -> Classes | None:
         """Record a dataset's patch table; nothing is written if the same table is there.
+
+        A dataset of more than two classes turns the store to format 2, which mitofm for two classes refuses to open.
 
         Args:
             dataset: its name.
             samples: the table; its row order is that of every embedding of this dataset.
-            attrs: what else to record about the dataset, as JSON values.
+            attrs: what else to record about the dataset, as JSON values: `label_names`, the names of the classes;
+                `ordinal` if they are grades; ...
             overwrite: whether to discard this dataset, with all its embeddings, if its images have changed.
             shared: whether other machines may be doing the same at this moment, see `begin`.
 
         Returns:
-            Whether a table of the same images, but with other labels, names of classes, groups, splits, votes or
-            domains, was replaced.
+            If a table of the same images, but with other labels, names of classes, groups, splits, votes or domains,
+            was replaced: the names that its classes had. Otherwise None.
 
         Raises:
             UserError: if the store has other images under this name, or cannot be written.
+            ValueError: if `label_names` are fewer than the classes.
         """
         if len(samples) == 0:
             raise UserError(f"dataset {dataset!r} has no patches: there is nothing to store.")
         key = store_key(dataset)
-        attributes = dict(attrs) | {
-            "name": dataset,
-            "n_samples": len(samples),
-            "n_raters": samples.votes.shape[1],
-            "images_digest": samples.images_digest,
-            "table_digest": samples.table_digest,
-        }
+        numbers = tuple(map(str, range(samples.n_classes)))
+        n_classes = len(attrs.get("label_names", numbers))
+        if n_classes < samples.n_classes:
+            raise ValueError(f"{dataset}: {n_classes} label_names for {samples.n_classes} classes")
+        attributes = (
+            ({"label_names": list(numbers)} if n_classes > 2 else {})
+            | dict(attrs)
+            | {
+                "name": dataset,
+                "n_samples": len(samples),
+                "n_raters": samples.votes.shape[1],
+                "images_digest": samples.images_digest,
+                "table_digest": samples.table_digest,
+            }
+        )
         table = {f"samples/{name}": data for name, data in encode_samples(samples).items()}
         files = table | {METADATA: [encode_group(attributes)]}
         with self.storage.lock() as locked:
             if locked and not shared:
                 self.storage.sweep("")
+            if n_classes > 2:
+                self._raise_format()
             if not self.storage.exists(f"{key}/{METADATA}"):
                 self.storage.put_folder(key, files)  # if another process was faster, its folder stays
             stored = self.dataset_attrs(dataset)
@@ -199,24 +236,35 @@ class FeatureStore:
                     "`overwrite=True` to discard the stored dataset and all its embeddings."
                 )
             self.storage.put_folder(key, files, replace=True)
-        return False
+        return None
 
-    def _update_table(self, key: str, samples: Samples, stored: dict[str, Any], attributes: dict[str, Any]) -> bool:
+    def _raise_format(self) -> None:
+        """Record format 2 before the first dataset of more than two classes is there."""
+        attributes = read_attributes(self.storage, "")
+        if attributes["format_version"] < FORMAT_VERSION:
+            write_attributes(self.storage, "", attributes | {"format_version": FORMAT_VERSION})
+
+    def _update_table(
+        self, key: str, samples: Samples, stored: dict[str, Any], attributes: dict[str, Any]
+    ) -> Classes | None:
+        before = tuple(map(str, stored.get("label_names", NUMBERS)))
         if stored.get("table_digest") == attributes["table_digest"]:
             try:
                 self._read_samples(key, stored)
             except DamageError:
                 pass  # a damaged table, or one whose replacement was cut short, is written anew
             else:
-                names = attributes.get("label_names", stored.get("label_names"))
-                if names == stored.get("label_names"):
-                    return False
-                write_attributes(self.storage, key, stored | {"label_names": names})
-                return True
+                # What labels mean is said as a whole: classes that are no longer grades lose that too.
+                old, new = ({name: of[name] for name in _MEANING if name in of} for of in (stored, attributes))
+                if new == old or "label_names" not in new:
+                    return None
+                kept = {name: value for name, value in stored.items() if name not in _MEANING}
+                write_attributes(self.storage, key, kept | new)
+                return before
         # Attributes first: whoever reads in between finds a table that does not match its digest, never a wrong one.
         write_attributes(self.storage, key, attributes)
         self.storage.put_folder(f"{key}/samples", encode_samples(samples), replace=True)
-        return True
+        return before
 
     def entries(self, dataset: str | None = None, model: str | None = None) -> list[Entry]:
         """List everything embedded so far, complete or not, in the order of the names.

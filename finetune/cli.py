@@ -17,16 +17,19 @@ from features.options import (
     MOST_EPOCHS,
     MOST_FOLDS,
     MOST_IMAGES,
+    ClassesOption,
     CvOption,
     DataOption,
     DeviceOption,
     FoldSeedOption,
     JsonOption,
     LabelsOption,
+    OrdinalOption,
     PositiveOption,
     RunsOption,
     SeedsOption,
     SkipUnlabelledOption,
+    SoftLabelsOption,
     WeightsOption,
     parse_names,
     parse_numbers,
@@ -87,6 +90,9 @@ def finetune(
     positive: PositiveOption = None,
     labels: LabelsOption = None,
     skip_unlabelled: SkipUnlabelledOption = False,
+    classes: ClassesOption = None,
+    ordinal: OrdinalOption = False,
+    soft_labels: SoftLabelsOption = None,
     data: DataOption = None,
     weights: WeightsOption = None,
     device: DeviceOption = "auto",
@@ -145,6 +151,9 @@ def finetune(
             positive=positive,
             labels=labels,
             skip_unlabelled=skip_unlabelled,
+            classes=None if classes is None else parse_names(classes, option="--classes"),
+            ordinal=ordinal,
+            soft_labels=soft_labels,
         )
         compute_options = ComputeOptions(
             data=data,
@@ -226,11 +235,11 @@ def predict(
     weights: WeightsOption = None,
     threshold: Annotated[
         float | None,
-        typer.Option(help="Positive from this probability on. Default: the run's own."),
+        typer.Option(help="Of two classes: positive from this probability on. Default: the run's own."),
     ] = None,
     by: Annotated[
         str | None,
-        typer.Option(help="group: write a second CSV with the share of positives in every group (slide)."),
+        typer.Option(help="group: write a second CSV with the share of each class in every group (slide)."),
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -241,21 +250,27 @@ def predict(
     if as_json:
         print_json(summary)
         return
-    say(
-        f"{out}: {summary['n']:,} patches, {summary['n_positive']:,} predicted {summary['label_names'][1]} at a "
-        f"probability of {summary['threshold']:.3f} or more ({summary['n_models']} fold models)."
-    )
-    if by:
-        of_groups = summary["by_group"]
-        rates = [one["rate"] for one in of_groups["groups"]]
-        errors = (of_groups[name]["value"] for name in ("sensitivity", "specificity"))
-        without = f"; {of_groups['n_without']:,} patches have no group" if of_groups["n_without"] else ""
+    names, of_groups, models = summary["label_names"], summary.get("by_group"), f"{summary['n_models']} fold models"
+    if "counts" in summary:
+        said = ", ".join(f"{n:,} {name}" for n, name in zip(summary["counts"], names, strict=True) if n)
+        say(f"{out}: {summary['n']:,} patches; the most probable class is {said} ({models}).")
+    else:
         say(
-            f"{of_groups['out']}: {len(rates):,} groups, {min(rates):.0%} to {max(rates):.0%} predicted "
-            "{}, beside shares corrected for a sensitivity of {:.3f} and a specificity of {:.3f} out of fold{}.".format(
-                summary["label_names"][1], *errors, without
-            )
+            f"{out}: {summary['n']:,} patches, {summary['n_positive']:,} predicted {names[1]} at a probability of "
+            f"{summary['threshold']:.3f} or more ({models})."
         )
+    if not of_groups:
+        return
+    without = f"; {of_groups['n_without']:,} patches have no group" if of_groups["n_without"] else ""
+    said = "with the share of each class"
+    if "sensitivity" in of_groups:
+        rates = [one["rate"] for one in of_groups["groups"]]
+        sensitivity, specificity = (of_groups[name]["value"] for name in ("sensitivity", "specificity"))
+        said = (
+            f"{min(rates):.0%} to {max(rates):.0%} predicted {names[1]}, beside shares corrected for a sensitivity of "
+            f"{sensitivity:.3f} and a specificity of {specificity:.3f} out of fold"
+        )
+    say(f"{of_groups['out']}: {len(of_groups['groups']):,} groups, {said}{without}.")
 
 
 @report_app.command(

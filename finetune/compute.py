@@ -91,7 +91,7 @@ class Compute:
 def network_logits(
     network: Network, transform: Transform, pixels: Tensor, members: Sequence[int], *, compute: Compute
 ) -> Tensor:
-    """Compute the logits (f, b), Atypical minus Normal, of pixels (f, b, 3, s, s): each member's under its own weights.
+    """Compute the logits (f, b, c-1), of class k over class 0, of pixels (f, b, 3, s, s): each member's by its weights.
 
     If memory runs out, the batch is halved.
 
@@ -107,7 +107,7 @@ def network_logits(
         try:
             images = transform.normalise(part.flatten(0, 1)).contiguous(memory_format=torch.channels_last)
             with compute.autocast():
-                both: Tensor = network(images, members)  # (f, b, 2)
+                outputs: Tensor = network(images, members)  # (f, b, c)
         except RuntimeError as error:
             if not out_of_memory(error):
                 raise
@@ -119,7 +119,7 @@ def network_logits(
             free_cached_memory(compute.device)
             compute.evaluation_batch = min(compute.evaluation_batch, n) // 2 or 1
             continue
-        logits.append((both[:, :n, 1] - both[:, :n, 0]).float())
+        logits.append((outputs[:, :n, 1:] - outputs[:, :n, :1]).float())
         first += n
     return torch.cat(logits, dim=1)
 

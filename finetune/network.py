@@ -36,7 +36,6 @@ from finetune.process_group import ProcessGroup, synchronize_batch_norms
 
 Method = Literal["lora", "full", "head"]
 METHODS: tuple[Method, ...] = ("lora", "full", "head")
-N_CLASSES = 2
 MODEL_FILE = "model.safetensors"
 HEAD_FILE = "head.safetensors"
 _HEAD_SEED = 1  # keeps these generators apart from the adapters', which are seeded by (seed, fold)
@@ -48,11 +47,12 @@ class Network(nn.Module):
     Attributes:
         backbone: the registry's record of the backbone.
         model: the timm network, adapted in place.
+        n_classes: c, how many classes the classifiers tell apart.
         fold_models: seed and fold of all members of the training, by number.
         members: the number of each row's member.
         pooling: the embedding that the classifiers read. It is the card's; where the card joins two (Virchow), it is
             the class token alone, so that the classifier is timm's own and adapters load elsewhere.
-        weight, bias: (n_rows, 2, d) and (n_rows, 2) classifiers.
+        weight, bias: (n_rows, c, d) and (n_rows, c) classifiers.
         values: (n_rows, p) everything that training changes: trained parameters first, then running statistics.
         gradients: (n_rows, p_trained), filled by `gather_gradients`.
         copies: (n_rows, p_adapters) the adapters in half precision, made anew in every pass; None in fp32.
@@ -69,6 +69,7 @@ class Network(nn.Module):
         lora: LoraOptions,
         fold_models: Sequence[FoldModel],
         members: Sequence[int] | None = None,
+        n_classes: int = 2,
     ) -> None:
         """Adapt `model`, which `build_model` has built and which lies on its device (or on meta), in place.
 
@@ -76,12 +77,14 @@ class Network(nn.Module):
             lora: the adapters' options; other methods ignore them.
             fold_models: of the training; a member's initial values depend on its seed and fold alone.
             members: numbers of those to hold: all, which is the default, for lora and head; a single one for full.
+            n_classes: how many classes the classifiers tell apart.
 
         Raises:
             UserError: as `add_adapters` does.
             ValueError: members that the method cannot hold at once.
         """
         super().__init__()
+        self.n_classes = n_classes
         self.fold_models = tuple(fold_models)
         self.members = tuple(range(len(fold_models)) if members is None else members)
         own = [self.fold_models[member] for member in self.members]
@@ -108,7 +111,7 @@ class Network(nn.Module):
             self.adapted = ()
             model.requires_grad_(method == "full")
             single += list(model.parameters()) if method == "full" else []
-        heads = [_new_head(width, *one) for one in own]
+        heads = [_new_head(n_classes, width, *one) for one in own]
         self.weight = Parameter(torch.stack([weight for weight, _ in heads]).to(device, dtype))
         self.bias = Parameter(torch.stack([bias for _, bias in heads]).to(device, dtype))
         statistics = [b for b in model.buffers() if b.is_floating_point()] if method == "full" else []
@@ -246,7 +249,7 @@ class Network(nn.Module):
         torch.cat([gradient.reshape(len(self.members), -1) for gradient in gradients], dim=1, out=self.gradients)
 
     def forward(self, images: Tensor, members: Sequence[int], *, step: int | Tensor | None = None) -> Tensor:
-        """Compute the logits of both classes.
+        """Compute one output per class; logits are their differences.
 
         Args:
             images: (f * b, 3, h, w) normalised, member after member.
@@ -255,7 +258,7 @@ class Network(nn.Module):
                 evaluates.
 
         Returns:
-            (f, b, 2) in the type of the classifiers, float32.
+            (f, b, c) in the type of the classifiers, float32.
         """
         rows = self.rows_of(members)
         if self.method == "lora":
@@ -275,7 +278,7 @@ class Network(nn.Module):
         """Write the trained weights of one member.
 
         lora: an adapter as `peft` writes it; full: `model.safetensors`, the network under timm's names with its
-        classifier; head: `head.safetensors`, "weight" (2, d) and "bias" (2,).
+        classifier; head: `head.safetensors`, "weight" (c, d) and "bias" (c,).
 
         Raises:
             UserError: the disk cannot be written.
@@ -302,7 +305,7 @@ class Network(nn.Module):
         name = weight_files.classifier_name(self.model)
         state |= self._counters
         state |= {f"{name}.weight": self.weight[row].detach(), f"{name}.bias": self.bias[row].detach()}
-        timm = {"architecture": self.backbone.arch, "kwargs": dict(self.backbone.kwargs), "num_classes": N_CLASSES}
+        timm = {"architecture": self.backbone.arch, "kwargs": dict(self.backbone.kwargs), "num_classes": self.n_classes}
         weight_files.write_tensors(folder / MODEL_FILE, state, {"timm": json.dumps(timm)})
 
     def load_member(self, folder: Path, member: int) -> None:
@@ -332,9 +335,9 @@ def _require_grad(blocks: nn.Module, given: tuple[Tensor, ...]) -> tuple[Tensor,
     return given[0].detach().requires_grad_(), *given[1:]
 
 
-def _new_head(width: int, seed: int, fold: int) -> tuple[Tensor, Tensor]:
-    """Draw a classifier's initial weight (2, d) and bias (2,) from the distribution that `nn.Linear` uses."""
+def _new_head(n_classes: int, width: int, seed: int, fold: int) -> tuple[Tensor, Tensor]:
+    """Draw a classifier's initial weight (c, d) and bias (c,) from the distribution that `nn.Linear` uses."""
     generator = torch.Generator().manual_seed(seed_of(seed, fold, _HEAD_SEED))
     bound = 1 / math.sqrt(width)
-    weight, bias = torch.empty(N_CLASSES, width), torch.empty(N_CLASSES)
+    weight, bias = torch.empty(n_classes, width), torch.empty(n_classes)
     return weight.uniform_(-bound, bound, generator=generator), bias.uniform_(-bound, bound, generator=generator)

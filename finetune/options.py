@@ -20,6 +20,7 @@ from finetune.recipes import RECIPE_NAMES, Recipe, recipe_for
 
 _MOST_FOLDS = 100
 _MOST_MODELS = 500
+_LATER = ("classes", "ordinal", "soft_labels")  # options that came with more than two classes
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,10 @@ class FinetuneOptions:
         precision: "auto", "fp32" or "bf16".
         positive, labels, skip_unlabelled: for datasets of your own, see `extract.datasets.load_dataset`; `labels` as
             "old=new,old=new".
+        classes: names of the training set's classes, in the order of their labels; None for the order that the names
+            suggest, see `features.labels.class_labels`.
+        ordinal: whether that order means something, as that of grades does.
+        soft_labels: "votes" to train towards each class's share of the votes for a patch; None for its label.
 
     Raises:
         UserError: a value outside its range.
@@ -63,6 +68,9 @@ class FinetuneOptions:
     positive: str | None = None
     labels: str | None = None
     skip_unlabelled: bool = False
+    classes: tuple[str, ...] | None = None
+    ordinal: bool = False
+    soft_labels: str | None = None
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
@@ -73,6 +81,8 @@ class FinetuneOptions:
             raise UserError(f"precision {self.precision!r}: training computes in fp32 or bf16 (or auto).")
         if self.learning_rate is not None and not 0 < self.learning_rate < float("inf"):
             raise UserError(f"learning rate {self.learning_rate}: expected a number above 0, such as 1e-4.")
+        if self.soft_labels not in (None, "votes"):
+            raise UserError(f"`soft_labels={self.soft_labels}`: expected votes, for the share of the raters' votes.")
         require_seeds(self.seed, self.seeds)
         require_seeds(self.fold_seed, 1)
         if self.cv < 2:
@@ -91,11 +101,20 @@ class FinetuneOptions:
     def from_record(cls, record: Mapping[str, Any]) -> FinetuneOptions:
         """Read the options of a run or of an interrupted training from its JSON values.
 
-        Early versions drew the folds by `seed`.
+        Early versions drew the folds by `seed`, and knew of two classes only.
         """
-        test = record["test"]
-        nested = {"lora": LoraOptions(**record["lora"]), "test": None if test is None else tuple(test)}
+        names = {name: record.get(name) for name in ("test", "classes")}
+        nested: dict[str, Any] = {name: None if value is None else tuple(value) for name, value in names.items()}
+        nested["lora"] = LoraOptions(**record["lora"])
         return cls(**{"fold_seed": record["seed"], **record, **nested})
+
+    def as_record(self) -> dict[str, Any]:
+        """Give the options as JSON values.
+
+        Those that early versions did not know are there only where they say something: without them, those versions
+        read the record.
+        """
+        return {name: value for name, value in asdict(self).items() if value or name not in _LATER}
 
     def by_name(self) -> dict[str, Any]:
         """List all options by name, the adapters' as "lora.rank" and so on."""

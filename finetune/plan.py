@@ -13,8 +13,10 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from extract.backbones import build_model, check_forward, find_backbone
+from extract.datasets import DATASETS
 from extract.views import make_transform
 from features.device import find_device
+from features.labels import NUMBERS
 from finetune.lora import adapters
 from finetune.network import Network
 from finetune.options import ComputeOptions, FinetuneOptions, training_precision
@@ -64,6 +66,8 @@ class Plan:
 def make_plan(options: FinetuneOptions, compute_options: ComputeOptions = ComputeOptions()) -> Plan:
     """Build the training of fake tensors, and count.
 
+    The user's own patches are not read: they count as of two classes, unless `options.classes` names more.
+
     Raises:
         UserError: an unknown model, targets that match nothing, an input size that does not fit.
     """
@@ -88,6 +92,7 @@ def make_plan(options: FinetuneOptions, compute_options: ComputeOptions = Comput
             lora=options.lora,
             fold_models=options.fold_models(options.cv),
             members=members,
+            n_classes=_n_classes(options),
         )
         shape = (recipe.batch_size, 3, transform.input_size, transform.input_size)
         kept = at_once * _kept_bytes(network, torch.empty(shape), precision)
@@ -116,6 +121,11 @@ def make_plan(options: FinetuneOptions, compute_options: ComputeOptions = Comput
         rows_mb=4 * 5 * network.n_trained * len(members) / 2**20,
         kept_mb=kept / 2**20,
     )
+
+
+def _n_classes(options: FinetuneOptions) -> int:
+    known = DATASETS.get(options.train)
+    return len(options.classes or (known.label_names if known else NUMBERS))
 
 
 def _kept_bytes(network: Network, images: Tensor, precision: str) -> int:

@@ -1,4 +1,4 @@
-"""What does a run predict for new patches? The mean probability of its fold models, and the class at its threshold."""
+"""What does a run predict for new patches? The mean probability of its fold models, and the class that this gives."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.special import expit
 
 from extract.backbones import Backbone, Weights, build_model, fetch_weights, find_backbone
 from extract.compute import embed_batch, optimize_for_inference
@@ -29,21 +28,28 @@ from features.tables import first_of, is_missing
 from finetune.compute import Compute
 from finetune.network import Network
 from finetune.options import ComputeOptions, FinetuneOptions
-from finetune.predict_groups import GroupRate, by_group_path, group_rates, group_table, groups_of
+from finetune.predict_groups import (
+    GroupCounts,
+    by_group_path,
+    count_groups,
+    group_rates,
+    groups_of,
+    rate_table,
+    share_table,
+)
 from finetune.score import load_members, patch_logits
 from finetune.setup import build_network, training_transform
 from probe.ensembles import ensemble_of
 from probe.logistic import predict_logits
-from probe.metrics import as_dict
+from probe.metrics import as_dict, predicted_classes, probabilities
 from probe.predictions import VALIDATION, csv_bytes
 from probe.rates import error_rates
 from probe.runs import RunRecord, check_weights, read_predictions, read_run, read_weights
 
-COLUMNS = ("source", "id", "probability", "predicted", "spread")
 _BATCH = {"cpu": 8, "cuda": 64, "mps": 64}  # images per forward pass of a frozen backbone
 # Parts of a fingerprint that say where, and of which patches, embeddings were computed, but not by which function.
 _CIRCUMSTANCES = ("dataset_digest", "source_mpp", "poolings", "device", "numerics", "revision")
-_Predictor = Callable[[Patches, ProgressCallback], NDArray[np.float32]]  # patches to logits (n, n_models)
+_Predictor = Callable[[Patches, ProgressCallback], NDArray[np.float32]]  # patches to logits (n, n_models, c-1)
 
 
 def predict_paths(
@@ -60,7 +66,8 @@ def predict_paths(
 
     Its columns: source (the path given), id (below it), probability (of class 1, the mean over fold models), predicted
     (the class's name), spread (population standard deviation over fold models), and fold_0, fold_1, ... (each one's);
-    of a run with several seeds seed_42_fold_0, seed_42_fold_1, ...
+    of a run with several seeds seed_42_fold_0, seed_42_fold_1, ... Of a run with more than two classes: source, id, a
+    column probability_<class> for each, predicted (the most probable), and spread (of that class's probability).
 
     Args:
         run: folder of a probe run or a fine-tuned one.
@@ -68,24 +75,33 @@ def predict_paths(
         out: the CSV; replaced whole.
         device: "auto", "cpu", "cuda", "cuda:N" or "mps".
         weights: a local checkpoint of the backbone instead of the hub's; it must be the very same.
-        threshold: class 1 from this probability on; None for the run's own, chosen on its out-of-fold predictions.
-        by: "group" for the share of class 1 in every group of patches; see `finetune.predict_groups`.
+        threshold: of two classes: class 1 from this probability on; None for the run's own, chosen on its out-of-fold
+            predictions.
+        by: "group" for the share of class 1, or of each of more than two classes, in every group of patches; see
+            `finetune.predict_groups`.
 
     Returns:
-        n, n_positive, n_folds, n_models, threshold, label_names, out; with `by` by_group, what the second CSV holds.
+        n, n_positive, n_folds, n_models, threshold, label_names, out; with `by` by_group, what the second CSV holds. Of
+        more than two classes counts, patches predicted to be of each, instead of n_positive and threshold.
 
     Raises:
-        UserError: a threshold that is no probability, no run, a backbone that cannot be had as it was, patches that
-            cannot be read or whose groups are not known, or a full disk.
+        UserError: a threshold that is no probability, or for more than two classes, no run, a backbone that cannot be
+            had as it was, patches that cannot be read or whose groups are not known, or a full disk.
     """
     if threshold is not None and not 0 <= threshold <= 1:
         raise UserError(f"`threshold={threshold}` is no probability: expected a number from 0 to 1.")
     if by not in (None, "group"):
-        raise UserError(f"`by={by}`: expected group, for the share of positives in every group of patches.")
+        raise UserError(f"`by={by}`: expected group, for the share of each class in every group of patches.")
     outs = [out, *([by_group_path(out)] if by else [])]
     for one in outs:
         _check_out(one, run, paths)
     record = read_run(run)
+    two = record.n_classes == 2
+    if threshold is not None and not two:
+        raise UserError(
+            f"`threshold={threshold}`: {run} has {record.n_classes} classes ({first_of(record.label_names)}), of which "
+            "it predicts the most probable. A threshold is for two classes: leave it out."
+        )
     check_weights(run, record)
     torch_device = find_device(device, apple=record.kind == "probe" and record.precision == "fp32")
     compute_exactly(torch_device)
@@ -102,39 +118,36 @@ def predict_paths(
     with progress("predict", n_models * sum(len(patches.id) for patches in sources)) as advance:
         logits = [predict(patches, advance) for patches in sources]
     limit = record.figures.threshold if threshold is None else threshold
-    probability = [expit(logit.astype(np.float64)) for logit in logits]  # (n, n_models) of each source
-    means = [models.mean(axis=1) for models in probability]
-    tables = [_table(sources, probability, limit, record)]
-    rates: list[GroupRate] = []
+    whole = np.concatenate([np.empty((0, n_models, record.n_classes - 1), dtype=np.float32), *logits])
+    probability = np.ascontiguousarray(probabilities(whole).swapaxes(1, 2))  # (n, c, n_models)
+    mean = probability.mean(axis=2)
+    predicted = predicted_classes(mean, limit)
+    ids = [(patches.source, id) for patches in sources for id in patches.id]
+    tables = [_table(ids, probability, mean, predicted, record)]
+    by_group: dict[str, Any] = {}
     if by:
-        out_of_fold = ensemble_of(read_predictions(run), record.train, VALIDATION)
-        errors = error_rates(out_of_fold, threshold=limit)
-        rates = group_rates([patches.source for patches in sources], groups, means, threshold=limit, errors=errors)
-        tables.append(group_table(rates))
+        ends = np.cumsum([len(patches.id) for patches in sources])[:-1]
+        of_source, parts = [patches.source for patches in sources], np.split(predicted, ends)
+        counted = count_groups(of_source, groups, parts, n_classes=record.n_classes)
+        table, described = _judge_groups(counted, run, record, limit)
+        tables.append(table)
+        without = sum(names.count("") for names in groups)
+        by_group = {"by_group": as_dict({"out": str(outs[1]), "n_without": without} | described)}
     with writing(out.parent):
         out.parent.mkdir(parents=True, exist_ok=True)
         for one, table in zip(outs, tables, strict=True):
             write_file(one, [table])
-    summary = {
+    counts = np.bincount(predicted, minlength=record.n_classes).tolist()
+    return {
         "out": str(out),
-        "n": sum(map(len, means)),
-        "n_positive": int(sum((mean >= limit).sum() for mean in means)),
+        "n": len(ids),
+        **({"n_positive": counts[1]} if two else {"counts": counts}),
         "n_folds": record.folds.n,
         "n_models": n_models,
-        "threshold": limit,
+        **({"threshold": limit} if two else {}),
         "label_names": list(record.label_names),
+        **by_group,
     }
-    if by:
-        summary["by_group"] = as_dict(
-            {
-                "out": str(outs[1]),
-                "n_without": sum(names.count("") for names in groups),
-                "sensitivity": errors.sensitivity,
-                "specificity": errors.specificity,
-                "groups": rates,
-            }
-        )
-    return summary
 
 
 def _check_out(out: Path, run: Path, paths: Sequence[Path]) -> None:
@@ -222,7 +235,14 @@ def _finetuned_predictor(
 
     def load(members: tuple[int, ...]) -> Network:
         network = build_network(
-            backbone, loaded, options, view, fold_models=record.fold_models, members=members, device=device
+            backbone,
+            loaded,
+            options,
+            view,
+            fold_models=record.fold_models,
+            members=members,
+            n_classes=record.n_classes,
+            device=device,
         )
         load_members(network, run)
         network.compute_in(compute.precision)
@@ -242,17 +262,49 @@ def _finetuned_predictor(
 
 
 def _table(
-    sources: Sequence[Patches], probability: Sequence[NDArray[np.float64]], threshold: float, record: RunRecord
+    ids: Sequence[tuple[str, str]],
+    probability: NDArray[np.float64],
+    mean: NDArray[np.float64],
+    predicted: NDArray[np.integer],
+    record: RunRecord,
 ) -> bytes:
-    several, names = len(record.seeds) > 1, record.label_names
-    header = (
-        *COLUMNS,
-        *(f"seed_{seed}_fold_{fold}" if several else f"fold_{fold}" for seed, fold in record.fold_models),
-    )
-    rows = []
-    for patches, patch_probability in zip(sources, probability, strict=True):
-        for id, models in zip(patches.id, patch_probability, strict=True):
-            mean = models.mean()
-            row = (f"{mean:.6f}", names[int(mean >= threshold)], f"{models.std():.6f}")
-            rows.append((patches.source, id, *row, *(f"{value:.6f}" for value in models)))
-    return csv_bytes(header, rows)
+    """Make the CSV of patches: of two classes it tells the probability of class 1, of more that of every class.
+
+    Args:
+        ids: (n,) source and id.
+        probability: (n, c, n_models).
+        mean: (n, c) over models.
+        predicted: (n,) class numbers.
+        record: of the run.
+    """
+    names, several, two = record.label_names, len(record.seeds) > 1, record.n_classes == 2
+    means = {"probability": mean[:, 1]} if two else {f"probability_{n}": mean[:, k] for k, n in enumerate(names)}
+    told = probability[np.arange(len(ids)), np.ones_like(predicted) if two else predicted]  # (n, n_models)
+    models = [f"seed_{seed}_fold_{fold}" if several else f"fold_{fold}" for seed, fold in record.fold_models]
+    each = dict(zip(models, told.T, strict=True)) if two else {}
+    columns = [
+        *(map(_digits, means.values())),
+        [names[k] for k in predicted.tolist()],
+        _digits(told.std(axis=1)),
+        *(map(_digits, each.values())),
+    ]
+    header = ("source", "id", *means, "predicted", "spread", *each)
+    return csv_bytes(header, ((*id, *row) for id, *row in zip(ids, *columns, strict=True)))
+
+
+def _digits(values: NDArray[np.float64]) -> list[str]:
+    return [f"{value:.6f}" for value in values.tolist()]
+
+
+def _judge_groups(
+    counted: Sequence[GroupCounts], run: Path, record: RunRecord, threshold: float
+) -> tuple[bytes, dict[str, Any]]:
+    """Make the CSV of groups, and what the summary says of them: of two classes with rates corrected for errors."""
+    if record.n_classes > 2:
+        groups = [{**vars(one), "n": one.n, "shares": one.shares} for one in counted]
+        return share_table(counted, record.label_names), {"groups": groups}
+    out_of_fold = ensemble_of(read_predictions(run), record.train, VALIDATION)
+    errors = error_rates(out_of_fold, threshold=threshold)
+    rates = group_rates(counted, errors)
+    described = {"sensitivity": errors.sensitivity, "specificity": errors.specificity, "groups": rates}
+    return rate_table(rates), described

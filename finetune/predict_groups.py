@@ -1,4 +1,4 @@
-"""What share of each slide's figures does a run call class 1, and what share is that in truth?"""
+"""What share of each slide's figures does a run call each class, and what share is class 1 in truth?"""
 
 from __future__ import annotations
 
@@ -19,8 +19,32 @@ COLUMNS = ("source", "group", "n", "n_positive", "rate", "low", "high", "correct
 
 
 @dataclass(frozen=True)
+class GroupCounts:
+    """How many patches of one group are predicted to be of each class.
+
+    Attributes:
+        source, group: the path that was given, and the group in it.
+        counts: patches per class.
+    """
+
+    source: str
+    group: str
+    counts: tuple[int, ...]
+
+    @property
+    def n(self) -> int:
+        """Patches of the group."""
+        return sum(self.counts)
+
+    @property
+    def shares(self) -> tuple[float, ...]:
+        """The share of each class."""
+        return tuple(count / self.n for count in self.counts)
+
+
+@dataclass(frozen=True)
 class GroupRate:
-    """The share of class 1 in one group.
+    """The share of class 1 of two in one group.
 
     Attributes:
         source, group: the path that was given, and the group in it.
@@ -80,40 +104,50 @@ def groups_of(patches: Patches, path: Path) -> list[str]:
     )
 
 
-def group_rates(
+def count_groups(
     sources: Sequence[str],
     groups: Sequence[Sequence[str]],
-    probability: Sequence[NDArray[np.float64]],
+    predicted: Sequence[NDArray[np.integer]],
     *,
-    threshold: float,
-    errors: ErrorRates,
-) -> list[GroupRate]:
-    """Compute the share of class 1 in every group of every source; patches without a group are in none.
+    n_classes: int,
+) -> list[GroupCounts]:
+    """Count the patches of every class in every group of every source; patches without a group are in none.
 
     Args:
         sources: name of each source.
         groups: of each, (n,) names.
-        probability: of each, (n,).
-        threshold: class 1 from this probability on.
-        errors: of the run at that threshold.
+        predicted: of each, (n,) class numbers.
+        n_classes: how many classes there are.
     """
-    rates = []
-    for source, names, values in zip(sources, groups, probability, strict=True):
+    counted = []
+    for source, names, classes in zip(sources, groups, predicted, strict=True):
         place = {group: k for k, group in enumerate(dict.fromkeys(names))}
-        of_patch = np.array([place[name] for name in names], dtype=np.intp)
-        totals = np.bincount(of_patch)
-        positives = np.bincount(of_patch, weights=values >= threshold).astype(np.intp)
-        for group, n, n_positive in zip(place, totals.tolist(), positives.tolist(), strict=True):
-            if group:
-                ends, corrected = share_interval(n_positive, n), errors.corrected(n_positive, n)
-                rates.append(GroupRate(source, group, n, n_positive, n_positive / n, *ends, *corrected))
+        counts = np.zeros((len(place), n_classes), dtype=np.intp)
+        np.add.at(counts, (np.array([place[name] for name in names], dtype=np.intp), classes), 1)
+        found = zip(place, counts.tolist(), strict=True)
+        counted += [GroupCounts(source, group, tuple(of_class)) for group, of_class in found if group]
+    return counted
+
+
+def group_rates(groups: Sequence[GroupCounts], errors: ErrorRates) -> list[GroupRate]:
+    """Compute the share of class 1 of two in every group, with its interval, and corrected for the run's errors."""
+    rates = []
+    for one in groups:
+        n, n_positive = one.n, one.counts[1]
+        ends, corrected = share_interval(n_positive, n), errors.corrected(n_positive, n)
+        rates.append(GroupRate(one.source, one.group, n, n_positive, n_positive / n, *ends, *corrected))
     return rates
 
 
-def group_table(rates: Sequence[GroupRate]) -> bytes:
-    """Make a CSV of groups; a corrected share that does not exist is empty."""
-    rows = [[_cell(value) for value in vars(rate).values()] for rate in rates]
-    return csv_bytes(COLUMNS, rows)
+def rate_table(rates: Sequence[GroupRate]) -> bytes:
+    """Make a CSV of groups for two classes; a corrected share that does not exist is empty."""
+    return csv_bytes(COLUMNS, [[_cell(value) for value in vars(rate).values()] for rate in rates])
+
+
+def share_table(groups: Sequence[GroupCounts], classes: Sequence[str]) -> bytes:
+    """Make a CSV of groups for more than two classes: the predicted share of each class."""
+    header = ("source", "group", "n", *(f"share_{name}" for name in classes))
+    return csv_bytes(header, [(one.source, one.group, one.n, *map(_cell, one.shares)) for one in groups])
 
 
 def _cell(value: str | float) -> str | float:

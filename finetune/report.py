@@ -109,20 +109,26 @@ def _load_patches(dataset: str, run: RunRecord, data: Path | None) -> PatchDatas
     Raises:
         UserError: it is not at hand.
     """
+    labels = parse_renaming(run.options.get("labels"))
+    several, of_training = len(run.label_names) > 2, dataset == run.train
     if known := DATASETS.get(dataset):
         folder = local_data(data)
-        if known.folder and folder is None:
+        if (known.folder or known.phases) and folder is None:
             raise UserError("give the folder of the datasets with --data.")
-        return load_dataset(dataset, data=folder)
+        # Two classes of a known dataset have one order only.
+        return load_dataset(
+            dataset, data=folder, labels=labels, classes=run.label_names if several and not of_training else None
+        )
     source = run.sources.get(dataset, "")
     if not Path(source).is_absolute() or not Path(source).exists():
         raise UserError(f"{source or 'where they lie'} is not {'there' if source else 'known'}.")
     named = run.label_names != NUMBERS  # early runs do not know the names of their classes
     return load_dataset(
         source,
-        positive=run.label_names[1] if named and dataset == run.train else None,
-        classes=run.label_names if named and dataset != run.train else None,
-        labels=parse_renaming(run.options.get("labels")),
+        positive=run.label_names[1] if named and of_training and not several else None,
+        order=run.label_names if of_training and several else None,
+        classes=run.label_names if named and not of_training else None,
+        labels=labels,
         skip_unlabelled=bool(run.options.get("skip_unlabelled")),
     )
 

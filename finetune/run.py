@@ -252,6 +252,7 @@ def _merge_members(setup: Setup, folder: Path) -> None:
         setup.view,
         fold_models=setup.fold_models,
         members=members,
+        n_classes=setup.n_classes,
         device=setup.compute.device,
     )
     load_members(network, folder)
@@ -268,7 +269,7 @@ def _record(setup: Setup, run_id: str, network: Network, state: State) -> RunRec
         kind="finetune",
         model=setup.backbone.name,
         method=options.method,
-        options=asdict(options),
+        options=options.as_record(),
         recipe=asdict(setup.recipe),
         train=experiment.train,
         test=experiment.test,
@@ -276,6 +277,7 @@ def _record(setup: Setup, run_id: str, network: Network, state: State) -> RunRec
         pooling=network.pooling,
         card_pooling=setup.backbone.card_pooling,
         label_names=setup.patches.label_names,
+        ordinal=setup.patches.ordinal,
         sources={name: patches.source for name, patches in setup.datasets.items()},
         adapted_modules=network.adapted,
         n_trained=network.n_trained,

@@ -47,8 +47,12 @@ def score(setup: Setup, run: Path, data: TrainingSet) -> FoldLogits:
     """Score held-out rows under the models of their own fold, and every test set under all models."""
     experiment, compute = setup.experiment, setup.compute
     seeds, fold_models = setup.options.training_seeds, setup.fold_models
-    validation = np.empty((len(experiment.rows), len(seeds)), dtype=np.float32)
-    tests = {name: np.empty((len(rows), len(fold_models)), dtype=np.float32) for name, rows in experiment.tests.items()}
+    n_logits = setup.n_classes - 1
+    validation = np.empty((len(experiment.rows), len(seeds), n_logits), dtype=np.float32)
+    tests = {
+        name: np.empty((len(rows), len(fold_models), n_logits), dtype=np.float32)
+        for name, rows in experiment.tests.items()
+    }
     with progress("score", len(fold_models) * sum(map(len, tests.values()))) as advance:
         for members in setup.network_members:
             network = new_network(setup, members, training=False)
@@ -73,11 +77,11 @@ def patch_logits(
     compute: Compute,
     advance: ProgressCallback,
 ) -> NDArray[np.float32]:
-    """Compute the logits (len(rows), n_members) of patches, under the weights of all of the network's members."""
+    """Compute the logits (len(rows), n_members, c-1) of patches, under the weights of all of the network's members."""
     size, process_group = EVALUATION_BATCH[compute.device.type], compute.process_group
     shard = rows[process_group.shard_rows(len(rows))]
     batches = [shard[start : start + size].tolist() for start in range(0, len(shard), size)]
-    logits = [np.empty((0, len(network.members)), dtype=np.float32)]
+    logits = [np.empty((0, len(network.members), network.n_classes - 1), dtype=np.float32)]
     with closing(decoded(decode, batches, device=compute.device)) as ready:
         for batch, images in ready:
             pixels = transform.resized(images, compute.device)
@@ -87,6 +91,6 @@ def patch_logits(
                 return network_logits(network, transform, repeated, group, compute=compute)
 
             parts = compute.map_passes(network, network.members, logits_of)
-            logits.append(torch.cat(parts).T.cpu().numpy())  # (b, f)
+            logits.append(torch.cat(parts).transpose(0, 1).cpu().numpy())  # (b, f, c-1)
             advance(len(batch) * len(network.members) * process_group.world_size)
     return process_group.all_gather(np.concatenate(logits), len(rows), compute.device)

@@ -77,6 +77,11 @@ class Setup:
         return self.datasets[self.experiment.train]
 
     @property
+    def n_classes(self) -> int:
+        """How many classes the training set has."""
+        return len(self.patches.label_names)
+
+    @property
     def network_members(self) -> list[tuple[int, ...]]:
         """The members of each network that is trained; the networks are trained one after the other."""
         return self.options.network_members(self.experiment.folds.n_folds)
@@ -105,7 +110,7 @@ class Setup:
         """Describe what must not change between the start and the end of a training, as JSON values."""
         digests = self.experiment.table_digests
         identity = {
-            "options": asdict(self.options),
+            "options": self.options.as_record(),
             "recipe": asdict(self.recipe),
             "backbone": self.fingerprint_parts(self.patches),
             "folds": self.experiment.folds.digest,
@@ -143,6 +148,15 @@ def prepare(
     view = options.resolved_view(backbone, recipe)
     datasets = _load_datasets(options, compute_options.data)
     train = next(iter(datasets))
+    experiment = make_experiment(
+        train,
+        {name: patches.samples for name, patches in datasets.items()},
+        cv=options.cv,
+        fold_seed=options.fold_seed,
+        paper_folds=options.recipe != "default",
+        classes=datasets[train].label_names,
+        soft_labels=options.soft_labels,
+    )
     return Setup(
         options=options,
         compute_options=compute_options,
@@ -150,13 +164,7 @@ def prepare(
         view=view,
         backbone=backbone,
         datasets=datasets,
-        experiment=make_experiment(
-            train,
-            {name: patches.samples for name, patches in datasets.items()},
-            cv=options.cv,
-            fold_seed=options.fold_seed,
-            paper_folds=options.recipe != "default",
-        ),
+        experiment=experiment,
         weights=fetch_weights(backbone, weights=compute_options.weights),
         transform=training_transform(backbone, view, recipe.statistics),
         compute=Compute(
@@ -176,7 +184,14 @@ def _load_datasets(options: FinetuneOptions, data: Path | None) -> dict[str, Pat
     require_distinct_names((options.train, *tests))
     renamed = parse_renaming(options.labels)
     reading: dict[str, Any] = {"labels": renamed, "skip_unlabelled": options.skip_unlabelled}
-    patches = load_dataset(options.train, data=data, positive=options.positive, **reading)
+    patches = load_dataset(
+        options.train,
+        data=data,
+        positive=options.positive,
+        order=options.classes,
+        ordinal=options.ordinal,
+        **reading,
+    )
     for line in audit(patches.samples).lines():
         say(f"{patches.name}: {line}.")
     loaded = [load_dataset(name, data=data, classes=patches.label_names, **reading) for name in tests]
@@ -242,6 +257,7 @@ def new_network(setup: Setup, members: Sequence[int], *, training: bool = True) 
         setup.view,
         fold_models=setup.fold_models,
         members=members,
+        n_classes=setup.n_classes,
         device=compute.device,
     )
     network.compute_in(compute.precision)
@@ -264,6 +280,7 @@ def build_network(
     *,
     fold_models: Sequence[FoldModel],
     members: Sequence[int],
+    n_classes: int,
     device: torch.device,
 ) -> Network:
     """Build the backbone on its device, with the adapters and classifiers of some members.
@@ -274,7 +291,15 @@ def build_network(
     model = build_model(backbone, weights, dynamic=view.resizes(backbone))
     check_forward(model.to(device), backbone, make_transform(backbone, view).input_size)
     model = model.to(memory_format=torch.channels_last)  # of convolutions; other layers stay as they are
-    return Network(model, backbone, method=options.method, lora=options.lora, fold_models=fold_models, members=members)
+    return Network(
+        model,
+        backbone,
+        method=options.method,
+        lora=options.lora,
+        fold_models=fold_models,
+        members=members,
+        n_classes=n_classes,
+    )
 
 
 def load_training_set(setup: Setup) -> TrainingSet:
@@ -298,5 +323,8 @@ def load_training_set(setup: Setup) -> TrainingSet:
         for start, (batch, images) in zip(starts, ready, strict=True):
             pixels[start : start + len(batch)] = setup.transform.resized(images, setup.compute.device)
             advance(len(batch))
-    label = torch.from_numpy(setup.experiment.label.astype(np.int64)).to(setup.compute.device)
-    return TrainingSet(pixels, label, folds=setup.experiment.folds, transform=setup.transform)
+    experiment, on_device = setup.experiment, setup.compute.device
+    label = torch.from_numpy(experiment.label.astype(np.int64)).to(on_device)
+    shares = experiment.target
+    target = None if shares is None else torch.from_numpy(shares).to(on_device)
+    return TrainingSet(pixels, label, folds=experiment.folds, transform=setup.transform, target=target)

@@ -36,15 +36,18 @@ class TrainingSet:
     Attributes:
         pixels: (n, 3, s, s) uint8, resized as extraction does it; on the device, or in main memory where the device has
             no room.
-        label: (n,) int64, on the device.
+        label: (n,) int64, on the device; patches are drawn, and members judged, by it.
         folds: in which fold each row validates.
         transform: whose normalisation the network expects.
+        target: (n, c) float32, on the device: the distribution over classes that a patch is trained towards; None for
+            its label alone.
     """
 
     pixels: Tensor
     label: Tensor
     folds: Folds
     transform: Transform
+    target: Tensor | None = None
 
     def take(self, rows: Tensor, device: torch.device) -> Tensor:
         """Take to the device the pixels (m, 3, s, s) of m row numbers, which lie where the pixels do, in any shape."""
@@ -64,14 +67,14 @@ class Batches:
 
     Attributes:
         rows: (n_batches, f, b) of the training set, on the device of its pixels.
-        label: (n_batches, f, b).
+        target: (n_batches, f, b) labels, or (n_batches, f, b, c) distributions over classes.
         draws: (n_batches, f, b, k) for augmentation; None for none.
         keys: (n_batches, f) `finetune.lora.dropout_keys`.
         schedule: (n_batches, f, 4) `finetune.optimizer.Scalars`.
     """
 
     rows: Tensor
-    label: Tensor
+    target: Tensor
     draws: Tensor | None
     keys: Tensor
     schedule: Tensor
@@ -203,9 +206,9 @@ class Step:
             pixels = self._data.take(part.rows[:, shard], compute.device)
             images = self._input(pixels, part.draws_of(shard), *self._constants)
             with compute.autocast():
-                logits = network(images, group, step=part.keys)  # (f, b, 2)
-            label = part.label[:, shard].flatten()
-            losses = F.cross_entropy(logits.flatten(0, 1), label, reduction="none").view(len(group), -1).mean(dim=1)
+                logits = network(images, group, step=part.keys)  # (f, b, c)
+            target = part.target[:, shard].flatten(0, 1)
+            losses = F.cross_entropy(logits.flatten(0, 1), target, reduction="none").view(len(group), -1).mean(dim=1)
             losses = losses * (part.schedule[:, 0] * ((shard.stop - shard.start) / recipe.batch_size))
             after = statistics.clone()
             losses.sum().backward()

@@ -1,10 +1,10 @@
 """How do all members train on patches, each by its own sampler, schedule and early stopping?
 
 A member (`finetune.network`) is the model of one seed and one fold. One loop, `train`. The patches lie decoded on the
-device as bytes. In every step each member draws a batch from its training rows, weighted against its class frequencies.
-The batches are augmented and normalised on the device, pass through the network together, and each member's own
-optimiser steps its own row of values. After an epoch each member is scored on the slides that its fold holds out, and
-one whose score has not improved for long stops.
+device as bytes. In every step each member draws a batch from its training rows, weighted against the frequencies of
+their labels. The batches are augmented and normalised on the device, pass through the network together, and each
+member's own optimiser steps its own row of values. After an epoch each member is scored on the slides that its fold
+holds out, and one whose score has not improved for long stops.
 
 The random numbers of an epoch follow from (seed, fold, epoch). So a member's training depends neither on the others nor
 on interruptions. Several processes may share the batches (`finetune.process_group`): all draw the same batches, and
@@ -33,7 +33,7 @@ from finetune.network import Network
 from finetune.optimizer import IDLE, scalars, schedule_of
 from finetune.recipes import Recipe, learning_rate
 from finetune.step import Batches, Step, TrainingSet
-from probe.metrics import auroc, balanced_accuracy
+from probe.metrics import judge_logits
 from probe.paper import draw_batches
 from probe.runs import EpochRecord
 from probe.schedule import best_epoch, should_stop
@@ -114,10 +114,11 @@ def train(
         _require_finite(largest, network, epoch, recipe)
         for member in active:
             label, n_batches = labels[data.held_out(network.fold_models[member].fold)], drawn[member].n_batches
+            accuracy, auroc = judge_logits(label, logits[member])
             record = EpochRecord(
                 loss=mean_loss[member],
-                balanced_accuracy=balanced_accuracy(label, logits[member] >= 0),
-                auroc=auroc(label, logits[member]),
+                balanced_accuracy=accuracy,
+                auroc=auroc,
                 learning_rate=learning_rate(state.scores(member), recipe, batch=n_batches // 2, n_batches=n_batches),
             )
             state.history[member].append(record)
@@ -218,9 +219,10 @@ def epoch_batches(
     models = [network.fold_models[member] for member in network.members]
     keys = torch.tensor([dropout_keys(models, step) for step in steps])
     device = network.values.device
+    target = data.label if data.target is None else data.target
     return Batches(
         rows=rows.to(data.pixels.device),
-        label=data.label[rows.to(data.label.device)],
+        target=target[rows.to(target.device)],
         draws=None if draws is None else draws.to(device),
         keys=keys.to(device),
         schedule=schedule_of(plan, network.values),
@@ -233,7 +235,7 @@ def epoch_batches(
 def validation_logits(
     network: Network, data: TrainingSet, members: Sequence[int], *, compute: Compute
 ) -> dict[int, NDArray[np.float32]]:
-    """Compute each member's logit (Atypical minus Normal) of the rows that validate in its fold, in their order."""
+    """Compute each member's logits (n, c-1), class k over class 0, of the rows that validate in its fold, in order."""
     process_group = compute.process_group
     held_out = {member: data.held_out(network.fold_models[member].fold) for member in network.members}
     shards = {member: rows[process_group.shard_rows(len(rows))] for member, rows in held_out.items()}
@@ -255,7 +257,7 @@ def validation_logits(
             )
             for part in torch.split(rows, EVALUATION_BATCH[compute.device.type], dim=1)
         ]
-        logits = torch.cat(parts, dim=1)  # (f, longest)
+        logits = torch.cat(parts, dim=1)  # (f, longest, c-1)
         return {member: row[: len(shards[member])] for member, row in zip(group, logits, strict=True)}
 
     parts = compute.map_passes(network, members, logits_of)

@@ -92,8 +92,8 @@ def copy_tensors(tensors: Mapping[str, Tensor], into: Mapping[str, Tensor], path
         name = wrong[0]
         raise UserError(
             f"{path}: {len(wrong)} tensors are missing, unknown or of another shape (first: {name}, found "
-            f"{shapes.get(name, 'none')}, expected {expected.get(name, 'none')}). Load it into the model, targets and "
-            "rank that it was trained with, restore the file, or train again."
+            f"{shapes.get(name, 'none')}, expected {expected.get(name, 'none')}). Load it into the model, targets, "
+            "rank and number of classes that it was trained with, restore the file, or train again."
         )
     for name, tensor in into.items():
         tensor.copy_(tensors[name])

@@ -16,6 +16,7 @@ from features.options import (
     LabelsOption,
     RunsOption,
     SeedsOption,
+    SoftLabelsOption,
     StoreOption,
     parse_names,
 )
@@ -53,6 +54,7 @@ def probe(
         ),
     ] = "exact",
     labels: LabelsOption = None,
+    soft_labels: SoftLabelsOption = None,
     seed: Annotated[
         int,
         typer.Option(min=0, max=2**32 - 1, help="Seed of the paper recipe's training, and of the learning curve."),
@@ -81,6 +83,7 @@ def probe(
         pooling=pooling,
         recipe=recipe,  # type: ignore[arg-type]
         labels=labels,
+        soft_labels=soft_labels,
         seed=seed,
         seeds=seeds,
         fold_seed=fold_seed,

@@ -58,7 +58,7 @@ class CurvePoint:
 
     Attributes:
         fraction, draw, fold: which model.
-        n_slides, n_patches, n_positive: what it trained on.
+        n_slides, n_patches, n_positive: what it trained on; positive is class 1.
         strength: the C chosen within that.
         dataset, split: what it is judged on; of split "validation", the rows of its held-out fold.
         balanced_accuracy, auroc: at threshold 0.5; NaN where the set lacks a class.
@@ -146,7 +146,7 @@ def draw_subsets(
     """Draw the subsets of every fraction, sorted by fraction and draw.
 
     Args:
-        label: (n,) 0 or 1, of the training split.
+        label: (n,) class numbers, of the training split.
         fold: (n,) the fold in which each row validates.
         slide: (n,) numbers of what is never cut.
         left_out: (m) the held-out folds of every fit: one, or two where the strength is chosen.
@@ -187,7 +187,7 @@ def curve_points(
 
     Args:
         subset: its first F masks leave out one fold each, in order.
-        label: (n,) 0 or 1, of the training split.
+        label: (n,) class numbers, of the training split.
         strength: (F,) the C of every fold.
         predictions: of every fold's model.
     """
@@ -274,15 +274,20 @@ def _needed(
 ) -> int:
     """Count the slides, from the first on, that a fit needs with these folds held out.
 
-    A fit needs both classes; with a single fold held out, both within one other fold, to choose the strength on it.
+    A fit needs every class that is left; with a single fold held out, also two classes within one other fold, to choose
+    the strength on it.
     """
 
-    def both(rows: NDArray[np.bool_]) -> int:
-        return max(int(place[rows & (label == value)].min(initial=n_left)) for value in (0, 1)) + 1
+    def all_of(rows: NDArray[np.bool_], at_least: int) -> int:
+        """Count the slides until `at_least` classes of these rows are there."""
+        first = sorted(int(place[rows & (label == value)].min(initial=n_left)) for value in np.unique(label))
+        return first[at_least - 1] + 1
 
+    n_classes = len(np.unique(label[place < n_left]))
+    every = all_of(place < n_left, n_classes)
     if len(held) > 1:
-        return both(place < n_left)
-    return min(both(fold == g) for g in np.unique(fold) if g not in held)
+        return every
+    return max(every, min(all_of(fold == g, 2) for g in np.unique(fold) if g not in held))
 
 
 def _too_few(fraction: float, draw: int, held: tuple[int, ...], taken: int, n_left: int) -> str:

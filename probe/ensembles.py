@@ -76,7 +76,7 @@ class Ensemble:
     @property
     def n_classes(self) -> int:
         """How many classes there are."""
-        return self.by_training.shape[2]
+        return int(self.by_training.shape[2])
 
     @property
     def counts(self) -> tuple[int, ...]:

@@ -207,9 +207,7 @@ def evaluate(
     return RunMetrics(threshold_of(predictions), sets)
 
 
-def fold_figures(
-    predictions: Predictions, dataset: str, split: str, *, ordinal: bool = False
-) -> dict[str, FoldFigure]:
+def fold_figures(predictions: Predictions, dataset: str, split: str, *, ordinal: bool = False) -> dict[str, FoldFigure]:
     """Compute every figure of every fold model on one set, at threshold 0.5 (the paper's view), seed by seed."""
     part = predictions.select((predictions.dataset == dataset) & (predictions.split == split))
     models = [(seed, fold) for seed in trainings_of(part)[0] for fold in np.unique(part.fold)]

@@ -9,7 +9,7 @@ The two differ in `fit` alone. Test rows choose nothing: no fit sees them before
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 from features.console import UserError
 from features.fingerprint import fingerprint
 from features.folds import SEED, Folds, Scheme, fold_models, grouped_folds
-from features.samples import TEST, Samples
+from features.labels import Classes
+from features.samples import MISSING_VOTE, TEST, Samples, vote_shares
 from probe.predictions import VALIDATION, Predictions, concatenate, predictions_of
 from probe.runs import FoldsRecord
 
@@ -27,11 +28,12 @@ AMI_BR = "ami-br"  # the dataset for which the paper's fold assignment is kept
 
 @dataclass(frozen=True, eq=False)
 class FoldLogits:
-    """The result of a fit: the logits of an experiment's patches, positive for class 1.
+    """The result of a fit: the logits of an experiment's patches, of classes 1, 2, ... over class 0.
 
     Attributes:
-        validation: (n, K) float32; each training row under the models, one per seed, of the fold that it validates.
-        tests: dataset to (m, K * F) float32; every test row under every model, in the order of `fold_models`.
+        validation: (n, K, c - 1) float32; each training row under the models, one per seed, of the fold that it
+            validates.
+        tests: dataset to (m, K * F, c - 1) float32; every test row under every model, in the order of `fold_models`.
         seeds: of the K trainings.
     """
 
@@ -50,6 +52,8 @@ class Experiment:
         rows: (n,) the rows of the training table that cross-validation uses.
         folds: in which fold each of them validates.
         fold_seed: from which the folds were drawn.
+        n_classes: how many classes there are.
+        soft_labels: "votes" if models train on the raters' shares of votes, else None: on labels.
     """
 
     train: str
@@ -57,6 +61,8 @@ class Experiment:
     rows: NDArray[np.intp]
     folds: Folds
     fold_seed: int
+    n_classes: int = 2
+    soft_labels: str | None = None
 
     def __repr__(self) -> str:
         tests = ", ".join(f"{name} ({len(rows):,})" for name, rows in self.tests.items()) or "none"
@@ -71,6 +77,11 @@ class Experiment:
     def label(self) -> NDArray[np.int8]:
         """(n,) their labels."""
         return self.tables[self.train].label[self.rows]
+
+    @property
+    def target(self) -> NDArray[np.float32] | None:
+        """(n, c) the share of each class that they train towards; None for all on the label."""
+        return None if self.soft_labels is None else vote_shares(self.samples, self.n_classes)
 
     @property
     def test(self) -> tuple[str, ...]:
@@ -119,17 +130,17 @@ class Experiment:
                 split=VALIDATION,
                 fold=self.folds.fold[:, None],
                 seed=seeds,
-                logit=_shaped(self.train, logits.validation, (len(self.rows), len(seeds))),
+                logit=_shaped(self.train, logits.validation, (len(self.rows), len(seeds), self.n_classes - 1)),
             )
         ]
         for name, rows in self.tests.items():
-            logit = _shaped(name, logits.tests.get(name), (len(rows), len(fold)))
+            logit = _shaped(name, logits.tests.get(name), (len(rows), len(fold), self.n_classes - 1))
             samples = self.tables[name].select(rows)
             parts.append(predictions_of(name, samples, split=TEST, fold=fold, seed=seed, logit=logit))
         return concatenate(parts)
 
 
-def _shaped(name: str, logit: NDArray[np.float32] | None, shape: tuple[int, int]) -> NDArray[np.float32]:
+def _shaped(name: str, logit: NDArray[np.float32] | None, shape: tuple[int, ...]) -> NDArray[np.float32]:
     if logit is None or logit.shape != shape:
         raise ValueError(f"{name}: expected logits {shape}, got {None if logit is None else logit.shape}")
     return logit
@@ -142,6 +153,8 @@ def make_experiment(
     cv: int = 5,
     fold_seed: int = SEED,
     paper_folds: bool = False,
+    classes: Classes | None = None,
+    soft_labels: str | None = None,
 ) -> Experiment:
     """Decide which rows train and which validate together.
 
@@ -157,10 +170,15 @@ def make_experiment(
         cv: number of folds.
         fold_seed: of the fold assignment.
         paper_folds: take the assignment of the paper's runs where `train` is AMi-Br.
+        classes: the names of all classes; by default as many as the training table's labels count.
+        soft_labels: "votes" to train on the raters' shares of votes.
 
     Raises:
-        UserError: if no row may train, or a fold would lack a class (see `features.folds.grouped_folds`).
+        UserError: if no row may train, a fold would lack a class (see `features.folds.grouped_folds`), or votes are
+            asked for where there are none.
     """
+    if soft_labels not in (None, "votes"):
+        raise UserError(f"`soft_labels={soft_labels}`: expected votes, for the share of the raters' votes.")
     table = tables[train]
     rows = table.training_rows
     if not len(rows):
@@ -169,6 +187,27 @@ def make_experiment(
             "the split."
         )
     scheme: Scheme = "paper" if paper_folds and train == AMI_BR else "default"
-    folds = grouped_folds(table.select(rows), cv, seed=fold_seed, scheme=scheme)
+    folds = grouped_folds(table.select(rows), cv, seed=fold_seed, scheme=scheme, classes=classes)
+    if soft_labels and not (table.votes[rows] != MISSING_VOTE).any():
+        raise UserError(
+            f"{train} has no votes of raters to train on. Leave `soft_labels` out, or train on a dataset with votes."
+        )
     others = {name: samples for name, samples in tables.items() if name != train}
-    return Experiment(train, {train: table} | others, rows, folds, fold_seed)
+    n_classes = len(classes) if classes else table.n_classes
+    experiment = Experiment(train, {train: table} | others, rows, folds, fold_seed, n_classes, soft_labels)
+    _require_two_classes(experiment, classes or tuple(map(str, range(n_classes))))
+    return experiment
+
+
+def _require_two_classes(experiment: Experiment, classes: Sequence[str]) -> None:
+    """Refuse folds of which one validates on less than two classes: nothing can be chosen on it."""
+    folds = experiment.folds
+    for fold in range(folds.n_folds):
+        present = np.unique(experiment.label[folds.fold == fold])
+        if len(present) < 2:
+            found = ", ".join(classes[k] for k in present) or "nothing"
+            raise UserError(
+                f"fold {fold} of {folds.n_folds} validates on {found} alone; expected patches of at least two classes, "
+                "as epochs and strengths are chosen on them. Use a smaller `cv`, another `fold_seed`, or label more "
+                "slides."
+            )

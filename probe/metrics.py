@@ -67,7 +67,7 @@ def probabilities(logit: NDArray[np.floating]) -> NDArray[np.float64]:
 
 
 def predicted_classes(probability: NDArray[np.floating], threshold: float = THRESHOLD) -> NDArray[np.int8]:
-    """Predict the class (n,) of probabilities (n, c): of two classes 1 from the threshold on, else the most probable."""
+    """Predict classes (n,) of probabilities (n, c): of two class 1 from the threshold on, else the most probable."""
     if probability.shape[1] == 2:
         return np.asarray(probability[:, 1] >= threshold, dtype=np.int8)
     return np.asarray(probability.argmax(axis=1), dtype=np.int8)
@@ -417,7 +417,9 @@ def describe_counts(counts: Sequence[int]) -> str:
     ('20 patches, 5 positive', '10 patches of 2 classes')
     """
     n = f"{sum(counts):,} patches"
-    return f"{n}, {counts[1]:,} positive" if len(counts) == 2 else f"{n} of {sum(count > 0 for count in counts)} classes"
+    return (
+        f"{n}, {counts[1]:,} positive" if len(counts) == 2 else f"{n} of {sum(count > 0 for count in counts)} classes"
+    )
 
 
 @dataclass(frozen=True)

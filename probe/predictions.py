@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from features.console import UserError
-from features.samples import MISSING_VOTE, Samples, make_samples
+from features.samples import MISSING_VOTE, VOTE_LETTERS, Samples, make_samples
 from probe.metrics import THRESHOLD, best_threshold, probabilities
 
 VALIDATION = "validation"  # the split name of out-of-fold predictions
@@ -35,8 +35,8 @@ _TYPES: dict[str, type[np.generic]] = {
 }
 COLUMNS = (*_TYPES, "logit", "probability")  # of predictions.csv with two classes
 SAMPLE_COLUMNS = ("dataset", "id", "label", "group", "split", "votes", "domain", "sha256")
-_VOTES = {"0": 0, "1": 1, "-": MISSING_VOTE}  # a rater's vote as a letter
-_LETTERS = {vote: letter for letter, vote in _VOTES.items()}
+_LETTERS = dict(enumerate(VOTE_LETTERS)) | {MISSING_VOTE: "-"}  # a rater's vote as a letter
+_VOTES = {letter: vote for vote, letter in _LETTERS.items()}
 _ROWS = 2**16  # of a CSV file made at a time
 _ROUNDED = 1e-6  # predictions.csv gives a probability with six digits
 
@@ -72,7 +72,7 @@ class Predictions:
     @property
     def n_classes(self) -> int:
         """How many classes there are."""
-        return self.logit.shape[1] + 1
+        return int(self.logit.shape[1]) + 1
 
     @property
     def probability(self) -> NDArray[np.float64]:
@@ -192,7 +192,7 @@ def thresholds_of(predictions: Predictions) -> NDArray[np.float64]:
 
 
 def _out_of_fold(predictions: Predictions) -> tuple[NDArray[np.int8], NDArray[np.float64]]:
-    """Find the labels (n,) and out-of-fold probabilities (K, n) of class 1 of the patches that cross-validation used."""
+    """Find labels (n,) and out-of-fold probabilities (K, n) of class 1 of the patches that cross-validation used."""
     part = predictions.select(predictions.split == VALIDATION)
     if not len(part):
         return part.label, np.empty((0, 0))
@@ -258,7 +258,9 @@ def parse_predictions(text: str, *, seed: int = 0) -> Predictions:
     written = numbers[:, n_classes - 1 :]
     predictions = Predictions(**arrays, logit=logit)
     if not ((predictions.label >= 0) & (predictions.label < n_classes)).all():
-        raise ValueError("a label is neither 0 nor 1" if n_classes == 2 else f"a label is not from 0 to {n_classes - 1}")
+        raise ValueError(
+            "a label is neither 0 nor 1" if n_classes == 2 else f"a label is not from 0 to {n_classes - 1}"
+        )
     undefined = np.flatnonzero(~np.isfinite(predictions.logit).all(axis=1))
     if len(undefined):
         raise ValueError(f"the logit of line {undefined[0] + 2} is no number")

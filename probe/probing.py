@@ -11,7 +11,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,7 +37,7 @@ from probe.curve import (
 )
 from probe.experiment import AMI_BR, Experiment, FoldLogits, make_experiment
 from probe.linear import Probe, fit_exact, fit_paper, held_out_folds, in_memory
-from probe.metrics import auroc, balanced_accuracy
+from probe.metrics import judge_logits
 from probe.predictions import Predictions
 from probe.runs import Candidate, Cost, CurveFits, RunRecord, write_run
 from probe.schedule import probe_recipe
@@ -62,6 +62,7 @@ class ProbeOptions:
         recipe: "exact" (`fit_exact`), or what the paper's text ("paper") or its authors' scripts ("authors") do:
             `fit_paper`, on the paper's folds, with the card's embedding of the whole patch.
         labels: what classes of the test sets are called in the training set, as "old=new,old=new".
+        soft_labels: "votes" to train on the raters' shares of votes; None for labels.
         seed: of the paper recipe's training, and of the learning curve's draws.
         seeds: how many times the paper's probe is trained, with `seed`, `seed + 1`, ...
         fold_seed: of the folds.
@@ -77,6 +78,7 @@ class ProbeOptions:
     pooling: str | None = None
     recipe: Literal["exact", "paper", "authors"] = "exact"
     labels: str | None = None
+    soft_labels: str | None = None
     seed: int = SEED
     seeds: int = 1
     fold_seed: int = SEED
@@ -88,6 +90,8 @@ class ProbeOptions:
         checked_fractions(self.fractions)
         if self.recipe not in ("exact", *TRAINED_VIEWS):
             raise UserError(f"unknown recipe {self.recipe!r}: use exact, {' or '.join(TRAINED_VIEWS)}.")
+        if self.fractions and self.soft_labels:
+            raise UserError("`fractions`: a learning curve is of labels. Leave it or `soft_labels` out.")
         if self.fractions and self.recipe != "exact":
             raise UserError(
                 "`fractions` needs `recipe='exact'`: the paper's probe has no learning curve here. Leave one out."
@@ -149,7 +153,15 @@ def probe_store(
     train = _train_dataset(store, tables, options)
     tables = {train: tables[train]} | _aligned_tests(store, train, tables, options)
     paper_folds = options.recipe != "exact"
-    experiment = make_experiment(train, tables, cv=options.cv, fold_seed=options.fold_seed, paper_folds=paper_folds)
+    experiment = make_experiment(
+        train,
+        tables,
+        cv=options.cv,
+        fold_seed=options.fold_seed,
+        paper_folds=paper_folds,
+        classes=_classes(store, train),
+        soft_labels=options.soft_labels,
+    )
     embedded = list(dict.fromkeys(entry.model for entry in store.entries(train)))
     for model in models or ():
         if model not in embedded:
@@ -174,7 +186,7 @@ def _probe_model(setup: _Setup, model: str, runs: Path) -> RunRecord:
     entry, probe = chosen.entry, chosen.probe
     if probe.fit.n_dropped:
         say(
-            f"{model} ({entry.view}, {chosen.record.pooling}): {probe.fit.n_dropped:,} of {probe.coef.shape[1]:,} "
+            f"{model} ({entry.view}, {chosen.record.pooling}): {probe.fit.n_dropped:,} of {probe.coef.shape[-1]:,} "
             "features vary by no more than rounding in training, and have no weight."
         )
     points, curve_fits = _learning_curve(setup, chosen) if setup.subsets else ([], None)
@@ -191,6 +203,7 @@ def _probe_model(setup: _Setup, model: str, runs: Path) -> RunRecord:
         pooling=chosen.record.pooling,
         card_pooling=entry.card_pooling,
         label_names=_classes(store, experiment.train),
+        ordinal=bool(attributes[experiment.train].get("ordinal")),
         sources={name: attrs.get("source", "") for name, attrs in attributes.items()},
         fingerprints={name: store.entry(name, model=model, view=entry.view).fingerprint for name in experiment.tables},
         embedding=entry.parts,
@@ -257,7 +270,7 @@ def _aligned_tests(
         if name == train:
             continue
         names = _classes(store, name)
-        mapped = (renamed.get(names[0], names[0]), renamed.get(names[1], names[1]))
+        mapped = tuple(renamed.get(name, name) for name in names)
         if options.test is None and compare_classes(classes, mapped) == "other":
             say(f"{name} has other classes ({', '.join(names)}) than {train} ({', '.join(classes)}) and is not scored.")
             continue
@@ -268,8 +281,7 @@ def _aligned_tests(
 
 
 def _classes(store: FeatureStore, dataset: str) -> Classes:
-    names = store.dataset_attrs(dataset).get("label_names", NUMBERS)
-    return names[0], names[1]
+    return tuple(store.dataset_attrs(dataset).get("label_names", NUMBERS))
 
 
 def _experiment_of(setup: _Setup, model: str) -> Experiment:
@@ -333,22 +345,27 @@ def _fit_candidates(setup: _Setup, model: str) -> list[_Fitted]:
     experiment = setup.experiment
     y, folds = experiment.label, experiment.folds
     held_out = [folds.fold == f for f in range(folds.n_folds)]
+    classes: dict[str, Any] = {"n_classes": experiment.n_classes, "target": experiment.target}
     fitted = []
     for entry, pooling in _candidates(setup, model):
         stored = _embeddings(setup, entry, pooling, experiment.train, experiment.rows)
         if setup.options.recipe != "exact":
             recipe = probe_recipe(setup.options.recipe, model=model)
-            probe = fit_paper(stored.read(), y, folds=folds, seeds=setup.options.training_seeds, recipe=recipe)
+            probe = fit_paper(
+                stored.read(), y, folds=folds, seeds=setup.options.training_seeds, recipe=recipe, **classes
+            )
         else:
-            probe = fit_exact(in_memory(stored, folds.n_folds), y, folds=folds, device=setup.device)
-        judged = [(y[rows], logit[rows]) for logit in probe.validation_logit.T for rows in held_out]
+            probe = fit_exact(in_memory(stored, folds.n_folds), y, folds=folds, device=setup.device, **classes)
+        judged = [
+            judge_logits(y[rows], probe.validation_logit[rows, k])
+            for k in range(probe.validation_logit.shape[1])
+            for rows in held_out
+        ]
         record = Candidate(
             view=entry.view,
             pooling=pooling,
-            validation_auroc=float(np.mean([auroc(label, logit) for label, logit in judged])),
-            validation_balanced_accuracy=float(
-                np.mean([balanced_accuracy(label, logit >= 0) for label, logit in judged])
-            ),
+            validation_auroc=float(np.mean([area for _, area in judged])),
+            validation_balanced_accuracy=float(np.mean([accuracy for accuracy, _ in judged])),
             **vars(probe.fit),
         )
         fitted.append(_Fitted(entry, probe, record))
@@ -461,7 +478,14 @@ def _learning_curve(setup: _Setup, chosen: _Fitted) -> tuple[list[CurvePoint], C
         for subset in setup.subsets:
             probe = chosen.probe
             if subset.fraction != 1:
-                probe = fit_exact(X, experiment.label, folds=experiment.folds, subset=subset, device=setup.device)
+                probe = fit_exact(
+                    X,
+                    experiment.label,
+                    folds=experiment.folds,
+                    subset=subset,
+                    device=setup.device,
+                    n_classes=experiment.n_classes,
+                )
                 fits.append(probe.fit)
             strength = probe.fit.chosen_strength or ()
             points += curve_points(subset, experiment.label, strength, _predictions(setup, chosen, probe))

@@ -257,6 +257,5 @@ def _dissents(ensemble: Ensemble) -> tuple[Dissent, ...]:
     order = np.argsort(-np.abs(positive - ensemble.threshold), kind="stable")[:_MOST_DISSENTS]
     chosen = ensemble.select(order)
     return tuple(
-        Dissent(*row)
-        for row in zip(chosen.id.tolist(), chosen.label.tolist(), positive[order].tolist(), strict=True)
+        Dissent(*row) for row in zip(chosen.id.tolist(), chosen.label.tolist(), positive[order].tolist(), strict=True)
     )

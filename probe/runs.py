@@ -11,7 +11,8 @@ A run is a folder `runs/<id>/`. `run.json` is written last: a folder without it 
 
 A run holds one model per fold, or, where it was trained several times on the same folds, one per seed and fold. Lists
 over models (`best_epoch`, `history`, the rows of a probe's weights) go seed by seed (`features.folds.fold_models`).
-Format 2 is that of runs with several seeds; all others are of format 1, which every version reads.
+Format 2 is that of runs with several seeds, format 3 that of runs that tell more than two classes apart; all others are
+of format 1, which every version reads.
 
 Tables, intervals and plots are computed from these files alone. run.json holds the SHA-256 of every file, and under its
 own name that of its other contents. This module is the only one that knows the keys of run.json.
@@ -55,8 +56,9 @@ from probe.predictions import (
     samples_from,
 )
 
-RUN_FORMAT, SEEDS_FORMAT = 1, 2  # of runs with one seed, and with several
+RUN_FORMAT, SEEDS_FORMAT, CLASSES_FORMAT = 1, 2, 3  # of one seed, of several, and of more than two classes
 WEIGHTS_FILE = "weights.safetensors"
+_NDIM_OF_TWO = {"coef": 2, "intercept": 1}  # axes of a probe's weights in the file, of two classes
 Parsed = TypeVar("Parsed")
 
 
@@ -167,7 +169,8 @@ class RunRecord:
         train, test: the dataset trained on, and the others scored.
         view, pooling: of the embedding that was judged.
         card_pooling: what the pooling "card" means for this backbone.
-        label_names: of class 0 and class 1.
+        label_names: of class 0, class 1, ...
+        ordinal: whether the classes are ordered.
         sources: dataset to where its patches came from.
         fingerprints: dataset to the fingerprint of its embeddings.
         embedding: everything that decides the embeddings' numbers, whose digest the fingerprint is.
@@ -198,7 +201,8 @@ class RunRecord:
     view: str
     pooling: str
     card_pooling: str = ""
-    label_names: tuple[str, str] = ("0", "1")
+    label_names: Annotated[tuple[str, ...], msgspec.Meta(min_length=2)] = ("0", "1")
+    ordinal: bool = False
     sources: Mapping[str, str] = field(default_factory=dict)
     adapted_modules: tuple[str, ...] | None = None
     n_trained: int | None = None
@@ -227,13 +231,18 @@ class RunRecord:
         rows = [
             (
                 name,
-                f"{one.n:,}",
+                f"{sum(one.counts):,}",
                 *(f"{one.folds[figure].mean:.3f} ± {one.folds[figure].std:.3f}" for figure in COMPARED),
             )
             for name, one in self.metrics.sets.items()
         ]
         caption = f"{self!r}; mean ± std over {len(self.fold_models)} fold models"
         return html_table(("set", "patches", "balanced accuracy", "AUROC"), rows, caption=caption)
+
+    @property
+    def n_classes(self) -> int:
+        """How many classes the run tells apart."""
+        return len(self.label_names)
 
     @property
     def fold_models(self) -> tuple[FoldModel, ...]:
@@ -299,7 +308,11 @@ class RunRecord:
         for part in (record, record["cost"], *(record["candidates"] or ())):  # of options and the like, None is a value
             for name in [name for name, value in part.items() if value is None]:
                 del part[name]
+        if not self.ordinal:
+            del record["ordinal"]
         format = RUN_FORMAT if len(self.seeds) == 1 else SEEDS_FORMAT
+        if self.n_classes > 2:
+            format = CLASSES_FORMAT
         return {"format": format} | record | ({} if self.metrics is None else {"metrics": self.metrics.as_dict()})
 
     @classmethod
@@ -340,7 +353,7 @@ def write_run(
         record: what run.json shall say; id, date, versions, digests and memory are added.
         predictions: of every fold's model on every set.
         tables: the patch table of every dataset in the predictions, by its name.
-        weights: name to array, saved as `weights.safetensors`.
+        weights: of a probe, as `read_weights` gives them, saved as `weights.safetensors`.
         seconds: what the run took.
         files: name to content of whatever else the run keeps.
 
@@ -357,7 +370,7 @@ def write_run(
     try:
         with writing(runs):
             unfinished.mkdir(parents=True)
-            content = save({name: np.ascontiguousarray(array) for name, array in weights.items()})
+            content = save({name: np.ascontiguousarray(_stored(array, record)) for name, array in weights.items()})
             write_file(unfinished / WEIGHTS_FILE, [content])
             written = finish_run(
                 unfinished,
@@ -391,7 +404,7 @@ def finish_run(
     known = known_patches(record.train, tables, record.similar or {})
     for one in known.values():
         say(f"{one.line(record.train)}.")
-    metrics = evaluate(with_unseen(predictions, known.values()), tables=tables)
+    metrics = evaluate(with_unseen(predictions, known.values()), tables=tables, ordinal=record.ordinal)
     contents: dict[str, Iterable[bytes]] = {
         "predictions.csv": predictions_csv(predictions),
         "samples.csv": samples_csv(predictions, tables),
@@ -458,10 +471,10 @@ def read_run(folder: Path) -> RunRecord:
                 "fm-finetune; an interrupted training goes on with fm-finetune --resume."
             )
     raw = _parsed(folder, "run.json", lambda: _json_object((folder / "run.json").read_bytes()))
-    if raw.get("format") not in (RUN_FORMAT, SEEDS_FORMAT):
+    if raw.get("format") not in (RUN_FORMAT, SEEDS_FORMAT, CLASSES_FORMAT):
         raise UserError(
-            f"{folder} is a run of format {raw.get('format')}; this version reads formats {RUN_FORMAT} and "
-            f"{SEEDS_FORMAT}. Update mitofm, or run the command again."
+            f"{folder} is a run of format {raw.get('format')}; this version reads formats {RUN_FORMAT} to "
+            f"{CLASSES_FORMAT}. Update mitofm, or run the command again."
         )
     if _digests(raw).get("run.json") not in (None, _own_digest(raw)):
         raise _not_as_written(folder / "run.json")
@@ -519,6 +532,9 @@ def read_samples(folder: Path, predictions: Predictions) -> dict[str, Samples]:
             missing = np.setdiff1d(ids, tables[name].id if name in tables else [])
             if len(missing):
                 raise ValueError(f"{len(missing)} patches of {name} are missing, first: {missing[0]}")
+            highest = max(tables[name].label.max(initial=0), tables[name].votes.max(initial=0))
+            if highest >= predictions.n_classes:
+                raise ValueError(f"{name} has a label or vote of {highest}, the run {predictions.n_classes} classes")
         return tables
 
     return read_checked(folder, "samples.csv", parse=parse)
@@ -546,7 +562,9 @@ def read_checked(folder: Path, name: str, *, parse: Callable[[str], Parsed]) -> 
 
 
 def read_weights(folder: Path) -> dict[str, NDArray[Any]]:
-    """Read a probe run's weights: "coef" (K * F, d) float32 and "intercept" (K * F,) float64.
+    """Read a probe run's weights: "coef" (K * F, c - 1, d) float32 and "intercept" (K * F, c - 1) float64.
+
+    The file of two classes has no axis for them.
 
     Raises:
         UserError: if the file is missing or damaged.
@@ -556,11 +574,17 @@ def read_weights(folder: Path) -> dict[str, NDArray[Any]]:
 
     path = folder / WEIGHTS_FILE
     try:
-        return dict(load_file(path))
+        weights = dict(load_file(path))
     except FileNotFoundError as error:
         raise UserError(f"{path} is missing: the run is incomplete. Run fm-probe again.") from error
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path} is damaged ({error}). Run fm-probe again.") from error
+    return {name: array[:, None] if array.ndim == _NDIM_OF_TWO.get(name) else array for name, array in weights.items()}
+
+
+def _stored(array: NDArray[Any], record: RunRecord) -> NDArray[Any]:
+    """Take the axis of classes from the weights of two classes."""
+    return array[:, 0] if record.n_classes == 2 else array
 
 
 def check_weights(folder: Path, record: RunRecord) -> None:

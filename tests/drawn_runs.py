@@ -24,8 +24,9 @@ def patches(
     split: str = "test",
     prior: float = 0.5,
 ) -> Ensemble:
-    """A run on a set of (n,) labels, of one training (n,) or several (K, n)."""
+    """A run on a set of (n,) labels, of one training (n,) or several (K, n); of more than two classes (K, n, c)."""
     n, by_training = len(label), np.atleast_2d(np.asarray(probability, dtype=np.float64))
+    by_training = of_two(by_training) if by_training.ndim == 2 else by_training
     return Ensemble(
         dataset=dataset,
         split=split,
@@ -38,6 +39,11 @@ def patches(
         threshold=threshold,
         prior=prior,
     )
+
+
+def of_two(positive) -> np.ndarray:
+    """Probabilities (..., 2) of both classes, from those of class 1 (...)."""
+    return np.stack([1 - positive, positive], axis=-1)
 
 
 def some_run(seed: int = 0, n_slides: int = 30, *, trainings: int = 1, **options) -> Ensemble:

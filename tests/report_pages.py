@@ -7,17 +7,20 @@ import hashlib
 import itertools
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image
 from test_runs import N_FOLDS, made_run
 
 from extract.datasets import load_dataset
+from features.samples import Samples, make_samples
 from finetune.report import make_report
+from probe.predictions import VALIDATION, concatenate, predictions_of
 from probe.report.collect import collect
 from probe.report.read import read_runs
 from probe.resample import Resampling
@@ -63,6 +66,78 @@ def record(model: str = "uni", method: str = "probe", *, view: str = "full", poo
 
 
 _numbers = itertools.count()
+
+
+# --- more than two classes --------------------------------------------------------------------------------------------
+
+PHASES = ("prophase", "metaphase", "anaphase", "telophase", "none of <b>these</b>")
+
+
+def patches_of_classes(name: str, n: int, n_classes: int, *, lacking: Collection[int] = (), votes: int = 0) -> Samples:
+    """A patch table: six patches a slide, two thirds of the slides for training; lower classes are more frequent."""
+    rng = np.random.default_rng(n)
+    label = np.minimum(rng.integers(0, n_classes, n), rng.integers(0, n_classes, n))
+    label[:n_classes] = label[-n_classes:] = np.arange(n_classes)
+    is_test = np.arange(n) // 6 % 3 == 2
+    for k in lacking:
+        label[is_test & (label == k)] = (k + 1) % n_classes
+    given = np.repeat(label[:, None], votes, axis=1)
+    if votes:
+        given[::3, 0] = (label[::3] + 1) % n_classes
+    return make_samples(
+        [f"{name}/{k:04}.png" for k in range(n)],
+        label.tolist(),
+        group=[f"{name} slide {k // 6}" for k in range(n)],
+        split=["test" if of else "train" for of in is_test],
+        votes=given.astype(np.int8),
+        domain=[f"lab {k // 6 % 2}" for k in range(n)],
+        sha256=[f"{name} {k}" for k in range(n)],
+    )
+
+
+def run_of_classes(
+    runs: Path,
+    table: Samples,
+    classes: Sequence[str] = PHASES,
+    model: str = "uni",
+    *,
+    signal: float = 1.0,
+    seed: int = 0,
+    train: str = "cells",
+    **record: Any,
+) -> Path:
+    """A run that tells classes apart, and takes each for the next one rather than for others."""
+    rng = np.random.default_rng(seed)
+    c = len(classes)
+    likeness = np.eye(c) + 0.5 * np.eye(c, k=1)
+
+    def logit(samples: Samples, n_models: int) -> np.ndarray:
+        scores = 3 * signal * likeness[samples.label] + rng.standard_normal((len(samples), c))
+        each = scores[:, None] + 0.3 * rng.standard_normal((len(samples), n_models, c))
+        return (each[..., 1:] - each[..., :1]).astype(np.float32)
+
+    trained, tested = (table.select(table.split == split) for split in ("train", "test"))
+    fold = np.arange(len(trained))[:, None] // 6 % N_FOLDS
+    parts = [predictions_of(train, trained, split=VALIDATION, fold=fold, logit=logit(trained, 1))]
+    if len(tested):
+        parts.append(predictions_of(train, tested, split="test", fold=np.arange(N_FOLDS), logit=logit(tested, N_FOLDS)))
+    return made_run(
+        runs,
+        model,
+        tables={train: table},
+        train=train,
+        predictions=concatenate(parts),
+        label_names=list(classes),
+        **record,
+    )
+
+
+def runs_of_classes(
+    runs: Path, table: Samples | None = None, *, classes: Sequence[str] = PHASES, n: int = 4, **options: Any
+) -> list[Path]:
+    """Runs of these classes, each less good than the one before."""
+    table = patches_of_classes("cells", 240, len(PHASES), votes=3) if table is None else table
+    return [run_of_classes(runs, table, classes, f"model-{k}", signal=1 - 0.2 * k, seed=k, **options) for k in range(n)]
 
 
 # --- pages of their own patches ---------------------------------------------------------------------------------------

@@ -26,7 +26,7 @@ from scipy.special import expit, ndtri
 
 from probe.edge import held
 from probe.ensembles import Ensemble
-from probe.metrics import COMPARED, NAMES, scores
+from probe.metrics import COMPARED, NAMES, probabilities, scores
 from probe.rates import by_slide
 from probe.resample import Clusters, Resampled, Resampling, intervals, make_clusters, resample
 from probe.significance import Difference, difference
@@ -385,7 +385,7 @@ def _ensemble(drawn: Drawn, split: str) -> Ensemble:
         label=drawn.label.astype(np.int8),
         group=drawn.slide.astype(str),
         digest=np.full(n, ""),
-        by_training=expit(drawn.logit[0]),
+        by_training=probabilities(drawn.logit[0][..., None]),
         thresholds=np.array([cut]),
         threshold=cut,
         prior=0.25,

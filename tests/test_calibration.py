@@ -27,7 +27,7 @@ def test_slope_and_intercept_are_those_of_a_logistic_regression_on_the_logit():
     run = some_run(prior=0.2)
     found = calibrate(run, resampling=QUICK)
     for figures, shift in ((found.raw, 0.0), (found.corrected, logit(0.2))):
-        slope, intercept = slope_and_intercept(run.label, logit(run.probability) + shift)
+        slope, intercept = slope_and_intercept(run.label, logit(run.probability[:, 1]) + shift)
         assert figures["slope"].value == pytest.approx(slope, abs=1e-5)  # how far scikit-learn iterates
         assert figures["intercept"].value == pytest.approx(intercept, abs=1e-8)
         assert figures["slope"].low < slope < figures["slope"].high
@@ -37,8 +37,8 @@ def test_slope_and_intercept_are_those_of_a_logistic_regression_on_the_logit():
 def test_probabilities_are_corrected_for_the_training_prior():
     run = some_run(prior=0.2)
     found = calibrate(run, resampling=QUICK)
-    odds = run.probability / (1 - run.probability) * 0.25  # prior odds of 1 to 4
-    for figures, probability in ((found.raw, run.probability), (found.corrected, odds / (1 + odds))):
+    odds = run.probability[:, 1] / (1 - run.probability[:, 1]) * 0.25  # prior odds of 1 to 4
+    for figures, probability in ((found.raw, run.probability[:, 1]), (found.corrected, odds / (1 + odds))):
         expected = scores(run.label, probability)
         assert figures["brier"].value == pytest.approx(expected["brier"], abs=1e-12)
         assert figures["ece"].value == pytest.approx(expected["ece"], abs=1e-12)
@@ -60,7 +60,7 @@ def test_a_run_that_says_what_is_the_case_after_correction():
 def test_one_step_on_a_resample_is_nearly_a_refit():
     """Steps and refits agree to a small part of their scatter, on 25 resamples of 30 slides."""
     run = some_run(seed=1)
-    clusters, logits, label = run.clusters, logit(run.probability), run.label.astype(float)
+    clusters, logits, label = run.clusters, logit(run.probability[:, 1]), run.label.astype(float)
     statistic = calibration._agreement(label, logits, clusters)
     rng = np.random.default_rng(0)
     count = rng.multinomial(clusters.n, np.full(clusters.n, 1 / clusters.n), size=25).astype(float)
@@ -116,7 +116,7 @@ def test_predictive_values_move_with_prevalence_and_have_intervals():
 def test_net_benefit_is_that_of_vickers_and_elkin():
     run = some_run(prior=0.2)
     curve = calibrate(run, resampling=QUICK).net_benefit
-    p = expit(logit(run.probability) + logit(0.2))
+    p = expit(logit(run.probability[:, 1]) + logit(0.2))
     for k, at in enumerate(ACTING_FROM):
         tp, fp = ((p >= at) & (run.label == 1)).mean(), ((p >= at) & (run.label == 0)).mean()
         assert curve.run[k] == pytest.approx(tp - fp * at / (1 - at), abs=1e-12)
@@ -132,7 +132,7 @@ def test_several_trainings_are_averaged():
         calibrate(
             patches(run.label, p, group=run.group, threshold=0.65, prior=0.2), resampling=QUICK, prevalences=(0.2,)
         )
-        for p in run.by_training
+        for p in run.positive
     ]
     for name in CALIBRATION_FIGURES:
         assert whole.corrected[name].value == pytest.approx(np.mean([one.corrected[name].value for one in each]))

@@ -308,6 +308,29 @@ def test_a_training_killed_after_any_epoch_ends_as_if_it_had_not_been(
     }
 
 
+@pytest.mark.parametrize("k", [1, EPOCHS])
+def test_a_training_of_three_classes_killed_after_an_epoch_ends_as_if_it_had_not_been(
+    material: Path, tmp_path: Path, k: int
+) -> None:
+    table = tmp_path / "three.csv"
+    lines = (material / "patches.csv").read_text().splitlines()
+    classes = ("low", "middle", "high")
+    named = [line.replace(line.split(",")[1], classes[row % 3]) for row, line in enumerate(lines[1:])]
+    table.write_text("\n".join([lines[0], *(str(material / line) for line in named)]))
+    asked = options(material, "lora", train=str(table), classes=classes)
+    computing = compute_options(material, "lora")
+    expected = outcome(run_folder(finetune(asked, compute_options=computing, runs=tmp_path / "whole")))
+    assert expected["label_names"] == list(classes)
+    assert expected["options"]["classes"] == list(classes)
+    with pytest.MonkeyPatch.context() as patched:
+        remembering(patched, kill_after=k)
+        with pytest.raises(Killed):
+            finetune(asked, compute_options=computing, runs=tmp_path / "runs")
+    (folder,) = (tmp_path / "runs").iterdir()
+    run_folder(resume(folder))
+    assert_same_outcome(outcome(folder), expected)
+
+
 MOMENTS = {
     "before training": (finetuning, "load_training_set", 1, 1),
     "before a network is trained": (finetuning, "train", 1, 2),
@@ -642,9 +665,9 @@ def test_rows_train_validate_and_test_as_the_table_says_in_whatever_order(materi
         pixels = [np.asarray(Image.open(tmp_path / id)) for id in own.id]
         with torch.inference_mode():
             expected = model(transform(pixels, CPU)).diff(dim=1)[:, 0]
-        np.testing.assert_allclose(own.logit, expected.numpy(), rtol=1e-3, atol=1e-3)
+        np.testing.assert_allclose(own.logit[:, 0], expected.numpy(), rtol=1e-3, atol=1e-3)
         held_out = own.select(own.split == "validation")
-        hit = (held_out.logit >= 0) == held_out.label
+        hit = (held_out.logit[:, 0] >= 0) == held_out.label
         accuracy = np.mean([hit[held_out.label == value].mean() for value in (0, 1)])
         assert accuracy == pytest.approx(run.history[fold][run.best_epoch[fold]].balanced_accuracy)
         assert accuracy > 0.9, "bright and dark can be told apart, by the labels of the right rows"

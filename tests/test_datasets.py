@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import csv
 import hashlib
+import json
 import os
 import struct
 import threading
@@ -17,12 +18,13 @@ import h5py
 import numpy as np
 import pytest
 from PIL import Image
+from typer.testing import CliRunner
 
 from extract import benchmark, images
 from extract.datasets import DATASETS, load_dataset, load_patches
 from extract.table1 import table1
 from features.console import UserError
-from features.labels import class_labels
+from features.labels import class_labels, compare_classes
 from features.samples import audit
 
 # --- helpers ----------------------------------------------------------------------------------------------------------
@@ -302,6 +304,97 @@ def test_positive_names_the_class_against_the_rest() -> None:
 def test_unclear_classes_are_refused(classes: list[str], positive: str | None, message: str) -> None:
     with pytest.raises(UserError, match=message):
         class_labels(classes, positive)
+
+
+@pytest.mark.parametrize("form", ["folder", "csv", "npz", "hdf5", "numbers"])
+def test_several_classes_come_from_every_form_in_the_order_given(
+    tmp_path: Path, form: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = ["grade 3", "grade 1", "grade 10", "grade 1", "grade 3"]
+    order: tuple[str, ...] = ("grade 1", "grade 3", "grade 10")
+    x = np.random.default_rng(0).integers(0, 256, (5, 4, 4, 3), dtype=np.uint8)
+    if form == "folder":
+        for k, name in enumerate(names):
+            write_patch(tmp_path / "set" / name / f"{k}.png", k)
+        path = tmp_path / "set"
+    elif form == "csv":
+        for k in range(5):
+            write_patch(tmp_path / f"{k}.png", k)
+        path = write_csv(tmp_path / "t.csv", ("path", "label"), *((f"{k}.png", name) for k, name in enumerate(names)))
+    else:
+        order = ("1", "3", "10")
+        y = np.array([3, 1, 10, 1, 3], dtype=np.float32 if form == "numbers" else np.int64)
+        path = tmp_path / ("x.npz" if form == "npz" else "x.h5")
+        if form == "npz":
+            np.savez(path, x=x, y=y)
+        else:
+            write_hdf5(path, x=x, y=y)
+    dataset = load_dataset(str(path))
+    named = [dataset.label_names[k] for k in dataset.samples.label]
+    expected = sorted(names, key=lambda name: int(name.split()[1])) if form == "folder" else names
+    assert named == (expected if form in ("folder", "csv") else [name.split()[1] for name in names])
+    assert dataset.label_names == order  # 10 after 3
+    assert not dataset.ordinal
+    assert f"{order[1]} (1) and {order[2]} (2)" in capsys.readouterr().err
+    turned = load_dataset(str(path), order=order[::-1], ordinal=True)
+    assert (turned.label_names, turned.ordinal) == (order[::-1], True)
+    assert [turned.label_names[k] for k in turned.samples.label] == named
+    assert capsys.readouterr().err == ""
+    test = load_dataset(str(path), classes=(*order[1:], "other", order[0]))
+    assert [test.label_names[k] for k in test.samples.label] == named
+    assert load_dataset(str(path), ordinal=True).ordinal  # their numbers say which is more
+    rest = load_dataset(str(path), positive=order[1])
+    assert rest.label_names == (f"not {order[1]}", order[1])
+    assert rest.samples.label.tolist() == [int(name == order[1]) for name in named]
+
+
+def test_a_dataset_of_several_classes_shows_each() -> None:
+    shown = repr(load_dataset("demo-phases"))
+    assert shown.startswith("PatchDataset('demo-phases', 400 patches: 68 scattered, 117 plate, 50 ring, ")
+
+
+@pytest.mark.parametrize(
+    ("names", "options", "message"),
+    [
+        (("mild", "severe", "clear"), {"ordinal": True}, "which class is more: found clear, mild, severe.*`classes`"),
+        (("grade 1", "grade 2"), {"ordinal": True}, "`ordinal` is for three and more classes; found two"),
+        (("a", "b", "c"), {"ordinal": True, "positive": "b"}, "for three and more classes; found two, not b and b"),
+        (("a", "b", "c"), {"order": ("a", "b")}, r"set: `classes` leaves out c"),
+        (("a", "B", "b"), {}, "'B' and 'b' differ in case only"),
+        ([f"{k}" for k in range(63)], {}, "set: found 63 classes"),
+    ],
+)
+def test_classes_of_a_path_that_are_unclear_are_one_message(
+    tmp_path: Path, names: tuple[str, ...], options: dict[str, object], message: str
+) -> None:
+    for k, name in enumerate(names):
+        write_patch(tmp_path / "set" / name / "1.png", k)
+    with pytest.raises(UserError, match=message):
+        load_dataset(str(tmp_path / "set"), **options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", ["demo", "demo-phases"])
+def test_the_classes_of_a_known_dataset_are_its_own(name: str) -> None:
+    dataset = load_dataset(name)
+    assert load_dataset(name, order=dataset.label_names).label_names == dataset.label_names
+    with pytest.raises(UserError, match=rf"{name} has the classes .* \(1\).*: leave `classes` out"):
+        load_dataset(name, order=dataset.label_names[::-1])
+    with pytest.raises(UserError, match="which are no grades: leave `ordinal` out"):
+        load_dataset(name, ordinal=True)
+    with pytest.raises(UserError, match="leave `positive` out"):
+        load_dataset(name, positive="plate")
+
+
+def test_known_datasets_of_other_classes_are_other_tasks() -> None:
+    """So none is scored, unless asked for, by a model of another; and only those with patches of their own are."""
+    for a in DATASETS.values():
+        for b in DATASETS.values():
+            same = a.label_names == b.label_names
+            assert compare_classes(a.label_names, b.label_names) == ("same" if same else "other")
+    assert [name for name, record in DATASETS.items() if record.of] == ["demo-phases", "ami-br-phases"]
+    assert not any(record.folder for record in DATASETS.values() if record.of)
+    with pytest.raises(UserError, match="no class is in both"):
+        load_dataset("demo-phases", classes=("Normal", "Atypical"))
 
 
 # --- CSV --------------------------------------------------------------------------------------------------------------
@@ -622,6 +715,74 @@ def test_table_1_needs_neither_images_nor_a_download(tmp_path: Path, monkeypatch
     assert not list(tmp_path.iterdir())
 
 
+def test_other_labels_of_known_patches_are_listed_beside_table_1(tmp_path: Path) -> None:
+    from extract.cli import app
+
+    arguments = ["--list-datasets", "--data", str(tmp_path)]
+    listed = json.loads(CliRunner().invoke(app, [*arguments, "--json"]).stdout)
+    assert [of["name"] for of in listed["datasets"]] == ["demo", "ami-br", "atnorm-md", "atnorm-br"]
+    demo_phases, ami_br_phases = listed["other_labels"]
+    assert (demo_phases["name"], demo_phases["of"], demo_phases["n_total"]) == ("demo-phases", "demo", 400)
+    assert (ami_br_phases["of"], ami_br_phases["n_total"]) == ("ami-br", 2_628)
+    assert list(ami_br_phases["classes"].items())[:2] == [("prometaphase", 949), ("metaphase", 1_175)]
+    shown = " ".join(CliRunner().invoke(app, arguments, env={"COLUMNS": "200"}).stdout.split())
+    assert "ami-br-phases" in shown
+    assert "prometaphase 949, metaphase 1,175" in shown
+
+
+def with_phases(data: Path, monkeypatch: pytest.MonkeyPatch, **phases: str) -> None:
+    """Give the figures of the small clone the phases of two experts, and the record what is then expected."""
+    table = data / "AMI-BR.csv"
+    header, *rows = csv.reader(table.read_text().splitlines())
+    columns = [phases[f"{row[1]}_{row[2]}"].split("|") for row in rows]
+    named = [row + (both if len(both) == 2 else both * 2) for row, both in zip(rows, columns, strict=True)]
+    write_csv(table, (*header, "expert1_label", "expert2_label"), *map(tuple, named))
+    record = DATASETS["ami-br-phases"]
+    expected = dict.fromkeys(record.classes, 0) | {"metaphase": 1, "bipolar asymmetric": 1}
+    monkeypatch.setitem(DATASETS, "ami-br-phases", replace(record, classes=expected))
+
+
+AGREED = {
+    "MIDOG21_7": "NMF prometaphase|NMF metaphase",
+    "MIDOG21_10": "AMF bipolar assymetric",
+    "TUPAC16_3": "NMF metaphase",
+    "TUPAC16_20": "AMF other|AMF segregation",
+}
+
+
+def test_phases_of_ami_br_are_what_two_experts_agree_on(small_clone: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with_phases(small_clone, monkeypatch, **AGREED)
+    dataset, whole = load_dataset("ami-br-phases", data=small_clone), load_dataset("ami-br", data=small_clone)
+    samples = dataset.samples
+    assert samples.id.tolist() == ["Atypical/MIDOG21_10.png", "Normal/TUPAC16_3.png"]
+    assert [dataset.label_names[k] for k in samples.label] == ["bipolar asymmetric", "metaphase"]
+    assert dataset.label_names == tuple(DATASETS["ami-br-phases"].classes)
+    assert samples.votes.shape == (2, 0)
+    of_whole = whole.samples.select(np.array([0, 3]))
+    for column in ("group", "split", "domain", "sha256"):
+        np.testing.assert_array_equal(getattr(samples, column), getattr(of_whole, column))
+    np.testing.assert_array_equal(dataset.decode(1), whole.decode(3))
+    assert (dataset.name, dataset.mpp) == ("ami-br-phases", 0.25)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"TUPAC16_3": "NMF mataphase"}, "line 4: the label is 'NMF mataphase', expected NMF prometaphase or"),
+        ({"TUPAC16_3": "AMF other"}, "line 4: two of three experts say 'AMF other', the majority does not"),
+        ({"TUPAC16_3": "NMF ring shape"}, "ami-br-phases has 0 patches of the class metaphase .*, expected 1"),
+        ({"MIDOG21_7": "NMF metaphase"}, "has 2 patches of the class metaphase"),
+    ],
+)
+def test_a_table_of_other_phases_is_refused(
+    small_clone: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, str], message: str
+) -> None:
+    with_phases(small_clone, monkeypatch, **(AGREED | changes))
+    with pytest.raises(UserError, match=message):
+        load_dataset("ami-br-phases", data=small_clone)
+    assert len(load_dataset("ami-br", data=small_clone).samples) == 4
+
+
 # --- the real data ----------------------------------------------------------------------------------------------------
 
 
@@ -652,6 +813,25 @@ def test_the_real_ami_br_has_the_papers_split(real_data: Path, capsys: pytest.Ca
     assert not audit(samples).split_groups
     assert np.bincount(samples.votes.sum(axis=1)).tolist() == [2_496, 392, 420, 412]
     np.testing.assert_array_equal(samples.votes.sum(axis=1) >= 2, samples.label == 1)
+
+
+def test_the_real_ami_br_has_the_documented_phases(real_data: Path) -> None:
+    dataset, record = load_dataset("ami-br-phases", data=real_data), DATASETS["ami-br-phases"]
+    samples = dataset.samples
+    assert benchmark.files_digest(samples.id, samples.sha256) == record.digest
+    assert sum((real_data / "AMi-Br" / id).stat().st_size for id in samples.id) == record.n_bytes
+    assert dict(zip(dataset.label_names, np.bincount(samples.label).tolist(), strict=True)) == record.classes
+    atypical = np.char.startswith(samples.id, "Atypical/")
+    np.testing.assert_array_equal(atypical, samples.label >= 4)
+    assert (atypical.sum(), (~atypical).sum()) == (record.n_atypical, record.n_normal)
+    for split, n, slides, counts, of_slides in (
+        ("train", 2_042, 139, [737, 920, 131, 27, 87, 22, 22, 96], [118, 120, 52, 12, 43, 16, 13, 39]),
+        ("test", 586, 55, [212, 255, 35, 7, 33, 6, 13, 25], [43, 44, 18, 6, 17, 4, 12, 11]),
+    ):
+        part = samples.select(samples.split == split)
+        assert (len(part), len(set(part.group))) == (n, slides)
+        assert np.bincount(part.label).tolist() == counts
+        assert [len(set(part.group[part.label == k])) for k in range(8)] == of_slides
 
 
 def test_the_real_atnorm_br_has_its_known_contradictions(real_data: Path) -> None:

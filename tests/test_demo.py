@@ -7,6 +7,7 @@ import numpy as np
 from extract import demo
 from extract.benchmark import DATASETS, files_digest
 from extract.datasets import load_dataset
+from features.folds import grouped_folds
 from features.samples import audit
 
 
@@ -51,3 +52,32 @@ def test_a_demo_patch_is_a_writable_copy() -> None:
     assert first.shape == (demo.SIZE, demo.SIZE, 3)
     first[:] = 0
     assert dataset.decode(0).any()
+
+
+def test_the_phases_are_the_kinds_that_were_drawn_of_the_same_patches() -> None:
+    record, drawn = DATASETS["demo-phases"], demo.draw()
+    dataset, two = load_dataset("demo-phases"), load_dataset("demo").samples
+    samples = dataset.samples
+    assert files_digest(samples.id, samples.sha256) == record.digest
+    assert dataset.label_names == record.label_names == demo.KINDS
+    assert dict(zip(demo.KINDS, np.bincount(samples.label).tolist(), strict=True)) == record.classes
+    for column in ("sha256", "group", "split", "domain"):
+        np.testing.assert_array_equal(getattr(samples, column), getattr(two, column))
+    # An id says the class that was drawn, not what the raters made of it.
+    assert samples.id.tolist() == [f"{demo.KINDS[k]}/{row:03d}" for row, k in enumerate(samples.label)]
+    assert samples.votes.shape == (400, 0)
+    atypical = samples.label >= 4
+    assert (int(atypical.sum()), int((~atypical).sum())) == (record.n_atypical, record.n_normal)
+    # The raters err on some, mostly one at a time: the majority is right but for a few.
+    assert 0 < (atypical != (two.label == 1)).sum() < 0.05 * len(two)
+    np.testing.assert_array_equal(dataset.decode(17), drawn.pixels[17])
+    for split, least in (("train", 10), ("test", 3)):
+        assert np.bincount(samples.label[samples.split == split], minlength=9).min() >= least
+
+
+def test_the_demo_s_phases_can_be_cross_validated() -> None:
+    samples = load_dataset("demo-phases").samples
+    training = samples.select(samples.split == "train")
+    folds = grouped_folds(training, 5, classes=demo.KINDS)
+    for rows in folds.training:
+        assert set(training.label[rows].tolist()) == set(range(9))

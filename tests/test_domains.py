@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from drawn_runs import QUICK, patches, some_run
+from drawn_runs import QUICK, of_two, patches, some_run
 
 from features.console import UserError
 from probe.domains import by_domain
@@ -49,7 +49,7 @@ def test_domains_that_share_no_slide_are_independent():
     one = some_run(n_slides=40)
     twice = patches(
         np.tile(one.label, 2),
-        np.tile(one.probability, 2),
+        np.tile(one.probability[:, 1], 2),
         group=np.concatenate([np.char.add("a", one.group), np.char.add("b", one.group)]),
         threshold=0.65,
     )
@@ -87,7 +87,7 @@ def test_trainings_are_averaged_and_their_scatter_makes_the_mean_less_certain():
     steady = by_domain(repeated, domain, resampling=QUICK).macro["auroc"]
     assert (steady.low, steady.high) == pytest.approx((each[0].macro["auroc"].low, each[0].macro["auroc"].high))
     far = replace(
-        judged, by_training=np.stack([judged.by_training[0], judged.by_training[0] ** 9, np.full(len(judged), 0.5)])
+        judged, by_training=of_two(np.stack([judged.positive[0], judged.positive[0] ** 9, np.full(len(judged), 0.5)]))
     )
     scattered = by_domain(far, domain, resampling=QUICK).macro["auroc"]
     assert scattered.high - scattered.low > 2 * (steady.high - steady.low)

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from drawn_runs import QUICK, by_patch, patches
+from drawn_runs import QUICK, by_patch, of_two, patches
 from scipy import stats
 
 from probe.edge import Held, edge_ends, held
@@ -37,7 +37,7 @@ def test_a_perfect_score_has_an_exact_interval():
 
 def test_clusters_that_hold_the_class_are_counted_and_not_patches():
     judged = perfect()
-    assert held(judged.label, judged.clusters.index) == Held(12, 12, 0.5)
+    assert held(judged.label, judged.clusters.index) == Held((12, 12), 0.5)
     one_class = judged.select((judged.label == 0) | (np.arange(len(judged)) < 16))  # atypical ones on four slides
     assert held(one_class.label, one_class.clusters.index).n_positive == 4
     figures = judge(one_class, resampling=QUICK).figures
@@ -53,7 +53,7 @@ def test_all_wrong_and_one_class_predicted():
         assert (wrong[name].value, wrong[name].low) == (0, 0)
         assert wrong[name].high == pytest.approx(1 - right[name].low)
     assert wrong["mcc"].high == pytest.approx(-right["mcc"].low)
-    negative = judge(replace(judged, by_training=judged.by_training / 10), resampling=QUICK).figures
+    negative = judge(replace(judged, by_training=of_two(judged.positive / 10)), resampling=QUICK).figures
     assert negative["balanced_accuracy"].value == 0.5
     least = (0.05 / 4) ** (1 / 12)
     assert (negative["balanced_accuracy"].low, negative["balanced_accuracy"].high) == pytest.approx(
@@ -69,7 +69,7 @@ def test_no_set_that_the_box_allows_has_a_lower_score():
     probability = np.concatenate([np.linspace(0.8, 0.9, 45), np.zeros(5), np.full(4, 0.99), np.full(96, 0.2)])
     reached = scores(label, probability)
     values = dict.fromkeys(NAMES, 1.0)
-    classes = Held(np.log(0.025 / 2) / np.log(0.9), np.log(0.025 / 2) / np.log(0.96), n_positive / len(label))
+    classes = Held((np.log(0.025 / 2) / np.log(0.96), np.log(0.025 / 2) / np.log(0.9)), n_positive / len(label))
     for name in ("balanced_accuracy", "f1", "mcc"):
         assert edge_ends(name, values, classes, 0.95)[0] == pytest.approx(reached[name], abs=1e-9)
     for name in ("auroc", "average_precision"):

@@ -38,7 +38,7 @@ def predictions(seed: int = 0) -> Predictions:
         split=np.array(split),
         fold=np.array(fold),
         seed=np.zeros(len(ids), dtype=np.intp),
-        logit=rng.standard_normal(len(ids)).astype(np.float32),
+        logit=rng.standard_normal((len(ids), 1)).astype(np.float32),
     )
 
 
@@ -48,10 +48,10 @@ def test_an_ensemble_is_the_mean_over_fold_models_in_the_order_of_the_table():
     assert judged.id.tolist() == ["t2.png", "t0.png", "t3.png", "t1.png"]
     assert judged.label.tolist() == [0, 0, 1, 1]
     assert judged.group.tolist() == ["slide 1", "slide 0", "slide 1", "slide 0"]
-    of_t2 = run.probability[run.id == "t2.png"]
-    assert judged.probability[0] == pytest.approx(of_t2.mean(), abs=1e-15)
+    of_t2 = run.probability[run.id == "t2.png", 1]
+    assert judged.probability[0, 1] == pytest.approx(of_t2.mean(), abs=1e-15)
     held_out = run.split == "validation"
-    assert judged.threshold == best_threshold(run.label[held_out], run.probability[held_out])
+    assert judged.threshold == best_threshold(run.label[held_out], run.probability[held_out, 1])
     assert len(ensemble_of(run, "ami-br", "validation")) == 5
 
 

@@ -15,6 +15,7 @@ import pytest
 import timm
 import torch
 from patch_folders import MODEL, content, write_patches, write_weights
+from PIL import Image
 from processes import start
 from safetensors.torch import save_file
 
@@ -109,6 +110,30 @@ def test_a_changed_label_updates_the_table_and_keeps_the_embeddings(patches, wei
     )
     assert "table was updated" in capsys.readouterr().err
     assert store.samples(dataset.name).label.sum() == 100
+    assert all(entry.complete for entry in store.entries())
+
+
+def test_another_order_of_classes_is_said_and_names_move_with_their_labels(tmp_path, weights, capsys):
+    for name in ("grade 1", "grade 2", "grade 3"):
+        for number in range(2):
+            (tmp_path / "grades" / name).mkdir(parents=True, exist_ok=True)
+            pixels = np.random.default_rng([int(name[-1]), number]).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "grades" / name / f"{number}.png")
+    store = FeatureStore.open_or_create(tmp_path / "s.zarr")
+    options = ExtractOptions(views=("full",), precision="fp32")
+    for order, ordinal in (
+        (("grade 1", "grade 2", "grade 3"), True),
+        (("grade 3", "grade 1", "grade 2"), False),
+    ):
+        dataset = load_dataset(str(tmp_path / "grades"), order=order, ordinal=ordinal)
+        extract_dataset(dataset, [find_backbone(MODEL)], store=store, options=options, weights=weights)
+        names = store.class_names("grades")
+        assert names == order
+        samples = store.samples("grades")
+        assert [names[k] for k in samples.label] == [id.partition("/")[0] for id in samples.id.tolist()]
+        assert store.dataset_attrs("grades").get("ordinal", False) is ordinal
+        said = capsys.readouterr().err
+        assert ("Its classes were grade 1 (0), grade 2 (1) and grade 3 (2), now grade 3 (0), " in said) is not ordinal
     assert all(entry.complete for entry in store.entries())
 
 

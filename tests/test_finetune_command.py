@@ -27,6 +27,7 @@ from extract.views import make_transform, parse_view
 from features.console import UserError
 from finetune import cli
 from finetune import run as finetuning
+from finetune.report import _load_patches
 from probe.evidence import evaluate
 from probe.runs import read_predictions, read_run
 
@@ -184,7 +185,7 @@ def test_saved_weights_give_the_saved_logits_in_plain_timm(run: Path) -> None:
         patches = [np.asarray(Image.open(run.parent.parent / name)) for name in judged.id]
         with torch.inference_mode():
             logits = model(transform(patches, torch.device("cpu"))).diff(dim=1)[:, 0]
-        np.testing.assert_allclose(judged.logit, logits.numpy(), rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose(judged.logit[:, 0], logits.numpy(), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -325,6 +326,11 @@ def test_a_dry_run_needs_no_weights(bare: Command) -> None:
         (("--device", "tpu"), r"device 'tpu'"),
         (("--weights", "missing.safetensors"), r"missing.safetensors: no such weights file"),
         (("--positive", "Odd"), r"no class 'Odd'"),
+        (("--classes", "Atypical,Odd"), r"--classes names Odd, and no patch is of it"),
+        (("--classes", " , "), r"--classes names nothing"),
+        (("--soft-labels", "scores"), r"--soft-labels scores: expected votes"),
+        (("--soft-labels", "votes"), r"patches has no votes of raters to train on. Leave --soft-labels out"),
+        (("--ordinal",), r"ordinal"),
         (("--cv", "1"), r"at least 2 folds, got 1"),
         (("--cv", "7"), r"7 folds were asked for, but there are 6 groups.*--cv 6"),
         (("--model", "timm/test_vit", "--view", "full@40"), r"40 px is not a multiple of its 16 px"),
@@ -523,6 +529,77 @@ def test_every_option_reaches_the_training(finetune: Command, tmp_path: Path) ->
     computed = {"device": "cpu", "folds_at_once": 2, "compile": False, "fast": False}
     computed |= {"grad_checkpointing": True, "merge": True}
     assert {name: how[name] for name in computed} == computed
+
+
+def relabelled(tmp_path: Path, classes: tuple[str, ...]) -> None:
+    """Give the patches these classes in turn."""
+    table = tmp_path / "patches.csv"
+    header, *lines = table.read_text().splitlines()
+    cells = [line.split(",") for line in lines]
+    named = [",".join([cell[0], classes[row % len(classes)], *cell[2:]]) for row, cell in enumerate(cells)]
+    table.write_text("\n".join([header, *named]) + "\n")
+
+
+def test_three_classes_are_trained_in_the_order_asked_for(finetune: Command, tmp_path: Path) -> None:
+    relabelled(tmp_path, ("Medium", "low", "high"))
+    model = ("--model", "timm/test_vit", "--weights", write_weights(tmp_path / "vit.safetensors", "test_vit"))
+    done = finetune(*model, "--classes", "low,medium,high", "--ordinal", "--merge", "--json")
+    assert done.status == 0, done.err
+    (record,) = json.loads(done.out)["results"]
+    assert record["label_names"] == ["low", "Medium", "high"]
+    assert record["ordinal"] is True
+    assert record["options"]["classes"] == ["low", "medium", "high"]
+    (folder,) = (tmp_path / "runs").iterdir()
+    predictions = read_predictions(folder)
+    for id, label in zip(predictions.id, predictions.label, strict=True):
+        assert label == (1, 0, 2)[int(id.removesuffix(".png")) % 3]
+    # For its pictures, a report reads the patches in the same order.
+    again = _load_patches("patches", read_run(folder), None)
+    assert again.samples.table_digest == record["table_digests"]["patches"]
+    transform = make_transform(find_backbone("timm/test_vit"), parse_view("full@32"))
+    for fold in range(2):
+        model = timm.create_model("test_vit", num_classes=3, dynamic_img_size=True).eval()
+        model.load_state_dict(safetensors.torch.load_file(folder / f"fold-{fold}" / "model.safetensors"))
+        judged = predictions.select(predictions.fold == fold)
+        patches = [np.asarray(Image.open(tmp_path / name)) for name in judged.id]
+        with torch.inference_mode():
+            outputs = model(transform(patches, torch.device("cpu")))
+        np.testing.assert_allclose(judged.logit, outputs[:, 1:] - outputs[:, :1], rtol=1e-4, atol=1e-4)
+
+
+def test_one_class_against_the_rest_is_two_classes(finetune: Command, tmp_path: Path) -> None:
+    relabelled(tmp_path, ("medium", "low", "high"))
+    model = ("--model", "timm/test_vit", "--weights", write_weights(tmp_path / "vit.safetensors", "test_vit"))
+    done = finetune(*model, "--method", "head", "--positive", "high", "--json")
+    assert done.status == 0, done.err
+    (record,) = json.loads(done.out)["results"]
+    assert record["label_names"] == ["not high", "high"]
+
+
+def test_a_fold_that_validates_on_one_class_alone_is_refused(finetune: Command, tmp_path: Path) -> None:
+    relabelled(tmp_path, ("a", "a", "b", "b", "c", "c"))  # every slide has one class
+    said = refused(finetune("--cv", "6"))
+    assert re.search(r"fold \d of 6 validates on [abc] alone; expected patches of at least two classes.*--cv", said)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_votes_are_trained_towards(bare: Command, tmp_path: Path) -> None:
+    """The drawn patches have votes, a majority of which is the label."""
+    model = ("--model", "timm/test_vit", "--weights", write_weights(tmp_path / "vit.safetensors", "test_vit"))
+    small = ("--train", "demo", *model, *SMALL, "--epochs", "1", "--method", "head", "--json")
+    records = []
+    for asked in ((), ("--soft-labels", "votes")):
+        done = bare(*small, *asked)
+        assert done.status == 0, done.err
+        (record,) = json.loads(done.out)["results"]
+        records.append(record)
+    hard, soft = records
+    assert "soft_labels" not in hard["options"]
+    assert soft["options"]["soft_labels"] == "votes"
+    # The same patches are drawn, so losses differ by what they are trained towards.
+    losses = [[history[0]["loss"] for history in record["history"]] for record in records]
+    assert all(abs(one - other) > 1e-3 for one, other in zip(*losses, strict=True))
+    assert hard["table_digests"] == soft["table_digests"]
 
 
 def test_the_positive_class_is_positive_in_every_dataset(finetune: Command, tmp_path: Path) -> None:

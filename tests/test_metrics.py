@@ -144,11 +144,14 @@ def test_predictions_of_one_class_have_no_correlation():
 def test_metrics_of_a_run_come_back_from_their_json():
     interval = metrics.Interval(0.8, 0.7, 0.9)
     undefined = metrics.Interval(math.nan, math.nan, math.nan)
-    ensemble = metrics.Judgement(9, 4, "slide", 3, 1, 0.4, 0.95, 1000, {"auroc": interval, "f1": undefined})
+    ensemble = metrics.Judgement((5, 4), "slide", 3, 1, 0.4, 0.95, 1000, {"auroc": interval, "f1": undefined})
     folds = {"auroc": metrics.FoldFigure(0.75, 0.05, (0.7, 0.8)), "f1": metrics.FoldFigure(math.nan, math.nan, (0.5,))}
     written = metrics.RunMetrics(
         0.4,
-        {"a/test": metrics.SetMetrics(9, 4, folds, ensemble), "a/validation": metrics.SetMetrics(5, 2, folds, None)},
+        {
+            "a/test": metrics.SetMetrics((5, 4), folds, ensemble),
+            "a/validation": metrics.SetMetrics((3, 2), folds, None),
+        },
     ).as_dict()
     assert list(written["sets"]["a/test"]) == ["n", "n_positive", "folds", "ensemble", "intervals"]
     assert written["sets"]["a/test"]["ensemble"] == {"auroc": 0.8, "f1": None}
@@ -160,5 +163,5 @@ def test_metrics_of_a_run_come_back_from_their_json():
     assert read.sets["a/validation"].ensemble is None
     del written["sets"]["a/test"]["n"]
     for damaged in (written, {"sets": {}}, {"threshold": 0.5, "sets": []}, {"threshold": "a", "sets": {}}):
-        with pytest.raises(ValueError, match=r"missing required field|no attribute|Expected `float`"):
+        with pytest.raises(ValueError, match=r"is missing|missing required field|no attribute|Expected `float`"):
             metrics.RunMetrics.from_dict(damaged)

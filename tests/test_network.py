@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import peft
 import pytest
 import safetensors
 import safetensors.torch
@@ -20,6 +22,7 @@ from extract.backbones import Backbone, build_model, fetch_weights, find_backbon
 from extract.views import parse_view
 from features.console import UserError
 from features.folds import fold_models
+from finetune.dropout import seed_of
 from finetune.lora import LoraOptions, adapters
 from finetune.network import HEAD_FILE, METHODS, MODEL_FILE, Method, Network
 from finetune.options import FinetuneOptions
@@ -68,12 +71,19 @@ def tiny_network(
     lora: LoraOptions = LORA,
     dtype: torch.dtype = torch.float32,
     seed: int = 7,
+    n_classes: int = 2,
 ) -> Network:
     """Of one seed, whose members are numbered as the folds are."""
     chosen = folds if folds is not None else [0] if method == "full" else range(N_FOLDS)
     models = fold_models([seed], N_FOLDS)
     return Network(
-        backbone_model(backbone, dtype), backbone, method=method, lora=lora, fold_models=models, members=chosen
+        backbone_model(backbone, dtype),
+        backbone,
+        method=method,
+        lora=lora,
+        fold_models=models,
+        members=chosen,
+        n_classes=n_classes,
     )
 
 
@@ -178,6 +188,17 @@ def test_initial_values_depend_on_seed_and_fold_alone() -> None:
     assert torch.equal(three.weight, heads.weight)
 
 
+@pytest.mark.parametrize("n_classes", [2, 5])
+def test_classifiers_of_any_number_of_classes_are_drawn_alike(n_classes: int) -> None:
+    network = tiny_network("head", n_classes=n_classes)
+    assert (network.weight.shape, network.bias.shape) == ((N_FOLDS, n_classes, 16), (N_FOLDS, n_classes))
+    bound = 1 / math.sqrt(16)
+    for fold in range(N_FOLDS):  # of two classes as they have been drawn ever since
+        generator = torch.Generator().manual_seed(seed_of(7, fold, 1))
+        drawn = torch.rand(17 * n_classes, generator=generator) * 2 * bound - bound
+        torch.testing.assert_close(torch.cat([network.weight[fold].flatten(), network.bias[fold]]), drawn)
+
+
 @pytest.mark.parametrize("folds", [[1, 0], [0, 2], [1, 2], [2]])
 def test_folds_that_the_rows_cannot_be_are_refused(folds: list[int]) -> None:
     with pytest.raises(ValueError, match="cannot hold the members"):
@@ -245,11 +266,12 @@ def test_a_network_that_joins_two_poolings_is_classified_by_its_class_token() ->
 
 @pytest.mark.parametrize("backbone", [VIT, CNN], ids=lambda backbone: backbone.name)
 @pytest.mark.parametrize("method", METHODS)
-def test_a_fold_comes_back_as_it_was_saved(method: Method, backbone: Backbone, tmp_path: Path) -> None:
-    network = stirred(tiny_network(method, backbone))
+@pytest.mark.parametrize("n_classes", [2, 5])
+def test_a_fold_comes_back_as_it_was_saved(n_classes: int, method: Method, backbone: Backbone, tmp_path: Path) -> None:
+    network = stirred(tiny_network(method, backbone, n_classes=n_classes))
     for fold in network.members:
         network.save_member(tmp_path / str(fold), fold)
-    other = tiny_network(method, backbone, seed=8)
+    other = tiny_network(method, backbone, seed=8, n_classes=n_classes)
     assert not torch.equal(other.values, network.values)
     for fold in other.members:
         other.load_member(tmp_path / str(fold), fold)
@@ -259,18 +281,36 @@ def test_a_fold_comes_back_as_it_was_saved(method: Method, backbone: Backbone, t
 
 @pytest.mark.parametrize("backbone", [VIT, CNN], ids=lambda backbone: backbone.name)
 @pytest.mark.parametrize("method", ["lora", "full"])
-def test_plain_timm_loads_the_merged_file_and_agrees(method: Method, backbone: Backbone, tmp_path: Path) -> None:
-    network = stirred(tiny_network(method, backbone))
+@pytest.mark.parametrize("n_classes", [2, 5])
+def test_plain_timm_loads_the_merged_file_and_agrees(
+    n_classes: int, method: Method, backbone: Backbone, tmp_path: Path
+) -> None:
+    network = stirred(tiny_network(method, backbone, n_classes=n_classes))
     fold = network.members[-1]
     network.save_merged(tmp_path, fold)
     with safetensors.safe_open(tmp_path / MODEL_FILE, "pt") as file:
         described = json.loads(file.metadata()["timm"])
+    assert described["num_classes"] == n_classes
     kwargs = described["kwargs"] | {"num_classes": described["num_classes"]}
     model = timm.create_model(described["architecture"], **kwargs).eval()
     model.load_state_dict(safetensors.torch.load_file(tmp_path / MODEL_FILE), strict=True)
     batch = images(N)
     with torch.no_grad():
         torch.testing.assert_close(model(batch), network(batch, [fold])[0], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("backbone", [VIT, CNN], ids=lambda backbone: backbone.name)
+def test_peft_loads_a_member_of_five_classes_and_computes_the_same(backbone: Backbone, tmp_path: Path) -> None:
+    network = stirred(tiny_network("lora", backbone, n_classes=5))
+    network.save_member(tmp_path, 1)
+    plain = timm.create_model(backbone.arch, num_classes=5, **backbone.kwargs)
+    plain.load_state_dict(backbone_model(backbone).state_dict(), strict=False)  # all but the classifier
+    theirs = peft.PeftModel.from_pretrained(plain, str(tmp_path)).eval()
+    with torch.no_grad():
+        found, expected = theirs(images(N)), network(images(N), [1])[0]
+    assert expected.shape == (N, 5)
+    assert expected.std(dim=1).min() > 0.01, "classes must differ in this example"
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_the_merged_file_is_what_full_training_writes(tmp_path: Path) -> None:
@@ -318,6 +358,16 @@ def test_another_networks_file_is_named_and_changes_nothing(method: Method, tmp_
     with pytest.raises(UserError, match=FILES[method]):
         network.load_member(tmp_path, 0)
     assert torch.equal(network.values, before)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_file_of_another_number_of_classes_is_named_and_changes_nothing(method: Method, tmp_path: Path) -> None:
+    tiny_network(method).save_member(tmp_path, 0)
+    network = tiny_network(method, n_classes=5)
+    before = network.values.clone()
+    with pytest.raises(UserError, match=r"first: weight, found \(2, 16\), expected \(5, 16\)\).*number of classes"):
+        network.load_member(tmp_path, 0)
+    assert method == "full" or torch.equal(network.values, before)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -386,5 +436,6 @@ def test_a_network_that_embeds_otherwise_than_its_record_says_is_refused_before_
             parse_view("full"),
             fold_models=fold_models([42], 1),
             members=[0],
+            n_classes=2,
             device=torch.device("cpu"),
         )

@@ -14,6 +14,7 @@ from test_checkpoint import compute_options, material, options, outcome, remembe
 
 from finetune import recipes
 from finetune.checkpoint import START_FILE, read_start, write_start
+from finetune.options import FinetuneOptions
 from finetune.predict import predict_paths
 from finetune.run import finetune, resume
 from probe.runs import read_predictions, read_run
@@ -36,6 +37,8 @@ def test_an_interrupted_training_of_an_older_recipe_ends_with_that_recipe(
             finetune(chosen, compute_options=computing, runs=tmp_path / "runs")
     (folder,) = (tmp_path / "runs").iterdir()
     start = read_start(folder)
+    # As that version wrote it, which refuses options that it does not know.
+    assert not {"classes", "ordinal", "soft_labels"} & start["identity"]["options"].keys()
     del start["identity"]["recipe"]["plateau_threshold"]  # which no record had
     write_start(tmp_path / "start", start)
     shutil.copy(tmp_path / "start" / START_FILE, folder / START_FILE)
@@ -52,5 +55,15 @@ def test_an_interrupted_training_of_an_older_recipe_ends_with_that_recipe(
     tested = own.select(own.split == "test")
     written = {row["id"]: row for row in csv.DictReader((tmp_path / "out.csv").read_text().splitlines())}
     assert len(tested.id)
-    for id, fold, probability in zip(tested.id, tested.fold, tested.probability, strict=True):
+    for id, fold, probability in zip(tested.id, tested.fold, tested.probability[:, 1], strict=True):
         assert float(written[id][f"fold_{fold}"]) == pytest.approx(probability, abs=2e-4)
+
+
+def test_options_of_more_than_two_classes_are_recorded_where_they_say_something() -> None:
+    chosen = FinetuneOptions(classes=("low", "middle", "high"), ordinal=True, soft_labels="votes", test=("demo",))
+    record = json.loads(json.dumps(chosen.as_record()))
+    assert (record["classes"], record["ordinal"], record["soft_labels"]) == (["low", "middle", "high"], True, "votes")
+    assert FinetuneOptions.from_record(record) == chosen
+    plain = FinetuneOptions()
+    assert FinetuneOptions.from_record(json.loads(json.dumps(plain.as_record()))) == plain
+    assert FinetuneOptions(test=()).as_record()["test"] == ()

@@ -37,6 +37,12 @@ def test_other_methods_adapt_nothing(method, n_backbone):
     assert plan.n_trained == n_backbone + 2 * 1280 + 2  # running statistics are not trained
 
 
+def test_classes_that_are_named_are_counted():
+    options = FinetuneOptions(method="head", classes=("low", "middle", "high"))
+    assert make_plan(options, COMPUTE).n_trained == 3 * 1280 + 3
+    assert make_plan(FinetuneOptions(method="head", train="demo-phases"), COMPUTE).n_trained == 9 * 1280 + 9
+
+
 def test_activations_are_those_of_a_real_step():
     options = FinetuneOptions(view="full@64", batch_size=2, precision="fp32")
     plan = make_plan(options, COMPUTE)

@@ -19,10 +19,11 @@ from extract.datasets import load_dataset, load_patches
 from extract.embed import ExtractOptions, extract_dataset
 from features.console import UserError
 from features.store import FeatureStore
+from finetune.cli import predict_app
 from finetune.lora import LoraOptions
 from finetune.options import ComputeOptions, FinetuneOptions
 from finetune.predict import predict_paths
-from finetune.predict_groups import group_rates, groups_of
+from finetune.predict_groups import count_groups, group_rates, groups_of
 from finetune.run import finetune
 from probe.probing import ProbeOptions, probe_store
 from probe.rates import error_rates
@@ -30,22 +31,32 @@ from probe.runs import read_predictions, read_run
 
 MODEL, VIEW = "timm/test_vit", "full@32"
 N = 48
+GRADES = ("benign", "grade 1", "grade 2", "{grade}, 3")
+
+
+def write_table(folder: Path, classes: tuple[str, ...]) -> Path:
+    """A CSV of 48 small patches on 12 slides, the last three for testing; the higher the class, the brighter."""
+    rng = np.random.default_rng(0)
+    with (folder / "patches.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["path", "label", "group", "split"])
+        for row in range(N):
+            label, slide = row % len(classes), row // 4
+            pixels = rng.integers(0, 150, (32, 32, 3)) + 70 * label // (len(classes) - 1)
+            name = f"{row:02}.png"
+            Image.fromarray(pixels.astype(np.uint8)).save(folder / name)
+            writer.writerow([name, classes[label], f"s{slide}", "train" if slide < 9 else "test"])
+    return folder / "patches.csv"
 
 
 @pytest.fixture(scope="module")
 def table(tmp_path_factory) -> Path:
-    """A CSV of 48 small patches on 12 slides, the last three for testing; the positive class is brighter."""
-    folder = tmp_path_factory.mktemp("patches")
-    rng = np.random.default_rng(0)
-    lines = ["path,label,group,split"]
-    for row in range(N):
-        positive, slide = row % 2, row // 4
-        pixels = rng.integers(0, 150, (32, 32, 3)) + 70 * positive
-        name = f"{row:02}.png"
-        Image.fromarray(pixels.astype(np.uint8)).save(folder / name)
-        lines.append(f"{name},{'Atypical' if positive else 'Normal'},s{slide},{'train' if slide < 9 else 'test'}")
-    (folder / "patches.csv").write_text("\n".join(lines))
-    return folder / "patches.csv"
+    return write_table(tmp_path_factory.mktemp("patches"), ("Normal", "Atypical"))
+
+
+@pytest.fixture(scope="module")
+def grades(tmp_path_factory) -> Path:
+    return write_table(tmp_path_factory.mktemp("grades"), GRADES)
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +70,16 @@ def weights(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def runs(table: Path, weights: Path, tmp_path_factory) -> dict[str, Path]:
     """A probe run and a fine-tuned run of each method, of the same patches."""
-    place = tmp_path_factory.mktemp("runs")
+    return make_runs(table, weights, tmp_path_factory.mktemp("runs"), ("lora", "full", "head"))
+
+
+@pytest.fixture(scope="module")
+def graded(grades: Path, weights: Path, tmp_path_factory) -> dict[str, Path]:
+    """The same, of four classes."""
+    return make_runs(grades, weights, tmp_path_factory.mktemp("graded"), ("lora", "head"))
+
+
+def make_runs(table: Path, weights: Path, place: Path, methods: tuple[str, ...]) -> dict[str, Path]:
     store = FeatureStore.open_or_create(place / "store.zarr")
     dataset = load_dataset(str(table))
     extract_dataset(
@@ -71,7 +91,7 @@ def runs(table: Path, weights: Path, tmp_path_factory) -> dict[str, Path]:
     )
     (probe,) = probe_store(store, options=ProbeOptions(cv=3), runs=place)
     found = {"probe": probe.folder}
-    for method in ("lora", "full", "head"):
+    for method in methods:
         options = FinetuneOptions(
             model=MODEL,
             train=str(table),
@@ -103,13 +123,81 @@ def test_a_run_repeats_its_own_test_predictions(kind, runs, table, weights, tmp_
     assert len(set(tested.id)) == 12
     for id in set(tested.id.tolist()):
         of_patch = tested.select(tested.id == id)
-        folds = of_patch.probability[np.argsort(of_patch.fold)]
+        folds = of_patch.probability[np.argsort(of_patch.fold), 1]
         row = written[id]
         assert [float(row[f"fold_{k}"]) for k in range(3)] == pytest.approx(folds, abs=2e-4)
         assert float(row["probability"]) == pytest.approx(folds.mean(), abs=2e-4)
         assert float(row["spread"]) == pytest.approx(folds.std(), abs=2e-4)
         if abs(folds.mean() - threshold) > 1e-3:
             assert row["predicted"] == ("Atypical" if folds.mean() >= threshold else "Normal")
+
+
+def test_the_columns_of_two_classes_are_those_of_ever(runs, table, weights, tmp_path):
+    predict_paths(runs["head"], [table], out=tmp_path / "out.csv", weights=weights, by="group")
+    columns = "source,id,probability,predicted,spread,fold_0,fold_1,fold_2"
+    assert (tmp_path / "out.csv").read_text().splitlines()[0] == columns
+    columns = "source,group,n,n_positive,rate,low,high,corrected,corrected_low,corrected_high"
+    assert (tmp_path / "out-by-group.csv").read_text().splitlines()[0] == columns
+
+
+# --- more than two classes ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["probe", "lora", "head"])
+def test_a_run_of_several_classes_repeats_its_own_test_predictions(kind, graded, grades, weights, tmp_path):
+    summary = predict_paths(graded[kind], [grades], out=tmp_path / "out.csv", weights=weights)
+    rows = rows_of(tmp_path / "out.csv")
+    columns = [f"probability_{name}" for name in GRADES]
+    assert list(rows[0]) == ["source", "id", *columns, "predicted", "spread"]
+    own = read_predictions(graded[kind])
+    tested = own.select(own.split == "test")
+    written = {row["id"]: row for row in rows}
+    assert len(set(tested.id)) == 12
+    for id in set(tested.id.tolist()):
+        models = tested.probability[tested.id == id]  # (3, 4)
+        mean, row = models.mean(axis=0), written[id]
+        assert [float(row[column]) for column in columns] == pytest.approx(mean, abs=2e-4)
+        if np.diff(np.sort(mean))[-1] > 1e-3:
+            assert row["predicted"] == GRADES[mean.argmax()]
+            assert float(row["spread"]) == pytest.approx(models.std(axis=0)[mean.argmax()], abs=2e-4)
+    assert "threshold" not in summary
+    assert "n_positive" not in summary
+    predicted = [row["predicted"] for row in rows]
+    assert summary["counts"] == [predicted.count(name) for name in GRADES]
+    assert len(set(predicted)) > 2, "this example must predict several classes"
+
+
+def test_every_group_has_the_share_of_every_class(graded, grades, weights, tmp_path):
+    out = tmp_path / "out.csv"
+    found = predict_paths(graded["head"], [grades], out=out, weights=weights, by="group")["by_group"]
+    rows, slides = rows_of(out), rows_of(tmp_path / "out-by-group.csv")
+    assert list(slides[0]) == ["source", "group", "n", *(f"share_{name}" for name in GRADES)]
+    assert (found["out"], found["n_without"]) == (str(tmp_path / "out-by-group.csv"), 0)
+    for k, slide in enumerate(slides):
+        predicted = [one["predicted"] for one in rows[4 * k : 4 * k + 4]]
+        assert (slide["source"], slide["group"], slide["n"]) == (str(grades), f"s{k}", "4")
+        assert [float(slide[f"share_{name}"]) for name in GRADES] == [predicted.count(name) / 4 for name in GRADES]
+        counts = [predicted.count(name) for name in GRADES]
+        group = found["groups"][k]
+        assert (group["group"], group["n"], group["counts"]) == (f"s{k}", 4, counts)
+        assert group["shares"] == [n / 4 for n in counts]
+
+
+def test_a_threshold_is_for_two_classes(graded, grades, weights, tmp_path):
+    with pytest.raises(UserError, match=r"has 4 classes \(benign, grade 1, .*\), of which .* leave it out"):
+        predict_paths(graded["head"], [grades], out=tmp_path / "out.csv", weights=weights, threshold=0.5)
+    assert not (tmp_path / "out.csv").exists()
+
+
+def test_the_command_says_how_many_patches_are_of_each_class(graded, grades, weights, tmp_path, capsys):
+    out = tmp_path / "out.csv"
+    arguments = [graded["head"], grades, "--out", out, "--weights", weights, "--by", "group"]
+    predict_app([str(one) for one in arguments], standalone_mode=False)
+    said = " ".join(capsys.readouterr().err.split())
+    predicted = [row["predicted"] for row in rows_of(out)]
+    for name in GRADES:
+        assert (f"{predicted.count(name)} {name}" in said) == (name in predicted)
+    assert "12 groups, with the share of each class" in said
 
 
 def test_folders_files_and_hdf5_are_read_alike(runs, table, weights, tmp_path):
@@ -268,7 +356,8 @@ def test_a_run_keeps_its_statistics_and_what_its_classes_mean(table, weights, tm
     own = read_predictions(run)
     tested = own.select(own.split == "test")
     written = {row["id"]: row for row in rows_of(tmp_path / "out.csv")}
-    for id, fold, label, probability in zip(tested.id, tested.fold, tested.label, tested.probability, strict=True):
+    probabilities = tested.probability[:, 1]
+    for id, fold, label, probability in zip(tested.id, tested.fold, tested.label, probabilities, strict=True):
         assert label == 1 - int(id.removesuffix(".png")) % 2
         assert float(written[id][f"fold_{fold}"]) == pytest.approx(probability, abs=2e-4)
     for row in written.values():
@@ -283,14 +372,15 @@ def test_a_run_keeps_its_statistics_and_what_its_classes_mean(table, weights, tm
 def test_the_threshold_is_the_best_on_out_of_fold_predictions(kind, runs):
     predictions = read_predictions(runs[kind])
     own = predictions.select(predictions.split == "validation")
+    probability = own.probability[:, 1]
     assert len(own.label) == 36
 
     def balanced(threshold: float) -> float:
-        predicted = own.probability >= threshold
+        predicted = probability >= threshold
         return float(np.mean([(predicted == own.label)[own.label == value].mean() for value in (0, 1)]))
 
     threshold = read_run(runs[kind]).figures.threshold
-    values = np.unique(own.probability)
+    values = np.unique(probability)
     every = [values[0], *((values[1:] + values[:-1]) / 2), 1.0]
     assert balanced(threshold) == pytest.approx(max(map(balanced, every)))
     # The same cut: no out-of-fold prediction lies between the threshold and the nearest that was tried.
@@ -347,7 +437,7 @@ def test_every_slide_has_its_rate_as_predicted_and_as_corrected_by_out_of_fold_e
     assert [row["group"] for row in slides] == [f"s{k}" for k in range(12)]
     own = read_predictions(runs["head"])
     own = own.select(own.split == "validation")
-    hit = (own.probability >= summary["threshold"]) == (own.label == 1)
+    hit = (own.probability[:, 1] >= summary["threshold"]) == (own.label == 1)
     sensitivity, specificity = hit[own.label == 1].mean(), hit[own.label == 0].mean()
     found = summary["by_group"]
     assert found["sensitivity"]["value"] == pytest.approx(sensitivity)
@@ -419,5 +509,6 @@ class TestGroups:
     def test_a_slide_of_one_name_in_two_sources_is_two(self):
         errors = error_rates(patches([0, 1, 0, 1], [0.1, 0.9, 0.2, 0.6]))
         names, values = [["s", "", "s"], ["s"]], [np.array([0.9, 0.9, 0.1]), np.array([0.5])]
-        found = group_rates(["a", "b"], names, values, threshold=0.5, errors=errors)
+        predicted = [(of_source >= 0.5).astype(np.int8) for of_source in values]
+        found = group_rates(count_groups(["a", "b"], names, predicted, n_classes=2), errors)
         assert [(one.source, one.group, one.n, one.n_positive) for one in found] == [("a", "s", 2, 1), ("b", "s", 1, 1)]

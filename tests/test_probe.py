@@ -146,7 +146,9 @@ def test_strength_is_chosen_as_a_plain_nested_loop_would():
                     StandardScaler(), LogisticRegression(C=strength, class_weight="balanced", tol=1e-8, max_iter=1000)
                 ).fit(X[trains], samples.label[trains])
                 held = folds.fold == g
-                losses[s] += balanced_log_loss(samples.label[held], reference.decision_function(X[held])[:, None])[0]
+                losses[s] += balanced_log_loss(
+                    samples.label[held], reference.decision_function(X[held])[:, None, None]
+                )[0]
         assert probe.fit.chosen_strength[f] == strengths[int(losses.argmin())]
 
 
@@ -156,7 +158,9 @@ def test_metrics_follow_from_predictions_csv(store, tmp_path):
     run = read_run(folder)
     assert json.loads((folder / "metrics.json").read_text()) == evaluate(predictions).as_dict()
     part = predictions.select((predictions.dataset == "atnorm-br") & (predictions.fold == 2))
-    assert run.figures.sets["atnorm-br/test"].folds["auroc"].each[2] == pytest.approx(auroc(part.label, part.logit))
+    assert run.figures.sets["atnorm-br/test"].folds["auroc"].each[2] == pytest.approx(
+        auroc(part.label, part.logit[:, 0])
+    )
 
 
 def test_saved_weights_give_the_saved_logits(store, tmp_path):
@@ -168,7 +172,7 @@ def test_saved_weights_give_the_saved_logits(store, tmp_path):
     X = store.read("atnorm-br", model="good", view=run.view, pooling=run.pooling).astype(np.float32)
     expected = X @ weights["coef"][1] + weights["intercept"][1]
     part = predictions.select((predictions.dataset == "atnorm-br") & (predictions.fold == 1))
-    np.testing.assert_allclose(part.logit, expected, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(part.logit[:, 0], expected, rtol=1e-4, atol=1e-4)
 
 
 TEXT = "full@224+imagenet"
@@ -297,7 +301,7 @@ def test_published_figures_stand_beside_ours():
     best = {row.model: row for row in published() if row.source == "table-3" and row.method == "lora"}
     assert (best["virchow2"].dataset, best["h-optimus-1"].figures["auroc"].mean) == ("atnorm-md", 0.6019)
     figures = {name: FoldFigure(0.5, 0.01, (0.49, 0.51)) for name in ("balanced_accuracy", "auroc")}
-    metrics = SetMetrics(n=9, n_positive=4, folds=figures, ensemble=None)
+    metrics = SetMetrics(counts=(5, 4), folds=figures, ensemble=None)
     run = RunRecord(
         kind="probe",
         model="uni",

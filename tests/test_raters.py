@@ -77,7 +77,7 @@ def test_every_rater_is_compared_on_the_same_patches():
 def test_a_rater_and_the_run_are_compared_with_each_other_rater_in_turn():
     judged = some_run()
     votes = panel(judged.label, missing=0.2)
-    says = (judged.probability >= judged.threshold).astype(int)
+    says = (judged.probability[:, 1] >= judged.threshold).astype(int)
     for k, row in enumerate(by_agreement(judged, votes, resampling=QUICK).raters):
         for who, figures in ((votes[:, k], row.rater), (says, row.run)):
             expected = []
@@ -110,7 +110,7 @@ def test_a_run_of_several_trainings_is_their_mean():
     whole = by_agreement(judged, votes, resampling=QUICK)
     each = [
         by_agreement(patches(judged.label, p, group=judged.group, threshold=0.65), votes, resampling=QUICK)
-        for p in judged.by_training
+        for p in judged.positive
     ]
     for name in RATER_FIGURES:
         values = [view.raters[0].run[name].value for view in each]
@@ -147,7 +147,7 @@ def test_soft_labels_are_the_share_of_votes():
     votes = panel(judged.label, raters=5, missing=0.1)
     share = np.where(votes == 1, 1, 0).sum(axis=1) / (votes >= 0).sum(axis=1)
     soft = by_agreement(judged, votes, resampling=QUICK).soft
-    p = judged.probability
+    p = judged.probability[:, 1]
     assert soft["brier"].value == pytest.approx(np.mean((p - share) ** 2), abs=1e-12)
     assert soft["correlation"].value == pytest.approx(np.corrcoef(p, share)[0, 1], abs=1e-12)
     weighted = log_loss(np.repeat([1, 0], len(p)), np.tile(p, 2), sample_weight=np.concatenate([share, 1 - share]))

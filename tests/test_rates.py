@@ -66,7 +66,7 @@ def test_wilsons_interval():
 
 def test_errors_are_known_from_out_of_fold_predictions_at_the_threshold_asked_for():
     run = some_run()
-    y, p = run.label == 1, run.probability
+    y, p = run.label == 1, run.probability[:, 1]
     for threshold, at in ((None, 0.65), (0.3, 0.3)):
         found = error_rates(run, threshold=threshold, resampling=QUICK)
         assert found.sensitivity.value == pytest.approx((p[y] >= at).mean(), abs=1e-12)
@@ -121,7 +121,7 @@ def test_slides_are_compared_by_their_rates():
         rows = run.group == one.slide
         assert (one.n, one.domain) == (rows.sum(), domain[rows][0])
         assert one.annotated == pytest.approx((run.label[rows] == 1).mean())
-        positive = (run.probability[rows] >= run.threshold).sum()
+        positive = (run.probability[rows, 1] >= run.threshold).sum()
         assert one.predicted == pytest.approx(positive / one.n)
         assert (one.corrected, one.low, one.high) == pytest.approx(known.corrected(positive, one.n), abs=1e-12)
 

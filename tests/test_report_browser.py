@@ -147,8 +147,10 @@ def adapted(runs: Path, like: Path, samples: Samples) -> Path:
     judged = logit(rng.uniform(0.05, 0.95, (len(test), 3)) * 0.5 + 0.25 * test.label[:, None])
     predictions = concatenate(
         [
-            predictions_of("patches", training, split="validation", fold=folds.fold, logit=logit(p)),
-            predictions_of("patches", test, split="test", fold=np.arange(3), logit=judged),
+            predictions_of(
+                "patches", training, split="validation", fold=folds.fold[:, None], logit=logit(p)[:, None, None]
+            ),
+            predictions_of("patches", test, split="test", fold=np.arange(3), logit=judged[..., None]),
         ]
     )
     record = replace(
@@ -358,7 +360,7 @@ def patches(made) -> list[Patch]:
         predictions = read_predictions(folder)
         threshold[run] = threshold_of(predictions)
         scores: dict[tuple[str, str], list[float]] = {}
-        columns = (predictions.dataset, predictions.split, predictions.id, predictions.probability)
+        columns = (predictions.dataset, predictions.split, predictions.id, predictions.probability[:, 1])
         for dataset, split, id, p in zip(*(column.tolist() for column in columns), strict=True):
             scores.setdefault((f"{dataset}, {'out of fold' if split == 'validation' else split}", id), []).append(p)
         for key, values in scores.items():
@@ -457,10 +459,10 @@ def test_the_gallery_counts_the_mistakes_that_the_tables_count(open_page, patche
             for run, label in enumerate(labels):
                 if label not in on["confusion"]:
                     continue
-                for outcome, cell in (("missed", "fn"), ("alarm", "fp")):
+                for outcome, (row, column) in (("missed", (1, 0)), ("alarm", (0, 1))):
                     choose(page, {"run": str(run), "set": title, "outcome": outcome})
                     n = int(page.inner_text("#count").split(" of ")[1].split()[0])
-                    assert n == on["confusion"][label][cell], (title, label, outcome)
+                    assert n == on["confusion"][label][row][column], (title, label, outcome)
 
 
 ORDERS: dict[str, Callable[[Patch], float]] = {
@@ -914,7 +916,9 @@ def large(tmp_path_factory) -> Path:
     )
     for model in ("one", "two"):
         scores = rng.standard_normal(MANY) + samples.label
-        predictions = predictions_of("many", samples, split="validation", fold=folds.fold, logit=scores)
+        predictions = predictions_of(
+            "many", samples, split="validation", fold=folds.fold[:, None], logit=scores[:, None, None]
+        )
         with unscored():
             write_run(
                 folder / "runs",
@@ -963,3 +967,182 @@ CHANGED = """([name, value]) => new Promise((done) => {
     element.dispatchEvent(new Event('input', { bubbles: true }));
     requestAnimationFrame(() => requestAnimationFrame(() => done(performance.now() - started)));
 })"""
+
+
+# ------------------------------------------------------------------------------------------------ more than two classes
+
+MANY_CLASSES = tuple(f"class {k}" for k in range(62))
+# What is left of a mark without its colour: which pixels of a sign it covers.
+MARKS = """() => [...document.querySelectorAll('#map-legend canvas')].map((sign) => {
+    const { data } = sign.getContext('2d').getImageData(0, 0, sign.width, sign.height);
+    return [...data].filter((_, k) => k % 4 === 3).map((alpha) => Number(alpha > 96)).join('');
+})"""
+# How eyes see linear RGB: all cones, and without those for red, green, blue (Machado, Oliveira and Fernandes 2009).
+SEEN = np.array(
+    [
+        [[1, 0, 0], [0, 1, 0], [0, 0, 1]],
+        [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]],
+        [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.011820, 0.042940, 0.968881]],
+        [[1.255528, -0.076749, -0.178779], [-0.078411, 0.930809, 0.147602], [0.004733, 0.691367, 0.303900]],
+    ]
+)
+# From linear RGB to the cones of OKLab, and from their cube roots to OKLab (Ottosson 2020).
+CONES = np.array([[0.41222, 0.53633, 0.05145], [0.21190, 0.68070, 0.10740], [0.08830, 0.28172, 0.62998]])
+LAB = np.array([[0.21045, 0.79362, -0.00407], [1.97800, -2.42859, 0.45059], [0.02590, 0.78277, -0.80868]])
+
+
+def page_of_classes(folder: Path, classes: tuple[str, ...], n: int) -> Path:
+    """A page with a map and thumbnails of two runs, written to a file."""
+    from report_pages import patches_of_classes, runs_of_classes
+
+    table = patches_of_classes("cells", n, len(classes), votes=3)
+    runs_of_classes(folder / "runs", table, n=2, classes=classes)
+    runs, notes = read_runs(folder / "runs")
+    report = collect(runs, notes, resampling=QUICK)
+    of = select_patches(report, runs)
+    rng = np.random.default_rng(0)
+    at = 2 * of.label[:, None] * [0.1, 0] + rng.standard_normal((len(of.label), 2))
+    shade = np.random.default_rng(1).integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8)
+    places_of = EmbeddingMap("model-0, full, card", (0.3, 0.2), at)
+    page = html(report, runs, patches=of, maps=[places_of], sizes={}, has_pictures=True)
+    thumbnails = make_thumbnails(of, report, {"cells": lambda id: shade}, budget=1_000_000)
+    write_report(with_thumbnails(page, thumbnails), folder / "report.html")
+    return folder / "report.html"
+
+
+@pytest.fixture(scope="module")
+def phases(tmp_path_factory) -> Path:
+    from report_pages import PHASES
+
+    return page_of_classes(tmp_path_factory.mktemp("phases"), PHASES, 240)
+
+
+@pytest.fixture(scope="module")
+def many_classes(tmp_path_factory) -> Path:
+    return page_of_classes(tmp_path_factory.mktemp("many"), MANY_CLASSES, 900)
+
+
+def test_the_gallery_filters_by_true_and_by_said_class(browser, phases):
+    with opened(browser, phases) as page:
+        figures = json.loads(page.text_content("#figures") or "")
+        data = json.loads(page.text_content("#data") or "")
+        on = figures["sets"][0]
+        for run, label in enumerate(data["runs"]):
+            choose(page, {"run": str(run), "set": "cells, test", "outcome": ""})
+            for true, row in enumerate(on["confusion"][label]):
+                for said, n in enumerate(row):
+                    choose(page, {"label": str(true), "predicted": str(said)})
+                    assert page.inner_text("#count") == f"{n} of {n} patches", (label, true, said)
+                    if not n:
+                        continue
+                    text = page.locator(".tile").first.inner_text().split("\n")
+                    mark = "✓" if true == said else "✗"
+                    assert text[0].startswith(f"{mark} said {data['names'][said]} 0.")
+                    assert text[1].startswith(f"label {data['names'][true]}")
+            choose(page, {"label": "", "predicted": "", "outcome": "wrong"})
+            wrong = on["n"] if "n" in on else sum(on["counts"])
+            wrong -= sum(on["confusion"][label][k][k] for k in range(5))
+            assert page.inner_text("#count") == f"{min(wrong, PER_CLICK)} of {wrong} patches"
+        assert page.locator("main b").count() == 0  # a class is named with a tag
+        page.locator("#gallery").screenshot(path=keep("classes-gallery.png"))
+
+
+def test_the_surest_mistakes_come_first(browser, phases):
+    with opened(browser, phases) as page:
+        data = json.loads(page.text_content("#data") or "")
+        choose(page, {"set": "cells, test"})
+        at = {id: row for row, id in enumerate(data["id"])}
+        rows = [at[id] for _, id in all_tiles(page)]
+        sure = [data["probability"][0][row] - data["probability_of_label"][0][row] for row in rows]
+        assert sure == sorted(sure, reverse=True)
+        assert min(sure) > 0
+
+
+def test_a_class_chosen_in_the_legend_stands_out_on_the_map(browser, phases):
+    with opened(browser, phases) as page:
+        before = page.evaluate(DRAWN)
+        entries = page.locator("#map-legend button")
+        assert entries.count() == 5
+        entries.nth(2).click()
+        assert [one.get_attribute("aria-pressed") for one in entries.all()] == ["false"] * 2 + ["true"] + ["false"] * 2
+        chosen = page.evaluate(DRAWN)
+        assert chosen != before
+        assert page.evaluate("document.activeElement.dataset.entry") == "2"
+        page.keyboard.press("Shift+Tab")
+        page.keyboard.press("Enter")
+        assert entries.nth(1).get_attribute("aria-pressed") == "true"
+        assert page.evaluate(DRAWN) not in (before, chosen)
+        page.locator("#map").screenshot(path=keep("classes-map.png"))
+        page.keyboard.press("Enter")
+        assert page.evaluate(DRAWN) == before
+        for colour, n in (("predicted", 5), ("outcome", 0), ("set", 0)):
+            page.select_option("#map-controls [name=colour]", colour)
+            assert entries.count() == n, colour
+            assert page.evaluate(DRAWN) != before
+
+
+def test_every_class_has_a_mark_of_its_own_without_colour(browser, phases, many_classes):
+    for file, n in ((phases, 5), (many_classes, 62)):
+        with opened(browser, file) as page:
+            marks = page.evaluate(MARKS)
+            alike = [(a, b) for a in range(n) for b in range(a) if marks[a] == marks[b]]
+            assert (len(marks), alike) == (n, [])
+            assert all(8 <= mark.count("1") <= 120 for mark in marks)
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_the_first_ten_classes_differ_for_colour_blind_eyes(open_page, scheme):
+    names = [f"--c{k}" for k in range(10)]
+    with open_page(color_scheme=scheme) as page:
+        colour = page.evaluate(COLOURS, [*names, "--page"])
+        page.emulate_media(media="print")
+        on_paper = page.evaluate(COLOURS, [*names, "--page"])
+    for one in (colour, on_paper):
+        assert all(contrast(one[name], one["--page"]) >= GRAPHICS for name in names)
+    coded = np.array([[int(colour[name][at : at + 2], 16) / 255 for at in (1, 3, 5)] for name in names])
+    linear = np.where(coded <= 0.04045, coded / 12.92, ((coded + 0.055) / 1.055) ** 2.4)
+    for eye in SEEN:
+        lab = np.cbrt(np.clip(linear @ eye.T, 0, 1) @ CONES.T) @ LAB.T
+        apart = np.linalg.norm(lab[:, None] - lab, axis=-1) + np.eye(10)
+        assert apart.min() > 0.12  # of OKLab, in which black and white are 1 apart
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_a_matrix_of_classes_reads_on_a_small_screen(browser, phases, many_classes, scheme):
+    cells = """() => [...document.querySelectorAll('.matrix-of-classes td')].slice(0, 60).map((cell) => {
+        const { color, backgroundColor } = getComputedStyle(cell);
+        const canvas = new OffscreenCanvas(1, 1).getContext('2d', { willReadFrequently: true });
+        return [color, backgroundColor].map((one) => {
+            canvas.fillStyle = getComputedStyle(document.body).backgroundColor;
+            canvas.fillRect(0, 0, 1, 1);
+            canvas.fillStyle = one;
+            canvas.fillRect(0, 0, 1, 1);
+            const [r, g, b] = canvas.getImageData(0, 0, 1, 1).data;
+            return '#' + [r, g, b].map((part) => part.toString(16).padStart(2, '0')).join('');
+        });
+    })"""
+    for file in (phases, many_classes):
+        with opened(browser, file, viewport=NARROW, color_scheme=scheme) as page:
+            assert page.evaluate("document.documentElement.scrollWidth") <= NARROW["width"]
+            assert all(contrast(ink, behind) >= TEXT for ink, behind in page.evaluate(cells))
+            box = page.locator("[aria-label='Confusion of model-0 probe on cells, test']")
+            inner, outer = box.evaluate("(one) => [one.scrollWidth, one.clientWidth]")
+            assert outer <= NARROW["width"]
+            if file == many_classes:
+                assert inner > 5 * outer  # it scrolls within itself
+                box.evaluate("(one) => { one.scrollLeft = 900; }")
+            row = box.locator("tbody th").first.bounding_box()
+            assert row is not None
+            assert row["x"] >= 0  # the true class stays in view
+            box.screenshot(path=keep(f"classes-{'many' if file == many_classes else 'five'}-{scheme}.png"))
+
+
+def test_the_matrix_of_few_classes_is_printed(browser, phases):
+    with opened(browser, phases, folded=True) as page:
+        page.emulate_media(media="print")
+        page.evaluate("dispatchEvent(new Event('beforeprint'))")
+        assert page.locator(".matrix-of-classes").first.is_visible()
+        box = page.locator(".matrix-of-classes").first.bounding_box()
+        assert box is not None
+        assert box["width"] < 700  # pixels of an A4 page
+        page.pdf(path=keep("classes.pdf"), format="A4")

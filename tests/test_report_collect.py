@@ -40,7 +40,7 @@ def test_figures_are_scikit_learn_s(tmp_path):
     assert [on.name for on in report.sets] == ["ami-br/test", "atnorm-br/test", "atnorm-md/test", "ami-br/validation"]
     for on, run in itertools.product(report.sets, runs):
         judged = ensemble_of(run.predictions, on.dataset, on.split)
-        y, p, said = judged.label, judged.probability, judged.probability >= judged.threshold
+        y, p, said = judged.label, judged.probability[:, 1], judged.probability[:, 1] >= judged.threshold
         found = {name: one.value for name, one in on.comparison.judgements[run.label].figures.items()}
         assert found == pytest.approx(
             {
@@ -56,13 +56,13 @@ def test_figures_are_scikit_learn_s(tmp_path):
             }
         )
         (tn, fp), (fn, tp) = confusion_matrix(y, said)
-        counts = on.confusion[run.label]
-        assert (counts.tp, counts.fn, counts.fp, counts.tn) == (tp, fn, fp, tn)
-        assert counts.tp + counts.fn + counts.fp + counts.tn == on.n == len(y)
-        assert counts.tp + counts.fn == on.n_positive
+        assert on.confusion[run.label] == ((tn, fp), (fn, tp))
+        assert on.counts == (tn + fp, fn + tp)
+        assert (on.n, on.n_positive) == (len(y), tp + fn)
         part = run.predictions.select((run.predictions.dataset == on.dataset) & (run.predictions.split == on.split))
         each = [
-            roc_auc_score(part.label[part.fold == fold], part.probability[part.fold == fold]) for fold in range(N_FOLDS)
+            roc_auc_score(part.label[part.fold == fold], part.probability[part.fold == fold, 1])
+            for fold in range(N_FOLDS)
         ]
         folds = on.folds[run.label]["auroc"]
         assert folds.each == pytest.approx(each)
@@ -76,10 +76,10 @@ def curves_of(logit: np.ndarray, label: np.ndarray, runs: Path):
     )
     tables = {"mine": patches("mine", 36, test_from=36), "t": table}
     parts = predicted({"mine": tables["mine"]}, "mine")
-    test = predictions_of("t", table, split="test", fold=np.array([0]), logit=logit[:, None])
+    test = predictions_of("t", table, split="test", fold=np.array([0]), logit=logit[:, None, None])
     made_run(runs, tables=tables, train="mine", predictions=concatenate([parts, test]))
     report, (run,) = collected(runs)
-    return report.sets[0].curves[run.label], ensemble_of(run.predictions, "t", "test")
+    return report.sets[0].curves[run.label][0], ensemble_of(run.predictions, "t", "test")
 
 
 def test_the_area_under_the_drawn_curve_is_the_auroc_ties_included(tmp_path):
@@ -95,10 +95,10 @@ def test_the_area_under_the_drawn_curve_is_the_auroc_ties_included(tmp_path):
         x, y = np.array(curves.roc).T
         assert curves.roc[0] == (0, 0)
         assert curves.roc[-1] == (1, 1)
-        assert np.trapezoid(y, x) == pytest.approx(roc_auc_score(label, judged.probability), abs=1e-12), name
+        assert np.trapezoid(y, x) == pytest.approx(roc_auc_score(label, judged.probability[:, 1]), abs=1e-12), name
         recall, precision = np.array(curves.precision_recall).T
         area = (np.diff(recall, prepend=0) * precision).sum()
-        assert area == pytest.approx(average_precision_score(label, judged.probability), abs=1e-12), name
+        assert area == pytest.approx(average_precision_score(label, judged.probability[:, 1]), abs=1e-12), name
         assert sum(count for *_, count in curves.calibration) == 120
         rate = sum(observed * count for _, observed, count in curves.calibration) / 120
         assert rate == pytest.approx(label.mean())
@@ -110,7 +110,7 @@ def test_a_long_curve_is_drawn_with_fewer_points_and_the_same_area(tmp_path):
     curves, judged = curves_of((label + rng.standard_normal(3000)).astype("f4"), label, tmp_path)
     assert len(curves.roc) <= 401
     x, y = np.array(curves.roc).T
-    assert np.trapezoid(y, x) == pytest.approx(roc_auc_score(label, judged.probability), abs=2e-3)
+    assert np.trapezoid(y, x) == pytest.approx(roc_auc_score(label, judged.probability[:, 1]), abs=2e-3)
 
 
 def test_the_fullest_patch_table_serves_all_runs(tmp_path):

@@ -71,7 +71,7 @@ def test_of_many_patches_the_worst_and_some_others_are_shown(tmp_path, monkeypat
     random = 0
     for k, n in enumerate(kept):
         rows, all_rows = found.set_index == k, whole.set_index == k
-        wrong = np.abs(whole.probability[:, all_rows] - whole.label[all_rows]).max(axis=0)
+        wrong = np.abs(whole.probability[:, all_rows, 1] - whole.label[all_rows]).max(axis=0)
         order = whole.id[all_rows][np.argsort(-wrong, kind="stable")].tolist()
         mine = set(found.id[rows].tolist())
         assert set(order[: n // 2]) <= mine
@@ -95,7 +95,7 @@ def test_a_patch_that_a_run_was_not_scored_on_has_no_probability(tmp_path):
     report, runs = collected(tmp_path)
     found = select_patches(report, runs)
     missing = np.array([runs[1].label in on.missing for on in report.sets])[found.set_index]
-    assert np.isnan(found.probability[1]).tolist() == missing.tolist()
+    assert np.isnan(found.probability[1, :, 1]).tolist() == missing.tolist()
     assert not np.isnan(found.probability[0]).any()
     page = page_of(tmp_path)
     check_page(page)
@@ -110,7 +110,7 @@ def of_patches(n: int, *datasets: str) -> tuple[GalleryPatches, Any]:
     empty = np.full(len(on), "")
     ids = np.array([f"{k}" for k in range(len(on))])
     found = GalleryPatches(
-        on, ids, empty, empty, np.zeros(len(on), "i1"), ("",) * len(on), np.zeros((1, len(on))), (0,)
+        on, ids, empty, empty, np.zeros(len(on), "i1"), ("",) * len(on), np.zeros((1, len(on), 2)), (0,)
     )
     return found, SimpleNamespace(sets=[SimpleNamespace(dataset=name) for name in datasets])
 

@@ -90,11 +90,11 @@ def test_the_gallery_calls_wrong_what_the_confusion_calls_wrong(tmp_path):
         "mine",
         tables["mine"],
         split=VALIDATION,
-        fold=np.arange(12) // 4,
-        logit=np.where(tables["mine"].label == 1, 1.6e-4, 4e-5),  # probabilities of .50004 and .50001
+        fold=np.arange(12)[:, None] // 4,
+        logit=np.where(tables["mine"].label == 1, 1.6e-4, 4e-5)[:, None, None],  # probabilities of .50004 and .50001
     )
     tested = predictions_of(
-        "t", tables["t"], split="test", fold=np.arange(N_FOLDS), logit=np.full((9, N_FOLDS), 1.2e-4)
+        "t", tables["t"], split="test", fold=np.arange(N_FOLDS), logit=np.full((9, N_FOLDS, 1), 1.2e-4)
     )
     made_run(tmp_path / "close", tables=tables, train="mine", predictions=concatenate([trained, tested]))
     two_runs(tmp_path / "far")
@@ -108,10 +108,8 @@ def test_the_gallery_calls_wrong_what_the_confusion_calls_wrong(tmp_path):
                 if of == s
             ]
             counts = on["confusion"][run]
-            assert said.count((1, True)) == counts["tp"], (run, on["dataset"])
-            assert said.count((1, False)) == counts["fn"]
-            assert said.count((0, True)) == counts["fp"]
-            assert said.count((0, False)) == counts["tn"]
+            found = [[said.count((label, called)) for called in (False, True)] for label in (0, 1)]
+            assert found == counts, (run, on["dataset"])
 
 
 RAW = re.compile("[\u202a-\u202e\u2066-\u2069\x00-\x09\x0b-\x1f]")

@@ -119,8 +119,8 @@ def test_the_printed_example_has_no_two_figures_alike(printed):
     """Where two of them agreed, a cell could print the one for the other."""
     _, report, runs = printed
     for on in report.sets:
-        counts = [vars(on.confusion[run.label]) for run in runs]
-        assert all(len(set(of.values())) == 4 for of in counts), (on.name, counts)
+        counts = [sum(on.confusion[run.label], ()) for run in runs]
+        assert all(len(set(of)) == 4 for of in counts), (on.name, counts)
         for run in runs:
             found = on.comparison.judgements[run.label].figures
             assert len({with_ends(one) for one in found.values()}) == len(found) == 9
@@ -273,7 +273,7 @@ def test_every_count_of_a_confusion_matrix_stands_in_its_own_cell(printed):
         for card in cards:
             run = run_named(runs, next(card.all("h4")).text)
             judged = ensemble_of(run.predictions, on.dataset, on.split)
-            said = judged.probability >= judged.threshold
+            said = judged.probability[:, 1] >= judged.threshold
             (tn, fp), (fn, tp) = confusion_matrix(judged.label, said).tolist()
             table = next(card.all("table"))
             assert next(table.all("caption")).text == f"Threshold {three(judged.threshold)}"

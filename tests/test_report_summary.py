@@ -37,6 +37,8 @@ def judged(
     turned: float = math.nan,
     wanted: tuple[float, int] | None = None,
     exact: tuple[str, ...] = (),
+    classes: tuple[str, ...] = ("Normal", "Atypical"),
+    held: tuple[int, ...] | None = None,
 ) -> Any:
     """A set with its runs' AUROCs; two runs are .05 apart and cannot be told so, unless said otherwise."""
     wide = {"wide": (0.8, 0.99)} if unit == "sample" else {}
@@ -53,13 +55,16 @@ def judged(
         label: {
             "auroc": NONE if math.isnan(area) else Interval(area, area - 0.03, area + 0.03, 0, **wide),
             "specificity": Interval(0.9, 0.85, 0.94, 0),
+            "recall 2": Interval(0.7, 0.65, 0.74, 0),
         }
         for label, area in areas.items()
     }
     limit = Detectable(0.06, 0.09, 0.05, 0.08, n, wanted[0] if wanted else None, wanted[1] if wanted else None)
     comparison = Comparison(
         judgements={
-            label: Judgement(n if unit == "sample" else 600, n_positive, unit, n, 0, 0.5, 0.95, 100, of, trainings)
+            label: Judgement(
+                ((n if unit == "sample" else 600) - n_positive, n_positive), unit, n, 0, 0.5, 0.95, 100, of, trainings
+            )
             for label, of in figures.items()
         },
         pairs=tuple(pairs),
@@ -72,6 +77,8 @@ def judged(
         dataset=on,
         split=split,
         n_positive=n_positive,
+        classes=classes,
+        held=tuple(range(len(classes))) if held is None else held,
         is_validation=split == VALIDATION,
         comparison=comparison,
         any_judgement=next(iter(comparison.judgements.values())),
@@ -166,7 +173,28 @@ def test_a_set_of_one_class_has_no_auroc():
     assert said(on)[0] == (
         "On a's 56 held-out slides, all of one class, there is no AUROC; specificities range from .90 to .90."
     )
+    of_three = judged("a", {"x": math.nan, "y": math.nan}, classes=("p", "q", "r"), held=(2,))
+    assert said(of_three)[0].endswith("there is no AUROC; recalls of r range from .70 to .70.")
+    assert (
+        "the recall of r by x is .70 (.65 to .74)"
+        in said(judged("a", {"x": math.nan}, classes=tuple("pqr"), held=(2,)))[0]
+    )
     assert "the specificity of x is .90 (.85 to .94)" in said(judged("a", {"x": math.nan}, n_positive=0))[0]
+
+
+def test_of_more_than_two_classes_the_macro_auroc_and_its_classes_are_named():
+    three = {"classes": ("p", "q", "r", "s"), "held": (0, 1, 3)}
+    assert said(judged("ami-br", TWO, LORA_WINS, **three))[0] == (
+        "On ami-br's 56 held-out slides, lora is better than probe by .12 in macro AUROC over 3 classes (.07 to .17)."
+    )
+    assert "cannot be told apart in macro AUROC over 3 classes (" in said(judged("a", TWO, **three))[0]
+    assert "x reaches a macro AUROC over 3 classes of .90 (" in said(judged("a", {"x": 0.9}, **three))[0]
+    assert "has the highest macro AUROC over 3 classes, .92 (" in said(judged("a", TWO | {"z": 0.7}, **three))[0]
+    within = apart(0.003, width=0.01, p_equivalent_holm=0.01, p_not_worse_holm=0.004, p_not_better_holm=0.02)
+    on = judged("a", {"x": 0.9, "y": 0.897}, {("x", "y"): within}, **three)
+    assert "their macro AUROCs over 3 classes differ by less than .02" in said(on, margin=0.02)[0]
+    out_of_fold = judged("a", TWO, split=VALIDATION, **three)
+    assert "the 2 runs reach macro AUROCs over 3 classes of .80 to .92" in said(out_of_fold)[0]
 
 
 def test_a_set_too_small_for_an_interval_compares_nothing():

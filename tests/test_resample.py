@@ -47,7 +47,7 @@ def test_a_slide_drawn_twice_counts_twice():
         )
         if len(set(judged.label[rows])) == 2:
             assert found.drawn["auroc"][0, j] == pytest.approx(
-                roc_auc_score(judged.label[rows], judged.probability[rows]), abs=1e-12
+                roc_auc_score(judged.label[rows], judged.probability[rows, 1]), abs=1e-12
             )
 
 

@@ -90,13 +90,14 @@ def predicted(
     """What the fold models of one run say: out of fold of the training split, and each of every test set."""
     rng = np.random.default_rng(seed)
 
-    def logit(samples: Samples, *shape: int) -> np.ndarray:
+    def logit(samples: Samples, n_models: int = 1) -> np.ndarray:
         centre = signal * (2.0 * samples.label - 1) + rng.standard_normal(len(samples))
-        return (centre.reshape(-1, *[1] * len(shape)) + 0.3 * rng.standard_normal((len(samples), *shape))).astype("f4")
+        own = centre[:, None] + 0.3 * rng.standard_normal((len(samples), n_models))
+        return own.astype("f4")[..., None]
 
     trained = tables[train].select(tables[train].split == "train")
     fold = np.arange(len(trained)) // 4 % n_folds
-    parts = [predictions_of(train, trained, split=VALIDATION, fold=fold, logit=logit(trained))]
+    parts = [predictions_of(train, trained, split=VALIDATION, fold=fold[:, None], logit=logit(trained))]
     for name, table in tables.items():
         held_out = table.select(table.split == "test")
         if len(held_out):
@@ -143,7 +144,7 @@ def made_run(
             RunRecord.from_json(unwritten | told | record),
             predictions=predicted(tables, train, signal=signal, seed=seed) if predictions is None else predictions,
             tables=tables,
-            weights={"coef": np.zeros((N_FOLDS, 8), dtype=np.float32), "intercept": np.zeros(N_FOLDS)},
+            weights={"coef": np.zeros((N_FOLDS, 1, 8), dtype=np.float32), "intercept": np.zeros((N_FOLDS, 1))},
             seconds=1.0,
             files=files,
         )
@@ -398,8 +399,8 @@ def test_a_damaged_record_is_refused(name, content, tmp_path):
 
 def test_a_run_of_another_format_is_refused(tmp_path):
     folder = made_run(tmp_path)
-    edit_record(folder, format=3)
-    with pytest.raises(UserError, match="is a run of format 3; this version reads formats 1 and 2"):
+    edit_record(folder, format=4)
+    with pytest.raises(UserError, match="is a run of format 4; this version reads formats 1 to 3"):
         read_run(folder)
 
 

@@ -129,7 +129,7 @@ def test_new_patches_are_predicted_by_all_models(trained, material, tmp_path):  
     (row,) = csv.DictReader((tmp_path / "out.csv").read_text().splitlines())
     own = read_predictions(trained.together)
     own = own.select(np.flatnonzero(own.id == "15.png"))
-    expected = {f"seed_{s}_fold_{f}": p for s, f, p in zip(own.seed, own.fold, own.probability, strict=True)}
+    expected = {f"seed_{s}_fold_{f}": p for s, f, p in zip(own.seed, own.fold, own.probability[:, 1], strict=True)}
     assert [name for name in row if name.startswith("seed")] == [f"seed_{s}_fold_{f}" for s in SEEDS for f in (0, 1)]
     assert {name: float(row[name]) for name in expected} == pytest.approx(expected, abs=2e-5)
     assert float(row["probability"]) == pytest.approx(np.mean(list(expected.values())), abs=2e-5)
@@ -285,10 +285,10 @@ def judged(n_seeds: int = 3) -> Predictions:
     other = make_samples(["d", "b", "c", "a"], [0, 1, 0, 1], sha256=[""] * 4)
     made = make_experiment("mine", {"mine": samples, "other": other}, cv=2)
     rng = np.random.default_rng(0)
-    signal = {"mine": samples.label[:, None] - 0.5, "other": other.label[:, None] - 0.5}
+    signal = {"mine": samples.label[:, None, None] - 0.5, "other": other.label[:, None, None] - 0.5}
     logits = FoldLogits(
-        validation=(rng.normal(size=(12, n_seeds)) + signal["mine"]).astype("f4"),
-        tests={"other": (rng.normal(size=(4, 2 * n_seeds)) + signal["other"]).astype("f4")},
+        validation=(rng.normal(size=(12, n_seeds, 1)) + signal["mine"]).astype("f4"),
+        tests={"other": (rng.normal(size=(4, 2 * n_seeds, 1)) + signal["other"]).astype("f4")},
         seeds=tuple(range(5, 5 + n_seeds)),
     )
     return made.predictions(logits)
@@ -317,9 +317,9 @@ def test_each_training_has_its_ensemble_and_its_threshold_and_the_run_those_of_t
     whole = ensemble_of(predictions, "other", "test")
     np.testing.assert_allclose(whole.probability, probability.mean(axis=0), rtol=1e-15)
     out_of_fold = ensemble_of(predictions, "mine", "validation")
-    held_out = predictions.probability[predictions.split == "validation"].reshape(12, 3)
+    held_out = predictions.probability[predictions.split == "validation"].reshape(12, 3, 2)
     np.testing.assert_allclose(out_of_fold.probability, held_out.mean(axis=1), rtol=1e-15)
-    assert whole.threshold == best_threshold(out_of_fold.label, held_out.mean(axis=1))
+    assert whole.threshold == best_threshold(out_of_fold.label, held_out[..., 1].mean(axis=1))
     assert len({*thresholds_of(predictions).tolist(), whole.threshold}) == 4, "these must differ in this example"
 
 

@@ -29,7 +29,9 @@ def test_the_paired_test_keeps_its_level():
         pair = compare({"a": first, "b": second}, resampling=resampling).pairs[0]
         for name in COMPARED:
             rejected[name] += pair.differences[name].p < 0.05
-        area, covariance = significance.delong(first.label, np.stack([first.probability, second.probability]))
+        area, covariance = significance.delong(
+            first.label, np.stack([first.probability[:, 1], second.probability[:, 1]])
+        )
         error = np.sqrt(covariance[0, 0] + covariance[1, 1] - 2 * covariance[0, 1])
         naive += stats.norm.sf(abs(area[0] - area[1]) / error) < 0.025
     for name in COMPARED:
@@ -281,7 +283,7 @@ def test_delong_is_for_independent_samples_only():
     for dependent in (first, second), (by_patch(first), by_patch(second)):  # of unknown slides too
         assert compare(dict(zip("ab", dependent, strict=True)), resampling=QUICK).pairs[0].delong is None
     test = compare({"a": alone(first), "b": alone(second)}, resampling=QUICK).pairs[0].delong
-    assert test.first == pytest.approx(roc_auc_score(first.label, first.probability), abs=1e-12)
+    assert test.first == pytest.approx(roc_auc_score(first.label, first.probability[:, 1]), abs=1e-12)
 
 
 def test_delong_without_variance():

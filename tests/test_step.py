@@ -75,8 +75,11 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[Operations]:
         yield operations
 
 
-def fake_step(recipe: Any = RECIPE) -> tuple[Step, Network]:
-    """A step on tensors without storage, whose adapters are computed by kernels; on a CPU masks come from the host."""
+def fake_step(recipe: Any = RECIPE, n_soft: int = 0) -> tuple[Step, Network]:
+    """A step on tensors without storage, whose adapters are computed by kernels; on a CPU masks come from the host.
+
+    With `n_soft`, targets are distributions over so many classes.
+    """
     constant.cache_clear()  # constants of other tests have storage
     network = Network(
         build_model(VIT, None).to_empty(device="cpu"),
@@ -84,6 +87,7 @@ def fake_step(recipe: Any = RECIPE) -> tuple[Step, Network]:
         method="lora",
         lora=LoraOptions(rank=2),
         fold_models=fold_models([0], 3),
+        n_classes=n_soft or 2,
     )
     for _, layer in adapters(network.model):
         layer.triton = True
@@ -96,7 +100,8 @@ def fake_step(recipe: Any = RECIPE) -> tuple[Step, Network]:
     compute = Compute(CPU, "fp32", 3, same_shapes=True)
     step = Step(network, data, recipe, moments=torch.zeros(3, 2, network.n_trained), compute=compute)
     rows = torch.zeros(2, 3, 4, dtype=torch.int64)
-    step.begin(Batches(rows, rows.clone(), torch.rand(2, 3, 4, 11), rows[..., 0].clone(), torch.rand(2, 3, 4)))
+    target = torch.rand(2, 3, 4, n_soft) if n_soft else rows.clone()
+    step.begin(Batches(rows, target, torch.rand(2, 3, 4, 11), rows[..., 0].clone(), torch.rand(2, 3, 4)))
     return step, network
 
 
@@ -113,8 +118,9 @@ def fake() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("fake")
-def test_a_step_makes_the_host_wait_for_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    step, _ = fake_step()
+@pytest.mark.parametrize("n_soft", [0, 5], ids=["labels", "distributions over five classes"])
+def test_a_step_makes_the_host_wait_for_nothing(monkeypatch: pytest.MonkeyPatch, n_soft: int) -> None:
+    step, _ = fake_step(n_soft=n_soft)
     step(0, [0, 1, 2])  # constants are copied in the first step
     with counted(monkeypatch) as operations:
         step(1, [0, 1, 2])
@@ -163,7 +169,7 @@ def stopping(network: Network, **options: Any) -> tuple[Any, list[int]]:
     )
     judged = iter([scores[fold][epoch] for epoch in range(4) for fold in range(3) if epoch < len(scores[fold])])
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(training, "balanced_accuracy", lambda *_: next(judged))
+        patched.setattr(training, "judge_logits", lambda *_: (next(judged), 0.5))
         compute = Compute(CPU, "fp32", 3, evaluation_batch=5, **options)
         data = patches(network.values.dtype)
         train(network, data, recipe, state=state, compute=compute, save=nothing, advance=nothing)

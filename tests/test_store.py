@@ -131,9 +131,9 @@ def test_a_table_without_raters_comes_back(tmp_path: Path) -> None:
 
 
 def test_the_same_table_again_is_no_work_and_other_labels_update_it(full: FeatureStore) -> None:
-    assert full.put_samples("ami-br", make_table(), attrs={}) is False
+    assert full.put_samples("ami-br", make_table(), attrs={}) is None
     relabelled = make_table(label=np.zeros(N, np.int8))
-    assert full.put_samples("ami-br", relabelled, attrs={"source": "corrected"}) is True
+    assert full.put_samples("ami-br", relabelled, attrs={"source": "corrected"}) == ("0", "1")
     assert full.samples("ami-br").table_digest == relabelled.table_digest
     assert full.dataset_attrs("ami-br")["source"] == "corrected"
     assert len(read(full)) == N  # the embeddings stay
@@ -396,10 +396,10 @@ def test_what_is_no_store_is_refused(tmp_path: Path) -> None:
 
 def test_a_newer_format_is_refused_with_what_to_do(empty: FeatureStore) -> None:
     document = json.loads((empty.path / "zarr.json").read_text())
-    document["attributes"]["format_version"] = 2
+    document["attributes"]["format_version"] = 3
     del document["attributes"]["attributes_digest"]
     (empty.path / "zarr.json").write_text(json.dumps(document))
-    with pytest.raises(UserError, match=r"format 2.*Upgrade"):
+    with pytest.raises(UserError, match=r"format 3.*up to 2.*Upgrade"):
         FeatureStore.open(empty.path)
 
 
@@ -794,9 +794,12 @@ def test_blocks_of_repeated_or_descending_rows_are_refused(full: FeatureStore, r
 
 def test_other_names_of_the_same_classes_are_recorded(empty: FeatureStore) -> None:
     attrs = {"label_names": ["normal", "cancer"], "source": "there"}
-    assert empty.put_samples("mine", make_table(), attrs=attrs) is False
-    assert empty.put_samples("mine", make_table(), attrs=attrs | {"source": "moved"}) is False
-    assert empty.put_samples("mine", make_table(), attrs=attrs | {"label_names": ["normal", "tumor"]}) is True
+    assert empty.put_samples("mine", make_table(), attrs=attrs) is None
+    assert empty.put_samples("mine", make_table(), attrs=attrs | {"source": "moved"}) is None
+    assert empty.put_samples("mine", make_table(), attrs=attrs | {"label_names": ["normal", "tumor"]}) == (
+        "normal",
+        "cancer",
+    )
     assert empty.dataset_attrs("mine")["label_names"] == ["normal", "tumor"]
     assert empty.dataset_attrs("mine")["source"] == "there"
     assert empty.verify() == []
@@ -806,3 +809,92 @@ def test_the_same_images_in_another_order_are_called_so(full: FeatureStore) -> N
     table = make_table()
     with pytest.raises(UserError, match="of other images \\(in another order, or with other ids\\)"):
         full.put_samples("ami-br", table.select(np.arange(len(table))[::-1]), attrs={})
+
+
+# More than two classes.
+
+
+def several(labels: tuple[int, ...] = (2, 0, 1, 2)) -> Samples:
+    votes = np.array(labels, np.int8)[:, None]
+    return make_samples(
+        [f"{k}.png" for k in range(len(labels))], labels, sha256=list("abcdefgh")[: len(labels)], votes=votes
+    )
+
+
+def root_of(store: FeatureStore) -> dict[str, object]:
+    attributes = json.loads((Path(store.path) / "zarr.json").read_text())["attributes"]
+    del attributes["attributes_digest"]
+    return dict(attributes)
+
+
+def test_a_dataset_of_more_than_two_classes_makes_the_store_format_2(empty: FeatureStore) -> None:
+    two = {"format": "mitofm-features", "format_version": 1}
+    assert root_of(empty) == two
+    names = ["none", "mild", "severe"]
+    empty.put_samples("two", several((1, 0, 1)), attrs={"label_names": ["no", "yes"]})
+    assert root_of(empty) == two
+    empty.put_samples("grades", several(), attrs={"label_names": names, "ordinal": True})
+    assert root_of(empty) == two | {"format_version": 2}
+    store = FeatureStore.open_or_create(empty.path)
+    assert store.verify() == []
+    assert store.samples("grades").table_digest == several().table_digest
+    assert store.class_names("grades") == ("none", "mild", "severe")
+    assert store.dataset_attrs("grades")["ordinal"] is True
+    assert store.class_names("two") == ("no", "yes")
+    assert store.class_names("ami-br") == ("0", "1")
+    assert "ordinal" not in store.dataset_attrs("two")
+    store.put_samples("grades", several((0, 0, 1, 1)), attrs={"label_names": ["no", "yes"]})
+    assert store.class_names("grades") == ("no", "yes")
+    assert root_of(store)["format_version"] == 2  # it stays
+
+
+@pytest.mark.parametrize(("labels", "names"), [((1, 0, 1), ["a", "b", "c"]), ((2, 0, 1), None)])
+def test_classes_that_are_absent_or_have_no_names_count_too(
+    tmp_path: Path, labels: tuple[int, ...], names: list[str] | None
+) -> None:
+    store = FeatureStore.open_or_create(tmp_path / "s")
+    store.put_samples("d", several(labels), attrs={} if names is None else {"label_names": names})
+    assert root_of(store)["format_version"] == 2
+    assert store.class_names("d") == tuple(names or ("0", "1", "2"))
+
+
+def test_the_format_is_raised_before_the_dataset_is_there(empty: FeatureStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever knows format 1 alone never opens a store that has such a dataset, not even while it is written."""
+    versions: list[object] = []
+
+    def killed(*_: object, **__: object) -> None:
+        versions.append(root_of(empty)["format_version"])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(type(empty.storage), "put_folder", killed)
+    with pytest.raises(KeyboardInterrupt):
+        empty.put_samples("grades", several(), attrs={})
+    monkeypatch.undo()
+    empty.put_samples("two", several((1, 0)), attrs={})
+    monkeypatch.setattr(type(empty.storage), "put_folder", killed)
+    with pytest.raises(KeyboardInterrupt):
+        empty.put_samples("two", several((1, 2)), attrs={})  # the same images under other labels
+    assert versions == [2, 2]
+
+
+def test_names_that_are_fewer_than_the_classes_are_a_programming_error(empty: FeatureStore) -> None:
+    with pytest.raises(ValueError, match="2 label_names for 3 classes"):
+        empty.put_samples("grades", several(), attrs={"label_names": ["a", "b"]})
+    assert empty.datasets() == ["ami-br"]
+
+
+def test_another_order_of_the_classes_replaces_labels_and_names_together(empty: FeatureStore) -> None:
+    old, new = ("none", "mild", "severe"), ("severe", "mild", "none")
+    empty.put_samples("grades", several(), attrs={"label_names": list(old), "ordinal": True})
+    turned = several().relabelled((2, 1, 0))
+    assert empty.put_samples("grades", turned, attrs={"label_names": list(new), "ordinal": True}) == old
+    stored = empty.samples("grades")
+    assert empty.class_names("grades") == new
+    for samples, names in ((several(), old), (stored, new)):
+        assert [names[k] for k in samples.label] == ["severe", "none", "mild", "severe"]
+        assert [names[k] for k in samples.votes[:, 0]] == ["severe", "none", "mild", "severe"]
+    # Grades that are none any more are said to have changed, though labels and names are the same.
+    assert empty.put_samples("grades", turned, attrs={"label_names": list(new)}) == new
+    assert "ordinal" not in empty.dataset_attrs("grades")
+    assert empty.put_samples("grades", turned, attrs={"label_names": list(new)}) is None
+    assert empty.verify() == []

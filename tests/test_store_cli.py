@@ -298,3 +298,87 @@ def test_an_export_says_of_every_row_what_the_table_says(tmp_path: Path, format:
         "fingerprint": entry.fingerprint,
     }
     assert json.loads(record["parts"]) == {"model": "m", "view": "center64"}
+
+
+# --- more than two classes --------------------------------------------------------------------------------------------
+
+GRADES = ("absent", "mild", "severe")
+
+
+def add_grades(path: Path) -> None:
+    """The patches of `path` under the labels 0, 1, 2, 0, ..., the last as its two raters say."""
+    store = FeatureStore.open(path)
+    labels = [i % 3 for i in range(N)]
+    votes = np.array([labels, labels], np.int8).T
+    table = make_samples(IDS, labels, sha256=[str(i) for i in range(N)], votes=votes)
+    store.put_samples("grades", table, attrs={"label_names": list(GRADES), "ordinal": True})
+    writer = store.begin("grades", model="m", view="full", poolings={"cls": 3}, card_pooling="cls", parts={})
+    for rows in writer.missing():
+        writer.write(rows, {"cls": CLS[rows.start : rows.stop]})
+
+
+def test_info_counts_every_class(path: Path) -> None:
+    before = as_json("info", "--store", path)["datasets"]
+    assert "positive or classes" not in call("info", "--store", path).stdout
+    add_grades(path)
+    by_name = {of["name"]: of for of in as_json("info", "--store", path)["datasets"]}  # type: ignore[attr-defined]
+    grades, two = by_name["grades"], by_name["ami-br"]
+    assert [two] == before
+    assert (grades["classes"], grades["ordinal"]) == ({"absent": 24, "mild": 23, "severe": 23}, True)
+    assert "positive" not in grades
+    assert (two["positive"], two["negative"]) == (35, 35)
+    assert "classes" not in two
+    shown = call("info", "--store", path).stdout
+    for text in ("absent 24", "mild 23", "severe 23", "35 (50.0%)"):
+        assert text in shown
+
+
+@pytest.mark.parametrize(("format", "suffix"), [("hdf5", "h5"), ("npz", "npz"), ("anndata", "h5ad")])
+def test_exports_say_what_labels_of_several_classes_mean(path: Path, tmp_path: Path, format: str, suffix: str) -> None:
+    add_grades(path)
+    for dataset, model in (("grades", "m"), ("ami-br", "uni")):
+        out = tmp_path / f"{dataset}.{suffix}"
+        call("export", "--store", path, "--dataset", dataset, "--model", model, "--format", format, "--out", out)
+        if format == "hdf5":
+            with h5py.File(out) as file:
+                record, labels = dict(file.attrs), file["labels"][...]
+        elif format == "npz":
+            with np.load(out) as file:
+                record, labels = json.loads(str(file["record"])), file["labels"]
+        else:
+            data = anndata.read_h5ad(out)
+            record, labels = dict(data.uns), data.obs["label"].to_numpy()
+        if dataset == "ami-br":
+            assert "label_names" not in record  # as ever
+        else:
+            names = json.loads(record["label_names"])
+            assert [names[label] for label in labels.tolist()] == [GRADES[i % 3] for i in range(N)]
+    call("import", tmp_path / f"grades.{suffix}", "--store", path, "--dataset", "grades", "--model", "back")
+    assert FeatureStore.open(path).class_names("grades") == GRADES
+
+
+@pytest.mark.parametrize("numbers", [False, True])
+def test_a_table_names_or_numbers_several_classes(tmp_path: Path, numbers: bool) -> None:
+    cells = [str(3 - i % 3) if numbers else GRADES[i % 3] for i in range(N)]
+    (tmp_path / "t.csv").write_text("id,label\n" + "".join(f"{i},{c}\n" for i, c in zip(IDS, cells, strict=True)))
+    np.savez(tmp_path / "x.npz", features=CLS, ids=IDS)
+    select = ("import", tmp_path / "x.npz", "--store", tmp_path / "s", "--dataset", "d", "--model", "m")
+    done = call(*select, "--table", tmp_path / "t.csv")
+    assert ("1 (0), 2 (1) and 3 (2)" if numbers else "absent (0), mild (1) and severe (2)") in done.stderr
+    store = FeatureStore.open(tmp_path / "s")
+    names = store.class_names("d")
+    assert [names[label] for label in store.samples("d").label] == cells
+    order = "3,2,1" if numbers else "severe,mild,absent"
+    again = call(*select, "--table", tmp_path / "t.csv", "--classes", order, "--ordinal", "--overwrite")
+    assert "d: same patches, but labels, classes" in again.stderr
+    assert "Its classes were " in again.stderr
+    names = store.class_names("d")
+    assert (names, store.dataset_attrs("d")["ordinal"]) == (tuple(order.split(",")), True)
+    assert [names[label] for label in store.samples("d").label] == cells
+    assert store.samples("d").label.tolist() == [i % 3 if numbers else 2 - i % 3 for i in range(N)]
+    for options, message in (
+        (("--classes", "absent,mild"), "`classes` is about the labels of a `table`"),
+        (("--ordinal",), "`ordinal` is about the labels of a `table`"),
+    ):
+        with pytest.raises(UserError, match=message):
+            call(*select, *options)

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from drawn_runs import QUICK, patches, some_run
+from drawn_runs import QUICK, of_two, patches, some_run
 from sklearn.metrics import roc_curve
 
 from features.console import UserError
@@ -17,8 +17,8 @@ def shifted(seed: int = 0, shift: float = 1.5, n_slides: int = 24):
     """A run whose logits are higher by `shift` on every slide of domain "b"; half of the slides are of each."""
     run = some_run(seed, n_slides)
     domain = np.where(run.group.astype(int) % 2 == 1, "b", "a")
-    odds = run.by_training / (1 - run.by_training) * np.exp(shift * (domain == "b"))
-    return replace(run, by_training=odds / (1 + odds)), domain
+    odds = run.positive / (1 - run.positive) * np.exp(shift * (domain == "b"))
+    return replace(run, by_training=of_two(odds / (1 + odds))), domain
 
 
 def test_every_domain_is_judged_at_the_runs_threshold_and_at_the_best_there():
@@ -26,7 +26,7 @@ def test_every_domain_is_judged_at_the_runs_threshold_and_at_the_best_there():
     view = by_threshold(run, domain, resampling=QUICK)
     assert list(view.domains) == ["a", "b"]
     for name, found in view.domains.items():
-        y, p = run.label[domain == name] == 1, run.probability[domain == name]
+        y, p = run.label[domain == name] == 1, run.probability[domain == name, 1]
         assert (found.n, found.n_positive, found.n_clusters) == (len(y), y.sum(), 12)
         for figures, threshold in ((found.own, 0.65), (found.oracle, best_threshold(y, p))):
             expected = [balanced_accuracy(y, p >= threshold), (p[y] >= threshold).mean(), (p[~y] < threshold).mean()]
@@ -44,7 +44,7 @@ def test_every_domain_is_judged_at_the_runs_threshold_and_at_the_best_there():
 def test_sensitivity_at_a_specificity_is_read_off_the_roc_curve(specificity):
     run, domain = shifted()
     found = by_threshold(run, domain, specificity=specificity, resampling=QUICK).all.at_specificity
-    false, true, _ = roc_curve(run.label, run.probability, drop_intermediate=False)
+    false, true, _ = roc_curve(run.label, run.probability[:, 1], drop_intermediate=False)
     assert found.value == pytest.approx(true[false <= 1 - specificity + 1e-9].max(), abs=1e-12)
     assert found.low < found.value < found.high
 
@@ -54,26 +54,26 @@ def test_the_threshold_for_a_specificity_is_chosen_again_on_every_resample():
     rng = np.random.default_rng(0)
     run = patches(rng.integers(0, 2, 41), rng.integers(0, 12, 41) / 12, group=(np.arange(41) // 4).astype(str))
     clusters = run.clusters
-    ranked = thresholds._Ranked.of(run.label == 1, run.probability, clusters)
+    ranked = thresholds._Ranked.of(run.label == 1, run.probability[:, 1], clusters)
     count = rng.multinomial(clusters.n, np.full(clusters.n, 1 / clusters.n), size=30)
     found = thresholds._AtSpecificity(ranked, 0.8)(count.astype(float))["sensitivity"]
     for value, times in zip(found, count, strict=True):
         rows = np.repeat(np.arange(41), times[clusters.index])
-        false, true, _ = roc_curve(run.label[rows], run.probability[rows], drop_intermediate=False)
+        false, true, _ = roc_curve(run.label[rows], run.probability[rows, 1], drop_intermediate=False)
         assert value == pytest.approx(true[false <= 0.2 + 1e-9].max(), abs=1e-6)  # counted in float32
 
 
 def test_recalibration_equals_choosing_and_judging_slide_by_slide():
     run, _ = shifted()
     clusters = run.clusters
-    ranked = thresholds._Ranked.of(run.label == 1, run.probability, clusters)
+    ranked = thresholds._Ranked.of(run.label == 1, run.probability[:, 1], clusters)
     rng = np.random.default_rng(0)
     chosen = (rng.random((20, clusters.n)) < 0.3).astype(np.float32)
     chosen[0] = 0  # no slide: nothing to choose on
     tuned, own = thresholds._on_others(ranked, 0.65, chosen)
     for k, slides in enumerate(chosen):
         rows = slides[clusters.index] == 1
-        y, p = run.label == 1, run.probability
+        y, p = run.label == 1, run.probability[:, 1]
         both = y[rows].any() and not y[rows].all()
         threshold = best_threshold(y[rows], p[rows]) if both else 0.65
         assert tuned[k] == pytest.approx(balanced_accuracy(y[~rows], p[~rows] >= threshold), abs=1e-12)

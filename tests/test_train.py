@@ -63,10 +63,13 @@ PLATEAU = replace(
 TIGHT = {"rtol": 1e-6, "atol": 1e-6}
 
 
-def patches(dtype: torch.dtype = torch.float64) -> TrainingSet:
-    """Twenty patches in three folds of unequal size; the positive third is a little brighter. Bytes, or float64."""
+def patches(dtype: torch.dtype = torch.float64, *, n_classes: int = 2, voted: bool = False) -> TrainingSet:
+    """Twenty patches in three folds of unequal size; the positive third is a little brighter. Bytes, or float64.
+
+    Of three classes, each is a third. With `voted`, a quarter of the votes are not for the label.
+    """
     rng = np.random.default_rng(0)
-    label = (np.arange(20) % 3 == 0).astype(np.int64)
+    label = (np.arange(20) % 3 == 0).astype(np.int64) if n_classes == 2 else np.arange(20) % n_classes
     fold = np.repeat([0, 1, 2], [5, 7, 8])
     pixels = rng.integers(0, 200, (20, 3, 32, 32)) + 15 * label[:, None, None, None]
     return TrainingSet(
@@ -74,6 +77,7 @@ def patches(dtype: torch.dtype = torch.float64) -> TrainingSet:
         label=torch.from_numpy(label),
         folds=Folds(fold=fold, n_folds=N_FOLDS, source="by hand", digest=""),
         transform=TRANSFORM,
+        target=(torch.eye(n_classes)[label] * 0.75 + torch.eye(n_classes)[label - 1] * 0.25) if voted else None,
     )
 
 
@@ -228,8 +232,8 @@ class Reference:
     rates: list[float]
 
 
-def reference(network: Network, fold: int, recipe: Recipe) -> Reference:
-    data = patches()
+def reference(network: Network, fold: int, recipe: Recipe, data: TrainingSet | None = None) -> Reference:
+    data = patches() if data is None else data
     backbone = backbone_model(VIT, torch.float64)
     adapted = dict(network.model.named_modules())
     values = {"head.weight": network.weight[fold], "head.bias": network.bias[fold]}
@@ -257,6 +261,7 @@ def reference(network: Network, fold: int, recipe: Recipe) -> Reference:
         return F.linear(features, values["head.weight"], values["head.bias"])
 
     held_out, label = data.folds.fold == fold, data.label
+    target = label if data.target is None else data.target
     found = Reference({}, {}, [], [])
     for epoch in range(recipe.epochs):
         plan = training.draw_epoch(data, FoldModel(SEED, fold), recipe, epoch=epoch)
@@ -272,15 +277,17 @@ def reference(network: Network, fold: int, recipe: Recipe) -> Reference:
             if recipe.augment is not None:
                 assert plan.draws is not None
                 pixels = augment(pixels, plan.draws[batch], size=32, options=recipe.augment)
-            loss = F.cross_entropy(logits(pixels), label[rows])
+            loss = F.cross_entropy(logits(pixels), target[rows])
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             losses.append(loss.item())
         with torch.no_grad():
-            difference = logits(data.pixels[held_out] / 255).diff(dim=1)[:, 0]
-        judged = balanced_accuracy_score(label[held_out], difference >= 0)
-        found.figures.append((float(np.mean(losses)), judged, roc_auc_score(label[held_out], difference)))
+            probability = logits(data.pixels[held_out] / 255).softmax(dim=1)
+        judged = balanced_accuracy_score(label[held_out], probability.argmax(dim=1))
+        score = probability if probability.shape[1] > 2 else probability[:, 1]
+        auroc = roc_auc_score(label[held_out], score, multi_class="ovr")
+        found.figures.append((float(np.mean(losses)), judged, auroc))
         plateau.step(judged)
         found.values = {name: value.detach().clone() for name, value in values.items()}
         if judged > max([figure for _, figure, _ in found.figures[:-1]], default=-1.0):
@@ -319,6 +326,19 @@ def test_a_fold_ends_as_in_a_plain_loop(recipe: Recipe) -> None:
             torch.testing.assert_close(
                 value, plain[name], rtol=1e-4, atol=1e-5, msg=lambda said, name=name: name + said
             )
+
+
+@pytest.mark.usefixtures("exact")
+@pytest.mark.parametrize(("n_classes", "voted"), [(2, True), (3, False), (3, True)])
+def test_a_fold_of_any_classes_trained_on_labels_or_votes_ends_as_in_a_plain_loop(n_classes: int, voted: bool) -> None:
+    fold, data = 1, patches(n_classes=n_classes, voted=voted)
+    expected = reference(double(n_classes=n_classes), fold, RECIPE, data)
+    network = double(n_classes=n_classes)
+    state = trained(network, RECIPE, data=data)
+    for epoch, figures in zip(state.history[fold], expected.figures, strict=True):
+        assert (epoch.loss, epoch.balanced_accuracy, epoch.auroc) == pytest.approx(figures, rel=1e-5)
+    for name, value in of_row(network, state.best[fold].clone(), fold).items():
+        torch.testing.assert_close(value, expected.best[name], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.usefixtures("exact")
@@ -411,7 +431,7 @@ def test_a_full_networks_kept_row_holds_the_running_statistics_of_its_best_epoch
     network = tiny_network("full", CNN, folds=[1])
     recipe = replace(RECIPE, epochs=5, learning_rate=0.3)
     scores = iter([0.5, 0.6, 0.9, 0.7, 0.8])
-    monkeypatch.setattr(training, "balanced_accuracy", lambda *_: next(scores))
+    monkeypatch.setattr(training, "judge_logits", lambda *_: (next(scores), 0.5))
     state = trained(network, recipe, save=lambda state: rows.append(state.values.clone()))
     best = best_epoch(state.scores(1))
     assert best == 2
@@ -427,7 +447,7 @@ def test_every_fold_is_judged_on_its_own_patches_under_its_own_weights(at_once: 
         held_out = np.flatnonzero(data.folds.fold == fold)
         with torch.no_grad():
             expected = network(TRANSFORM.normalise(data.pixels[held_out]), [fold])[0].diff(dim=1)[:, 0]
-        np.testing.assert_allclose(own, expected.numpy(), rtol=1e-4, atol=1e-6)
+        np.testing.assert_allclose(own[:, 0], expected.numpy(), rtol=1e-4, atol=1e-6)
 
 
 def test_validation_takes_any_number_of_patches_in_passes(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -634,7 +654,7 @@ def shown(network: Network, data: TrainingSet, recipe: Recipe, *, seed: int = SE
     return epochs[:-1]
 
 
-def numbered(fold: Sequence[int], label: Sequence[int]) -> TrainingSet:
+def numbered(fold: Sequence[int], label: Sequence[int], target: Tensor | None = None) -> TrainingSet:
     """Patches of a single grey level each, which is the row's number."""
     rows = torch.arange(len(fold), dtype=torch.float64)
     return TrainingSet(
@@ -642,13 +662,15 @@ def numbered(fold: Sequence[int], label: Sequence[int]) -> TrainingSet:
         label=torch.tensor(label),
         folds=Folds(fold=np.array(fold), n_folds=N_FOLDS, source="by hand", digest=""),
         transform=TRANSFORM,
+        target=target,
     )
 
 
 def rows_shown(data: TrainingSet, recipe: Recipe, *, seed: int = SEED) -> dict[int, list[list[list[int]]]]:
     """The rows that each fold is shown: epoch by epoch, batch by batch."""
     found: dict[int, list[list[list[int]]]] = {fold: [] for fold in range(N_FOLDS)}
-    for steps in shown(double("head"), data, replace(recipe, augment=None), seed=seed):
+    network = double("head", n_classes=int(data.label.max()) + 1)
+    for steps in shown(network, data, replace(recipe, augment=None), seed=seed):
         for fold, epochs in found.items():
             mine = [step.images[step.folds.index(fold), :, 0, 0, 0] for step in steps if fold in step.folds]
             epochs.append([batch.round().int().tolist() for batch in mine])
@@ -659,22 +681,28 @@ def rows_shown(data: TrainingSet, recipe: Recipe, *, seed: int = SEED) -> dict[i
 UNEVEN = numbered([0] * 5 + [1] * 7 + [2] * 11, [1, 1, 1, 1, 0] + [1, 1, 0, 0, 0, 0, 0] + [1] + [0] * 10)
 
 
-def test_a_fold_is_shown_its_own_training_rows_classes_equally_and_rows_of_a_class_equally() -> None:
-    n_epochs = 24
-    seen = rows_shown(UNEVEN, replace(RECIPE, epochs=n_epochs))
+# Three classes of which the last is rare; the votes are for the second of them, whatever the label.
+VOTED = numbered([0] * 5 + [1] * 7 + [2] * 11, [1, 0, 2, 1, 0] + [0, 1, 1, 0, 0, 0, 2] + [0, 0, 2] + [1] * 8)
+VOTED = replace(VOTED, target=torch.tensor([0.0, 1.0, 0.0]).expand(23, 3))
+
+
+@pytest.mark.parametrize("data", [UNEVEN, VOTED], ids=["two classes", "three classes with votes"])
+def test_a_fold_is_shown_its_own_training_rows_classes_equally_and_rows_of_a_class_equally(data: TrainingSet) -> None:
+    n_epochs, n_classes = 24, int(data.label.max()) + 1
+    seen = rows_shown(data, replace(RECIPE, epochs=n_epochs))
     for fold, epochs in seen.items():
-        own = np.flatnonzero(UNEVEN.folds.fold != fold)
+        own = np.flatnonzero(data.folds.fold != fold)
         n_batches = int(np.ceil(len(own) / RECIPE.batch_size))
         assert [[len(batch) for batch in epoch] for epoch in epochs] == [[4] * n_batches] * n_epochs
-        counts = np.bincount(np.array(epochs).flatten(), minlength=len(UNEVEN.label))
-        assert counts[UNEVEN.folds.fold == fold].sum() == 0
-        label = UNEVEN.label.numpy()[own]
-        # Either class is every second draw, each of its rows as likely as another.
-        expected = counts.sum() / 2 / np.bincount(label)[label]
+        counts = np.bincount(np.array(epochs).flatten(), minlength=len(data.label))
+        assert counts[data.folds.fold == fold].sum() == 0
+        label = data.label.numpy()[own]
+        # Each class is drawn as often as another, and each of its rows.
+        expected = counts.sum() / n_classes / np.bincount(label)[label]
         statistic = ((counts[own] - expected) ** 2 / expected).sum()
         assert statistic < chi2.isf(1e-6, len(own) - 1), f"fold {fold}: {counts}"
         # The last batch is filled up by draws of its own, not by repeating one.
-        share = 1 / 2 / np.bincount(label)[label]
+        share = 1 / n_classes / np.bincount(label)[label]
         expected_same, last = (share**2).sum(), np.array(epochs)[:, -1]
         deviation = (expected_same * (1 - expected_same) / n_epochs) ** 0.5
         for first, second in combinations(last.T, 2):
@@ -778,9 +806,9 @@ def test_a_training_resumed_after_folds_have_stopped_ends_as_if_undisturbed(tmp_
 # --------------------------------------------------------------------------------------------------- passes of any size
 
 
-@pytest.mark.parametrize("at_once", [1, 2, 3])
-def test_patches_of_a_last_shorter_batch_get_the_logits_of_every_fold_in_order(at_once: int) -> None:
-    network, data = stirred(tiny_network()), patches(torch.uint8)
+@pytest.mark.parametrize(("at_once", "n_classes"), [(1, 2), (2, 2), (3, 2), (2, 4)])
+def test_patches_of_a_last_shorter_batch_get_the_logits_of_every_fold_in_order(at_once: int, n_classes: int) -> None:
+    network, data = stirred(tiny_network(n_classes=n_classes)), patches(torch.uint8)
     rows = np.array([3, 17, 0, 8, 5, 19, 2, 11, 4, 13, 6, 1, 18, 7, 9, 10, 12, 14, 16])  # 16 and 3 on a CPU
     compute = Compute(CPU, "fp32", at_once)
     found = patch_logits(
@@ -791,11 +819,11 @@ def test_patches_of_a_last_shorter_batch_get_the_logits_of_every_fold_in_order(a
         compute=compute,
         advance=nothing,
     )
-    assert found.shape == (len(rows), N_FOLDS)
+    assert found.shape == (len(rows), N_FOLDS, n_classes - 1)
     for fold in range(N_FOLDS):
         with torch.no_grad():
             expected = network(TRANSFORM.normalise(data.pixels[rows]), [fold])[0]
-        np.testing.assert_allclose(found[:, fold], expected[:, 1] - expected[:, 0], rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(found[:, fold], expected[:, 1:] - expected[:, :1], rtol=1e-4, atol=1e-5)
     assert np.abs(found - found[:, :1]).max() > 0.01, "folds must differ"
 
 

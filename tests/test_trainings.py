@@ -38,19 +38,19 @@ def predictions(seeds=(7, 8), *, noise: float = 1.0, n: int = 60, rng_seed: int 
     arrays = {name: np.array(values) for name, values in columns.items()}
     return Predictions(
         dataset=np.full(len(arrays["id"]), "mine"),
-        **{**arrays, "label": arrays["label"].astype(np.int8), "logit": arrays["logit"].astype(np.float32)},
+        **{**arrays, "label": arrays["label"].astype(np.int8), "logit": arrays["logit"].astype(np.float32)[:, None]},
     )
 
 
 def test_every_training_has_its_own_ensemble_and_its_own_threshold():
     run = predictions()
     judged = ensemble_of(run, "mine", "test")
-    assert judged.by_training.shape == (2, 60)
+    assert judged.by_training.shape == (2, 60, 2)
     for number, seed in enumerate((7, 8)):
         rows = (run.seed == seed) & (run.id == "test-4")
-        assert judged.by_training[number, 4] == pytest.approx(run.probability[rows].mean(), abs=1e-15)
+        assert judged.positive[number, 4] == pytest.approx(run.probability[rows, 1].mean(), abs=1e-15)
         held_out = (run.seed == seed) & (run.split == VALIDATION)
-        assert judged.thresholds[number] == best_threshold(run.label[held_out], run.probability[held_out])
+        assert judged.thresholds[number] == best_threshold(run.label[held_out], run.probability[held_out, 1])
     assert judged.probability == pytest.approx(judged.by_training.mean(axis=0), abs=1e-15)
     assert judged.prior == 0.5
 
@@ -58,15 +58,15 @@ def test_every_training_has_its_own_ensemble_and_its_own_threshold():
 def test_figures_are_means_over_trainings_each_at_its_threshold():
     judged = ensemble_of(predictions(noise=3), "mine", "test")
     figures = judge(judged, resampling=QUICK).figures
-    each = [auroc(judged.label, one) for one in judged.by_training]
+    each = [auroc(judged.label, one) for one in judged.positive]
     assert each[0] != each[1]
     assert figures["auroc"].value == pytest.approx(np.mean(each), abs=1e-12)
     cut = [
         balanced_accuracy(judged.label, one >= threshold)
-        for one, threshold in zip(judged.by_training, judged.thresholds, strict=True)
+        for one, threshold in zip(judged.positive, judged.thresholds, strict=True)
     ]
     assert figures["balanced_accuracy"].value == pytest.approx(np.mean(cut), abs=1e-12)
-    assert figures["auroc"].value != pytest.approx(auroc(judged.label, judged.probability), abs=1e-6)
+    assert figures["auroc"].value != pytest.approx(auroc(judged.label, judged.probability[:, 1]), abs=1e-6)
 
 
 def test_an_interval_over_trainings_is_wider_by_their_scatter():
@@ -76,7 +76,7 @@ def test_an_interval_over_trainings_is_wider_by_their_scatter():
     clusters = judged.clusters
     resampled = resample([judged.tallies(clusters)], clusters, QUICK)
     fixed, both = resampled.spread("auroc", itemgetter(0)), resampled.of("auroc", 0)
-    each = [auroc(judged.label, one) for one in judged.by_training]
+    each = [auroc(judged.label, one) for one in judged.positive]
     assert both.standard_error**2 - fixed.standard_error**2 == pytest.approx(np.var(each, ddof=1) / 3, rel=1e-9)
     assert figure.high - figure.low > np.subtract(*reversed(fixed.ends(0.95, within=(0, 1))))
     alike = np.repeat(judged.by_training[:1], 3, axis=0)  # three trainings that do not differ add nothing
@@ -129,8 +129,8 @@ def test_the_test_over_folds_is_of_the_figures_of_the_folds():
     folds = {name: fold_figures(one, "mine", VALIDATION) for name, one in made.items()}
     (pair,) = compare(runs, resampling=QUICK, folds=folds).pairs
     each = [
-        auroc(made["probe"].label[rows], made["probe"].logit[rows])
-        - auroc(made["lora"].label[rows], made["lora"].logit[rows])
+        auroc(made["probe"].label[rows], made["probe"].logit[rows, 0])
+        - auroc(made["lora"].label[rows], made["lora"].logit[rows, 0])
         for rows in ((made["probe"].split == VALIDATION) & (made["probe"].fold == fold) for fold in range(N_FOLDS))
     ]
     assert pair.resampled_t["auroc"].value == pytest.approx(np.mean(each), abs=1e-12)

@@ -21,6 +21,7 @@ _LABEL = 290  # width of its labels
 _PANEL = 400  # width of a panel
 _GAP = 34
 _SIDE = 320  # of a square plot
+SMALL = 190  # of one of many
 _MARGIN = 56
 _MOST_LETTERS = 40
 
@@ -107,29 +108,37 @@ def _marks(row: Row, panel: int, scale: _Scale, y: float) -> Iterator[Markup]:
 
 
 def square(
-    lines: Sequence[Line], *, title: str, x: str, y: str, diagonal: bool = False, level: float | None = None
+    lines: Sequence[Line],
+    *,
+    title: str,
+    x: str,
+    y: str,
+    diagonal: bool = False,
+    level: float | None = None,
+    side: int = _SIDE,
 ) -> Markup:
     """Draw curves in the unit square, with what chance gives: the `diagonal`, or a `level`."""
-    across, up = _Scale(0, 1, _MARGIN, _MARGIN + _SIDE), _Scale(0, 1, 12 + _SIDE, 12)
-    body = list(_axes(across, up, [0, 0.2, 0.4, 0.6, 0.8, 1], [0, 0.2, 0.4, 0.6, 0.8, 1], x, y))
+    across, up = _Scale(0, 1, _MARGIN, _MARGIN + side), _Scale(0, 1, 12 + side, 12)
+    ticks = [0, 0.2, 0.4, 0.6, 0.8, 1] if side == _SIDE else [0, 0.5, 1]
+    body = list(_axes(across, up, ticks, ticks, x, y))
     if diagonal:
         body.append(_line(across(0), up(0), across(1), up(1), "chance"))
     if level is not None:
         body.append(_line(across(0), up(level), across(1), up(level), "chance"))
     body += [_curve(line, across, up) for line in lines]
-    return _svg(_MARGIN + _SIDE + 14, _SIDE + 54, title, body)
+    return _svg(_MARGIN + side + 14, side + 54, title, body)
 
 
 def reliability(bins: Sequence[tuple[float, float, int]], *, title: str, style: int) -> Markup:
     """Draw the observed rate over the mean probability; a circle's area is its bin's number of patches."""
-    across, up = _Scale(0, 1, _MARGIN, _MARGIN + 190), _Scale(0, 1, 202, 12)
+    across, up = _Scale(0, 1, _MARGIN, _MARGIN + SMALL), _Scale(0, 1, SMALL + 12, 12)
     body = list(_axes(across, up, [0, 0.5, 1], [0, 0.5, 1], "mean probability", "observed rate"))
     body.append(_line(across(0), up(0), across(1), up(1), "chance"))
     most = max((count for _, _, count in bins), default=1)
     for mean, rate, count in bins:
         hint = f"{count:,} patches: probability {mean:.2f}, observed {rate:.2f}"
         body.append(_circle(across(mean), up(rate), 3 + 8 * math.sqrt(count / most), f"bin s{style}", hint))
-    return _svg(_MARGIN + 204, 244, title, body)
+    return _svg(_MARGIN + SMALL + 14, SMALL + 54, title, body)
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from features.console import UserError, progress
+from features.labels import Classes
 from features.samples import MISSING_VOTE, TEST, Samples, audit
 from probe.across import Across, across_sets, adjusted_over
 from probe.calibration import Calibration, calibrate
@@ -28,19 +29,19 @@ from probe.domains import DomainView, by_domain
 from probe.ensembles import Ensemble, ensemble_of, rows_of
 from probe.evidence import Comparison, Question, compare, fold_figures
 from probe.leaks import UNSEEN, KnownPatches, known_patches, with_unseen
-from probe.metrics import ECE_BINS, FoldFigure, Judgement, calibration_bin
+from probe.metrics import ECE_BINS, FoldFigure, Judgement, calibration_bin, figure_titles
 from probe.predictions import VALIDATION
 from probe.raters import RaterView, by_agreement
 from probe.rates import RateView, by_slide
 from probe.report.read import Run
-from probe.report.summary import three_sentences
+from probe.report.summary import listed, three_sentences
 from probe.resample import SLIDE, Resampling
 from probe.thresholds import ThresholdView, by_threshold
 
 _SPLIT_TITLES = {VALIDATION: "out of fold", TEST: "test", UNSEEN: "test without patches known from training"}
 _DIGITS = 8  # of a digest
 _ROPE = 0.01  # differences between datasets' means that are of no account, where no margin is named
-_POINTS = 250  # at most, of a drawn curve
+_POINTS, _LEAST_POINTS = 250, 60  # at most, of a drawn curve: of two classes, and of many
 
 
 @dataclass(frozen=True)
@@ -72,19 +73,12 @@ class ReportOptions:
             raise UserError(f"unknown `holm={self.holm!r}`: use set or all.")
 
 
-@dataclass(frozen=True)
-class Confusion:
-    """Patches by label and prediction at the run's threshold."""
-
-    tp: int
-    fn: int
-    fp: int
-    tn: int
+Confusion = tuple[tuple[int, ...], ...]  # patches by label (rows) and predicted class
 
 
 @dataclass(frozen=True)
 class Curves:
-    """What is drawn of one run on one set. A curve that needs an absent class is empty.
+    """What is drawn of one class against the rest, of one run on one set. A curve that needs an absent class is empty.
 
     Attributes:
         roc: (false positive rate, true positive rate) from (0, 0) to (1, 1).
@@ -105,35 +99,66 @@ class SetReport:
         dataset, split: which set; split "validation" holds out-of-fold predictions.
         fold_digest: of the assignment that out-of-fold predictions belong to; empty for a test set, and if all runs
             share one.
-        n, n_positive: patches.
-        n_identical: sets of byte-identical patches among them.
+        classes: their names.
+        counts: patches of every class.
+        slides: slides that hold each class; 0 where slides are not known.
+        n_identical: sets of byte-identical patches.
         comparison: figures with intervals, differences, ranks.
         folds: figure to what the fold models reach.
-        confusion, curves: of the ensemble.
-        raters: by agreement of the raters; empty without two raters.
+        confusion: of the ensemble, as it predicts (`Ensemble.predicted`).
+        curves: of the ensemble, an entry for each of `drawn_classes`.
+        raters: by agreement of the raters; empty without two raters, and with more than two classes.
         domains: by domain; empty without two domains.
-        calibration: of predicted probabilities.
-        thresholds: how thresholds travel to other domains; empty without two domains, and out of fold.
-        rates: the rate of class 1 per slide; empty where slides are not known, and out of fold.
+        calibration: of predicted probabilities; empty with more than two classes.
+        thresholds: how thresholds travel to other domains; empty without two domains, out of fold, and with more than
+            two classes.
+        rates: the rate of class 1 per slide; empty where slides are not known, out of fold, and with more than two
+            classes.
         missing: runs without predictions here.
     """
 
     dataset: str
     split: str
     fold_digest: str
-    n: int
-    n_positive: int
+    classes: Classes
+    counts: tuple[int, ...]
+    slides: tuple[int, ...]
     n_identical: int
     comparison: Comparison
     folds: dict[str, dict[str, FoldFigure]]
     confusion: dict[str, Confusion]
-    curves: dict[str, Curves]
+    curves: dict[str, tuple[Curves, ...]]
     raters: dict[str, RaterView]
     domains: dict[str, DomainView]
     calibration: dict[str, Calibration]
     thresholds: dict[str, ThresholdView]
     rates: dict[str, RateView]
     missing: tuple[str, ...]
+
+    @property
+    def n(self) -> int:
+        """How many patches there are."""
+        return sum(self.counts)
+
+    @property
+    def n_positive(self) -> int:
+        """Patches of class 1."""
+        return self.counts[1]
+
+    @property
+    def held(self) -> tuple[int, ...]:
+        """The classes that the set holds; means over classes are over these."""
+        return tuple(k for k, count in enumerate(self.counts) if count)
+
+    @property
+    def drawn_classes(self) -> tuple[int, ...]:
+        """The classes that curves are drawn of, each against the rest: of two, class 1."""
+        return drawn_classes(len(self.classes))
+
+    @property
+    def titles(self) -> dict[str, str]:
+        """Figure to its heading."""
+        return figure_titles(self.classes)
 
     @property
     def is_validation(self) -> bool:
@@ -166,6 +191,8 @@ class Report:
         version: of mitofm.
         labels: of the runs, by date.
         train: the dataset that all runs were trained on.
+        classes: what the runs tell apart.
+        ordinal: whether these are ordered.
         fold_digest, n_folds: of the first run's assignment.
         ids: run to its id, which is the name of its folder.
         fold_digests: run to the digest of its assignment.
@@ -181,6 +208,8 @@ class Report:
     version: str
     labels: tuple[str, ...]
     train: str
+    classes: Classes
+    ordinal: bool
     fold_digest: str
     n_folds: int
     ids: dict[str, str]
@@ -262,6 +291,7 @@ def collect(
         over_all = adjusted_over({one.title: one.comparison for one in sets})
         sets = [replace(one, comparison=over_all[one.title]) for one in sets]
     all_notes = [*notes, *(f"{one.line(first.train)}." for one in known)]
+    all_notes += [_say_absent(one) for one in sets if len(one.classes) > 2 and len(one.held) < len(one.classes)]
     for one in sets:
         if one.split == UNSEEN or one.is_validation:
             continue
@@ -275,6 +305,8 @@ def collect(
         version=version("mitofm"),
         labels=tuple(run.label for run in runs),
         train=first.train,
+        classes=first.label_names,
+        ordinal=first.ordinal,
         fold_digest=first.folds.digest,
         n_folds=first.folds.n,
         ids={run.label: run.record.id for run in runs},
@@ -307,6 +339,13 @@ def _sets(runs: Sequence[Run]) -> dict[_Key, list[Run]]:
 def _say_identical(one: SetReport) -> str:
     drawn = "with their slides" if one.any_judgement.unit == SLIDE else "together"
     return f"{one.title} holds {one.n_identical} sets of byte-identical patches; in resamples they are drawn {drawn}."
+
+
+def _say_absent(one: SetReport) -> str:
+    absent = [one.classes[k] for k, count in enumerate(one.counts) if not count]
+    n = len(one.held)
+    over = f"are over the {n} classes that it holds" if n > 1 else "do not exist there"
+    return f"{one.title} has no patch of {listed(absent)}: means over classes {over}."
 
 
 def _with_unseen(runs: Sequence[Run]) -> tuple[list[Run], list[KnownPatches]]:
@@ -342,8 +381,8 @@ class _Views:
     """What is said of one run on one set; None where its table does not tell what that needs."""
 
     confusion: Confusion
-    curves: Curves
-    calibration: Calibration
+    curves: tuple[Curves, ...]
+    calibration: Calibration | None
     raters: RaterView | None
     domains: DomainView | None
     thresholds: ThresholdView | None
@@ -361,7 +400,7 @@ def _compare_on(
 ) -> _Compared:
     table = fullest([run.tables[dataset] for run in scored])
     ensembles = {run.label: _ensemble(run, dataset, split, table) for run in scored}
-    folds = {run.label: fold_figures(run.predictions, dataset, split) for run in scored}
+    folds = {run.label: fold_figures(run.predictions, dataset, split, ordinal=run.record.ordinal) for run in scored}
     comparison = compare(  # refuses runs of different patches
         ensembles,
         resampling=resampling,
@@ -377,19 +416,20 @@ def _compare_on(
 def _views(on: _Compared, run: Run, *, resampling: Resampling, options: ReportOptions) -> _Views:
     ensemble, table = on.ensembles[run.label], on.tables[run.label]
     is_test = on.split != VALIDATION
+    of_two = ensemble.n_classes == 2
     has_raters = ((table.votes != MISSING_VOTE).sum(axis=1) >= 2).any()
     has_domains = len(set(table.domain.tolist()) - {""}) >= 2
     thresholds = rates = None
-    if has_domains and is_test:
+    if of_two and has_domains and is_test:
         thresholds = by_threshold(ensemble, table.domain, specificity=options.specificity, resampling=resampling)
-    if (table.group != "").any() and is_test and (run.record.train, VALIDATION) in run.predictions.sets():
+    if of_two and (table.group != "").any() and is_test and (run.record.train, VALIDATION) in run.predictions.sets():
         out_of_fold = _at_own_threshold(_ensemble(run, run.record.train, VALIDATION, None), ensemble)
         rates = by_slide(ensemble, table.domain, out_of_fold=out_of_fold, resampling=resampling)
     return _Views(
         confusion=_confusion(ensemble),
-        curves=_curves(ensemble),
-        calibration=calibrate(ensemble, prevalences=options.prevalences, resampling=resampling),
-        raters=by_agreement(ensemble, table.votes, resampling=resampling) if has_raters else None,
+        curves=tuple(_curves(ensemble, k) for k in drawn_classes(ensemble.n_classes)),
+        calibration=calibrate(ensemble, prevalences=options.prevalences, resampling=resampling) if of_two else None,
+        raters=by_agreement(ensemble, table.votes, resampling=resampling) if of_two and has_raters else None,
         domains=by_domain(ensemble, table.domain, resampling=resampling) if has_domains else None,
         thresholds=thresholds,
         rates=rates,
@@ -398,12 +438,14 @@ def _views(on: _Compared, run: Run, *, resampling: Resampling, options: ReportOp
 
 def _set_report(on: _Compared, views: dict[str, _Views], *, missing: Sequence[str]) -> SetReport:
     samples = next(iter(on.tables.values()))
+    counts = next(iter(on.ensembles.values())).counts
     return SetReport(
         dataset=on.dataset,
         split=on.split,
         fold_digest=on.fold_digest,
-        n=len(samples),
-        n_positive=int((samples.label == 1).sum()),
+        classes=on.scored[0].record.label_names,
+        counts=counts,
+        slides=tuple(len(set(samples.group[samples.label == k].tolist()) - {""}) for k in range(len(counts))),
         n_identical=len(audit(samples).duplicates),
         comparison=on.comparison,
         folds=on.folds,
@@ -411,7 +453,7 @@ def _set_report(on: _Compared, views: dict[str, _Views], *, missing: Sequence[st
         curves={label: view.curves for label, view in views.items()},
         raters={label: view.raters for label, view in views.items() if view.raters},
         domains={label: view.domains for label, view in views.items() if view.domains},
-        calibration={label: view.calibration for label, view in views.items()},
+        calibration={label: view.calibration for label, view in views.items() if view.calibration},
         thresholds={label: view.thresholds for label, view in views.items() if view.thresholds},
         rates={label: view.rates for label, view in views.items() if view.rates},
         missing=tuple(missing),
@@ -430,33 +472,36 @@ def fullest(tables: Sequence[Samples]) -> Samples:
 
 def _ensemble(run: Run, dataset: str, split: str, samples: Samples | None) -> Ensemble:
     try:
-        return ensemble_of(run.predictions, dataset, split, samples=samples)
+        return ensemble_of(run.predictions, dataset, split, samples=samples, ordinal=run.record.ordinal)
     except UserError as error:
         raise UserError(f"{run.folder}: {error}") from error
 
 
 def _confusion(ensemble: Ensemble) -> Confusion:
-    y, predicted = ensemble.label == 1, ensemble.probability >= ensemble.threshold
-    return Confusion(
-        tp=int((y & predicted).sum()),
-        fn=int((y & ~predicted).sum()),
-        fp=int((~y & predicted).sum()),
-        tn=int((~y & ~predicted).sum()),
-    )
+    c = ensemble.n_classes
+    cell = ensemble.label.astype(np.intp) * c + ensemble.predicted
+    return tuple(map(tuple, np.bincount(cell, minlength=c * c).reshape(c, c).tolist()))
 
 
-def _curves(ensemble: Ensemble) -> Curves:
+def drawn_classes(n_classes: int) -> tuple[int, ...]:
+    """List the classes that say all against the rest: of two, class 1 alone."""
+    return (1,) if n_classes == 2 else tuple(range(n_classes))
+
+
+def _curves(ensemble: Ensemble, k: int) -> Curves:
     from sklearn.metrics import precision_recall_curve, roc_curve
 
-    y, p = ensemble.label == 1, ensemble.probability
+    y, p = ensemble.label == k, ensemble.probability[:, k]
+    points = max(_LEAST_POINTS, 2 * _POINTS // ensemble.n_classes)
     roc: tuple[tuple[float, float], ...] = ()
     precision_recall: tuple[tuple[float, float], ...] = ()
     if y.any() and not y.all():
         false_rate, true_rate, _ = roc_curve(y, p, drop_intermediate=False)
-        roc = ((0.0, 0.0), *_thinned(false_rate[1:], true_rate[1:]))
+        roc = ((0.0, 0.0), *_thinned(false_rate[1:], true_rate[1:], points))
     if y.any():
         precision, recall, _ = precision_recall_curve(y, p)
-        precision_recall = _thinned(recall[-2::-1], precision[-2::-1])  # from the highest threshold; the last has none
+        # From the highest threshold; the last has none.
+        precision_recall = _thinned(recall[-2::-1], precision[-2::-1], points)
     bins = calibration_bin(p)
     count = np.bincount(bins, minlength=ECE_BINS)
     filled = np.flatnonzero(count)
@@ -468,7 +513,7 @@ def _curves(ensemble: Ensemble) -> Curves:
     )
 
 
-def _thinned(x: NDArray[np.float64], y: NDArray[np.float64]) -> tuple[tuple[float, float], ...]:
-    """Thin a curve to at most `_POINTS` points, both ends kept."""
-    rows = np.unique(np.linspace(0, len(x) - 1, min(len(x), _POINTS)).astype(np.intp))
+def _thinned(x: NDArray[np.float64], y: NDArray[np.float64], most: int) -> tuple[tuple[float, float], ...]:
+    """Thin a curve to at most so many points, both ends kept."""
+    rows = np.unique(np.linspace(0, len(x) - 1, min(len(x), most)).astype(np.intp))
     return tuple(zip(x[rows].tolist(), y[rows].tolist(), strict=True))

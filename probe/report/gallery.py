@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from features.console import UserError, progress
-from features.samples import MISSING_VOTE
+from features.samples import MISSING_VOTE, VOTE_LETTERS
 from features.store import FeatureStore
 from probe.ensembles import ensemble_of, rows_of
 from probe.leaks import UNSEEN
@@ -50,8 +50,8 @@ class GalleryPatches:
         set_index: (n,) index of the set in `Report.sets`.
         id, group, domain: (n,) str.
         label: (n,) int8.
-        votes: n strings, one letter per rater: 1, 0, or - where missing.
-        probability: (runs, n) of the ensemble, NaN where a run has no prediction.
+        votes: n strings, one letter of `VOTE_LETTERS` per rater, or - where missing.
+        probability: (runs, n, c) of the ensemble, NaN where a run has no prediction.
         n_left_out: per set, patches that are not shown.
     """
 
@@ -129,7 +129,7 @@ def select_patches(report: Report, runs: Sequence[Run]) -> GalleryPatches:
             label: ensemble_of(run.predictions, set_report.dataset, set_report.split) for label, run in scored.items()
         }
         first = next(iter(ensembles.values()))
-        probability = np.full((len(runs), len(first)), np.nan)
+        probability = np.full((len(runs), len(first), first.n_classes), np.nan)
         for number, run in enumerate(runs):
             if run.label in ensembles:
                 ensemble = ensembles[run.label]
@@ -139,20 +139,26 @@ def select_patches(report: Report, runs: Sequence[Run]) -> GalleryPatches:
         n_left_out.append(len(first) - len(rows))
         table = fullest([run.tables[set_report.dataset] for run in scored.values()])
         table = table.select(rows_of(first, table.id)[rows])
-        votes += ["".join("-" if vote == MISSING_VOTE else str(vote) for vote in row) for row in table.votes.tolist()]
+        votes += [
+            "".join("-" if vote == MISSING_VOTE else VOTE_LETTERS[vote] for vote in row) for row in table.votes.tolist()
+        ]
         set_index = np.full(len(rows), index)
-        columns.append((set_index, table.id, table.group, table.domain, table.label, probability[:, rows].T))
+        columns.append(
+            (set_index, table.id, table.group, table.domain, table.label, probability[:, rows].swapaxes(0, 1))
+        )
     set_index, id, group, domain, label, probability = (np.concatenate(parts) for parts in zip(*columns, strict=True))
-    return GalleryPatches(set_index, id, group, domain, label, tuple(votes), probability.T, tuple(n_left_out))
+    by_run = probability.swapaxes(0, 1)
+    return GalleryPatches(set_index, id, group, domain, label, tuple(votes), by_run, tuple(n_left_out))
 
 
 def _worst_and_random(label: NDArray[np.int8], probability: NDArray[np.float64], most: int) -> NDArray[np.intp]:
     if most >= len(label):
         return np.arange(len(label))
-    error = np.nanmax(np.abs(probability - label), axis=0)
+    others = np.where(np.arange(probability.shape[2]) == label[:, None], np.nan, probability)
+    error = np.nanmax(others, axis=(0, 2))  # what the most mistaken run says of its favourite among the other classes
     worst = np.argsort(-error, kind="stable")
-    others = np.random.default_rng(_SEED).permutation(worst[most // 2 :])[: most - most // 2]
-    return np.sort(np.concatenate([worst[: most // 2], others]))
+    drawn = np.random.default_rng(_SEED).permutation(worst[most // 2 :])[: most - most // 2]
+    return np.sort(np.concatenate([worst[: most // 2], drawn]))
 
 
 # ---------------------------------------------------------------------------------------------------------- thumbnails

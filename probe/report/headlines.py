@@ -6,15 +6,14 @@ import math
 from collections.abc import Sequence
 from statistics import fmean
 
-from probe.metrics import COMPARED, TITLES, Interval
+from probe.metrics import COMPARED, Interval
 from probe.report.collect import Report, SetReport
 from probe.report.read import Run
-from probe.report.summary import ALPHA, RANKING, by_rank, held_out, listed, short, units
+from probe.report.summary import ALPHA, RANKING, by_rank, held_out, in_words, listed, short, units
 
 
 def headlines(report: Report, runs: Sequence[Run]) -> dict[str, str]:
     """Say what each section shows, section to sentence; empty where nothing can be said."""
-    positive = runs[0].record.label_names[1]
     sets = held_out(report.sets) or list(report.sets)
 
     def first(name: str) -> SetReport | None:
@@ -25,13 +24,13 @@ def headlines(report: Report, runs: Sequence[Run]) -> dict[str, str]:
         "trainings": _trainings(report.sets),
         "across": _across(report),
         "curves": _curves(sets[0]),
-        "decisions": _decisions(sets[0], positive),
+        "decisions": _decisions(sets[0]),
         "thresholds": _thresholds(first("thresholds")),
-        "slides": _slides(first("rates"), positive),
+        "slides": _slides(first("rates")),
         "raters": _raters(first("raters")),
         "domains": _domains(first("domains")),
         "learning": _learning(report, runs),
-        "gallery": _gallery(sets, positive),
+        "gallery": _gallery(sets[0]),
     }
 
 
@@ -43,7 +42,7 @@ def power(on: SetReport) -> str:
         return f"{on.title}: {comparison.pairs[0].untested}, so that no test is valid." if comparison.pairs else ""
     pairs = f"{n} pair{'s' * (n > 1)}"
     differing = [
-        f"{sum(pair.differences[name].p_holm < ALPHA for pair in comparison.pairs)} in {_low(name)}"
+        f"{sum(pair.differences[name].p_holm < ALPHA for pair in comparison.pairs)} in {in_words(on, name)}"
         for name in COMPARED
     ]
     said = f"{on.title}: of {pairs} of runs, {listed(differing)} differ after Holm's correction"
@@ -53,25 +52,21 @@ def power(on: SetReport) -> str:
     if not known:
         return f"{said}."
     limits = [
-        f"{short(limit.one)} (one pair) or {short(limit.holm)} (after Holm over {pairs}) in {_low(name)}"
+        f"{short(limit.one)} (one pair) or {short(limit.holm)} (after Holm over {pairs}) in {in_words(on, name)}"
         if n > 1
-        else f"{short(limit.one)} in {_low(name)}"
+        else f"{short(limit.one)} in {in_words(on, name)}"
         for name, limit in known.items()
     ]
     said += f". This set can show differences of {listed(limits)} with 80 % power"
     unit = units(on.any_judgement)
     needed = [
-        f"{limit.slides:,} {unit} for {short(limit.wanted)} in {_low(name)}"
+        f"{limit.slides:,} {unit} for {short(limit.wanted)} in {in_words(on, name)}"
         if limit.slides is not None
-        else f"for {short(limit.wanted)} in {_low(name)} no number of {unit} would do"
+        else f"for {short(limit.wanted)} in {in_words(on, name)} no number of {unit} would do"
         for name, limit in known.items()
         if limit.wanted is not None
     ]
     return f"{said}; needed: {listed(needed)}." if needed else f"{said}."
-
-
-def _low(name: str) -> str:
-    return TITLES[name] if TITLES[name].isupper() else TITLES[name].lower()
 
 
 def _trainings(sets: Sequence[SetReport]) -> str:
@@ -82,7 +77,7 @@ def _trainings(sets: Sequence[SetReport]) -> str:
     of = on.comparison.trainings[label]
     parts = of.figures[RANKING]
     return (
-        f"On {on.title}, the {TITLES[RANKING]} of {label} changes by {short(parts.ensemble_training)} (standard "
+        f"On {on.title}, the {in_words(on)} of {label} changes by {short(parts.ensemble_training)} (standard "
         f"deviation over {of.n} trainings) with another training, and by {short(parts.ensemble_slide)} with "
         f"other {units(on.any_judgement)}."
     )
@@ -96,16 +91,19 @@ def _across(report: Report) -> str:
     pair = next((one for one in figure.pairs if {one.first, one.second} == {best, following}), None)
     if pair is None or report.across is None:
         return figure.sentence
+    area = "AUROC" if len(report.classes) == 2 else "macro AUROC"
     as_named = pair.first == best
     better, worse = (pair.p_better, pair.p_worse) if as_named else (pair.p_worse, pair.p_better)
     return (
-        f"On a new data set, {best} would be better than {following} in {TITLES[RANKING]} by more than "
+        f"On a new data set, {best} would be better than {following} in {area} by more than "
         f"{short(report.across.rope)} with a probability of {_per_cent(better)}, and worse with one of "
         f"{_per_cent(worse)}. {figure.sentence}"
     )
 
 
 def _curves(on: SetReport) -> str:
+    if len(on.classes) > 2:
+        return _curves_by_class(on)
     values = {label: one.figures[RANKING].value for label, one in on.comparison.judgements.items()}
     known = {label: value for label, value in values.items() if not math.isnan(value)}
     if not known:
@@ -119,8 +117,23 @@ def _curves(on: SetReport) -> str:
     )
 
 
-def _decisions(on: SetReport, positive: str) -> str:
+def _curves_by_class(on: SetReport) -> str:
     best = by_rank(on)[0]
+    figures = on.comparison.judgements[best].figures
+    areas = {k: figures[f"auroc {k}"].value for k in on.held}
+    if len(areas) < 2:
+        return f"On {on.title} there is one class, and no curve."
+    hardest, easiest = min(areas, key=lambda k: areas[k]), max(areas, key=lambda k: areas[k])
+    return (
+        f"On {on.title}, {best} tells {on.classes[hardest]} from the rest worst (AUROC {short(areas[hardest])}) and "
+        f"{on.classes[easiest]} best ({short(areas[easiest])})."
+    )
+
+
+def _decisions(on: SetReport) -> str:
+    best, positive = by_rank(on)[0], on.classes[1]
+    if len(on.classes) > 2:
+        return _recalls(on, best)
     figures = on.comparison.judgements[best].figures
     found, passed = figures["sensitivity"], figures["specificity"]
     parts = []
@@ -129,6 +142,18 @@ def _decisions(on: SetReport, positive: str) -> str:
     if not math.isnan(passed.value):
         parts.append(f"takes {_per_cent(1 - passed.value)} of the others for {positive}")
     return f"On {on.title}, {best} {listed(parts)} at its threshold."
+
+
+def _recalls(on: SetReport, best: str) -> str:
+    """Say which class a run finds least, and what it takes it for."""
+    recalls = {k: on.comparison.judgements[best].figures[f"recall {k}"].value for k in on.held}
+    least = min(recalls, key=lambda k: recalls[k])
+    said = f"On {on.title}, {best} finds {on.classes[least]} least: {_per_cent(recalls[least])} of its patches"
+    wrong = {k: n for k, n in enumerate(on.confusion[best][least]) if k != least and n}
+    if not wrong:
+        return f"{said}."
+    taken = max(wrong, key=lambda k: wrong[k])
+    return f"{said}, and takes {wrong[taken]:,} of {on.counts[least]:,} for {on.classes[taken]}."
 
 
 def _thresholds(on: SetReport | None) -> str:
@@ -151,7 +176,7 @@ def _thresholds(on: SetReport | None) -> str:
     )
 
 
-def _slides(on: SetReport | None, positive: str) -> str:
+def _slides(on: SetReport | None) -> str:
     if on is None:
         return ""
     label = next(label for label in by_rank(on) if label in on.rates)
@@ -162,7 +187,7 @@ def _slides(on: SetReport | None, positive: str) -> str:
     which = "corrected" if found is of.corrected else "apparent"
     low, high = (found[f"{name} limit"].value for name in ("lower", "upper"))
     return (
-        f"On {of.n_slides} slides of {on.title}, the {which} rate of {positive} by {label} is off by "
+        f"On {of.n_slides} slides of {on.title}, the {which} rate of {on.classes[1]} by {label} is off by "
         f"{_signed(found['bias'].value)} on average, and on 95 % of slides by {_signed(low)} to {_signed(high)}."
     )
 
@@ -192,7 +217,7 @@ def _domains(on: SetReport | None) -> str:
     if worst is None:
         return ""
     return (
-        f"On {on.title}, the worst domain of {label} is {worst.domain} ({TITLES[RANKING]} {short(worst.value)}); the "
+        f"On {on.title}, the worst domain of {label} is {worst.domain} ({in_words(on)} {short(worst.value)}); the "
         f"mean of its domains is {_ends(view.macro[RANKING])}."
     )
 
@@ -202,14 +227,21 @@ def _learning(report: Report, runs: Sequence[Run]) -> str:
     return f"{n} of {len(report.labels)} runs have a learning curve." if n else ""
 
 
-def _gallery(sets: Sequence[SetReport], positive: str) -> str:
-    on = sets[0]
+def _gallery(on: SetReport) -> str:
     best = by_rank(on)[0]
-    counts = on.confusion[best]
-    return (
-        f"On {on.title}, {best} is wrong on {counts.fn + counts.fp:,} of {on.n:,} patches: {counts.fn:,} missed and "
-        f"{counts.fp:,} false {positive}."
-    )
+    wrong = {
+        (label, called): n
+        for label, row in enumerate(on.confusion[best])
+        for called, n in enumerate(row)
+        if called != label and n
+    }
+    said = f"On {on.title}, {best} is wrong on {sum(wrong.values()):,} of {on.n:,} patches"
+    if len(on.classes) == 2:
+        return f"{said}: {wrong.get((1, 0), 0):,} missed and {wrong.get((0, 1), 0):,} false {on.classes[1]}."
+    if not wrong:
+        return f"{said}."
+    label, called = max(wrong, key=lambda cell: wrong[cell])
+    return f"{said}, most often where it takes {on.classes[label]} for {on.classes[called]} ({wrong[label, called]:,})."
 
 
 def _ends(figure: Interval) -> str:

@@ -129,43 +129,56 @@ for (const list of document.querySelectorAll(".dissents")) {
 }
 
 // -------------------------------------------------------------------------------------------------------------- patches
+// Of two classes the data hold the probability of class 1, beside thresholds; of more the class that is said, its
+// probability, and that of the label.
+const many = data.names.length > 2;
 const votesOf = (row) => [...data.votes[data.vote[row]]].filter((vote) => vote !== "-");
-const positives = (votes) => votes.filter((vote) => vote === "1").length;
+const votesFor = (votes, k) => votes.filter((vote) => vote === data.letters[k]).length;
 const dissent = (row) => {
   const votes = votesOf(row);
-  return votes.length < 2 ? 0 : Math.min(positives(votes), votes.length - positives(votes)) / votes.length;
+  const most = Math.max(...data.names.map((_, k) => votesFor(votes, k)));
+  return votes.length < 2 ? 0 : (votes.length - most) / votes.length;
 };
 const thresholdOf = (run, row) => data.thresholds[run][data.set[row]];
 const has = (run, row) => data.probability[run][row] !== null;
+const predicted = (run, row) => (many ? data.predicted[run][row] : Number(data.probability[run][row] >= thresholdOf(run, row)));
 const outcome = (run, row) => {
   if (!has(run, row)) return "none";
-  const positive = data.probability[run][row] >= thresholdOf(run, row);
-  return positive === (data.label[row] === 1) ? "right" : positive ? "alarm" : "missed";
+  const said = predicted(run, row);
+  if (said === data.label[row]) return "right";
+  return many ? "wrong" : said === 1 ? "alarm" : "missed";
 };
-const OUTCOMES = {
-  right: "✓ correct", missed: `✗ missed ${data.names[1]}`, alarm: `✗ false ${data.names[1]}`, none: "not scored",
+const outcomeText = (run, row) => {
+  const is = outcome(run, row);
+  if (many && is !== "none") return `${is === "right" ? "✓" : "✗"} said ${data.names[predicted(run, row)]}`;
+  return { right: "✓ correct", missed: `✗ missed ${data.names[1]}`, alarm: `✗ false ${data.names[1]}`, none: "not scored" }[is];
 };
 // How far beyond the threshold a mistake lies, as a share of the way to certainty; below zero where the run is right.
+// Of more classes: how much more probable than the label the run holds what it says.
 const wrongness = (run, row) => {
   if (!has(run, row)) return -2;
   const p = data.probability[run][row];
+  if (many) return outcome(run, row) === "right" ? -p : p - data.probability_of_label[run][row];
   const t = thresholdOf(run, row);
   const beyond = p >= t ? (p - t) / Math.max(1 - t, 1e-9) : (t - p) / Math.max(t, 1e-9);
   return outcome(run, row) === "right" ? -beyond : beyond;
 };
 const spread = (row) => {
-  const scores = data.runs.map((_, run) => data.probability[run][row]).filter((p) => p !== null);
+  const scores = data.runs.map((_, run) => (many ? data.probability_of_label : data.probability)[run][row]).filter((p) => p !== null);
   return scores.length < 2 ? 0 : Math.max(...scores) - Math.min(...scores);
 };
-const describe = (row) => {
+const describe = (row, run) => {
   const lines = [`label ${data.names[data.label[row]]}`];
+  if (many && run !== undefined && outcome(run, row) === "wrong") lines[0] += `, probability ${data.probability_of_label[run][row].toFixed(3)}`;
   const votes = votesOf(row);
-  if (votes.length) lines[0] += `, votes ${positives(votes)}/${votes.length}`;
+  if (votes.length && !many) lines[0] += `, votes ${votesFor(votes, 1)}/${votes.length}`;
+  const given = many ? data.names.map((name, k) => [name, votesFor(votes, k)]).filter(([, times]) => times) : [];
+  if (given.length) lines.push(`votes ${given.map(([name, times]) => `${name} ${times}`).join(", ")}`);
   const from = [data.groups[data.group[row]], data.domains[data.domain[row]]].filter(Boolean);
   if (from.length) lines.push(from.join(", "));
   return lines;
 };
-const scoresOf = (row) => data.runs.map((run, k) => (has(k, row) ? `${run} ${data.probability[k][row].toFixed(3)}` : "")).filter(Boolean);
+const scoresOf = (row) => data.runs.map((run, k) => (has(k, row) ? `${run}${many ? ` said ${data.names[predicted(k, row)]}` : ""} ${data.probability[k][row].toFixed(3)}` : "")).filter(Boolean);
 
 // -------------------------------------------------------------------------------------------------------------- gallery
 const PAGE = 48;
@@ -192,8 +205,8 @@ const tileOf = (row, run) => {
   canvas.setAttribute("aria-label", `Patch ${data.id[row]}`);
   const caption = make("figcaption");
   const p = data.probability[run][row];
-  caption.append(make("div", `${OUTCOMES[is]}${p === null ? "" : ` ${p.toFixed(3)}`}`, "outcome"));
-  for (const line of describe(row)) caption.append(make("div", line));
+  caption.append(make("div", `${outcomeText(run, row)}${p === null ? "" : ` ${p.toFixed(3)}`}`, "outcome"));
+  for (const line of describe(row, run)) caption.append(make("div", line));
   caption.append(make("div", data.id[row], "ends"), make("div", data.sets[data.set[row]].title, "ends"));
   tile.title = [data.id[row], ...scoresOf(row)].join("\n");
   tile.append(canvas, caption);
@@ -219,7 +232,8 @@ const filter = () => {
     const is = outcome(run, row);
     if (wanted.set ? data.set[row] !== Number(wanted.set) : data.sets[data.set[row]].validation && data.sets.length > 1) continue;
     if (wanted.label && data.label[row] !== Number(wanted.label)) continue;
-    if (wanted.outcome === "wrong" ? is !== "missed" && is !== "alarm" : wanted.outcome && is !== wanted.outcome) continue;
+    if (wanted.predicted && !(has(run, row) && predicted(run, row) === Number(wanted.predicted))) continue;
+    if (wanted.outcome === "wrong" ? is === "right" || is === "none" : wanted.outcome && is !== wanted.outcome) continue;
     if (wanted.agreement === "disputed" && dissent(row) === 0) continue;
     if (wanted.agreement === "unanimous" && (dissent(row) > 0 || votesOf(row).length < 2)) continue;
     if (wanted.domain && data.domain[row] !== Number(wanted.domain)) continue;
@@ -268,16 +282,38 @@ if (canvas) {
     }
   };
 
-  // Shape says the same as colour, so that the map reads without it.
+  // Shape says the same as colour, so that the map reads without it. What is no number is drawn as a letter.
   const draw = (to, shape, x, y, colour) => {
     to.beginPath();
+    if (typeof shape === "string") {
+      to.font = "bold 11px monospace"; // tells l from I
+      to.textAlign = "center";
+      to.textBaseline = "middle";
+      to.fillStyle = colour;
+      to.fillText(shape, x, y);
+      return;
+    }
     if (shape === 0) to.arc(x, y, 3.2, 0, 2 * Math.PI);
     else if (shape === 1) { to.moveTo(x, y - 4.2); to.lineTo(x + 4, y + 3.2); to.lineTo(x - 4, y + 3.2); to.closePath(); }
     else if (shape === 2) to.rect(x - 3, y - 3, 6, 6);
+    else if (shape === 4) { to.moveTo(x, y - 4.6); to.lineTo(x + 4.6, y); to.lineTo(x, y + 4.6); to.lineTo(x - 4.6, y); to.closePath(); }
+    else if (shape === 5) { to.moveTo(x, y + 4.2); to.lineTo(x + 4, y - 3.2); to.lineTo(x - 4, y - 3.2); to.closePath(); }
+    else if (shape === 6) { to.moveTo(x - 4.4, y); to.lineTo(x + 4.4, y); to.moveTo(x, y - 4.4); to.lineTo(x, y + 4.4); }
+    else if (shape === 7) to.arc(x, y, 3.6, 0, 2 * Math.PI);
+    else if (shape === 8) to.rect(x - 3.2, y - 3.2, 6.4, 6.4);
+    else if (shape === 9) { to.moveTo(x, y - 4.6); to.lineTo(x + 4.2, y + 3.4); to.lineTo(x - 4.2, y + 3.4); to.closePath(); }
     else { to.moveTo(x - 3.4, y - 3.4); to.lineTo(x + 3.4, y + 3.4); to.moveTo(x + 3.4, y - 3.4); to.lineTo(x - 3.4, y + 3.4); }
-    if (shape === 3) { to.strokeStyle = colour; to.lineWidth = 1.6; to.stroke(); }
+    if (shape === 3 || shape > 5) { to.strokeStyle = colour; to.lineWidth = 1.6; to.stroke(); }
     else { to.fillStyle = colour; to.fill(); }
   };
+
+  // Each class has a mark of its own: the first ten shapes in colours that differ for colour-blind eyes too, then letters
+  // in colours that need not.
+  const SHAPES = 10;
+  const markOf = (k) => (k < SHAPES
+    ? [k, css(`--c${k}`)]
+    : [data.letters[k], `hsl(${Math.round(137.5 * k) % 360} 65% ${isDark() ? 70 : 34}%)`]);
+  let highlighted = null; // the entry of the legend that was chosen
 
   // How each patch looks: its entry in the legend, which is a text, a shape and a colour; none for what is left out there.
   const looks = () => {
@@ -288,12 +324,17 @@ if (canvas) {
     const right = ["correct", 0, css("--soft")];
     const missed = [`missed ${positive}`, 1, css("--s1")];
     const alarm = [`false ${positive}`, 2, css("--s4")];
-    const labels = [[negative, 0, css("--s0")], [positive, 1, css("--s1")]];
+    const labels = many ? data.names.map((name, k) => [name, ...markOf(k)]) : [[negative, 0, css("--s0")], [positive, 1, css("--s1")]];
+    const wrong = ["wrong", 1, css("--s1")];
     const sets = data.sets.map((set, k) => [set.title, k % 4, css(`--s${k % 8}`)]);
     const shades = [[`${negative}, probability 0`, 0, 0], ["probability 0.5", 0, 0.5], [`${positive}, probability 1`, 1, 1]];
     return {
       label: { legend: labels, of: (row) => labels[data.label[row]] },
-      outcome: { legend: [right, missed, alarm], of: (row) => ({ right, missed, alarm, none })[outcome(run, row)] },
+      predicted: { legend: labels, of: (row) => (has(run, row) ? labels[predicted(run, row)] : none) },
+      outcome: {
+        legend: many ? [right, wrong] : [right, missed, alarm],
+        of: (row) => ({ right, missed, alarm, wrong, none })[outcome(run, row)],
+      },
       probability: {
         legend: shades.map(([text, shape, p]) => [text, shape, shade(p)]),
         of: (row) => (has(run, row) ? ["", data.label[row], shade(data.probability[run][row])] : none),
@@ -313,27 +354,50 @@ if (canvas) {
     const [xs, ys] = [components[Number(chosen.x.value)], components[Number(chosen.y.value)]];
     const only = chosen.set.value;
     const look = looks();
+    const choosable = many && ["label", "predicted"].includes(chosen.colour.value);
+    const faint = (text) => choosable && highlighted !== null && text !== data.names[highlighted];
     places = [];
     const drawn = [];
-    context.globalAlpha = 0.7;
     for (let row = 0; row < n; row += 1) {
       if (xs[row] === null || (only && data.set[row] !== Number(only))) continue;
       const x = MARGIN + (xs[row] / 1000) * (width - 2 * MARGIN);
       const y = height - MARGIN - (ys[row] / 1000) * (height - 2 * MARGIN);
       places.push([row, x, y]);
-      drawn.push([...look.of(row).slice(1), x, y]);
+      const [text, shape, colour] = look.of(row);
+      drawn.push([shape, colour, x, y, faint(text)]);
     }
-    drawn.sort((a, b) => a[0] - b[0]); // discs, the common case, below the other shapes
-    for (const [shape, colour, x, y] of drawn) draw(context, shape, x, y, colour);
+    // Discs, the common case, below the other shapes; what was chosen in the legend above all.
+    const layer = (shape) => (typeof shape === "string" ? SHAPES : shape);
+    drawn.sort((a, b) => b[4] - a[4] || layer(a[0]) - layer(b[0]));
+    for (const [shape, colour, x, y, isFaint] of drawn) {
+      context.globalAlpha = isFaint ? 0.12 : 0.7;
+      draw(context, shape, x, y, colour);
+    }
     context.globalAlpha = 1;
-    legend.replaceChildren(...look.legend.map(([text, shape, colour]) => {
+    const focused = document.activeElement?.closest("#map-legend button")?.dataset.entry;
+    legend.classList.toggle("choosable", choosable);
+    legend.replaceChildren(...look.legend.map(([text, shape, colour], entry) => {
       const item = make("li");
       const sign = make("canvas");
       sign.width = sign.height = 14;
       draw(sign.getContext("2d"), shape, 7, 7, colour);
-      item.append(sign, text);
+      if (!choosable) {
+        item.append(sign, text);
+        return item;
+      }
+      const button = make("button");
+      button.type = "button";
+      button.dataset.entry = entry;
+      button.setAttribute("aria-pressed", String(entry === highlighted));
+      button.append(sign, make("span", text));
+      button.addEventListener("click", () => {
+        highlighted = entry === highlighted ? null : entry;
+        redraw();
+      });
+      item.append(button);
       return item;
     }));
+    if (focused !== undefined) legend.querySelector(`button[data-entry="${focused}"]`)?.focus();
     if (current >= 0) {
       const [, x, y] = places[current];
       context.beginPath();

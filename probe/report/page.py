@@ -18,10 +18,13 @@ from functools import partial
 from importlib.resources import files
 from typing import Any
 
+import numpy as np
 from markupsafe import Markup
+from numpy.typing import NDArray
 
 from features.console import printable
-from probe.metrics import COMPARED, NAMES, TITLES, as_dict
+from features.samples import VOTE_LETTERS
+from probe.metrics import COMPARED, as_dict, figure_titles
 from probe.report.charts import N_STYLES
 from probe.report.collect import Report, SetReport
 from probe.report.gallery import EmbeddingMap, GalleryPatches, Thumbnails
@@ -74,11 +77,8 @@ def html(
         has_pictures: whether there will be any; the page says so where there are none.
     """
     style, script = _resource("page.css"), _resource("page.js")
-    names = runs[0].record.label_names
-    views = [
-        set_view(one, runs, index=index, margin=report.margin, positive=names[1])
-        for index, one in enumerate(report.sets)
-    ]
+    titles = figure_titles(report.classes)
+    views = [set_view(one, runs, index=index, margin=report.margin) for index, one in enumerate(report.sets)]
     page = _template().render(
         report=report,
         summary=report.summary,
@@ -92,9 +92,10 @@ def html(
         "base-uri 'none'; form-action 'none'",
         number={run.label: number for number, run in enumerate(runs, start=1)},
         style_of={run.label: number % N_STYLES for number, run in enumerate(runs)},
-        names=names,
-        titles=TITLES,
-        figures=NAMES,
+        names=report.classes,
+        of_two=len(report.classes) == 2,
+        titles=titles,
+        figures=[name for name in titles if name.partition(" ")[2] == ""],  # those of the task, not of one class
         compared=COMPARED,
         sources=SOURCES,
         views=views,
@@ -108,7 +109,7 @@ def html(
         n_left_out=sum(patches.n_left_out),
         n_shown=len(patches.id),
         everything=_figures_record(report),
-        data=_script_data(report, runs, patches, maps, names),
+        data=_script_data(report, runs, patches, maps),
     )
     return _UNSEEN.sub(lambda match: printable(match[0]), page)
 
@@ -220,19 +221,38 @@ def _script_data(
     runs: Sequence[Run],
     patches: GalleryPatches,
     maps: Sequence[EmbeddingMap],
-    names: tuple[str, str],
 ) -> dict[str, Any]:
-    """Gather what the script needs; strings that repeat are numbered."""
+    """Gather what the script needs; strings that repeat are numbered.
+
+    Of two classes that is the probability of class 1, beside the thresholds. Of more it is the class that a run
+    predicts, its probability, and that of the patch's label.
+    """
     groups, group = _numbered(patches.group.tolist())
     domains, domain = _numbered(patches.domain.tolist())
     votes, vote = _numbered(patches.votes)
     sets = patches.set_index.tolist()
     thresholds = [[_threshold(set_report, run.label) for set_report in report.sets] for run in runs]
+    if len(report.classes) == 2:
+        said: dict[str, Any] = {
+            "thresholds": thresholds,
+            "probability": [
+                [_rounded(value, by_set[index]) for value, index in zip(row, sets, strict=True)]
+                for row, by_set in zip(patches.probability[..., 1].tolist(), thresholds, strict=True)
+            ],
+        }
+    else:
+        known = np.isfinite(patches.probability[..., 0])
+        predicted = np.where(known, patches.probability.argmax(axis=2), -1)
+        of_label = np.take_along_axis(patches.probability, patches.label[None, :, None].astype(np.intp), axis=2)
+        said = {
+            "predicted": predicted.tolist(),
+            "probability": _digits(patches.probability.max(axis=2)),
+            "probability_of_label": _digits(of_label[..., 0]),
+        }
     return {
-        "names": names,
+        "names": report.classes,
         "sets": [{"title": one.title, "validation": one.is_validation} for one in report.sets],
         "runs": [run.label for run in runs],
-        "thresholds": thresholds,
         "set": sets,
         "id": patches.id.tolist(),
         "label": patches.label.tolist(),
@@ -242,12 +262,15 @@ def _script_data(
         "domain": domain,
         "votes": votes,
         "vote": vote,
-        "probability": [
-            [_rounded(value, by_set[index]) for value, index in zip(row, sets, strict=True)]
-            for row, by_set in zip(patches.probability.tolist(), thresholds, strict=True)
-        ],
+        "letters": VOTE_LETTERS,
+        **said,
         "maps": [one.as_json() for one in maps],
     }
+
+
+def _digits(probability: NDArray[np.float64]) -> list[list[float | None]]:
+    """Round (runs, n) probabilities to four digits; None where a run has no prediction."""
+    return [[None if math.isnan(value) else round(value, 4) for value in row] for row in probability.tolist()]
 
 
 def _rounded(value: float, threshold: float | None) -> float | None:

@@ -13,6 +13,7 @@ from probe.runs import RunRecord
 
 SOURCES = {"table-3": "paper, Table 3", "re-run": "authors' re-run"}
 FIGURES = {"balanced_accuracy": "bal. acc.", "auroc": "AUROC"}  # those that were published, in print
+FIGURES_OF_MORE = FIGURES | {"auroc": "macro AUROC"}  # of more than two classes, of which nothing was
 SAME = " (same figures as Table 3)"  # printed behind a source whose figures are no second measurement
 TRAINED_ON = "ami-br"  # what the published models were trained on
 

@@ -107,11 +107,24 @@ def _require_same_classes(records: Sequence[RunRecord]) -> None:
     first = records[0]
     for other in records[1:]:
         if compare_classes(first.label_names, other.label_names) != "same":
+            option = "`positive`" if 2 in (first.n_classes, other.n_classes) else "`classes`"
             raise UserError(
-                f"{_folder(first).name} tells {first.label_names[1]} (1) from {first.label_names[0]} (0), and "
-                f"{_folder(other).name} {other.label_names[1]} from {other.label_names[0]}: they answer different "
-                "questions. Report runs of one question, or run the others again with the same `positive` and `labels`."
+                f"{_folder(first).name} tells {_told(first)}, and {_folder(other).name} {_told(other)}: they answer "
+                f"different questions. Report runs of one question, or run the others again with the same {option} "
+                "and `labels`."
             )
+        if first.ordinal != other.ordinal:
+            ordered, free = (first, other) if first.ordinal else (other, first)
+            raise UserError(
+                f"{_folder(ordered).name} takes its classes to be ordered, and {_folder(free).name} does not: their "
+                "kappas weigh errors differently. Run one of them again with the same `ordinal`."
+            )
+
+
+def _told(record: RunRecord) -> str:
+    """Say which classes a run tells apart."""
+    named = [f"{name} ({k})" for k, name in enumerate(record.label_names)]
+    return f"{named[1]} from {named[0]}" if len(named) == 2 else f"{', '.join(named)} apart"
 
 
 def _folders(runs: Path) -> tuple[list[Path], list[str]]:

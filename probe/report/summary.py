@@ -97,9 +97,9 @@ def _out_of_fold(sets: Sequence[SetReport]) -> tuple[str, ...]:
     on = max(sets, key=lambda one: len(one.comparison.judgements))
     figures = [one.figures[RANKING].value for one in on.comparison.judgements.values()]
     if len(figures) == 1:
-        reached = f"{by_rank(on)[0]} reaches an AUROC of {short(figures[0])}"
+        reached = f"{by_rank(on)[0]} reaches {_article(on)} {in_words(on)} of {short(figures[0])}"
     else:
-        reached = f"the {len(figures)} runs reach AUROCs of {short(min(figures))} to {short(max(figures))}"
+        reached = f"the {len(figures)} runs reach {_areas(on)} of {short(min(figures))} to {short(max(figures))}"
     return (
         f"Out of fold on {on.dataset}, {reached}, which is optimistic: what a run chose, it chose on these patches.",
         "There is no test set, so nothing is said here of which run is better: score the runs on one with --test.",
@@ -112,7 +112,7 @@ def _clause(on: SetReport, report: Report) -> str:
     if all(math.isnan(on.comparison.judgements[label].figures[RANKING].value) for label in labels):
         return _of_one_class(on)
     if len(labels) == 1:
-        return f"on {_place(on)}, {labels[0]} reaches an AUROC of {_reached(on, labels[0])}"
+        return f"on {_place(on)}, {labels[0]} reaches {_article(on)} {in_words(on)} of {_reached(on, labels[0])}"
     if len(labels) == 2:
         return _of_two(on, labels[0], labels[1], report)
     return _of_many(on, labels, report)
@@ -150,14 +150,19 @@ def _disagree(sets: Sequence[SetReport], margin: float | None) -> bool:
 
 
 def _of_one_class(on: SetReport) -> str:
-    figure = "sensitivity" if on.n_positive else "specificity"
-    found = {label: one.figures[figure] for label, one in on.comparison.judgements.items()}
+    name, said, several = ("sensitivity",) * 2 + ("sensitivities",)
+    if len(on.classes) > 2:
+        (k,) = on.held
+        name, said, several = f"recall {k}", f"recall of {on.classes[k]}", f"recalls of {on.classes[k]}"
+    elif not on.n_positive:
+        name, said, several = ("specificity",) * 2 + ("specificities",)
+    found = {label: one.figures[name] for label, one in on.comparison.judgements.items()}
     start = f"on {_place(on)}, all of one class, there is no AUROC"
     if len(found) == 1:
         ((label, only),) = found.items()
-        return f"{start}; the {figure} of {label} is {_with_ends(only)}"
+        return f"{start}; the {said} {'of' if len(on.classes) == 2 else 'by'} {label} is {_with_ends(only)}"
     values = [one.value for one in found.values()]
-    return f"{start}; {_plural(figure)} range from {short(min(values))} to {short(max(values))}"
+    return f"{start}; {several} range from {short(min(values))} to {short(max(values))}"
 
 
 def _of_two(on: SetReport, best: str, other: str, report: Report) -> str:
@@ -168,13 +173,15 @@ def _of_two(on: SetReport, best: str, other: str, report: Report) -> str:
     if math.isnan(found.low) or found.high - found.low > 2 * _WIDEST:
         return f"{start}{best} and {other} cannot be compared: there are too few {_few(on)} for an interval"
     if said == "unknown":
-        return f"{start}{best} and {other} cannot be told apart in AUROC ({_ends(found)}){_limit(on, found.detectable)}"
+        limit = _limit(on, found.detectable)
+        return f"{start}{best} and {other} cannot be told apart in {in_words(on)} ({_ends(found)}){limit}"
+    area, margin = in_words(on), _margin(report)
     claim = {
-        "better": f"{best} is better than {other} by {short(found.value)} in AUROC",
-        "worse": f"{best} is worse than {other} by {short(-found.value)} in AUROC",  # ranked by value: never met
-        "equivalent": f"{best} and {other} are equivalent: their AUROCs differ by less than {_margin(report)}",
-        "not worse": f"{best} is not worse than {other} by {_margin(report)} or more in AUROC, nor shown to be better",
-        "not better": f"{best} is not better than {other} by {_margin(report)} or more in AUROC, nor shown to be worse",
+        "better": f"{best} is better than {other} by {short(found.value)} in {area}",
+        "worse": f"{best} is worse than {other} by {short(-found.value)} in {area}",  # ranked by value: never met
+        "equivalent": f"{best} and {other} are equivalent: their {_areas(on)} differ by less than {margin}",
+        "not worse": f"{best} is not worse than {other} by {margin} or more in {area}, nor shown to be better",
+        "not better": f"{best} is not better than {other} by {margin} or more in {area}, nor shown to be worse",
     }[said]
     if certain(found, report.margin) == said:
         return f"{start}{claim} ({_ends(found)})"
@@ -188,7 +195,7 @@ def _of_two(on: SetReport, best: str, other: str, report: Report) -> str:
 def _of_many(on: SetReport, labels: Sequence[str], report: Report) -> str:
     best, following, *_ = labels
     found = [one for label in labels[1:] if (one := difference_of(on, best, label, RANKING)) is not None]
-    start = f"on {_place(on)}, {best} has the highest AUROC, {_reached(on, best)}"
+    start = f"on {_place(on)}, {best} has the highest {in_words(on)}, {_reached(on, best)}"
     if all(math.isnan(one.low) for one in found):
         return f"{start}, and the set is too small to compare runs"
     sure = Counter(certain(one, report.margin) for one in found)
@@ -265,6 +272,21 @@ def units(judgement: Judgement) -> str:
     return "slides" if judgement.unit == SLIDE else "patches"
 
 
+def in_words(on: SetReport, name: str = RANKING) -> str:
+    """Name a figure of `COMPARED` in a sentence about a set."""
+    if name == RANKING and len(on.classes) > 2:
+        return f"macro AUROC over {len(on.held)} classes"
+    return TITLES[name] if TITLES[name].isupper() else TITLES[name].lower()
+
+
+def _areas(on: SetReport) -> str:
+    return in_words(on).replace("AUROC", "AUROCs")
+
+
+def _article(on: SetReport) -> str:
+    return "an" if in_words(on).startswith("A") else "a"
+
+
 def _reached(on: SetReport, label: str) -> str:
     return _with_ends(on.comparison.judgements[label].figures[RANKING])
 
@@ -321,7 +343,3 @@ def short(value: float) -> str:
 
 def listed(parts: Sequence[str]) -> str:
     return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
-
-
-def _plural(figure: str) -> str:
-    return f"{TITLES[figure].lower()[:-1]}ies"

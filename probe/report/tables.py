@@ -11,7 +11,7 @@ from itertools import combinations
 from features.console import printable
 from probe.metrics import Interval
 from probe.report.collect import Report, SetReport
-from probe.report.published import FIGURES, SOURCES, Published, published_for
+from probe.report.published import FIGURES, FIGURES_OF_MORE, SOURCES, Published, published_for
 from probe.report.read import Run
 from probe.report.summary import ALPHA, by_rank, difference_of, listed, over, units
 from probe.significance import Difference
@@ -38,13 +38,15 @@ class Grid:
 
     Attributes:
         caption: what it shows.
-        groups: a heading over every `len(FIGURES)` columns.
+        groups: a heading over every `len(figures)` columns.
         rows: a name, cells, and whether the row is somebody else's figures.
+        figures: the headings of the columns of a group.
     """
 
     caption: str
     groups: tuple[str, ...]
     rows: tuple[tuple[str, tuple[Cell, ...], bool], ...]
+    figures: tuple[str, ...] = tuple(FIGURES.values())
 
 
 def grids(report: Report, runs: Sequence[Run]) -> tuple[Grid, ...]:
@@ -81,21 +83,30 @@ def grids(report: Report, runs: Sequence[Run]) -> tuple[Grid, ...]:
     )
     n_folds = listed([str(n) for n in sorted({run.record.folds.n for run in runs})])
     n_models = listed([str(n) for n in sorted({run.record.folds.n * len(run.record.seeds) for run in runs})])
+    of_two, classes = len(report.classes) == 2, f"macro figures over {len(report.classes)} classes"
+    at = "threshold 0.5" if of_two else classes
+    chosen = "at the threshold chosen on out-of-fold predictions" if of_two else f"({classes}; the most probable one)"
     several = " (of runs with several trainings, the mean over them)" if n_models != n_folds else ""
     tables = [
         Grid(
-            f"Mean ± standard deviation over {n_models} fold models trained on {report.train}; threshold 0.5.",
+            f"Mean ± standard deviation over {n_models} fold models trained on {report.train}; {at}.",
             groups,
             tuple(folds),
+            _headings(report),
         ),
         Grid(
-            f"Ensemble of {n_folds} fold models{several} at the threshold chosen on out-of-fold predictions, with "
-            f"{report.how.level:.0%} cluster-bootstrap intervals ({drawn}).",
+            f"Ensemble of {n_folds} fold models{several} {chosen}, with {report.how.level:.0%} cluster-bootstrap "
+            f"intervals ({drawn}).",
             groups,
             tuple(ensembles),
+            _headings(report),
         ),
     ]
     return (*tables, _differences(report, sets, groups)) if len(runs) > 1 else tuple(tables)
+
+
+def _headings(report: Report) -> tuple[str, ...]:
+    return tuple((FIGURES if len(report.classes) == 2 else FIGURES_OF_MORE).values())
 
 
 def _differences(report: Report, sets: Sequence[SetReport], groups: tuple[str, ...]) -> Grid:
@@ -122,6 +133,7 @@ def _differences(report: Report, sets: Sequence[SetReport], groups: tuple[str, .
         "difference that the set would show for this pair in four of five cases, at 5 % after correction.",
         groups,
         tuple(rows),
+        _headings(report),
     )
 
 
@@ -168,7 +180,7 @@ def _digits(value: float) -> str:
 
 def markdown(grid: Grid) -> str:
     """Print a grid as a pipe table with its caption above it."""
-    columns = [f"{group}: {figure}" for group in grid.groups for figure in FIGURES.values()]
+    columns = [f"{group}: {figure}" for group in grid.groups for figure in grid.figures]
     lines = [
         _markdown_text(grid.caption),
         "",
@@ -184,7 +196,7 @@ def markdown(grid: Grid) -> str:
 
 def latex(grid: Grid) -> str:
     """Print a grid as a table environment; needs the package booktabs."""
-    n = len(FIGURES)
+    n = len(grid.figures)
     rules = "".join(f"\\cmidrule(lr){{{2 + n * k}-{1 + n * (k + 1)}}}" for k in range(len(grid.groups)))
     lines = [
         "\\begin{table}",
@@ -194,7 +206,7 @@ def latex(grid: Grid) -> str:
         "\\toprule",
         " & ".join(["", *(f"\\multicolumn{{{n}}}{{c}}{{{_latex_text(group)}}}" for group in grid.groups)]) + " \\\\",
         rules,
-        " & ".join(["Model", *(_latex_text(figure) for _ in grid.groups for figure in FIGURES.values())]) + " \\\\",
+        " & ".join(["Model", *(_latex_text(figure) for _ in grid.groups for figure in grid.figures)]) + " \\\\",
         "\\midrule",
     ]
     for name, cells, others in grid.rows:

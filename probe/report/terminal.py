@@ -10,7 +10,7 @@ from rich.table import Table
 from probe.curve import CurvePoint, summarise
 from probe.leaks import UNSEEN
 from probe.metrics import Interval
-from probe.report.published import FIGURES, SOURCES, published_for
+from probe.report.published import FIGURES, FIGURES_OF_MORE, SOURCES, published_for
 from probe.runs import RunRecord
 
 _TEXT = frozenset({"Model", "View", "Pooling", "View, pooling", "C per fold", ""})  # columns of words, not of numbers
@@ -30,8 +30,9 @@ def leaderboard(runs: Sequence[RunRecord]) -> Table:
     sets = list(dict.fromkeys(name for run in runs for name in run.figures.sets))
     named = [name.rsplit("/", 1) for name in sets]
     titles = [f"{dataset}\n{'test, unseen' if split == UNSEEN else split}" for dataset, split in named]
-    columns = [f"{title}\n{figure}" for title in titles for figure in FIGURES.values()]
-    table = _table(f"Mean ± std over {_which_models(runs)}; threshold 0.5", "Model", "View, pooling", *columns)
+    columns = [f"{title}\n{figure}" for title in titles for figure in _headings(runs)]
+    at = "threshold 0.5" if runs[0].n_classes == 2 else f"means over {runs[0].n_classes} classes"
+    table = _table(f"Mean ± std over {_which_models(runs)}; {at}", "Model", "View, pooling", *columns)
     for run in runs:
         metrics = [run.figures.sets.get(name) for name in sets]
         cells = [
@@ -60,6 +61,10 @@ def _which_models(runs: Sequence[RunRecord]) -> str:
     return " or ".join(f"{k * f} fold models ({k} seed{'s' * (k > 1)} x {f} folds)" for k, f in sorted(counts))
 
 
+def _headings(runs: Sequence[RunRecord]) -> tuple[str, ...]:
+    return tuple((FIGURES if runs[0].n_classes == 2 else FIGURES_OF_MORE).values())
+
+
 def ensemble_table(runs: Sequence[RunRecord]) -> Table | None:
     """Tabulate the fold ensemble of every run on the test sets, with intervals; None where no run has a test set."""
     sets = {name: one.ensemble for run in runs for name, one in run.figures.sets.items() if one.ensemble}
@@ -67,14 +72,17 @@ def ensemble_table(runs: Sequence[RunRecord]) -> Table | None:
         return None
     level = next(iter(sets.values())).level
     titles = [f"{' '.join(name.rsplit('/', 1))}\n{one.n_clusters} {one.unit}s" for name, one in sets.items()]
-    columns = [f"{title}\n{figure}" for title in titles for figure in FIGURES.values()]
-    title = f"Fold ensemble at the threshold of its out-of-fold predictions; {level:.0%} intervals"
-    table = _table(title, "Model", "Threshold", *columns)
+    columns = [f"{title}\n{figure}" for title in titles for figure in _headings(runs)]
+    of_two = runs[0].n_classes == 2
+    at = "at the threshold of its out-of-fold predictions" if of_two else "says the most probable class"
+    title = f"Fold ensemble {at}; {level:.0%} intervals"
+    table = _table(title, "Model", *(["Threshold"] if of_two else []), *columns)
     for run in runs:
         metrics = [run.figures.sets.get(name) for name in sets]
         ensembles = [one.ensemble if one else None for one in metrics]
         cells = [_interval_cell(one.figures[figure]) if one else "" for one in ensembles for figure in FIGURES]
-        table.add_row(f"{run.model} ({run.method})", f"{run.figures.threshold:.3f}", *cells)
+        threshold = [f"{run.figures.threshold:.3f}"] if of_two else []
+        table.add_row(f"{run.model} ({run.method})", *threshold, *cells)
     return table
 
 
@@ -121,14 +129,15 @@ def training_table(run: RunRecord) -> Table:
     return table
 
 
-def curve_tables(curves: Mapping[str, Sequence[CurvePoint]]) -> list[Table]:
+def curve_tables(curves: Mapping[str, Sequence[CurvePoint]], *, n_classes: int = 2) -> list[Table]:
     """Make a table per set: by run (named by the keys) and fraction, what was trained on and what it reached."""
     tables: dict[str, Table] = {}
+    at = "; threshold 0.5" if n_classes == 2 else f"; means over {n_classes} classes"
     for label, points in curves.items():
         previous = ""
         for row in summarise(points):
             if row.name not in tables:
-                title = f"Learning curve, {row.name}: mean ± std over folds and draws; threshold 0.5"
+                title = f"Learning curve, {row.name}: mean ± std over folds and draws{at}"
                 tables[row.name] = _table(title, "Model", "Fraction", "Slides", "Patches", "AUROC", "Bal. acc.")
             if row.name != previous:
                 tables[row.name].add_section()

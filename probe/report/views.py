@@ -11,10 +11,10 @@ from markupsafe import Markup
 from features.console import UserError
 from probe.curve import CurveSummary, summarise
 from probe.evidence import Pair
-from probe.metrics import COMPARED, TITLES, Interval
+from probe.metrics import COMPARED, Interval
 from probe.report import charts
-from probe.report.charts import N_STYLES, Dot, Line, Row
-from probe.report.collect import SetReport
+from probe.report.charts import N_STYLES, SMALL, Dot, Line, Row
+from probe.report.collect import Confusion, SetReport
 from probe.report.headlines import power
 from probe.report.published import SOURCES, Published, published_on
 from probe.report.read import Run
@@ -46,6 +46,39 @@ class CurvePanel:
     runs: Mapping[str, Mapping[str, Interval]]
     roc: Markup
     precision_recall: Markup
+
+
+@dataclass(frozen=True)
+class ClassPanel:
+    """One class against the rest: the curves of a set's best runs.
+
+    Attributes:
+        name: of the class.
+        n: patches of it.
+        figures: label to AUROC and average precision.
+        roc, precision_recall: plots.
+    """
+
+    name: str
+    n: int
+    figures: Mapping[str, tuple[float, float]]
+    roc: Markup
+    precision_recall: Markup
+
+
+@dataclass(frozen=True)
+class MatrixCell:
+    """A cell of a confusion matrix.
+
+    Attributes:
+        count: patches of the row's class that are called the column's.
+        share: of the row's; NaN of a class that the set lacks.
+        shade: 0 to 10, from that share.
+    """
+
+    count: int
+    share: float
+    shade: int
 
 
 @dataclass(frozen=True)
@@ -89,8 +122,11 @@ class SetView:
         published: every published model and method to what was published of it, by source.
         best: figure (`COMPARED`) to the highest mean over fold models of our runs.
         intervals: plot of all runs.
-        panels: ROC and precision-recall curves.
-        calibration: label to reliability plot.
+        panels: ROC and precision-recall curves; none with more than two classes.
+        class_panels: the same of every class against the rest, the hardest for the best run first; none with two.
+        confusion: label to the rows of its confusion matrix; none with two classes.
+        calibration: label to reliability plots: of class 1; with more than two classes of every class that the set
+            holds, by the best run alone.
         matrices: figure to rows of differences; None where row and column are the same run.
         trainings: whether a run was trained several times.
         turned: pairs for which it is known how often another training would turn their order.
@@ -114,7 +150,9 @@ class SetView:
     best: Mapping[str, float]
     intervals: Markup
     panels: Sequence[CurvePanel]
-    calibration: Mapping[str, Markup]
+    class_panels: Sequence[ClassPanel]
+    confusion: Mapping[str, Sequence[Sequence[MatrixCell]]]
+    calibration: Mapping[str, Sequence[Markup]]
     matrices: Mapping[str, Sequence[tuple[str, Sequence[Cell | None]]]]
     trainings: bool
     turned: Sequence[Pair]
@@ -126,7 +164,7 @@ class SetView:
     learning_plots: Sequence[Markup]
 
 
-def set_view(set_report: SetReport, runs: Sequence[Run], *, index: int, margin: float | None, positive: str) -> SetView:
+def set_view(set_report: SetReport, runs: Sequence[Run], *, index: int, margin: float | None) -> SetView:
     """Arrange and draw one set, with all runs of the report."""
     scored = [(number, run) for number, run in enumerate(runs) if run.label not in set_report.missing]
     style = {run.label: number % N_STYLES for number, run in scored}
@@ -135,6 +173,7 @@ def set_view(set_report: SetReport, runs: Sequence[Run], *, index: int, margin: 
     for row in published:
         models.setdefault((row.model, row.method), {})[row.source] = row
     labels = by_rank(set_report)
+    of_two = len(set_report.classes) == 2
     summaries = {run.label: summarise(run.curve) for _, run in scored}
     learning = {label: [p for p in points if p.name == set_report.name] for label, points in summaries.items()}
     comparison = set_report.comparison
@@ -152,14 +191,11 @@ def set_view(set_report: SetReport, runs: Sequence[Run], *, index: int, margin: 
         published=models,
         best={name: max(folds[name].mean for folds in set_report.folds.values()) for name in COMPARED},
         intervals=_intervals(set_report, scored, published),
-        panels=_panels(set_report, scored),
+        panels=_panels(set_report, scored) if of_two else [],
+        class_panels=[] if of_two else _class_panels(set_report, labels[:_DRAWN], style),
+        confusion={} if of_two else {label: _confusion(set_report.confusion[label]) for label in labels},
         calibration={
-            run.label: charts.reliability(
-                set_report.curves[run.label].calibration,
-                title=f"Calibration of {run.label} on {set_report.title}",
-                style=style[run.label],
-            )
-            for _, run in scored
+            label: _reliability(set_report, label, style[label]) for label in (labels if of_two else labels[:1])
         },
         matrices={name: _matrix(set_report, name, margin) for name in COMPARED},
         trainings=bool(comparison.trainings),
@@ -168,7 +204,7 @@ def set_view(set_report: SetReport, runs: Sequence[Run], *, index: int, margin: 
         recalibration=_recalibration(set_report, travelled[0]) if travelled else None,
         domain_styles={domain: k % N_STYLES for k, domain in enumerate(travelled[0].domains)} if travelled else {},
         rates=[
-            _rate_plots(set_report, label, style[label], positive)
+            _rate_plots(set_report, label, style[label])
             for label in labels[:_DRAWN]
             if label in set_report.rates and "all" in set_report.rates[label].agreement
         ],
@@ -189,9 +225,10 @@ def costs(run: Run, n_parameters: int | None) -> tuple[float | None, ...]:
 
 
 def _n_trained_by_probe(run: Run) -> int | None:
-    """Count the numbers that a fold's probe trains: one per feature and one more."""
+    """Count the numbers that a fold's probe trains: one per feature and one more, for every class but class 0."""
     try:
-        return int(read_weights(run.folder)["coef"].shape[1]) + 1
+        n_logits, n_features = read_weights(run.folder)["coef"].shape[1:]
+        return int(n_logits * (n_features + 1))
     except (UserError, KeyError):
         return None  # no figure depends on it
 
@@ -214,7 +251,7 @@ def _intervals(set_report: SetReport, scored: Numbered, published: Sequence[Publ
     if published:
         rows += [_published_marks([row for row in published if row.source == source], source) for source in SOURCES]
     title = f"{set_report.title}: ensembles with {set_report.any_judgement.level:.0%} intervals"
-    return charts.intervals([TITLES[name] for name in COMPARED], rows, title=title)
+    return charts.intervals([set_report.titles[name] for name in COMPARED], rows, title=title)
 
 
 def _published_marks(rows: Sequence[Published], source: str) -> Row:
@@ -288,7 +325,7 @@ def _recalibration(set_report: SetReport, view: ThresholdView) -> Markup | None:
     )
 
 
-def _rate_plots(set_report: SetReport, label: str, style: int, positive: str) -> RatePlots:
+def _rate_plots(set_report: SetReport, label: str, style: int) -> RatePlots:
     view = set_report.rates[label]
     title = f"{label} on {set_report.title}"
     scatter, differences = [], []
@@ -306,7 +343,7 @@ def _rate_plots(set_report: SetReport, label: str, style: int, positive: str) ->
     if math.isnan(found["bias"].value):
         found = view.agreement["all"].predicted
     levels = [(found[name], name) for name in ("bias", "lower limit", "upper limit")]
-    rate = f"rate of {positive}"
+    rate = f"rate of {set_report.classes[1]}"
     return RatePlots(
         label,
         charts.agreement(scatter, title=f"Rates per slide, {title}", x=f"annotated {rate}", y="predicted", style=style),
@@ -338,8 +375,8 @@ def _panel(set_report: SetReport, scored: Numbered, method: str | None) -> Curve
         return [
             Line(
                 number % N_STYLES,
-                getattr(set_report.curves[run.label], kind),
-                f"{run.label}: {TITLES[figure]} {figures[run.label][figure].value:.3f}",
+                getattr(set_report.curves[run.label][0], kind),
+                f"{run.label}: {set_report.titles[figure]} {figures[run.label][figure].value:.3f}",
             )
             for number, run in scored
             if not math.isnan(figures[run.label][figure].value)
@@ -366,6 +403,72 @@ def _panel(set_report: SetReport, scored: Numbered, method: str | None) -> Curve
     )
 
 
+def _class_panels(set_report: SetReport, labels: Sequence[str], style: Mapping[str, int]) -> list[ClassPanel]:
+    """Draw every class that a set holds against the rest, the one that the best run tells worst first."""
+    figures = {label: set_report.comparison.judgements[label].figures for label in labels}
+    if len(set_report.held) < 2:
+        return []
+    panels = []
+    for k in sorted(set_report.held, key=lambda k: figures[labels[0]][f"auroc {k}"].value):
+        name = set_report.classes[k]
+        values = {label: (of[f"auroc {k}"].value, of[f"average_precision {k}"].value) for label, of in figures.items()}
+        title = f"{name} on {set_report.title}"
+        roc, precision_recall = (
+            [
+                Line(
+                    style[label],
+                    getattr(set_report.curves[label][k], kind),
+                    f"{label}: {title} {values[label][at]:.3f}",
+                )
+                for label in labels
+            ]
+            for at, (kind, title) in enumerate((("roc", "AUROC"), ("precision_recall", "average precision")))
+        )
+        panels.append(
+            ClassPanel(
+                name,
+                set_report.counts[k],
+                values,
+                charts.square(
+                    roc, title=f"ROC curves, {title}", x="1 − specificity", y="sensitivity", diagonal=True, side=SMALL
+                ),
+                charts.square(
+                    precision_recall,
+                    title=f"Precision-recall curves, {title}",
+                    x="recall",
+                    y="precision",
+                    level=set_report.counts[k] / set_report.n,
+                    side=SMALL,
+                ),
+            )
+        )
+    return panels
+
+
+def _confusion(confusion: Confusion) -> list[list[MatrixCell]]:
+    """Give every count of a confusion matrix its share of the row."""
+    return [
+        [
+            MatrixCell(count, share := count / sum(row) if sum(row) else math.nan, round(10 * share) if count else 0)
+            for count in row
+        ]
+        for row in confusion
+    ]
+
+
+def _reliability(set_report: SetReport, label: str, style: int) -> list[Markup]:
+    """Draw how often each drawn class is there, over its probability."""
+    plots = []
+    for k, curves in zip(set_report.drawn_classes, set_report.curves[label], strict=True):
+        of_two = len(set_report.classes) == 2
+        if not of_two and k not in set_report.held:
+            continue
+        of_class = "" if of_two else f" for {set_report.classes[k]}"
+        title = f"Calibration of {label}{of_class} on {set_report.title}"
+        plots.append(charts.reliability(curves.calibration, title=title, style=style))
+    return plots
+
+
 def _learning_plot(
     set_report: SetReport, scored: Numbered, learning: Mapping[str, Sequence[CurveSummary]], figure: str
 ) -> Markup:
@@ -376,5 +479,5 @@ def _learning_plot(
         spread = [getattr(point, f"{figure}_std") for point in defined]
         if learning[run.label]:
             lines.append(Line(number % N_STYLES, at, run.label, spread))
-    title = f"{TITLES[figure]} over training slides, {set_report.title}"
-    return charts.over_slides(lines, title=title, y=TITLES[figure])
+    title = f"{set_report.titles[figure]} over training slides, {set_report.title}"
+    return charts.over_slides(lines, title=title, y=set_report.titles[figure])
