@@ -155,8 +155,12 @@ def test_known_patches_are_said_recorded_and_set_apart(leaking, tmp_path, capsys
     assert (sum(run.figures.sets["test/test"].counts), sum(run.figures.sets["test/unseen"].counts)) == (60, 50)
     rows = read_predictions(run.folder)
     kept = rows.select((rows.dataset == "test") & np.isin(rows.id, [f"test {row}" for row in range(10, 60)]))
-    right = np.mean([((kept.logit >= 0) == kept.label)[(kept.fold == f) & (kept.label == 1)].mean() for f in range(5)])
-    wrong = np.mean([((kept.logit >= 0) == kept.label)[(kept.fold == f) & (kept.label == 0)].mean() for f in range(5)])
+    right = np.mean(
+        [((kept.logit[:, 0] >= 0) == kept.label)[(kept.fold == f) & (kept.label == 1)].mean() for f in range(5)]
+    )
+    wrong = np.mean(
+        [((kept.logit[:, 0] >= 0) == kept.label)[(kept.fold == f) & (kept.label == 0)].mean() for f in range(5)]
+    )
     assert run.figures.sets["test/unseen"].folds["balanced_accuracy"].mean == pytest.approx((right + wrong) / 2)
 
 
