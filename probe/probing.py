@@ -333,7 +333,9 @@ def _predictions(setup: _Setup, chosen: _Fitted, probe: Probe) -> Predictions:
     experiment, tests = setup.experiment, {}
     for name, rows in experiment.tests.items():
         stored = _embeddings(setup, chosen.entry, chosen.record.pooling, name, rows)
-        tests[name] = probe.decision_function(in_memory(stored, experiment.folds.n_folds))
+        tests[name] = probe.decision_function(
+            in_memory(stored, experiment.folds.n_folds, n_classes=experiment.n_classes)
+        )
     return experiment.predictions(FoldLogits(probe.validation_logit, tests, setup.options.training_seeds))
 
 
@@ -355,7 +357,13 @@ def _fit_candidates(setup: _Setup, model: str) -> list[_Fitted]:
                 stored.read(), y, folds=folds, seeds=setup.options.training_seeds, recipe=recipe, **classes
             )
         else:
-            probe = fit_exact(in_memory(stored, folds.n_folds), y, folds=folds, device=setup.device, **classes)
+            probe = fit_exact(
+                in_memory(stored, folds.n_folds, n_classes=experiment.n_classes),
+                y,
+                folds=folds,
+                device=setup.device,
+                **classes,
+            )
         judged = [
             judge_logits(y[rows], probe.validation_logit[rows, k])
             for k in range(probe.validation_logit.shape[1])
@@ -472,6 +480,7 @@ def _learning_curve(setup: _Setup, chosen: _Fitted) -> tuple[list[CurvePoint], C
     X = in_memory(
         _embeddings(setup, chosen.entry, chosen.record.pooling, experiment.train, experiment.rows),
         experiment.folds.n_folds,
+        n_classes=experiment.n_classes,
     )
     points, fits = [], []
     with progress(f"learning curve {model}", len(setup.subsets), "subsets") as advance:
