@@ -42,7 +42,7 @@ from probe.predictions import Predictions
 from probe.runs import Candidate, Cost, CurveFits, RunRecord, write_run
 from probe.schedule import probe_recipe
 
-DEMO = "demo"
+DEMOS = ("demo", "demo-phases")  # drawn, and trained on only where there is nothing else, the first before the other
 # What a trained probe's recipe sees: the paper's text resizes the whole patch to 224 pixels and normalises it by
 # ImageNet's statistics; the authors' scripts prepare it as each model's card says.
 TRAINED_VIEWS = {"paper": "full@224+imagenet", "authors": "full"}
@@ -239,7 +239,7 @@ def _train_dataset(store: FeatureStore, tables: dict[str, Samples], options: Pro
     if AMI_BR in tables:
         return AMI_BR
     names = [name for name, table in tables.items() if (table.split != TEST).any()]
-    names = [name for name in names if name != DEMO] or names
+    names = [name for name in names if name not in DEMOS] or [name for name in DEMOS if name in names][:1]
     if len(names) == 1:
         return names[0]
     raise UserError(f"{store.path} holds {', '.join(tables)}: say which one to train on with `train`.")
@@ -264,7 +264,7 @@ def _aligned_tests(
     renamed = parse_renaming(options.labels)
     classes = _classes(store, train)
     tests = {}
-    embedded = [name for name in tables if name != DEMO and store.entries(name)]
+    embedded = [name for name in tables if name not in DEMOS and store.entries(name)]
     for name in embedded if options.test is None else options.test:
         _require_dataset(store, name)
         if name == train:
@@ -293,7 +293,7 @@ def _experiment_of(setup: _Setup, model: str) -> Experiment:
         tests = [
             name
             for name in experiment.test
-            if name != DEMO and any(entry.complete for entry in store.entries(name, model))
+            if name not in DEMOS and any(entry.complete for entry in store.entries(name, model))
         ]
     else:
         tests = [name for name in requested if name != experiment.train]
@@ -333,7 +333,9 @@ def _predictions(setup: _Setup, chosen: _Fitted, probe: Probe) -> Predictions:
     experiment, tests = setup.experiment, {}
     for name, rows in experiment.tests.items():
         stored = _embeddings(setup, chosen.entry, chosen.record.pooling, name, rows)
-        tests[name] = probe.decision_function(in_memory(stored, experiment.folds.n_folds))
+        tests[name] = probe.decision_function(
+            in_memory(stored, experiment.folds.n_folds, n_classes=experiment.n_classes)
+        )
     return experiment.predictions(FoldLogits(probe.validation_logit, tests, setup.options.training_seeds))
 
 
@@ -355,7 +357,13 @@ def _fit_candidates(setup: _Setup, model: str) -> list[_Fitted]:
                 stored.read(), y, folds=folds, seeds=setup.options.training_seeds, recipe=recipe, **classes
             )
         else:
-            probe = fit_exact(in_memory(stored, folds.n_folds), y, folds=folds, device=setup.device, **classes)
+            probe = fit_exact(
+                in_memory(stored, folds.n_folds, n_classes=experiment.n_classes),
+                y,
+                folds=folds,
+                device=setup.device,
+                **classes,
+            )
         judged = [
             judge_logits(y[rows], probe.validation_logit[rows, k])
             for k in range(probe.validation_logit.shape[1])
@@ -472,6 +480,7 @@ def _learning_curve(setup: _Setup, chosen: _Fitted) -> tuple[list[CurvePoint], C
     X = in_memory(
         _embeddings(setup, chosen.entry, chosen.record.pooling, experiment.train, experiment.rows),
         experiment.folds.n_folds,
+        n_classes=experiment.n_classes,
     )
     points, fits = [], []
     with progress(f"learning curve {model}", len(setup.subsets), "subsets") as advance:

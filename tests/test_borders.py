@@ -152,11 +152,15 @@ def test_known_patches_are_said_recorded_and_set_apart(leaking, tmp_path, capsys
     ) in capsys.readouterr().err
     assert set(run.similar["test"]) == {f"test {row}" for row in (0, 1, 2, 7, 8, 9)}
     assert read_run(run.folder).similar == run.similar
-    assert (run.figures.sets["test/test"].n, run.figures.sets["test/unseen"].n) == (60, 50)
+    assert (sum(run.figures.sets["test/test"].counts), sum(run.figures.sets["test/unseen"].counts)) == (60, 50)
     rows = read_predictions(run.folder)
     kept = rows.select((rows.dataset == "test") & np.isin(rows.id, [f"test {row}" for row in range(10, 60)]))
-    right = np.mean([((kept.logit >= 0) == kept.label)[(kept.fold == f) & (kept.label == 1)].mean() for f in range(5)])
-    wrong = np.mean([((kept.logit >= 0) == kept.label)[(kept.fold == f) & (kept.label == 0)].mean() for f in range(5)])
+    right = np.mean(
+        [((kept.logit[:, 0] >= 0) == kept.label)[(kept.fold == f) & (kept.label == 1)].mean() for f in range(5)]
+    )
+    wrong = np.mean(
+        [((kept.logit[:, 0] >= 0) == kept.label)[(kept.fold == f) & (kept.label == 0)].mean() for f in range(5)]
+    )
     assert run.figures.sets["test/unseen"].folds["balanced_accuracy"].mean == pytest.approx((right + wrong) / 2)
 
 
@@ -183,7 +187,7 @@ def test_runs_that_find_different_patches_share_what_none_of_them_knows(leaking,
     runs = probe_store(leaking, options=ProbeOptions(train="train"), runs=tmp_path / "runs")
     by_model = {run.model: run for run in runs}
     assert by_model["other"].similar is None
-    assert by_model["other"].figures.sets["test/unseen"].n == 53
+    assert sum(by_model["other"].figures.sets["test/unseen"].counts) == 53
     _, report, _ = make_report(tmp_path / "runs", format="markdown")
     (unseen,) = (one for one in report.sets if one.split == UNSEEN)
     assert (unseen.n, len(unseen.comparison.judgements)) == (50, 2)
@@ -237,7 +241,7 @@ def test_the_same_pixels_in_another_format_are_the_same_patch(finetune: Command,
     (folder,) = (tmp_path / "runs").iterdir()
     run = read_run(folder)
     assert run.similar == {"others": ("0.tif", "5.tif")}
-    assert run.figures.sets["others/unseen"].n == 14
+    assert sum(run.figures.sets["others/unseen"].counts) == 14
 
 
 def test_a_test_set_of_other_classes_is_refused_before_training(finetune: Command, tmp_path: Path) -> None:  # noqa: F811

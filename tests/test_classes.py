@@ -14,6 +14,7 @@ from sklearn import metrics as sk
 from features.console import UserError
 from features.folds import fold_models
 from features.samples import make_samples
+from features.store import FeatureStore
 from probe import resample
 from probe.ensembles import Ensemble, ensemble_of
 from probe.evidence import compare, evaluate, fold_figures, judge
@@ -29,6 +30,7 @@ from probe.metrics import (
     scores,
 )
 from probe.predictions import columns_of, parse_predictions, predictions_csv, threshold_of, thresholds_of
+from probe.probing import ProbeOptions, probe_store
 from probe.resample import Resampling
 from probe.runs import FoldsRecord, RunRecord, read_predictions, read_run, read_samples, read_weights, write_run
 
@@ -341,3 +343,65 @@ def test_an_experiment_knows_classes_that_its_table_lacks():
     assert an_experiment().n_classes == 5
     two = make_samples(["a", "b", "c", "d"], [0, 1, 0, 1], sha256=[""] * 4)
     assert make_experiment("t", {"t": two}, cv=2).n_classes == 2
+
+
+# -------------------------------------------------------------------------------------------------------------- probes
+
+
+def a_store(path, *datasets: str, votes: bool = True) -> FeatureStore:
+    """Embeddings of many classes in which a few directions tell them apart."""
+    store = FeatureStore.open_or_create(path)
+    for name in datasets:
+        many = name != "demo"
+        table = a_table(votes=votes)
+        table = table if many else table.relabelled([0, 1, 0, 1, 0])
+        store.put_samples(name, table, attrs={"label_names": list(NAMES) if many else ["Normal", "Atypical"]})
+        X = np.random.default_rng(0).standard_normal((len(table), 12)).astype(np.float16)
+        X[:, :5] += 2 * np.eye(5)[a_table().label].astype(np.float16)
+        writer = store.begin(
+            name, model="m", view="full", poolings={"cls": 12}, card_pooling="cls", parts={"model": "m", "view": "full"}
+        )
+        for rows in writer.missing():
+            writer.write(rows, {"cls": X[rows.start : rows.stop]})
+    return store
+
+
+def test_a_probe_of_many_classes_is_a_run_whose_weights_give_its_logits(tmp_path):
+    store = a_store(tmp_path / "s.zarr", "tissue")
+    hard, soft = (
+        probe_store(store, options=ProbeOptions(cv=3, soft_labels=soft), runs=tmp_path / "runs")[0]
+        for soft in (None, "votes")
+    )
+    weights, predictions = read_weights(hard.folder), read_predictions(hard.folder)
+    assert weights["coef"].shape == (3, 4, 12)
+    assert (hard.label_names, hard.candidates[0].n_not_converged) == (NAMES, 0)
+    X = store.read("tissue", model="m", view="full", pooling="cls").astype(np.float32)
+    part = predictions.select((predictions.split == "test") & (predictions.fold == 1))
+    expected = X[60:] @ weights["coef"][1].T + weights["intercept"][1]
+    np.testing.assert_allclose(part.logit, expected, rtol=1e-4, atol=1e-4)
+    assert hard.figures.sets["tissue/test"].folds["balanced_accuracy"].mean > 0.4  # chance is .2
+    assert soft.options["soft_labels"] == "votes"
+    softened = read_predictions(soft.folder).probability.max(axis=1).mean()
+    assert softened < predictions.probability.max(axis=1).mean()
+
+
+def test_the_drawn_sets_are_trained_on_only_where_there_is_nothing_else(tmp_path):
+    def trained(name: str, *datasets: str) -> str:
+        store = a_store(tmp_path / f"{name}.zarr", *datasets)
+        return probe_store(store, options=ProbeOptions(cv=3), runs=tmp_path / "runs")[0].train
+
+    assert trained("a", "demo-phases", "demo") == "demo"
+    assert trained("b", "demo-phases") == "demo-phases"
+    assert trained("c", "demo", "demo-phases", "tissue") == "tissue"
+
+
+def test_a_fold_that_validates_on_one_class_is_refused():
+    label = [0, 0, 0, 0, 1, 2, 1, 2, 1, 2]
+    table = make_samples(
+        [str(k) for k in range(10)],
+        label,
+        sha256=[""] * 10,
+        group=["a", "b", "a", "b", "c", "c", "d", "d", "d", "c"],
+    )
+    with pytest.raises(UserError, match=r"fold \d of 4 validates on fat alone"):
+        make_experiment("t", {"t": table}, cv=4, classes=("fat", "mucus", "tumor"))
