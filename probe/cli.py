@@ -108,7 +108,7 @@ def probe(
         f"{record.model} ({record.view}, {record.pooling})": points
         for record, points in zip(records, curves, strict=True)
     }
-    show(*result_tables(records), *curve_tables(named))
+    show(*result_tables(records), *curve_tables(named, n_classes=records[0].n_classes))
     say(f"{len(records)} run{'s' * (len(records) != 1)} written to {runs}/")
 
 
