@@ -405,6 +405,10 @@ def finish_run(
     for one in known.values():
         say(f"{one.line(record.train)}.")
     metrics = evaluate(with_unseen(predictions, known.values()), tables=tables, ordinal=record.ordinal)
+    for name, one in metrics.sets.items():
+        absent = [record.label_names[k] for k, count in enumerate(one.counts) if not count]
+        if absent and record.n_classes > 2:
+            say(f"{name} has no patch of {', '.join(absent)}: its means are over the other classes.")
     contents: dict[str, Iterable[bytes]] = {
         "predictions.csv": predictions_csv(predictions),
         "samples.csv": samples_csv(predictions, tables),

@@ -395,6 +395,18 @@ def test_the_drawn_sets_are_trained_on_only_where_there_is_nothing_else(tmp_path
     assert trained("c", "demo", "demo-phases", "tissue") == "tissue"
 
 
+def test_classes_that_a_test_set_lacks_are_said(tmp_path, capsys):
+    store = a_store(tmp_path / "s.zarr", "tissue")
+    table = store.samples("tissue")
+    label = np.where((table.split == "test") & (table.label == 2), 3, table.label).astype(np.int8)
+    store.put_samples("tissue", replace(table, label=label), attrs={"label_names": list(NAMES)})
+    (run,) = probe_store(store, options=ProbeOptions(cv=3), runs=tmp_path / "runs")
+    said = " ".join(capsys.readouterr().err.split())
+    assert "tissue/test has no patch of mucus: its means are over the other classes." in said
+    assert "validation has no patch" not in said
+    assert run.figures.sets["tissue/test"].counts[2] == 0
+
+
 def test_a_fold_that_validates_on_one_class_is_refused():
     label = [0, 0, 0, 0, 1, 2, 1, 2, 1, 2]
     table = make_samples(
