@@ -102,6 +102,11 @@ class ProbeOptions:
                 "with every seed. Leave `seeds` out, or use `recipe='paper'`."
             )
 
+    def as_record(self) -> dict[str, Any]:
+        """Give the options as a run records them; soft labels only where they were asked for."""
+        record = asdict(self)
+        return record if self.soft_labels else {k: value for k, value in record.items() if k != "soft_labels"}
+
     @property
     def training_seeds(self) -> tuple[int, ...]:
         """The seeds of all trainings."""
@@ -195,7 +200,7 @@ def _probe_model(setup: _Setup, model: str, runs: Path) -> RunRecord:
         kind="probe",
         model=model,
         method="probe",
-        options=asdict(setup.options),
+        options=setup.options.as_record(),
         store=str(store.path),
         train=experiment.train,
         test=experiment.test,

@@ -405,8 +405,8 @@ def finish_run(
     for one in known.values():
         say(f"{one.line(record.train)}.")
     metrics = evaluate(with_unseen(predictions, known.values()), tables=tables, ordinal=record.ordinal)
-    for name, one in metrics.sets.items():
-        absent = [record.label_names[k] for k, count in enumerate(one.counts) if not count]
+    for name, figures in metrics.sets.items():
+        absent = [record.label_names[k] for k, count in enumerate(figures.counts) if not count]
         if absent and record.n_classes > 2:
             say(f"{name} has no patch of {', '.join(absent)}: its means are over the other classes.")
     contents: dict[str, Iterable[bytes]] = {

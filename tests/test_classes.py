@@ -31,6 +31,7 @@ from probe.metrics import (
 )
 from probe.predictions import columns_of, parse_predictions, predictions_csv, threshold_of, thresholds_of
 from probe.probing import ProbeOptions, probe_store
+from probe.report.read import labels_of
 from probe.resample import Resampling
 from probe.runs import FoldsRecord, RunRecord, read_predictions, read_run, read_samples, read_weights, write_run
 
@@ -381,6 +382,8 @@ def test_a_probe_of_many_classes_is_a_run_whose_weights_give_its_logits(tmp_path
     np.testing.assert_allclose(part.logit, expected, rtol=1e-4, atol=1e-4)
     assert hard.figures.sets["tissue/test"].folds["balanced_accuracy"].mean > 0.4  # chance is .2
     assert soft.options["soft_labels"] == "votes"
+    assert "soft_labels" not in hard.options
+    assert labels_of([hard, soft]) == ["m probe", "m probe soft_labels=votes"]
     softened = read_predictions(soft.folder).probability.max(axis=1).mean()
     assert softened < predictions.probability.max(axis=1).mean()
 
