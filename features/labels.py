@@ -134,21 +134,22 @@ def _in_order(present: Sequence[str], order: Sequence[str]) -> Classes:
     absent = [name for name in listed if name.casefold() not in found]
     if repeated:
         raise UserError(f"`classes` names {repeated[0]} twice; expected each class once.")
-    if absent:
-        raise UserError(
-            f"`classes` names {', '.join(absent)}, and no patch is of {'it' if len(absent) == 1 else 'these'}."
-            f"{nearest(absent[0], unlisted)} The classes are {', '.join(present)}."
-        )
     if unlisted:
+        slip = nearest(absent[0], unlisted) if absent else ""
+        comma = next(
+            (f" {name!r} cannot be listed, as it has a comma: change it." for name in unlisted if "," in name), ""
+        )
         raise UserError(
             f"`classes` leaves out {first_of(unlisted)}; expected every class of the patches, in the order of their "
-            f"labels: {first_of([*listed, *unlisted])}. To tell one class from all others, give `positive`; to "
-            "make two classes one, give `labels`."
+            f"labels: {first_of([*listed, *unlisted])}.{slip}{comma} To tell one class from all others, give "
+            "`positive`; to make two classes one, give `labels`."
         )
+    if absent:  # as of a test set that has some of the classes
+        say(f"No patch is of {', '.join(absent)}, which `classes` names.")
     _require_few(listed)
     if len(listed) < 2:
         raise UserError(f"`classes` names one class ({listed[0]}); expected two or more, in the order of their labels.")
-    return tuple(found[name.casefold()] for name in listed)
+    return tuple(found.get(name.casefold(), name) for name in listed)
 
 
 def _require_few(classes: Sequence[str]) -> None:
@@ -173,7 +174,7 @@ def require_grades(classes: Classes, *, ordered: bool) -> None:
         UserError: for two classes, or for names without numbers in an order that nobody gave.
     """
     if len(classes) == 2:
-        raise UserError(f"`ordinal` is for three and more classes; found two, {classes[0]} and {classes[1]}.")
+        raise UserError(f"`ordinal` is for three and more classes; found two, {classes[0]!r} and {classes[1]!r}.")
     if not ordered and not all(re.search("[0-9]", name) for name in classes):
         raise UserError(
             f"`ordinal` needs to know which class is more: found {', '.join(classes)}. Name them from the least to the "
@@ -398,10 +399,15 @@ def aligned(
         "partly": f"only {', '.join(in_both)} {'is' if len(in_both) == 1 else 'are'} in both",
         "other": "no class is in both",
     }[relation]
+    where = (
+        "name the right positive class where it is loaded (fm-extract --positive)"
+        if len(train) == 2
+        else "load it with the training set's classes (fm-extract --classes)"
+    )
     raise UserError(
         f"{test_name} has the classes {numbered(test)}, {train_name} has {numbered(train)}: {found}. Say what the "
-        f"classes of {test_name} mean, for example `labels='{unknown}={_meant(unknown, train)}'`; or name the right "
-        "positive class where it is loaded (fm-extract --positive); or leave it out with `test`."
+        f"classes of {test_name} mean, for example `labels='{unknown}={_meant(unknown, train)}'`; or {where}; or leave "
+        "it out with `test`."
     )
 
 

@@ -45,7 +45,8 @@ def table_changed(before: Classes, after: Classes) -> str:
     ' Its classes were a (0) and b (1), now b (0) and a (1).'
     """
     names = f" Its classes were {numbered(before)}, now {numbered(after)}." if before != after else ""
-    return f"same patches, but labels, classes, groups or splits have changed; the store's table was updated.{names}"
+    changed = "labels, classes, whether these are grades, groups or splits"
+    return f"same patches, but {changed} have changed; the store's table was updated.{names}"
 
 
 @dataclass(frozen=True)

@@ -155,7 +155,7 @@ def draw_subsets(
 
     Raises:
         UserError: if a fraction is not in (0, 1], or so small that a fit lacks a class, or that a fold cannot choose a
-            strength, because its subset has both classes in no other fold.
+            strength, because its subset has two classes in no other fold.
     """
     fractions = checked_fractions(fractions)
     subsets = []
@@ -292,7 +292,9 @@ def _needed(
 
 def _too_few(fraction: float, draw: int, held: tuple[int, ...], taken: int, n_left: int) -> str:
     where = f"fold{'s' * (len(held) > 1)} {' and '.join(map(str, held))}"
-    lack = "of one class only" if len(held) > 1 else "and no other fold has both classes in them, to choose C on"
+    lack = "which lack a class"
+    if len(held) == 1:
+        lack += ", or of which no other fold holds two classes to choose C on"
     return (
         f"`fractions`: {fraction:g} is too small. With {where} held out it leaves {taken} of {n_left} slides to train "
         f"on (draw {draw}), {lack}."

@@ -408,7 +408,8 @@ def finish_run(
     for name, figures in metrics.sets.items():
         absent = [record.label_names[k] for k, count in enumerate(figures.counts) if not count]
         if absent and record.n_classes > 2:
-            say(f"{name} has no patch of {', '.join(absent)}: its means are over the other classes.")
+            means = "are over the other classes" if record.n_classes - len(absent) > 1 else "do not exist"
+            say(f"{name} has no patch of {', '.join(absent)}: its means {means}.")
     contents: dict[str, Iterable[bytes]] = {
         "predictions.csv": predictions_csv(predictions),
         "samples.csv": samples_csv(predictions, tables),

@@ -487,7 +487,7 @@ def test_predictions_are_those_of_the_best_epochs(material: Path, tmp_path: Path
         figures = [epoch.balanced_accuracy for epoch in history]
         assert best == int(np.argmax(figures))
         own = predictions.select((predictions.fold == fold) & (predictions.split == "validation"))
-        hit = (own.logit >= 0) == own.label
+        hit = (own.logit[:, 0] >= 0) == own.label
         accuracy = np.mean([hit[own.label == value].mean() for value in (0, 1)])
         assert accuracy == pytest.approx(figures[best])
         assert not torch.allclose(states[best].values[fold], states[-1].values[fold], atol=0.01)

@@ -358,7 +358,7 @@ def test_a_dataset_of_several_classes_shows_each() -> None:
     [
         (("mild", "severe", "clear"), {"ordinal": True}, "which class is more: found clear, mild, severe.*`classes`"),
         (("grade 1", "grade 2"), {"ordinal": True}, "`ordinal` is for three and more classes; found two"),
-        (("a", "b", "c"), {"ordinal": True, "positive": "b"}, "for three and more classes; found two, not b and b"),
+        (("a", "b", "c"), {"ordinal": True, "positive": "b"}, "for three and more classes; found two, 'not b' and 'b'"),
         (("a", "b", "c"), {"order": ("a", "b")}, r"set: `classes` leaves out c"),
         (("a", "B", "b"), {}, "'B' and 'b' differ in case only"),
         ([f"{k}" for k in range(63)], {}, "set: found 63 classes"),

@@ -326,7 +326,7 @@ def test_a_dry_run_needs_no_weights(bare: Command) -> None:
         (("--device", "tpu"), r"device 'tpu'"),
         (("--weights", "missing.safetensors"), r"missing.safetensors: no such weights file"),
         (("--positive", "Odd"), r"no class 'Odd'"),
-        (("--classes", "Atypical,Odd"), r"--classes names Odd, and no patch is of it"),
+        (("--classes", "Atypical,Odd"), r"--classes leaves out Normal"),
         (("--classes", " , "), r"--classes names nothing"),
         (("--soft-labels", "scores"), r"--soft-labels scores: expected votes"),
         (("--soft-labels", "votes"), r"patches has no votes of raters to train on. Leave --soft-labels out"),

@@ -96,12 +96,18 @@ def test_three_and_more_classes_are_in_the_order_of_their_names_and_that_is_said
     assert "`classes` gives another order, `positive` tells one class" in said
 
 
+def test_a_set_that_lacks_some_of_the_classes_is_read_in_their_order(capsys):
+    assert class_labels(["High", "low"], order=("low", "moderate", "high")) == ([2, 0], ("low", "moderate", "High"))
+    assert "No patch is of moderate" in capsys.readouterr().err
+    assert class_labels(["c"], order=("a", "b", "c")) == ([2], ("a", "b", "c"))
+
+
 @pytest.mark.parametrize(
     ("names", "arguments", "message"),
     [
         (["a", "b", "c"], {"order": ("a", "b")}, "leaves out c; expected every class .* labels: a, b, c"),
-        (["a", "b", "c"], {"order": ("a", "b", "c", "d")}, "names d, and no patch is of it"),
-        (["mild", "severe", "none"], {"order": ("none", "mild", "sever")}, "names sever.*Did you mean severe"),
+        (["a", "b, c"], {"order": ("a", "b", "c")}, "leaves out b, c; .*'b, c' cannot be listed, as it has a comma"),
+        (["mild", "severe", "none"], {"order": ("none", "mild", "sever")}, "leaves out severe.*Did you mean severe"),
         (["a", "b"], {"order": ("a", "B", "A")}, "names A twice"),
         (["a", "b"], {"order": ()}, "leaves out a, b"),
         (["a"], {"order": ("a",)}, r"names one class \(a\)"),

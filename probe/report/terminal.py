@@ -31,7 +31,7 @@ def leaderboard(runs: Sequence[RunRecord]) -> Table:
     named = [name.rsplit("/", 1) for name in sets]
     titles = [f"{dataset}\n{'test, unseen' if split == UNSEEN else split}" for dataset, split in named]
     columns = [f"{title}\n{figure}" for title in titles for figure in _headings(runs)]
-    at = "threshold 0.5" if runs[0].n_classes == 2 else f"means over {runs[0].n_classes} classes"
+    at = "threshold 0.5" if runs[0].n_classes == 2 else "means over the classes that a set holds"
     table = _table(f"Mean ± std over {_which_models(runs)}; {at}", "Model", "View, pooling", *columns)
     for run in runs:
         metrics = [run.figures.sets.get(name) for name in sets]
@@ -132,7 +132,7 @@ def training_table(run: RunRecord) -> Table:
 def curve_tables(curves: Mapping[str, Sequence[CurvePoint]], *, n_classes: int = 2) -> list[Table]:
     """Make a table per set: by run (named by the keys) and fraction, what was trained on and what it reached."""
     tables: dict[str, Table] = {}
-    at = "; threshold 0.5" if n_classes == 2 else f"; means over {n_classes} classes"
+    at = "; threshold 0.5" if n_classes == 2 else "; means over the classes that a set holds"
     for label, points in curves.items():
         previous = ""
         for row in summarise(points):
