@@ -77,16 +77,20 @@ def export(
         str, typer.Option("--pooling", help='A stored pooling, several joined by "+", or "card".')
     ] = "card",
     format: Annotated[
-        str, typer.Option("--format", help="hdf5 (as TRIDENT and CLAM write it), anndata or npz.")
-    ] = "hdf5",
+        str | None,
+        typer.Option(
+            "--format", help="hdf5 (as TRIDENT and CLAM write it), anndata or npz. Default: by --out's ending."
+        ),
+    ] = None,
     dtype: Annotated[str, typer.Option("--dtype", help="float32 or float16, which hold the same numbers.")] = "float32",
     store: StoreOption = DEFAULT_STORE,
     json: JsonOption = False,
 ) -> None:
     """Write embeddings, with ids, labels, groups, splits, domains and votes beside them, to one file."""
-    from features.exchange import export_embeddings
+    from features.exchange import export_embeddings, format_of
     from features.store import FeatureStore
 
+    format = format or format_of(out)
     n, d = export_embeddings(
         FeatureStore.open(store), dataset, model=model, view=view, pooling=pooling, format=format, out=out, dtype=dtype
     )

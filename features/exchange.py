@@ -32,6 +32,15 @@ DTYPES = ("float32", "float16")
 _SHOWN = 3
 
 
+def format_of(path: Path) -> str:
+    """Choose the format of `FORMATS` that a file's ending stands for.
+
+    >>> [format_of(Path(name)) for name in ("x.npz", "x.h5ad", "x.h5", "x")]
+    ['npz', 'anndata', 'hdf5', 'hdf5']
+    """
+    return {".npz": "npz", ".h5ad": "anndata"}.get(path.suffix.lower(), "hdf5")
+
+
 def export_embeddings(
     store: FeatureStore,
     dataset: str,
