@@ -945,19 +945,33 @@ def large(tmp_path_factory) -> Path:
 
 
 def test_thousands_of_patches_stay_smooth(browser, large):
-    """Loose limits, several times what it takes: a busy machine must not fail it."""
+    """Limits are three times and more what it takes, in units of work that the browser does there and then."""
+    openings = []
+    for _ in range(2):
+        with opened(browser, large) as page:
+            page.wait_for_function(PAINTED, arg=".tile canvas")
+            took = page.evaluate("performance.now()")
+            unit = min(page.evaluate(SORTED) for _ in range(3))
+            openings.append(took / unit)
+    assert min(openings) < 7, openings
     with opened(browser, large) as page:
         page.wait_for_function(PAINTED, arg=".tile canvas")
-        assert page.evaluate("performance.now()") < 3_000
         assert page.inner_text("#count").startswith(f"{PER_CLICK} of ")
         for name, value in (("outcome", ""), ("order", "differ"), ("run", "1"), ("label", "1")):
-            assert page.evaluate(CHANGED, [name, value]) < 500, (name, value)
+            assert page.evaluate(CHANGED, [name, value]) < unit, (name, value)
         at = lonely(dict(list(places(page).items())[:500]))
         started = time.perf_counter()
         hover(page, *places(page)[at[0]])
         assert page.inner_text("#point").count("\n") >= 3
-        assert time.perf_counter() - started < 2
+        assert 1000 * (time.perf_counter() - started) < 3 * unit
 
+
+# Milliseconds that the browser takes to sort a million numbers.
+SORTED = """() => {
+    const started = performance.now();
+    Array.from({ length: 1e6 }, (_, k) => (k * 7919) % 1000003).sort((a, b) => a - b);
+    return performance.now() - started;
+}"""
 
 # Milliseconds from a change to the frame after it, by when the browser has drawn.
 CHANGED = """([name, value]) => new Promise((done) => {
