@@ -21,6 +21,7 @@ from features.options import (
     CvOption,
     DataOption,
     DeviceOption,
+    FoldsByOption,
     FoldSeedOption,
     JsonOption,
     LabelsOption,
@@ -73,6 +74,7 @@ def finetune(
         str | None, typer.Option(help="full, centerN, centerN@M, any with +imagenet. Default: the recipe's.")
     ] = None,
     cv: CvOption = 5,
+    folds_by: FoldsByOption = None,
     epochs: Annotated[
         int | None, typer.Option(min=1, max=MOST_EPOCHS, help="Epochs, at most. Default: the recipe's.")
     ] = None,
@@ -154,6 +156,7 @@ def finetune(
             classes=None if classes is None else parse_names(classes, option="--classes"),
             ordinal=ordinal,
             soft_labels=soft_labels,
+            folds_by=folds_by,
         )
         compute_options = ComputeOptions(
             data=data,
@@ -168,6 +171,8 @@ def finetune(
         if dry_run:
             from finetune.plan import make_plan
 
+            if folds_by is not None:
+                say(f"Domains are not counted yet, as no patch is read: this is the plan of {cv} folds.")
             plan = make_plan(options, compute_options)
             if as_json:
                 print_json(asdict(plan))

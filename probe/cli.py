@@ -11,6 +11,7 @@ from features.options import (
     DEFAULT_RUNS,
     DEFAULT_STORE,
     CvOption,
+    FoldsByOption,
     FoldSeedOption,
     JsonOption,
     LabelsOption,
@@ -30,6 +31,7 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 @app.command(help=__doc__)
 def probe(
     cv: CvOption = 5,
+    folds_by: FoldsByOption = None,
     store: StoreOption = DEFAULT_STORE,
     model: Annotated[str | None, typer.Option(help="Models, comma-separated. Default: all in the store.")] = None,
     train: Annotated[
@@ -84,6 +86,7 @@ def probe(
         recipe=recipe,  # type: ignore[arg-type]
         labels=labels,
         soft_labels=soft_labels,
+        folds_by=folds_by,
         seed=seed,
         seeds=seeds,
         fold_seed=fold_seed,

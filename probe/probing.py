@@ -46,6 +46,7 @@ DEMOS = ("demo", "demo-phases")  # drawn, and trained on only where there is not
 # What a trained probe's recipe sees: the paper's text resizes the whole patch to 224 pixels and normalises it by
 # ImageNet's statistics; the authors' scripts prepare it as each model's card says.
 TRAINED_VIEWS = {"paper": "full@224+imagenet", "authors": "full"}
+_LATER = ("soft_labels", "folds_by")
 _TEXT = {"crop": None, "resize": 224, "input_size": 224, "mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
 
 
@@ -63,6 +64,7 @@ class ProbeOptions:
             `fit_paper`, on the paper's folds, with the card's embedding of the whole patch.
         labels: what classes of the test sets are called in the training set, as "old=new,old=new".
         soft_labels: "votes" to train on the raters' shares of votes; None for labels.
+        folds_by: "domain" to hold each domain out in turn instead of `cv` folds; a run's options then say so many.
         seed: of the paper recipe's training, and of the learning curve's draws.
         seeds: how many times the paper's probe is trained, with `seed`, `seed + 1`, ...
         fold_seed: of the folds.
@@ -79,6 +81,7 @@ class ProbeOptions:
     recipe: Literal["exact", "paper", "authors"] = "exact"
     labels: str | None = None
     soft_labels: str | None = None
+    folds_by: str | None = None
     seed: int = SEED
     seeds: int = 1
     fold_seed: int = SEED
@@ -103,9 +106,8 @@ class ProbeOptions:
             )
 
     def as_record(self) -> dict[str, Any]:
-        """Give the options as a run records them; soft labels only where they were asked for."""
-        record = asdict(self)
-        return record if self.soft_labels else {k: value for k, value in record.items() if k != "soft_labels"}
+        """Give the options as a run records them; those that came later only where they were asked for."""
+        return {name: value for name, value in asdict(self).items() if value or name not in _LATER}
 
     @property
     def training_seeds(self) -> tuple[int, ...]:
@@ -166,7 +168,9 @@ def probe_store(
         paper_folds=paper_folds,
         classes=_classes(store, train),
         soft_labels=options.soft_labels,
+        folds_by=options.folds_by,
     )
+    options = replace(options, cv=experiment.folds.n_folds)
     embedded = list(dict.fromkeys(entry.model for entry in store.entries(train)))
     for model in models or ():
         if model not in embedded:
@@ -333,13 +337,18 @@ def _say_what_folds_share(training: Embeddings, experiment: Experiment) -> None:
         )
 
 
+def _n_fits(experiment: Experiment, options: ProbeOptions) -> int:
+    """Count the fits of a batch, which need memory beside the embeddings."""
+    return len(held_out_folds(experiment.folds)) if options.recipe == "exact" else experiment.folds.n_folds
+
+
 def _predictions(setup: _Setup, chosen: _Fitted, probe: Probe) -> Predictions:
     """Predict every patch of the experiment by a probe of the chosen candidate."""
     experiment, tests = setup.experiment, {}
     for name, rows in experiment.tests.items():
         stored = _embeddings(setup, chosen.entry, chosen.record.pooling, name, rows)
         tests[name] = probe.decision_function(
-            in_memory(stored, experiment.folds.n_folds, n_classes=experiment.n_classes)
+            in_memory(stored, _n_fits(experiment, setup.options), n_classes=experiment.n_classes)
         )
     return experiment.predictions(FoldLogits(probe.validation_logit, tests, setup.options.training_seeds))
 
@@ -363,7 +372,7 @@ def _fit_candidates(setup: _Setup, model: str) -> list[_Fitted]:
             )
         else:
             probe = fit_exact(
-                in_memory(stored, folds.n_folds, n_classes=experiment.n_classes),
+                in_memory(stored, _n_fits(experiment, setup.options), n_classes=experiment.n_classes),
                 y,
                 folds=folds,
                 device=setup.device,
@@ -469,7 +478,7 @@ def _subsets(experiment: Experiment, options: ProbeOptions) -> tuple[Subset, ...
         experiment.label,
         experiment.folds.fold,
         effective_groups(experiment.samples),
-        left_out=held_out_folds(experiment.folds.n_folds),
+        left_out=held_out_folds(experiment.folds),
         fractions=options.fractions,
         seed=options.seed,
     )
@@ -484,7 +493,7 @@ def _learning_curve(setup: _Setup, chosen: _Fitted) -> tuple[list[CurvePoint], C
     experiment, model = setup.experiment, chosen.entry.model
     X = in_memory(
         _embeddings(setup, chosen.entry, chosen.record.pooling, experiment.train, experiment.rows),
-        experiment.folds.n_folds,
+        _n_fits(experiment, setup.options),
         n_classes=experiment.n_classes,
     )
     points, fits = [], []

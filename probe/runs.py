@@ -64,12 +64,16 @@ Parsed = TypeVar("Parsed")
 
 @dataclass(frozen=True, kw_only=True)
 class FoldsRecord:
-    """The fold assignment of a run: how many folds, where they come from, their digest, and the seed asked for."""
+    """The fold assignment of a run: how many folds, where they come from, their digest, and the seed asked for.
+
+    `names` are those of the domains, where each fold is one.
+    """
 
     n: int
     source: str = ""
     digest: str
     seed: int | None = None
+    names: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -305,7 +309,12 @@ class RunRecord:
         """Make the object of run.json, with that of metrics.json under `metrics` once there is one."""
         described = replace(self, metrics=None, folder=None)
         record: dict[str, Any] = msgspec.json.decode(msgspec.json.encode(described))
-        for part in (record, record["cost"], *(record["candidates"] or ())):  # of options and the like, None is a value
+        for part in (
+            record,
+            record["cost"],
+            record["folds"],
+            *(record["candidates"] or ()),
+        ):  # of options and the like, None is a value
             for name in [name for name, value in part.items() if value is None]:
                 del part[name]
         if not self.ordinal:

@@ -115,6 +115,7 @@ class SetReport:
         rates: the rate of class 1 per slide; empty where slides are not known, out of fold, and with more than two
             classes.
         missing: runs without predictions here.
+        held_out_domains: the domains that were held out in turn, of out-of-fold predictions by such models; else none.
     """
 
     dataset: str
@@ -134,6 +135,7 @@ class SetReport:
     thresholds: dict[str, ThresholdView]
     rates: dict[str, RateView]
     missing: tuple[str, ...]
+    held_out_domains: tuple[str, ...] = ()
 
     @property
     def n(self) -> int:
@@ -409,6 +411,8 @@ def _compare_on(
         chose={run.label: run.record.chosen_out_of_fold for run in scored} if split == VALIDATION else None,
         exact=[run.label for run in scored if not run.record.is_random],
     )
+    if _held_out_domains(split, scored):  # no random splits, which the test over folds is for
+        comparison = replace(comparison, pairs=tuple(replace(pair, resampled_t={}) for pair in comparison.pairs))
     tables = {label: table.select(rows_of(ensemble, table.id)) for label, ensemble in ensembles.items()}
     return _Compared(dataset, split, fold_digest, scored, ensembles, tables, folds, comparison)
 
@@ -457,7 +461,13 @@ def _set_report(on: _Compared, views: dict[str, _Views], *, missing: Sequence[st
         thresholds={label: view.thresholds for label, view in views.items() if view.thresholds},
         rates={label: view.rates for label, view in views.items() if view.rates},
         missing=tuple(missing),
+        held_out_domains=_held_out_domains(on.split, on.scored),
     )
+
+
+def _held_out_domains(split: str, runs: Sequence[Run]) -> tuple[str, ...]:
+    """List the domains that folds are, on the out-of-fold predictions of runs that share their folds."""
+    return (runs[0].record.folds.names or ()) if split == VALIDATION else ()
 
 
 def _at_own_threshold(out_of_fold: Ensemble, test: Ensemble) -> Ensemble:

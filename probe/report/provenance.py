@@ -22,7 +22,7 @@ def facts(record: RunRecord) -> list[tuple[str, str]]:
         ("written", record.created),
         ("view, pooling", f"{record.view}, {record.pooling}"),
         *weights,
-        ("folds", f"{record.folds.n}: {record.folds.source}, digest {record.folds.digest}"),
+        ("folds", f"{record.folds.n}: {record.folds.source}{_named(record)}, digest {record.folds.digest}"),
         *((f"embedding of {name}", str(digest)) for name, digest in record.fingerprints.items()),
         *((f"table of {name}", str(digest)) for name, digest in record.table_digests.items()),
         *((name, str(digest)) for name, digest in record.sha256.items() if "/" not in name),
@@ -48,6 +48,10 @@ def commands(record: RunRecord) -> list[str]:
         nested = lora if record.method == "lora" else {}
         steps = [["fm-finetune", *_flags({f"lora_{name}": value for name, value in nested.items()}), *_flags(options)]]
     return [shlex.join(map(str, step)) for step in steps]
+
+
+def _named(record: RunRecord) -> str:
+    return f" ({', '.join(record.folds.names)})" if record.folds.names else ""
 
 
 def _classes(record: RunRecord) -> list[str]:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
+import numpy as np
 from rich.table import Table
 
 from probe.curve import CurvePoint, summarise
 from probe.leaks import UNSEEN
 from probe.metrics import Interval
+from probe.predictions import VALIDATION
 from probe.report.published import FIGURES, FIGURES_OF_MORE, SOURCES, published_for
 from probe.runs import RunRecord
 
@@ -18,8 +20,8 @@ _TEXT = frozenset({"Model", "View", "Pooling", "View, pooling", "C per fold", ""
 
 def result_tables(runs: Sequence[RunRecord]) -> list[Table]:
     """Tabulate runs: fold models, and the ensembles where there is a test set."""
-    ensembles = ensemble_table(runs)
-    return [leaderboard(runs), *([ensembles] if ensembles else [])]
+    ensembles, domains = ensemble_table(runs), held_out_table(runs)
+    return [leaderboard(runs), *([domains] if domains else []), *([ensembles] if ensembles else [])]
 
 
 def leaderboard(runs: Sequence[RunRecord]) -> Table:
@@ -63,6 +65,22 @@ def _which_models(runs: Sequence[RunRecord]) -> str:
 
 def _headings(runs: Sequence[RunRecord]) -> tuple[str, ...]:
     return tuple((FIGURES if runs[0].n_classes == 2 else FIGURES_OF_MORE).values())
+
+
+def held_out_table(runs: Sequence[RunRecord]) -> Table | None:
+    """Tabulate what each run reaches on every domain that it held out in turn; None if folds are no domains."""
+    names = runs[0].folds.names
+    if not names:
+        return None
+    columns = [f"{name}\n{figure}" for name in names for figure in _headings(runs)]
+    table = _table("Each domain, by the model that was trained on the others", "Model", "View, pooling", *columns)
+    for run in runs:
+        of = run.figures.sets[f"{run.train}/{VALIDATION}"].folds
+        # By seed and fold: the mean over the seeds of a fold.
+        each = {figure: np.reshape(of[figure].each, (len(run.seeds), -1)).mean(axis=0) for figure in FIGURES}
+        cells = [f"{each[figure][k]:.4f}" for k in range(len(names)) for figure in FIGURES]
+        table.add_row(f"{run.model} ({run.method})", f"{run.view}, {run.pooling}", *cells)
+    return table
 
 
 def ensemble_table(runs: Sequence[RunRecord]) -> Table | None:
@@ -118,7 +136,7 @@ def training_table(run: RunRecord) -> Table:
         best = history[kept]
         table.add_row(
             *([str(seed)] if several else []),
-            str(fold),
+            run.folds.names[fold] if run.folds.names else str(fold),
             str(len(history)),
             str(kept + 1),
             f"{best.loss:.4f}",
