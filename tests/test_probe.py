@@ -12,7 +12,7 @@ from features.folds import grouped_folds
 from features.samples import Samples, make_samples
 from features.store import FeatureStore
 from finetune.report import make_report
-from probe import experiment, probing
+from probe import candidates, experiment
 from probe.evidence import evaluate
 from probe.linear import fit_exact
 from probe.metrics import FoldFigure, RunMetrics, SetMetrics, auroc
@@ -186,7 +186,7 @@ def briefly(monkeypatch) -> None:
     """Trained probes of two epochs, on a table that is not AMi-Br's."""
     monkeypatch.setattr(experiment, "AMI_BR", "")
     monkeypatch.setattr(
-        probing, "probe_recipe", lambda name, *, model: replace(probe_recipe(name, model=model), max_epochs=2)
+        candidates, "probe_recipe", lambda name, *, model: replace(probe_recipe(name, model=model), max_epochs=2)
     )
 
 
