@@ -292,7 +292,8 @@ def _probe_predictor(run: Path, record: RunRecord, backbones: _Backbones, device
     """Embed patches as extraction does, rounding to float16 included, then apply the fold models' linear layers."""
     weights, groups = read_weights(run), record.groups
     layers = [[weights[weight_name(name, k, len(groups))] for name in _LAYER] for k in range(len(groups))]
-    embedders = {(part.model, part.view): _embedder(part, backbones, device) for part in record.each_part}
+    seen_through = {(part.model, part.view): part for part in record.each_part}
+    embedders = {name: _embedder(part, backbones, device) for name, part in seen_through.items()}
     size = _BATCH[device.type]
 
     def predict(patches: Patches, advance: ProgressCallback) -> NDArray[np.float32]:
