@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from features.samples import Samples, make_samples
 from features.store import FeatureStore
 from finetune.report import make_report
 from probe import candidates
+from probe.cli import app
 from probe.combine import averaged, fitted_weights, forward_selection, gains, mean_logits
 from probe.metrics import auroc
 from probe.predictions import Predictions, concatenate, predictions_of
@@ -232,6 +234,19 @@ def test_a_combination_is_compared_with_its_best_part_on_every_set(tmp_path, mon
     assert f"{run.model} mean of 2 probes" in page
     with pytest.raises(UserError, match=r"`combine` needs `recipe='exact'`"):
         ProbeOptions(recipe="paper", combine=True)
+
+
+def test_the_command_tells_what_is_gained(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(candidates, "validation_auroc", lambda fitted: fitted.record.combined == "concatenation")
+    store_of(tmp_path / "store.zarr")
+    arguments = ["--store", tmp_path / "store.zarr", "--runs", tmp_path / "runs", "--cv", "3", "--combine"]
+    app([str(one) for one in [*arguments, "--json"]], standalone_mode=False)
+    result = json.loads(capsys.readouterr().out)["results"][-1]
+    assert result["method"] == "probe of 2 embeddings"
+    assert set(result["gains"]) == {"mine/validation", "mine/test"}
+    assert result["gains"]["mine/validation"]["auroc"]["p"] is None
+    with pytest.raises(UserError, match=r"`folds_by=scanner`: expected domain"):
+        app([str(one) for one in [*arguments, "--folds-by", "scanner"]], standalone_mode=False)
 
 
 # --- ensembles of runs ------------------------------------------------------------------------------------------------

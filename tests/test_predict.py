@@ -19,13 +19,14 @@ from extract.datasets import load_dataset, load_patches
 from extract.embed import ExtractOptions, extract_dataset
 from features.console import UserError
 from features.store import FeatureStore
-from finetune.cli import predict_app
+from finetune.cli import finetune_app, predict_app
 from finetune.lora import LoraOptions
 from finetune.options import ComputeOptions, FinetuneOptions
 from finetune.predict import predict_paths
 from finetune.predict_groups import count_groups, group_rates, groups_of
 from finetune.report import make_report
 from finetune.run import finetune
+from finetune.setup import prepare
 from probe import candidates
 from probe.ensembles import ensemble_of
 from probe.probing import ProbeOptions, probe_store
@@ -507,6 +508,29 @@ def test_a_combination_of_views_repeats_its_own_test_predictions(how, table, wei
     assert len(tested) == 36
     for id, fold, probability in zip(tested.id, tested.fold, tested.probability[:, 1], strict=True):
         assert float(written[id][f"fold_{fold}"]) == pytest.approx(probability, abs=2e-4)
+
+
+# --- folds by domain --------------------------------------------------------------------------------------------------
+
+
+def test_a_training_holds_domains_out_in_turn(table, weights, tmp_path):
+    rows = rows_of(table)
+    with (tmp_path / "patches.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["path", "label", "group", "scanner"])
+        writer.writerows(
+            [table.parent / r["path"], r["label"], r["group"], "AB"[int(r["group"][1:]) > 4]] for r in rows
+        )
+    options = FinetuneOptions(model=MODEL, train=str(tmp_path / "patches.csv"), view=VIEW, cv=5, folds_by="domain")
+    setup = prepare(options, ComputeOptions(weights=weights))
+    assert (setup.experiment.folds.names, setup.experiment.folds.sizes) == (("A", "B"), [20, 28])
+    assert (setup.options.cv, len(setup.fold_models)) == (2, 2)
+    assert setup.identity()["options"]["folds_by"] == "domain"
+    with pytest.raises(UserError, match="`folds_by=group`: expected domain"):
+        finetune_app(
+            ["--train", str(tmp_path / "patches.csv"), "--model", MODEL, "--view", VIEW, "--folds-by", "group"],
+            standalone_mode=False,
+        )
 
 
 # --- by group ---------------------------------------------------------------------------------------------------------
