@@ -93,6 +93,12 @@ def finetune(
     classes: ClassesOption = None,
     ordinal: OrdinalOption = False,
     soft_labels: SoftLabelsOption = None,
+    tta: Annotated[
+        bool | None,
+        typer.Option(
+            "--tta/--no-tta", help="Score patches by the mean over eight flips and turns. Default: the recipe's."
+        ),
+    ] = None,
     data: DataOption = None,
     weights: WeightsOption = None,
     device: DeviceOption = "auto",
@@ -154,6 +160,7 @@ def finetune(
             classes=None if classes is None else parse_names(classes, option="--classes"),
             ordinal=ordinal,
             soft_labels=soft_labels,
+            tta=tta,
         )
         compute_options = ComputeOptions(
             data=data,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -228,7 +229,8 @@ def _finetuned_predictor(
 ) -> _Predictor:
     options = FinetuneOptions.from_record(record.options)
     view = parse_view(record.view)
-    transform = training_transform(backbone, view, record.statistics)
+    tta = bool((record.recipe or {}).get("tta"))  # runs from before it was an ingredient have none
+    transform = replace(training_transform(backbone, view, record.statistics), flips=tta)
     network_members = options.network_members(record.folds.n)
     at_once = ComputeOptions().resolved_folds_at_once(device, len(record.fold_models))
     compute = Compute(device, record.precision, at_once)
