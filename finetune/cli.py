@@ -116,7 +116,9 @@ def finetune(
     ] = None,
     fast: Annotated[
         bool,
-        typer.Option("--fast/--no-fast", help="Try kernels and graphs for NVIDIA GPUs, or use plain PyTorch alone."),
+        typer.Option(
+            "--fast/--no-fast", help="Fold norms on a CPU, try kernels and graphs on NVIDIA GPUs; or plain PyTorch."
+        ),
     ] = True,
     grad_checkpointing: Annotated[
         bool, typer.Option("--grad-checkpointing", help="Recompute activations: less memory, a third more time.")

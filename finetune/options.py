@@ -167,7 +167,7 @@ class ComputeOptions:
         device: "auto", "cpu", "cuda" or "cuda:N".
         folds_at_once: folds (of all seeds together) per forward pass; None for all on a GPU and one on a CPU.
         compile: compile the backbone's blocks with torch.compile; None for where it pays, if `fast`, on an NVIDIA GPU.
-        fast: try what is faster on an NVIDIA GPU (`finetune.fast`); plain PyTorch without it.
+        fast: fold norms on a CPU, try what is faster on an NVIDIA GPU (`finetune.fast`); plain PyTorch without it.
         grad_checkpointing: compute activations twice instead of keeping them.
         merge: write each LoRA fold's merged network too.
     """

@@ -265,7 +265,8 @@ def new_network(setup: Setup, members: Sequence[int], *, training: bool = True) 
         n_classes=setup.n_classes,
         device=compute.device,
     )
-    network.compute_in(compute.precision)
+    if network.compute_in(compute.precision, fold_norms=setup.compute_options.fast):
+        compute.fast_paths.add("folded norms")
     if setup.compute_options.grad_checkpointing:
         checkpoint_gradients(network)
     if compute.fast:
