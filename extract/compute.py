@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from itertools import chain
@@ -241,6 +241,14 @@ def embed_batch(model: nn.Module, backbone: Backbone, images: Tensor, *, precisi
     dtype = _AUTOCAST.get(precision)
     with torch.inference_mode(), torch.autocast(images.device.type, dtype, enabled=dtype is not None):
         return {name: values.float() for name, values in forward_poolings(model, backbone, images).items()}
+
+
+def embed_shown(model: nn.Module, backbone: Backbone, shown: Iterable[Tensor], *, precision: str) -> dict[str, Tensor]:
+    """Average every pooling over batches (b, 3, h, w) of the same images, in several orientations or in one."""
+    outputs = [embed_batch(model, backbone, images, precision=precision) for images in shown]
+    if len(outputs) == 1:
+        return outputs[0]
+    return {name: torch.stack([output[name] for output in outputs]).mean(dim=0) for name in outputs[0]}
 
 
 def require_as_on_cpu(model: nn.Module, backbone: Backbone, images: Tensor) -> None:

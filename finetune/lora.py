@@ -238,7 +238,7 @@ def fuse_adapted(layer: nn.Module, norm: nn.BatchNorm2d) -> nn.Module | None:
     base = fuse_convolution(layer.base, norm)
     if base is None:
         return None
-    gain = (norm.running_var + norm.eps).rsqrt()  # type: ignore[operator]  # there is one in eval mode
+    gain = (norm.running_var + norm.eps).rsqrt()  # type: ignore[operator, union-attr]  # there is one in eval mode
     layer.base, layer.output_gain = base, gain if norm.weight is None else gain * norm.weight
     return layer
 

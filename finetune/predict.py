@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from extract.backbones import Backbone, Weights, build_model, fetch_weights, find_backbone
-from extract.compute import embed_batch, optimize_for_inference
+from extract.compute import embed_shown, optimize_for_inference
 from extract.datasets import Patches, load_patches
 from extract.embed import decoded
 from extract.images import SUFFIXES
@@ -213,7 +213,8 @@ def _probe_predictor(
         logits = []
         with closing(decoded(patches.decode, batches, device=device)) as ready:
             for batch, images in ready:
-                poolings = embed_batch(model, backbone, transform(images, device), precision=record.precision)
+                shown = transform.shown(transform(images, device))
+                poolings = embed_shown(model, backbone, shown, precision=record.precision)
                 embeddings = torch.cat([poolings[name] for name in pooling.split("+")], dim=1).cpu().numpy()
                 ids = np.array([patches.id[row] for row in batch])
                 rounded = to_float16(embeddings, patches.source, ids=ids, first_row=batch.start)
