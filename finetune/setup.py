@@ -161,7 +161,9 @@ def prepare(
         paper_folds=options.recipe != "default",
         classes=datasets[train].label_names,
         soft_labels=options.soft_labels,
+        folds_by=options.folds_by,
     )
+    options = replace(options, cv=experiment.folds.n_folds)
     return Setup(
         options=options,
         compute_options=compute_options,
