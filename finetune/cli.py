@@ -99,6 +99,12 @@ def finetune(
     classes: ClassesOption = None,
     ordinal: OrdinalOption = False,
     soft_labels: SoftLabelsOption = None,
+    tta: Annotated[
+        bool | None,
+        typer.Option(
+            "--tta/--no-tta", help="Score patches by the mean over eight flips and turns. Default: the recipe's."
+        ),
+    ] = None,
     data: DataOption = None,
     weights: WeightsOption = None,
     device: DeviceOption = "auto",
@@ -116,7 +122,9 @@ def finetune(
     ] = None,
     fast: Annotated[
         bool,
-        typer.Option("--fast/--no-fast", help="Try kernels and graphs for NVIDIA GPUs, or use plain PyTorch alone."),
+        typer.Option(
+            "--fast/--no-fast", help="Fold norms on a CPU, try kernels and graphs on NVIDIA GPUs; or plain PyTorch."
+        ),
     ] = True,
     grad_checkpointing: Annotated[
         bool, typer.Option("--grad-checkpointing", help="Recompute activations: less memory, a third more time.")
@@ -160,6 +168,7 @@ def finetune(
             classes=None if classes is None else parse_names(classes, option="--classes"),
             ordinal=ordinal,
             soft_labels=soft_labels,
+            tta=tta,
             folds_by=folds_by,
         )
         compute_options = ComputeOptions(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from extract.backbones import Backbone, Weights, build_model, fetch_weights, find_backbone
-from extract.compute import embed_batch, optimize_for_inference
+from extract.compute import embed_shown, optimize_for_inference
 from extract.datasets import Patches, load_patches
 from extract.embed import decoded
 from extract.images import SUFFIXES
@@ -330,14 +330,19 @@ def _embedder(
     model = build_model(backbone, loaded, dynamic=view.resizes(backbone))
     example = torch.zeros(1, 3, transform.input_size, transform.input_size, device=device)
     model = optimize_for_inference(model, device, example=example)
-    return lambda images: embed_batch(model, backbone, transform(images, device), precision=part.precision)
+
+    def embed(patches: Sequence[NDArray[np.uint8]]) -> dict[str, Tensor]:
+        return embed_shown(model, backbone, transform.shown(transform(patches, device)), precision=part.precision)
+
+    return embed
 
 
 def _finetuned_predictor(run: Path, record: RunRecord, backbones: _Backbones, device: torch.device) -> _Predictor:
     backbone, loaded = backbones[record.model]
     options = FinetuneOptions.from_record(record.options)
     view = parse_view(record.view)
-    transform = training_transform(backbone, view, record.statistics)
+    tta = bool((record.recipe or {}).get("tta"))  # runs from before it was an ingredient have none
+    transform = replace(training_transform(backbone, view, record.statistics), flips=tta)
     network_members = options.network_members(record.folds.n)
     at_once = ComputeOptions().resolved_folds_at_once(device, len(record.fold_models))
     compute = Compute(device, record.precision, at_once)

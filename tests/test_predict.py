@@ -105,6 +105,7 @@ def make_runs(table: Path, weights: Path, place: Path, methods: tuple[str, ...])
             epochs=2,
             lora=LoraOptions(rank=2),
             precision="fp32",
+            tta=method == "lora",
         )
         found[method] = finetune(options, compute_options=ComputeOptions(weights=weights), runs=place).folder
     return found
