@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from extract.backbones import Backbone, Weights, build_model, fetch_weights, find_backbone
-from extract.compute import embed_batch, optimize_for_inference
+from extract.compute import embed_batch, fastest, side_by_side
 from extract.datasets import Patches, load_patches
 from extract.embed import decoded
 from extract.images import SUFFIXES
@@ -204,17 +204,24 @@ def _probe_predictor(
     transform = training_transform(backbone, view, "card")
     pooling = record.card_pooling if record.pooling == "card" else record.pooling
     model = build_model(backbone, loaded, dynamic=view.resizes(backbone))
-    example = torch.zeros(1, 3, transform.input_size, transform.input_size, device=device)
-    model = optimize_for_inference(model, device, example=example)
+    model = fastest(model, backbone, device, size=transform.input_size, precision=record.precision)
     size = _BATCH[device.type]
+    unit = size * (torch.get_num_threads() if device.type == "cpu" else 1)
+
+    def embed(images: Sequence[NDArray[np.uint8]]) -> NDArray[np.float32]:
+        poolings = embed_batch(model, backbone, transform(images, device), precision=record.precision)
+        return torch.cat([poolings[name] for name in pooling.split("+")], dim=1).cpu().numpy()
 
     def predict(patches: Patches, advance: ProgressCallback) -> NDArray[np.float32]:
-        batches = [range(start, min(start + size, len(patches.id))) for start in range(0, len(patches.id), size)]
+        units = [range(start, min(start + unit, len(patches.id))) for start in range(0, len(patches.id), unit)]
         logits = []
-        with closing(decoded(patches.decode, batches, device=device)) as ready:
+        with (
+            closing(decoded(patches.decode, units, device=device)) as ready,
+            side_by_side(device, torch.get_num_threads()) as map_batches,
+        ):
             for batch, images in ready:
-                poolings = embed_batch(model, backbone, transform(images, device), precision=record.precision)
-                embeddings = torch.cat([poolings[name] for name in pooling.split("+")], dim=1).cpu().numpy()
+                batches = [images[start : start + size] for start in range(0, len(images), size)]
+                embeddings = np.concatenate(list(map_batches(embed, batches)))
                 ids = np.array([patches.id[row] for row in batch])
                 rounded = to_float16(embeddings, patches.source, ids=ids, first_row=batch.start)
                 logits.append(predict_logits(rounded, weights["coef"], weights["intercept"]))
