@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from itertools import chain
@@ -49,33 +49,55 @@ def optimize_for_inference(model: nn.Module, device: torch.device, *, example: T
     model = model.to(device)
     if device.type != "cpu":
         return model
-    model = model.to(memory_format=torch.channels_last)
+    return fold_batch_norms(model.to(memory_format=torch.channels_last), example)
+
+
+Fuse = Callable[[nn.Module, nn.BatchNorm2d], nn.Module | None]
+
+
+def fuse_convolution(layer: nn.Module, norm: nn.BatchNorm2d) -> nn.Module | None:
+    """Make one convolution of a convolution and the norm that follows it; None where the layer is no convolution."""
+    if not isinstance(layer, nn.Conv2d):
+        return None
+    return fuse_conv_bn_eval(layer, norm).to(memory_format=torch.channels_last)
+
+
+def fold_batch_norms(model: nn.Module, example: Tensor, *, fuse: Fuse = fuse_convolution) -> nn.Module:
+    """Make a network without batch norms that computes what a frozen one does; the one given stays as it is.
+
+    Each norm is folded into the layer before it, whose tensors are new; all others are shared. The result is the
+    network that was given if it has no batch norms, or if the other does not reproduce it.
+
+    Args:
+        model: in eval mode, on a CPU.
+        example: (b, 3, h, w) input, on which the two are compared.
+        fuse: makes one layer of a layer and the norm that follows it; None where it cannot.
+    """
     if not any(isinstance(module, nn.BatchNorm2d) for module in model.modules()):
         return model
-    folded = copy.deepcopy(model)
-    _fold_batch_norms(folded)
-    folded = folded.to(memory_format=torch.channels_last)
+    folded = _copy_of_modules(model)
+    _fold_batch_norms(folded, fuse)
     with torch.inference_mode():
         before, after = model(example), folded(example)
-    # Which norm follows which convolution was guessed from the order of registration; this checks the guess.
+    # Which norm follows which layer was guessed from the order of registration; this checks the guess.
     return folded if torch.allclose(before, after, rtol=1e-3, atol=1e-4 * float(before.abs().max())) else model
 
 
-def _fold_batch_norms(module: nn.Module) -> None:
-    convolution: tuple[str, nn.Conv2d] | None = None
+def _fold_batch_norms(module: nn.Module, fuse: Fuse) -> None:
+    before: tuple[str, nn.Module] | None = None
     for name, child in list(module.named_children()):
-        if isinstance(child, nn.Conv2d):
-            convolution = name, child
-        elif isinstance(child, nn.BatchNorm2d) and convolution is not None:
-            setattr(module, convolution[0], fuse_conv_bn_eval(convolution[1], child))
+        if isinstance(child, nn.Identity):
+            continue
+        fused = fuse(before[1], child) if before is not None and isinstance(child, nn.BatchNorm2d) else None
+        if before is not None and fused is not None:
+            setattr(module, before[0], fused)
             # timm's norms carry their activation.
             setattr(
                 module, name, nn.Sequential(getattr(child, "drop", nn.Identity()), getattr(child, "act", nn.Identity()))
             )
-            convolution = None
-        elif not isinstance(child, nn.Identity):
-            convolution = None
-            _fold_batch_norms(child)
+        else:
+            _fold_batch_norms(child, fuse)
+        before = name, child
 
 
 def choose_precision(asked: str, backbone: Backbone, model: nn.Module, images: Tensor) -> str:
@@ -253,6 +275,14 @@ def embed_batch(model: nn.Module, backbone: Backbone, images: Tensor, *, precisi
         if isinstance(model, OpenvinoNetwork):
             return model(images)  # type: ignore[no-any-return]
         return {name: values.float() for name, values in forward_poolings(model, backbone, images).items()}
+
+
+def embed_shown(model: nn.Module, backbone: Backbone, shown: Iterable[Tensor], *, precision: str) -> dict[str, Tensor]:
+    """Average every pooling over batches (b, 3, h, w) of the same images, in several orientations or in one."""
+    outputs = [embed_batch(model, backbone, images, precision=precision) for images in shown]
+    if len(outputs) == 1:
+        return outputs[0]
+    return {name: torch.stack([output[name] for output in outputs]).mean(dim=0) for name in outputs[0]}
 
 
 def require_as_on_cpu(model: nn.Module, backbone: Backbone, images: Tensor) -> None:

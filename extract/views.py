@@ -157,11 +157,14 @@ class Transform:
     def shown(self, images: Tensor) -> Iterator[Tensor]:
         """Yield the batches (b, 3, s, s) that the network sees of normalised images, over which outputs are averaged.
 
-        That is one batch, or with `flips` eight. All are channels last in memory where the images are.
+        That is the batch itself, or with `flips` eight, which are channels last in memory where the images are.
         """
+        if not self.flips:
+            yield images
+            return
         channels_last = images.is_contiguous(memory_format=torch.channels_last)
         layout = torch.channels_last if channels_last else torch.contiguous_format
-        for turned in orientations(images) if self.flips else (images,):
+        for turned in orientations(images):
             yield turned.contiguous(memory_format=layout)
 
     def scale_and_offset(self, device: torch.device) -> tuple[Tensor, Tensor]:

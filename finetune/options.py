@@ -20,7 +20,7 @@ from finetune.recipes import RECIPE_NAMES, Recipe, recipe_for
 
 _MOST_FOLDS = 100
 _MOST_MODELS = 500
-_LATER = ("classes", "ordinal", "soft_labels", "tta")  # options that early versions do not know
+_LATER = ("classes", "ordinal", "soft_labels", "folds_by", "tta")  # options that early versions do not know
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,7 @@ class FinetuneOptions:
             suggest, see `features.labels.class_labels`.
         ordinal: whether that order means something, as that of grades does.
         soft_labels: "votes" to train towards each class's share of the votes for a patch; None for its label.
+        folds_by: "domain" to hold each domain out in turn instead of `cv` folds; a run's options then say so many.
 
     Raises:
         UserError: a value outside its range.
@@ -71,6 +72,7 @@ class FinetuneOptions:
     classes: tuple[str, ...] | None = None
     ordinal: bool = False
     soft_labels: str | None = None
+    folds_by: str | None = None
     tta: bool | None = None
 
     def __post_init__(self) -> None:
@@ -167,7 +169,7 @@ class ComputeOptions:
         device: "auto", "cpu", "cuda" or "cuda:N".
         folds_at_once: folds (of all seeds together) per forward pass; None for all on a GPU and one on a CPU.
         compile: compile the backbone's blocks with torch.compile; None for where it pays, if `fast`, on an NVIDIA GPU.
-        fast: try what is faster on an NVIDIA GPU (`finetune.fast`); plain PyTorch without it.
+        fast: fold norms on a CPU, try what is faster on an NVIDIA GPU (`finetune.fast`); plain PyTorch without it.
         grad_checkpointing: compute activations twice instead of keeping them.
         merge: write each LoRA fold's merged network too.
     """

@@ -78,6 +78,22 @@ def test_every_pooling_and_view_equals_a_plain_forward_pass(patches, weights, tm
             np.testing.assert_allclose(found, values.numpy(), rtol=2e-3, atol=2e-3, err_msg=f"{view} {pooling}")
 
 
+def test_a_view_with_flips_holds_the_mean_over_eight_orientations(patches, weights, tmp_path):
+    store = run(patches, weights, tmp_path / "s.zarr", views=("full+flips", "full"))
+    dataset, backbone = load_dataset(str(patches)), find_backbone(MODEL)
+    model = build_model(backbone, Weights(weights, "", "", "file"))
+    images = make_transform(backbone, parse_view("full"))([dataset.decode(row) for row in range(N)], CPU)
+    turned = [torch.rot90(one, turns, (2, 3)) for one in (images, images.flip(2)) for turns in range(4)]
+    with torch.inference_mode():
+        expected = torch.stack([model.forward_features(one)[:, 0] for one in turned]).mean(dim=0)
+    found = store.read(dataset.name, model=MODEL, view="full+flips", pooling="cls")
+    np.testing.assert_allclose(found, expected.numpy(), rtol=2e-3, atol=2e-3)
+    assert not np.allclose(store.read(dataset.name, model=MODEL, view="full", pooling="cls"), found, atol=2e-2)
+    plain, flipped = (store.entry(dataset.name, model=MODEL, view=view) for view in ("full", "full+flips"))
+    assert plain.fingerprint != flipped.fingerprint
+    assert "flips" not in plain.parts["transform"]  # fingerprints of views without stay as they were
+
+
 def test_the_same_command_again_computes_nothing(patches, weights, tmp_path, monkeypatch):
     before = content(run(patches, weights, tmp_path / "s.zarr").path)
     monkeypatch.setattr(prepare, "build_model", lambda *a, **k: pytest.fail("a network was built for nothing"))
