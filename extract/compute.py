@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from extract.backbones import Backbone, forward_poolings
+from extract.openvino import OpenvinoNetwork, is_convolutional, version
 from features.console import UserError
 from features.device import agrees, copy_stream, free_cached_memory, has_bf16, out_of_memory
 
@@ -215,18 +216,32 @@ def _blocks(module: nn.Module) -> list[nn.Module]:
     return [child for child in module if any(True for _ in child.children())]
 
 
-def compiled(model: nn.Module, backbone: Backbone, images: Tensor, *, precision: str) -> nn.Module | None:
+def takes_openvino(model: nn.Module, device: torch.device, *, precision: str) -> bool:
+    """Whether OpenVINO computes a network faster than torch: convolutions on a processor in float32."""
+    return device.type == "cpu" and precision == "fp32" and is_convolutional(model)
+
+
+def compiled(
+    model: nn.Module, backbone: Backbone, images: Tensor, *, precision: str, earlier: nn.Module | None = None
+) -> nn.Module | None:
     """Make a compiled form of a network, if it has one that embeds these images alike; say so if not.
+
+    OpenVINO computes it where `takes_openvino`; of others the blocks are compiled.
 
     Args:
         model: as `hold_weights` gives it; the two share all tensors.
         backbone: its record.
         images: (b, 3, h, w) normalised, of the shape of every batch to come.
         precision: to compute in.
+        earlier: what this function gave for the same network and images of another size.
     """
-    fast = _copy_of_modules(model)
-    if not compile_blocks(fast):
-        return None
+    fast: nn.Module
+    if takes_openvino(model, images.device, precision=precision):
+        fast = earlier or OpenvinoNetwork(model, backbone)
+    else:
+        fast = _copy_of_modules(model)
+        if not compile_blocks(fast):
+            return None
 
     def outputs(network: nn.Module) -> list[Tensor]:
         return list(embed_batch(network, backbone, images, precision=precision).values())
@@ -236,10 +251,29 @@ def compiled(model: nn.Module, backbone: Backbone, images: Tensor, *, precision:
     return fast if same else None
 
 
+def fastest(model: nn.Module, backbone: Backbone, device: torch.device, *, size: int, precision: str) -> nn.Module:
+    """Give the fastest form of a frozen network on a device that embeds as it does, up to rounding.
+
+    Args:
+        model: from `build_model`.
+        backbone: its record.
+        device: where it will run.
+        size: pixels along the edge of the network's input.
+        precision: to compute in.
+    """
+    example = torch.randn(1, 3, size, size, generator=torch.Generator().manual_seed(0)).to(device)
+    model = optimize_for_inference(model, device, example=example)
+    if version() is None or not takes_openvino(model, device, precision=precision):
+        return model
+    return compiled(model, backbone, example, precision=precision) or model
+
+
 def embed_batch(model: nn.Module, backbone: Backbone, images: Tensor, *, precision: str) -> dict[str, Tensor]:
     """Run one forward pass: (b, 3, h, w) float32 normalised images to every pooling, each (b, d) float32."""
     dtype = _AUTOCAST.get(precision)
     with torch.inference_mode(), torch.autocast(images.device.type, dtype, enabled=dtype is not None):
+        if isinstance(model, OpenvinoNetwork):
+            return model(images)  # type: ignore[no-any-return]
         return {name: values.float() for name, values in forward_poolings(model, backbone, images).items()}
 
 

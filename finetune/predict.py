@@ -5,7 +5,7 @@ Several runs predict together: the mean of what each of them says, equally or by
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,15 +14,15 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import nn
 
 from extract.backbones import Backbone, Weights, build_model, fetch_weights, find_backbone
-from extract.compute import embed_shown, optimize_for_inference
+from extract.compute import embed_shown, fastest, side_by_side
 from extract.datasets import Patches, load_patches
 from extract.embed import decoded
 from extract.images import SUFFIXES
 from extract.prepare import backbone_parts
-from extract.views import parse_view
+from extract.views import Transform, parse_view
 from features.blocks import to_float16
 from features.console import ProgressCallback, UserError, progress, say
 from features.device import compute_exactly, find_device
@@ -288,53 +288,91 @@ def _require_same_backbone(
         raise UserError(f"{run} was computed in fp16, which needs a GPU. Predict with `device='cuda'`.")
 
 
+_Embedder = Callable[[Sequence[NDArray[np.uint8]]], dict[str, NDArray[np.float32]]]  # patches to pooling -> (b, d)
+
+
 def _probe_predictor(run: Path, record: RunRecord, backbones: _Backbones, device: torch.device) -> _Predictor:
     """Embed patches as extraction does, rounding to float16 included, then apply the fold models' linear layers."""
     weights, groups = read_weights(run), record.groups
     layers = [[weights[weight_name(name, k, len(groups))] for name in _LAYER] for k in range(len(groups))]
-    seen_through = {(part.model, part.view): part for part in record.each_part}
-    embedders = {name: _embedder(part, backbones, device) for name, part in seen_through.items()}
-    size = _BATCH[device.type]
+    embedders: dict[tuple[str, str], _Embedder] = {}
+    for part in record.each_part:
+        if (part.model, part.view) not in embedders:
+            backbone, loaded = backbones[part.model]
+            view = parse_view(part.view)
+            model = build_model(backbone, loaded, dynamic=view.resizes(backbone))
+            transform = training_transform(backbone, view, "card")
+            embedders[part.model, part.view] = _embedder(model, backbone, transform, part.precision, device)
 
     def predict(patches: Patches, advance: ProgressCallback) -> NDArray[np.float32]:
-        batches = [range(start, min(start + size, len(patches.id))) for start in range(0, len(patches.id), size)]
         logits = []
-        with closing(decoded(patches.decode, batches, device=device)) as ready:
-            for batch, images in ready:
-                seen = {name: embed(images) for name, embed in embedders.items()}
-                ids = np.array([patches.id[row] for row in batch])
-                rounded = []
-                for part in record.each_part:
-                    pooling = part.card_pooling if part.pooling == "card" else part.pooling
-                    poolings = [seen[part.model, part.view][name] for name in pooling.split("+")]
-                    embeddings = torch.cat(poolings, dim=1).cpu().numpy()
-                    rounded.append(to_float16(embeddings, patches.source, ids=ids, first_row=batch.start))
-                each = [
-                    predict_logits(np.concatenate([rounded[k] for k in group], axis=1), *layer)
-                    for group, layer in zip(groups, layers, strict=True)
-                ]
-                logits.append(mean_logits(each).astype(np.float32))
-                advance(len(batch) * logits[-1].shape[1])
+        for rows, seen in _embedded(patches, embedders, device):
+            ids = np.array([patches.id[row] for row in rows])
+            rounded = []
+            for part in record.each_part:
+                pooling = part.card_pooling if part.pooling == "card" else part.pooling
+                poolings = [seen[part.model, part.view][name] for name in pooling.split("+")]
+                embeddings = np.concatenate(poolings, axis=1)
+                rounded.append(to_float16(embeddings, patches.source, ids=ids, first_row=rows.start))
+            each = [
+                predict_logits(np.concatenate([rounded[k] for k in group], axis=1), *layer)
+                for group, layer in zip(groups, layers, strict=True)
+            ]
+            logits.append(mean_logits(each).astype(np.float32))
+            advance(len(rows) * logits[-1].shape[1])
         return np.concatenate(logits)
 
     return predict
 
 
 def _embedder(
-    part: Part, backbones: _Backbones, device: torch.device
-) -> Callable[[Sequence[NDArray[np.uint8]]], dict[str, Tensor]]:
-    """Make what embeds a batch of patches: pooling to (b, d)."""
-    backbone, loaded = backbones[part.model]
-    view = parse_view(part.view)
-    transform = training_transform(backbone, view, "card")
-    model = build_model(backbone, loaded, dynamic=view.resizes(backbone))
-    example = torch.zeros(1, 3, transform.input_size, transform.input_size, device=device)
-    model = optimize_for_inference(model, device, example=example)
+    model: nn.Module, backbone: Backbone, transform: Transform, precision: str, device: torch.device
+) -> _Embedder:
+    model = fastest(model, backbone, device, size=transform.input_size, precision=precision)
 
-    def embed(patches: Sequence[NDArray[np.uint8]]) -> dict[str, Tensor]:
-        return embed_shown(model, backbone, transform.shown(transform(patches, device)), precision=part.precision)
+    def embed(patches: Sequence[NDArray[np.uint8]]) -> dict[str, NDArray[np.float32]]:
+        shown = transform.shown(transform(patches, device))
+        poolings = embed_shown(model, backbone, shown, precision=precision)
+        return {name: values.cpu().numpy() for name, values in poolings.items()}
 
     return embed
+
+
+def _embedded(
+    patches: Patches, embedders: Mapping[tuple[str, str], _Embedder], device: torch.device
+) -> Iterator[tuple[range, dict[tuple[str, str], dict[str, NDArray[np.float32]]]]]:
+    """Yield rows of patches with every pooling (n, d) of every embedder; batches are computed side by side."""
+    size = _BATCH[device.type]
+    n_at_once = torch.get_num_threads() if device.type == "cpu" else 1
+    starts = range(0, len(patches.id), size * n_at_once)
+    units = [range(start, min(start + size * n_at_once, len(patches.id))) for start in starts]
+    with (
+        closing(decoded(patches.decode, units, device=device)) as ready,
+        side_by_side(device, n_at_once) as map_batches,
+    ):
+        for rows, images in ready:
+            batches = [images[start : start + size] for start in range(0, len(images), size)]
+            seen = {}
+            for name, embed in embedders.items():
+                found = list(map_batches(embed, batches))
+                seen[name] = {pooling: np.concatenate([one[pooling] for one in found]) for pooling in found[0]}
+            yield rows, seen
+
+
+def _head_predictor(network: Network, transform: Transform, precision: str, device: torch.device) -> _Predictor:
+    """Embed patches once by the frozen backbone that all members share, then apply each member's classifier."""
+    embed = _embedder(network.model, network.backbone, transform, precision, device)
+    weight, bias = (tensor.detach().cpu().numpy() for tensor in (network.weight, network.bias))  # (f, c, d), (f, c)
+
+    def predict(patches: Patches, advance: ProgressCallback) -> NDArray[np.float32]:
+        logits = []
+        for rows, seen in _embedded(patches, {("", ""): embed}, device):
+            outputs = np.einsum("bd,fcd->bfc", seen["", ""][network.pooling], weight, optimize=True) + bias
+            logits.append(outputs[..., 1:] - outputs[..., :1])
+            advance(len(rows) * len(network.members))
+        return np.concatenate(logits)
+
+    return predict
 
 
 def _finetuned_predictor(run: Path, record: RunRecord, backbones: _Backbones, device: torch.device) -> _Predictor:
@@ -359,10 +397,13 @@ def _finetuned_predictor(run: Path, record: RunRecord, backbones: _Backbones, de
             device=device,
         )
         load_members(network, run)
-        network.compute_in(compute.precision)
+        if options.method != "head":
+            network.compute_in(compute.precision)
         return network
 
     network = load(network_members[0]) if len(network_members) == 1 else None
+    if options.method == "head" and network is not None:
+        return _head_predictor(network, transform, record.precision, device)
 
     def predict(patches: Patches, advance: ProgressCallback) -> NDArray[np.float32]:
         rows = np.arange(len(patches.id))

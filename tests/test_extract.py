@@ -24,6 +24,7 @@ from extract.backbones import Backbone, Weights, build_model, find_backbone
 from extract.compute import choose_precision, embed_batch, largest_batch, optimize_for_inference
 from extract.datasets import PatchDataset, load_dataset
 from extract.embed import extract_dataset
+from extract.openvino import version
 from extract.prepare import ExtractOptions, fingerprint_parts
 from extract.views import make_transform, parse_view
 from features.console import UserError
@@ -465,6 +466,46 @@ def test_what_decides_the_last_bits_on_a_gpu_is_in_the_fingerprint_there(small_w
     # Stores written on processors before GPUs had more parts are still theirs.
     expected = "bde51b0965022bb43d2b489f704cc6edcb534587dc4245b23dfc2acc32d5d7c6"
     assert fingerprint(parts("cpu", compiled=False)) == expected
+
+
+@pytest.mark.skipif(version() is None, reason="OpenVINO is not installed")
+def test_what_openvino_embeds_is_recorded_and_entries_go_on_as_begun(tmp_path, monkeypatch, capsys):
+    """A finished entry needs it no more; an unfinished one is not gone on with by torch."""
+    card, weights = find_backbone("timm/test_efficientnet.r160_in1k"), tmp_path / "cnn.safetensors"
+    torch.manual_seed(0)
+    save_file(timm.create_model(card.arch, num_classes=0).state_dict(), weights)
+
+    third = drawn(70, name="third", seed=2)  # two blocks
+
+    def stop(row: int) -> np.ndarray:
+        if row > 65:
+            raise UserError("stopped")
+        return third.decode(row)
+
+    by_torch = embedded(tmp_path / "torch", weights, card, fast=False)
+    by_openvino = embedded(tmp_path / "openvino", weights, card)
+    assert "numerics" not in by_torch.parts
+    assert list(differences(by_torch.parts, by_openvino.parts)) == [
+        ("numerics", '"(none)"', '{"compiled": "openvino"}')
+    ]
+    for pooling in ("pooled", "center"):
+        one, other = (
+            FeatureStore.open(tmp_path / name).read("drawn", model=card.name, view="full", pooling=pooling)
+            for name in ("torch", "openvino")
+        )
+        np.testing.assert_allclose(one, other, rtol=2e-3, atol=2e-3)  # float16's own rounding
+    for name, begun in (("torch", by_torch), ("openvino", by_openvino)):
+        second = embedded(tmp_path / name, weights, card, dataset=drawn(name="second", seed=1))
+        assert second.parts.get("numerics") == begun.parts.get("numerics")
+    with pytest.raises(UserError, match="stopped"):
+        embedded(tmp_path / "openvino", weights, card, dataset=dataclasses.replace(third, decode=stop))
+    capsys.readouterr()
+    monkeypatch.setattr("extract.openvino.find_spec", lambda name: None)
+    assert embedded(tmp_path / "openvino", weights, card).fingerprint == by_openvino.fingerprint
+    assert capsys.readouterr().err == ""
+    with pytest.raises(UserError, match=r"(?s)computed differently.*numerics"):
+        embedded(tmp_path / "openvino", weights, card, dataset=third)
+    assert "OpenVINO is not installed: pip install 'mitofm[cpu]'" in capsys.readouterr().err
 
 
 def test_a_gpu_computes_exactly_before_its_first_pass(patches, weights, tmp_path, monkeypatch):
