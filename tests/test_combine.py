@@ -211,9 +211,10 @@ def test_a_combination_is_chosen_out_of_fold_and_tests_choose_nothing(tmp_path):
 def test_where_nothing_is_better_together_there_is_no_combination(tmp_path, monkeypatch, capsys):
     runs = runs_of(tmp_path, monkeypatch, None)
     assert [run.combined for run in runs] == [None, None]
-    best = max(runs, key=lambda run: run.candidates[0].validation_auroc).model
+    best = max(runs, key=lambda run: run.candidates[0].validation_auroc)
     said = " ".join(capsys.readouterr().err.split())
-    assert f"is better out of fold than {best} (full, card) alone: 2 combinations of 2 embeddings were tried" in said
+    alone = f"{best.model} (full, card) alone (AUROC {best.candidates[0].validation_auroc:.4f})"
+    assert f"is better out of fold than {alone}: the best of 2 combinations of 2 embeddings reached 0." in said
 
 
 def test_a_combination_is_compared_with_its_best_part_on_every_set(tmp_path, monkeypatch):
