@@ -247,7 +247,7 @@ def _forward(
 
 def _write(writer: Writer, step: range, poolings: Mapping[str, Tensor], done: torch.cuda.Event | None) -> None:
     """Write the missing blocks of a step; this thread waits for the device, and not the main one."""
-    arrays = fetch(poolings, done)
+    arrays = fetch({name: poolings[name] for name in writer.entry.poolings}, done)
     for rows in writer.missing(step):
         part = slice(rows.start - step.start, rows.stop - step.start)
         writer.write(rows, {name: values[part] for name, values in arrays.items()})

@@ -324,6 +324,9 @@ def _make_job(
     options, device, shared = extraction.options, extraction.device, extraction.shard.shared
     transform = make_transform(backbone, view)
     widths = pooling_widths(networks["fp32"], backbone)
+    begun = None if options.overwrite else _stored_entry(extraction, backbone, view)
+    if begun is not None and widths.keys() >= begun.poolings.keys():
+        widths = {name: widths[name] for name in begun.poolings}  # an earlier version knew fewer
 
     def begin(chosen: _Chosen) -> Writer:
         parts = fingerprint_parts(

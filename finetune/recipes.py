@@ -92,6 +92,7 @@ RECIPES = {
         warmup=0.5,
         patience=8,
         augment=AugmentOptions(rotation=180.0),
+        tta=True,
     ),
 }
 

@@ -638,7 +638,7 @@ def test_rows_train_validate_and_test_as_the_table_says_in_whatever_order(materi
     table = tmp_path / "mixed.csv"
     lines = [f"{id},{('Normal', 'Atypical')[label]},{group},{split}" for id, (label, group, split) in rows.items()]
     table.write_text("\n".join(["path,label,group,split", *lines]))
-    asked = options(material, "head", train=str(table), learning_rate=0.03)
+    asked = options(material, "head", train=str(table), learning_rate=0.03, tta=False)
     folder = run_folder(finetune(asked, compute_options=compute_options(material, "head"), runs=tmp_path / "runs"))
     predictions, run = read_predictions(folder), read_run(folder)
     for split, name in (("train", "validation"), ("test", "test")):

@@ -94,6 +94,17 @@ def test_a_view_with_flips_holds_the_mean_over_eight_orientations(patches, weigh
     assert "flips" not in plain.parts["transform"]  # fingerprints of views without stay as they were
 
 
+def test_an_entry_begun_with_fewer_poolings_goes_on_with_these(patches, weights, tmp_path, monkeypatch):
+    with monkeypatch.context() as patched:
+        patched.setattr(prepare, "pooling_widths", lambda *_: {"cls": 64, "mean": 64})
+        store = run(patches, weights, tmp_path / "s.zarr", views=("full",))
+    (entry,) = store.entries()
+    block = entry.block_key(entry.last_pooling, 1)
+    before = content(store.path)
+    (store.path / block).unlink()
+    assert content(run(patches, weights, store.path, views=("full",)).path) == before
+
+
 def test_the_same_command_again_computes_nothing(patches, weights, tmp_path, monkeypatch):
     before = content(run(patches, weights, tmp_path / "s.zarr").path)
     monkeypatch.setattr(prepare, "build_model", lambda *a, **k: pytest.fail("a network was built for nothing"))
