@@ -1,7 +1,7 @@
 """How fast is extraction on this machine? Ratios measured in one run; `make bench` prints them.
 
 Ways over the same patches, in turn, several times: the paper's (one image at a time, PIL, fp32, no overlap), the
-network alone on ready batches, and `extract_dataset` from files to store, the last two computed by torch and, where it
+network alone on ready batches, and extraction from files to store, the last two computed by torch and, where it
 is used, by OpenVINO. Random weights of the true shapes.
 """
 
@@ -10,13 +10,15 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import os
-import statistics
 import tempfile
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from rich.table import Table
 from safetensors.torch import save_file
@@ -32,9 +34,9 @@ from extract.compute import (
     takes_openvino,
 )
 from extract.datasets import PatchDataset, load_dataset
-from extract.embed import extract_dataset
+from extract.embed import embed_rows
 from extract.openvino import version
-from extract.prepare import ExtractOptions
+from extract.prepare import Extraction, ExtractOptions, prepare
 from extract.views import make_transform, parse_view
 from features.console import show
 from features.store import FeatureStore
@@ -54,26 +56,29 @@ def patch_files(n: int, folder: Path) -> Path:
     return folder
 
 
-def papers_way(model: torch.nn.Module, backbone: Backbone, files: list[Path]) -> float:
-    """Images per second, one at a time: open, resize, normalise, forward."""
+def timed(work: Callable[[], object], n: int) -> NDArray[np.float64]:
+    """Images per second of wall time, and of processor time, which other work on the machine changes less."""
+    wall, busy = time.perf_counter(), time.process_time()
+    work()
+    return n / np.array([time.perf_counter() - wall, time.process_time() - busy])
+
+
+def papers_way(model: torch.nn.Module, backbone: Backbone, files: list[Path]) -> None:
+    """One image at a time: open, resize, normalise, forward."""
     mean = torch.tensor(backbone.mean).view(3, 1, 1)
     std = torch.tensor(backbone.std).view(3, 1, 1)
-    started = time.perf_counter()
     with torch.inference_mode():
         for file in files:
             image = Image.open(file).convert("RGB").resize((224, 224), Image.Resampling.BICUBIC)
             pixels = torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1).float() / 255
             model(((pixels - mean) / std)[None]).numpy()
-    return len(files) / (time.perf_counter() - started)
 
 
-def forward_only(model: torch.nn.Module, backbone: Backbone, precision: str, n: int) -> float:
-    """Images per second of the network on ready batches, which are computed side by side."""
+def forward_only(model: torch.nn.Module, backbone: Backbone, precision: str, n: int) -> None:
+    """The network on ready batches, which are computed side by side as in extraction."""
     batch = torch.randn(BATCH, 3, backbone.input_size, backbone.input_size).to(memory_format=torch.channels_last)
-    started = time.perf_counter()
     with side_by_side(CPU, torch.get_num_threads()) as map_batches:
         list(map_batches(lambda _: embed_batch(model, backbone, batch, precision=precision), range(n // BATCH)))
-    return n // BATCH * BATCH / (time.perf_counter() - started)
 
 
 def measure(name: str, title: str, dataset: PatchDataset, files: list[Path], repeats: int, table: Table) -> None:
@@ -95,36 +100,35 @@ def measure(name: str, title: str, dataset: PatchDataset, files: list[Path], rep
             fast = compiled(settled, backbone, example, precision=precision)
             show(f"{title}: converted for OpenVINO in {time.process_time() - started:.1f} s of processor time")
             forms |= {"OpenVINO": fast} if fast else {}
-        rounds: dict[str, list[tuple[float, float, float, float]]] = {form: [] for form in forms}
+        rounds: dict[str, list[NDArray[np.float64]]] = {form: [] for form in forms}  # (3, 2) rates of each way
         embeddings = {}
         for repeat in range(repeats + 1):
-            plain = papers_way(eager, backbone, files[: max(n // 8, 16)])
+            few = files[: max(n // 8, 16)]
+            plain = timed(partial(papers_way, eager, backbone, few), len(few))
             for form, network in forms.items():
-                alone = forward_only(network, backbone, precision, n)
+                alone = timed(partial(forward_only, network, backbone, precision, n), n // BATCH * BATCH)
                 store = FeatureStore.open_or_create(Path(folder) / f"{form} {repeat}.zarr")
                 options = ExtractOptions(device="cpu", precision=precision, batch_size=BATCH, fast=form == "OpenVINO")
-                (summary,) = extract_dataset(dataset, [backbone], store=store, options=options, weights=weights)
+                prepared = prepare(Extraction(dataset, (backbone,), store, options, weights))
+                whole = timed(partial(embed_rows, prepared), n)
                 if repeat:  # the first round warms caches up
-                    first = rounds["torch"][repeat - 1][2] if form != "torch" else summary.images_per_second
-                    rounds[form].append((plain, alone, summary.images_per_second, first))
+                    rounds[form].append(np.array([plain, alone, whole]))
                 (entry,) = store.entries()
                 embeddings[form] = {
                     pooling: torch.from_numpy(store.read(dataset.name, model=name, view="full", pooling=pooling))
                     for pooling in entry.poolings
                 }
     for form, found in rounds.items():
-        plain, alone, whole, _ = (statistics.median(column) for column in zip(*found, strict=True))
-        ratios = [(r[2] / r[1], r[2] / r[0], r[2] / r[3]) for r in found]
-        to_alone, to_plain, to_torch = (statistics.median(column) for column in zip(*ratios, strict=True))
+        rates = np.median(found, axis=0)
+        ratios = [(r[2] / r[1], r[2] / r[0], r[2] / first[2]) for r, first in zip(found, rounds["torch"], strict=True)]
         cosine = min(
             float(torch.nn.functional.cosine_similarity(values.double(), embeddings["torch"][pooling].double()).min())
             for pooling, values in embeddings[form].items()
         )
-        table.add_row(
-            *(title, form, precision),
-            *(f"{rate:.1f}" for rate in (plain, alone, whole)),
-            *(f"{to_alone:.2f}", f"{to_plain:.1f}", f"{to_torch:.2f}", f"{cosine:.7f}"),
-        )
+        for k, clock in enumerate(("wall", "processor")):
+            of_ratios = np.median(ratios, axis=0)[:, k]
+            row = (*(f"{rate:.1f}" for rate in rates[:, k]), *(f"{ratio:.2f}" for ratio in of_ratios))
+            table.add_row(title, form, precision, clock, *row, f"{cosine:.7f}")
 
 
 def main() -> None:
@@ -135,7 +139,7 @@ def main() -> None:
     parser.add_argument("--model", help="only this one")
     arguments = parser.parse_args()
     table = Table(title=f"Extraction on CPU, {torch.get_num_threads()} threads, {arguments.patches} patches")
-    for column in ("Model", "By", "Precision", "Paper's way /s", "Forward only /s", "Files to store /s"):
+    for column in ("Model", "By", "Precision", "Clock", "Paper's way /s", "Forward only /s", "Files to store /s"):
         table.add_column(column, justify="right")
     table.add_column("of forward only\n(target 0.9)", justify="right")
     table.add_column("times paper's way\n(target 3)", justify="right")

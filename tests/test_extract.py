@@ -225,14 +225,14 @@ def test_not_a_number_is_refused_with_the_patch_named(patches, tmp_path):
 
 
 def test_out_of_memory_halves_the_batch_instead_of_failing(patches, weights, tmp_path, monkeypatch, capsys):
-    real = embed.embed_batch
+    real = compute.embed_batch
 
     def small_memory(model, backbone, images, **options):
         if len(images) > 16:
             raise torch.OutOfMemoryError("out of memory")
         return real(model, backbone, images, **options)
 
-    monkeypatch.setattr(embed, "embed_batch", small_memory)
+    monkeypatch.setattr(compute, "embed_batch", small_memory)
     store = run(patches, weights, tmp_path / "s.zarr", batch_size=32)
     assert "going on with batches of 16" in capsys.readouterr().err
     assert all(entry.complete and entry.batch_size == 16 for entry in store.entries())
@@ -546,13 +546,13 @@ def test_the_thread_that_writes_waits_for_the_device_and_the_main_one_goes_on(pa
 def test_a_padded_batch_stores_its_patches_alone(patches, weights, tmp_path, monkeypatch):
     """As on a GPU, where every batch has the same shape; here 64 = 40 + 24 rows, and 22 at the end."""
     reference = run(patches, weights, tmp_path / "a.zarr", views=("full",))
-    shapes, embed_batch = set(), embed.embed_batch
+    shapes, embed_batch = set(), compute.embed_batch
 
     def watched(model, backbone, images, **options):
         shapes.add(len(images))
         return embed_batch(model, backbone, images, **options)
 
-    monkeypatch.setattr(embed, "embed_batch", watched)
+    monkeypatch.setattr(compute, "embed_batch", watched)
     monkeypatch.setattr(
         embed, "padded", lambda images, n: torch.cat([images, images[-1:].expand(n - len(images), -1, -1, -1)])
     )

@@ -256,7 +256,7 @@ def test_a_rank_out_of_memory_says_so_instead_of_batching_otherwise(patches, wei
     def no_memory(*arguments, **options):
         raise torch.OutOfMemoryError("out of memory")
 
-    monkeypatch.setattr(embed, "embed_batch", no_memory)
+    monkeypatch.setattr(embed, "embed_shown", no_memory)
     with pytest.raises(UserError, match=r"batches of 8, which all ranks share"):
         run(patches, weights, tmp_path / "s.zarr", shard_of(2, 1))
 
