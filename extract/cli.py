@@ -63,7 +63,7 @@ def extract(
     ] = None,
     fast: Annotated[
         bool,
-        typer.Option(help="Compile networks for an NVIDIA GPU where that pays; their last digits are others."),
+        typer.Option(help="Compile networks where that pays, on CPUs by OpenVINO; their last digits are others."),
     ] = True,
     weights: WeightsOption = None,
     positive: PositiveOption = None,

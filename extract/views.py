@@ -2,14 +2,14 @@
 
 A view is the input policy and part of every fingerprint: `full` is the whole patch, prepared as the model's card says;
 `centerN` is its central N source pixels, where the figure is. `@M` asks for an input of M pixels, and `+imagenet` for
-another normalisation than the card's: `full@224+imagenet` is what the paper's text says. Extraction, probes and
-fine-tuning use the same views.
+another normalisation than the card's: `full@224+imagenet` is what the paper's text says. `+flips` embeds a patch in
+eight orientations and takes the mean. Extraction, probes and fine-tuning use the same views.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +30,7 @@ _MOST_PIXELS = 2_048  # edge of a network's input; its activations would not fit
 
 # What may follow a `+` in a view's name: a mean and standard deviation of each channel, instead of the card's.
 STATISTICS: Mapping[str, tuple[RGB, RGB]] = {"imagenet": (IMAGENET_MEAN, IMAGENET_STD), "half": (HALF, HALF)}
+FLIPS = "flips"  # the modifier of views that show every patch in eight orientations
 
 
 @dataclass(frozen=True)
@@ -41,12 +42,14 @@ class View:
         crop: edge of the central square in source pixels; None for the whole patch.
         input_size: edge of the network's input in pixels; None for the model's own.
         statistics: a key of `STATISTICS`; None for the model card's mean and standard deviation.
+        flips: whether the network sees every patch in all eight orientations, and its outputs are averaged.
     """
 
     name: str
     crop: int | None
     input_size: int | None
     statistics: str | None = None
+    flips: bool = False
 
     def resizes(self, backbone: Backbone) -> bool:
         """Whether a network gets images of another size than its own, and so has to be built for any size."""
@@ -55,14 +58,15 @@ class View:
 
 def parse_view(text: str) -> View:
     """Read a view's name: `full` or `centerN` (central N source pixels), then perhaps `@M` (input of M pixels), then
-    perhaps modifiers, each after a `+`: `+imagenet` or `+half` (normalised by ImageNet's statistics, or by one half).
+    perhaps modifiers, each after a `+`: `+imagenet` or `+half` (normalised by ImageNet's statistics, or by one half),
+    and `+flips` (the mean over the patch in all eight orientations).
 
     >>> parse_view("full")
-    View(name='full', crop=None, input_size=None, statistics=None)
-    >>> parse_view("center64@160")
-    View(name='center64@160', crop=64, input_size=160, statistics=None)
+    View(name='full', crop=None, input_size=None, statistics=None, flips=False)
+    >>> parse_view("center64@160+flips")
+    View(name='center64@160+flips', crop=64, input_size=160, statistics=None, flips=True)
     >>> parse_view("full@224+imagenet")
-    View(name='full@224+imagenet', crop=None, input_size=224, statistics='imagenet')
+    View(name='full@224+imagenet', crop=None, input_size=224, statistics='imagenet', flips=False)
 
     Raises:
         UserError: if the name is none of these.
@@ -73,22 +77,33 @@ def parse_view(text: str) -> View:
         raise UserError(
             f"unknown view {text!r}: use 'full' (the whole patch), 'center64' (its central 64 pixels), "
             "'center64@160' (the same, resized to an input of 160 pixels), or any of these with '+imagenet' "
-            "(normalised by ImageNet's statistics)."
+            "(normalised by ImageNet's statistics) or '+flips' (the mean over eight orientations)."
         )
     if match[3] and int(match[3]) > _MOST_PIXELS:
         raise UserError(f"view {text!r}: an input of {int(match[3]):,} pixels is too large; at most {_MOST_PIXELS:,}.")
-    unknown = [modifier for modifier in modifiers if modifier not in STATISTICS]
+    statistics = [modifier for modifier in dict.fromkeys(modifiers) if modifier != FLIPS]
+    unknown = [modifier for modifier in statistics if modifier not in STATISTICS]
     if unknown:
-        known = ", ".join(f"+{name}" for name in STATISTICS)
+        known = ", ".join(f"+{name}" for name in (*STATISTICS, FLIPS))
         raise UserError(f"view {text!r}: unknown modifier '+{unknown[0]}'; known are {known}.")
-    if len(modifiers) > 1:
-        raise UserError(f"view {text!r}: images are normalised in one way; use one of +{' and +'.join(modifiers)}.")
+    if len(statistics) > 1:
+        raise UserError(f"view {text!r}: images are normalised in one way; use one of +{' and +'.join(statistics)}.")
+    flips = FLIPS in modifiers
     return View(
-        text,
+        "+".join([pixels, *statistics, *[FLIPS] * flips]),  # one name, in whatever order they were given
         crop=int(match[2]) if match[2] else None,
         input_size=int(match[3]) if match[3] else None,
-        statistics=modifiers[0] if modifiers else None,
+        statistics=statistics[0] if statistics else None,
+        flips=flips,
     )
+
+
+def orientations(images: Tensor) -> Iterator[Tensor]:
+    """Yield square images (b, c, s, s) in all eight orientations: as they are, mirrored, and both in quarter turns."""
+    for turns in range(4):
+        turned = torch.rot90(images, turns, (2, 3))
+        yield turned
+        yield turned.flip(3)
 
 
 @dataclass(frozen=True)
@@ -105,6 +120,7 @@ class Transform:
         input_size: edge of the central square that is then kept.
         interpolation: "bicubic" or "bilinear".
         mean, std: of each channel, for RGB in 0 to 1.
+        flips: whether the network is shown every image in all eight orientations.
     """
 
     crop: int | None
@@ -113,6 +129,7 @@ class Transform:
     interpolation: str
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    flips: bool = False
 
     def __call__(self, patches: Sequence[NDArray[np.uint8]], device: torch.device) -> Tensor:
         """Turn patches, each (h, w, 3) uint8, into a normalised float32 batch (b, 3, input_size, input_size).
@@ -136,6 +153,19 @@ class Transform:
         """Normalise pixels (b, 3, h, w) in 0..255, of any dtype, to float32 network input."""
         scale, offset = self.scale_and_offset(pixels.device)
         return pixels.mul(scale).sub_(offset)
+
+    def shown(self, images: Tensor) -> Iterator[Tensor]:
+        """Yield the batches (b, 3, s, s) that the network sees of normalised images, over which outputs are averaged.
+
+        That is the batch itself, or with `flips` eight, which are channels last in memory where the images are.
+        """
+        if not self.flips:
+            yield images
+            return
+        channels_last = images.is_contiguous(memory_format=torch.channels_last)
+        layout = torch.channels_last if channels_last else torch.contiguous_format
+        for turned in orientations(images):
+            yield turned.contiguous(memory_format=layout)
 
     def scale_and_offset(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """Give what normalises pixels in 0..255: a factor, and what is subtracted from the product, each (3, 1, 1)."""
@@ -177,6 +207,7 @@ class Transform:
             "rounding": "uint8",
             "mean": list(self.mean),
             "std": list(self.std),
+            **({"flips": True} if self.flips else {}),
         }
 
 
@@ -214,4 +245,5 @@ def make_transform(backbone: Backbone, view: View) -> Transform:
         interpolation=backbone.interpolation,
         mean=tuple(mean),
         std=tuple(std),
+        flips=view.flips,
     )

@@ -6,6 +6,8 @@ StratifiedGroupKFold changed in 1.8), not with the platform's floating point. Tw
 - AMi-Br's training split, five folds, seed 42: the two assignments that scikit-learn gives there, shipped as a table.
   `sklearn_1_9` is the default, because 1.8 corrected the stratification; `sklearn_1_7` is the paper's.
 - everything else: the greedy rule of StratifiedGroupKFold with an exact criterion (integers, no rounding).
+
+Or the patch table decides: every domain (scanner, centre, tumour type) validates in turn.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from itertools import product
@@ -31,6 +33,7 @@ Scheme = Literal["default", "paper"]
 SEED = 42  # the paper's code, StratifiedGroupKFold(5, shuffle=True, random_state=42)
 _FROZEN_COLUMN = {"default": "sklearn_1_9", "paper": "sklearn_1_7"}
 _FROZEN_FOLDS = 5
+_PARTS = 4  # of each of two folds, within which choices are made
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,19 +45,25 @@ class Folds:
         n_folds: how many folds there are.
         source: where the assignment comes from, for the record.
         digest: SHA-256 over (id, fold) sorted by id; equal digests mean the same rows validate together.
+        names: of the folds, where each is a domain; else none.
+        parts: (n,) int; of two domains, the part of its fold that a row is in, numbered from `n_folds` on. None where
+            there are folds enough to choose on.
     """
 
     fold: NDArray[np.intp]
     n_folds: int
     source: str
     digest: str
+    names: tuple[str, ...] = ()
+    parts: NDArray[np.intp] | None = None
 
     def __repr__(self) -> str:
         sizes = ", ".join(map(str, self.sizes))
         return f"Folds({len(self.fold):,} rows in {self.n_folds} folds of {sizes}; {self.source}; {self.digest[:12]})"
 
     def _repr_html_(self) -> str:
-        rows = ((k, size, len(self.fold) - size) for k, size in enumerate(self.sizes))
+        named = zip(self.names or range(self.n_folds), self.sizes, strict=True)
+        rows = ((name, size, len(self.fold) - size) for name, size in named)
         caption = f"{self.source}; digest {self.digest[:12]}"
         return html_table(("fold", "validation rows", "training rows"), rows, caption=caption)
 
@@ -67,6 +76,11 @@ class Folds:
     def training(self) -> NDArray[np.bool_]:
         """(n_folds, n) True where a row trains in a fold: in all but the one in which it validates."""
         return np.asarray(self.fold[None, :] != np.arange(self.n_folds)[:, None])
+
+    @property
+    def inner(self) -> NDArray[np.intp]:
+        """(n,) with what each row is left out where a choice is made within training rows: its fold, or its part."""
+        return self.fold if self.parts is None else self.parts
 
 
 class FoldModel(NamedTuple):
@@ -149,9 +163,75 @@ def grouped_folds(
             f"greedy grouped stratified, seed {seed}",
         )
     _require_classes(samples.label, groups, fold, n_folds, names)
+    return Folds(fold=fold, n_folds=n_folds, source=source, digest=_digest(samples, fold))
+
+
+def domain_folds(samples: Samples, *, seed: int = SEED, classes: Classes | None = None) -> Folds:
+    """Let every domain (scanner, centre, tumour type) validate in turn, whatever its size; no group is ever cut.
+
+    >>> from features.samples import make_samples
+    >>> ids, centres = [f"{i}.png" for i in range(6)], ["Oslo", "Bern"] * 3
+    >>> domain_folds(make_samples(ids, [0, 0, 1, 1, 0, 1], sha256=[""] * 6, domain=centres))
+    Folds(6 rows in 2 folds of 3, 3; by domain; 8d111d813acb)
+
+    Args:
+        samples: (n,) patch table; only these rows are assigned.
+        seed: of two domains, decides which groups of one are in a part of it, on which a choice is made.
+        classes: as for `grouped_folds`.
+
+    Raises:
+        UserError: if a patch has no domain, there is but one, a group (or byte-identical patches) lies in two, or a
+            domain lacks one of two classes, or of more holds all patches of one.
+    """
+    without = samples.id[samples.domain == ""].tolist()
+    if without:
+        raise UserError(
+            f"`folds_by=domain`: {len(without):,} of {len(samples):,} training patches have no domain (first: "
+            f"{without[0]}). Name it in the column domain (or scanner, centre, site), or use `cv`."
+        )
+    names, fold = np.unique(samples.domain, return_inverse=True)
+    if len(names) < 2:
+        raise UserError(
+            f"`folds_by=domain`: all training patches are of {', '.join(names.tolist()) or 'no domain'}. Expected two "
+            "domains or more, so that one validates while others train. Use `cv`."
+        )
+    groups = effective_groups(samples)
+    first = np.full(groups.max() + 1, len(samples))
+    np.minimum.at(first, groups, np.arange(len(samples)))
+    crossing = np.flatnonzero(fold != fold[first[groups]])
+    if len(crossing):
+        row, other = crossing[0], first[groups[crossing[0]]]
+        named = samples.group[row]
+        what = f"the group {named} lies" if named and named == samples.group[other] else "identical patches lie"
+        raise UserError(
+            f"`folds_by=domain`: {what} in two domains, {samples.domain[other]} ({samples.id[other]}) and "
+            f"{samples.domain[row]} ({samples.id[row]}), so that a fold would train on what it validates on. Correct "
+            "the table: a slide or patient has one domain, and different ones have different names."
+        )
+    known = classes or tuple(map(str, range(samples.n_classes)))
+    _require_classes(samples.label, groups, fold, len(names), known, domains=names.tolist())
+    parts = None
+    if len(names) == 2:
+        parts, n_parts = np.empty_like(fold), 2
+        for k in range(2):
+            rows = np.flatnonzero(fold == k)
+            _, own = np.unique(groups[rows], return_inverse=True)
+            n_own = min(_PARTS, int(own.max()) + 1)
+            parts[rows] = n_parts + _deal(samples.label[rows], own, n_own, seed, len(known))
+            n_parts += n_own
+    return Folds(
+        fold=fold,
+        n_folds=len(names),
+        source="by domain",
+        digest=_digest(samples, fold),
+        names=tuple(names.tolist()),
+        parts=parts,
+    )
+
+
+def _digest(samples: Samples, fold: NDArray[np.intp]) -> str:
     lines = sorted(f"{id}\t{k}\n" for id, k in zip(samples.id.tolist(), fold.tolist(), strict=True))
-    digest = hashlib.sha256("".join(lines).encode()).hexdigest()
-    return Folds(fold=fold, n_folds=n_folds, source=source, digest=digest)
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 def effective_groups(samples: Samples) -> NDArray[np.intp]:
@@ -256,7 +336,13 @@ def _require_groups(label: NDArray[np.int8], groups: NDArray[np.intp], n_folds: 
 
 
 def _require_classes(
-    label: NDArray[np.int8], groups: NDArray[np.intp], fold: NDArray[np.intp], n_folds: int, names: Classes
+    label: NDArray[np.int8],
+    groups: NDArray[np.intp],
+    fold: NDArray[np.intp],
+    n_folds: int,
+    names: Classes,
+    *,
+    domains: Sequence[str] = (),
 ) -> None:
     """Refuse folds of which one cannot validate on both of two classes, or cannot train on one of more."""
     for value, name in enumerate(names):
@@ -266,6 +352,12 @@ def _require_classes(
         many = len(names) > 2
         if len(within) >= 2 if many else not lacking:
             continue
+        if domains:
+            where = domains[lacking[0]] if not many else f"all but {domains[within.pop()]}" if within else "the table"
+            raise UserError(
+                f"`folds_by=domain`: {where} has no training patch of the class {name} (label {value}), and every fold "
+                f"must {'train' if many else 'validate'} on it. Make two domains one in the table, or use `cv`."
+            )
         occurs = f"which occurs in {n_groups} group{'s' * (n_groups != 1)}"
         if not many:
             role = "positive" if value else "negative"

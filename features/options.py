@@ -54,6 +54,12 @@ CvOption = Annotated[
     int,
     typer.Option("--cv", max=MOST_FOLDS, help="Number of cross-validation folds; groups (slides) are never cut."),
 ]
+FoldsByOption = Annotated[
+    str | None,
+    typer.Option(
+        "--folds-by", help="domain: each domain (scanner, centre, tumour type) is held out in turn, instead of --cv."
+    ),
+]
 # As many trainings as anybody has run to measure their scatter, and some more.
 MOST_SEEDS = 100
 FoldSeedOption = Annotated[

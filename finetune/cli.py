@@ -21,6 +21,7 @@ from features.options import (
     CvOption,
     DataOption,
     DeviceOption,
+    FoldsByOption,
     FoldSeedOption,
     JsonOption,
     LabelsOption,
@@ -39,6 +40,10 @@ if TYPE_CHECKING:  # torch takes seconds to import: commands import it when they
     from extract.doctor import Diagnosis
     from finetune.plan import Plan
 
+EnsembleWeightsOption = Annotated[
+    str,
+    typer.Option("--ensemble-weights", help="equal; out-of-fold: shares that fit what runs said out of fold best."),
+]
 finetune_app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 predict_app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 report_app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -73,6 +78,7 @@ def finetune(
         str | None, typer.Option(help="full, centerN, centerN@M, any with +imagenet. Default: the recipe's.")
     ] = None,
     cv: CvOption = 5,
+    folds_by: FoldsByOption = None,
     epochs: Annotated[
         int | None, typer.Option(min=1, max=MOST_EPOCHS, help="Epochs, at most. Default: the recipe's.")
     ] = None,
@@ -93,6 +99,12 @@ def finetune(
     classes: ClassesOption = None,
     ordinal: OrdinalOption = False,
     soft_labels: SoftLabelsOption = None,
+    tta: Annotated[
+        bool | None,
+        typer.Option(
+            "--tta/--no-tta", help="Score patches by the mean over eight flips and turns. Default: the recipe's."
+        ),
+    ] = None,
     data: DataOption = None,
     weights: WeightsOption = None,
     device: DeviceOption = "auto",
@@ -110,7 +122,9 @@ def finetune(
     ] = None,
     fast: Annotated[
         bool,
-        typer.Option("--fast/--no-fast", help="Try kernels and graphs for NVIDIA GPUs, or use plain PyTorch alone."),
+        typer.Option(
+            "--fast/--no-fast", help="Fold norms on a CPU, try kernels and graphs on NVIDIA GPUs; or plain PyTorch."
+        ),
     ] = True,
     grad_checkpointing: Annotated[
         bool, typer.Option("--grad-checkpointing", help="Recompute activations: less memory, a third more time.")
@@ -154,6 +168,8 @@ def finetune(
             classes=None if classes is None else parse_names(classes, option="--classes"),
             ordinal=ordinal,
             soft_labels=soft_labels,
+            tta=tta,
+            folds_by=folds_by,
         )
         compute_options = ComputeOptions(
             data=data,
@@ -168,6 +184,8 @@ def finetune(
         if dry_run:
             from finetune.plan import make_plan
 
+            if folds_by is not None:
+                say(f"Domains are not counted yet, as no patch is read: this is the plan of {cv} folds.")
             plan = make_plan(options, compute_options)
             if as_json:
                 print_json(asdict(plan))
@@ -224,9 +242,9 @@ def _show_plan(plan: Plan) -> None:
     show(*([modules] if plan.modules else []), total)
 
 
-@predict_app.command(help="fm-predict: apply a probe run or a fine-tuned run to new patches.")
+@predict_app.command(help="fm-predict: apply a run, or several together, to new patches.")
 def predict(
-    folder: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run.")],
+    folder: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run; of several, one after another.")],
     paths: Annotated[
         list[Path], typer.Argument(metavar="PATH…", help="Image files, folders, CSV files (column path) or HDF5 (x).")
     ],
@@ -241,16 +259,32 @@ def predict(
         str | None,
         typer.Option(help="group: write a second CSV with the share of each class in every group (slide)."),
     ] = None,
+    ensemble_weights: EnsembleWeightsOption = "equal",
     as_json: JsonOption = False,
 ) -> None:
     check_output(out)
     from finetune.predict import predict_paths
 
-    summary = predict_paths(folder, paths, out=out, device=device, weights=weights, threshold=threshold, by=by)
+    folders = [folder]
+    while len(paths) > 1 and (paths[0] / "run.json").is_file():
+        folders.append(paths[0])
+        paths = paths[1:]
+    summary = predict_paths(
+        folders,
+        paths,
+        out=out,
+        device=device,
+        weights=weights,
+        threshold=threshold,
+        by=by,
+        ensemble_weights=ensemble_weights,
+    )
     if as_json:
         print_json(summary)
         return
     names, of_groups, models = summary["label_names"], summary.get("by_group"), f"{summary['n_models']} fold models"
+    if "runs" in summary:
+        models += f" of {len(summary['runs'])} runs, weights {', '.join(f'{one:.3f}' for one in summary['weights'])}"
     if "counts" in summary:
         said = ", ".join(f"{n:,} {name}" for n, name in zip(summary["counts"], names, strict=True) if n)
         say(f"{out}: {summary['n']:,} patches; the most probable class is {said} ({models}).")
@@ -285,6 +319,11 @@ def report(
         Path | None, typer.Option(help="The file to write. Default: report.html; tables go to the terminal.")
     ] = None,
     format: Annotated[str, typer.Option(help="html, or markdown or latex: tables that drop into a paper.")] = "html",
+    ensemble: Annotated[
+        str | None,
+        typer.Option(help="RUN,RUN,... or all: also judge the mean of these runs, which share training set and folds."),
+    ] = None,
+    ensemble_weights: EnsembleWeightsOption = "equal",
     folds: Annotated[str | None, typer.Option(help="First digits of a fold digest: only runs on those folds.")] = None,
     data: Annotated[
         Path | None, typer.Option(envvar="MITOFM_DATA", show_envvar=False, help="Folder of the known datasets.")
@@ -335,6 +374,8 @@ def report(
     text, figures, _ = make_report(
         runs,
         named=named or (),
+        ensemble=() if ensemble is None else parse_names(ensemble, option="--ensemble"),
+        ensemble_weights=ensemble_weights,
         folds=folds,
         format=format,  # type: ignore[arg-type]
         data=data,

@@ -93,7 +93,7 @@ def network_logits(
 ) -> Tensor:
     """Compute the logits (f, b, c-1), of class k over class 0, of pixels (f, b, 3, s, s): each member's by its weights.
 
-    If memory runs out, the batch is halved.
+    They are means over the orientations in which the transform shows a patch. If memory runs out, the batch is halved.
 
     Raises:
         UserError: if not even one image of each fold fits.
@@ -107,7 +107,8 @@ def network_logits(
         try:
             images = transform.normalise(part.flatten(0, 1)).contiguous(memory_format=torch.channels_last)
             with compute.autocast():
-                outputs: Tensor = network(images, members)  # (f, b, c)
+                shown = [network(one, members) for one in transform.shown(images)]
+            outputs = torch.stack(shown).mean(dim=0)  # (f, b, c)
         except RuntimeError as error:
             if not out_of_memory(error):
                 raise

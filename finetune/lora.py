@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import Parameter
 
+from extract.compute import fuse_convolution
 from features.console import UserError
 from features.folds import FoldModel
 from finetune import kernels
@@ -226,6 +227,22 @@ def cast_frozen(model: nn.Module, dtype: torch.dtype) -> None:
             parameter.data = parameter.data.to(dtype)
 
 
+def fuse_adapted(layer: nn.Module, norm: nn.BatchNorm2d) -> nn.Module | None:
+    """Make one layer of a layer and the batch norm that follows it, for `extract.compute.fold_batch_norms`.
+
+    With W' = gain W, the norm of an adapted layer is W' x + offset + gain s B A x: the same A and B, and the same
+    gradients of them.
+    """
+    if not isinstance(layer, StackedLora):
+        return fuse_convolution(layer, norm)
+    base = fuse_convolution(layer.base, norm)
+    if base is None:
+        return None
+    gain = (norm.running_var + norm.eps).rsqrt()  # type: ignore[operator, union-attr]  # there is one in eval mode
+    layer.base, layer.output_gain = base, gain if norm.weight is None else gain * norm.weight
+    return layer
+
+
 class Dropout(NamedTuple):
     """Which mask: of which folds, of which layer, how many it drops, of which images; keys None keep everything."""
 
@@ -261,6 +278,7 @@ class StackedLora(nn.Module):
         base: the frozen `nn.Linear` or 1x1 `nn.Conv2d`.
         A: (n_folds, rank, in) float32, or the base's float64.
         B: (n_folds, out, rank).
+        output_gain: (out,) of a batch norm that has been folded into the base: it scales the adapter's output too.
         copies: A and B in the type of the products, kept up to date by the network; None where that is their own type.
         before: what is done to the input first; the backward pass does it again instead of keeping the result.
         norm: the norm, where that is a norm.
@@ -286,6 +304,8 @@ class StackedLora(nn.Module):
         self.base = base
         self.A = Parameter(A.to(weight.device))
         self.B = Parameter(torch.zeros(len(generators), n_out, options.rank, dtype=dtype, device=weight.device))
+        self.output_gain: Tensor | None
+        self.register_buffer("output_gain", None, persistent=False)
         self.copies: tuple[Tensor, Tensor] | None = None
         self.before: Before | None = None
         self.norm: DeferredNorm | None = None
@@ -316,18 +336,17 @@ class StackedLora(nn.Module):
         A, B = self._take(self.A), self._take(self.B)
         copies: tuple[Tensor | None, Tensor | None] = (None, None)
         if self.copies is not None and self.copies[0].dtype == dtype:
-            copies = self._take(self.copies[0]), self._take(self.copies[1])
+            copies = self._take(self.copies[0]), None if self.output_gain is not None else self._take(self.copies[1])
+        if self.output_gain is not None:
+            B = B * self.output_gain[:, None]
         threshold = 0 if now.keys is None else drop_threshold(self.options.dropout)
         scale = self.options.alpha / self.options.rank / (1 - threshold / 256)
-        is_convolution = isinstance(self.base, nn.Conv2d)
-        if is_convolution:
-            x = x.permute(0, 2, 3, 1)  # contiguous where the images are channels_last
         dropout = Dropout(now.keys if threshold else None, self.layer, threshold, now.rows)
         norm = (None, None, 0.0) if self.norm is None else (self.norm.weight, self.norm.bias, self.norm.eps)
         y: Tensor = _AdaptedLinear.apply(
             x, self.base.weight, self.base.bias, A, B, *copies, scale, *dropout, dtype, self.before, *norm, self.triton
         )
-        return y.permute(0, 3, 1, 2) if is_convolution else y
+        return y
 
     def _take(self, factors: Tensor) -> Tensor:
         """Take the chosen folds' part of (n_folds, ...); a copy only where they do not lie one after the other."""
@@ -347,7 +366,7 @@ class _AdaptedLinear(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        x: Tensor,  # (n, ..., in)
+        x: Tensor,  # (n, ..., in), or (n, in, h, w)
         weight: Tensor,  # (out, in) or (out, in, 1, 1)
         bias: Tensor | None,  # (out,)
         A: Tensor,  # (f, rank, in)
@@ -366,7 +385,7 @@ class _AdaptedLinear(torch.autograd.Function):
         eps: float,
         triton: bool,
     ) -> Tensor:
-        n_folds = len(A)
+        n_folds, channels = len(A), _channels(weight)
         ctx.dtypes = A.dtype, B.dtype
         products = kernels if triton else plain
         with torch.autocast(x.device.type, enabled=False):
@@ -377,13 +396,15 @@ class _AdaptedLinear(torch.autograd.Function):
                 a = ACTIVATIONS[before].forward(x)
             bias = None if bias is None else bias.to(dtype)
             if weight.ndim == 4:
-                y = F.conv2d(a.permute(0, 3, 1, 2), weight.to(dtype), bias).permute(0, 2, 3, 1)
+                y = F.conv2d(a, weight.to(dtype), bias).contiguous(memory_format=torch.channels_last)
             else:
-                y = F.linear(a, weight.to(dtype), bias)
+                y = F.linear(a, weight.to(dtype), bias).contiguous()
             A = A.to(dtype) if A_copy is None else A_copy
             B = B.to(dtype) if B_copy is None else B_copy
-            projected = products.project(_by_fold(a, n_folds), A, keys, layer, threshold, rows)  # (f, t, rank)
-            y = y.reshape(n_folds, -1, y.shape[-1]).baddbmm_(projected, B.mT, alpha=scale).view(y.shape)
+            projected = products.project(
+                _by_fold(a, n_folds, channels), A, keys, layer, threshold, rows
+            )  # (f, t, rank)
+            _by_fold(y, n_folds, channels).baddbmm_(projected, B.mT, alpha=scale)  # a view of y
         ctx.save_for_backward(x, projected, weight, A, B, keys, layer, gain, offset)
         ctx.scale, ctx.threshold, ctx.rows, ctx.triton = scale, threshold, rows, triton
         ctx.dtype, ctx.before, ctx.eps = dtype, before, eps
@@ -393,7 +414,7 @@ class _AdaptedLinear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, projected, weight, A, B, keys, layer, gain, offset = ctx.saved_tensors
-        n_folds, dtype = len(A), ctx.dtype
+        n_folds, channels, dtype = len(A), _channels(weight), ctx.dtype
         products = kernels if ctx.triton else plain
         with torch.autocast(x.device.type, enabled=False):
             a = x
@@ -402,15 +423,23 @@ class _AdaptedLinear(torch.autograd.Function):
                 a = a.to(dtype)
             elif ctx.before is not None:
                 a = ACTIVATIONS[ctx.before].forward(x)
-            grad = _by_fold(grad, n_folds)
+            grad = _by_fold(grad, n_folds, channels)
             grad_projected, grad_B = products.backward_B(grad, B, projected)
             grad_a = None
             if ctx.needs_input_grad[0]:
-                grad_a = (grad.flatten(0, 1) @ weight.flatten(1).to(dtype)).view(n_folds, -1, a.shape[-1])
+                grad_a = (grad.flatten(0, 1) @ weight.flatten(1).to(dtype)).view(n_folds, -1, weight.shape[1])
             grad_A = products.backward_A_(
-                _by_fold(a, n_folds), grad_projected, A, grad_a, keys, layer, ctx.threshold, ctx.rows, ctx.scale
+                _by_fold(a, n_folds, channels),
+                grad_projected,
+                A,
+                grad_a,
+                keys,
+                layer,
+                ctx.threshold,
+                ctx.rows,
+                ctx.scale,
             )
-            grad_x = None if grad_a is None else grad_a.view(a.shape)
+            grad_x = None if grad_a is None else grad_a.view(a.movedim(channels, -1).shape).movedim(-1, channels)
             if grad_x is not None and ctx.before == "layer_norm":
                 grad_x = _aten.native_layer_norm_backward(
                     grad_x.to(x.dtype), x, x.shape[-1:], mean, scale, gain, offset, [True, False, False]
@@ -421,9 +450,17 @@ class _AdaptedLinear(torch.autograd.Function):
         return grad_x, None, None, grad_A, grad_B, *(None,) * 13
 
 
-def _by_fold(x: Tensor, n_folds: int) -> Tensor:
-    """Reshape (n, ..., d) to contiguous (f, t, d): all tokens or pixels of a fold's images below each other."""
-    return x.reshape(n_folds, -1, x.shape[-1]).contiguous()
+def _channels(weight: Tensor) -> int:
+    """Find the axis of channels in the input and output of a linear layer, or of a convolution."""
+    return 1 if weight.ndim == 4 else -1
+
+
+def _by_fold(x: Tensor, n_folds: int, channels: int) -> Tensor:
+    """Reshape to contiguous (f, t, d): all tokens or pixels of a fold's images below each other.
+
+    A view of x where its channels lie last in memory.
+    """
+    return x.movedim(channels, -1).reshape(n_folds, -1, x.shape[channels]).contiguous()
 
 
 # -------------------------------------------------------------------------- norms and activations, computed twice

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from finetune.recipes import RECIPE_NAMES, Recipe, recipe_for
 
 _MOST_FOLDS = 100
 _MOST_MODELS = 500
-_LATER = ("classes", "ordinal", "soft_labels")  # options that came with more than two classes
+_LATER = ("classes", "ordinal", "soft_labels", "folds_by", "tta")  # options that early versions do not know
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class FinetuneOptions:
         method: "lora", "full" or "head"; see `finetune.network`.
         recipe: "default", "paper" or "authors".
         lora: rank, alpha, dropout and targets.
-        view, epochs, batch_size, learning_rate: instead of the recipe's.
+        view, epochs, batch_size, learning_rate, tta: instead of the recipe's.
         cv: number of folds.
         seed: of initial values, sampling, augmentation and dropout.
         seeds: how many trainings share the folds and the backbone, with `seed`, `seed + 1`, ...
@@ -45,6 +45,7 @@ class FinetuneOptions:
             suggest, see `features.labels.class_labels`.
         ordinal: whether that order means something, as that of grades does.
         soft_labels: "votes" to train towards each class's share of the votes for a patch; None for its label.
+        folds_by: "domain" to hold each domain out in turn instead of `cv` folds; a run's options then say so many.
 
     Raises:
         UserError: a value outside its range.
@@ -71,6 +72,8 @@ class FinetuneOptions:
     classes: tuple[str, ...] | None = None
     ordinal: bool = False
     soft_labels: str | None = None
+    folds_by: str | None = None
+    tta: bool | None = None
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
@@ -114,7 +117,8 @@ class FinetuneOptions:
         Those that early versions did not know are there only where they say something: without them, those versions
         read the record.
         """
-        return {name: value for name, value in asdict(self).items() if value or name not in _LATER}
+        early = {one.name: one.default for one in fields(self) if one.name in _LATER}
+        return {name: value for name, value in asdict(self).items() if name not in early or value != early[name]}
 
     def by_name(self) -> dict[str, Any]:
         """List all options by name, the adapters' as "lora.rank" and so on."""
@@ -126,13 +130,19 @@ class FinetuneOptions:
         """Find the recipe for this method and backbone, changed where the user chose something else."""
         convolutional = is_convolutional(backbone)
         recipe = recipe_for(self.recipe, method=self.method, convolutional=convolutional, model=backbone.name)
-        chosen = {name: getattr(self, name) for name in ("epochs", "batch_size", "learning_rate")}
+        chosen = {name: getattr(self, name) for name in ("epochs", "batch_size", "learning_rate", "tta")}
         return replace(recipe, **{name: value for name, value in chosen.items() if value is not None})
 
     def resolved_view(self, backbone: Backbone, recipe: Recipe | None = None) -> View:
         """Choose the view: the user's, else the recipe's (None for `resolved_recipe`), else the backbone's."""
         recipe = recipe or self.resolved_recipe(backbone)
-        return parse_view(self.view or recipe.view or backbone.finetune_view)
+        view = parse_view(self.view or recipe.view or backbone.finetune_view)
+        if view.flips:
+            raise UserError(
+                f"view {view.name!r}: `+flips` is for frozen backbones. Training draws its own flips, and `tta=True` "
+                "scores patches in eight orientations. Name the view without it."
+            )
+        return view
 
     @property
     def training_seeds(self) -> tuple[int, ...]:
@@ -159,7 +169,7 @@ class ComputeOptions:
         device: "auto", "cpu", "cuda" or "cuda:N".
         folds_at_once: folds (of all seeds together) per forward pass; None for all on a GPU and one on a CPU.
         compile: compile the backbone's blocks with torch.compile; None for where it pays, if `fast`, on an NVIDIA GPU.
-        fast: try what is faster on an NVIDIA GPU (`finetune.fast`); plain PyTorch without it.
+        fast: fold norms on a CPU, try what is faster on an NVIDIA GPU (`finetune.fast`); plain PyTorch without it.
         grad_checkpointing: compute activations twice instead of keeping them.
         merge: write each LoRA fold's merged network too.
     """

@@ -1,23 +1,28 @@
-"""What does a run predict for new patches? The mean probability of its fold models, and the class that this gives."""
+"""What does a run predict for new patches? The mean probability of its fold models, and the class that this gives.
+
+Several runs predict together: the mean of what each of them says, equally or by weights of their out-of-fold errors.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import nn
 
 from extract.backbones import Backbone, Weights, build_model, fetch_weights, find_backbone
-from extract.compute import embed_batch, optimize_for_inference
+from extract.compute import embed_shown, fastest, side_by_side
 from extract.datasets import Patches, load_patches
 from extract.embed import decoded
 from extract.images import SUFFIXES
 from extract.prepare import backbone_parts
-from extract.views import parse_view
+from extract.views import Transform, parse_view
 from features.blocks import to_float16
 from features.console import ProgressCallback, UserError, progress, say
 from features.device import compute_exactly, find_device
@@ -39,21 +44,24 @@ from finetune.predict_groups import (
 )
 from finetune.score import load_members, patch_logits
 from finetune.setup import build_network, training_transform
-from probe.ensembles import ensemble_of
+from probe.combine import averaged, mean_logits, weights_of
+from probe.ensembles import Ensemble, ensemble_of
 from probe.logistic import predict_logits
 from probe.metrics import as_dict, predicted_classes, probabilities
-from probe.predictions import VALIDATION, csv_bytes
+from probe.predictions import VALIDATION, csv_bytes, threshold_of
 from probe.rates import error_rates
-from probe.runs import RunRecord, check_weights, read_predictions, read_run, read_weights
+from probe.runs import Part, RunRecord, check_weights, read_predictions, read_run, read_weights, weight_name
 
+_LAYER = ("coef", "intercept")
 _BATCH = {"cpu": 8, "cuda": 64, "mps": 64}  # images per forward pass of a frozen backbone
 # Parts of a fingerprint that say where, and of which patches, embeddings were computed, but not by which function.
 _CIRCUMSTANCES = ("dataset_digest", "source_mpp", "poolings", "device", "numerics", "revision")
+_Backbones = Mapping[str, tuple[Backbone, Weights]]  # by model
 _Predictor = Callable[[Patches, ProgressCallback], NDArray[np.float32]]  # patches to logits (n, n_models, c-1)
 
 
 def predict_paths(
-    run: Path,
+    run: Path | Sequence[Path],
     paths: Sequence[Path],
     *,
     out: Path,
@@ -61,75 +69,96 @@ def predict_paths(
     weights: Path | None = None,
     threshold: float | None = None,
     by: str | None = None,
+    ensemble_weights: str = "equal",
 ) -> dict[str, Any]:
-    """Apply a run to patches and write a CSV, and with `by="group"` a second one with a row per group (slide).
+    """Apply a run, or several together, to patches and write a CSV; with `by="group"` a second one of groups.
 
     Its columns: source (the path given), id (below it), probability (of class 1, the mean over fold models), predicted
     (the class's name), spread (population standard deviation over fold models), and fold_0, fold_1, ... (each one's);
     of a run with several seeds seed_42_fold_0, seed_42_fold_1, ... Of a run with more than two classes: source, id, a
-    column probability_<class> for each, predicted (the most probable), and spread (of that class's probability).
+    column probability_<class> for each, predicted (the most probable), and spread (of that class's probability). Of
+    several runs, each run's mean stands where that of a fold model does, in a column of the run's name.
 
     Args:
-        run: folder of a probe run or a fine-tuned one.
+        run: folder of a probe run or a fine-tuned one; or of several, which tell the same classes apart.
         paths: image files, folders, CSV files or HDF5 files; see `load_patches`.
         out: the CSV; replaced whole.
         device: "auto", "cpu", "cuda", "cuda:N" or "mps".
         weights: a local checkpoint of the backbone instead of the hub's; it must be the very same.
         threshold: of two classes: class 1 from this probability on; None for the run's own, chosen on its out-of-fold
-            predictions.
+            predictions. That of several runs is chosen on the mean of theirs; if they do not share their training set
+            and folds, it is the mean of their own.
         by: "group" for the share of class 1, or of each of more than two classes, in every group of patches; see
             `finetune.predict_groups`.
+        ensemble_weights: of several runs, "equal" or "out-of-fold" (`probe.combine.fitted_weights`).
 
     Returns:
         n, n_positive, n_folds, n_models, threshold, label_names, out; with `by` by_group, what the second CSV holds. Of
-        more than two classes counts, patches predicted to be of each, instead of n_positive and threshold.
+        more than two classes counts, patches predicted to be of each, instead of n_positive and threshold. Of several
+        runs also runs and weights.
 
     Raises:
         UserError: a threshold that is no probability, or for more than two classes, no run, a backbone that cannot be
-            had as it was, patches that cannot be read or whose groups are not known, or a full disk.
+            had as it was, patches that cannot be read or whose groups are not known, or a full disk; a run twice, runs
+            of different classes, or weights for runs that do not share their folds.
     """
+    runs = [run] if isinstance(run, Path) else list(run)
     if threshold is not None and not 0 <= threshold <= 1:
         raise UserError(f"`threshold={threshold}` is no probability: expected a number from 0 to 1.")
     if by not in (None, "group"):
         raise UserError(f"`by={by}`: expected group, for the share of each class in every group of patches.")
     outs = [out, *([by_group_path(out)] if by else [])]
     for one in outs:
-        _check_out(one, run, paths)
-    record = read_run(run)
+        for folder in runs:
+            _check_out(one, folder, paths)
+    records = [read_run(folder) for folder in runs]
+    record = records[0]
     two = record.n_classes == 2
+    for k, other in enumerate(records):
+        if other.id in [one.id for one in records[:k]]:
+            raise UserError(f"{runs[k]} is a run that stands before it already, {other.id}: name each run once.")
+    orders = [_order_of_classes(record, other, folder) for folder, other in zip(runs, records, strict=True)]
     if threshold is not None and not two:
         raise UserError(
-            f"`threshold={threshold}`: {run} has {record.n_classes} classes ({first_of(record.label_names)}), of which "
-            "it predicts the most probable. A threshold is for two classes: leave it out."
+            f"`threshold={threshold}`: {runs[0]} has {record.n_classes} classes ({first_of(record.label_names)}), of "
+            "which it predicts the most probable. A threshold is for two classes: leave it out."
         )
-    check_weights(run, record)
-    torch_device = find_device(device, apple=record.kind == "probe" and record.precision == "fp32")
+    for folder, other in zip(runs, records, strict=True):
+        check_weights(folder, other)
+    joint = _joint(runs, records, ensemble_weights)
+    on_apple = all(other.kind == "probe" and part.precision == "fp32" for other in records for part in other.each_part)
+    torch_device = find_device(device, apple=on_apple)
     compute_exactly(torch_device)
-    backbone = find_backbone(record.model)
-    loaded = fetch_weights(backbone, weights=weights)
-    _require_same_backbone(run, record, backbone, loaded, torch_device)
+    backbones = _load_backbones(records, weights)
+    for folder, other in zip(runs, records, strict=True):
+        _require_same_backbones(folder, other, backbones, torch_device)
     sources = [load_patches(path, grouped=by is not None) for path in paths]
     groups = [groups_of(patches, path) for patches, path in zip(sources, paths, strict=True)] if by else []
     for patches in sources:
         _say_other_classes(patches, record)
-    make = _probe_predictor if record.kind == "probe" else _finetuned_predictor
-    predict = make(run, record, backbone, loaded, torch_device)
-    n_models = len(record.fold_models)
+    n_models = sum(len(other.fold_models) for other in records)
     with progress("predict", n_models * sum(len(patches.id) for patches in sources)) as advance:
-        logits = [predict(patches, advance) for patches in sources]
-    limit = record.figures.threshold if threshold is None else threshold
-    whole = np.concatenate([np.empty((0, n_models, record.n_classes - 1), dtype=np.float32), *logits])
-    probability = np.ascontiguousarray(probabilities(whole).swapaxes(1, 2))  # (n, c, n_models)
-    mean = probability.mean(axis=2)
+        of_runs = []  # of each run (n, c, n_models)
+        for folder, other, order in zip(runs, records, orders, strict=True):
+            make = _probe_predictor if other.kind == "probe" else _finetuned_predictor
+            predict = make(folder, other, backbones, torch_device)
+            nothing = np.empty((0, len(other.fold_models), other.n_classes - 1), dtype=np.float32)
+            whole = np.concatenate([nothing, *(predict(patches, advance) for patches in sources)])
+            of_runs.append(np.ascontiguousarray(probabilities(whole)[..., order].swapaxes(1, 2)))
+    limit = joint.threshold if threshold is None else threshold
+    probability, columns = of_runs[0], _columns_of(record)
+    if len(runs) > 1:
+        probability, columns = np.stack([one.mean(axis=2) for one in of_runs], axis=2), [one.id for one in records]
+    mean = np.average(probability, axis=2, weights=joint.weights)
     predicted = predicted_classes(mean, limit)
     ids = [(patches.source, id) for patches in sources for id in patches.id]
-    tables = [_table(ids, probability, mean, predicted, record)]
+    tables = [_table(ids, probability, mean, predicted, record.label_names, columns)]
     by_group: dict[str, Any] = {}
     if by:
         ends = np.cumsum([len(patches.id) for patches in sources])[:-1]
         of_source, parts = [patches.source for patches in sources], np.split(predicted, ends)
         counted = count_groups(of_source, groups, parts, n_classes=record.n_classes)
-        table, described = _judge_groups(counted, run, record, limit)
+        table, described = _judge_groups(counted, joint, record, limit)
         tables.append(table)
         without = sum(names.count("") for names in groups)
         by_group = {"by_group": as_dict({"out": str(outs[1]), "n_without": without} | described)}
@@ -146,8 +175,67 @@ def predict_paths(
         "n_models": n_models,
         **({"threshold": limit} if two else {}),
         "label_names": list(record.label_names),
+        **({"runs": columns, "weights": list(joint.weights or [1 / len(runs)] * len(runs))} if len(runs) > 1 else {}),
         **by_group,
     }
+
+
+@dataclass(frozen=True)
+class _Joint:
+    """What several runs, or one, say together.
+
+    Attributes:
+        threshold: of two classes.
+        weights: the runs' shares; None for equal ones.
+        out_of_fold: makes what they say of their training patches.
+    """
+
+    threshold: float
+    weights: tuple[float, ...] | None
+    out_of_fold: Callable[[], Ensemble]
+
+
+def _joint(runs: Sequence[Path], records: Sequence[RunRecord], how: str) -> _Joint:
+    record = records[0]
+    if len(runs) == 1:
+        return _Joint(
+            record.figures.threshold, None, lambda: ensemble_of(read_predictions(runs[0]), record.train, VALIDATION)
+        )
+    if len({(one.train, one.folds.digest, one.label_names) for one in records}) > 1:
+        apart = "the runs do not share training set, folds and classes, so that out of fold they say nothing together"
+        if how != "equal":
+            raise UserError(f"`ensemble_weights={how}`: {apart}. Use equal.")
+        say(f"{apart[0].upper()}{apart[1:]}: the threshold is the mean of theirs.")
+
+        def nothing() -> Ensemble:
+            raise UserError(f"`by=group`: {apart}, and their errors are not known. Predict with one of them.")
+
+        return _Joint(float(np.mean([one.figures.threshold for one in records])), None, nothing)
+    predictions = {str(run): read_predictions(run, seed=one.seeds[0]) for run, one in zip(runs, records, strict=True)}
+    own = {name: one.select(one.split == VALIDATION) for name, one in predictions.items()}
+    shares = weights_of(own, how)
+    together = averaged(own, shares)
+    return _Joint(threshold_of(together), shares, lambda: ensemble_of(together, record.train, VALIDATION))
+
+
+def _order_of_classes(first: RunRecord, other: RunRecord, folder: Path) -> list[int]:
+    """Find each class of the first run among those of another, by name."""
+    place = {name.casefold(): k for k, name in enumerate(other.label_names)}
+    names = [name.casefold() for name in first.label_names]
+    if set(names) != set(place):
+        raise UserError(
+            f"{folder} tells {', '.join(other.label_names)} apart, the first run {', '.join(first.label_names)}. Runs "
+            "that predict together must tell the same classes apart, by name."
+        )
+    return [place[name] for name in names]
+
+
+def _load_backbones(records: Sequence[RunRecord], weights: Path | None) -> dict[str, tuple[Backbone, Weights]]:
+    models = list(dict.fromkeys(part.model for record in records for part in record.each_part))
+    if weights is not None and len(models) > 1:
+        raise UserError(f"`weights={weights}` is a checkpoint of one model, and {', '.join(models)} are needed here.")
+    backbones = {model: find_backbone(model) for model in models}
+    return {model: (backbone, fetch_weights(backbone, weights=weights)) for model, backbone in backbones.items()}
 
 
 def _check_out(out: Path, run: Path, paths: Sequence[Path]) -> None:
@@ -169,18 +257,26 @@ def _say_other_classes(patches: Patches, record: RunRecord) -> None:
         )
 
 
+def _require_same_backbones(run: Path, record: RunRecord, backbones: _Backbones, device: torch.device) -> None:
+    """Refuse a run of which a backbone here is not the one that it had."""
+    for part in record.each_part:
+        _require_same_backbone(run, part, record.statistics, *backbones[part.model], device)
+    if elsewhere := next((part.device for part in record.each_part if part.device != device.type), None):
+        say(f"The run was computed on {elsewhere}, this is {device.type}: probabilities may differ slightly.")
+
+
 def _require_same_backbone(
-    run: Path, record: RunRecord, backbone: Backbone, loaded: Weights, device: torch.device
+    run: Path, part: Part, statistics: str, backbone: Backbone, loaded: Weights, device: torch.device
 ) -> None:
-    if record.weights_sha256 is None:
+    if part.weights_sha256 is None:
         raise UserError(
             f"{run} was made of imported embeddings, and how they were computed is not known. Expected a run whose "
             "embeddings fm-extract computed: extract the training patches, probe again, and predict with that run."
         )
-    view = parse_view(record.view)
-    now = backbone_parts(backbone, loaded, view, precision=record.precision, device=device)
-    now["transform"] = training_transform(backbone, view, record.statistics).record()
-    then = {key: value for key, value in record.embedding.items() if key not in _CIRCUMSTANCES}
+    view = parse_view(part.view)
+    now = backbone_parts(backbone, loaded, view, precision=part.precision, device=device)
+    now["transform"] = training_transform(backbone, view, statistics).record()
+    then = {key: value for key, value in part.embedding.items() if key not in _CIRCUMSTANCES}
     differing = list(differences(then, {key: value for key, value in now.items() if key not in _CIRCUMSTANCES}))
     if differing:
         raise UserError(
@@ -188,47 +284,103 @@ def _require_same_backbone(
             + "\n".join(f"  {name}: the run had {was}, found {here}" for name, was, here in differing)
             + "\nUse the version of mitofm and the `weights` of the run, or train again."
         )
-    if record.precision == "fp16" and device.type == "cpu":
+    if part.precision == "fp16" and device.type == "cpu":
         raise UserError(f"{run} was computed in fp16, which needs a GPU. Predict with `device='cuda'`.")
-    if record.device != device.type:
-        say(f"The run was computed on {record.device}, this is {device.type}: probabilities may differ slightly.")
 
 
-def _probe_predictor(
-    run: Path, record: RunRecord, backbone: Backbone, loaded: Weights, device: torch.device
-) -> _Predictor:
+_Embedder = Callable[[Sequence[NDArray[np.uint8]]], dict[str, NDArray[np.float32]]]  # patches to pooling -> (b, d)
+
+
+def _probe_predictor(run: Path, record: RunRecord, backbones: _Backbones, device: torch.device) -> _Predictor:
     """Embed patches as extraction does, rounding to float16 included, then apply the fold models' linear layers."""
-    weights = read_weights(run)
-    view = parse_view(record.view)
-    transform = training_transform(backbone, view, "card")
-    pooling = record.card_pooling if record.pooling == "card" else record.pooling
-    model = build_model(backbone, loaded, dynamic=view.resizes(backbone))
-    example = torch.zeros(1, 3, transform.input_size, transform.input_size, device=device)
-    model = optimize_for_inference(model, device, example=example)
-    size = _BATCH[device.type]
+    weights, groups = read_weights(run), record.groups
+    layers = [[weights[weight_name(name, k, len(groups))] for name in _LAYER] for k in range(len(groups))]
+    embedders: dict[tuple[str, str], _Embedder] = {}
+    for part in record.each_part:
+        if (part.model, part.view) not in embedders:
+            backbone, loaded = backbones[part.model]
+            view = parse_view(part.view)
+            model = build_model(backbone, loaded, dynamic=view.resizes(backbone))
+            transform = training_transform(backbone, view, "card")
+            embedders[part.model, part.view] = _embedder(model, backbone, transform, part.precision, device)
 
     def predict(patches: Patches, advance: ProgressCallback) -> NDArray[np.float32]:
-        batches = [range(start, min(start + size, len(patches.id))) for start in range(0, len(patches.id), size)]
         logits = []
-        with closing(decoded(patches.decode, batches, device=device)) as ready:
-            for batch, images in ready:
-                poolings = embed_batch(model, backbone, transform(images, device), precision=record.precision)
-                embeddings = torch.cat([poolings[name] for name in pooling.split("+")], dim=1).cpu().numpy()
-                ids = np.array([patches.id[row] for row in batch])
-                rounded = to_float16(embeddings, patches.source, ids=ids, first_row=batch.start)
-                logits.append(predict_logits(rounded, weights["coef"], weights["intercept"]))
-                advance(len(batch) * logits[-1].shape[1])
+        for rows, seen in _embedded(patches, embedders, device):
+            ids = np.array([patches.id[row] for row in rows])
+            rounded = []
+            for part in record.each_part:
+                pooling = part.card_pooling if part.pooling == "card" else part.pooling
+                poolings = [seen[part.model, part.view][name] for name in pooling.split("+")]
+                embeddings = np.concatenate(poolings, axis=1)
+                rounded.append(to_float16(embeddings, patches.source, ids=ids, first_row=rows.start))
+            each = [
+                predict_logits(np.concatenate([rounded[k] for k in group], axis=1), *layer)
+                for group, layer in zip(groups, layers, strict=True)
+            ]
+            logits.append(mean_logits(each).astype(np.float32))
+            advance(len(rows) * logits[-1].shape[1])
         return np.concatenate(logits)
 
     return predict
 
 
-def _finetuned_predictor(
-    run: Path, record: RunRecord, backbone: Backbone, loaded: Weights, device: torch.device
-) -> _Predictor:
+def _embedder(
+    model: nn.Module, backbone: Backbone, transform: Transform, precision: str, device: torch.device
+) -> _Embedder:
+    model = fastest(model, backbone, device, size=transform.input_size, precision=precision)
+
+    def embed(patches: Sequence[NDArray[np.uint8]]) -> dict[str, NDArray[np.float32]]:
+        shown = transform.shown(transform(patches, device))
+        poolings = embed_shown(model, backbone, shown, precision=precision)
+        return {name: values.cpu().numpy() for name, values in poolings.items()}
+
+    return embed
+
+
+def _embedded(
+    patches: Patches, embedders: Mapping[tuple[str, str], _Embedder], device: torch.device
+) -> Iterator[tuple[range, dict[tuple[str, str], dict[str, NDArray[np.float32]]]]]:
+    """Yield rows of patches with every pooling (n, d) of every embedder; batches are computed side by side."""
+    size = _BATCH[device.type]
+    n_at_once = torch.get_num_threads() if device.type == "cpu" else 1
+    starts = range(0, len(patches.id), size * n_at_once)
+    units = [range(start, min(start + size * n_at_once, len(patches.id))) for start in starts]
+    with (
+        closing(decoded(patches.decode, units, device=device)) as ready,
+        side_by_side(device, n_at_once) as map_batches,
+    ):
+        for rows, images in ready:
+            batches = [images[start : start + size] for start in range(0, len(images), size)]
+            seen = {}
+            for name, embed in embedders.items():
+                found = list(map_batches(embed, batches))
+                seen[name] = {pooling: np.concatenate([one[pooling] for one in found]) for pooling in found[0]}
+            yield rows, seen
+
+
+def _head_predictor(network: Network, transform: Transform, precision: str, device: torch.device) -> _Predictor:
+    """Embed patches once by the frozen backbone that all members share, then apply each member's classifier."""
+    embed = _embedder(network.model, network.backbone, transform, precision, device)
+    weight, bias = (tensor.detach().cpu().numpy() for tensor in (network.weight, network.bias))  # (f, c, d), (f, c)
+
+    def predict(patches: Patches, advance: ProgressCallback) -> NDArray[np.float32]:
+        logits = []
+        for rows, seen in _embedded(patches, {("", ""): embed}, device):
+            outputs = np.einsum("bd,fcd->bfc", seen["", ""][network.pooling], weight, optimize=True) + bias
+            logits.append(outputs[..., 1:] - outputs[..., :1])
+            advance(len(rows) * len(network.members))
+        return np.concatenate(logits)
+
+    return predict
+
+
+def _finetuned_predictor(run: Path, record: RunRecord, backbones: _Backbones, device: torch.device) -> _Predictor:
+    backbone, loaded = backbones[record.model]
     options = FinetuneOptions.from_record(record.options)
     view = parse_view(record.view)
-    transform = training_transform(backbone, view, record.statistics)
+    tta = bool((record.recipe or {}).get("tta"))  # runs from before it was an ingredient have none
+    transform = replace(training_transform(backbone, view, record.statistics), flips=tta)
     network_members = options.network_members(record.folds.n)
     at_once = ComputeOptions().resolved_folds_at_once(device, len(record.fold_models))
     compute = Compute(device, record.precision, at_once)
@@ -245,10 +397,13 @@ def _finetuned_predictor(
             device=device,
         )
         load_members(network, run)
-        network.compute_in(compute.precision)
+        if options.method != "head":
+            network.compute_in(compute.precision)
         return network
 
     network = load(network_members[0]) if len(network_members) == 1 else None
+    if options.method == "head" and network is not None:
+        return _head_predictor(network, transform, record.precision, device)
 
     def predict(patches: Patches, advance: ProgressCallback) -> NDArray[np.float32]:
         rows = np.arange(len(patches.id))
@@ -266,7 +421,8 @@ def _table(
     probability: NDArray[np.float64],
     mean: NDArray[np.float64],
     predicted: NDArray[np.integer],
-    record: RunRecord,
+    names: Sequence[str],
+    models: Sequence[str],
 ) -> bytes:
     """Make the CSV of patches: of two classes it tells the probability of class 1, of more that of every class.
 
@@ -275,12 +431,12 @@ def _table(
         probability: (n, c, n_models).
         mean: (n, c) over models.
         predicted: (n,) class numbers.
-        record: of the run.
+        names: of the classes.
+        models: (n_models,) names of the models' columns.
     """
-    names, several, two = record.label_names, len(record.seeds) > 1, record.n_classes == 2
+    two = len(names) == 2
     means = {"probability": mean[:, 1]} if two else {f"probability_{n}": mean[:, k] for k, n in enumerate(names)}
     told = probability[np.arange(len(ids)), np.ones_like(predicted) if two else predicted]  # (n, n_models)
-    models = [f"seed_{seed}_fold_{fold}" if several else f"fold_{fold}" for seed, fold in record.fold_models]
     each = dict(zip(models, told.T, strict=True)) if two else {}
     columns = [
         *(map(_digits, means.values())),
@@ -292,19 +448,23 @@ def _table(
     return csv_bytes(header, ((*id, *row) for id, *row in zip(ids, *columns, strict=True)))
 
 
+def _columns_of(record: RunRecord) -> list[str]:
+    several = len(record.seeds) > 1
+    return [f"seed_{seed}_fold_{fold}" if several else f"fold_{fold}" for seed, fold in record.fold_models]
+
+
 def _digits(values: NDArray[np.float64]) -> list[str]:
     return [f"{value:.6f}" for value in values.tolist()]
 
 
 def _judge_groups(
-    counted: Sequence[GroupCounts], run: Path, record: RunRecord, threshold: float
+    counted: Sequence[GroupCounts], joint: _Joint, record: RunRecord, threshold: float
 ) -> tuple[bytes, dict[str, Any]]:
     """Make the CSV of groups, and what the summary says of them: of two classes with rates corrected for errors."""
     if record.n_classes > 2:
         groups = [{**vars(one), "n": one.n, "shares": one.shares} for one in counted]
         return share_table(counted, record.label_names), {"groups": groups}
-    out_of_fold = ensemble_of(read_predictions(run), record.train, VALIDATION)
-    errors = error_rates(out_of_fold, threshold=threshold)
+    errors = error_rates(joint.out_of_fold(), threshold=threshold)
     rates = group_rates(counted, errors)
     described = {"sensitivity": errors.sensitivity, "specificity": errors.specificity, "groups": rates}
     return rate_table(rates), described

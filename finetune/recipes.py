@@ -36,6 +36,8 @@ class Recipe:
         patience: epochs without a better validation balanced accuracy after which a fold stops.
         statistics: "card", as views say how images are normalised; "imagenet" in runs from before they did.
         augment: how patches change from epoch to epoch; None for not at all.
+        tta: test-time augmentation: whether logits are means over the eight flips and quarter turns of a patch, out of
+            fold, on tests and in predictions. Epochs are compared by patches as they are.
     """
 
     view: str | None
@@ -53,6 +55,7 @@ class Recipe:
     patience: int = PAPER.patience
     statistics: Literal["card", "imagenet"] = "card"
     augment: AugmentOptions | None = field(default_factory=AugmentOptions)
+    tta: bool = False
 
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> Recipe:

@@ -22,7 +22,7 @@ from features.labels import NUMBERS, parse_renaming
 from probe.report.collect import Report, ReportOptions, collect
 from probe.report.gallery import PAGE_BYTES, Pixels, embedding_maps, make_thumbnails, open_store, select_patches
 from probe.report.page import html, with_thumbnails
-from probe.report.read import Run, read_runs
+from probe.report.read import Run, ensemble_of_runs, named_runs, read_runs
 from probe.report.tables import grids, latex, markdown
 from probe.resample import Resampling
 from probe.runs import RunRecord
@@ -34,6 +34,8 @@ def make_report(
     runs: Path,
     *,
     named: Sequence[Path] = (),
+    ensemble: Sequence[str] = (),
+    ensemble_weights: str = "equal",
     folds: str | None = None,
     format: Format = "html",
     data: Path | None = None,
@@ -46,6 +48,8 @@ def make_report(
     Args:
         runs: the folder of all runs.
         named: folders of runs, instead of all.
+        ensemble: folders or ids of some of these runs, or "all", of which the mean is judged as one more run.
+        ensemble_weights: "equal" or "out-of-fold", see `probe.report.read.ensemble_of_runs`.
         folds: the first digits of a fold digest: only runs on those folds.
         format: "html" for the page; "markdown" or "latex" for its two main tables.
         data: the folder of the known datasets.
@@ -57,9 +61,12 @@ def make_report(
         The text, the figures in it, and the runs.
 
     Raises:
-        UserError: no runs, damaged ones, runs of different training sets or classes, or of different patches.
+        UserError: no runs, damaged ones, runs of different training sets or classes, or of different patches; an
+            ensemble of runs on different folds.
     """
     read, notes = read_runs(runs, named=named, folds=folds)
+    if ensemble:
+        read.append(ensemble_of_runs(named_runs(read, ensemble), weights=ensemble_weights))
     report = collect(read, notes, resampling=resampling, options=options)
     if format != "html":
         table = markdown if format == "markdown" else latex

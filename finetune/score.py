@@ -7,6 +7,7 @@ it keeps, even if the process was stopped between saving and scoring.
 from __future__ import annotations
 
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -45,7 +46,8 @@ def load_members(network: Network, run: Path) -> None:
 
 def score(setup: Setup, run: Path, data: TrainingSet) -> FoldLogits:
     """Score held-out rows under the models of their own fold, and every test set under all models."""
-    experiment, compute = setup.experiment, setup.compute
+    experiment, compute, transform = setup.experiment, setup.compute, setup.scoring_transform
+    data = replace(data, transform=transform)
     seeds, fold_models = setup.options.training_seeds, setup.fold_models
     n_logits = setup.n_classes - 1
     validation = np.empty((len(experiment.rows), len(seeds), n_logits), dtype=np.float32)
@@ -63,7 +65,7 @@ def score(setup: Setup, run: Path, data: TrainingSet) -> FoldLogits:
             for name, rows in experiment.tests.items():
                 decode = setup.datasets[name].decode
                 tests[name][:, list(members)] = patch_logits(
-                    network, decode, rows, setup.transform, compute=compute, advance=advance
+                    network, decode, rows, transform, compute=compute, advance=advance
                 )
     return FoldLogits(validation, tests, seeds)
 

@@ -92,6 +92,11 @@ class Setup:
         return self.options.fold_models(self.experiment.folds.n_folds)
 
     @property
+    def scoring_transform(self) -> Transform:
+        """From patch to input when trained members are scored."""
+        return replace(self.transform, flips=self.recipe.tta)
+
+    @property
     def compiles(self) -> bool:
         """Whether to compile the backbone's blocks: where the user says so, or where training is long enough for it."""
         if self.compute_options.compile is not None:
@@ -156,7 +161,9 @@ def prepare(
         paper_folds=options.recipe != "default",
         classes=datasets[train].label_names,
         soft_labels=options.soft_labels,
+        folds_by=options.folds_by,
     )
+    options = replace(options, cv=experiment.folds.n_folds)
     return Setup(
         options=options,
         compute_options=compute_options,
@@ -260,7 +267,8 @@ def new_network(setup: Setup, members: Sequence[int], *, training: bool = True) 
         n_classes=setup.n_classes,
         device=compute.device,
     )
-    network.compute_in(compute.precision)
+    if network.compute_in(compute.precision, fold_norms=setup.compute_options.fast):
+        compute.fast_paths.add("folded norms")
     if setup.compute_options.grad_checkpointing:
         checkpoint_gradients(network)
     if compute.fast:

@@ -11,6 +11,7 @@ from features.options import (
     DEFAULT_RUNS,
     DEFAULT_STORE,
     CvOption,
+    FoldsByOption,
     FoldSeedOption,
     JsonOption,
     LabelsOption,
@@ -30,6 +31,7 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 @app.command(help=__doc__)
 def probe(
     cv: CvOption = 5,
+    folds_by: FoldsByOption = None,
     store: StoreOption = DEFAULT_STORE,
     model: Annotated[str | None, typer.Option(help="Models, comma-separated. Default: all in the store.")] = None,
     train: Annotated[
@@ -53,6 +55,12 @@ def probe(
             "authors: as its scripts do."
         ),
     ] = "exact",
+    combine: Annotated[
+        bool,
+        typer.Option(
+            "--combine", help="Also join embeddings, of all models, where that is better out of fold than the best one."
+        ),
+    ] = False,
     labels: LabelsOption = None,
     soft_labels: SoftLabelsOption = None,
     seed: Annotated[
@@ -70,10 +78,11 @@ def probe(
     as_json: JsonOption = False,
 ) -> None:
     from features.store import FeatureStore
+    from probe.combine import gains
     from probe.curve import parse_fractions, read_curve, summarise
     from probe.metrics import as_dict
     from probe.probing import ProbeOptions, probe_store
-    from probe.report.terminal import candidates_table, curve_tables, result_tables
+    from probe.report.terminal import candidates_table, curve_tables, gain_table, result_tables
 
     options = ProbeOptions(
         cv=cv,
@@ -82,8 +91,10 @@ def probe(
         view=view,
         pooling=pooling,
         recipe=recipe,  # type: ignore[arg-type]
+        combine=combine,
         labels=labels,
         soft_labels=soft_labels,
+        folds_by=folds_by,
         seed=seed,
         seeds=seeds,
         fold_seed=fold_seed,
@@ -94,12 +105,16 @@ def probe(
     records = probe_store(FeatureStore.open(store), models, options=options, runs=runs)
     for record in records:
         _say_what_did_not_converge(record)
+    combined = {number: record for number, record in enumerate(records) if record.parts}
+    gained = {number: gains(record, _best_part(record, records)) for number, record in combined.items()}
     curves = [read_curve(record.folder) if record.folder else () for record in records]
     if as_json:
         results = [record.as_json() for record in records]
         for result, points in zip(results, curves, strict=True):
             if points:
                 result["learning_curve"]["sets"] = as_dict(summarise(points))
+        for number, found in gained.items():
+            results[number]["gains"] = as_dict(found)
         print_json({"runs": [str(record.folder) for record in records], "results": results})
         return
     if any(len(record.candidates or ()) > 1 for record in records):
@@ -109,12 +124,22 @@ def probe(
         for record, points in zip(records, curves, strict=True)
     }
     show(*result_tables(records), *curve_tables(named, n_classes=records[0].n_classes))
+    for number, found in gained.items():
+        show(gain_table(records[number], found))
     say(f"{len(records)} run{'s' * (len(records) != 1)} written to {runs}/")
+
+
+def _best_part(combined: RunRecord, records: list[RunRecord]) -> RunRecord:
+    """Find the run of a combination's best part."""
+    best = combined.each_part[0]
+    own = (best.model, best.view, best.pooling)
+    return next(record for record in records if (record.model, record.view, record.pooling) == own)
 
 
 def _say_what_did_not_converge(record: RunRecord) -> None:
     fits: list[tuple[str, FitRecord | CurveFits]] = [
-        (f"{record.model} ({candidate.view}, {candidate.pooling})", candidate) for candidate in record.candidates or ()
+        (f"{candidate.model or record.model} ({candidate.view}, {candidate.pooling})", candidate)
+        for candidate in record.candidates or ()
     ]
     if record.learning_curve:
         fits.append((f"{record.model}, learning curve", record.learning_curve))

@@ -15,9 +15,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from features.console import UserError
+from features.console import UserError, say
 from features.fingerprint import fingerprint
-from features.folds import SEED, Folds, Scheme, fold_models, grouped_folds
+from features.folds import SEED, Folds, Scheme, domain_folds, fold_models, grouped_folds
 from features.labels import Classes
 from features.samples import MISSING_VOTE, TEST, Samples, vote_shares
 from probe.predictions import VALIDATION, Predictions, concatenate, predictions_of
@@ -113,7 +113,9 @@ class Experiment:
     def folds_record(self) -> FoldsRecord:
         """Describe the fold assignment as a run records it."""
         folds = self.folds
-        return FoldsRecord(n=folds.n_folds, source=folds.source, digest=folds.digest, seed=self.fold_seed)
+        return FoldsRecord(
+            n=folds.n_folds, source=folds.source, digest=folds.digest, seed=self.fold_seed, names=folds.names or None
+        )
 
     def predictions(self, logits: FoldLogits) -> Predictions:
         """Join logits with the patches they are of.
@@ -155,6 +157,7 @@ def make_experiment(
     paper_folds: bool = False,
     classes: Classes | None = None,
     soft_labels: str | None = None,
+    folds_by: str | None = None,
 ) -> Experiment:
     """Decide which rows train and which validate together.
 
@@ -172,11 +175,18 @@ def make_experiment(
         paper_folds: take the assignment of the paper's runs where `train` is AMi-Br.
         classes: the names of all classes; by default as many as the training table's labels count.
         soft_labels: "votes" to train on the raters' shares of votes.
+        folds_by: "domain" to let each domain of the training rows validate in turn; `cv` and `paper_folds` then count
+            for nothing.
 
     Raises:
-        UserError: if no row may train, a fold would lack a class (see `features.folds.grouped_folds`), or votes are
-            asked for where there are none.
+        UserError: if no row may train, a fold would lack a class (see `features.folds`), or votes or domains are asked
+            for where there are none.
     """
+    if folds_by not in (None, "domain"):
+        raise UserError(
+            f"`folds_by={folds_by}`: expected domain, the column of a patch table for scanners, centres, tumour types "
+            "and the like."
+        )
     if soft_labels not in (None, "votes"):
         raise UserError(f"`soft_labels={soft_labels}`: expected votes, for the share of the raters' votes.")
     table = tables[train]
@@ -187,7 +197,11 @@ def make_experiment(
             "the split."
         )
     scheme: Scheme = "paper" if paper_folds and train == AMI_BR else "default"
-    folds = grouped_folds(table.select(rows), cv, seed=fold_seed, scheme=scheme, classes=classes)
+    if folds_by is None:
+        folds = grouped_folds(table.select(rows), cv, seed=fold_seed, scheme=scheme, classes=classes)
+    else:
+        folds = domain_folds(table.select(rows), seed=fold_seed, classes=classes)
+        say(f"{train}: one fold per domain, {', '.join(folds.names)}; `cv` counts for nothing.")
     if soft_labels and not (table.votes[rows] != MISSING_VOTE).any():
         raise UserError(
             f"{train} has no votes of raters to train on. Leave `soft_labels` out, or train on a dataset with votes."
@@ -206,8 +220,9 @@ def _require_two_classes(experiment: Experiment, classes: Sequence[str]) -> None
         present = np.unique(experiment.label[folds.fold == fold])
         if len(present) < 2:
             found = ", ".join(classes[k] for k in present) or "nothing"
+            name = folds.names[fold] if folds.names else f"{fold} of {folds.n_folds}"
+            remedy = "Make it one with another domain" if folds.names else "Use a smaller `cv`, another `fold_seed`"
             raise UserError(
-                f"fold {fold} of {folds.n_folds} validates on {found} alone; expected patches of at least two classes, "
-                "as epochs and strengths are chosen on them. Use a smaller `cv`, another `fold_seed`, or label more "
-                "slides."
+                f"fold {name} validates on {found} alone; expected patches of at least two classes, as epochs and "
+                f"strengths are chosen on them. {remedy}, or label more slides."
             )

@@ -5,6 +5,8 @@ and the F (F - 1) / 2 fits that leave two out, each at every strength. The fit w
 inner validation of outer fold f; scored on f, it is one of outer fold g. That is nested cross-validation for the price
 of half its fits. So the strength of fold f is chosen by grouped validation within fold f's training rows, and the rows
 that f holds out choose nothing.
+
+Of two folds, one of them is all that is left to train on: it is cut into parts (`Folds.parts`), which take turns there.
 """
 
 from __future__ import annotations
@@ -113,21 +115,21 @@ def fit_exact(
         UserError: if there are fewer than three folds, so that none is left to choose on; if a fold has no other to
             choose on; and as `fit_logistic` does.
     """
-    held_out = held_out_folds(folds.n_folds)
-    fold, fitted, label, learned = folds.fold, X, y, target
-    masks = np.stack([~np.isin(fold, held) for held in held_out])
+    held_out = held_out_folds(folds)
+    inner, fitted, label, learned = folds.inner, X, y, target
+    masks = np.stack([~(np.isin(folds.fold, held) | np.isin(inner, held)) for held in held_out])
     if subset is not None:
         used = np.flatnonzero(subset.masks.any(axis=0))
-        masks, fold, label = subset.masks[:, used], fold[used], y[used]
+        masks, inner, label = subset.masks[:, used], inner[used], y[used]
         learned = None if target is None else target[used]
-        fitted = X[used] if isinstance(X, np.ndarray) else in_memory(X.select(used), folds.n_folds, n_classes=n_classes)
+        fitted = X[used] if isinstance(X, np.ndarray) else in_memory(X.select(used), len(held_out), n_classes=n_classes)
     # Without two folds a class may be missing: that fit says nothing. Without one, it is refused.
     lacking = np.asarray(lacked_classes(label, masks, n_classes).any(axis=1))
     made = [m for m in range(len(masks)) if m < folds.n_folds or not lacking[m]]
     masks, held_out = masks[made], [held_out[m] for m in made]
     fit = partial(fit_logistic, fitted) if isinstance(fitted, np.ndarray) else partial(fit_streamed, fitted)
     solved = fit(label, masks=masks, strengths=strengths, n_classes=n_classes, target=learned, device=device)
-    chosen, record = _choose_strengths(solved, label, fold=fold, masks=masks, held_out=held_out, strengths=strengths)
+    chosen, record = _choose_strengths(solved, label, inner=inner, masks=masks, held_out=held_out, strengths=strengths)
     every_fold = np.arange(folds.n_folds)
     coef, intercept = solved.coef[every_fold, chosen], solved.intercept[every_fold, chosen]
     logits = solved.logits[:, every_fold, chosen] if subset is None else predict_logits(X, coef, intercept)
@@ -168,30 +170,37 @@ def _probe(
     return Probe(coef, intercept, validation, threshold, record)
 
 
-def in_memory(stored: Embeddings, n_folds: int, *, n_classes: int = 2) -> NDArray[np.float16] | Embeddings:
-    """Read embeddings into memory if there is room for them and their solver; else leave them in the store."""
-    n_columns = n_folds * (n_folds + 1) // 2 * len(STRENGTHS)
+def in_memory(stored: Embeddings, n_fits: int, *, n_classes: int = 2) -> NDArray[np.float16] | Embeddings:
+    """Read embeddings into memory if there is room for them and a solver of so many fits; else leave them stored."""
+    n_columns = n_fits * len(STRENGTHS)
     return stored.read() if fits_in_memory(stored.shape, n_columns, n_classes=n_classes) else stored
 
 
-def held_out_folds(n_folds: int) -> list[tuple[int, ...]]:
-    """List the folds that each fit leaves out: each one, then each two.
+def held_out_folds(folds: Folds) -> list[tuple[int, ...]]:
+    """List the folds that each fit leaves out: each one, then each two; of two, each with each part of the other.
 
-    >>> held_out_folds(3)
+    >>> held_out_folds(Folds(fold=np.array([0, 1, 2]), n_folds=3, source="", digest=""))
     [(0,), (1,), (2,), (0, 1), (0, 2), (1, 2)]
+    >>> fold, parts = np.array([0, 0, 1, 1]), np.array([2, 3, 4, 5])
+    >>> held_out_folds(Folds(fold=fold, n_folds=2, source="", digest="", parts=parts))
+    [(0,), (1,), (0, 4), (0, 5), (1, 2), (1, 3)]
     """
-    if n_folds < 3:
+    each = range(folds.n_folds)
+    alone = [(f,) for f in each]
+    if folds.parts is not None:
+        return alone + [(f, int(part)) for f in each for part in np.unique(folds.parts[folds.fold != f])]
+    if folds.n_folds < 3:
         raise UserError(
-            f"choosing a strength within each training set needs at least 3 folds, got {n_folds}: use `cv=3`."
+            f"choosing a strength within each training set needs at least 3 folds, got {folds.n_folds}: use `cv=3`."
         )
-    return [(f,) for f in range(n_folds)] + list(combinations(range(n_folds), 2))
+    return alone + list(combinations(each, 2))
 
 
 def _choose_strengths(
     fits: Fits,
     y: NDArray[np.integer],
     *,
-    fold: NDArray[np.intp],
+    inner: NDArray[np.intp],
     masks: NDArray[np.bool_],
     held_out: Sequence[tuple[int, ...]],
     strengths: Sequence[float],
@@ -208,25 +217,27 @@ def _choose_strengths(
         UserError: if nothing is said for a fold.
     """
     n_folds = sum(len(held) == 1 for held in held_out)
-    # inner[f, s]: mean balanced log loss on each other fold g of the fit that saw neither f nor g.
-    inner, n_scored = np.zeros((n_folds, len(strengths))), np.zeros(n_folds, dtype=np.intp)
+    # loss[f, s]: mean balanced log loss on each other fold g of the fit that saw neither f nor g.
+    loss, n_scored = np.zeros((n_folds, len(strengths))), np.zeros(n_folds, dtype=np.intp)
     for m, held in enumerate(held_out[n_folds:], start=n_folds):
         for f, g in (held, held[::-1]):
-            rows = masks[f] & (fold == g)
+            if f >= n_folds:  # a part, which is no fold itself
+                continue
+            rows = masks[f] & (inner == g)
             if len(np.unique(y[rows])) > 1:
-                inner[f] += balanced_log_loss(y[rows], fits.logits[rows, m])
+                loss[f] += balanced_log_loss(y[rows], fits.logits[rows, m])
                 n_scored[f] += 1
     if not n_scored.all():
         raise UserError(
             f"fold {n_scored.argmin()}: no strength can be chosen within its training rows. Without each of the other "
             "folds in turn they lack a class, or the one left out holds only one. Use more folds, or fewer classes."
         )
-    chosen = inner.argmin(axis=1)  # (F,)
+    chosen = loss.argmin(axis=1)  # (F,)
     return chosen, FitRecord(
         strengths=tuple(strengths),
         chosen_strength=tuple(strengths[s] for s in chosen),
         at_edge=bool(np.isin(chosen, (0, len(strengths) - 1)).any()),
-        inner_loss=tuple(map(tuple, np.round(inner / n_scored[:, None], 5).tolist())),
+        inner_loss=tuple(map(tuple, np.round(loss / n_scored[:, None], 5).tolist())),
         max_gradient=float(fits.gradient_norm.max()),
         n_not_converged=int((~fits.converged).sum()),
         n_fits=int(fits.converged.size),

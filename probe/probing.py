@@ -1,14 +1,15 @@
 """How are the backbones of a store probed? View and pooling are chosen on training data alone; tests only ever score.
 
 For each backbone, every candidate (view, pooling) is fitted, and the one with the highest mean validation AUROC over
-fold models is kept. A learning curve (`probe.curve`) is the same fits again of the chosen candidate, each on fewer
-slides. Embeddings that do not fit into memory stay in the store and are read block by block (`probe.stream`).
+fold models is kept. Then combinations of candidates of all backbones may be tried (`probe.combine`). A learning curve
+(`probe.curve`) is the same fits again of the chosen candidate, each on fewer slides. Embeddings that do not fit into
+memory stay in the store and are read block by block (`probe.stream`).
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -19,12 +20,22 @@ from numpy.typing import NDArray
 from features.blocks import Embeddings
 from features.console import UserError, nearest, progress, say
 from features.device import compute_exactly, find_device
-from features.entry import Entry
 from features.folds import SEED, effective_groups, require_seeds
 from features.labels import NUMBERS, Classes, aligned, compare_classes, parse_renaming
 from features.leaks import similar_rows
 from features.samples import TEST, Samples
 from features.store import FeatureStore
+from probe.candidates import (
+    TRAINED_VIEWS,
+    Fitted,
+    Setup,
+    best_combination,
+    embeddings_of,
+    fit_candidates,
+    n_fits,
+    validation_auroc,
+)
+from probe.combine import mean_logits
 from probe.curve import (
     CURVE_FILE,
     DRAWS,
@@ -36,17 +47,22 @@ from probe.curve import (
     draw_subsets,
 )
 from probe.experiment import AMI_BR, Experiment, FoldLogits, make_experiment
-from probe.linear import Probe, fit_exact, fit_paper, held_out_folds, in_memory
-from probe.metrics import judge_logits
+from probe.linear import Probe, fit_exact, held_out_folds, in_memory
+from probe.logistic import predict_logits
 from probe.predictions import Predictions
-from probe.runs import Candidate, Cost, CurveFits, RunRecord, write_run
-from probe.schedule import probe_recipe
+from probe.runs import (
+    Candidate,
+    Cost,
+    CurveFits,
+    Part,
+    RunRecord,
+    joined,
+    weight_name,
+    write_run,
+)
 
 DEMOS = ("demo", "demo-phases")  # drawn, and trained on only where there is nothing else, the first before the other
-# What a trained probe's recipe sees: the paper's text resizes the whole patch to 224 pixels and normalises it by
-# ImageNet's statistics; the authors' scripts prepare it as each model's card says.
-TRAINED_VIEWS = {"paper": "full@224+imagenet", "authors": "full"}
-_TEXT = {"crop": None, "resize": 224, "input_size": 224, "mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
+_LATER = ("soft_labels", "combine", "folds_by")
 
 
 @dataclass(frozen=True)
@@ -63,6 +79,8 @@ class ProbeOptions:
             `fit_paper`, on the paper's folds, with the card's embedding of the whole patch.
         labels: what classes of the test sets are called in the training set, as "old=new,old=new".
         soft_labels: "votes" to train on the raters' shares of votes; None for labels.
+        combine: also look for a combination of embeddings that is better than the best of them.
+        folds_by: "domain" to hold each domain out in turn instead of `cv` folds; a run's options then say so many.
         seed: of the paper recipe's training, and of the learning curve's draws.
         seeds: how many times the paper's probe is trained, with `seed`, `seed + 1`, ...
         fold_seed: of the folds.
@@ -79,6 +97,8 @@ class ProbeOptions:
     recipe: Literal["exact", "paper", "authors"] = "exact"
     labels: str | None = None
     soft_labels: str | None = None
+    combine: bool = False
+    folds_by: str | None = None
     seed: int = SEED
     seeds: int = 1
     fold_seed: int = SEED
@@ -96,6 +116,8 @@ class ProbeOptions:
             raise UserError(
                 "`fractions` needs `recipe='exact'`: the paper's probe has no learning curve here. Leave one out."
             )
+        if self.combine and self.recipe != "exact":
+            raise UserError("`combine` needs `recipe='exact'`: the paper's probe is of one embedding. Leave one out.")
         if self.seeds > 1 and self.recipe == "exact":
             raise UserError(
                 f"`seeds={self.seeds}`: the exact probe draws nothing at random, so the same folds give the same probe "
@@ -103,9 +125,8 @@ class ProbeOptions:
             )
 
     def as_record(self) -> dict[str, Any]:
-        """Give the options as a run records them; soft labels only where they were asked for."""
-        record = asdict(self)
-        return record if self.soft_labels else {k: value for k, value in record.items() if k != "soft_labels"}
+        """Give the options as a run records them; those that came later only where they were asked for."""
+        return {name: value for name, value in asdict(self).items() if value or name not in _LATER}
 
     @property
     def training_seeds(self) -> tuple[int, ...]:
@@ -113,30 +134,10 @@ class ProbeOptions:
         return tuple(range(self.seed, self.seed + self.seeds))
 
 
-@dataclass(frozen=True, eq=False)
-class _Setup:
-    """What the probes of a backbone need; all but the datasets to score is the same for all of a store."""
-
-    store: FeatureStore
-    options: ProbeOptions
-    experiment: Experiment
-    subsets: tuple[Subset, ...]  # of the learning curve
-    device: str
-
-
-@dataclass(frozen=True, eq=False)
-class _Fitted:
-    """A candidate and its probe."""
-
-    entry: Entry  # of the training dataset
-    probe: Probe
-    record: Candidate
-
-
 def probe_store(
     store: FeatureStore, models: Sequence[str] | None = None, *, options: ProbeOptions = ProbeOptions(), runs: Path
 ) -> list[RunRecord]:
-    """Probe every model of the store, or those named, and write one run each.
+    """Probe every model of the store, or those named, and write one run each; and one of a combination, if better.
 
     Args:
         store: with the embeddings of the training dataset and of those to score.
@@ -145,7 +146,7 @@ def probe_store(
         runs: the folder of all runs.
 
     Returns:
-        The runs, in the order of the models.
+        The runs, in the order of the models, and last that of the combination.
 
     Raises:
         UserError: if a dataset or model is not in the store or its embeddings are incomplete, if datasets were
@@ -166,7 +167,9 @@ def probe_store(
         paper_folds=paper_folds,
         classes=_classes(store, train),
         soft_labels=options.soft_labels,
+        folds_by=options.folds_by,
     )
+    options = replace(options, cv=experiment.folds.n_folds)
     embedded = list(dict.fromkeys(entry.model for entry in store.entries(train)))
     for model in models or ():
         if model not in embedded:
@@ -176,56 +179,89 @@ def probe_store(
             )
     if not embedded:
         raise UserError(f"{store.path} has no embeddings of {train}. Run: fm-extract --dataset {train}")
-    setup = _Setup(store, options, experiment, _subsets(experiment, options), str(device))
-    return [
-        _probe_model(replace(setup, experiment=_experiment_of(setup, model)), model, runs)
-        for model in models or embedded
-    ]
+    setup = Setup(store, options, experiment, _subsets(experiment, options), str(device))
+    records, every = [], []
+    for model in models or embedded:
+        started = time.perf_counter()
+        of_model = replace(setup, options=replace(options, combine=False), experiment=_experiment_of(setup, [model]))
+        candidates = fit_candidates(of_model, model)
+        chosen = max(candidates, key=validation_auroc)  # the first of equals
+        records.append(_write(of_model, chosen, [one.record for one in candidates], runs=runs, started=started))
+        every += candidates
+    if options.combine:
+        started = time.perf_counter()
+        found, tried = best_combination(setup, every)
+        if found is not None:
+            of_parts = replace(setup, experiment=_experiment_of(setup, [entry.model for entry, _ in found.embeddings]))
+            records.append(_write(of_parts, found, tried, runs=runs, started=started))
+    return records
 
 
-def _probe_model(setup: _Setup, model: str, runs: Path) -> RunRecord:
-    started = time.perf_counter()
-    store, experiment = setup.store, setup.experiment
-    candidates = _fit_candidates(setup, model)
-    chosen = max(candidates, key=lambda fitted: fitted.record.validation_auroc)  # the first of equals
-    entry, probe = chosen.entry, chosen.probe
-    if probe.fit.n_dropped:
-        say(
-            f"{model} ({entry.view}, {chosen.record.pooling}): {probe.fit.n_dropped:,} of {probe.coef.shape[-1]:,} "
-            "features vary by no more than rounding in training, and have no weight."
-        )
-    points, curve_fits = _learning_curve(setup, chosen) if setup.subsets else ([], None)
+def _write(setup: Setup, chosen: Fitted, candidates: Sequence[Candidate], *, runs: Path, started: float) -> RunRecord:
+    """Score the chosen candidate, and write its run."""
+    store, experiment, combined = setup.store, setup.experiment, chosen.record.combined
+    for (entry, pooling), probe in zip(chosen.embeddings, chosen.probes, strict=False):
+        if probe.fit.n_dropped and not combined:
+            say(
+                f"{entry.model} ({entry.view}, {pooling}): {probe.fit.n_dropped:,} of {probe.coef.shape[-1]:,} "
+                "features vary by no more than rounding in training, and have no weight."
+            )
+    points, curve_fits = _learning_curve(setup, chosen) if setup.subsets and not combined else ([], None)
     attributes = {name: store.dataset_attrs(name) for name in experiment.tables}
+    parts = tuple(
+        Part(
+            model=entry.model,
+            view=entry.view,
+            pooling=pooling,
+            card_pooling=entry.card_pooling,
+            fingerprints={
+                name: store.entry(name, model=entry.model, view=entry.view).fingerprint for name in experiment.tables
+            },
+            embedding=entry.parts,
+        )
+        for entry, pooling in chosen.embeddings
+    )
+    method = {
+        None: "probe",
+        "mean": f"mean of {len(parts)} probes",
+        "concatenation": f"probe of {len(parts)} embeddings",
+    }[combined]
     record = RunRecord(
         kind="probe",
-        model=model,
-        method="probe",
+        model=joined([part.model for part in parts]),
+        method=method,
         options=setup.options.as_record(),
         store=str(store.path),
         train=experiment.train,
         test=experiment.test,
-        view=entry.view,
-        pooling=chosen.record.pooling,
-        card_pooling=entry.card_pooling,
+        view=joined([part.view for part in parts]),
+        pooling=joined([part.pooling for part in parts]),
+        combined=combined,
+        parts=parts if combined else None,
+        card_pooling="" if combined else parts[0].card_pooling,
         label_names=_classes(store, experiment.train),
         ordinal=bool(attributes[experiment.train].get("ordinal")),
         sources={name: attrs.get("source", "") for name, attrs in attributes.items()},
-        fingerprints={name: store.entry(name, model=model, view=entry.view).fingerprint for name in experiment.tables},
-        embedding=entry.parts,
+        fingerprints={} if combined else parts[0].fingerprints,
+        embedding={} if combined else parts[0].embedding,
         folds=experiment.folds_record(),
         seeds=setup.options.training_seeds,
         table_digests=experiment.table_digests,
         similar=_similar(setup, chosen) or None,
-        candidates=tuple(fitted.record for fitted in candidates),
+        candidates=tuple(candidates),
         learning_curve=curve_fits,
         cost=Cost(device=setup.device),
     )
     return write_run(
         runs,
         record,
-        predictions=_predictions(setup, chosen, probe),
+        predictions=_predictions(setup, chosen, chosen.probes),
         tables=experiment.tables,
-        weights={"coef": probe.coef, "intercept": probe.intercept},
+        weights={
+            weight_name(name, k, len(chosen.probes)): getattr(probe, name)
+            for k, probe in enumerate(chosen.probes)
+            for name in ("coef", "intercept")
+        },
         seconds=time.perf_counter() - started,
         files={CURVE_FILE: curve_csv(points)} if points else None,
     )
@@ -289,8 +325,8 @@ def _classes(store: FeatureStore, dataset: str) -> Classes:
     return tuple(store.dataset_attrs(dataset).get("label_names", NUMBERS))
 
 
-def _experiment_of(setup: _Setup, model: str) -> Experiment:
-    """Make the experiment of a model: with the datasets asked for, or all but the demo that it has embedded."""
+def _experiment_of(setup: Setup, models: Sequence[str]) -> Experiment:
+    """Make the experiment of models: with the datasets asked for, or all but the demo that they have embedded."""
     store, experiment, requested = setup.store, setup.experiment, setup.options.test
     for name in requested or ():
         _require_dataset(store, name)
@@ -298,29 +334,29 @@ def _experiment_of(setup: _Setup, model: str) -> Experiment:
         tests = [
             name
             for name in experiment.test
-            if name not in DEMOS and any(entry.complete for entry in store.entries(name, model))
+            if name not in DEMOS
+            and all(any(entry.complete for entry in store.entries(name, model)) for model in models)
         ]
     else:
         tests = [name for name in requested if name != experiment.train]
     return replace(experiment, tables={name: experiment.tables[name] for name in (experiment.train, *tests)})
 
 
-def _embeddings(setup: _Setup, entry: Entry, pooling: str, dataset: str, rows: NDArray[np.intp]) -> Embeddings:
-    """Find the embeddings of rows of a dataset, by the model and in the view of an entry."""
-    return setup.store.embeddings(dataset, model=entry.model, view=entry.view, pooling=pooling, rows=rows)
-
-
-def _similar(setup: _Setup, chosen: _Fitted) -> dict[str, tuple[str, ...]]:
-    """Find the test patches, by dataset, that look like training patches in the chosen embedding."""
-    experiment, entry, pooling = setup.experiment, chosen.entry, chosen.record.pooling
-    training = _embeddings(setup, entry, pooling, experiment.train, experiment.rows)
-    _say_what_folds_share(training, experiment)
-    found = {}
-    for name, rows in experiment.tests.items():
-        similar = similar_rows(training, _embeddings(setup, entry, pooling, name, rows))
-        if similar.any():
-            found[name] = tuple(experiment.tables[name].id[rows[similar]].tolist())
-    return found
+def _similar(setup: Setup, chosen: Fitted) -> dict[str, tuple[str, ...]]:
+    """Find the test patches, by dataset, that look like training patches in a chosen embedding."""
+    experiment = setup.experiment
+    similar = {name: np.zeros(len(rows), dtype=np.bool_) for name, rows in experiment.tests.items()}
+    for entry, pooling in chosen.embeddings:
+        training = embeddings_of(setup, entry, pooling, experiment.train, experiment.rows)
+        if not chosen.record.combined:  # of others the run of each part has said so
+            _say_what_folds_share(training, experiment)
+        for name, rows in experiment.tests.items():
+            similar[name] |= similar_rows(training, embeddings_of(setup, entry, pooling, name, rows))
+    return {
+        name: tuple(experiment.tables[name].id[experiment.tests[name][of]].tolist())
+        for name, of in similar.items()
+        if of.any()
+    }
 
 
 def _say_what_folds_share(training: Embeddings, experiment: Experiment) -> None:
@@ -333,129 +369,25 @@ def _say_what_folds_share(training: Embeddings, experiment: Experiment) -> None:
         )
 
 
-def _predictions(setup: _Setup, chosen: _Fitted, probe: Probe) -> Predictions:
-    """Predict every patch of the experiment by a probe of the chosen candidate."""
+def _predictions(setup: Setup, chosen: Fitted, probes: Sequence[Probe]) -> Predictions:
+    """Predict every patch of the experiment by probes of the chosen candidate."""
     experiment, tests = setup.experiment, {}
     for name, rows in experiment.tests.items():
-        stored = _embeddings(setup, chosen.entry, chosen.record.pooling, name, rows)
-        tests[name] = probe.decision_function(
-            in_memory(stored, experiment.folds.n_folds, n_classes=experiment.n_classes)
-        )
-    return experiment.predictions(FoldLogits(probe.validation_logit, tests, setup.options.training_seeds))
-
-
-# ----------------------------------------------------------------------------------------------------------- candidates
-
-
-def _fit_candidates(setup: _Setup, model: str) -> list[_Fitted]:
-    """Fit every candidate."""
-    experiment = setup.experiment
-    y, folds = experiment.label, experiment.folds
-    held_out = [folds.fold == f for f in range(folds.n_folds)]
-    classes: dict[str, Any] = {"n_classes": experiment.n_classes, "target": experiment.target}
-    fitted = []
-    for entry, pooling in _candidates(setup, model):
-        stored = _embeddings(setup, entry, pooling, experiment.train, experiment.rows)
-        if setup.options.recipe != "exact":
-            recipe = probe_recipe(setup.options.recipe, model=model)
-            probe = fit_paper(
-                stored.read(), y, folds=folds, seeds=setup.options.training_seeds, recipe=recipe, **classes
-            )
-        else:
-            probe = fit_exact(
-                in_memory(stored, folds.n_folds, n_classes=experiment.n_classes),
-                y,
-                folds=folds,
-                device=setup.device,
-                **classes,
-            )
-        judged = [
-            judge_logits(y[rows], probe.validation_logit[rows, k])
-            for k in range(probe.validation_logit.shape[1])
-            for rows in held_out
-        ]
-        record = Candidate(
-            view=entry.view,
-            pooling=pooling,
-            validation_auroc=float(np.mean([area for _, area in judged])),
-            validation_balanced_accuracy=float(np.mean([accuracy for accuracy, _ in judged])),
-            **vars(probe.fit),
-        )
-        fitted.append(_Fitted(entry, probe, record))
-    return fitted
-
-
-def _candidates(setup: _Setup, model: str) -> list[tuple[Entry, str]]:
-    """List the pairs (training entry, pooling) to choose from: views that every dataset has, and all poolings."""
-    store, train, tests, options = setup.store, setup.experiment.train, setup.experiment.test, setup.options
-    pooling = options.pooling or (None if options.recipe == "exact" else "card")
-
-    def complete(dataset: str) -> dict[str, Entry]:
-        return {entry.view: entry for entry in store.entries(dataset, model) if entry.complete}
-
-    view = options.view or _view_of_recipe(options.recipe, model, {name: complete(name) for name in (train, *tests)})
-    by_view = complete(train)
-    for name in tests:
-        test_entries = complete(name)
-        if view is not None and view in by_view and view not in test_entries:
-            raise UserError(
-                f"{name} has no complete embeddings of {model} in view {view}. "
-                f"Run: fm-extract --model {model} --dataset {name} --view {view}"
-            )
-        by_view = {key: entry for key, entry in by_view.items() if key in test_entries}
-        for key, entry in by_view.items():
-            _require_same_embedding(entry, test_entries[key])
-    if view is not None:
-        by_view = {key: entry for key, entry in by_view.items() if key == view}
-    if not by_view:
-        where = f"in view {view}" if view else f"in a view that {', '.join([train, *tests])} share"
-        raise UserError(
-            f"{store.path} has no complete embeddings of {model} {where}. "
-            f"Run: fm-extract --model {model} --dataset {','.join([train, *tests])} --view {view or 'full'}"
-        )
-    return [
-        (entry, name) for entry in by_view.values() for name in ([pooling] if pooling else _distinct_poolings(entry))
-    ]
-
-
-def _view_of_recipe(recipe: str, model: str, by_dataset: Mapping[str, Mapping[str, Entry]]) -> str | None:
-    """Choose the view that a recipe asks for; `full` where not every dataset has that one, and then say so.
-
-    Args:
-        recipe, model: of the probe.
-        by_dataset: dataset to view to entry.
-    """
-    asked = TRAINED_VIEWS.get(recipe)
-    has_asked, has_full = (all(view in entries for entries in by_dataset.values()) for view in (asked, "full"))
-    if asked is None or has_asked or not has_full:
-        return asked  # where none is there, the caller says what is missing
-    transforms = [entries["full"].parts.get("transform", {}) for entries in by_dataset.values()]
-    if any(transform.get(name) != value for transform in transforms for name, value in _TEXT.items()):
-        say(
-            f"{model}: the paper's text asks for view {asked}; used is full, as the model's card prepares it. For the "
-            f"other: fm-extract --model {model} --dataset {','.join(by_dataset)} --view {asked}"
-        )
-    return "full"
-
-
-def _distinct_poolings(entry: Entry) -> list[str]:
-    """List the card's embedding first, then every stored pooling that differs from it."""
-    return ["card", *(name for name in entry.poolings if name != entry.card_pooling)]
-
-
-def _require_same_embedding(train: Entry, test: Entry) -> None:
-    """Refuse two datasets whose embeddings differ in anything but the patches."""
-    patches = {"dataset_digest", "source_mpp"}
-    differing = [
-        f"{key} ({train.parts.get(key)} against {test.parts.get(key)})"
-        for key in sorted((train.parts.keys() | test.parts.keys()) - patches)
-        if train.parts.get(key) != test.parts.get(key) and not (train.imported or test.imported)
-    ]
-    if differing:
-        raise UserError(
-            f"{train.model} in view {train.view} was computed differently for {train.dataset} and {test.dataset}: "
-            f"{'; '.join(differing)}. Run fm-extract again for both with the same options and --overwrite."
-        )
+        logits: list[NDArray[np.float32]] = []
+        start = 0
+        for k, (entry, pooling) in enumerate(chosen.embeddings):
+            stored = embeddings_of(setup, entry, pooling, name, rows)
+            X = in_memory(stored, n_fits(experiment, setup.options), n_classes=experiment.n_classes)
+            if len(probes) == len(chosen.embeddings):
+                logits.append(probes[k].decision_function(X))
+                continue
+            # Side by side: each embedding has its columns of the one probe, and what they add up to is the logit.
+            of_part = probes[0].coef[..., start : start + X.shape[1]]
+            added = predict_logits(X, of_part, probes[0].intercept * (start == 0))
+            logits, start = [added + logits[0] if logits else added], start + X.shape[1]
+        tests[name] = mean_logits(logits).astype(np.float32)
+    validation = mean_logits([probe.validation_logit for probe in probes]).astype(np.float32)
+    return experiment.predictions(FoldLogits(validation, tests, setup.options.training_seeds))
 
 
 # ------------------------------------------------------------------------------------------------------- learning curve
@@ -469,28 +401,28 @@ def _subsets(experiment: Experiment, options: ProbeOptions) -> tuple[Subset, ...
         experiment.label,
         experiment.folds.fold,
         effective_groups(experiment.samples),
-        left_out=held_out_folds(experiment.folds.n_folds),
+        left_out=held_out_folds(experiment.folds),
         fractions=options.fractions,
         seed=options.seed,
     )
 
 
-def _learning_curve(setup: _Setup, chosen: _Fitted) -> tuple[list[CurvePoint], CurveFits]:
+def _learning_curve(setup: Setup, chosen: Fitted) -> tuple[list[CurvePoint], CurveFits]:
     """Fit every subset's probes of the chosen candidate, and score them; those of fraction 1 are the run's.
 
     One batch per fraction and draw, not one for all: each takes only the rows of its subset, and none is larger than
     the run's own fit.
     """
-    experiment, model = setup.experiment, chosen.entry.model
+    experiment, (entry, pooling), own = setup.experiment, chosen.embeddings[0], chosen.probes[0]
     X = in_memory(
-        _embeddings(setup, chosen.entry, chosen.record.pooling, experiment.train, experiment.rows),
-        experiment.folds.n_folds,
+        embeddings_of(setup, entry, pooling, experiment.train, experiment.rows),
+        n_fits(experiment, setup.options),
         n_classes=experiment.n_classes,
     )
     points, fits = [], []
-    with progress(f"learning curve {model}", len(setup.subsets), "subsets") as advance:
+    with progress(f"learning curve {entry.model}", len(setup.subsets), "subsets") as advance:
         for subset in setup.subsets:
-            probe = chosen.probe
+            probe = own
             if subset.fraction != 1:
                 probe = fit_exact(
                     X,
@@ -502,7 +434,7 @@ def _learning_curve(setup: _Setup, chosen: _Fitted) -> tuple[list[CurvePoint], C
                 )
                 fits.append(probe.fit)
             strength = probe.fit.chosen_strength or ()
-            points += curve_points(subset, experiment.label, strength, _predictions(setup, chosen, probe))
+            points += curve_points(subset, experiment.label, strength, _predictions(setup, chosen, [probe]))
             advance(1)
     return points, CurveFits(
         draws=DRAWS,

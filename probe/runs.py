@@ -27,12 +27,12 @@ import resource
 import secrets
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from html import escape
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import msgspec
 import numpy as np
@@ -60,16 +60,22 @@ RUN_FORMAT, SEEDS_FORMAT, CLASSES_FORMAT = 1, 2, 3  # of one seed, of several, a
 WEIGHTS_FILE = "weights.safetensors"
 _NDIM_OF_TWO = {"coef": 2, "intercept": 1}  # axes of a probe's weights in the file, of two classes
 Parsed = TypeVar("Parsed")
+Combined = Literal["mean", "concatenation"]  # of the probabilities of probes; of embeddings, under one probe
+COMBINED: tuple[Combined, ...] = get_args(Combined)
 
 
 @dataclass(frozen=True, kw_only=True)
 class FoldsRecord:
-    """The fold assignment of a run: how many folds, where they come from, their digest, and the seed asked for."""
+    """The fold assignment of a run: how many folds, where they come from, their digest, and the seed asked for.
+
+    `names` are those of the domains, where each fold is one.
+    """
 
     n: int
     source: str = ""
     digest: str
     seed: int | None = None
+    names: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,12 +135,17 @@ class FitRecord:
 
 @dataclass(frozen=True, kw_only=True)
 class Candidate(FitRecord):
-    """A view and pooling that a probe could choose: mean validation figures over folds, and how it was fitted."""
+    """A view and pooling that a probe could choose: mean validation figures over folds, and how it was fitted.
+
+    Of a combination, `combined` says how its parts are joined, and `model`, `view` and `pooling` name them (`joined`).
+    """
 
     view: str
     pooling: str
     validation_auroc: float
     validation_balanced_accuracy: float
+    model: str | None = None
+    combined: Combined | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,17 +168,74 @@ class EpochRecord:
     learning_rate: float
 
 
+class _Embedded:
+    """What decides an embedding's numbers, in words."""
+
+    embedding: Mapping[str, Any]
+
+    @property
+    def weights_sha256(self) -> str | None:
+        """Digest of the backbone's weights; None for embeddings that were made elsewhere and imported."""
+        digest = self.embedding.get("weights_sha256")
+        return None if digest is None else str(digest)
+
+    @property
+    def precision(self) -> str:
+        """The precision that the backbone computed in; empty for imported embeddings."""
+        return str(self.embedding.get("precision", ""))
+
+    @property
+    def device(self) -> str:
+        """The kind of device that the backbone ran on; empty for imported embeddings."""
+        return str(self.embedding.get("device", ""))
+
+    @property
+    def revision(self) -> str:
+        """The commit or package version of the backbone's weights; empty where it is not known."""
+        return str(self.embedding.get("revision") or "")
+
+
 @dataclass(frozen=True, kw_only=True)
-class RunRecord:
+class Part(_Embedded):
+    """One of the embeddings of a run, described as in `RunRecord`; in a report's ensemble of runs, one of these.
+
+    `weight` is its share in the mean; None for equal shares.
+    """
+
+    model: str
+    view: str
+    pooling: str
+    card_pooling: str = ""
+    fingerprints: Mapping[str, str] = field(default_factory=dict)
+    embedding: Mapping[str, Any] = field(default_factory=dict)
+    weight: float | None = None
+
+    def __str__(self) -> str:
+        weight = "" if self.weight is None else f"{self.weight:.3f} x "
+        return f"{weight}{self.model} ({self.view}, {self.pooling})"
+
+
+def joined(names: Sequence[str]) -> str:
+    """Name the parts of a combination: once where all have the same name, else one after the other.
+
+    >>> joined(["full", "full"]), joined(["full", "center64"])
+    ('full', 'full + center64')
+    """
+    return names[0] if len(set(names)) == 1 else " + ".join(names)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunRecord(_Embedded):
     """A run: everything that run.json and metrics.json say.
 
     Attributes:
         id, created: name and UTC time; empty until the run is written.
-        kind: "probe" or "finetune".
-        model, method: the backbone, and "probe", "lora", "full" or "head".
+        kind: "probe" or "finetune"; in a report also "ensemble", of several runs.
+        model, method: the backbone, and "probe", "lora", "full" or "head"; of a combination see `joined`, and how.
         options: what the user chose, verbatim.
         train, test: the dataset trained on, and the others scored.
         view, pooling: of the embedding that was judged.
+        combined, parts: how several embeddings were joined, and which, the best first; None for one.
         card_pooling: what the pooling "card" means for this backbone.
         label_names: of class 0, class 1, ...
         ordinal: whether the classes are ordered.
@@ -190,7 +258,7 @@ class RunRecord:
 
     id: str = ""
     created: str = ""
-    kind: Literal["probe", "finetune"]
+    kind: Literal["probe", "finetune", "ensemble"]
     model: str
     method: str
     options: Mapping[str, Any]
@@ -200,6 +268,8 @@ class RunRecord:
     test: tuple[str, ...] = ()
     view: str
     pooling: str
+    combined: Combined | None = None
+    parts: tuple[Part, ...] | None = None
     card_pooling: str = ""
     label_names: Annotated[tuple[str, ...], msgspec.Meta(min_length=2)] = ("0", "1")
     ordinal: bool = False
@@ -270,31 +340,29 @@ class RunRecord:
         """Say what the run chose on its out-of-fold predictions, which are optimistic by that; empty if nothing."""
         chosen = []
         if len(self.candidates or ()) > 1:
-            chosen.append("its view and pooling")
+            chosen.append("its parts" if self.combined else "its view and pooling")
         if self.is_random and (self.history is None or any(len(epochs) > 1 for epochs in self.history)):
             chosen.append("its epoch")
         return " and ".join(chosen)
 
     @property
-    def weights_sha256(self) -> str | None:
-        """Digest of the backbone's weights; None for embeddings that were made elsewhere and imported."""
-        digest = self.embedding.get("weights_sha256")
-        return None if digest is None else str(digest)
+    def each_part(self) -> tuple[Part, ...]:
+        """The embeddings that the run judges: its own, or those that it combines."""
+        own = Part(
+            model=self.model,
+            view=self.view,
+            pooling=self.pooling,
+            card_pooling=self.card_pooling,
+            fingerprints=self.fingerprints,
+            embedding=self.embedding,
+        )
+        return self.parts or (own,)
 
     @property
-    def precision(self) -> str:
-        """The precision that the backbone computed in; empty for imported embeddings."""
-        return str(self.embedding.get("precision", ""))
-
-    @property
-    def device(self) -> str:
-        """The kind of device that the backbone ran on; empty for imported embeddings."""
-        return str(self.embedding.get("device", ""))
-
-    @property
-    def revision(self) -> str:
-        """The commit or package version of the backbone's weights; empty where it is not known."""
-        return str(self.embedding.get("revision") or "")
+    def groups(self) -> list[list[int]]:
+        """The numbers of the parts that each probe of the run sees side by side; the probes' mean is the run's."""
+        every = list(range(len(self.each_part)))
+        return [[k] for k in every] if self.combined == "mean" else [every]
 
     @property
     def statistics(self) -> str:
@@ -305,7 +373,8 @@ class RunRecord:
         """Make the object of run.json, with that of metrics.json under `metrics` once there is one."""
         described = replace(self, metrics=None, folder=None)
         record: dict[str, Any] = msgspec.json.decode(msgspec.json.encode(described))
-        for part in (record, record["cost"], *(record["candidates"] or ())):  # of options and the like, None is a value
+        nested = (record["cost"], record["folds"], *(record["candidates"] or ()), *(record["parts"] or ()))
+        for part in (record, *nested):  # of options and the like, None is a value
             for name in [name for name, value in part.items() if value is None]:
                 del part[name]
         if not self.ordinal:
@@ -333,7 +402,7 @@ class RunRecord:
 def new_run_id(kind: str, model: str) -> str:
     """Name a run by its kind, its model, the time and four random digits."""
     stamp = time.strftime("%Y%m%d-%H%M%S", time.gmtime())
-    return f"{kind}-{store_key(model)}-{stamp}-{secrets.token_hex(2)}"
+    return f"{kind}-{store_key(model.replace(' ', ''))}-{stamp}-{secrets.token_hex(2)}"
 
 
 def write_run(
@@ -569,7 +638,8 @@ def read_checked(folder: Path, name: str, *, parse: Callable[[str], Parsed]) -> 
 def read_weights(folder: Path) -> dict[str, NDArray[Any]]:
     """Read a probe run's weights: "coef" (K * F, c - 1, d) float32 and "intercept" (K * F, c - 1) float64.
 
-    The file of two classes has no axis for them.
+    Of a mean of probes these are "coef 0", "intercept 0", "coef 1" and so on (`weight_name`). The file of two classes
+    has no axis for them.
 
     Raises:
         UserError: if the file is missing or damaged.
@@ -584,7 +654,15 @@ def read_weights(folder: Path) -> dict[str, NDArray[Any]]:
         raise UserError(f"{path} is missing: the run is incomplete. Run fm-probe again.") from error
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path} is damaged ({error}). Run fm-probe again.") from error
-    return {name: array[:, None] if array.ndim == _NDIM_OF_TWO.get(name) else array for name, array in weights.items()}
+    return {
+        name: array[:, None] if array.ndim == _NDIM_OF_TWO.get(name.split()[0]) else array
+        for name, array in weights.items()
+    }
+
+
+def weight_name(name: str, group: int, n_groups: int) -> str:
+    """Name "coef" or "intercept" of one of a run's probes in its file."""
+    return name if n_groups == 1 else f"{name} {group}"
 
 
 def _stored(array: NDArray[Any], record: RunRecord) -> NDArray[Any]:

@@ -1,7 +1,8 @@
 """How fast is extraction on this machine? Ratios measured in one run; `make bench` prints them.
 
-Three ways over the same patches, in turn, several times: the paper's (one image at a time, PIL, fp32, no overlap), the
-network alone on ready batches, and `extract_dataset` from files to store. Random weights of the true shapes.
+Ways over the same patches, in turn, several times: the paper's (one image at a time, PIL, fp32, no overlap), the
+network alone on ready batches, and `extract_dataset` from files to store, the last two computed by torch and, where it
+is used, by OpenVINO. Random weights of the true shapes.
 """
 
 from __future__ import annotations
@@ -21,9 +22,18 @@ from rich.table import Table
 from safetensors.torch import save_file
 
 from extract.backbones import Backbone, build_model, fetch_weights, find_backbone
-from extract.compute import choose_precision, embed_batch, hold_weights, optimize_for_inference
+from extract.compute import (
+    choose_precision,
+    compiled,
+    embed_batch,
+    hold_weights,
+    optimize_for_inference,
+    side_by_side,
+    takes_openvino,
+)
 from extract.datasets import PatchDataset, load_dataset
 from extract.embed import extract_dataset
+from extract.openvino import version
 from extract.prepare import ExtractOptions
 from extract.views import make_transform, parse_view
 from features.console import show
@@ -58,16 +68,16 @@ def papers_way(model: torch.nn.Module, backbone: Backbone, files: list[Path]) ->
 
 
 def forward_only(model: torch.nn.Module, backbone: Backbone, precision: str, n: int) -> float:
-    """Images per second of the settled network on ready batches."""
+    """Images per second of the network on ready batches, which are computed side by side."""
     batch = torch.randn(BATCH, 3, backbone.input_size, backbone.input_size).to(memory_format=torch.channels_last)
     started = time.perf_counter()
-    for _ in range(n // BATCH):
-        embed_batch(model, backbone, batch, precision=precision)
+    with side_by_side(CPU, torch.get_num_threads()) as map_batches:
+        list(map_batches(lambda _: embed_batch(model, backbone, batch, precision=precision), range(n // BATCH)))
     return n // BATCH * BATCH / (time.perf_counter() - started)
 
 
 def measure(name: str, title: str, dataset: PatchDataset, files: list[Path], repeats: int, table: Table) -> None:
-    """One row: medians over `repeats` interleaved rounds, and the medians of each round's ratios."""
+    """One row per form of the network: medians over `repeats` interleaved rounds, and of each round's ratios."""
     backbone = dataclasses.replace(find_backbone(name), resize=224)
     n = len(dataset.samples)
     with tempfile.TemporaryDirectory() as folder:
@@ -79,22 +89,42 @@ def measure(name: str, title: str, dataset: PatchDataset, files: list[Path], rep
         example = make_transform(backbone, parse_view("full"))([dataset.decode(row) for row in range(8)], CPU)
         settled = optimize_for_inference(eager, CPU, example=example)
         precision = choose_precision("auto", backbone, settled, example)
-        settled = hold_weights(settled, precision)
-        rounds = []
+        forms = {"torch": hold_weights(settled, precision)}
+        if version() and takes_openvino(settled, CPU, precision=precision):
+            started = time.process_time()
+            fast = compiled(settled, backbone, example, precision=precision)
+            show(f"{title}: converted for OpenVINO in {time.process_time() - started:.1f} s of processor time")
+            forms |= {"OpenVINO": fast} if fast else {}
+        rounds: dict[str, list[tuple[float, float, float, float]]] = {form: [] for form in forms}
+        embeddings = {}
         for repeat in range(repeats + 1):
             plain = papers_way(eager, backbone, files[: max(n // 8, 16)])
-            alone = forward_only(settled, backbone, precision, n)
-            store = FeatureStore.open_or_create(Path(folder) / f"{repeat}.zarr")
-            options = ExtractOptions(device="cpu", precision=precision, batch_size=BATCH)
-            (summary,) = extract_dataset(dataset, [backbone], store=store, options=options, weights=weights)
-            if repeat:  # the first round warms caches up
-                rounds.append((plain, alone, summary.images_per_second))
-    plain, alone, whole = (statistics.median(column) for column in zip(*rounds, strict=True))
-    to_alone = statistics.median(r[2] / r[1] for r in rounds)
-    to_plain = statistics.median(r[2] / r[0] for r in rounds)
-    table.add_row(
-        title, precision, *(f"{rate:.1f}" for rate in (plain, alone, whole)), f"{to_alone:.2f}", f"{to_plain:.1f}"
-    )
+            for form, network in forms.items():
+                alone = forward_only(network, backbone, precision, n)
+                store = FeatureStore.open_or_create(Path(folder) / f"{form} {repeat}.zarr")
+                options = ExtractOptions(device="cpu", precision=precision, batch_size=BATCH, fast=form == "OpenVINO")
+                (summary,) = extract_dataset(dataset, [backbone], store=store, options=options, weights=weights)
+                if repeat:  # the first round warms caches up
+                    first = rounds["torch"][repeat - 1][2] if form != "torch" else summary.images_per_second
+                    rounds[form].append((plain, alone, summary.images_per_second, first))
+                (entry,) = store.entries()
+                embeddings[form] = {
+                    pooling: torch.from_numpy(store.read(dataset.name, model=name, view="full", pooling=pooling))
+                    for pooling in entry.poolings
+                }
+    for form, found in rounds.items():
+        plain, alone, whole, _ = (statistics.median(column) for column in zip(*found, strict=True))
+        ratios = [(r[2] / r[1], r[2] / r[0], r[2] / r[3]) for r in found]
+        to_alone, to_plain, to_torch = (statistics.median(column) for column in zip(*ratios, strict=True))
+        cosine = min(
+            float(torch.nn.functional.cosine_similarity(values.double(), embeddings["torch"][pooling].double()).min())
+            for pooling, values in embeddings[form].items()
+        )
+        table.add_row(
+            *(title, form, precision),
+            *(f"{rate:.1f}" for rate in (plain, alone, whole)),
+            *(f"{to_alone:.2f}", f"{to_plain:.1f}", f"{to_torch:.2f}", f"{cosine:.7f}"),
+        )
 
 
 def main() -> None:
@@ -102,17 +132,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--patches", type=int, default=256)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--model", help="only this one")
     arguments = parser.parse_args()
     table = Table(title=f"Extraction on CPU, {torch.get_num_threads()} threads, {arguments.patches} patches")
-    for column in ("Model", "Precision", "Paper's way /s", "Forward only /s", "Files to store /s"):
+    for column in ("Model", "By", "Precision", "Paper's way /s", "Forward only /s", "Files to store /s"):
         table.add_column(column, justify="right")
-    table.add_column("of forward only\n(target 0.95)", justify="right")
+    table.add_column("of forward only\n(target 0.9)", justify="right")
     table.add_column("times paper's way\n(target 3)", justify="right")
+    table.add_column("times torch\n(target 2)", justify="right")
+    table.add_column("cosine to torch\n(target .99999)", justify="right")
     with tempfile.TemporaryDirectory() as folder:
         patches = patch_files(arguments.patches, Path(folder) / "patches")
         dataset, files = load_dataset(str(patches)), sorted(patches.glob("*/*.png"))
-        measure("efficientnet-lite0", "EfficientNet-Lite0", dataset, files, arguments.repeats, table)
-        measure("timm/vit_small_patch16_224", "ViT-S/16", dataset, files, arguments.repeats, table)
+        titles = {"efficientnet-lite0": "EfficientNet-Lite0", "timm/vit_small_patch16_224": "ViT-S/16"}
+        for model, title in titles.items():
+            if arguments.model in (None, model):
+                measure(model, title, dataset, files, arguments.repeats, table)
     show(table)
 
 

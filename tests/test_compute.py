@@ -20,7 +20,20 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from extract import compute, prepare, views
 from extract.backbones import build_model, find_backbone
-from extract.compute import compile_blocks, compiled, embed_batch, fetch, hold_weights, mark, padded, settled
+from extract.compute import (
+    compile_blocks,
+    compiled,
+    embed_batch,
+    fastest,
+    fetch,
+    hold_weights,
+    mark,
+    padded,
+    settled,
+    side_by_side,
+    takes_openvino,
+)
+from extract.openvino import OpenvinoNetwork, is_convolutional, version
 from extract.prepare import ExtractOptions
 from extract.resize import _weights, resize_as_pillow
 from extract.views import make_transform, parse_view
@@ -151,24 +164,34 @@ def test_a_compiled_form_is_taken_only_where_it_embeds_alike(monkeypatch, capsys
         ("cuda", {}, {"numerics": {"compiled": False}}, True, False),  # go on as begun
         ("cuda", {"fast": False}, None, True, False),
         ("cuda", {}, None, False, False),
-        ("cpu", {}, None, True, False),
+        ("cpu", {}, None, True, False),  # a transformer
+        ("cpu", {"of": CNN, "patches": 1}, None, True, True),
+        ("cpu", {"of": CNN}, {}, True, False),  # go on as begun by torch
+        ("cpu", {"of": CNN, "installed": False}, None, True, False),
+        ("cpu", {"of": CNN, "installed": False}, {"numerics": {"compiled": "openvino"}}, True, True),  # it will say so
+        ("cpu", {"of": CNN, "fast": False}, {"numerics": {"compiled": "openvino"}}, True, False),
+        ("cpu", {"of": CNN, "precision": "bf16"}, None, True, False),
+        ("cpu", {"of": CNN}, None, False, False),
     ],
 )
-def test_networks_are_compiled_for_nvidia_gpus_where_it_pays_unless_begun_or_asked_otherwise(
+def test_networks_are_compiled_where_it_pays_unless_begun_or_asked_otherwise(
     monkeypatch, device, options, recorded, usable, expected
 ):
-    """With batches of the very shape of all to come, because each shape is compiled anew."""
+    """With batches of the very shape of all to come, because on a GPU each shape is compiled anew."""
     fast, shapes = nn.Identity(), []
 
-    def compiling(model: nn.Module, backbone: Any, batch: Tensor, *, precision: str) -> nn.Module | None:
+    def compiling(model: nn.Module, backbone: Any, batch: Tensor, *, precision: str, earlier: Any) -> nn.Module | None:
         shapes.append(len(batch))
         return fast if usable else None
 
-    plain = build_model(VIT, None)
     options = dict(options)
-    n = options.pop("patches", 100)
+    n, backbone = options.pop("patches", 100), options.pop("of", VIT)
+    version = "1" if options.pop("installed", True) else None
+    plain = build_model(backbone, None)
     monkeypatch.setattr(compute, "_WORTH_COMPILING", 100e9)
+    monkeypatch.setattr(prepare, "version", lambda: version)
     monkeypatch.setattr(prepare, "compiled", compiling)
+    monkeypatch.setattr(prepare, "settled", lambda model, *_, precision: model)
     monkeypatch.setattr(prepare, "padded", lambda batch, n: batch[:1].expand(n, -1, -1, -1))
     monkeypatch.setattr(prepare, "make_transform", lambda backbone, view: lambda examples, device: images())
     extraction = SimpleNamespace(
@@ -177,10 +200,94 @@ def test_networks_are_compiled_for_nvidia_gpus_where_it_pays_unless_begun_or_ask
         dataset=SimpleNamespace(samples=range(n)),
         examples=[],
     )
-    chosen = prepare._choose(extraction, replace(VIT, gflops=1.0), {"fp32": plain}, parse_view("full"), recorded)
+    recorded = recorded and {"precision": "fp32"} | recorded
+    chosen = prepare._choose(extraction, replace(backbone, gflops=1.0), {"fp32": plain}, parse_view("full"), recorded)
     assert chosen.compiled == expected
     assert chosen.network is (fast if expected else plain)
     assert set(shapes) <= {16}
+
+
+# -------------------------------------------------------------------------------------------------------- OpenVINO
+
+needs_openvino = pytest.mark.skipif(version() is None, reason="OpenVINO is not installed")
+
+
+@pytest.mark.parametrize(
+    ("arch", "expected"),
+    [
+        ("tf_efficientnet_lite0", True),
+        ("test_resnet", True),
+        ("test_convnext", False),  # linear layers
+        ("test_vit", False),
+    ],
+)
+def test_a_network_of_convolutions_and_batch_norms_alone_is_convolutional(arch, expected):
+    assert is_convolutional(network(arch)) == expected
+    assert takes_openvino(network(arch), CPU, precision="fp32") == expected
+    assert not takes_openvino(network(arch), CPU, precision="bf16")
+    assert not takes_openvino(network(arch), CUDA, precision="fp32")
+
+
+@needs_openvino
+def test_openvino_embeds_as_torch_does_with_the_same_bits_for_any_batch_and_any_number_of_threads(
+    monkeypatch, tmp_path
+):
+    """In float32 whatever the processor offers; and it sends nothing and leaves nothing in the home directory."""
+    import openvino
+    from openvino.tools.ovc import telemetry_utils
+
+    asked, compile_model = [], openvino.Core.compile_model
+    monkeypatch.setattr(openvino.Core, "compile_model", lambda *a: asked.append(a[-1]) or compile_model(*a))
+    monkeypatch.setattr(telemetry_utils, "init_telemetry_class", lambda **_: pytest.fail("it would send statistics"))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    torch.manual_seed(0)
+    model, batch = build_model(CNN, None), images(5).contiguous(memory_format=torch.channels_last)
+    expected = embed_batch(model, CNN, batch, precision="fp32")
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    alone = fastest(model, CNN, CPU, size=160, precision="fp32")
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    beside = fastest(model, CNN, CPU, size=160, precision="fp32")
+    whole = embed_batch(alone, CNN, batch, precision="fp32")
+    with side_by_side(CPU, 3) as map_batches:
+        parts = list(map_batches(lambda part: embed_batch(beside, CNN, part, precision="fp32"), batch.split([2, 2, 1])))
+    assert list(whole) == list(expected)
+    for name, values in expected.items():
+        assert float((whole[name] - values).abs().max()) <= 2**-14 * float(values.abs().max())
+        assert torch.equal(torch.cat([part[name] for part in parts]), whole[name])
+    assert [options["INFERENCE_PRECISION_HINT"] for options in asked] == ["f32", "f32"]
+    assert [options["INFERENCE_NUM_THREADS"] for options in asked] == [1, 3]
+    assert list(tmp_path.iterdir()) == []
+
+
+@needs_openvino
+def test_a_network_is_converted_once_for_each_size_of_its_input(monkeypatch):
+    model = build_model(CNN, None)
+    converted, convert = [], OpenvinoNetwork._compile
+    monkeypatch.setattr(
+        OpenvinoNetwork, "_compile", lambda self, one: converted.append(one.shape) or convert(self, one)
+    )
+    first = compiled(model, CNN, images(2), precision="fp32")
+    assert isinstance(first, OpenvinoNetwork)
+    assert compiled(model, CNN, images(3), precision="fp32", earlier=first) is first
+    assert compiled(model, CNN, images()[..., :96, :96], precision="fp32", earlier=first) is first
+    assert converted == [(1, 3, 160, 160), (1, 3, 96, 96)]
+
+
+def test_a_network_that_openvino_embeds_otherwise_or_cannot_convert_is_left_to_torch(monkeypatch, capsys):
+    model = build_model(CNN, None)
+
+    def otherwise(self: Any, given: Tensor) -> dict[str, Tensor]:
+        return {name: 1.1 * values for name, values in compute.forward_poolings(*self._plain, given).items()}
+
+    with monkeypatch.context() as patched:
+        patched.setattr(OpenvinoNetwork, "forward", otherwise)
+        assert compiled(model, CNN, images(), precision="fp32") is None
+        assert "differs here from plain PyTorch" in capsys.readouterr().err
+    monkeypatch.setattr("extract.openvino.find_spec", lambda name: None)
+    assert compiled(model, CNN, images(), precision="fp32") is None
+    assert "OpenVINO is not installed: pip install 'mitofm[cpu]'" in capsys.readouterr().err
+    assert not isinstance(fastest(model, CNN, CPU, size=160, precision="fp32"), OpenvinoNetwork)
+    assert capsys.readouterr().err == ""
 
 
 # ------------------------------------------------------------------------------------------------------- no waiting

@@ -247,6 +247,13 @@ def test_the_store(stub: StubHub, tmp_path: Path) -> None:
     assert store(path, verify=True).status == "fail"
 
 
+def test_openvino(stub: StubHub, monkeypatch: pytest.MonkeyPatch) -> None:
+    for version, status, said in (("2026.4.1", "ok", ""), (None, "note", "pip install 'mitofm[cpu]'")):
+        monkeypatch.setattr(doctor.openvino, "version", lambda version=version: version)
+        line = check(diagnose(DoctorOptions(models=("efficientnet-lite0",))), "OpenVINO")
+        assert (line.status, said in line.remedy, (version or "not installed") in line.found) == (status, True, True)
+
+
 # --- graphics processors ----------------------------------------------------------------------------------------------
 
 

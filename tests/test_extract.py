@@ -24,6 +24,7 @@ from extract.backbones import Backbone, Weights, build_model, find_backbone
 from extract.compute import choose_precision, embed_batch, largest_batch, optimize_for_inference
 from extract.datasets import PatchDataset, load_dataset
 from extract.embed import extract_dataset
+from extract.openvino import version
 from extract.prepare import ExtractOptions, fingerprint_parts
 from extract.views import make_transform, parse_view
 from features.console import UserError
@@ -75,6 +76,22 @@ def test_every_pooling_and_view_equals_a_plain_forward_pass(patches, weights, tm
         for pooling, values in expected.items():
             found = store.read(dataset.name, model=MODEL, view=view, pooling=pooling)
             np.testing.assert_allclose(found, values.numpy(), rtol=2e-3, atol=2e-3, err_msg=f"{view} {pooling}")
+
+
+def test_a_view_with_flips_holds_the_mean_over_eight_orientations(patches, weights, tmp_path):
+    store = run(patches, weights, tmp_path / "s.zarr", views=("full+flips", "full"))
+    dataset, backbone = load_dataset(str(patches)), find_backbone(MODEL)
+    model = build_model(backbone, Weights(weights, "", "", "file"))
+    images = make_transform(backbone, parse_view("full"))([dataset.decode(row) for row in range(N)], CPU)
+    turned = [torch.rot90(one, turns, (2, 3)) for one in (images, images.flip(2)) for turns in range(4)]
+    with torch.inference_mode():
+        expected = torch.stack([model.forward_features(one)[:, 0] for one in turned]).mean(dim=0)
+    found = store.read(dataset.name, model=MODEL, view="full+flips", pooling="cls")
+    np.testing.assert_allclose(found, expected.numpy(), rtol=2e-3, atol=2e-3)
+    assert not np.allclose(store.read(dataset.name, model=MODEL, view="full", pooling="cls"), found, atol=2e-2)
+    plain, flipped = (store.entry(dataset.name, model=MODEL, view=view) for view in ("full", "full+flips"))
+    assert plain.fingerprint != flipped.fingerprint
+    assert "flips" not in plain.parts["transform"]  # fingerprints of views without stay as they were
 
 
 def test_the_same_command_again_computes_nothing(patches, weights, tmp_path, monkeypatch):
@@ -449,6 +466,46 @@ def test_what_decides_the_last_bits_on_a_gpu_is_in_the_fingerprint_there(small_w
     # Stores written on processors before GPUs had more parts are still theirs.
     expected = "bde51b0965022bb43d2b489f704cc6edcb534587dc4245b23dfc2acc32d5d7c6"
     assert fingerprint(parts("cpu", compiled=False)) == expected
+
+
+@pytest.mark.skipif(version() is None, reason="OpenVINO is not installed")
+def test_what_openvino_embeds_is_recorded_and_entries_go_on_as_begun(tmp_path, monkeypatch, capsys):
+    """A finished entry needs it no more; an unfinished one is not gone on with by torch."""
+    card, weights = find_backbone("timm/test_efficientnet.r160_in1k"), tmp_path / "cnn.safetensors"
+    torch.manual_seed(0)
+    save_file(timm.create_model(card.arch, num_classes=0).state_dict(), weights)
+
+    third = drawn(70, name="third", seed=2)  # two blocks
+
+    def stop(row: int) -> np.ndarray:
+        if row > 65:
+            raise UserError("stopped")
+        return third.decode(row)
+
+    by_torch = embedded(tmp_path / "torch", weights, card, fast=False)
+    by_openvino = embedded(tmp_path / "openvino", weights, card)
+    assert "numerics" not in by_torch.parts
+    assert list(differences(by_torch.parts, by_openvino.parts)) == [
+        ("numerics", '"(none)"', '{"compiled": "openvino"}')
+    ]
+    for pooling in ("pooled", "center"):
+        one, other = (
+            FeatureStore.open(tmp_path / name).read("drawn", model=card.name, view="full", pooling=pooling)
+            for name in ("torch", "openvino")
+        )
+        np.testing.assert_allclose(one, other, rtol=2e-3, atol=2e-3)  # float16's own rounding
+    for name, begun in (("torch", by_torch), ("openvino", by_openvino)):
+        second = embedded(tmp_path / name, weights, card, dataset=drawn(name="second", seed=1))
+        assert second.parts.get("numerics") == begun.parts.get("numerics")
+    with pytest.raises(UserError, match="stopped"):
+        embedded(tmp_path / "openvino", weights, card, dataset=dataclasses.replace(third, decode=stop))
+    capsys.readouterr()
+    monkeypatch.setattr("extract.openvino.find_spec", lambda name: None)
+    assert embedded(tmp_path / "openvino", weights, card).fingerprint == by_openvino.fingerprint
+    assert capsys.readouterr().err == ""
+    with pytest.raises(UserError, match=r"(?s)computed differently.*numerics"):
+        embedded(tmp_path / "openvino", weights, card, dataset=third)
+    assert "OpenVINO is not installed: pip install 'mitofm[cpu]'" in capsys.readouterr().err
 
 
 def test_a_gpu_computes_exactly_before_its_first_pass(patches, weights, tmp_path, monkeypatch):

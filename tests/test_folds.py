@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from features.console import UserError
-from features.folds import effective_groups, grouped_folds
+from features.folds import domain_folds, effective_groups, grouped_folds
 from features.samples import Samples, make_samples
 
 
@@ -298,3 +298,69 @@ def test_folds_show_their_sizes_source_and_digest():
     )
     page = folds._repr_html_()
     assert f"<td>1</td><td>{folds.sizes[1]}</td><td>{folds.sizes[0]}</td>" in page
+
+
+def of_domains(domains: dict[str, int], *, groups: int = 6) -> Samples:
+    """So many rows of each domain, on `groups` slides of its own, with both classes on each."""
+    place = [(domain, f"{domain} {row % groups}") for domain, n in domains.items() for row in range(n)]
+    return make_samples(
+        [f"{row:03}.png" for row in range(len(place))],
+        [int(row % 3 == 0) for row in range(len(place))],
+        group=[group for _, group in place],
+        domain=[domain for domain, _ in place],
+        sha256=[f"{row}" for row in range(len(place))],
+    )
+
+
+def changed(samples: Samples, column: str, row: int, value: str | int) -> Samples:
+    cells = getattr(samples, column).astype(object)
+    cells[row] = value
+    return replace(samples, **{column: cells.astype(np.int8 if column == "label" else np.str_)})
+
+
+def test_every_domain_is_a_fold_of_its_name():
+    samples = of_domains({"Oslo": 30, "Bern": 60, "Rome": 18})
+    folds = domain_folds(samples)
+    assert (folds.names, folds.n_folds, folds.sizes) == (("Bern", "Oslo", "Rome"), 3, [60, 30, 18])
+    assert np.array(folds.names)[folds.fold].tolist() == samples.domain.tolist()
+    assert folds.inner is folds.fold
+    shuffled = np.random.RandomState(1).permutation(len(samples))
+    assert domain_folds(samples.select(shuffled)).digest == folds.digest
+    assert "<td>Rome</td><td>18</td><td>90</td>" in folds._repr_html_()
+
+
+def test_of_two_domains_each_has_parts_of_whole_groups_for_what_is_chosen_in_it():
+    samples = of_domains({"Oslo": 60, "Bern": 60, "Rome": 60})
+    two = samples.select(samples.domain != "Rome")
+    folds = domain_folds(two)
+    parts = {(fold, part) for fold, part in zip(folds.fold.tolist(), folds.inner.tolist(), strict=True)}
+    assert parts == {(0, 2), (0, 3), (0, 4), (0, 5), (1, 6), (1, 7), (1, 8), (1, 9)}
+    for group in np.unique(two.group):
+        assert len(set(folds.inner[two.group == group].tolist())) == 1
+    other = domain_folds(two, seed=3)
+    assert (other.inner != folds.inner).any()
+    assert other.digest == folds.digest
+
+
+@pytest.mark.parametrize(
+    ("samples", "message"),
+    [
+        (changed(of_domains({"a": 12, "b": 12}), "group", 15, "a 3"), r"the group a 3 lies in two domains, a \(003"),
+        (changed(of_domains({"a": 12, "b": 12}), "sha256", 15, "3"), r"identical patches lie in two .* b \(015.png\)"),
+        (changed(of_domains({"a": 12, "b": 12}), "domain", 7, ""), r"1 of 24 training patches have no .*: 007.png\)"),
+        (of_domains({"a": 12}), r"all training patches are of a\. Expected two domains or more.*`cv`"),
+        (of_domains({"a": 12, "b": 1}), r"b has no training patch of the class 0 \(label 0\)"),
+    ],
+)
+def test_domains_that_cannot_be_folds_are_refused_by_name(samples, message):
+    with pytest.raises(UserError, match=message):
+        domain_folds(samples)
+
+
+def test_of_several_classes_every_fold_of_domains_trains_on_all():
+    samples = of_domains({"a": 12, "b": 12, "c": 12})
+    one, both = (changed(samples, "label", row, 2) for row in (0, 13))
+    both = changed(both, "label", 0, 2)
+    assert domain_folds(both, classes=("x", "y", "z")).n_folds == 3
+    with pytest.raises(UserError, match=r"all but a has no training patch of the class z .* must train on it"):
+        domain_folds(one, classes=("x", "y", "z"))

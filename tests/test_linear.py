@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 from numpy.typing import NDArray
@@ -111,12 +113,29 @@ def test_distributions_are_learned_and_strengths_chosen_on_the_labels():
     np.testing.assert_allclose(probe.validation_logit[fold == 2, 0], held_out, atol=2e-3)
 
 
+def test_strengths_of_two_domains_are_chosen_within_the_one_that_trains():
+    X, y = many_classes(240, 20, 2)
+    fold = np.repeat([0, 1], [90, 150])
+    parts = np.where(fold == 0, 2 + np.arange(240) % 3, 5 + np.arange(240) % 3)
+    folds = Folds(fold=fold, n_folds=2, source="here", digest="", parts=parts)
+    probe = fit_exact(X, y, folds=folds, strengths=STRENGTHS)
+    losses = np.zeros((2, len(STRENGTHS)))
+    for f, s, part in itertools.product(range(2), range(len(STRENGTHS)), range(3)):
+        held = parts == 2 + 3 * (1 - f) + part
+        coef, intercept = reference(X[(fold != f) & ~held], y[(fold != f) & ~held], STRENGTHS[s])
+        losses[f, s] += balanced_loss(y[held], X[held].astype(np.float64) @ coef.T + intercept) / 3
+    np.testing.assert_allclose(probe.fit.inner_loss, losses, atol=1e-4)
+    coef, intercept = reference(X[fold == 0], y[fold == 0], STRENGTHS[losses[1].argmin()])
+    held_out = X[fold == 1].astype(np.float64) @ coef.T + intercept
+    np.testing.assert_allclose(probe.validation_logit[fold == 1, 0], held_out, atol=2e-3)
+
+
 def test_a_subset_trains_on_its_own_rows_distributions_among_them():
     X, y = many_classes(240, 10, 3)
     fold = np.arange(240) % 3
     target = np.random.default_rng(0).dirichlet(np.ones(3), size=240)
     kept = np.arange(240) % 5 != 0
-    masks = np.stack([~np.isin(fold, held) & kept for held in linear.held_out_folds(3)])
+    masks = np.stack([~np.isin(fold, held) & kept for held in linear.held_out_folds(folds_of(fold))])
     subset = Subset(**dict.fromkeys(Subset.__dataclass_fields__) | {"masks": masks})
     arguments = {"strengths": STRENGTHS, "n_classes": 3}
     probe = fit_exact(X, y, folds=folds_of(fold), subset=subset, target=target, **arguments)

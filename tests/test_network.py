@@ -261,6 +261,79 @@ def test_a_network_that_joins_two_poolings_is_classified_by_its_class_token() ->
     assert torch.equal(logits(tiny_network(backbone=joined)), logits(tiny_network()))
 
 
+# --------------------------------------------------------------------------------------------------------- folded norms
+
+
+# Whose activations are modules of their own.
+RESNET = replace(CNN, name="tiny-resnet", arch="resnet50", kwargs={"layers": (1, 1, 1, 1)}, embedding_dim=2048)
+
+
+def with_uneven_norms(method: Method, backbone: Backbone, dtype: torch.dtype = torch.float64) -> Network:
+    """A network whose batch norms change what they are given, as those of new networks do not."""
+    network = stirred(tiny_network(method, backbone, dtype=dtype))
+    generator = torch.Generator().manual_seed(2)
+    for norm in network.model.modules():
+        if isinstance(norm, nn.BatchNorm2d):
+            norm.weight.data.uniform_(-2, 2, generator=generator)  # of either sign
+            norm.bias.data.uniform_(-1, 1, generator=generator)
+            norm.running_mean.uniform_(-0.5, 0.5, generator=generator)
+            norm.running_var.uniform_(0.5, 1.5, generator=generator)
+    return network
+
+
+def n_norms(network: Network) -> int:
+    return sum(isinstance(module, nn.BatchNorm2d) for module in network.model.modules())
+
+
+def outcome(network: Network, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
+    """Logits and gradients of a training step."""
+    network.clear_gradients()
+    found = network(images(dtype=dtype), network.members, step=5)
+    (found * torch.linspace(-1, 2, found.numel(), dtype=dtype).view(found.shape)).sum().backward()
+    network.gather_gradients()
+    return found.detach(), network.gradients.clone()
+
+
+@pytest.mark.parametrize("backbone", [CNN, RESNET], ids=lambda backbone: backbone.name)
+@pytest.mark.parametrize("method", ["lora", "head"])
+def test_folded_norms_change_neither_logits_nor_gradients_nor_files(
+    method: Method, backbone: Backbone, tmp_path: Path
+) -> None:
+    network = with_uneven_norms(method, backbone)
+    network.save_member(tmp_path / "before", 1)
+    expected, in_evaluation = outcome(network), logits(network, images(dtype=torch.float64))
+    assert not network.compute_in("fp32", fold_norms=False)
+    assert n_norms(network) > 0
+    assert network.compute_in("fp32")
+    assert n_norms(network) == 0
+    for one in network.replicas(2):  # the second has modules of its own
+        torch.testing.assert_close(outcome(one), expected, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(logits(network, images(dtype=torch.float64)), in_evaluation, rtol=1e-9, atol=1e-9)
+    network.save_member(tmp_path / "after", 1)
+    for path in (tmp_path / "before").iterdir():
+        assert (tmp_path / "after" / path.name).read_bytes() == path.read_bytes()
+
+
+def test_folded_norms_are_the_same_function_in_half_precision() -> None:
+    def gradients(*, fold_norms: bool) -> list[Tensor]:
+        network = with_uneven_norms("lora", CNN, torch.float32)
+        network.compute_in("bf16", fold_norms=fold_norms)
+        with torch.autocast("cpu", torch.bfloat16):
+            outcome(network, torch.float32)
+        return [factor.grad for _, layer in adapters(network.model) for factor in (layer.A, layer.B)]
+
+    for found, expected in zip(gradients(fold_norms=True), gradients(fold_norms=False), strict=True):
+        # bfloat16 rounds by 2^-9 in each of some 30 layers; without gains, which have either sign, they are unrelated.
+        assert F.cosine_similarity(found.flatten(), expected.flatten(), dim=0) > 0.8
+
+
+def test_norms_of_a_trained_backbone_and_networks_without_norms_stay() -> None:
+    network = tiny_network("full", CNN)
+    assert not network.compute_in("fp32")
+    assert n_norms(network) > 0
+    assert not tiny_network("lora", VIT).compute_in("fp32")
+
+
 # -------------------------------------------------------------------------------------------------------------- on disk
 
 

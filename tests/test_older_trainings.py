@@ -38,7 +38,7 @@ def test_an_interrupted_training_of_an_older_recipe_ends_with_that_recipe(
     (folder,) = (tmp_path / "runs").iterdir()
     start = read_start(folder)
     # As that version wrote it, which refuses options that it does not know.
-    assert not {"classes", "ordinal", "soft_labels"} & start["identity"]["options"].keys()
+    assert not {"classes", "ordinal", "soft_labels", "folds_by"} & start["identity"]["options"].keys()
     del start["identity"]["recipe"]["plateau_threshold"]  # which no record had
     write_start(tmp_path / "start", start)
     shutil.copy(tmp_path / "start" / START_FILE, folder / START_FILE)

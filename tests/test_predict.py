@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from drawn_runs import patches
+from drawn_runs import QUICK, patches
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -24,7 +24,10 @@ from finetune.lora import LoraOptions
 from finetune.options import ComputeOptions, FinetuneOptions
 from finetune.predict import predict_paths
 from finetune.predict_groups import count_groups, group_rates, groups_of
+from finetune.report import make_report
 from finetune.run import finetune
+from probe import candidates
+from probe.ensembles import ensemble_of
 from probe.probing import ProbeOptions, probe_store
 from probe.rates import error_rates
 from probe.runs import read_predictions, read_run
@@ -101,6 +104,7 @@ def make_runs(table: Path, weights: Path, place: Path, methods: tuple[str, ...])
             epochs=2,
             lora=LoraOptions(rank=2),
             precision="fp32",
+            tta=method == "lora",
         )
         found[method] = finetune(options, compute_options=ComputeOptions(weights=weights), runs=place).folder
     return found
@@ -425,6 +429,85 @@ def test_nothing_that_predictions_are_made_from_is_replaced(tmp_path, out):
     with pytest.raises(UserError, match="is an image, one of the inputs, or part of the run"):
         predict_paths(tmp_path / "run", [tmp_path / "in.csv", tmp_path / "0.png"], out=tmp_path / out)
     assert (tmp_path / "in.csv").read_text() == (tmp_path / "run" / "run.json").read_text() == "kept"
+
+
+# --- several runs together --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", ["equal", "out-of-fold"])
+def test_runs_predict_together_what_the_report_says_of_their_ensemble(how, runs, table, weights, tmp_path):
+    chosen = [runs["probe"], runs["head"], runs["lora"]]
+    out = tmp_path / "out.csv"
+    summary = predict_paths(chosen, [table], out=out, weights=weights, ensemble_weights=how, by="group")
+    _, _, read = make_report(tmp_path, named=chosen, ensemble=("all",), ensemble_weights=how, resampling=QUICK)
+    ensemble = read[-1]
+    ids = [read_run(run).id for run in chosen]
+    assert summary["runs"] == ids
+    share = {part.model: part.weight or 1 / 3 for part in ensemble.record.parts}
+    assert summary["weights"] == pytest.approx([share[id] for id in ids], abs=1e-6)
+    if how == "out-of-fold":
+        assert max(abs(one - 1 / 3) for one in summary["weights"]) > 0.01, "this example must have other weights"
+    judged = ensemble_of(ensemble.predictions, "patches", "test")
+    assert summary["threshold"] == pytest.approx(judged.threshold, abs=1e-6)
+    written = {row["id"]: row for row in rows_of(out)}
+    assert list(rows_of(out)[0]) == ["source", "id", "probability", "predicted", "spread", *ids]
+    for id, probability in zip(judged.id.tolist(), judged.probability[:, 1], strict=True):
+        row = written[id]
+        assert float(row["probability"]) == pytest.approx(probability, abs=2e-4)
+        each = [float(row[name]) for name in ids]
+        assert float(row["probability"]) == pytest.approx(np.average(each, weights=summary["weights"]), abs=2e-6)
+        assert float(row["spread"]) == pytest.approx(np.std(each), abs=2e-6)
+    errors = error_rates(ensemble_of(ensemble.predictions, "patches", "validation"), threshold=summary["threshold"])
+    assert summary["by_group"]["sensitivity"]["value"] == pytest.approx(errors.sensitivity.value)
+
+
+def test_classes_of_several_runs_are_aligned_by_name(runs, table, weights, tmp_path, capsys):
+    record = json.loads((runs["head"] / "run.json").read_text())
+    turned = altered(runs["head"], tmp_path / "turned")
+    edit = json.loads((turned / "run.json").read_text()) | {
+        "label_names": record["label_names"][::-1],
+        "id": "turned",
+    }
+    (turned / "run.json").write_text(json.dumps(edit))
+    arguments = [runs["head"], turned, table, "--out", tmp_path / "out.csv", "--weights", weights]
+    predict_app([str(one) for one in arguments], standalone_mode=False)
+    rows = rows_of(tmp_path / "out.csv")
+    columns = list(rows[0])[5:]
+    assert columns == [record["id"], "turned"]
+    for row in rows:
+        assert float(row[columns[0]]) == pytest.approx(1 - float(row[columns[1]]), abs=2e-6)
+        assert float(row["probability"]) == pytest.approx(0.5, abs=1e-6)
+    said = " ".join(capsys.readouterr().err.split())
+    assert "do not share training set, folds and classes" in said
+    assert "6 fold models of 2 runs, weights 0.500, 0.500" in said
+    for asked, message in (({"ensemble_weights": "out-of-fold"}, "Use equal"), ({"by": "group"}, "one of them")):
+        with pytest.raises(UserError, match=message):
+            predict_paths([runs["head"], turned], [table], out=tmp_path / "out.csv", weights=weights, **asked)
+    with pytest.raises(UserError, match="name each run once"):
+        predict_paths([runs["head"], runs["head"]], [table], out=tmp_path / "out.csv", weights=weights)
+    edit["label_names"] = ["Normal", "Mitosis"]
+    (turned / "run.json").write_text(json.dumps(edit))
+    with pytest.raises(UserError, match=r"tells Normal, Mitosis apart, the first run Normal, Atypical"):
+        predict_paths([runs["head"], turned], [table], out=tmp_path / "out.csv", weights=weights)
+
+
+@pytest.mark.parametrize("how", ["mean", "concatenation"])
+def test_a_combination_of_views_repeats_its_own_test_predictions(how, table, weights, tmp_path, monkeypatch):
+    store = FeatureStore.open_or_create(tmp_path / "store.zarr")
+    options = ExtractOptions(precision="fp32", views=(VIEW, "center16@32"))
+    extract_dataset(load_dataset(str(table)), [find_backbone(MODEL)], store=store, options=options, weights=weights)
+    monkeypatch.setattr(candidates, "validation_auroc", lambda fitted: fitted.record.combined == how)
+    *_, run = probe_store(store, options=ProbeOptions(cv=3, combine=True), runs=tmp_path)
+    assert run.combined == how
+    embeddings = {(part.view, part.pooling) for part in run.parts}
+    assert len(embeddings) == len(run.parts)
+    predict_paths(run.folder, [table], out=tmp_path / "out.csv", weights=weights)
+    written = {row["id"]: row for row in rows_of(tmp_path / "out.csv")}
+    own = read_predictions(run.folder)
+    tested = own.select(own.split == "test")
+    assert len(tested) == 36
+    for id, fold, probability in zip(tested.id, tested.fold, tested.probability[:, 1], strict=True):
+        assert float(written[id][f"fold_{fold}"]) == pytest.approx(probability, abs=2e-4)
 
 
 # --- by group ---------------------------------------------------------------------------------------------------------

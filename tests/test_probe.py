@@ -11,13 +11,15 @@ from features.console import UserError
 from features.folds import grouped_folds
 from features.samples import Samples, make_samples
 from features.store import FeatureStore
-from probe import experiment, probing
+from finetune.report import make_report
+from probe import candidates, experiment
 from probe.evidence import evaluate
 from probe.linear import fit_exact
 from probe.metrics import FoldFigure, RunMetrics, SetMetrics, auroc
 from probe.probing import ProbeOptions, probe_store
 from probe.report.published import published
-from probe.report.terminal import leaderboard
+from probe.report.terminal import leaderboard, result_tables
+from probe.resample import Resampling
 from probe.runs import FoldsRecord, RunRecord, read_predictions, read_run
 from probe.schedule import probe_recipe
 
@@ -184,7 +186,7 @@ def briefly(monkeypatch) -> None:
     """Trained probes of two epochs, on a table that is not AMi-Br's."""
     monkeypatch.setattr(experiment, "AMI_BR", "")
     monkeypatch.setattr(
-        probing, "probe_recipe", lambda name, *, model: replace(probe_recipe(name, model=model), max_epochs=2)
+        candidates, "probe_recipe", lambda name, *, model: replace(probe_recipe(name, model=model), max_epochs=2)
     )
 
 
@@ -499,3 +501,33 @@ def test_the_demo_is_scored_only_if_asked_for_and_never_chosen_beside_another(tm
     assert (beside.train, beside.test) == ("mine", ("tested",))
     (asked,) = probe_store(store, options=ProbeOptions(cv=3, test=("demo",)), runs=tmp_path / "runs")
     assert (asked.train, asked.test) == ("mine", ("demo",))
+
+
+def test_domains_are_held_out_in_turn_and_named(tmp_path, capsys):
+    store = FeatureStore.open_or_create(tmp_path / "store.zarr")
+    samples = replace(table(n=192), domain=np.repeat(["Oslo", "Bern"], [64, 128]))
+    add(store, "mine", samples, "m", "full", signal=0.5)
+    options = ProbeOptions(folds_by="domain", cv=7)
+    (run,) = probe_store(store, options=options, runs=tmp_path / "runs")
+    assert "one fold per domain, Bern, Oslo; `cv` counts for nothing" in " ".join(capsys.readouterr().err.split())
+    assert (run.folds.names, run.folds.n, run.options["cv"]) == (("Bern", "Oslo"), 2, 2)
+    assert read_run(run.folder).folds == run.folds
+    own = read_predictions(run.folder)
+    own = own.select(own.split == "validation")
+    domain = dict(zip(samples.id.tolist(), samples.domain.tolist(), strict=True))
+    assert [domain[id] for id in own.id.tolist()] == [run.folds.names[fold] for fold in own.fold.tolist()]
+    printed = result_tables([run])[1]
+    held_out = own.select(own.fold == 1)
+    assert [column.header for column in printed.columns][4:] == ["Oslo\nbal. acc.", "Oslo\nAUROC"]
+    assert next(iter(printed.columns[5].cells)) == f"{auroc(held_out.label, held_out.logit[:, 0]):.4f}"
+
+    page, report, _ = make_report(tmp_path / "runs", resampling=Resampling(replicates=200))
+    assert "2 folds, each a domain: Bern, Oslo (digest" in page
+    assert "was trained on the other domains alone" in page
+    (out_of_fold,) = (one for one in report.sets if one.is_validation)
+    view = next(iter(out_of_fold.domains.values()))
+    assert view.domains["Oslo"].figures["auroc"].value == pytest.approx(auroc(held_out.label, held_out.logit[:, 0]))
+
+    with pytest.raises(UserError, match="`folds_by=scanner`: expected domain"):
+        probe_store(store, options=ProbeOptions(folds_by="scanner"), runs=tmp_path / "runs")
+    assert "folds_by" not in ProbeOptions().as_record()  # earlier versions read it

@@ -205,9 +205,9 @@ def test_a_store_beyond_the_budget_is_streamed_and_judged_the_same(problem, monk
     X, y, _ = problem
     folds = Folds(fold=np.arange(3000) % 5, n_folds=5, source="here", digest="")
     here = linear.fit_exact(X.read(), y, folds=folds)
-    assert isinstance(linear.in_memory(X, 5), np.ndarray)
+    assert isinstance(linear.in_memory(X, 15), np.ndarray)
     monkeypatch.setattr(stream, "BUDGET", 2**25)
-    assert linear.in_memory(X, 5) is X
+    assert linear.in_memory(X, 15) is X
     there = linear.fit_exact(X, y, folds=folds)
     assert there.fit.chosen_strength == here.fit.chosen_strength
     np.testing.assert_allclose(there.validation_logit, here.validation_logit, atol=1e-3)

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from extract.backbones import find_backbone
-from extract.views import make_transform, parse_view
+from extract.views import make_transform, orientations, parse_view
 from features.console import UserError
 
 CPU = torch.device("cpu")
@@ -99,6 +99,8 @@ def test_an_unknown_view_is_refused(text):
         ("full+", r"unknown modifier '\+'"),
         ("full+imagenet@224", r"unknown modifier '\+imagenet@224'"),
         ("full+half+imagenet", r"normalised in one way; use one of \+half and \+imagenet"),
+        ("full+half+flips+imagenet", r"normalised in one way; use one of \+half and \+imagenet"),
+        ("full+flip", r"unknown modifier '\+flip'; known are \+imagenet, \+half, \+flips"),
     ],
 )
 def test_a_modifier_that_means_nothing_is_refused(text, message):
@@ -118,6 +120,23 @@ def test_a_view_can_say_how_images_are_normalised():
     assert {(one.crop, one.resize, one.input_size) for one in made.values()} == {(64, 160, 160)}
     records = [one.record() for one in made.values()]
     assert all(a != b for k, a in enumerate(records) for b in records[:k])
+
+
+def test_a_view_has_one_name_whatever_the_order_of_its_modifiers():
+    assert parse_view("full@224+flips+imagenet") == parse_view("full@224+imagenet+flips")
+    assert parse_view("full+flips+flips").name == "full+flips"
+
+
+def test_orientations_are_the_eight_of_a_square_and_keep_its_layout():
+    image = torch.arange(18.0).view(1, 2, 3, 3)
+    found = {tuple(turned.flatten().tolist()) for turned in orientations(image)}
+    assert len(found) == 8
+    assert torch.equal(next(orientations(image)), image)
+    assert all(set(turned[:9]) == set(range(9)) for turned in found)  # channels stay apart
+    transform = make_transform(find_backbone("uni"), parse_view("full+flips"))
+    shown = list(transform.shown(image.contiguous(memory_format=torch.channels_last)))
+    assert {tuple(one.flatten().tolist()) for one in shown} == found
+    assert all(one.is_contiguous(memory_format=torch.channels_last) for one in shown)
 
 
 @pytest.mark.parametrize("name", ["vit-l", "swin-b", "prov-gigapath"])
@@ -223,7 +242,7 @@ def test_a_card_s_mean_and_deviation_normalise_their_own_channel():
 def test_every_part_of_the_transform_is_recorded():
     made = make_transform(find_backbone("uni"), parse_view("full"))
     changed = {"crop": 64, "resize": 225, "input_size": 223, "interpolation": "bicubic"}
-    changed |= {"mean": (0.5, 0.5, 0.51), "std": (0.5, 0.5, 0.51)}
+    changed |= {"mean": (0.5, 0.5, 0.51), "std": (0.5, 0.5, 0.51), "flips": True}
     assert set(changed) == {field.name for field in dataclasses.fields(made)}
     records = [dataclasses.replace(made, **{name: value}).record() for name, value in changed.items()]
     records.append(made.record())

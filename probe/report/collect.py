@@ -8,12 +8,13 @@ out of fold, only runs on the same folds are compared.
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections import defaultdict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from html import escape
 from typing import Literal
 
@@ -34,7 +35,7 @@ from probe.predictions import VALIDATION
 from probe.raters import RaterView, by_agreement
 from probe.rates import RateView, by_slide
 from probe.report.read import Run
-from probe.report.summary import listed, three_sentences
+from probe.report.summary import RANKING, difference_of, in_words, listed, three_sentences
 from probe.resample import SLIDE, Resampling
 from probe.thresholds import ThresholdView, by_threshold
 
@@ -115,6 +116,7 @@ class SetReport:
         rates: the rate of class 1 per slide; empty where slides are not known, out of fold, and with more than two
             classes.
         missing: runs without predictions here.
+        held_out_domains: the domains that were held out in turn, of out-of-fold predictions by such models; else none.
     """
 
     dataset: str
@@ -134,6 +136,7 @@ class SetReport:
     thresholds: dict[str, ThresholdView]
     rates: dict[str, RateView]
     missing: tuple[str, ...]
+    held_out_domains: tuple[str, ...] = ()
 
     @property
     def n(self) -> int:
@@ -202,6 +205,7 @@ class Report:
         across: the runs over all test sets; None for fewer than two sets or runs.
         summary: at most three sentences.
         notes: what a reader must know: sets that runs lack, identical patches, what was left out.
+        ensembles: of each ensemble of runs, the ids of these and their weights.
     """
 
     created: str
@@ -220,6 +224,7 @@ class Report:
     across: Across | None
     summary: tuple[str, ...]
     notes: tuple[str, ...]
+    ensembles: dict[str, dict[str, float]] = field(default_factory=dict)
 
     @property
     def margin(self) -> float | None:
@@ -296,10 +301,13 @@ def collect(
         if one.split == UNSEEN or one.is_validation:
             continue
         all_notes += [
-            f"{label} was not scored on {one.dataset}: run it again with --test {one.dataset}." for label in one.missing
+            f"{run.label} was not scored on {one.dataset}: run it again with --test {one.dataset}."
+            for run in runs
+            if run.label in one.missing and not run.members
         ]
         if one.n_identical:
             all_notes.append(_say_identical(one))
+    all_notes += [_say_gain(one, run) for run in runs if run.members for one in sets if run.label not in one.missing]
     report = Report(
         created=time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
         version=version("mitofm"),
@@ -309,7 +317,7 @@ def collect(
         ordinal=first.ordinal,
         fold_digest=first.folds.digest,
         n_folds=first.folds.n,
-        ids={run.label: run.record.id for run in runs},
+        ids={run.label: run.record.id for run in runs if not run.members},
         fold_digests={run.label: run.record.folds.digest for run in runs},
         how=resampling,
         options=options,
@@ -317,6 +325,11 @@ def collect(
         across=across_sets(whole, rope=options.question.margin or _ROPE),
         summary=(),
         notes=tuple(dict.fromkeys(all_notes)),
+        ensembles={
+            run.label: {part.model: part.weight or 1 / len(run.members) for part in run.record.each_part}
+            for run in runs
+            if run.members
+        },
     )
     return replace(report, summary=three_sentences(report))
 
@@ -346,6 +359,19 @@ def _say_absent(one: SetReport) -> str:
     n = len(one.held)
     over = f"are over the {n} classes that it holds" if n > 1 else "do not exist there"
     return f"{one.title} has no patch of {listed(absent)}: means over classes {over}."
+
+
+def _say_gain(one: SetReport, ensemble: Run) -> str:
+    """Say what an ensemble of runs gains over its best member on a set."""
+    best = ensemble.members[0].label
+    found = difference_of(one, ensemble.label, best, RANKING)
+    assert found is not None  # an ensemble is judged where all its members are
+    optimistic = ", which is optimistic: choices were made there" if one.is_validation and ensemble.chose else ""
+    ends = "no interval" if math.isnan(found.low) else f"{found.low:+.3f} to {found.high:+.3f}"
+    return (
+        f"{one.title}: {ensemble.label} gains {found.value:+.3f} ({ends}) in {in_words(one)} over {best}, its best "
+        f"member out of fold{optimistic}."
+    )
 
 
 def _with_unseen(runs: Sequence[Run]) -> tuple[list[Run], list[KnownPatches]]:
@@ -406,9 +432,11 @@ def _compare_on(
         resampling=resampling,
         question=options.question,
         folds=folds,
-        chose={run.label: run.record.chosen_out_of_fold for run in scored} if split == VALIDATION else None,
-        exact=[run.label for run in scored if not run.record.is_random],
+        chose={run.label: run.chose for run in scored} if split == VALIDATION else None,
+        exact=[run.label for run in scored if not run.is_random],
     )
+    if _held_out_domains(split, scored):  # no random splits, which the test over folds is for
+        comparison = replace(comparison, pairs=tuple(replace(pair, resampled_t={}) for pair in comparison.pairs))
     tables = {label: table.select(rows_of(ensemble, table.id)) for label, ensemble in ensembles.items()}
     return _Compared(dataset, split, fold_digest, scored, ensembles, tables, folds, comparison)
 
@@ -457,7 +485,13 @@ def _set_report(on: _Compared, views: dict[str, _Views], *, missing: Sequence[st
         thresholds={label: view.thresholds for label, view in views.items() if view.thresholds},
         rates={label: view.rates for label, view in views.items() if view.rates},
         missing=tuple(missing),
+        held_out_domains=_held_out_domains(on.split, on.scored),
     )
+
+
+def _held_out_domains(split: str, runs: Sequence[Run]) -> tuple[str, ...]:
+    """List the domains that folds are, on the out-of-fold predictions of runs that share their folds."""
+    return (runs[0].record.folds.names or ()) if split == VALIDATION else ()
 
 
 def _at_own_threshold(out_of_fold: Ensemble, test: Ensemble) -> Ensemble:

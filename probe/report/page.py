@@ -121,18 +121,20 @@ def with_thumbnails(page: str, thumbnails: Thumbnails) -> str:
 
 @dataclass(frozen=True)
 class _Folds:
-    """A fold assignment: its digest, how many folds, and the numbers of the runs that were trained on it."""
+    """A fold assignment: its digest, how many folds, which domains they are, and the numbers of the runs on it."""
 
     digest: str
     n: int
+    names: tuple[str, ...]
     numbers: tuple[int, ...]
 
 
 def _folds(runs: Sequence[Run]) -> list[_Folds]:
-    by_digest: dict[tuple[str, int], list[int]] = {}
+    by_digest: dict[tuple[str, int, tuple[str, ...]], list[int]] = {}
     for number, run in enumerate(runs, start=1):
-        by_digest.setdefault((run.record.folds.digest, run.record.folds.n), []).append(number)
-    return [_Folds(digest, n, tuple(numbers)) for (digest, n), numbers in by_digest.items()]
+        folds = run.record.folds
+        by_digest.setdefault((folds.digest, folds.n, folds.names or ()), []).append(number)
+    return [_Folds(*key, tuple(numbers)) for key, numbers in by_digest.items()]
 
 
 def _contents(report: Report, views: Sequence[SetView]) -> list[tuple[str, str]]:

@@ -13,17 +13,22 @@ from probe.runs import RunRecord
 
 def facts(record: RunRecord) -> list[tuple[str, str]]:
     """Gather what is known of a run's origin, a name and a value each: ids, digests, versions, cost."""
-    weights = []
-    if record.weights_sha256 is not None:
-        weights = [("weights", f"{record.revision or 'local'}, SHA-256 {record.weights_sha256}")]
+    parts = record.each_part
+    weights = [
+        ("weights", f"{of}{part.revision or 'local'}, SHA-256 {part.weights_sha256}")
+        for part in parts
+        if part.weights_sha256 is not None
+        for of in [f"{part.model}: " if record.parts else ""]
+    ]
     costs = {name: value for name, value in asdict(record.cost).items() if value is not None}
     return [
         ("run", record.id),
         ("written", record.created),
         ("view, pooling", f"{record.view}, {record.pooling}"),
-        *weights,
-        ("folds", f"{record.folds.n}: {record.folds.source}, digest {record.folds.digest}"),
-        *((f"embedding of {name}", str(digest)) for name, digest in record.fingerprints.items()),
+        *((f"{record.combined} of", str(part)) for part in record.parts or ()),
+        *dict.fromkeys(weights),
+        ("folds", f"{record.folds.n}: {record.folds.source}{_named(record)}, digest {record.folds.digest}"),
+        *((f"embedding of {name}", digest) for part in parts for name, digest in part.fingerprints.items()),
         *((f"table of {name}", str(digest)) for name, digest in record.table_digests.items()),
         *((name, str(digest)) for name, digest in record.sha256.items() if "/" not in name),
         ("versions", ", ".join(f"{name} {version}" for name, version in record.versions.items())),
@@ -38,16 +43,30 @@ def commands(record: RunRecord) -> list[str]:
     names = dict.fromkeys([record.train, *record.test])
     paths = {name: record.sources.get(name, "") for name in names}
     sets = ",".join(paths[name] if PurePath(paths[name]).is_absolute() else name for name in names)
-    if record.kind == "probe":
+    if record.kind == "ensemble":
+        steps = [["fm-report", "--ensemble", ",".join(part.model for part in record.parts or ()), *_flags(options)]]
+    elif record.kind == "probe":
+        views: dict[str, dict[str, None]] = {}
+        for part in record.each_part:
+            views.setdefault(part.model, {})[part.view] = None
+        tried = dict.fromkeys(candidate.model for candidate in record.candidates or () if candidate.model)
+        models = [model for model in tried if " + " not in model] or list(views)
         steps = [
-            ["fm-extract", "--model", record.model, "--dataset", sets, "--view", record.view, *_classes(record)],
-            ["fm-probe", "--model", record.model, *_flags(options)],
+            *(
+                ["fm-extract", "--model", model, "--dataset", sets, "--view", ",".join(of_model), *_classes(record)]
+                for model, of_model in views.items()
+            ),
+            ["fm-probe", "--model", ",".join(models), *_flags(options)],
         ]
     else:
         lora = options.pop("lora", None) or {}
         nested = lora if record.method == "lora" else {}
         steps = [["fm-finetune", *_flags({f"lora_{name}": value for name, value in nested.items()}), *_flags(options)]]
     return [shlex.join(map(str, step)) for step in steps]
+
+
+def _named(record: RunRecord) -> str:
+    return f" ({', '.join(record.folds.names)})" if record.folds.names else ""
 
 
 def _classes(record: RunRecord) -> list[str]:

@@ -14,9 +14,11 @@ from typing import Any
 from features.console import UserError, nearest
 from features.labels import compare_classes
 from features.samples import Samples
+from probe.combine import averaged, weights_of
 from probe.curve import CurvePoint, read_curve
-from probe.predictions import Predictions
-from probe.runs import RunRecord, read_predictions, read_run, read_samples
+from probe.evidence import fold_figures
+from probe.predictions import VALIDATION, Predictions
+from probe.runs import Part, RunRecord, read_predictions, read_run, read_samples
 
 # Options that never become part of a run's name: the record says which view and pooling were chosen, and a run is the
 # same whatever else it scored.
@@ -35,6 +37,7 @@ class Run:
         predictions: all of them.
         tables: dataset to the patch table of what was predicted.
         curve: its learning curve; empty if it has none.
+        members: of an ensemble of runs, these, the best out of fold first; its record then describes no folder.
     """
 
     folder: Path
@@ -43,6 +46,104 @@ class Run:
     predictions: Predictions
     tables: dict[str, Samples]
     curve: tuple[CurvePoint, ...]
+    members: tuple[Run, ...] = ()
+
+    @property
+    def chose(self) -> str:
+        """Say what was chosen on its out-of-fold predictions; empty if nothing."""
+        if not self.members:
+            return self.record.chosen_out_of_fold
+        weights = ["its weights"] if any(part.weight is not None for part in self.record.each_part) else []
+        return " and ".join([*weights, *(["its members' choices"] if any(one.chose for one in self.members) else [])])
+
+    @property
+    def is_random(self) -> bool:
+        """Whether another training would give another run."""
+        return any(one.is_random for one in self.members) if self.members else self.record.is_random
+
+
+def ensemble_of_runs(runs: Sequence[Run], *, weights: str = "equal") -> Run:
+    """Make a run of the mean probabilities of runs that share training set, folds and patches.
+
+    Every fold's model is the mean of theirs, and its threshold is chosen on its own out-of-fold predictions.
+
+    Args:
+        runs: at least two, as `read_runs` gives them.
+        weights: "equal", or "out-of-fold" for the shares with the smallest log loss there (`probe.combine`).
+
+    Raises:
+        UserError: a single run, or runs on other folds, patches or classes.
+    """
+    if len(runs) < 2:
+        raise UserError(f"an ensemble needs at least two runs; found {', '.join(run.label for run in runs) or 'none'}.")
+    first = runs[0]
+    for run in runs[1:]:
+        if run.record.folds.digest != first.record.folds.digest:
+            raise UserError(
+                f"{run.label} was trained on folds {run.record.folds.digest[:_DIGITS]}, {first.label} on "
+                f"{first.record.folds.digest[:_DIGITS]}: out of fold their mean would be of models that trained on the "
+                "patch. Name runs on the same folds."
+            )
+    area = {run.label: fold_figures(run.predictions, run.record.train, VALIDATION)["auroc"].mean for run in runs}
+    runs = sorted(runs, key=lambda run: -area[run.label])
+    predictions = {run.label: run.predictions for run in runs}
+    shares = weights_of(predictions, weights)
+    parts = tuple(
+        Part(
+            model=run.record.id,
+            view=run.label,
+            pooling=run.record.pooling,
+            weight=None if shares is None else shares[k],
+        )
+        for k, run in enumerate(runs)
+    )
+    similar: dict[str, dict[str, None]] = defaultdict(dict)
+    for run in runs:
+        for name, ids in (run.record.similar or {}).items():
+            similar[name] |= dict.fromkeys(ids)
+    options = {"ensemble_weights": weights}
+    record = RunRecord(
+        id=f"ensemble of {', '.join(run.record.id for run in runs)}",
+        created=max(run.record.created for run in runs),
+        kind="ensemble",
+        model="ensemble",
+        method=f"of {len(runs)} runs",
+        options=options if shares else {},
+        train=first.record.train,
+        test=first.record.test,
+        view=f"mean of {len(runs)}",
+        pooling=f"weights {weights}",
+        combined="mean",
+        parts=parts,
+        label_names=first.record.label_names,
+        ordinal=first.record.ordinal,
+        folds=first.record.folds,
+        table_digests=first.record.table_digests,
+        similar={name: tuple(ids) for name, ids in similar.items()} or None,
+    )
+    label = f"{record.model} {record.method}" + (", weighted" if shares else "")
+    return Run(Path(), label, record, averaged(predictions, shares), first.tables, (), tuple(runs))
+
+
+def named_runs(runs: Sequence[Run], names: Sequence[str]) -> list[Run]:
+    """Find runs by folder or id; all of them by "all".
+
+    Raises:
+        UserError: one that is not among them.
+    """
+    if list(names) == ["all"]:
+        return list(runs)
+    found = {}
+    for name in names:
+        same = [run for run in runs if name == run.record.id or Path(name).resolve() == run.folder.resolve()]
+        if not same:
+            ids = [run.record.id for run in runs]
+            raise UserError(
+                f"`ensemble`: {name} is none of the runs reported, {', '.join(ids)}.{nearest(name, ids)} Name runs "
+                "by folder or id, or say all."
+            )
+        found[same[0].record.id] = same[0]
+    return list(found.values())
 
 
 def read_runs(runs: Path, *, named: Sequence[Path] = (), folds: str | None = None) -> tuple[list[Run], list[str]]:

@@ -5,21 +5,26 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
+import numpy as np
 from rich.table import Table
 
 from probe.curve import CurvePoint, summarise
 from probe.leaks import UNSEEN
 from probe.metrics import Interval
+from probe.predictions import VALIDATION
 from probe.report.published import FIGURES, FIGURES_OF_MORE, SOURCES, published_for
 from probe.runs import RunRecord
+from probe.significance import Difference
 
-_TEXT = frozenset({"Model", "View", "Pooling", "View, pooling", "C per fold", ""})  # columns of words, not of numbers
+_TEXT = frozenset(
+    {"Model", "Set", "View", "Pooling", "View, pooling", "C per fold", ""}
+)  # columns of words, not of numbers
 
 
 def result_tables(runs: Sequence[RunRecord]) -> list[Table]:
     """Tabulate runs: fold models, and the ensembles where there is a test set."""
-    ensembles = ensemble_table(runs)
-    return [leaderboard(runs), *([ensembles] if ensembles else [])]
+    ensembles, domains = ensemble_table(runs), held_out_table(runs)
+    return [leaderboard(runs), *([domains] if domains else []), *([ensembles] if ensembles else [])]
 
 
 def leaderboard(runs: Sequence[RunRecord]) -> Table:
@@ -65,6 +70,22 @@ def _headings(runs: Sequence[RunRecord]) -> tuple[str, ...]:
     return tuple((FIGURES if runs[0].n_classes == 2 else FIGURES_OF_MORE).values())
 
 
+def held_out_table(runs: Sequence[RunRecord]) -> Table | None:
+    """Tabulate what each run reaches on every domain that it held out in turn; None if folds are no domains."""
+    names = runs[0].folds.names
+    if not names:
+        return None
+    columns = [f"{name}\n{figure}" for name in names for figure in _headings(runs)]
+    table = _table("Each domain, by the model that was trained on the others", "Model", "View, pooling", *columns)
+    for run in runs:
+        of = run.figures.sets[f"{run.train}/{VALIDATION}"].folds
+        # By seed and fold: the mean over the seeds of a fold.
+        each = {figure: np.reshape(of[figure].each, (len(run.seeds), -1)).mean(axis=0) for figure in FIGURES}
+        cells = [f"{each[figure][k]:.4f}" for k in range(len(names)) for figure in FIGURES]
+        table.add_row(f"{run.model} ({run.method})", f"{run.view}, {run.pooling}", *cells)
+    return table
+
+
 def ensemble_table(runs: Sequence[RunRecord]) -> Table | None:
     """Tabulate the fold ensemble of every run on the test sets, with intervals; None where no run has a test set."""
     sets = {name: one.ensemble for run in runs for name, one in run.figures.sets.items() if one.ensemble}
@@ -87,14 +108,19 @@ def ensemble_table(runs: Sequence[RunRecord]) -> Table | None:
 
 
 def candidates_table(runs: Sequence[RunRecord]) -> Table:
-    """Tabulate what each run chose its view and pooling from: validation figures on training data, the choice bold."""
+    """Tabulate what each run chose its embedding from: validation figures on training data, the choice bold."""
     columns = ("Model", "View", "Pooling", "Validation AUROC", "Validation bal. acc.", "C per fold", "")
     table = _table("Chosen by cross-validation on training data", *columns)
     for run in runs:
         for candidate in run.candidates or ():
-            is_chosen = (candidate.view, candidate.pooling) == (run.view, run.pooling)
+            if run.combined and not candidate.combined:
+                continue  # those of one embedding stand in the rows of their own runs
+            own = (run.view, run.pooling, run.combined)
+            is_chosen = (candidate.view, candidate.pooling, candidate.combined) == own
+            is_chosen &= candidate.model in (None, run.model)
+            how = f" ({candidate.combined})" if candidate.combined else ""
             table.add_row(
-                run.model,
+                f"{candidate.model or run.model}{how}",
                 candidate.view,
                 candidate.pooling,
                 f"{candidate.validation_auroc:.4f}",
@@ -104,6 +130,22 @@ def candidates_table(runs: Sequence[RunRecord]) -> Table:
                 style="bold" if is_chosen else "dim",
             )
         table.add_section()
+    return table
+
+
+def gain_table(run: RunRecord, gains: Mapping[str, Mapping[str, Difference]]) -> Table:
+    """Tabulate what a combination gains over its best part on every set (`probe.combine.gains`), with intervals."""
+    title = f"{run.model} ({run.method}) minus its best part, {run.each_part[0]}"
+    table = _table(title, "Set", *(text for figure in _headings([run]) for text in (figure, "p")))
+    for name, differences in gains.items():
+        cells = []
+        for figure in FIGURES:
+            one = differences[figure]
+            ends = "" if math.isnan(one.low) else f" ({one.low:+.3f} to {one.high:+.3f})"
+            cells += [f"{one.value:+.4f}{ends}", "–" if math.isnan(one.p) else f"{one.p:.3f}"]
+        table.add_row(name.replace("/", " "), *cells)
+    if any(math.isnan(one["auroc"].p) for one in gains.values()):
+        table.caption = "Out of fold there is no p-value: the parts were chosen there, which makes them look better."
     return table
 
 
@@ -118,7 +160,7 @@ def training_table(run: RunRecord) -> Table:
         best = history[kept]
         table.add_row(
             *([str(seed)] if several else []),
-            str(fold),
+            run.folds.names[fold] if run.folds.names else str(fold),
             str(len(history)),
             str(kept + 1),
             f"{best.loss:.4f}",

@@ -227,9 +227,8 @@ def costs(run: Run, n_parameters: int | None) -> tuple[float | None, ...]:
 def _n_trained_by_probe(run: Run) -> int | None:
     """Count the numbers that a fold's probe trains: one per feature and one more, for every class but class 0."""
     try:
-        n_logits, n_features = read_weights(run.folder)["coef"].shape[1:]
-        return int(n_logits * (n_features + 1))
-    except (UserError, KeyError):
+        return int(sum(array[0].size for array in read_weights(run.folder).values()))
+    except UserError:
         return None  # no figure depends on it
 
 
