@@ -444,7 +444,7 @@ def _second_derivative(weight: Tensor, p: Tensor, shift: Tensor) -> Tensor:
     return dot(weight, centred.square_().mul_(p).sum(dim=1, keepdim=True))
 
 
-def summing_to_zero(gradient: Tensor) -> Tensor:
+def _summing_to_zero(gradient: Tensor) -> Tensor:
     """Take from a gradient (K, q, d + 1) its mean over the c vectors of many classes, which is 0 but for rounding.
 
     Left in, it would drive the vectors' sum away from zero, where nothing but the penalty brings it back.
@@ -471,7 +471,7 @@ def _transposed_times(X: Tensor, mean: Tensor, inv_std: Tensor, residual: Tensor
     """Convert derivatives by the logits (K, q, n) into derivatives (K, q, d + 1) by coefficients and intercepts."""
     total = residual.sum(dim=2, keepdim=True)
     product = (residual.flatten(0, 1).to(X.dtype) @ X).float().view(*residual.shape[:2], X.shape[1])
-    return summing_to_zero(torch.cat([(product - total * mean) * inv_std, total], dim=2))
+    return _summing_to_zero(torch.cat([(product - total * mean) * inv_std, total], dim=2))
 
 
 def dot(a: Tensor, b: Tensor) -> Tensor:
@@ -559,10 +559,11 @@ def _precondition(basis: Curvature, ridge: Tensor, gradient: Tensor) -> Tensor:
 def _blocks(logits: Tensor) -> list[slice]:
     """Cut columns (K, q, n) into even runs of about `BLOCK` logits, of two columns at least.
 
-    Not on a GPU.
+    Not on a GPU; and not where a column has one vector, q = 1: its arrays are small, and where a run ends decides how
+    torch rounds the last numbers.
     """
     K, q, n = logits.shape
-    n_blocks = 1 if logits.is_cuda else max(1, K // max(2, BLOCK // (q * n)))
+    n_blocks = 1 if logits.is_cuda or q == 1 else max(1, K // max(2, BLOCK // (q * n)))
     return [slice(K * i // n_blocks, K * (i + 1) // n_blocks) for i in range(n_blocks)]
 
 

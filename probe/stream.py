@@ -5,23 +5,19 @@ conjugate gradients of `probe.logistic` would read all rows twice in every step,
 per column in between. Here a step reads all rows once, and about nine steps are enough:
 
 1. A sample stands for all rows. Where rows are many and features few, the loss over some ten thousand rows curves
-   nearly as the loss over all rows does. So every step is found by `logistic.descend` on the sample, in memory, but
-   with the gradient over *all* rows at its start: from theta_0, it minimises
+   nearly as the loss over all rows does. So `logistic.descend` runs on the sample, in memory, but with the gradient
+   over *all* rows at its start: from theta_0, it minimises
 
        loss_sample(theta) + (gradient_all(theta_0) - gradient_sample(theta_0)) . theta,
 
    whose minimum is theta_0 only if theta_0 is the optimum over all rows (DANE: Shamir, Srebro & Zhang 2014;
-   statistical preconditioning: Hendrikx et al. 2020). The sample decides how many steps are needed, not where they
-   end. The gradient at zero, where all columns start, comes with the pass that finds the mean and scale of all rows.
+   statistical preconditioning: Hendrikx et al. 2020). The sample decides how many steps are needed, not where they end.
 2. The last steps correct what the sample gets wrong of the curvature, as in L-BFGS (Nocedal & Wright 2006, ch. 7): the
    descent on the sample takes the place of the scaled identity. This halves the number of steps.
 3. The sample holds equally many rows of every class, as the loss weighs the classes equally. It prefers rows far from
    the mean, because a rare kind of row bends the loss more than its number says. Weights undo both preferences.
 4. A step that ends uphill, as steeply as it began downhill, is taken back and tried again, shorter.
-5. Most passes multiply in bfloat16, where the hardware does: they compute the *change* of logits and of the gradient
-   since the last point tried. A column's first point is computed in float32, and so is the next whenever its gradient
-   has fallen a hundredfold since, or is nearly small enough. Convergence is declared only on the float32 gradient over
-   all rows, summed in float64.
+   Convergence is declared only on the float32 gradient over all rows, summed in float64.
 
 Measured choices and figures: docs/decisions/solver.md.
 """
@@ -51,23 +47,21 @@ from probe.logistic import (
     columns_at,
     descend,
     dot,
+    evaluate,
     in_original_units,
     inverse_std,
     leading_curvature,
     probabilities,
     ridges,
-    summing_to_zero,
     targets,
 )
 
 BUDGET = 4 * 2**30  # bytes that a solve may take
 ROWS_PER_FEATURE = 40  # of the sample: with half as many it takes half as many passes again
 FIRST_ROWS = 8192  # enough for a centre and a scale to start from
-PIECE = 1024  # rows multiplied at a time on a processor: 6 MB in float32, which stay in its cache
-FIRST_FALL = 0.03  # of the gradient in the first descent on the sample
-FALL = 0.1  # in one of the others: the sample resembles all rows no better than that
-REFINEMENT = 1e-2  # the fall of the gradient after which bfloat16 products are corrected
-NEAR = 4  # times the tolerance: a column with so small a gradient may have converged at the next point
+PIECE = 512  # rows multiplied at a time on a processor: 3 MB in float32, which stay in its cache
+START = 1e-2  # gradient to which the sample alone is solved first: its optimum is no nearer to that of all rows
+FALL = 0.1  # of the gradient in one descent on the sample, which resembles all rows no better than that
 MEMORY = 5  # steps whose change of the gradient is remembered
 TOO_FAR = 0.9  # of its initial slope: a step that ends uphill more steeply than this has gained nothing
 MAX_PASSES = 60  # after which a column is given back as it is
@@ -112,7 +106,7 @@ def fit_streamed(
     F, S, (n, d) = len(masks), len(C), X.shape
     size = sample or min(ROWS_PER_FEATURE * d, BUDGET // 2 // bytes_per_row(d, F * S, n_classes=n_classes))
     with progress("probe", F * S, unit="fits") as advance:
-        rows, data, chosen, at_zero = _sampled(
+        rows, data, chosen = _sampled(
             _rows(X, y, masks=masks, n_classes=n_classes, target=target, device=torch.device(device)), size=size
         )
         q = len(rows.target)
@@ -120,49 +114,51 @@ def fit_streamed(
         # Column k = f * S + s. All start at zero.
         fold = torch.arange(F, device=rows.device).repeat_interleave(S)
         ridge = ridges(masks, C).to(data.X)
-        theta, gradient = data.X.new_zeros(F * S, q, d + 1), at_zero[fold]  # the point reached, and the gradient there
-        logits = torch.zeros(F * S, q, n)  # off the device: with the labels, all here that grows with n
-        tried = _Tried(theta.clone(), gradient.clone(), logits)
-        norm = gradient.abs().amax(dim=(1, 2))
-        checked = torch.full_like(norm, torch.inf)  # of the last float32 gradient
-        step, n_iter = torch.zeros_like(theta), torch.zeros(F * S, dtype=torch.int64, device=rows.device)
-        pairs: deque[tuple[Tensor, Tensor, Tensor]] = deque(maxlen=MEMORY)
-        unfinished = u = torch.arange(F * S, device=rows.device)
-        for k in range(MAX_PASSES):
-            # `u` have moved since their last direction.
-            there = logits[u.cpu()[:, None, None], torch.arange(q)[:, None], chosen].to(rows.device)
-            columns = columns_at(data, fold[u], ridge[u], theta[u], logits=there, gradient=gradient[u])
-            own = [tuple(part[u] for part in pair) for pair in pairs]
-            step[u], steps = _direction(data, basis, columns, own, fall=FALL if k else FIRST_FALL, tol=tol)
-            n_iter[u] += steps
+        columns = evaluate(data, fold, ridge, data.X.new_zeros(F * S, q, d + 1))
+        step, n_iter = descend(
+            data,
+            data.fast,
+            basis,
+            columns,
+            goal=torch.full((F * S,), max(START, tol), device=rows.device),
+            budget=torch.full((F * S,), MAX_STEPS, device=rows.device),
+        )
 
+        logits = torch.empty(F * S, q, n)  # off the device: with the labels, all here that grows with n
+        theta, gradient = torch.zeros_like(step), torch.zeros_like(step)  # the point reached, and the gradient there
+        norm = torch.full((F * S,), torch.inf, device=rows.device)
+        unfinished = torch.arange(F * S, device=rows.device)
+        pairs: deque[tuple[Tensor, Tensor, Tensor]] = deque(maxlen=MEMORY)
+        for k in range(MAX_PASSES):
             u = unfinished
-            near = norm[u] <= (REFINEMENT * checked[u]).clamp_min(NEAR * tol)
-            exact = near if data.fast.dtype == torch.bfloat16 else torch.ones_like(near)
-            _try(rows, data, tried, theta[u] + step[u], which=u, fold=fold[u], ridge=ridge[u], exact=exact)
-            step[u], ahead = tried.theta[u] - theta[u], tried.gradient[u]
+            ahead = _gradient(rows, data, fold[u], ridge[u], theta[u] + step[u], logits, u)
             slope, slope_ahead = dot(gradient[u], step[u]), dot(ahead, step[u])
-            taken = slope_ahead <= TOO_FAR * slope.abs()
+            taken = slope_ahead <= TOO_FAR * slope.abs() if k else torch.ones_like(slope, dtype=torch.bool)
             # Shorten a step that went too far to where the slope, taken as linear, is zero.
             step[u[~taken]] *= (slope / (slope - slope_ahead)).clamp(0.1, 0.9)[~taken, None, None]
-            u, exact = u[taken], exact[taken]
+            u = u[taken]
             if k:
                 pairs.append(_pair(u, step[u], ahead[taken] - gradient[u], like=theta))
             theta[u] += step[u]
             gradient[u] = ahead[taken]
             norm[u] = gradient[u].abs().amax(dim=(1, 2))
-            checked[u[exact]] = norm[u[exact]]
-            going_on = checked[unfinished] > tol
+            going_on = norm[unfinished] > tol
             advance(int((~going_on).sum()), note=f"{k + 1} passes, gradient {float(norm.max()):.0e}")
             unfinished = unfinished[going_on]
             if not len(unfinished):
                 break
-            u = u[checked[u] > tol]
+            u = u[norm[u] > tol]
+            # The sample's logits at theta are among those of all rows.
+            held = logits[u.cpu()[:, None, None], torch.arange(q)[:, None], chosen].to(rows.device)
+            columns = columns_at(data, fold[u], ridge[u], theta[u], logits=held, gradient=gradient[u])
+            step[u], steps = _direction(
+                data, basis, columns, [tuple(part[u] for part in pair) for pair in pairs], tol=tol
+            )
+            n_iter[u] += steps
         if len(unfinished):  # not converged: `logits` holds those of the last trial, not of theta
             u = unfinished
-            _try(rows, data, tried, theta[u], which=u, fold=fold[u], ridge=ridge[u], exact=u >= 0)
-            checked[u] = tried.gradient[u].abs().amax(dim=(1, 2))
-    return in_original_units(data, fold, theta, logits=logits, norm=checked, n_iter=n_iter, tol=tol)
+            _gradient(rows, data, fold[u], ridge[u], theta[u], logits, u)
+    return in_original_units(data, fold, theta, logits=logits, norm=norm, n_iter=n_iter, tol=tol)
 
 
 def _pair(which: Tensor, step: Tensor, change: Tensor, *, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -183,7 +179,6 @@ def _direction(
     columns: Columns,
     pairs: Sequence[tuple[Tensor, ...]],
     *,
-    fall: float,
     tol: float,
 ) -> tuple[Tensor, Tensor]:
     """Compute the L-BFGS direction (K, q, d + 1), a descent on the sample in place of a Hessian; and its steps (K,)."""
@@ -192,7 +187,7 @@ def _direction(
     for taken, change, scale in reversed(pairs):
         shares.append(scale * dot(taken, columns.gradient)[:, None, None])
         columns.gradient -= shares[-1] * change
-    goal = (fall * columns.gradient.abs().amax(dim=(1, 2))).clamp_min(max(0.1 * tol, FLOOR))
+    goal = (FALL * columns.gradient.abs().amax(dim=(1, 2))).clamp_min(max(0.1 * tol, FLOOR))
     start, budget = columns.theta, torch.full((len(goal),), MAX_STEPS, device=goal.device)
     reached, steps = descend(data, data.fast, basis, columns, goal=goal, budget=budget)
     step = reached - start
@@ -262,29 +257,21 @@ def _rows(
     )
 
 
-def _sampled(rows: _Rows, *, size: int) -> tuple[_Rows, Standardised, NDArray[np.intp], Tensor]:
-    """Find the centre and scale of all rows, in one pass, and draw the sample.
-
-    Returns:
-        The rows, with their centre and scale; the sample, and the numbers of its rows; and the gradients (F, q, d + 1)
-        over all rows at zero, where they do not depend on the strength.
-    """
-    (F, n), d, (q, _), c = rows.mask.shape, rows.X.shape[1], rows.target.shape, rows.class_weight.shape[1]
+def _sampled(rows: _Rows, *, size: int) -> tuple[_Rows, Standardised, NDArray[np.intp]]:
+    """Find the centre and scale of all rows, in one pass; draw the sample, and say which rows it is."""
+    (F, n), d = rows.mask.shape, rows.X.shape[1]
     mask = torch.cat([rows.mask, torch.ones_like(rows.mask[:1])])  # each fold's rows and, last, all
     count = mask.sum(dim=1, keepdim=True)
-    sums = torch.zeros(F + 1 + F * q, d, dtype=torch.float64, device=rows.device)  # of rows, and by residuals at zero
-    squares, total = torch.zeros_like(sums[: F + 1]), torch.zeros_like(sums[F + 1 :, :1])
+    sums, squares = (torch.zeros(F + 1, d, dtype=torch.float64, device=rows.device) for _ in range(2))
     length = torch.zeros(n, device=rows.device)  # squared
     for at, A in rows.pieces():
         within, squared = mask[:, at].float(), A.square()
-        residual = (rows.weight(at)[:, None] * (1 / c - rows.target[:, at])).flatten(0, 1)
-        sums += torch.cat([within, residual]) @ A
+        sums += within @ A
         squares += within @ squared
-        total += residual.sum(dim=1, keepdim=True)
         length[at] = squared.sum(dim=1)
     if not bool(torch.isfinite(squares).all()):
         raise UserError("the embeddings hold NaN or infinity; a probe needs finite numbers. Extract them again.")
-    mean, mean_square = sums[: F + 1] / count, squares / count
+    mean, mean_square = sums / count, squares / count
     variance = _mended(rows, mask, mean, mean_square)
 
     std = torch.where(variance[-1] > 0, variance[-1].sqrt(), 1.0)  # of all rows, in units of the scale so far
@@ -294,22 +281,18 @@ def _sampled(rows: _Rows, *, size: int) -> tuple[_Rows, Standardised, NDArray[np
         (variance[:-1] / std**2).float(), centre=rows.centre, scale=rows.scale, dtype=np.dtype(np.float16)
     )
 
-    fold_mean = ((mean[:-1] - mean[-1]) / std).float()
-    # By features in the units of before; 1 / std of the fold, and its mean, are in those of now.
-    product, total = ((sums[F + 1 :] - total * mean[-1]) / std).view(F, q, d), total.view(F, q, 1)
-    at_zero = torch.cat([(product - total * fold_mean[:, None]) * inv_std[:, None], total], dim=2).float()
-
     chosen, times = _draw(rows.label.cpu().numpy(), length.cpu().numpy(), size)
     A = rows.standardise(torch.from_numpy(rows.X.select(chosen).read()).to(rows.device))
-    stands_for = rows.mask[:, chosen] * torch.from_numpy(times).to(A)
+    stands_for, n_classes = rows.mask[:, chosen] * torch.from_numpy(times).to(A), rows.class_weight.shape[1]
     weight = torch.zeros_like(stands_for)
-    for k in range(c):
+    for k in range(n_classes):
         of_class = stands_for * (rows.label[chosen] == k)
         total = of_class.sum(dim=1, keepdim=True)  # 0 where the sample has no row of the class for a fold
-        weight += 1 / c * of_class / total.clamp_min(torch.finfo(total.dtype).tiny)
+        weight += 1 / n_classes * of_class / total.clamp_min(torch.finfo(total.dtype).tiny)
     fast = A.bfloat16() if has_bf16(rows.device) else A
+    fold_mean = ((mean[:-1] - mean[-1]) / std).float()
     target = rows.target[:, chosen]
-    return rows, Standardised(A, fast, rows.centre, rows.scale, fold_mean, inv_std, weight, target), chosen, at_zero
+    return rows, Standardised(A, fast, rows.centre, rows.scale, fold_mean, inv_std, weight, target), chosen
 
 
 def _mended(rows: _Rows, mask: Tensor, mean: Tensor, mean_square: Tensor) -> Tensor:
@@ -365,61 +348,21 @@ def _draw(
     return chosen[order], np.concatenate([times for _, times in drawn])[order]
 
 
-@dataclass(frozen=True, eq=False)
-class _Tried:
-    """The point that each column was last tried at, and what was found there."""
-
-    theta: Tensor  # (K, q, d + 1)
-    gradient: Tensor  # (K, q, d + 1)
-    logits: Tensor  # (K, q, n) on the CPU
-
-
-def _try(
-    rows: _Rows,
-    data: Standardised,
-    tried: _Tried,
-    theta: Tensor,
-    *,
-    which: Tensor,
-    fold: Tensor,
-    ridge: Tensor,
-    exact: Tensor,
-) -> None:
-    """Try theta (K, q, d + 1) as the next point of some columns: compute logits and gradients in one pass.
-
-    For columns that are `exact` (K,), this is done anew in float32. For the others, what has changed since the last
-    point is computed in bfloat16, and the point moved to where the change is one of coefficients in bfloat16: only the
-    rounding of rows and residuals is left, which averages out over the rows.
-    """
-    mean, inv_std, anew = data.mean[fold][:, None], data.inv_std[fold][:, None], exact[:, None, None]
-    origin = torch.where(anew, 0, tried.theta[which])
-    W = (theta - origin)[..., :-1] * inv_std
-    W = torch.where(anew, W, W.bfloat16())
-    moved = torch.where(anew | (inv_std == 0), theta[..., :-1], origin[..., :-1] + W / inv_std)
-    offset = (theta - origin)[..., -1:] - (W * mean).sum(dim=2, keepdim=True)
-    # What is added to the logits of all classes alike changes no probability.
-    theta = summing_to_zero(torch.cat([moved, theta[..., -1:]], dim=2))
+def _gradient(
+    rows: _Rows, data: Standardised, fold: Tensor, ridge: Tensor, theta: Tensor, logits: Tensor, which: Tensor
+) -> Tensor:
+    """Compute gradients (K, q, d + 1) over all rows at theta (K, q, d + 1) in one pass, and write `logits[which]`."""
+    mean, inv_std = data.mean[fold][:, None], data.inv_std[fold][:, None]
+    W = theta[..., :-1] * inv_std
+    offset = theta[..., -1:] - (W * mean).sum(dim=2, keepdim=True)
     product = torch.zeros(W.shape, dtype=torch.float64, device=W.device)
     total = torch.zeros_like(product[..., :1])
-    parts = [
-        (k, which[k].cpu(), fold[k], W[k].flatten(0, 1).to(dtype), offset[k])
-        for k, dtype in ((exact.nonzero()[:, 0], torch.float32), ((~exact).nonzero()[:, 0], torch.bfloat16))
-        if len(k)
-    ]
+    which = which.cpu()
     for at, A in rows.pieces():
-        weight, target = rows.weight(at), rows.target[:, at]
-        for k, own, fold_k, V, shift in parts:
-            X = A.to(V.dtype)
-            Z = (V @ X.T).float().view(len(k), -1, len(A)).add_(shift)
-            before = target
-            if V.dtype == torch.bfloat16:
-                held = tried.logits[:, :, at].index_select(0, own).to(Z.device)
-                Z, before = Z.add_(held), probabilities(held)
-            tried.logits[own, :, at] = Z.cpu()
-            residual = probabilities(Z).sub_(before).mul_(weight.index_select(0, fold_k)[:, None])
-            product[k] += (residual.flatten(0, 1).to(V.dtype) @ X).view(len(k), -1, X.shape[1])
-            total[k] += residual.sum(dim=2, keepdim=True)
-    change = summing_to_zero(torch.cat([(product - total * mean) * inv_std, total], dim=2).float())
-    change[..., :-1] += ridge * (theta - origin)[..., :-1]
-    tried.gradient[which] = torch.where(anew, change, tried.gradient[which] + change)
-    tried.theta[which] = theta
+        Z = torch.addmm(offset.flatten(0, 1), W.flatten(0, 1), A.T).view(*W.shape[:2], len(A))
+        logits[which, :, at] = Z.cpu()
+        residual = rows.weight(at)[fold][:, None] * (probabilities(Z) - rows.target[:, at])
+        product += (residual.flatten(0, 1) @ A).view(W.shape)
+        total += residual.sum(dim=2, keepdim=True)
+    by_coef = ((product - total * mean) * inv_std).float() + ridge * theta[..., :-1]
+    return torch.cat([by_coef, total.float()], dim=2)
