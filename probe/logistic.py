@@ -488,12 +488,19 @@ def _penalty(ridge: Tensor, theta: Tensor) -> Tensor:
 
 def evaluate(data: Standardised, fold: Tensor, ridge: Tensor, theta: Tensor) -> Columns:
     """Compute logits, residuals and gradients at theta (K, q, d + 1) in float32."""
+    mean, inv_std = data.mean[fold][:, None], data.inv_std[fold][:, None]
+    c = columns_at(data, fold, ridge, theta, logits=_times(data.X, mean, inv_std, theta), gradient=theta)
+    c.gradient = _transposed_times(data.X, mean, inv_std, c.residual) + _penalty(ridge, theta)
+    return c
+
+
+def columns_at(
+    data: Standardised, fold: Tensor, ridge: Tensor, theta: Tensor, *, logits: Tensor, gradient: Tensor
+) -> Columns:
+    """Build columns at theta (K, q, d + 1) from the logits (K, q, n) and gradients (K, q, d + 1) there."""
     mean, inv_std, weight = data.mean[fold][:, None], data.inv_std[fold][:, None], data.weight[fold][:, None]
-    logits = _times(data.X, mean, inv_std, theta)
     p = probabilities(logits)
-    residual = weight * (p - data.target)
-    gradient = _transposed_times(data.X, mean, inv_std, residual) + _penalty(ridge, theta)
-    return Columns(ridge, mean, inv_std, weight, theta, logits, p, residual, gradient)
+    return Columns(ridge, mean, inv_std, weight, theta, logits, p, weight * (p - data.target), gradient)
 
 
 def descend(

@@ -44,6 +44,7 @@ from probe.logistic import (
     Standardised,
     check,
     class_weights,
+    columns_at,
     descend,
     dot,
     evaluate,
@@ -105,7 +106,7 @@ def fit_streamed(
     F, S, (n, d) = len(masks), len(C), X.shape
     size = sample or min(ROWS_PER_FEATURE * d, BUDGET // 2 // bytes_per_row(d, F * S, n_classes=n_classes))
     with progress("probe", F * S, unit="fits") as advance:
-        rows, data = _sampled(
+        rows, data, chosen = _sampled(
             _rows(X, y, masks=masks, n_classes=n_classes, target=target, device=torch.device(device)), size=size
         )
         q = len(rows.target)
@@ -147,8 +148,9 @@ def fit_streamed(
             if not len(unfinished):
                 break
             u = u[norm[u] > tol]
-            columns = evaluate(data, fold[u], ridge[u], theta[u])
-            columns.gradient = gradient[u]
+            # The sample's logits at theta are among those of all rows.
+            held = logits[u.cpu()[:, None, None], torch.arange(q)[:, None], chosen].to(rows.device)
+            columns = columns_at(data, fold[u], ridge[u], theta[u], logits=held, gradient=gradient[u])
             step[u], steps = _direction(
                 data, basis, columns, [tuple(part[u] for part in pair) for pair in pairs], tol=tol
             )
@@ -255,8 +257,8 @@ def _rows(
     )
 
 
-def _sampled(rows: _Rows, *, size: int) -> tuple[_Rows, Standardised]:
-    """Find the centre and scale of all rows, in one pass, and draw the sample."""
+def _sampled(rows: _Rows, *, size: int) -> tuple[_Rows, Standardised, NDArray[np.intp]]:
+    """Find the centre and scale of all rows, in one pass; draw the sample, and say which rows it is."""
     (F, n), d = rows.mask.shape, rows.X.shape[1]
     mask = torch.cat([rows.mask, torch.ones_like(rows.mask[:1])])  # each fold's rows and, last, all
     count = mask.sum(dim=1, keepdim=True)
@@ -290,7 +292,7 @@ def _sampled(rows: _Rows, *, size: int) -> tuple[_Rows, Standardised]:
     fast = A.bfloat16() if has_bf16(rows.device) else A
     fold_mean = ((mean[:-1] - mean[-1]) / std).float()
     target = rows.target[:, chosen]
-    return rows, Standardised(A, fast, rows.centre, rows.scale, fold_mean, inv_std, weight, target)
+    return rows, Standardised(A, fast, rows.centre, rows.scale, fold_mean, inv_std, weight, target), chosen
 
 
 def _mended(rows: _Rows, mask: Tensor, mean: Tensor, mean_square: Tensor) -> Tensor:

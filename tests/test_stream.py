@@ -11,7 +11,7 @@ from features.blocks import Embeddings
 from features.console import UserError
 from features.samples import make_samples
 from features.store import FeatureStore
-from probe import linear, stream
+from probe import linear, logistic, stream
 from probe.logistic import Fits, fit_logistic, predict_logits
 from probe.stream import fit_streamed
 
@@ -57,6 +57,22 @@ def test_the_optimum_is_the_same_with_bfloat16_hardware_and_without(problem, mon
     expected = fit_logistic(X.read(), y, masks=masks, strengths=STRENGTHS)
     monkeypatch.setattr(stream, "has_bf16", lambda device: supported)
     assert_same(fit_streamed(X, y, masks=masks, strengths=STRENGTHS, sample=300), expected)
+
+
+def test_a_descent_starts_from_the_logits_of_the_samples_own_rows(tmp_path, monkeypatch):
+    X, y = many_classes(600, 6, 3)
+    checked = 0
+
+    def watched(data, fold, ridge, theta, *, logits, gradient):
+        nonlocal checked
+        checked += len(fold)
+        np.testing.assert_allclose(logits, logistic.evaluate(data, fold, ridge, theta).logits, atol=1e-4)
+        return logistic.columns_at(data, fold, ridge, theta, logits=logits, gradient=gradient)
+
+    monkeypatch.setattr(stream, "columns_at", watched)
+    X = X.astype(np.float16)
+    fit_streamed(stored(tmp_path, X, y), y, masks=five_folds(600), strengths=STRENGTHS, n_classes=3, sample=200)
+    assert checked > 20  # in more descents than one, of fewer and fewer columns
 
 
 def test_the_sample_may_be_all_rows(problem):
