@@ -238,7 +238,8 @@ def fuse_adapted(layer: nn.Module, norm: nn.BatchNorm2d) -> nn.Module | None:
     base = fuse_convolution(layer.base, norm)
     if base is None:
         return None
-    gain = (norm.running_var + norm.eps).rsqrt()  # type: ignore[operator]  # there is one in eval mode
+    assert norm.running_var is not None  # or the convolution could not have been fused
+    gain = torch.rsqrt(norm.running_var + norm.eps)
     layer.base, layer.output_gain = base, gain if norm.weight is None else gain * norm.weight
     return layer
 
