@@ -49,7 +49,22 @@ def optimize_for_inference(model: nn.Module, device: torch.device, *, example: T
     model = model.to(device)
     if device.type != "cpu":
         return model
-    return fold_batch_norms(model.to(memory_format=torch.channels_last), example)
+    return reformed(model.to(memory_format=torch.channels_last), fold_batch_norms, example=example)
+
+
+def reformed(model: nn.Module, change: Callable[[nn.Module], None], *, example: Tensor) -> nn.Module:
+    """Make a network of another form that computes the same; the network given stays as it is.
+
+    Args:
+        model: frozen, in eval mode.
+        change: what to do, in place, to a copy of its modules, which shares all tensors.
+        example: (b, 3, h, w) input. If the copy does not reproduce the original on it, the result is the original.
+    """
+    copied = _copy_of_modules(model)
+    change(copied)
+    with torch.inference_mode():
+        before, after = model(example), copied(example)
+    return copied if torch.allclose(before, after, rtol=1e-3, atol=1e-4 * float(before.abs().max())) else model
 
 
 Fuse = Callable[[nn.Module, nn.BatchNorm2d], nn.Module | None]
@@ -62,28 +77,15 @@ def fuse_convolution(layer: nn.Module, norm: nn.BatchNorm2d) -> nn.Module | None
     return fuse_conv_bn_eval(layer, norm).to(memory_format=torch.channels_last)
 
 
-def fold_batch_norms(model: nn.Module, example: Tensor, *, fuse: Fuse = fuse_convolution) -> nn.Module:
-    """Make a network without batch norms that computes what a frozen one does; the one given stays as it is.
+def fold_batch_norms(module: nn.Module, fuse: Fuse = fuse_convolution) -> None:
+    """Fold the batch norms of a frozen network, in place, into the layers before them, whose tensors become new ones.
 
-    Each norm is folded into the layer before it, whose tensors are new; all others are shared. The result is the
-    network that was given if it has no batch norms, or if the other does not reproduce it.
+    Which norm follows which layer is guessed from the order of registration: check the guess by `reformed`.
 
     Args:
-        model: in eval mode, on a CPU.
-        example: (b, 3, h, w) input, on which the two are compared.
+        module: in eval mode.
         fuse: makes one layer of a layer and the norm that follows it; None where it cannot.
     """
-    if not any(isinstance(module, nn.BatchNorm2d) for module in model.modules()):
-        return model
-    folded = _copy_of_modules(model)
-    _fold_batch_norms(folded, fuse)
-    with torch.inference_mode():
-        before, after = model(example), folded(example)
-    # Which norm follows which layer was guessed from the order of registration; this checks the guess.
-    return folded if torch.allclose(before, after, rtol=1e-3, atol=1e-4 * float(before.abs().max())) else model
-
-
-def _fold_batch_norms(module: nn.Module, fuse: Fuse) -> None:
     before: tuple[str, nn.Module] | None = None
     for name, child in list(module.named_children()):
         if isinstance(child, nn.Identity):
@@ -96,7 +98,7 @@ def _fold_batch_norms(module: nn.Module, fuse: Fuse) -> None:
                 module, name, nn.Sequential(getattr(child, "drop", nn.Identity()), getattr(child, "act", nn.Identity()))
             )
         else:
-            _fold_batch_norms(child, fuse)
+            fold_batch_norms(child, fuse)
         before = name, child
 
 

@@ -29,7 +29,6 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import Parameter
 
-from extract.compute import fuse_convolution
 from features.console import UserError
 from features.folds import FoldModel
 from finetune import kernels
@@ -225,22 +224,6 @@ def cast_frozen(model: nn.Module, dtype: torch.dtype) -> None:
     for _, module in adapters(model):
         for parameter in module.base.parameters():
             parameter.data = parameter.data.to(dtype)
-
-
-def fuse_adapted(layer: nn.Module, norm: nn.BatchNorm2d) -> nn.Module | None:
-    """Make one layer of a layer and the batch norm that follows it, for `extract.compute.fold_batch_norms`.
-
-    With W' = gain W, the norm of an adapted layer is W' x + offset + gain s B A x: the same A and B, and the same
-    gradients of them.
-    """
-    if not isinstance(layer, StackedLora):
-        return fuse_convolution(layer, norm)
-    base = fuse_convolution(layer.base, norm)
-    if base is None:
-        return None
-    gain = (norm.running_var + norm.eps).rsqrt()  # type: ignore[operator, union-attr]  # there is one in eval mode
-    layer.base, layer.output_gain = base, gain if norm.weight is None else gain * norm.weight
-    return layer
 
 
 class Dropout(NamedTuple):

@@ -27,11 +27,12 @@ from torch.nn import Parameter
 from torch.utils.hooks import RemovableHandle
 
 from extract.backbones import Backbone, forward_poolings, pooling_widths
-from extract.compute import compile_blocks, fold_batch_norms
+from extract.compute import compile_blocks, reformed
 from features.folds import FoldModel
 from finetune import weight_files
 from finetune.dropout import WHOLE_BATCH, BatchRows, seed_of
-from finetune.lora import LoraOptions, adapters, add_adapters, cast_frozen, fuse_adapted, select_folds, trainable
+from finetune.frozen import simplify
+from finetune.lora import LoraOptions, adapters, add_adapters, cast_frozen, select_folds, trainable
 from finetune.process_group import ProcessGroup, synchronize_batch_norms
 
 Method = Literal["lora", "full", "head"]
@@ -168,25 +169,25 @@ class Network(nn.Module):
     def compute_in(self, precision: str, *, fold_norms: bool = True) -> bool:
         """Prepare for many passes in "fp32" or "bf16" (autocast). Afterwards nothing can be merged.
 
-        On a CPU the batch norms of a frozen backbone are folded into the layers before them, unless `fold_norms` is
-        False. Returns whether they are.
+        On a CPU a frozen backbone with batch norms computes the same without them (`finetune.frozen`), unless
+        `fold_norms` is False. Returns whether it does.
         """
         model = self.model
-        if fold_norms and self.method != "full" and self.values.device.type == "cpu":
-            self._fold_batch_norms()
+        has_norms = any(isinstance(module, nn.BatchNorm2d) for module in model.modules())
+        if fold_norms and has_norms and self.method != "full" and self.values.device.type == "cpu":
+            self._simplify()
         if self.method == "lora" and precision == "bf16":
             self._round_frozen()
         return self.model is not model
 
-    def _fold_batch_norms(self) -> None:
-        """Compute the same function without batch norms, if that can be done and does reproduce it."""
+    def _simplify(self) -> None:
+        """Have the frozen backbone compute the same in fewer passes, if that reproduces it."""
         self.forget_replicas()
         if self.method == "lora":
             select_folds(self.model, [0])
         size = self.backbone.input_size
         example = torch.randn(1, 3, size, size, generator=torch.Generator().manual_seed(0)).to(self.values)
-        example = example.contiguous(memory_format=torch.channels_last)
-        self.model = fold_batch_norms(self.model, example, fuse=fuse_adapted)
+        self.model = reformed(self.model, simplify, example=example.contiguous(memory_format=torch.channels_last))
 
     def _round_frozen(self) -> None:
         """Hold the frozen weights of adapted layers, and a copy of the adapters, in bf16."""

@@ -324,7 +324,7 @@ def test_folded_norms_are_the_same_function_in_half_precision() -> None:
 
     for found, expected in zip(gradients(fold_norms=True), gradients(fold_norms=False), strict=True):
         # bfloat16 rounds by 2^-9 in each of some 30 layers; without gains, which have either sign, they are unrelated.
-        assert F.cosine_similarity(found.flatten(), expected.flatten(), dim=0) > 0.8
+        assert F.cosine_similarity(found.flatten(), expected.flatten(), dim=0) > 0.98
 
 
 def test_norms_of_a_trained_backbone_and_networks_without_norms_stay() -> None:
