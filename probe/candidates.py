@@ -128,10 +128,10 @@ def best_combination(setup: Setup, every: Sequence[Fitted]) -> tuple[Fitted | No
     if chosen is path[0]:
         ((entry, pooling),) = chosen.embeddings
         area = max((one.record.validation_auroc for one in tried), default=0.0)
-        found = f"the best of {len(tried)} combinations of {len(every)} embeddings reached {area:.4f}"
+        said = f"the best of {len(tried)} combinations of {len(every)} embeddings reached {area:.4f}"
         say(
             f"No combination is better out of fold than {entry.model} ({entry.view}, {pooling}) alone (AUROC "
-            f"{chosen.record.validation_auroc:.4f}): {found if tried else 'there is no other embedding'}."
+            f"{chosen.record.validation_auroc:.4f}): {said if tried else 'there is no other embedding'}."
         )
     alone = [
         Candidate(  # how it was fitted is in the run of its model
