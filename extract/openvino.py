@@ -3,12 +3,13 @@
 OpenVINO plans memory and fuses operations for one shape of input, which makes convolutions about twice as fast as in
 torch. Transformers gain nothing, since theirs are large matrix products, which torch does as well.
 
-`openvino.convert_model` is not used: it sends statistics of its use unless that was declined, and leaves files in the
-home directory. The network is traced by torch, and OpenVINO's front end reads the trace; nothing is sent or written.
+OpenVINO sends statistics of its use to Google Analytics as soon as it is imported, unless that was declined, and leaves
+an identifier in the home directory. It is imported here without its telemetry (`load`), and sends and writes nothing.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from importlib import metadata
 from importlib.util import find_spec
@@ -23,11 +24,34 @@ from extract.backbones import Backbone, forward_poolings
 
 NAME = "openvino"  # as it is recorded
 INSTALL = "pip install 'mitofm[cpu]'"
+_TELEMETRY = "openvino_telemetry"
+_importing = Lock()
 
 
 def version() -> str | None:
     """Give the version of OpenVINO; None where it is not installed."""
     return metadata.version(NAME) if find_spec(NAME) else None
+
+
+def load() -> Any:
+    """Import OpenVINO without its telemetry, unless the program has imported it before; returns the module.
+
+    Raises:
+        RuntimeError: it is not installed.
+    """
+    if version() is None:
+        raise RuntimeError(f"OpenVINO is not installed: {INSTALL}")
+    with _importing:
+        missing = object()
+        telemetry: Any = sys.modules.get(_TELEMETRY, missing)
+        sys.modules[_TELEMETRY] = None  # type: ignore[assignment] # its import fails, and OpenVINO goes on without
+        try:
+            import openvino
+        finally:
+            del sys.modules[_TELEMETRY]
+            if telemetry is not missing:
+                sys.modules[_TELEMETRY] = telemetry
+    return openvino
 
 
 def is_convolutional(model: nn.Module) -> bool:
@@ -80,9 +104,7 @@ class OpenvinoNetwork(nn.Module):
 
     def _compile(self, image: Tensor) -> tuple[tuple[str, ...], SimpleQueue[Any]]:
         """Convert the network for images of a size (1, 3, h, h), and make a request for every thread."""
-        if version() is None:
-            raise RuntimeError(f"OpenVINO is not installed: {INSTALL}")
-        import openvino
+        openvino = load()
         from openvino.frontend import FrontEndManager
         from openvino.frontend.pytorch.fx_decoder import TorchFXPythonDecoder
         from torch.fx.experimental.proxy_tensor import make_fx
