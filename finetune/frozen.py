@@ -80,6 +80,7 @@ class EvenConvolution(nn.Module):
         super().__init__()
         self.convolution = convolution  # for odd sizes
         larger = F.pad(convolution.weight, (1, 0, 1, 0)).contiguous(memory_format=torch.channels_last)
+        self.larger: Tensor
         self.register_buffer("larger", larger, persistent=False)
 
     @staticmethod
