@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -49,7 +50,10 @@ def optimize_for_inference(model: nn.Module, device: torch.device, *, example: T
     model = model.to(device)
     if device.type != "cpu":
         return model
-    return reformed(model.to(memory_format=torch.channels_last), fold_batch_norms, example=example)
+    model = model.to(memory_format=torch.channels_last)
+    if not any(isinstance(module, nn.BatchNorm2d) for module in model.modules()):
+        return model
+    return reformed(model, fold_batch_norms, example=example)
 
 
 def reformed(model: nn.Module, change: Callable[[nn.Module], None], *, example: Tensor) -> nn.Module:
@@ -64,7 +68,9 @@ def reformed(model: nn.Module, change: Callable[[nn.Module], None], *, example: 
     change(copied)
     with torch.inference_mode():
         before, after = model(example), copied(example)
-    return copied if torch.allclose(before, after, rtol=1e-3, atol=1e-4 * float(before.abs().max())) else model
+    scale = float(before.abs().max())
+    same = math.isfinite(scale) and torch.allclose(before, after, rtol=1e-3, atol=1e-4 * scale)
+    return copied if same else model  # of what is not finite, the patch is named later
 
 
 Fuse = Callable[[nn.Module, nn.BatchNorm2d], nn.Module | None]

@@ -57,7 +57,9 @@ def keep_mask(
         first, n, total: which images of a fold's batch the t rows belong to, as in `BatchRows`. Shares of a batch have
             the masks that they would have in the whole one.
     """
-    draw = _keep_mask if torch.compiler.is_compiling() else _draw_mask  # an operator takes a quarter of a millisecond
+    # An operator takes a quarter of a millisecond; what is traced or stands for a GPU needs it.
+    plain = like.device.type == "cpu" and type(keys) is Tensor and not torch.compiler.is_compiling()
+    draw = _draw_mask if plain else _keep_mask
     mask: Tensor = draw(
         like, keys, torch.as_tensor(layer, device=keys.device), threshold=threshold, first=first, n=n, total=total
     )
