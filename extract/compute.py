@@ -28,6 +28,9 @@ MAX_BATCH = 256
 # FLOPs from which compiling pays: it takes half a minute to two, and saves a fifth of the time of an extraction and a
 # third of that of a training, at some 4e14 and 2e14 FLOP/s on an H100. Predicted (docs/performance.md), not measured.
 _WORTH_COMPILING = 5e16
+# Pixels, of all images together, from which OpenVINO pays: converting takes as long as torch takes for 128 images of
+# 128 pixels along the edge.
+_WORTH_CONVERTING = 2**21
 _MOST_KINDS = 4  # of blocks in a network that is compiled: each takes some seconds to a minute
 _MOST_GRAPHS = 64  # compiled at once; torch's own 8 are gone after a few networks and views
 # Compiled blocks round less often, and add in another order. What that may change, as a fraction of the largest value:
@@ -259,7 +262,14 @@ def compiled(
     return fast if same else None
 
 
-def fastest(model: nn.Module, backbone: Backbone, device: torch.device, *, size: int, precision: str) -> nn.Module:
+def worth_converting(n_images: int, *, size: int) -> bool:
+    """Whether OpenVINO is installed, and so many images of some pixels along the edge worth the time to convert."""
+    return version() is not None and n_images * size**2 >= _WORTH_CONVERTING
+
+
+def fastest(
+    model: nn.Module, backbone: Backbone, device: torch.device, *, size: int, n_images: int, precision: str
+) -> nn.Module:
     """Give the fastest form of a frozen network on a device that embeds as it does, up to rounding.
 
     Args:
@@ -267,11 +277,12 @@ def fastest(model: nn.Module, backbone: Backbone, device: torch.device, *, size:
         backbone: its record.
         device: where it will run.
         size: pixels along the edge of the network's input.
+        n_images: how many it is for, about.
         precision: to compute in.
     """
     example = torch.randn(1, 3, size, size, generator=torch.Generator().manual_seed(0)).to(device)
     model = optimize_for_inference(model, device, example=example)
-    if version() is None or not takes_openvino(model, device, precision=precision):
+    if not takes_openvino(model, device, precision=precision) or not worth_converting(n_images, size=size):
         return model
     return compiled(model, backbone, example, precision=precision) or model
 

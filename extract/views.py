@@ -30,6 +30,7 @@ _MOST_PIXELS = 2_048  # edge of a network's input; its activations would not fit
 
 # What may follow a `+` in a view's name: a mean and standard deviation of each channel, instead of the card's.
 STATISTICS: Mapping[str, tuple[RGB, RGB]] = {"imagenet": (IMAGENET_MEAN, IMAGENET_STD), "half": (HALF, HALF)}
+N_ORIENTATIONS = 8  # of a square
 FLIPS = "flips"  # the modifier of views that show every patch in eight orientations
 
 
@@ -153,6 +154,11 @@ class Transform:
         """Normalise pixels (b, 3, h, w) in 0..255, of any dtype, to float32 network input."""
         scale, offset = self.scale_and_offset(pixels.device)
         return pixels.mul(scale).sub_(offset)
+
+    @property
+    def n_shown(self) -> int:
+        """How many images the network is shown of each patch."""
+        return N_ORIENTATIONS if self.flips else 1
 
     def shown(self, images: Tensor) -> Iterator[Tensor]:
         """Yield the batches (b, 3, s, s) that the network sees of normalised images, over which outputs are averaged.

@@ -26,8 +26,9 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.utils.hooks import RemovableHandle
 
-from extract.backbones import Backbone, forward_poolings, pooling_widths
-from extract.compute import compile_blocks, reformed
+from extract.backbones import Backbone, build_model, forward_poolings, pooling_widths
+from extract.compute import compile_blocks, fastest, reformed, takes_openvino, worth_converting
+from extract.openvino import OpenvinoNetwork
 from features.folds import FoldModel
 from finetune import weight_files
 from finetune.dropout import WHOLE_BATCH, BatchRows, seed_of
@@ -57,6 +58,7 @@ class Network(nn.Module):
         values: (n_rows, p) everything that training changes: trained parameters first, then running statistics.
         gradients: (n_rows, p_trained), filled by `gather_gradients`.
         copies: (n_rows, p_adapters) the adapters in half precision, made anew in every pass; None in fp32.
+        frozen: what computes each member's poolings in evaluations, see `freeze`; empty for `model`.
         batch_rows: which images of each member's batch this process holds in a training step.
         n_synchronized_norms: how many batch norms wait for the other processes in every pass.
     """
@@ -97,12 +99,14 @@ class Network(nn.Module):
         self.batch_rows: BatchRows = WHOLE_BATCH
         self.n_synchronized_norms = 0
         self.copies: Tensor | None = None
+        self.frozen: dict[int, nn.Module] = {}
         self._hooks: list[RemovableHandle] = []
         self._replicas: list[Network] = []
         self.pooling = backbone.card_pooling.split("+")[0]
         width = pooling_widths(model, backbone)[self.pooling]
         device = next(model.parameters()).device
         dtype = next(model.parameters()).dtype
+        self._takes_openvino = takes_openvino(model, device, precision="fp32")  # before there are adapters
         stacked: list[Parameter] = []  # with a leading axis of members
         single: list[Tensor] = []  # of the one member of a full network
         if method == "lora":
@@ -199,6 +203,41 @@ class Network(nn.Module):
         for (_, layer), A, B in zip(adapters(self.model), views[::2], views[1::2], strict=True):
             layer.copies = A, B
 
+    def freeze(self, *, size: int, n_images: int, precision: str) -> bool:
+        """Have OpenVINO compute members as plain frozen networks wherever they are evaluated, if it is faster.
+
+        To be called when the members' weights are final, before `compute_in`; the classifiers may still change.
+
+        Args:
+            size: pixels along the edge of the input.
+            n_images: that each member will evaluate, about.
+            precision: to compute in.
+
+        Returns:
+            Whether it does: for convolutional networks in fp32 on a processor, where OpenVINO is installed and agrees,
+            and where there are enough images.
+        """
+        if precision != "fp32" or not self._takes_openvino or not worth_converting(n_images, size=size):
+            return False
+        one = self.model if self.method != "lora" else None  # of all members
+        frozen: dict[int, nn.Module] = {}
+        for member in self.members:
+            if one is None or not frozen:
+                model = self.plain(member) if one is None else copy.deepcopy(one).eval()
+                fast = fastest(
+                    model, self.backbone, self.values.device, size=size, n_images=n_images, precision=precision
+                )
+            frozen[member] = fast
+        if all(isinstance(fast, OpenvinoNetwork) for fast in frozen.values()):
+            self.frozen = frozen
+        return bool(self.frozen)
+
+    def plain(self, member: int) -> nn.Module:
+        """Make a plain timm network of a member of method "lora", adapters merged, without classifier."""
+        model = build_model(self.backbone, None)
+        model.load_state_dict(weight_files.merge(self.model, self.members.index(member)) | self._counters)
+        return model
+
     def shard_batches(self, process_group: ProcessGroup, batch_size: int) -> None:
         """Have training steps hold this process's rows of each member's batch, and trained batch norms see all rows.
 
@@ -290,7 +329,12 @@ class Network(nn.Module):
                 self.copies.data[rows] = self.values[rows, : self.copies.shape[1]].to(self.copies.dtype)
         elif self.method == "full":
             self.model.train(step is not None)
-        features = forward_poolings(self.model, self.backbone, images)[self.pooling].to(self.weight.dtype)  # (f * b, d)
+        if step is None and self.frozen:
+            parts = zip(members, images.chunk(len(members)), strict=True)
+            features = torch.cat([self.frozen[member](part)[self.pooling] for member, part in parts])
+        else:
+            features = forward_poolings(self.model, self.backbone, images)[self.pooling].to(self.weight.dtype)
+        # (f * b, d)
         with torch.autocast(images.device.type, enabled=False):
             return torch.baddbmm(
                 self.bias[rows][:, None], features.view(len(members), -1, features.shape[1]), self.weight[rows].mT

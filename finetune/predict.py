@@ -42,8 +42,8 @@ from finetune.predict_groups import (
     rate_table,
     share_table,
 )
-from finetune.score import load_members, patch_logits
-from finetune.setup import build_network, training_transform
+from finetune.score import patch_logits
+from finetune.setup import build_network, load_members, training_transform
 from probe.combine import averaged, mean_logits, weights_of
 from probe.ensembles import Ensemble, ensemble_of
 from probe.logistic import predict_logits
@@ -136,12 +136,12 @@ def predict_paths(
     groups = [groups_of(patches, path) for patches, path in zip(sources, paths, strict=True)] if by else []
     for patches in sources:
         _say_other_classes(patches, record)
-    n_models = sum(len(other.fold_models) for other in records)
-    with progress("predict", n_models * sum(len(patches.id) for patches in sources)) as advance:
+    n_models, n = sum(len(other.fold_models) for other in records), sum(len(patches.id) for patches in sources)
+    with progress("predict", n_models * n) as advance:
         of_runs = []  # of each run (n, c, n_models)
         for folder, other, order in zip(runs, records, orders, strict=True):
             make = _probe_predictor if other.kind == "probe" else _finetuned_predictor
-            predict = make(folder, other, backbones, torch_device)
+            predict = make(folder, other, backbones, torch_device, n)
             nothing = np.empty((0, len(other.fold_models), other.n_classes - 1), dtype=np.float32)
             whole = np.concatenate([nothing, *(predict(patches, advance) for patches in sources)])
             of_runs.append(np.ascontiguousarray(probabilities(whole)[..., order].swapaxes(1, 2)))
@@ -291,7 +291,7 @@ def _require_same_backbone(
 _Embedder = Callable[[Sequence[NDArray[np.uint8]]], dict[str, NDArray[np.float32]]]  # patches to pooling -> (b, d)
 
 
-def _probe_predictor(run: Path, record: RunRecord, backbones: _Backbones, device: torch.device) -> _Predictor:
+def _probe_predictor(run: Path, record: RunRecord, backbones: _Backbones, device: torch.device, n: int) -> _Predictor:
     """Embed patches as extraction does, rounding to float16 included, then apply the fold models' linear layers."""
     weights, groups = read_weights(run), record.groups
     layers = [[weights[weight_name(name, k, len(groups))] for name in _LAYER] for k in range(len(groups))]
@@ -302,7 +302,7 @@ def _probe_predictor(run: Path, record: RunRecord, backbones: _Backbones, device
             view = parse_view(part.view)
             model = build_model(backbone, loaded, dynamic=view.resizes(backbone))
             transform = training_transform(backbone, view, "card")
-            embedders[part.model, part.view] = _embedder(model, backbone, transform, part.precision, device)
+            embedders[part.model, part.view] = _embedder(model, backbone, transform, part.precision, device, n)
 
     def predict(patches: Patches, advance: ProgressCallback) -> NDArray[np.float32]:
         logits = []
@@ -326,9 +326,11 @@ def _probe_predictor(run: Path, record: RunRecord, backbones: _Backbones, device
 
 
 def _embedder(
-    model: nn.Module, backbone: Backbone, transform: Transform, precision: str, device: torch.device
+    model: nn.Module, backbone: Backbone, transform: Transform, precision: str, device: torch.device, n: int
 ) -> _Embedder:
-    model = fastest(model, backbone, device, size=transform.input_size, precision=precision)
+    """Make what embeds n patches, about."""
+    n_images = n * transform.n_shown
+    model = fastest(model, backbone, device, size=transform.input_size, n_images=n_images, precision=precision)
 
     def embed(patches: Sequence[NDArray[np.uint8]]) -> dict[str, NDArray[np.float32]]:
         shown = transform.shown(transform(patches, device))
@@ -359,9 +361,9 @@ def _embedded(
             yield rows, seen
 
 
-def _head_predictor(network: Network, transform: Transform, precision: str, device: torch.device) -> _Predictor:
+def _head_predictor(network: Network, transform: Transform, precision: str, device: torch.device, n: int) -> _Predictor:
     """Embed patches once by the frozen backbone that all members share, then apply each member's classifier."""
-    embed = _embedder(network.model, network.backbone, transform, precision, device)
+    embed = _embedder(network.model, network.backbone, transform, precision, device, n)
     weight, bias = (tensor.detach().cpu().numpy() for tensor in (network.weight, network.bias))  # (f, c, d), (f, c)
 
     def predict(patches: Patches, advance: ProgressCallback) -> NDArray[np.float32]:
@@ -375,7 +377,9 @@ def _head_predictor(network: Network, transform: Transform, precision: str, devi
     return predict
 
 
-def _finetuned_predictor(run: Path, record: RunRecord, backbones: _Backbones, device: torch.device) -> _Predictor:
+def _finetuned_predictor(
+    run: Path, record: RunRecord, backbones: _Backbones, device: torch.device, n: int
+) -> _Predictor:
     backbone, loaded = backbones[record.model]
     options = FinetuneOptions.from_record(record.options)
     view = parse_view(record.view)
@@ -398,12 +402,13 @@ def _finetuned_predictor(run: Path, record: RunRecord, backbones: _Backbones, de
         )
         load_members(network, run)
         if options.method != "head":
+            network.freeze(size=transform.input_size, n_images=n * transform.n_shown, precision=compute.precision)
             network.compute_in(compute.precision)
         return network
 
     network = load(network_members[0]) if len(network_members) == 1 else None
     if options.method == "head" and network is not None:
-        return _head_predictor(network, transform, record.precision, device)
+        return _head_predictor(network, transform, record.precision, device, n)
 
     def predict(patches: Patches, advance: ProgressCallback) -> NDArray[np.float32]:
         rows = np.arange(len(patches.id))

@@ -24,8 +24,17 @@ from finetune.network import Network
 from finetune.options import ComputeOptions, FinetuneOptions
 from finetune.process_group import SINGLE_PROCESS, ProcessGroup, ProcessLostError
 from finetune.recipes import Recipe
-from finetune.score import load_members, member_folder, score
-from finetune.setup import Setup, build_network, find_copies, load_training_set, new_network, prepare
+from finetune.score import score
+from finetune.setup import (
+    Setup,
+    build_network,
+    find_copies,
+    load_members,
+    load_training_set,
+    member_folder,
+    new_network,
+    prepare,
+)
 from finetune.step import TrainingSet
 from finetune.train import new_state, train
 from probe.runs import Cost, RunRecord, finish_run, new_run_id, read_run, versions

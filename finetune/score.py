@@ -25,23 +25,6 @@ from finetune.setup import Setup, new_network
 from finetune.step import TrainingSet
 from finetune.train import validation_logits
 from probe.experiment import FoldLogits
-from probe.runs import weights_folder
-
-
-def member_folder(run: Path, network: Network, member: int) -> Path:
-    """Return the folder in which a run keeps the weights of a member."""
-    n_seeds = len({model.seed for model in network.fold_models})
-    return weights_folder(run, network.fold_models[member], n_seeds=n_seeds)
-
-
-def load_members(network: Network, run: Path) -> None:
-    """Read the weights of all of a network's members from a run.
-
-    Raises:
-        UserError: a missing, truncated or foreign file.
-    """
-    for member in network.members:
-        network.load_member(member_folder(run, network, member), member)
 
 
 def score(setup: Setup, run: Path, data: TrainingSet) -> FoldLogits:
@@ -57,8 +40,7 @@ def score(setup: Setup, run: Path, data: TrainingSet) -> FoldLogits:
     }
     with progress("score", len(fold_models) * sum(map(len, tests.values()))) as advance:
         for members in setup.network_members:
-            network = new_network(setup, members, training=False)
-            load_members(network, run)
+            network = new_network(setup, members, run=run)
             for member, logit in validation_logits(network, data, members, compute=compute).items():
                 seed, fold = fold_models[member]
                 validation[data.held_out(fold), seeds.index(seed)] = logit

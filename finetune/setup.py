@@ -41,6 +41,7 @@ from finetune.process_group import SINGLE_PROCESS, ProcessGroup
 from finetune.recipes import Recipe
 from finetune.step import TrainingSet
 from probe.experiment import Experiment, make_experiment
+from probe.runs import weights_folder
 
 _DECODE_BATCH = 64  # patches decoded and resized together
 _MEMORY_FRACTION = 0.3  # of a GPU's free memory that patches may fill
@@ -95,6 +96,17 @@ class Setup:
     def scoring_transform(self) -> Transform:
         """From patch to input when trained members are scored."""
         return replace(self.transform, flips=self.recipe.tta)
+
+    @property
+    def n_validated(self) -> int:
+        """How many patches a member validates on, about."""
+        return len(self.experiment.rows) // self.experiment.folds.n_folds
+
+    @property
+    def n_evaluated(self) -> int:
+        """How many images each trained member is scored on, about."""
+        n = self.n_validated + sum(map(len, self.experiment.tests.values()))
+        return n * self.scoring_transform.n_shown
 
     @property
     def compiles(self) -> bool:
@@ -254,8 +266,8 @@ def training_transform(backbone: Backbone, view: View, statistics: str) -> Trans
     return transform if statistics == "card" else replace(transform, mean=IMAGENET_MEAN, std=IMAGENET_STD)
 
 
-def new_network(setup: Setup, members: Sequence[int], *, training: bool = True) -> Network:
-    """Build the network of some members before training, set up to compute as the user wants; or only to evaluate."""
+def new_network(setup: Setup, members: Sequence[int], *, run: Path | None = None) -> Network:
+    """Build the network of some members before training; or with the weights of a finished `run`, only to evaluate."""
     compute, size = setup.compute, setup.recipe.batch_size
     network = build_network(
         setup.backbone,
@@ -267,6 +279,15 @@ def new_network(setup: Setup, members: Sequence[int], *, training: bool = True) 
         n_classes=setup.n_classes,
         device=compute.device,
     )
+    if run is not None:
+        load_members(network, run)
+    # The backbone of heads has its final weights from the start.
+    if setup.compute_options.fast and (run is not None or network.method == "head"):
+        network.freeze(
+            size=setup.transform.input_size,
+            n_images=setup.n_evaluated if run is not None else setup.n_validated * setup.recipe.epochs,
+            precision=compute.precision,
+        )
     if network.compute_in(compute.precision, fold_norms=setup.compute_options.fast):
         compute.fast_paths.add("folded norms")
     if setup.compute_options.grad_checkpointing:
@@ -276,8 +297,24 @@ def new_network(setup: Setup, members: Sequence[int], *, training: bool = True) 
     if setup.compiles:
         shard = compute.process_group.shard_rows(size)
         n, image_size = shard.stop - shard.start, setup.transform.input_size
-        try_compiled_blocks(network, compute, batch_size=n, image_size=image_size, training=training)
+        try_compiled_blocks(network, compute, batch_size=n, image_size=image_size, training=run is None)
     return network
+
+
+def member_folder(run: Path, network: Network, member: int) -> Path:
+    """Return the folder in which a run keeps the weights of a member."""
+    n_seeds = len({model.seed for model in network.fold_models})
+    return weights_folder(run, network.fold_models[member], n_seeds=n_seeds)
+
+
+def load_members(network: Network, run: Path) -> None:
+    """Read the weights of all of a network's members from a run.
+
+    Raises:
+        UserError: a missing, truncated or foreign file.
+    """
+    for member in network.members:
+        network.load_member(member_folder(run, network, member), member)
 
 
 def build_network(

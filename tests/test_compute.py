@@ -244,9 +244,9 @@ def test_openvino_embeds_as_torch_does_with_the_same_bits_for_any_batch_and_any_
     model, batch = build_model(CNN, None), images(5).contiguous(memory_format=torch.channels_last)
     expected = embed_batch(model, CNN, batch, precision="fp32")
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
-    alone = fastest(model, CNN, CPU, size=160, precision="fp32")
+    alone = fastest(model, CNN, CPU, size=160, n_images=1_000, precision="fp32")
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
-    beside = fastest(model, CNN, CPU, size=160, precision="fp32")
+    beside = fastest(model, CNN, CPU, size=160, n_images=1_000, precision="fp32")
     whole = embed_batch(alone, CNN, batch, precision="fp32")
     with side_by_side(CPU, 3) as map_batches:
         parts = list(map_batches(lambda part: embed_batch(beside, CNN, part, precision="fp32"), batch.split([2, 2, 1])))
@@ -286,7 +286,7 @@ def test_a_network_that_openvino_embeds_otherwise_or_cannot_convert_is_left_to_t
     monkeypatch.setattr("extract.openvino.find_spec", lambda name: None)
     assert compiled(model, CNN, images(), precision="fp32") is None
     assert "OpenVINO is not installed: pip install 'mitofm[cpu]'" in capsys.readouterr().err
-    assert not isinstance(fastest(model, CNN, CPU, size=160, precision="fp32"), OpenvinoNetwork)
+    assert not isinstance(fastest(model, CNN, CPU, size=160, n_images=1_000, precision="fp32"), OpenvinoNetwork)
     assert capsys.readouterr().err == ""
 
 

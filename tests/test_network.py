@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from patch_folders import MODEL, write_weights
 from torch import Tensor, nn
 
+from extract import openvino
 from extract.backbones import Backbone, build_model, fetch_weights, find_backbone, forward_poolings
 from extract.views import parse_view
 from features.console import UserError
@@ -512,3 +513,28 @@ def test_a_network_that_embeds_otherwise_than_its_record_says_is_refused_before_
             n_classes=2,
             device=torch.device("cpu"),
         )
+
+
+@pytest.mark.skipif(openvino.version() is None, reason=f"OpenVINO is not installed: {openvino.INSTALL}")
+@pytest.mark.parametrize("method", METHODS)
+def test_a_frozen_network_gives_each_member_the_logits_of_its_own_weights(method: Method) -> None:
+    network = stirred(tiny_network(method, CNN))
+    before = logits(network)
+    assert not network.freeze(size=32, n_images=100, precision="fp32")  # too few
+    assert not network.freeze(size=32, n_images=10_000, precision="bf16")
+    assert network.freeze(size=32, n_images=10_000, precision="fp32")
+    tolerance = {"rtol": 1e-3, "atol": 1e-3 * float(before.abs().max())}
+    torch.testing.assert_close(logits(network), before, **tolerance)
+    last = network.members[-1]
+    with torch.no_grad():
+        alone = network(images(len(network.members) * N)[-N:], [last])
+    torch.testing.assert_close(alone, before[-1:], **tolerance)
+    if method == "lora":  # or one network would do for all
+        assert len({id(frozen) for frozen in network.frozen.values()}) == N_FOLDS
+    network(images(len(network.members) * N), network.members, step=0).sum().backward()  # training is not concerned
+    assert network.weight.grad is not None
+
+
+@pytest.mark.skipif(openvino.version() is None, reason=f"OpenVINO is not installed: {openvino.INSTALL}")
+def test_transformers_are_not_frozen() -> None:
+    assert not tiny_network("lora", VIT).freeze(size=32, n_images=10**9, precision="fp32")
