@@ -198,11 +198,13 @@ class _Joint:
 def _joint(runs: Sequence[Path], records: Sequence[RunRecord], how: str) -> _Joint:
     record = records[0]
     if len(runs) == 1:
+        if how != "equal":
+            raise UserError(f"`ensemble_weights={how}` is for several runs, found one. Name more, or leave it out.")
         return _Joint(
             record.figures.threshold, None, lambda: ensemble_of(read_predictions(runs[0]), record.train, VALIDATION)
         )
     if len({(one.train, one.folds.digest, one.label_names) for one in records}) > 1:
-        apart = "the runs do not share training set, folds and classes, so that out of fold they say nothing together"
+        apart = "the runs differ in training set, folds or classes, so that out of fold they say nothing together"
         if how != "equal":
             raise UserError(f"`ensemble_weights={how}`: {apart}. Use equal.")
         say(f"{apart[0].upper()}{apart[1:]}: the threshold is the mean of theirs.")

@@ -65,6 +65,10 @@ def make_report(
             ensemble of runs on different folds.
     """
     read, notes = read_runs(runs, named=named, folds=folds)
+    if not ensemble and ensemble_weights != "equal":
+        raise UserError(
+            f"`ensemble_weights={ensemble_weights}` is for an ensemble: name its runs by `ensemble`, or all."
+        )
     if ensemble:
         read.append(ensemble_of_runs(named_runs(read, ensemble), weights=ensemble_weights))
     report = collect(read, notes, resampling=resampling, options=options)

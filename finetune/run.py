@@ -91,17 +91,21 @@ def resume(
             `finetune`.
     """
     folder = Path(folder)
+    computing = {field.name for field in fields(ComputeOptions)}
+    training = {name: value for name, value in (given or {}).items() if name not in computing}
     if (folder / "run.json").exists():
+        run = read_run(folder)
+        if run.kind == "finetune":
+            _require_same_options(folder, FinetuneOptions.from_record(run.options), training)
         say(f"{folder} has finished already.")
         if not process_group.is_first:
             return None
         clear_up(folder)
-        return read_run(folder)
+        return run
     record = read_start(folder)
     options = FinetuneOptions.from_record(record["identity"]["options"])
-    computing = {field.name for field in fields(ComputeOptions)}
     changes = {name: value for name, value in (given or {}).items() if name in computing}
-    _require_same_options(folder, options, {n: value for n, value in (given or {}).items() if n not in computing})
+    _require_same_options(folder, options, training)
     recipe = Recipe.from_record(record["identity"]["recipe"])  # as it was: what the options mean may have changed since
     computing_options = replace(ComputeOptions.from_record(record["compute"]), **changes)
     setup = prepare(options, computing_options, process_group, recipe=recipe)

@@ -190,6 +190,8 @@ def _candidates(setup: Setup, model: str) -> list[tuple[Entry, str]]:
 
     view = options.view or _view_of_recipe(options.recipe, model, {name: complete(name) for name in (train, *tests)})
     by_view = complete(train)
+    if view is not None:  # its modifiers may be named in any order
+        view = next((key for key in by_view if sorted(key.split("+")) == sorted(view.split("+"))), view)
     for name in tests:
         test_entries = complete(name)
         if view is not None and view in by_view and view not in test_entries:

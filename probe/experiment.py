@@ -201,7 +201,7 @@ def make_experiment(
         folds = grouped_folds(table.select(rows), cv, seed=fold_seed, scheme=scheme, classes=classes)
     else:
         folds = domain_folds(table.select(rows), seed=fold_seed, classes=classes)
-        say(f"{train}: one fold per domain, {', '.join(folds.names)}; `cv` counts for nothing.")
+        say(f"{train}: one fold per domain, {', '.join(folds.names)}, whatever `cv` says.")
     if soft_labels and not (table.votes[rows] != MISSING_VOTE).any():
         raise UserError(
             f"{train} has no votes of raters to train on. Leave `soft_labels` out, or train on a dataset with votes."

@@ -283,9 +283,13 @@ def test_only_runs_on_the_same_folds_are_an_ensemble(tmp_path):
     edit_record(second, folds={"n": 3, "digest": OTHER_FOLDS})
     with pytest.raises(UserError, match=r"virchow probe was trained on folds beefbeef, .* Name runs on the same folds"):
         make_report(tmp_path, ensemble=("all",), resampling=QUICK)
+    with pytest.raises(UserError, match=f"at least two different runs; found {first.name}. Name others too"):
+        make_report(tmp_path, ensemble=(first.name, first.name), resampling=QUICK)
+    with pytest.raises(UserError, match=r"`ensemble_weights=out-of-fold` is for an ensemble"):
+        make_report(tmp_path, ensemble_weights="out-of-fold", resampling=QUICK)
     with pytest.raises(UserError, match=r"`ensemble`: none is none of the runs reported"):
         make_report(tmp_path, ensemble=("none",), resampling=QUICK)
-    with pytest.raises(UserError, match=r"at least two runs; found uni probe"):
+    with pytest.raises(UserError, match=r"at least two different runs; found "):
         make_report(tmp_path, ensemble=(str(first),), resampling=QUICK)
     read, _ = read_runs(tmp_path, named=[first, made_run(tmp_path / "again", "conch")])
     with pytest.raises(UserError, match=r"unknown weights 'best': use equal or out-of-fold"):

@@ -409,6 +409,8 @@ def test_resuming_a_finished_run_shows_it_and_changes_nothing(bare: Command, tmp
     assert done.status == 0, done.err
     assert "has finished already" in done.err
     assert json.loads(done.out)["results"][0]["id"] == run.name
+    refused = bare("--resume", f"runs/{run.name}", "--no-tta")
+    assert (refused.status, "tta False instead of" in refused.err) == (1, True)
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
 
 

@@ -479,7 +479,7 @@ def test_classes_of_several_runs_are_aligned_by_name(runs, table, weights, tmp_p
         assert float(row[columns[0]]) == pytest.approx(1 - float(row[columns[1]]), abs=2e-6)
         assert float(row["probability"]) == pytest.approx(0.5, abs=1e-6)
     said = " ".join(capsys.readouterr().err.split())
-    assert "do not share training set, folds and classes" in said
+    assert "differ in training set, folds or classes" in said
     assert "6 fold models of 2 runs, weights 0.500, 0.500" in said
     for asked, message in (({"ensemble_weights": "out-of-fold"}, "Use equal"), ({"by": "group"}, "one of them")):
         with pytest.raises(UserError, match=message):

@@ -39,7 +39,8 @@ def facts(record: RunRecord) -> list[tuple[str, str]]:
 def commands(record: RunRecord) -> list[str]:
     """List the command lines that would make a run again; the user's datasets are named by their path."""
     options = dict(record.options)
-    options.setdefault("fold_seed", record.folds.seed)  # early versions drew the folds by `seed`
+    if record.kind != "ensemble":
+        options.setdefault("fold_seed", record.folds.seed)  # early versions drew the folds by `seed`
     names = dict.fromkeys([record.train, *record.test])
     paths = {name: record.sources.get(name, "") for name in names}
     sets = ",".join(paths[name] if PurePath(paths[name]).is_absolute() else name for name in names)

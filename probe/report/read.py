@@ -75,7 +75,8 @@ def ensemble_of_runs(runs: Sequence[Run], *, weights: str = "equal") -> Run:
         UserError: a single run, or runs on other folds, patches or classes.
     """
     if len(runs) < 2:
-        raise UserError(f"an ensemble needs at least two runs; found {', '.join(run.label for run in runs) or 'none'}.")
+        found = ", ".join(run.record.id for run in runs) or "none"
+        raise UserError(f"an ensemble needs at least two different runs; found {found}. Name others too, each once.")
     first = runs[0]
     for run in runs[1:]:
         if run.record.folds.digest != first.record.folds.digest:
