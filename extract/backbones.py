@@ -1,7 +1,7 @@
 """How does a model's name become a network that turns patches into embeddings?
 
 The records are in extract/registry.py. This file finds one, fetches and reads its weights, builds the network in timm,
-loads every tensor strictly, and pools the network's output.
+and loads every tensor strictly. `extract.pooling` pools the network's output.
 """
 
 from __future__ import annotations
@@ -9,8 +9,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
-from contextvars import ContextVar
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib.util import find_spec
@@ -26,8 +25,9 @@ from torch import Tensor, nn
 from extract import hub
 from extract.checkpoints import common_prefix, first_names, network_tensors, read_checkpoint
 from extract.keymaps import KEYMAPS, TIMM_RAISES, KeyMapError, StateDict
+from extract.pooling import default_pooling, forward_poolings, keep_middle, pooling_width, pooling_widths
 from extract.registry import BACKBONES as BACKBONES
-from extract.registry import IMAGENET_MEAN, IMAGENET_STD, NATURAL_IMAGES, Pooling
+from extract.registry import IMAGENET_MEAN, IMAGENET_STD, NATURAL_IMAGES
 from extract.registry import Backbone as Backbone
 from extract.registry import list_models as list_models
 from features.console import UserError, nearest, say
@@ -182,11 +182,11 @@ def _unregistered(
     )
     with torch.device("meta"):
         model = _create(record(n_parameters=0, embedding_dim=0), dynamic=False).eval()
-    pooling = _default_pooling(model)
+    pooling = default_pooling(model)
     backbone = record(
         card_pooling=pooling,
         n_parameters=sum(parameter.numel() for parameter in model.parameters()),
-        embedding_dim=_width(model, pooling),
+        embedding_dim=pooling_width(model, pooling),
     )
     check_forward(model, backbone, size)
     return backbone
@@ -303,7 +303,7 @@ def build_model(backbone: Backbone, weights: Weights | None, *, dynamic: bool = 
         _load(model, _fitting(model, weights.path, backbone), weights.path, backbone)
     _check_gated_mlp(model, backbone)
     model.eval().requires_grad_(False)
-    _keep_middle(model, backbone)
+    keep_middle(model, backbone)
     return model
 
 
@@ -484,187 +484,3 @@ def _close(one: Tensor, other: Tensor) -> bool:
 
 def _is_registered(backbone: Backbone) -> bool:
     return any(known.hub_id == backbone.hub_id for known in BACKBONES.values())
-
-
-# ---------------------------------------------------------------------------------------------------------- pooling
-
-
-def center_window(grid: int) -> slice:
-    """Find the central cells along one axis: 30 % is left out on either side, and at least one cell is kept.
-
-    >>> center_window(16), center_window(7)
-    (slice(5, 11, None), slice(2, 5, None))
-    """
-    margin = min(round(0.3 * grid), (grid - 1) // 2)
-    return slice(margin, grid - margin)
-
-
-# The feature maps of the pass that a thread makes, behind each of the middle stages; None between passes.
-_middle: ContextVar[list[Tensor] | None] = ContextVar("middle", default=None)
-
-
-def middle_stages(model: nn.Module) -> list[str]:
-    """Name the stages behind which `mid` is taken: those at 5/7 and 6/7 of a network that makes feature maps.
-
-    They are EfficientNet's fifth and sixth of seven, and the third of four of ResNet, ConvNeXt and Swin. Empty for
-    transformers with tokens, and for networks whose stages stand in no row of at least four that timm names as usual.
-    """
-    if _has_tokens(model):
-        return []
-    rows = [
-        [f"{name}.{child}" for child, _ in row.named_children()]
-        for name in ("blocks", "stages", "layers")
-        if isinstance(row := getattr(model, name, None), nn.Sequential | nn.ModuleList)
-    ]
-    rows.append([name for name, _ in model.named_children() if re.fullmatch(r"(layer|s)\d", name)])
-    names = next((row for row in rows if len(row) >= 4), [])
-    depths = dict.fromkeys(round(len(names) * share / 7) for share in (5, 6))
-    return [names[depth - 1] for depth in depths if 0 < depth < len(names)]
-
-
-def _keep_middle(model: nn.Module, backbone: Backbone) -> None:
-    """Have the middle stages hand their feature maps to `forward_poolings`; note their widths in `model.middle`."""
-    names = middle_stages(model)
-    hooks = [model.get_submodule(name).register_forward_hook(_hand_over) for name in names]
-    kept: list[Tensor] = []
-    if names:
-        size = backbone.input_size
-        token = _middle.set(kept)
-        try:
-            with torch.inference_mode():
-                model.forward_features(torch.zeros(1, 3, size, size, device=next(model.parameters()).device))  # type: ignore[operator]
-        except TIMM_RAISES:
-            kept.clear()  # `check_forward` says what is wrong
-        finally:
-            _middle.reset(token)
-    maps = [features for features in kept if isinstance(features, Tensor) and features.ndim == 4]
-    if len(maps) != len(names):
-        for hook in hooks:
-            hook.remove()
-    channels = [features.shape[3 if _channels_last(model) else 1] for features in maps]
-    model.middle = sum(channels) if len(maps) == len(names) else 0  # type: ignore[assignment]
-
-
-def _hand_over(stage: nn.Module, inputs: Any, features: Any) -> None:
-    if (kept := _middle.get()) is not None:
-        kept.append(features)
-
-
-def pooling_widths(model: nn.Module, backbone: Backbone) -> dict[str, int]:
-    """Give the width of every pooling that `forward_poolings` returns, in its order, which a store writes them in."""
-    return {pooling: _width(model, pooling) for pooling in _poolings(model, backbone)}
-
-
-def forward_poolings(model: nn.Module, backbone: Backbone, images: Tensor) -> dict[str, Tensor]:
-    """Run one forward pass and give every pooling of it.
-
-    Args:
-        model: from `build_model`, on the images' device.
-        backbone: its record.
-        images: (b, 3, h, h) normalised.
-
-    Returns:
-        name -> (b, d) float32, in the order of `pooling_widths`. `cls`, `mean` and `center` are taken after the final
-        norm; `center` averages the central cells of the patch grid (`center_window`); `pooled` is the model's own.
-        `mid` averages the central cells of the feature maps behind the `middle_stages`, side by side.
-
-    Raises:
-        UserError: a model whose output is neither a square patch grid nor a feature map.
-    """
-    middle: list[Tensor] = []
-    token = _middle.set(middle)
-    try:
-        features = model.forward_features(images)  # type: ignore[operator]
-    finally:
-        _middle.reset(token)
-    return _pool(model, backbone, features, middle)
-
-
-def _pool(model: nn.Module, backbone: Backbone, features: Any, middle: Sequence[Tensor] = ()) -> dict[str, Tensor]:
-    cells = _cells(model, backbone, features)  # (b, rows, columns, d)
-    pooled: dict[str, Tensor] = {}
-    for pooling in _poolings(model, backbone):
-        if pooling == "pooled":
-            pooled[pooling] = model.forward_head(features, pre_logits=True)  # type: ignore[operator]
-        elif pooling == "cls":
-            pooled[pooling] = _head_norm(model, features[:, 0])
-        elif pooling == "mid":
-            pooled[pooling] = torch.cat([_central(_as_cells(model, one)) for one in middle], dim=1)
-        else:
-            pooled[pooling] = _head_norm(model, _central(cells) if pooling == "center" else _mean(cells))
-    return {pooling: embedding.float() for pooling, embedding in pooled.items()}
-
-
-def _central(cells: Tensor) -> Tensor:
-    window = center_window(int(cells.shape[1]))
-    return _mean(cells[:, window, window])
-
-
-def _mean(cells: Tensor) -> Tensor:
-    return cells.mean(dim=(1, 2), dtype=torch.float32)  # in float32: under autocast the cells are half precision
-
-
-def _channels_last(model: Any) -> bool:
-    return getattr(model, "output_fmt", "NCHW") == "NHWC"
-
-
-def _as_cells(model: Any, features: Tensor) -> Tensor:
-    return features if _channels_last(model) else features.permute(0, 2, 3, 1)
-
-
-def _cells(model: Any, backbone: Backbone, features: Any) -> Tensor:
-    if not isinstance(features, Tensor):
-        raise UserError(
-            f"{backbone.name}: {backbone.arch} returns features as a {type(features).__name__} of several, not as one "
-            "grid of patch tokens or feature map. Take another model."
-        )
-    if features.ndim == 4:
-        return _as_cells(model, features)
-    if features.ndim == 3 and _has_tokens(model):
-        patches = features[:, model.num_prefix_tokens :]  # (b, n, d): class and register tokens come first
-        edge = math.isqrt(patches.shape[1])
-        if edge * edge == patches.shape[1]:
-            return patches.reshape(len(patches), edge, edge, -1)
-    raise UserError(
-        f"{backbone.name}: {backbone.arch} returns features of shape {tuple(features.shape)}, which are neither a "
-        "square grid of patch tokens nor a feature map. Take another model."
-    )
-
-
-def _poolings(model: Any, backbone: Backbone) -> tuple[str, ...]:
-    pooled = ("pooled",) if backbone.card_pooling == "pooled" else ()
-    if not _has_tokens(model):
-        return (*pooled, "center", *["mid"] * bool(getattr(model, "middle", 0)))
-    return (*pooled, *(("cls",) if _has_class_token(model) else ()), "mean", "center")
-
-
-def _default_pooling(model: Any) -> Pooling:
-    """Find how the model itself turns features into an embedding, for models outside the registry."""
-    if not _has_tokens(model) or getattr(model, "dist_token", None) is not None:  # two tokens, averaged
-        return "pooled"
-    pool = getattr(model, "global_pool", "")
-    if pool in ("token", "") and _has_class_token(model):
-        return "cls"
-    return "mean" if pool in ("avg", "") else "pooled"
-
-
-def _width(model: Any, pooling: str) -> int:
-    if pooling == "mid":
-        return int(model.middle)
-    width = getattr(model, "head_hidden_size", model.num_features) if pooling == "pooled" else model.num_features
-    return int(width)
-
-
-def _has_tokens(model: Any) -> bool:
-    return hasattr(model, "num_prefix_tokens")
-
-
-def _has_class_token(model: Any) -> bool:
-    return getattr(model, "cls_token", None) is not None
-
-
-def _head_norm(model: Any, embedding: Tensor) -> Tensor:
-    """Apply the norm that models trained on the patch mean have after the pooling (`fc_norm`); others have none."""
-    norm = getattr(model, "fc_norm", None)
-    normed: Tensor = embedding if norm is None else norm(embedding)
-    return normed

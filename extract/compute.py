@@ -17,8 +17,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from extract.backbones import Backbone, forward_poolings
+from extract.backbones import Backbone
 from extract.openvino import OpenvinoNetwork, is_convolutional, version
+from extract.pooling import forward_poolings
 from features.console import UserError
 from features.device import agrees, copy_stream, free_cached_memory, has_bf16, out_of_memory
 

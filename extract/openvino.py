@@ -20,7 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from extract.backbones import Backbone, forward_poolings
+from extract.backbones import Backbone
+from extract.pooling import forward_poolings
 
 NAME = "openvino"  # as it is recorded
 INSTALL = "pip install 'mitofm[cpu]'"

@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from extract.backbones import Backbone, Weights, build_model, check_forward, fetch_weights, pooling_widths
+from extract.backbones import Backbone, Weights, build_model, check_forward, fetch_weights
 from extract.compute import (
     choose_precision,
     compiled,
@@ -34,6 +34,7 @@ from extract.compute import (
 from extract.datasets import PatchDataset
 from extract.openvino import NAME as OPENVINO
 from extract.openvino import OpenvinoNetwork, version
+from extract.pooling import pooling_widths
 from extract.shard import Shard
 from extract.views import Transform, View, make_transform, parse_view
 from features.console import UserError, say

@@ -28,7 +28,7 @@ from torch import Tensor
 from features.console import UserError, nearest
 from features.files import sweep, write_file, writing
 from features.fingerprint import fingerprint
-from probe.runs import EpochRecord
+from probe.records import EpochRecord
 
 CHECKPOINT_FILE = "checkpoint.safetensors"
 START_FILE = "training.json"

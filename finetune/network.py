@@ -26,9 +26,10 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.utils.hooks import RemovableHandle
 
-from extract.backbones import Backbone, build_model, forward_poolings, pooling_widths
+from extract.backbones import Backbone, build_model
 from extract.compute import compile_blocks, fastest, reformed, takes_openvino, worth_converting
 from extract.openvino import OpenvinoNetwork
+from extract.pooling import forward_poolings, pooling_widths
 from features.folds import FoldModel
 from finetune import weight_files
 from finetune.dropout import WHOLE_BATCH, BatchRows, seed_of

@@ -50,7 +50,8 @@ from probe.logistic import predict_logits
 from probe.metrics import as_dict, predicted_classes, probabilities
 from probe.predictions import VALIDATION, csv_bytes, threshold_of
 from probe.rates import error_rates
-from probe.runs import Part, RunRecord, check_weights, read_predictions, read_run, read_weights, weight_name
+from probe.records import Part, RunRecord
+from probe.runs import check_weights, read_predictions, read_run, read_weights, weight_name
 
 _LAYER = ("coef", "intercept")
 _BATCH = {"cpu": 8, "cuda": 64, "mps": 64}  # images per forward pass of a frozen backbone

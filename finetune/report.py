@@ -19,13 +19,13 @@ from extract.registry import BACKBONES
 from features.console import UserError, say
 from features.files import write_file, writing
 from features.labels import NUMBERS, parse_renaming
+from probe.records import RunRecord
 from probe.report.collect import Report, ReportOptions, collect
 from probe.report.gallery import PAGE_BYTES, Pixels, embedding_maps, make_thumbnails, open_store, select_patches
 from probe.report.page import html, with_thumbnails
 from probe.report.read import Run, ensemble_of_runs, named_runs, read_runs
 from probe.report.tables import grids, latex, markdown
 from probe.resample import Resampling
-from probe.runs import RunRecord
 
 Format = Literal["html", "markdown", "latex"]
 

@@ -37,7 +37,8 @@ from finetune.setup import (
 )
 from finetune.step import TrainingSet
 from finetune.train import new_state, train
-from probe.runs import Cost, RunRecord, finish_run, new_run_id, read_run, versions
+from probe.records import Cost, RunRecord
+from probe.runs import finish_run, new_run_id, read_run, versions
 from probe.schedule import best_epoch
 
 

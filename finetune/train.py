@@ -35,7 +35,7 @@ from finetune.recipes import Recipe, learning_rate
 from finetune.step import Batches, Step, TrainingSet
 from probe.metrics import judge_logits
 from probe.paper import draw_batches
-from probe.runs import EpochRecord
+from probe.records import EpochRecord
 from probe.schedule import best_epoch, should_stop
 
 STEPS_APART = 2**20  # between the numbers of the first steps of two epochs

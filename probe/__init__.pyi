@@ -14,8 +14,8 @@ from .predictions import Predictions as Predictions
 from .probing import ProbeOptions as ProbeOptions
 from .probing import probe_store as probe_store
 from .raters import by_agreement as by_agreement
+from .records import RunRecord as RunRecord
 from .resample import Resampling as Resampling
-from .runs import RunRecord as RunRecord
 from .runs import read_predictions as read_predictions
 from .runs import read_run as read_run
 from .runs import read_samples as read_samples

@@ -18,7 +18,7 @@ from probe.curve import Subset
 from probe.experiment import Experiment
 from probe.linear import STRENGTHS, Probe, fit_exact, fit_paper, held_out_folds, in_memory
 from probe.metrics import judge_logits
-from probe.runs import COMBINED, Candidate, Combined, FitRecord, joined
+from probe.records import COMBINED, Candidate, Combined, FitRecord, joined
 from probe.schedule import probe_recipe
 from probe.stream import fits_in_memory
 

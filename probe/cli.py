@@ -23,7 +23,7 @@ from features.options import (
 )
 
 if TYPE_CHECKING:
-    from probe.runs import CurveFits, FitRecord, RunRecord
+    from probe.records import CurveFits, FitRecord, RunRecord
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 

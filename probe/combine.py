@@ -22,8 +22,9 @@ from features.folds import SEED
 from probe.ensembles import Ensemble, ensemble_of
 from probe.evidence import compare
 from probe.predictions import VALIDATION, Predictions, concatenate
+from probe.records import RunRecord
 from probe.resample import Resampling
-from probe.runs import RunRecord, read_predictions, read_samples
+from probe.runs import read_predictions, read_samples
 from probe.significance import Difference
 
 MOST_PARTS = 4

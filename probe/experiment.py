@@ -21,7 +21,7 @@ from features.folds import SEED, Folds, Scheme, domain_folds, fold_models, group
 from features.labels import Classes
 from features.samples import MISSING_VOTE, TEST, Samples, vote_shares
 from probe.predictions import VALIDATION, Predictions, concatenate, predictions_of
-from probe.runs import FoldsRecord
+from probe.records import FoldsRecord
 
 AMI_BR = "ami-br"  # the dataset for which the paper's fold assignment is kept
 

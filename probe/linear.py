@@ -27,7 +27,7 @@ from probe.curve import Subset
 from probe.logistic import Fits, fit_logistic, lacked_classes, predict_logits
 from probe.metrics import balanced_log_loss, best_threshold, predicted_classes, probabilities
 from probe.paper import fit_paper_probe
-from probe.runs import FitRecord
+from probe.records import FitRecord
 from probe.schedule import PAPER, PaperRecipe
 from probe.stream import fit_streamed, fits_in_memory
 

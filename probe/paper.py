@@ -23,7 +23,7 @@ from torch import Tensor
 from features.console import ProgressCallback, progress
 from features.folds import fold_models
 from probe.metrics import balanced_accuracy
-from probe.runs import FitRecord
+from probe.records import FitRecord
 from probe.schedule import PAPER, PaperRecipe, best_epoch, plateau_rate, should_stop
 
 

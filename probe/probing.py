@@ -50,16 +50,8 @@ from probe.experiment import AMI_BR, Experiment, FoldLogits, make_experiment
 from probe.linear import Probe, fit_exact, held_out_folds, in_memory
 from probe.logistic import predict_logits
 from probe.predictions import Predictions
-from probe.runs import (
-    Candidate,
-    Cost,
-    CurveFits,
-    Part,
-    RunRecord,
-    joined,
-    weight_name,
-    write_run,
-)
+from probe.records import Candidate, Cost, CurveFits, Part, RunRecord, joined
+from probe.runs import weight_name, write_run
 
 DEMOS = ("demo", "demo-phases")  # drawn, and trained on only where there is nothing else, the first before the other
 _LATER = ("soft_labels", "combine", "folds_by")

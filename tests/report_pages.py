@@ -21,10 +21,10 @@ from extract.datasets import load_dataset
 from features.samples import Samples, make_samples
 from finetune.report import make_report
 from probe.predictions import VALIDATION, concatenate, predictions_of
+from probe.records import FoldsRecord, RunRecord
 from probe.report.collect import collect
 from probe.report.read import read_runs
 from probe.resample import Resampling
-from probe.runs import FoldsRecord, RunRecord
 
 QUICK = Resampling(replicates=200)
 OTHER_FOLDS = "beef" * 16

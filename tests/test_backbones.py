@@ -21,18 +21,15 @@ from extract.backbones import (
     Backbone,
     Weights,
     build_model,
-    center_window,
     check_forward,
     check_input_size,
     fetch_weights,
     find_backbone,
-    forward_poolings,
     list_models,
-    middle_stages,
-    pooling_widths,
 )
 from extract.checkpoints import read_checkpoint
 from extract.keymaps import KEYMAPS
+from extract.pooling import center_window, forward_poolings, middle_stages, pooling_widths
 from features.console import UserError
 
 FACTS = json.loads((Path(__file__).parent / "data" / "foundation_models.json").read_text())

@@ -17,7 +17,8 @@ from finetune.predict import predict_paths
 from finetune.report import make_report
 from probe.leaks import UNSEEN, known_patches, with_unseen
 from probe.probing import ProbeOptions, probe_store
-from probe.runs import RunRecord, read_predictions, read_run
+from probe.records import RunRecord
+from probe.runs import read_predictions, read_run
 
 WIDTH = 12
 

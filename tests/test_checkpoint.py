@@ -29,7 +29,8 @@ from finetune.network import Method, Network
 from finetune.options import ComputeOptions, FinetuneOptions
 from finetune.run import finetune, resume
 from probe import experiment
-from probe.runs import EpochRecord, RunRecord, read_predictions, read_run
+from probe.records import EpochRecord, RunRecord
+from probe.runs import read_predictions, read_run
 
 CPU = torch.device("cpu")
 

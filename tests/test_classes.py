@@ -31,9 +31,10 @@ from probe.metrics import (
 )
 from probe.predictions import columns_of, parse_predictions, predictions_csv, threshold_of, thresholds_of
 from probe.probing import ProbeOptions, probe_store
+from probe.records import FoldsRecord, RunRecord
 from probe.report.read import labels_of
 from probe.resample import Resampling
-from probe.runs import FoldsRecord, RunRecord, read_predictions, read_run, read_samples, read_weights, write_run
+from probe.runs import read_predictions, read_run, read_samples, read_weights, write_run
 
 NAMES = ("fat", "lymphocytes", "mucus", "stroma", "tumor")
 

@@ -22,10 +22,11 @@ from probe.combine import averaged, fitted_weights, forward_selection, gains, me
 from probe.metrics import auroc
 from probe.predictions import Predictions, concatenate, predictions_of
 from probe.probing import ProbeOptions, probe_store
+from probe.records import RunRecord
 from probe.report.provenance import commands, facts
 from probe.report.read import ensemble_of_runs, read_runs
 from probe.report.terminal import candidates_table, gain_table
-from probe.runs import RunRecord, read_predictions, read_run, read_weights
+from probe.runs import read_predictions, read_run, read_weights
 
 # --- means ------------------------------------------------------------------------------------------------------------
 

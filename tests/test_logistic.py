@@ -17,7 +17,7 @@ from features.console import UserError
 from probe import logistic
 from probe.linear import Probe
 from probe.logistic import Fits, fit_logistic, predict_logits
-from probe.runs import FitRecord
+from probe.records import FitRecord
 
 STRENGTHS = np.logspace(-4, 0, 4)
 

@@ -19,7 +19,8 @@ from patch_folders import MODEL, write_weights
 from torch import Tensor, nn
 
 from extract import openvino
-from extract.backbones import Backbone, build_model, fetch_weights, find_backbone, forward_poolings
+from extract.backbones import Backbone, build_model, fetch_weights, find_backbone
+from extract.pooling import forward_poolings
 from extract.views import parse_view
 from features.console import UserError
 from features.folds import fold_models

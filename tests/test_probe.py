@@ -17,10 +17,11 @@ from probe.evidence import evaluate
 from probe.linear import fit_exact
 from probe.metrics import FoldFigure, RunMetrics, SetMetrics, auroc
 from probe.probing import ProbeOptions, probe_store
+from probe.records import FoldsRecord, RunRecord
 from probe.report.published import published
 from probe.report.terminal import leaderboard, result_tables
 from probe.resample import Resampling
-from probe.runs import FoldsRecord, RunRecord, read_predictions, read_run
+from probe.runs import read_predictions, read_run
 from probe.schedule import probe_recipe
 
 WIDTH = 12

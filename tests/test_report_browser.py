@@ -32,12 +32,13 @@ from features.store import FeatureStore
 from finetune.report import make_report, write_report
 from probe.predictions import concatenate, predictions_of, threshold_of
 from probe.probing import ProbeOptions, probe_store
+from probe.records import Cost, FoldsRecord, RunRecord
 from probe.report.collect import collect
 from probe.report.gallery import EmbeddingMap, make_thumbnails, select_patches
 from probe.report.page import html, with_thumbnails
 from probe.report.read import read_runs
 from probe.resample import Resampling
-from probe.runs import Cost, FoldsRecord, RunRecord, read_predictions, read_run, write_run
+from probe.runs import read_predictions, read_run, write_run
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page

@@ -29,14 +29,8 @@ from probe.predictions import (
     predictions_csv,
     predictions_of,
 )
-from probe.runs import (
-    RunRecord,
-    check_weights,
-    read_predictions,
-    read_run,
-    read_samples,
-    write_run,
-)
+from probe.records import RunRecord
+from probe.runs import check_weights, read_predictions, read_run, read_samples, write_run
 
 ODD = (
     "a,b",

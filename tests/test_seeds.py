@@ -41,10 +41,11 @@ from probe.predictions import (
     thresholds_of,
 )
 from probe.probing import ProbeOptions, probe_store
+from probe.records import RunRecord
 from probe.report.provenance import commands
 from probe.report.read import labels_of
 from probe.report.terminal import leaderboard, training_table
-from probe.runs import RunRecord, check_weights, read_predictions, read_run, read_weights
+from probe.runs import check_weights, read_predictions, read_run, read_weights
 
 SEEDS = (42, 43)
 EPOCHS = 2

@@ -15,13 +15,14 @@ from test_runs import TABLES, made_run, patches, predicted
 from probe.ensembles import ensemble_of
 from probe.evidence import evaluate, judge
 from probe.predictions import VALIDATION
+from probe.records import RunRecord
 from probe.report.collect import Report, collect
 from probe.report.published import published, published_for
 from probe.report.read import Run, read_runs
 from probe.report.tables import Cell, Grid, grids, latex, markdown
 from probe.report.terminal import ensemble_table, result_tables
 from probe.resample import Resampling
-from probe.runs import RunRecord, read_predictions, read_run
+from probe.runs import read_predictions, read_run
 
 QUICK = Resampling(replicates=200)
 HOSTILE = (

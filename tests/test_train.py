@@ -34,7 +34,7 @@ from finetune.network import Method, Network
 from finetune.recipes import Recipe
 from finetune.score import patch_logits
 from finetune.train import TrainingSet, new_state, train, validation_logits
-from probe.runs import EpochRecord
+from probe.records import EpochRecord
 from probe.schedule import best_epoch
 
 N_FOLDS = 3

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import PurePath
 from typing import Any
 
-from probe.runs import RunRecord
+from probe.records import RunRecord
 
 
 def facts(record: RunRecord) -> list[tuple[str, str]]:

@@ -9,7 +9,7 @@ from functools import cache
 from importlib.resources import files
 
 from features.samples import TEST
-from probe.runs import RunRecord
+from probe.records import RunRecord
 
 SOURCES = {"table-3": "paper, Table 3", "re-run": "authors' re-run"}
 FIGURES = {"balanced_accuracy": "bal. acc.", "auroc": "AUROC"}  # those that were published, in print

@@ -18,7 +18,8 @@ from probe.combine import averaged, weights_of
 from probe.curve import CurvePoint, read_curve
 from probe.evidence import fold_figures
 from probe.predictions import VALIDATION, Predictions
-from probe.runs import Part, RunRecord, read_predictions, read_run, read_samples
+from probe.records import Part, RunRecord
+from probe.runs import read_predictions, read_run, read_samples
 
 # Options that never become part of a run's name: the record says which view and pooling were chosen, and a run is the
 # same whatever else it scored.

@@ -12,8 +12,8 @@ from probe.curve import CurvePoint, summarise
 from probe.leaks import UNSEEN
 from probe.metrics import Interval
 from probe.predictions import VALIDATION
+from probe.records import RunRecord
 from probe.report.published import FIGURES, FIGURES_OF_MORE, SOURCES, published_for
-from probe.runs import RunRecord
 from probe.significance import Difference
 
 _TEXT = frozenset(
