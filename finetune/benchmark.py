@@ -24,6 +24,7 @@ from pathlib import Path
 
 from extract.shard import Shard
 from features.console import Interrupted, say
+from features.files import writing
 from finetune.benchmark_cost import device_memory
 from finetune.benchmark_plan import EMBED, PROBE, Plan, Row, Where, command, resuming
 from finetune.benchmark_state import Facts, Standing, look, standing
@@ -51,13 +52,11 @@ class Outcome:
 
     Attributes:
         standings: of all rows, in the order of the plan.
-        mine: numbers of the rows that were this process's.
         report: the page; None where there is none.
         problem: why there is none, if it failed.
     """
 
     standings: list[Standing]
-    mine: frozenset[int]
     report: Path | None = None
     problem: str = ""
 
@@ -85,9 +84,9 @@ def run_benchmark(
     """
     launch, where = launch or run_child, facts.where
     now = {one.row.number: one for one in surveyed}
-    mine = [one for one in surveyed if shard.includes(one.row.unit)]
-    left = [one for one in mine if one.state in ("to do", "to resume")]
-    (where.runs / FOLDER).mkdir(parents=True, exist_ok=True)
+    left = [one for one in surveyed if one.state in ("to do", "to resume") and shard.includes(one.row.unit)]
+    with writing(where.runs):
+        (where.runs / FOLDER).mkdir(parents=True, exist_ok=True)
     environment = _environment(shard)
     started = time.perf_counter()
     queue = list(_together(left, facts))
@@ -104,12 +103,10 @@ def run_benchmark(
                 continue
             found = look(where)
             ended = [standing(row, facts, found) for row in group]
+            ended = [_without_embeddings(one, now) for one in ended]
             todo = [one for one in ended if one.state in ("to do", "to resume")]
-            if todo:
-                ended = [one for one in ended if one not in todo]
-                todo = [_without_embeddings(one, now, facts) for one in todo]
-                ended += [one for one in todo if one.state == "failed"]
-                todo = [one for one in todo if one.state != "failed"]
+            ended = [one for one in ended if one not in todo]
+            seconds = 0.0
             if todo:
                 line = _command(facts.plan, todo, where)
                 if sys.stderr.isatty():
@@ -127,22 +124,17 @@ def run_benchmark(
                     if after.state != "done":
                         after = replace(after, state="failed", reason=_message(log, status), remedy=f"All of it: {log}")
                     ended.append(after)
-            else:
-                seconds = 0.0
         for one in ended:
             now[one.row.number] = one
             n_ended += 1
-            took = f" in {duration(seconds)}" if seconds else ""
+            took = f" in {duration(seconds)}{', all together' * (len(ended) > 1)}" if seconds else ""
             said = f": {one.reason}" if one.state in ("failed", "cannot") else took
             say(f"[{n_ended} of {n_rows}] {one.row.title}: {one.state}{said}")
     if left:
         say(f"{n_ended} rows in {duration(time.perf_counter() - started)}.")
-    every = [now[number] for number in sorted(now)]
-    outcome = Outcome(every, frozenset(one.row.number for one in mine))
     found = look(where)
-    final = [one if one.state in ("failed", "cannot") else standing(one.row, facts, found) for one in every]
-    outcome = replace(outcome, standings=final)
-    return _report(outcome, facts, shard, out, launch, environment)
+    final = [one if one.state in ("failed", "cannot") else standing(one.row, facts, found) for one in now.values()]
+    return _report(Outcome(final), facts, shard, out, launch, environment)
 
 
 def _together(left: Sequence[Standing], facts: Facts) -> Iterator[list[Row]]:
@@ -167,13 +159,13 @@ def _together(left: Sequence[Standing], facts: Facts) -> Iterator[list[Row]]:
             yield [row]
 
 
-def _without_embeddings(one: Standing, now: Mapping[int, Standing], facts: Facts) -> Standing:
+def _without_embeddings(one: Standing, now: Mapping[int, Standing]) -> Standing:
     """Fail a probe whose model has just not been embedded."""
-    if one.row.method != PROBE:
+    if one.row.method != PROBE or one.state == "done":
         return one
     for before in now.values():
-        if before.row.method == EMBED and before.row.model == one.row.model and before.state in ("failed", "cannot"):
-            return replace(one, state="failed", reason=f"row {before.row.number}, its embeddings, {before.state}")
+        if before.row.method == EMBED and before.row.model == one.row.model and before.state == "failed":
+            return replace(one, state="failed", reason=f"row {before.row.number}, its embeddings, failed")
     return one
 
 

@@ -35,7 +35,8 @@ SHIPPED = Path(str(files("finetune"))) / "plans"
 
 _READING = ("positive", "labels", "classes", "ordinal", "skip_unlabelled")  # how the patches of one's own are read
 _GRID = ("models", "methods", "recipes", "views")
-_SET_BY_ROW = {"model", "train", "test", "method", "recipe", "lora", "device"}
+# A combination would be a second run of a row.
+_SET_BY_ROW = {"model", "train", "test", "method", "recipe", "lora", "device", "combine"}
 
 
 def _names(options: type[ProbeOptions | FinetuneOptions | LoraOptions]) -> set[str]:
@@ -236,8 +237,7 @@ def _probe(
     if recipe == "exact":
         given.pop("seeds", None)  # it draws nothing at random
     else:
-        for name in ("combine", "fractions"):  # of the exact probe alone
-            given.pop(name, None)
+        given.pop("fractions", None)  # of the exact probe alone
     named = {"train": names[0], "test": names[1:], "recipe": recipe, "view": view and parse_view(view).name}
     options = _converted(given | named, ProbeOptions)
     return Row(0, 0, model, PROBE, (options.view,) if options.view else _view_names(views), options)
@@ -358,10 +358,15 @@ def require_parsable(plan: Plan) -> None:
     from finetune.cli import finetune_app
     from probe.cli import app as probe_app
 
-    parsers = {"fm-extract": extract_app, "fm-probe": probe_app, "fm-finetune": finetune_app}
+    apps = {"fm-extract": extract_app, "fm-probe": probe_app, "fm-finetune": finetune_app}
+    parsers = {name: get_command(app) for name, app in apps.items()}
+    checked = set()
     for row in plan.rows:
         name, *arguments = command(plan, [row], Where())
+        if (asked := (name, *(one for one in arguments if one != row.model))) in checked:
+            continue
+        checked.add(asked)
         try:
-            get_command(parsers[name]).make_context(name, arguments)
+            parsers[name].make_context(name, arguments)
         except typer.BadParameter as error:
             raise UserError(f"{plan.source}, {row.title}: {error.format_message()}") from None

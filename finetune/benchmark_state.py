@@ -325,7 +325,9 @@ def _is_start_of(row: Row, start: Mapping[str, Any], facts: Facts) -> bool:
     identity = start["identity"]
     with suppress(UserError, KeyError, TypeError, ValueError):
         digests = {_names(facts.plan, facts)[0]: identity["table"], **identity["tests"]}
-        return _same_training(identity["options"], row.options) and (not facts.tables or _same_tables(digests, facts))
+        same_device = identity["backbone"].get("device") == facts.device.type  # another would be refused
+        same_patches = not facts.tables or _same_tables(digests, facts)
+        return same_device and same_patches and _same_training(identity["options"], row.options)
     return False
 
 
@@ -373,7 +375,13 @@ def survey(facts: Facts) -> list[Standing]:
             if one.state != "cannot":
                 one = _if_there_is_room(one, needed, room)
         surveyed.append(one)
-    return surveyed
+    without = {one.row.model: one for one in surveyed if one.row.method == EMBED and one.state == "cannot"}
+    return [
+        replace(one, state="cannot", reason=without[one.row.model].reason, remedy=without[one.row.model].remedy)
+        if one.row.method == PROBE and one.state == "to do" and one.row.model in without
+        else one
+        for one in surveyed
+    ]
 
 
 class _Room:

@@ -510,14 +510,14 @@ def benchmark(
     if script not in (None, "sh", "slurm"):
         raise UserError(f"unknown script {script!r}: use --print sh or slurm.")
     check_output(out)
-    # For questions; downloads, which children make, have huggingface_hub's own ten seconds.
-    hurried = os.environ.setdefault("HF_HUB_ETAG_TIMEOUT", "4")
+    given = os.environ.get("HF_HUB_ETAG_TIMEOUT")
+    os.environ["HF_HUB_ETAG_TIMEOUT"] = given or "4"  # as in fm-doctor; it is read when it is imported
     from extract.shard import find_shard
     from finetune.benchmark import run_benchmark, shell_script, slurm_script
     from finetune.benchmark_plan import Where
     from finetune.benchmark_state import gather, survey
 
-    if hurried == "4":
+    if not given:  # children download, with huggingface_hub's own ten seconds
         del os.environ["HF_HUB_ETAG_TIMEOUT"]
     part = find_shard(shard)
     facts = gather(plan, Where(data, store, runs, device))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import io
 import json
 import os
 import shlex
@@ -17,15 +18,18 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+import torch
 from test_finetune_command import write_patches
 
 import finetune.benchmark as benchmark
 import finetune.run
 from extract import cli as extract_cli
+from extract.registry import BACKBONES
 from extract.shard import Shard, find_shard
 from features.console import Interrupted, UserError
 from finetune import cli
 from finetune.benchmark import FOLDER, run_benchmark, run_child, shell_script, slurm_script
+from finetune.benchmark_cost import Counts, estimate, measure_rates
 from finetune.benchmark_plan import EMBED, PROBE, SHIPPED, Plan, Row, Where, command, read_plan, require_parsable
 from finetune.benchmark_state import Found, gather, look, standing, survey
 from finetune.options import FinetuneOptions
@@ -38,7 +42,7 @@ train = "patches.csv"
 models = "efficientnet-lite0"
 methods = ["probe", "head"]
 view = "full@32"
-cv = 2
+cv = 3
 
 [[rows]]
 epochs = 1
@@ -70,7 +74,7 @@ class Launches:
             Path(arguments[arguments.index("--out") + 1]).write_text("page")
             return 0
         try:
-            with contextlib.redirect_stdout(None):
+            with contextlib.redirect_stdout(io.StringIO()):
                 APPS[name](arguments, standalone_mode=False)
         except UserError as error:
             log.write_text(f"error: {error}\n")
@@ -85,6 +89,12 @@ class Launches:
 def nothing(name: str, arguments: list[str]) -> int:
     """A command that fails at once."""
     return 1
+
+
+@pytest.fixture(autouse=True)
+def rates(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is measured."""
+    monkeypatch.setattr("finetune.benchmark_state.measure_rates", lambda device, kinds: dict.fromkeys(kinds, 1e10))
 
 
 @pytest.fixture
@@ -177,7 +187,6 @@ seeds = 2
 fold_seed = 7
 lora_rank = 4
 tta = false
-combine = true
 fractions = [0.5, 1]
 learning_rate = 0.001
 ordinal = false
@@ -281,8 +290,29 @@ def test_what_is_larger_than_memory_or_disk_cannot_be_run(tiny: str, monkeypatch
     by_state = [one.state for one in survey(facts)]
     assert by_state == ["to do"] * 4
     monkeypatch.setattr("finetune.benchmark_state.device_memory", lambda device: 5e6)
-    assert [one.reason for one in survey(facts)] == ["memory", "", "memory", "memory"]
-    monkeypatch.undo()
+    assert [one.reason for one in survey(facts)] == ["memory"] * 4  # and so what would be probed
+
+
+def test_an_estimate_counts_flops(monkeypatch: pytest.MonkeyPatch) -> None:
+    rates, cpu = {True: 1e9}, torch.device("cpu")
+    lite = BACKBONES["efficientnet-lite0"]
+    rows = read_plan("demo").rows
+    embed, training = (next(row for row in rows if row.method == method) for method in (EMBED, "lora"))
+    flops = 0.77e9 * (128 / 224) ** 2
+    found = estimate(replace(embed, views=("center64@128",)), lite, Counts(400, 280, 1120), rates, cpu)
+    assert found.seconds == pytest.approx(400 * flops / 1e9)
+    assert estimate(replace(embed, views=("full+flips",)), lite, Counts(400, 280, 1120), rates, cpu).seconds == (
+        pytest.approx(400 * 8 * 0.77)
+    )
+    found = estimate(training, lite, Counts(400, 280, 1120), rates, cpu)
+    passes = 2 * (3 * 1120 + 280) + 8 * (280 + 120 * 5)  # epochs: steps and validation; then eight orientations
+    assert found.seconds == pytest.approx(passes * flops / 1e9)
+    assert found.memory > found.fixed > 4 * lite.n_parameters
+    seconds = iter([0.0, 9.0, 9.0, 11.0, 11.0, 14.0])  # three passes of four images: the first, 9 s, does not count
+    monkeypatch.setattr("time.process_time", lambda: next(seconds))
+    monkeypatch.setattr("finetune.benchmark_cost.build_model", lambda backbone, weights: torch.nn.Identity())
+    monkeypatch.setattr("finetune.benchmark_cost.embed_batch", lambda *_, **__: None)
+    assert measure_rates(cpu, [True])[True] == pytest.approx(4 * 0.77e9 / 2 * torch.get_num_threads())
 
 
 def test_rows_share_what_is_free_on_a_disk(tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
