@@ -202,7 +202,7 @@ def _product(
     for model in models:
         if not model.startswith("hf-hub:"):  # those are read on the hub
             find_backbone(model)
-    chosen = {name: value for name, value in table.items() if name in _OPTIONS} | reading
+    chosen = {name: value for name, value in table.items() if name in _OPTIONS} | dict(reading)
     for name in table.keys() - set(_READING):
         takes = _OF_PROBES if methods == [PROBE] else _OPTIONS if PROBE in methods else _OF_TRAININGS
         if name in _OPTIONS and name not in takes:

@@ -366,7 +366,7 @@ def survey(facts: Facts) -> list[Standing]:
             with suppress(UserError):  # what this says, the command says
                 one = replace(one, estimate=estimate(one.row, backbone, counts, rates, facts.device))
         if one.estimate is not None and one.state in ("to do", "to resume"):
-            needed = [
+            needed: list[tuple[float, Path | str, str]] = [
                 (downloads.pop(one.row.model, 0.0), Path(constants.HF_HUB_CACHE), "HF_HOME"),
                 (one.estimate.store, facts.where.store, "`store`"),
                 (one.estimate.runs, facts.where.runs, "`runs`"),

@@ -588,10 +588,9 @@ def _show_benchmark(facts: Facts, rows: list[Standing]) -> None:
     counts = {state: sum(one.state == state for one in rows) for state in ("done", "to resume", "to do", "cannot")}
     seconds = sum(one.estimate.seconds or 0 for one in rows if one.estimate and one.state in ("to do", "to resume"))
     said = ", ".join(f"{n} {state}" for state, n in counts.items() if n)
-    say(
-        f"{len(rows)} rows: {said}. What is left should take {duration(seconds)} at most on this machine, if it does "
-        "nothing else: an estimate."
-    )
+    if counts["to resume"] + counts["to do"]:
+        said += f". What is left should take {duration(seconds)} at most here, on a machine that does nothing else"
+    say(f"{len(rows)} rows: {said}.")
 
 
 def _benchmark_json(facts: Facts, rows: list[Standing]) -> dict[str, object]:
