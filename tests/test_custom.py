@@ -71,6 +71,7 @@ def other():
 """
 # A ResNet with bottlenecks, as of torchvision, that gives its feature map.
 RESNET = """
+from pathlib import Path
 import torch
 from torch import nn
 from torchvision.models import ResNet
