@@ -284,11 +284,14 @@ def run_code(name: str) -> Backbone:
     Raises:
         UserError: no such file or function, an exception in it, or no record; and as `Backbone.custom`.
     """
-    of_file, of_module = _FILE.fullmatch(name), _MODULE.fullmatch(name)
-    function = (of_file or of_module or {})["function"] or DEFAULT_FUNCTION  # type: ignore[index]
-    with _importable(Path(of_file["file"]).resolve().parent if of_file else Path.cwd()):
+    path = _FILE.fullmatch(name)
+    match = path or _MODULE.fullmatch(name)
+    if match is None:
+        raise ValueError(f"{name!r} names no code")
+    function = match["function"] or DEFAULT_FUNCTION
+    with _importable(Path(path["file"]).resolve().parent if path else Path.cwd()):
         try:
-            file, module = _run_file(Path(of_file["file"])) if of_file else _import(of_module["module"])  # type: ignore[index]
+            file, module = _run_file(Path(path["file"])) if path else _import(match["module"])
             made = _call(module, function, file)
         except UserError:
             raise

@@ -116,7 +116,8 @@ def read_folder(folder: Path) -> SlideFeatures:
             f" ({', '.join(path.name for path in files if path.stem == twice[0])}). Keep one file of each slide."
         )
     digest = hashlib.sha256()
-    ids, slides, parts, labels = [], [], [], []
+    ids, slides, labels = list[str](), list[str](), list[str]()
+    parts: list[NDArray[np.floating[Any]]] = []
     with progress(f"read {folder.name}", len(files), unit="files") as advance:
         for path in files:
             columns = _columns_of(path)
@@ -126,7 +127,7 @@ def read_folder(folder: Path) -> SlideFeatures:
                     f"{path}: its features have {values.shape[1]:,} columns, those of {files[0].name} "
                     f"{parts[0].shape[1]:,}. Import the files of one model at a time."
                 )
-            whole = np.ndim(columns.get(_feature_name(path, columns))) == 1
+            whole = np.ndim(columns[_feature_name(path, columns)]) == 1
             ids += [path.stem] if whole else [f"{path.stem}/{name}" for name in _row_names(path, columns, len(values))]
             slides += [path.stem] * len(values)
             parts.append(values)
@@ -169,7 +170,7 @@ def _row_names(path: Path, columns: Columns, n: int) -> list[str]:
     """Name the rows of a slide: by its ids, else by their positions, else by their number."""
     numbers = [f"{row:06}" for row in range(n)]
     if columns.get(_IDS) is not None:
-        names = _id_texts(np.asarray(columns[_IDS]), path).tolist()
+        names: list[str] = _id_texts(np.asarray(columns[_IDS]), path).tolist()
         if len(names) != n:
             raise UserError(f"{path}: {len(names):,} ids and {n:,} features. Compute the slide again.")
         return names
