@@ -1,7 +1,7 @@
 """What is done to a patch, to see how far a backbone's embedding moves?
 
-Each alteration is fixed, so that every backbone sees the same pixels. It is done to what a view shows of a patch, before
-that is resized: sizes are in pixels of the patch. `features.alterations` says which views have one.
+Each alteration is fixed, so that every backbone sees the same pixels. It is done to what a view shows of a patch,
+before that is resized: sizes are in pixels of the patch. `features.alterations` says which views have one.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Which views show a patch altered, to test a backbone, and what was done to it?
 
-The name of such a view has the name of the alteration among its modifiers: `full+rot90` is to `full` what a patch turned
-is to the patch. No probe chooses among these views.
+The name of such a view has the name of the alteration among its modifiers: `full+rot90` is to `full` what a patch
+turned by 90 degrees is to the patch. No probe chooses among these views.
 """
 
 from __future__ import annotations

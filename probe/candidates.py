@@ -191,7 +191,9 @@ def list_candidates(setup: Setup, model: str) -> list[tuple[Entry, str]]:
 
     def complete(dataset: str) -> dict[str, Entry]:
         entries = store.entries(dataset, model)
-        return {one.view: one for one in entries if one.complete and (options.view or not split_alteration(one.view)[1])}
+        return {
+            one.view: one for one in entries if one.complete and (options.view or not split_alteration(one.view)[1])
+        }
 
     view = options.view or _view_of_recipe(options.recipe, model, {name: complete(name) for name in (train, *tests)})
     by_view = complete(train)
