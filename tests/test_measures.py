@@ -1,7 +1,9 @@
 """Does each measure of an embedding say what its definition says, and only where it can?"""
 
 import json
+import shutil
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,15 +17,18 @@ from sklearn.metrics import (
     roc_auc_score,
 )
 from sklearn.neighbors import KNeighborsClassifier
+from typer.testing import CliRunner
 
 from features.console import UserError
 from features.folds import effective_groups
 from features.samples import Samples, make_samples
 from features.store import FeatureStore
+from finetune.report import make_report
 from probe import measures as measuring
+from probe.cli import app
 from probe.clusterings import agreement, contingency
 from probe.fewshot import draw_shots, few_shot, possible_shots
-from probe.measure_records import MEASURES, MeasureRecord, newest_figures, read_measures
+from probe.measure_records import MEASURES, MeasureRecord, newest_figures, read_measures, write_measures
 from probe.measures import class_means, measure_store, patch_set
 from probe.neighbours import (
     class_shares,
@@ -36,7 +41,7 @@ from probe.neighbours import (
 )
 from probe.probing import ProbeOptions, probe_store
 from probe.report.measures import figure_rows, tabulate, terminal_tables
-from probe.resample import make_clusters
+from probe.resample import Resampling, make_clusters
 from probe.similarity import linear_cka, self_similarity
 
 WIDTH = 10
@@ -246,8 +251,10 @@ def add(store: FeatureStore, dataset: str, samples: Samples, model: str, view: s
 
 
 @pytest.fixture
-def store(tmp_path) -> FeatureStore:
+def store(tmp_path, monkeypatch) -> FeatureStore:
     """Two backbones, one of them on altered patches too; a training set with a test split, and a second test set."""
+    monkeypatch.setattr(measuring, "DRAWS", 20)
+    monkeypatch.setattr(measuring, "Resampling", partial(Resampling, replicates=200))
     store = FeatureStore.open_or_create(tmp_path / "store.zarr")
     own, other = table(120, 0), table(40, 1, domains=False, groups=False, test=False)
     for model, seed in (("one", 3), ("two", 4)):
@@ -262,7 +269,6 @@ def measured(store: FeatureStore, runs: Path, *names: str, models=None, **option
 
 
 def test_all_measures_of_a_store_stand_in_one_file_that_is_read_back(store, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(measuring, "DRAWS", 20)
     monkeypatch.setattr(measuring, "NEIGHBOURS", (1, 5, 21))
     record = measured(store, tmp_path / "runs")
     assert {one.measure for one in record.figures} == set(MEASURES)
@@ -370,3 +376,41 @@ def test_what_cannot_be_measured_is_said_once_with_what_to_do(store, tmp_path, c
     record = measured(bare, runs)
     assert {one.measure for one in record.figures} == {"knn", "retrieval", "clustering"}
     assert capsys.readouterr().err.count("Left out: ") == 4
+
+
+def test_the_command_takes_measures_with_and_without_names(store, tmp_path):
+    def probe(*arguments: str):
+        options = ["--store", str(store.path), "--runs", str(tmp_path / "runs"), "--train", "mine", "--cv", "3"]
+        return CliRunner().invoke(app, [*options, *arguments])
+
+    named = json.loads(probe("--measures", "clustering", "--json").stdout)
+    assert named["result"]["measures"] == ["clustering"]
+    assert Path(named["measures"], "measures.json").is_file()
+    every = json.loads(probe("--model", "two", "--measures", "--json").stdout)
+    assert every["result"]["measures"] == ["knn", "fewshot", "retrieval", "clustering", "robustness"]
+    shown = probe("--measures=knn", "--model", "two").stdout
+    assert "k-NN" in shown
+    assert "two (full, card)" in shown
+    assert isinstance(probe("--combine", "--measures").exception, UserError)
+    assert not list(tmp_path.glob("runs/probe-*"))
+
+
+def test_the_report_folds_measures_away_and_shows_those_of_its_patches(store, tmp_path):
+    runs = tmp_path / "runs"
+    options = ProbeOptions(cv=3, train="mine", test=("mine",))
+    probe_store(store, ["two"], options=options, runs=runs)
+    page, _, _ = make_report(runs, resampling=Resampling(replicates=100))
+    assert 'id="measures"' not in page
+    record = measured(store, runs, "retrieval", models=["two"])
+    page, _, _ = make_report(runs, resampling=Resampling(replicates=100))
+    section = page[page.index('<section id="measures"') :]
+    section = section[: section.index("</section>")]
+    assert section.index("<details") < section.index("<table")
+    precision = next(one for one in record.figures if (one.name, one.split) == ("precision 5", "test"))
+    assert f'<span class="value">{precision.value:.3f}</span>' in section
+    # Those of other training patches are not shown.
+    raw = replace(record, table_digests={"mine": "0" * 64})
+    shutil.rmtree(record.folder)
+    write_measures(runs, raw)
+    page, _, _ = make_report(runs, resampling=Resampling(replicates=100))
+    assert 'id="measures"' not in page
