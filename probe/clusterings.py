@@ -18,15 +18,6 @@ def k_means(embeddings: NDArray[np.float32], n_clusters: int, *, seed: int) -> N
         return np.asarray(means.fit_predict(embeddings), np.intp)
 
 
-def contingency(first: NDArray[np.integer], second: NDArray[np.integer]) -> NDArray[np.float64]:
-    """Mark the cell of each patch in the table of two groupings: (n, r * c) of 0 and 1, whose sum is the table."""
-    n_second = int(second.max()) + 1
-    cell = np.asarray(first, np.intp) * n_second + second
-    marked = np.zeros((len(first), (int(first.max()) + 1) * n_second))
-    marked[np.arange(len(first)), cell] = 1
-    return marked
-
-
 def agreement(table: NDArray[np.float64]) -> Mapping[str, NDArray[np.float64]]:
     """Compute how far two groupings agree, of tables (b, r, c) of counts: adjusted Rand index and mutual information.
 

@@ -26,12 +26,13 @@ from features.folds import effective_groups
 from features.samples import Samples
 from features.store import FeatureStore
 from probe.candidates import Setup, embeddings_of, list_candidates
-from probe.clusterings import agreement, contingency, k_means
+from probe.clusterings import agreement, k_means
 from probe.experiment import Experiment
 from probe.fewshot import DRAWS, draw_shots, few_shot, possible_shots
 from probe.measure_records import MEASURES, Figure, Measured, MeasureRecord, write_measures
 from probe.metrics import balanced_accuracy, predicted_classes
 from probe.neighbours import (
+    Neighbours,
     class_shares,
     mutual_neighbours,
     neighbours,
@@ -50,8 +51,10 @@ NEIGHBOURS = (1, 3, 5, 11, 21, 51)  # odd, so that of two classes one always has
 CUT_OFFS = (1, 5, 10)  # of retrieval
 FEW = 10  # neighbours that robustness and alignment look at
 _MOST = 10_000  # patches of a set that are measured; neighbours take time and memory with their square
+_MOST_CELLS = 128  # of a table of groups and clusters whose sums are resampled
 _SEED = 0  # of the patches that are drawn from larger sets
 _LEVEL = 0.95
+_OF_NEIGHBOURS = frozenset({"knn", "retrieval", "robustness", "alignment"})  # within a set
 
 Key = tuple[str, str]  # dataset and split
 Chosen = tuple[Entry, str, str]  # training entry, pooling, and why these
@@ -213,12 +216,12 @@ def _knn_figures(found: _Found, neighbour_label: NDArray[np.intp], k: int, n_cla
     found.chance.update({"balanced_accuracy": 1 / len(np.unique(of.label)), "auroc": 0.5})
 
 
-def _best_k(label: NDArray[np.intp], neighbour_label: NDArray[np.intp], n_classes: int) -> int:
-    """Choose k by balanced accuracy, of the labels of neighbours on other slides (n, K); the smallest of equals."""
-    possible = [k for k in NEIGHBOURS if k <= neighbour_label.shape[1]]
+def _best_k(label: NDArray[np.intp], apart: NDArray[np.intp], n_classes: int) -> int:
+    """Choose k by balanced accuracy, of neighbours on other slides (n, K); the smallest of equals."""
+    possible = [k for k in NEIGHBOURS if k <= apart.shape[1]]
     return max(
         possible,
-        key=lambda k: balanced_accuracy(label, predicted_classes(class_shares(neighbour_label, k, n_classes))),
+        key=lambda k: balanced_accuracy(label, predicted_classes(class_shares(label[apart], k, n_classes))),
     )
 
 
@@ -231,31 +234,33 @@ def _retrieval(found: _Found, apart: NDArray[np.intp], average_precision: NDArra
 
 
 def _clusters(found: _Found, embeddings: Tensor, n_classes: int, seed: int) -> None:
-    centred = embeddings - embeddings.mean(0)
     samples, clusters = found.of.samples, found.of.clusters
     if len(samples) < n_classes:
         return
-    assigned = k_means(np.asarray(centred.cpu()), n_classes, seed=seed)
-    groupings = {"class": found.of.label}
-    for name, values in (("domain", samples.domain), ("slide", samples.group)):
-        names, number = np.unique(values, return_inverse=True)
-        if len(names) > 1:
-            groupings[name] = number
-    for name, number in groupings.items():
-        columns = contingency(number, assigned)
-        shape = (-1, int(number.max()) + 1, int(assigned.max()) + 1)
-        if name == "slide":  # their own resamples would be of other slides
-            for figure, value in agreement(columns.sum(axis=0).reshape(shape)).items():
-                found.fix("clustering", f"{figure} slide", float(value[0]), chance=0.0)
+    assigned = k_means(np.asarray((embeddings - embeddings.mean(0)).cpu()), n_classes, seed=seed)
+    for by, values in (("class", samples.label.astype(str)), ("domain", samples.domain), ("slide", samples.group)):
+        known = np.flatnonzero(values != "")
+        names, number = np.unique(values[known], return_inverse=True)
+        if len(names) < 2:
+            continue
+        shape = (-1, len(names), n_classes)
+        cell = number * n_classes + assigned[known]
+        n_cells = len(names) * n_classes
+        if by == "slide" or n_cells > _MOST_CELLS:  # resampled slides would be other ones; or too many sums
+            whole = np.bincount(cell, minlength=n_cells).reshape(shape)
+            for name, value in agreement(whole.astype(np.float64)).items():
+                found.fix("clustering", f"{name} {by}", float(value[0]), chance=0.0)
             continue
 
         def figures(
-            sums: NDArray[np.float64], name: str = name, shape: tuple[int, int, int] = shape
+            sums: NDArray[np.float64], by: str = by, shape: tuple[int, int, int] = shape
         ) -> Mapping[str, NDArray[np.float64]]:
-            return {f"{figure} {name}": value for figure, value in agreement(sums.reshape(shape)).items()}
+            return {f"{name} {by}": value for name, value in agreement(sums.reshape(shape)).items()}
 
+        columns = np.zeros((len(samples), n_cells))
+        columns[known, cell] = 1
         found.statistics["clustering"].append(Sums(sums_by_cluster(columns, clusters), figures))
-        found.chance.update({f"ari {name}": 0.0, f"nmi {name}": 0.0})
+        found.chance.update({f"ari {by}": 0.0, f"nmi {by}": 0.0})
 
 
 def _robustness(found: _Found, any_: NDArray[np.intp], apart: NDArray[np.intp]) -> None:
@@ -340,62 +345,51 @@ def measure_store(
     rows = {key: value for of_model in of_models.values() for key, value in _rows(of_model.experiment).items()}
     sets = {key: patch_set(*key, setup.experiment.tables[key[0]], value) for key, value in rows.items()}
     wanted = _applicable(asked, chosen, sets, store)
-    embeddings, figures = [], []
-    near: dict[str, dict[Key, NDArray[np.intp]]] = {}  # model to set to neighbours, for alignment
-    drawn = {}
+    drawn: dict[int, NDArray[np.intp]] = {}
     if "fewshot" in wanted:
         with clock("fewshot"):
             drawn = _drawn(sets[setup.experiment.train, "train"], n_classes, options.seed)
+    embeddings, figures = [], []
+    near: dict[str, dict[Key, NDArray[np.intp]]] = {}  # model to set to neighbours, for alignment
     with progress("measures", sum(len(_rows(of.experiment)) for of in of_models.values()), "sets") as advance:
         for model, of_model in of_models.items():
             entry, pooling, why = chosen[model]
             measured = _measured(store, of_model, entry, pooling, why)
             say(f"{measured.label}: {why}.")
-            near[model], k, train = {}, 0, None
+            near[model], known = {}, None
             for key in _rows(of_model.experiment):  # the training patches first
-                of = sets[key]
-                found = _Found.none(of, measured.label)
+                found = _Found.none(sets[key], measured.label)
                 with clock("reading"):
-                    raw = embeddings_of(of_model, entry, pooling, of.dataset, of.rows).read()
+                    raw = _read(of_model, chosen[model], sets[key])
                     unit = unit_vectors(raw, device)
-                if len(np.unique(of.group)) > 1 and not wanted.isdisjoint(
-                    {"knn", "retrieval", "robustness", "alignment"}
-                ):
-                    with clock("neighbours"):
-                        most = max(*NEIGHBOURS, *CUT_OFFS, FEW)
-                        within = neighbours(unit, of.group, of.label, most=most, ranked="retrieval" in wanted)
+                if not wanted.isdisjoint(_OF_NEIGHBOURS):
+                    within = _within(found, unit, wanted, clock)
                     near[model][key] = within.any[:, :FEW]
-                    if "retrieval" in wanted:
-                        _retrieval(found, within.apart, within.average_precision)
-                    if "robustness" in wanted and of.confounded_by:
-                        _robustness(found, within.any, within.apart)
-                    if "knn" in wanted and of.split == "train":
-                        k = _best_k(of.label, of.label[within.apart], n_classes)
-                        _knn_figures(found, of.label[within.apart], k, n_classes)
-                if of.split == "train":
-                    train = unit
-                    labels = of.label
-                elif train is not None:
-                    if "knn" in wanted:
-                        with clock("knn"):
-                            _knn_figures(found, labels[nearest_rows(unit, train, k)], k, n_classes)
-                    if drawn:
-                        with clock("fewshot"):
-                            _few_shots(found, train, unit, drawn)
+                    if known is None:
+                        known = _Known(unit, found.of.label, _best_k(found.of.label, within.apart, n_classes))
+                        if "knn" in wanted:
+                            _knn_figures(found, found.of.label[within.apart], known.k, n_classes)
+                known = known or _Known(unit, found.of.label, 1)
+                if found.of.split == "test" and "knn" in wanted:
+                    with clock("knn"):
+                        _knn_figures(found, known.label[nearest_rows(unit, known.unit, known.k)], known.k, n_classes)
+                if found.of.split == "test" and drawn:
+                    with clock("fewshot"):
+                        _few_shots(found, known.unit, unit, drawn)
                 if "clustering" in wanted:
                     with clock("clustering"):
                         _clusters(found, unit, n_classes, options.seed)
                 if "invariance" in wanted:
                     with clock("invariance"):
+                        entries = _altered_entries(store, entry, found.of.dataset)
                         altered = {
-                            name: embeddings_of(of_model, other, pooling, of.dataset, of.rows).read()
-                            for name, other in _altered_entries(store, entry, of.dataset).items()
+                            name: _read(of_model, (other, pooling, ""), found.of) for name, other in entries.items()
                         }
                         _invariance(found, as_tensor(raw, device), altered)
                 with clock("intervals"):
                     figures += found.figures()
                 advance(1)
-            embeddings.append(replace(measured, neighbours=k or None))
+            embeddings.append(replace(measured, neighbours=known.k if known and "knn" in wanted else None))
     if "alignment" in wanted:
         for one, other in combinations(of_models, 2):
             with clock("alignment"):
@@ -416,6 +410,35 @@ def measure_store(
         versions=versions(),
     )
     return write_measures(runs, record)
+
+
+@dataclass(frozen=True, eq=False)
+class _Known:
+    """The training patches of an embedding, with which test patches are compared: unit vectors, labels, and k."""
+
+    unit: Tensor
+    label: NDArray[np.intp]
+    k: int
+
+
+def _read(of_model: Setup, chosen: Chosen, of: PatchSet) -> NDArray[np.float16]:
+    """Read the embeddings of a set: (n, d)."""
+    entry, pooling, _ = chosen
+    return embeddings_of(of_model, entry, pooling, of.dataset, of.rows).read()
+
+
+def _within(found: _Found, unit: Tensor, wanted: frozenset[str], clock: _Clock) -> Neighbours:
+    """Find the neighbours within a set, once for all that is asked of them."""
+    of = found.of
+    with clock("neighbours"):
+        within = neighbours(
+            unit, of.group, of.label, most=max(*NEIGHBOURS, *CUT_OFFS, FEW), ranked="retrieval" in wanted
+        )
+    if "retrieval" in wanted and within.apart.shape[1]:
+        _retrieval(found, within.apart, within.average_precision)
+    if "robustness" in wanted and of.confounded_by:
+        _robustness(found, within.any, within.apart)
+    return within
 
 
 def _parsed(measures: Sequence[str]) -> tuple[str, ...]:
@@ -509,7 +532,8 @@ def _altered_entries(store: FeatureStore, entry: Entry, dataset: str) -> dict[st
     found = {}
     for other in store.entries(dataset, entry.model):
         view, alteration = split_alteration(other.view)
-        if alteration is not None and view == entry.view and other.complete:
+        same_weights = other.parts.get("weights_sha256") == entry.parts.get("weights_sha256")
+        if alteration is not None and view == entry.view and other.complete and same_weights:
             found[alteration] = other
     return {name: found[name] for name in ALTERATIONS if name in found}
 
@@ -533,12 +557,9 @@ def _alignment(
 ) -> list[Figure]:
     """Compare two backbones on every set that both have embedded."""
     figures = []
-    for key in near[0].keys() & near[1].keys():
+    for key in [key for key in near[0] if key in near[1] and len(sets[key].rows) > 2]:
         of = sets[key]
-        raw = [
-            as_tensor(embeddings_of(of_model, entry, pooling, of.dataset, of.rows).read(), of_model.device)
-            for of_model, (entry, pooling, _) in pair
-        ]
+        raw = [as_tensor(_read(of_model, chosen, of), of_model.device) for of_model, chosen in pair]
         found = _Found.none(
             of, " and ".join(f"{entry.model} ({entry.view}, {pooling})" for _, (entry, pooling, _) in pair)
         )

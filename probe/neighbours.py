@@ -46,7 +46,7 @@ class Neighbours:
 
     Attributes:
         any: (n, k) rows of the nearest others, nearest first.
-        apart: (n, k) the same of patches on other slides.
+        apart: (n, l) the same of patches on other slides.
         average_precision: (n,) of the ranking of all patches on other slides, relevant where they have the label of the
             query; NaN where none is, or where it was not asked for.
     """
@@ -65,24 +65,19 @@ def neighbours(
         embeddings: (n, d) of length 1, see `unit_vectors`.
         group: (n,) number of the slide, as in `features.folds.effective_groups`.
         label: (n,) of the class.
-        most: how many neighbours are wanted; fewer are found where fewer patches are on other slides than any one.
+        most: how many neighbours are wanted; fewer are found where fewer patches are on other slides than that of any
+            patch, and none apart where all are of one slide.
         ranked: whether to compute `average_precision`.
-
-    Raises:
-        ValueError: if all patches are of one slide.
     """
     n = len(embeddings)
-    n_apart = n - int(np.bincount(group).max())
-    if n_apart == 0:
-        raise ValueError("all patches are of one slide: none has a neighbour on another")
-    k = min(most, n_apart)
+    k_any, k = min(most, n - 1), min(most, n - int(np.bincount(group).max()))
     groups, labels = (torch.from_numpy(np.asarray(one, np.int64)).to(embeddings.device) for one in (group, label))
     rank = torch.arange(1, n + 1, device=embeddings.device)
     any_, apart, precision = [], [], []
     for rows, of in _similarities(embeddings, embeddings):
         each = torch.arange(len(of), device=of.device)
         of[each, each + rows.start] = -torch.inf
-        any_.append(of.topk(k, dim=1).indices)
+        any_.append(of.topk(k_any, dim=1).indices)
         same_slide = groups[rows, None] == groups
         of[same_slide] = -torch.inf
         if not ranked:
