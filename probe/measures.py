@@ -563,8 +563,8 @@ def _alignment(
         found = _Found.none(
             of, " and ".join(f"{entry.model} ({entry.view}, {pooling})" for _, (entry, pooling, _) in pair)
         )
-        shuffled = np.random.default_rng(_SEED).permutation(len(of.rows))
-        found.fix("alignment", "cka", linear_cka(*raw), chance=linear_cka(raw[0], raw[1][shuffled]))
+        cka, chance = linear_cka(*raw)
+        found.fix("alignment", "cka", cka, chance=chance)
         shared = mutual_neighbours(near[0][key], near[1][key])
         found.statistics["alignment"].append(class_means({"mutual": shared}, np.zeros_like(of.label), of.clusters))
         found.chance["mutual"] = near[0][key].shape[1] / (len(of.rows) - 1)

@@ -11,18 +11,22 @@ from torch import Tensor
 from probe.neighbours import nearest
 
 
-def linear_cka(first: Tensor, second: Tensor) -> float:
-    """Compute linear CKA of two embeddings (n, d) and (n, e) of the same patches: 0 to 1.
+def linear_cka(first: Tensor, second: Tensor) -> tuple[float, float]:
+    """Compute linear CKA of two embeddings (n, d) and (n, e) of the same patches, and its mean over shuffled patches.
 
-    Of Kornblith, Norouzi, Lee and Hinton, ICML 2019: |Y'X|^2 / (|X'X| |Y'Y|) of centred embeddings, Frobenius norms.
-    It does not change when an embedding is rotated or scaled. With few patches and many features it is large even for
-    embeddings that have nothing in common.
+    Of Kornblith, Norouzi, Lee and Hinton, ICML 2019: |Y'X|^2 / (|X'X| |Y'Y|) of centred embeddings, Frobenius norms; 1
+    where one is the other turned and scaled. With few patches and many features it is large even for embeddings that
+    have nothing in common. Then so is its mean over all orders of the patches of one: |X|^2 |Y|^2 / (n - 1) instead of
+    |Y'X|^2, since the mean of a shuffled centred Gram matrix is a multiple of the centring matrix.
     """
-    X, Y = (one - one.mean(0) for one in (first.double(), second.double()))
-    if len(X) < min(X.shape[1], Y.shape[1]):
-        X, Y = X @ X.T, Y @ Y.T  # the same products, of patches instead of features
-        return float((X * Y).sum() / (X.norm() * Y.norm()))
-    return float((Y.T @ X).square().sum() / ((X.T @ X).norm() * (Y.T @ Y).norm()))
+    X, Y = (one - one.mean(0) for one in (first, second))
+    n = len(X)
+    by_patch = n < min(X.shape[1], Y.shape[1])  # the same products, of patches instead of features
+    own = [(one @ one.T if by_patch else one.T @ one) for one in (X, Y)]
+    shared = (own[0] * own[1]).double().sum() if by_patch else (Y.T @ X).double().square().sum()
+    chance = X.double().square().sum() * Y.double().square().sum() / (n - 1)
+    scale = own[0].double().norm() * own[1].double().norm()
+    return float(shared / scale), float(chance / scale)
 
 
 def self_similarity(plain: Tensor, altered: Tensor) -> tuple[NDArray[np.float64], NDArray[np.bool_], float]:

@@ -197,10 +197,14 @@ def test_linear_cka_is_that_of_centred_gram_matrices(n):
     H = np.eye(n) - 1 / n
     K, L = H @ X @ X.T @ H, H @ Y @ Y.T @ H
     expected = np.trace(K @ L) / np.sqrt(np.trace(K @ K) * np.trace(L @ L))
+    orders = [np.random.default_rng(seed).permutation(n) for seed in range(200)]
+    shuffled = [np.trace(K @ L[order][:, order]) for order in orders] / np.sqrt(np.trace(K @ K) * np.trace(L @ L))
     X, Y = torch.from_numpy(X), torch.from_numpy(Y)
-    assert linear_cka(X, Y) == pytest.approx(expected, rel=1e-9)
+    found, chance = linear_cka(X, Y)
+    assert found == pytest.approx(expected, rel=1e-9)
+    assert abs(chance - shuffled.mean()) < 4 * shuffled.std() / np.sqrt(200)
     turned = torch.from_numpy(np.linalg.qr(np.random.default_rng(2).standard_normal((WIDTH, WIDTH)))[0])
-    assert linear_cka(X, 3 * X @ turned + 1) == pytest.approx(1, rel=1e-9)
+    assert linear_cka(X, 3 * X @ turned + 1)[0] == pytest.approx(1, rel=1e-9)
 
 
 def test_mutual_neighbours_are_those_of_sets():
