@@ -255,6 +255,9 @@ def predict(
     out: Annotated[Path, typer.Option(help="The CSV to write.")] = Path("predictions.csv"),
     device: DeviceOption = "auto",
     weights: WeightsOption = None,
+    model: Annotated[
+        str | None, typer.Option(help="Of runs of models of your own: their files, comma-separated, which are run.")
+    ] = None,
     threshold: Annotated[
         float | None,
         typer.Option(help="Of two classes: positive from this probability on. Default: the run's own."),
@@ -279,6 +282,7 @@ def predict(
         out=out,
         device=device,
         weights=weights,
+        model=() if model is None else parse_names(model, option="--model"),
         threshold=threshold,
         by=by,
         ensemble_weights=ensemble_weights,

@@ -72,7 +72,7 @@ def make_plan(options: FinetuneOptions, compute_options: ComputeOptions = Comput
         UserError: an unknown model, targets that match nothing, an input size that does not fit.
     """
     device = find_device(compute_options.device, apple=False)
-    backbone = find_backbone(options.model)
+    backbone = find_backbone(options.model, run_file=True)
     recipe = options.resolved_recipe(backbone)
     view = options.resolved_view(backbone)
     transform = make_transform(backbone, view)

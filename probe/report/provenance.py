@@ -51,10 +51,21 @@ def commands(record: RunRecord) -> list[str]:
         for part in record.each_part:
             views.setdefault(part.model, {})[part.view] = None
         tried = dict.fromkeys(candidate.model for candidate in record.candidates or () if candidate.model)
+        # A model of the user's own is known by its file; `extract.custom` records it as the revision.
+        files = {part.model: part.revision for part in record.each_part if ".py:" in part.revision}
         models = [model for model in tried if " + " not in model] or list(views)
         steps = [
             *(
-                ["fm-extract", "--model", model, "--dataset", sets, "--view", ",".join(of_model), *_classes(record)]
+                [
+                    "fm-extract",
+                    "--model",
+                    files.get(model, model),
+                    "--dataset",
+                    sets,
+                    "--view",
+                    ",".join(of_model),
+                    *_classes(record),
+                ]
                 for model, of_model in views.items()
             ),
             ["fm-probe", "--model", ",".join(models), *_flags(options)],
