@@ -184,8 +184,6 @@ def finetune(
         if dry_run:
             from finetune.plan import make_plan
 
-            if folds_by is not None:
-                say(f"Domains are not counted yet, as no patch is read: this is the plan of {cv} folds.")
             plan = make_plan(options, compute_options)
             if as_json:
                 print_json(asdict(plan))
