@@ -316,7 +316,9 @@ def report(
     out: Annotated[
         Path | None, typer.Option(help="The file to write. Default: report.html; tables go to the terminal.")
     ] = None,
-    format: Annotated[str, typer.Option(help="html, or markdown or latex: tables that drop into a paper.")] = "html",
+    format: Annotated[
+        str, typer.Option(help="html; csv: every figure, a row each; markdown or latex: tables for a paper.")
+    ] = "html",
     ensemble: Annotated[
         str | None,
         typer.Option(help="RUN,RUN,... or all: also judge the mean of these runs, which share training set and folds."),
@@ -358,8 +360,8 @@ def report(
     seed: Annotated[int, typer.Option(help="Seed of the resamples.")] = 42,
     as_json: JsonOption = False,
 ) -> None:
-    if format not in ("html", "markdown", "latex"):
-        raise UserError(f"unknown format {format!r}: use html, markdown or latex.")
+    if format not in ("html", "csv", "markdown", "latex"):
+        raise UserError(f"unknown format {format!r}: use html, csv, markdown or latex.")
     path = Path("report.html") if out is None and format == "html" else out
     if path is not None:
         check_output(path)

@@ -29,7 +29,13 @@ if TYPE_CHECKING:
 # What a trained probe's recipe sees: the paper's text resizes the whole patch to 224 pixels and normalises it by
 # ImageNet's statistics; the authors' scripts prepare it as each model's card says.
 TRAINED_VIEWS = {"paper": "full@224+imagenet", "authors": "full"}
-_TEXT = {"crop": None, "resize": 224, "input_size": 224, "mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
+TEXT_TRANSFORM = {
+    "crop": None,
+    "resize": 224,
+    "input_size": 224,
+    "mean": [0.485, 0.456, 0.406],
+    "std": [0.229, 0.224, 0.225],
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -232,7 +238,7 @@ def _view_of_recipe(
     if asked is None or has_asked or not has_full:
         return asked  # where none is there, the caller says what is missing
     transforms = [entries["full"].parts.get("transform", {}) for entries in by_dataset.values()]
-    if any(transform.get(name) != value for transform in transforms for name, value in _TEXT.items()):
+    if any(transform.get(name) != value for transform in transforms for name, value in TEXT_TRANSFORM.items()):
         say(
             f"{model}: the paper's text asks for view {asked}; used is full, as the model's card prepares it. For the "
             f"other: {missing_embeddings(store, model, by_dataset, asked)}"

@@ -33,6 +33,7 @@ from probe.report.headlines import headlines
 from probe.report.provenance import facts
 from probe.report.published import SOURCES
 from probe.report.read import Run
+from probe.report.tables import say_departures
 from probe.report.views import SetView, costs, set_view
 
 SECTIONS = {
@@ -99,6 +100,7 @@ def html(
         figures=[name for name in titles if name.partition(" ")[2] == ""],  # those of the task, not of one class
         compared=COMPARED,
         sources=SOURCES,
+        departures=[say_departures(runs, source) for source in SOURCES],
         views=views,
         n_dissents=_DISSENTS,
         costs={run.label: costs(run, sizes.get(run.record.model)) for run in runs},
