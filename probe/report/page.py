@@ -100,7 +100,7 @@ def html(
         figures=[name for name in titles if name.partition(" ")[2] == ""],  # those of the task, not of one class
         compared=COMPARED,
         sources=SOURCES,
-        departures=[say_departures(runs, source) for source in SOURCES],
+        departures=say_departures(runs),
         views=views,
         n_dissents=_DISSENTS,
         costs={run.label: costs(run, sizes.get(run.record.model)) for run in runs},

@@ -108,27 +108,36 @@ def _published(report: Report, sets: Sequence[SetReport]) -> _Rows:
     rows: _Rows = {}
     for one in sets:
         for row in published_on(one.dataset, one.split, train=report.train):
-            rows.setdefault((row.method, row.model), {}).setdefault(row.source, {})[one.dataset] = row
+            if not row.same_as_table_3:
+                rows.setdefault((row.method, row.model), {}).setdefault(row.source, {})[one.dataset] = row
     return rows
 
 
 def _beside(report: Report, runs: Sequence[Run]) -> str:
     """Say what stands beside our runs, and what these do otherwise than the published ones."""
-    found = "; ".join(said for source in SOURCES if (said := say_departures(runs, source)))
     return (
         f"In brackets below each run: its ensemble at its own threshold, with its {report.how.level:.0%} interval. In "
         "italics: published means over five fold models (Banerjee et al. 2025, arXiv 2506.21444v1; the re-run: the "
-        f"authors' notebooks). Bold: the highest mean of a column. {found}."
+        "authors' notebooks, without what is no second measurement). Bold: the highest mean of a column. "
+        + " ".join(say_departures(runs))
     )
 
 
-def say_departures(runs: Sequence[Run], source: str) -> str:
-    """Say what runs do otherwise than what one source published, those together that do the same."""
-    together: dict[tuple[str, ...], list[str]] = {}
-    for run in runs:
-        together.setdefault(departures(run.record, source), []).append(run.label)
-    said = [f"{listed(labels)}: {', '.join(how) or 'by the same protocol'}" for how, labels in together.items()]
-    return f"Against the {SOURCES[source]} – {'; '.join(said)}"
+def say_departures(runs: Sequence[Run]) -> list[str]:
+    """Say what runs do otherwise than what each source published: a sentence each, or one if it is the same."""
+    sources: dict[str, list[str]] = {}
+    for source in SOURCES:
+        who: dict[str, list[str]] = {}  # a departure to the runs
+        for run in runs:
+            for how in departures(run.record, source):
+                who.setdefault(how, []).append(run.label)
+        together: dict[tuple[str, ...], list[str]] = {}
+        for how, labels in who.items():
+            together.setdefault(tuple(labels), []).append(how)
+        every = "all our runs" if len(runs) > 1 else runs[0].label
+        said = [f"{every if len(of) == len(runs) else listed(of)}: {', '.join(how)}" for of, how in together.items()]
+        sources.setdefault("; ".join(said) or "nothing, as far as the runs record it", []).append(SOURCES[source])
+    return [f"Other than in {listed(names)} – {said}." for said, names in sources.items()]
 
 
 def _by_method(
