@@ -93,7 +93,7 @@ def test_published_models_stand_beside_ours_by_method_with_what_differs_in_words
     same = (
         "3 folds instead of five, logistic regression solved exactly at a strength chosen in training data instead of"
     )
-    assert f"Other than in authors' re-run – all our runs: {same} training by Adam." in grid.caption
+    assert f"Other than in the authors' re-run – all our runs: {same} training by Adam." in grid.caption
     text = latex(grid)
     assert "\n\\addlinespace\n\\multicolumn{7}{l}{LoRA} \\\\\n" in text
     assert text.count("{") == text.count("}")
