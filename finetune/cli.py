@@ -188,8 +188,6 @@ def finetune(
         if dry_run:
             from finetune.plan import make_plan
 
-            if folds_by is not None:
-                say(f"Domains are not counted yet, as no patch is read: this is the plan of {cv} folds.")
             plan = make_plan(options, compute_options)
             if as_json:
                 print_json(asdict(plan))
@@ -326,7 +324,9 @@ def report(
     out: Annotated[
         Path | None, typer.Option(help="The file to write. Default: report.html; tables go to the terminal.")
     ] = None,
-    format: Annotated[str, typer.Option(help="html, or markdown or latex: tables that drop into a paper.")] = "html",
+    format: Annotated[
+        str, typer.Option(help="html; csv: every figure, a row each; markdown or latex: tables for a paper.")
+    ] = "html",
     ensemble: Annotated[
         str | None,
         typer.Option(help="RUN,RUN,... or all: also judge the mean of these runs, which share training set and folds."),
@@ -368,8 +368,8 @@ def report(
     seed: Annotated[int, typer.Option(help="Seed of the resamples.")] = 42,
     as_json: JsonOption = False,
 ) -> None:
-    if format not in ("html", "markdown", "latex"):
-        raise UserError(f"unknown format {format!r}: use html, markdown or latex.")
+    if format not in ("html", "csv", "markdown", "latex"):
+        raise UserError(f"unknown format {format!r}: use html, csv, markdown or latex.")
     path = Path("report.html") if out is None and format == "html" else out
     if path is not None:
         check_output(path)
