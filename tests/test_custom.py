@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import json
 import re
@@ -320,13 +319,25 @@ def test_poolings_are_named_or_computed(answer: Any, poolings: Any, names: list[
 
 
 def test_the_digest_is_that_of_names_types_shapes_and_bytes() -> None:
-    network = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))
-    digest = state_digest(network)
-    assert digest == state_digest(nn.Sequential(*network))
-    variants = [nn.Sequential(network[0]), nn.ModuleDict({"a": network[0], "b": network[1]}), copy.deepcopy(network)]
-    variants[2][0].weight.data[0, 0] += 1e-6  # type: ignore[index,union-attr,operator]
-    variants += [copy.deepcopy(network).half(), nn.Sequential(nn.Linear(3, 2))]
-    assert len({digest, *map(state_digest, variants)}) == 6
+    def digest(**buffers: Tensor) -> str:
+        module = nn.Module()
+        for name, values in buffers.items():
+            module.register_buffer(name, values)
+        return state_digest(module)
+
+    zeros, ones = torch.zeros(2, 3), torch.ones(2, 3)
+    digests = [
+        digest(a=zeros, b=ones),
+        digest(b=ones, a=zeros),
+        digest(a=zeros, c=ones),
+        digest(a=zeros.int(), b=ones),
+        digest(a=zeros.T.contiguous(), b=ones),
+        digest(a=zeros + 1e-9, b=ones),
+        digest(a=zeros),
+    ]
+    assert len(set(digests)) == len(digests)
+    assert digest(a=zeros.clone(), b=torch.ones(3, 2).T) == digests[0]  # whatever lies where in memory
+    assert digest(a=torch.tensor(1.0, dtype=torch.bfloat16)) != digest(a=torch.tensor(2.0, dtype=torch.bfloat16))
 
 
 def test_what_is_done_to_the_network_later_changes_nothing(tmp_path: Path) -> None:
