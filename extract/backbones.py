@@ -359,7 +359,9 @@ def _copy_of_custom(own: CustomNetwork, weights: Weights | None, backbone: Backb
         model.float()
     if torch.get_default_device().type == "meta":
         model.to("meta")
-    return model.eval().requires_grad_(False)
+    model.eval().requires_grad_(False)
+    keep_middle(model, backbone)
+    return model
 
 
 def _create(backbone: Backbone, dynamic: bool) -> nn.Module:

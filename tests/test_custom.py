@@ -299,6 +299,35 @@ def test_outputs_are_pooled_as_timms_are() -> None:
 
 
 @pytest.mark.parametrize(
+    ("arch", "arguments"),
+    [
+        ("test_resnet", {}),
+        (
+            "swin_tiny_patch4_window7_224",
+            {"embed_dim": 8, "depths": (1, 1, 1, 1), "num_heads": (1, 1, 1, 1), "window_size": 2},
+        ),
+    ],
+)
+def test_middle_stages_are_those_of_the_same_network_of_timm(arch: str, arguments: dict[str, Any]) -> None:
+    record = Backbone(
+        name="x", title="x", arch=arch, kwargs=arguments, card_pooling="pooled", input_size=64,
+        n_parameters=1, embedding_dim=1, gflops=None, licence="",
+    )  # fmt: skip
+    timms = build_model(record, None)
+    plain = timm.create_model(arch, num_classes=0, **arguments)
+    plain.load_state_dict(timms.state_dict())
+    own = Backbone.custom(plain, name="own", size=64)
+    images = torch.randn(2, 3, 64, 64)
+    model = build_model(own, fetch_weights(own))
+    expected, found = forward_poolings(timms, record, images), forward_poolings(model, own, images)
+    assert list(found) == list(pooling_widths(model, own)) == ["pooled", "mid"]
+    assert torch.equal(found["mid"], expected["mid"])
+    assert torch.equal(found["pooled"], expected["pooled"])
+    named = Backbone.custom(plain, name="own", size=64, poolings="pooled")
+    assert list(forward_poolings(build_model(named, None), named, images)) == ["pooled"]
+
+
+@pytest.mark.parametrize(
     ("answer", "poolings", "names"),
     [
         (lambda x: x.flatten(1), "projected", ["projected"]),
