@@ -287,6 +287,7 @@ def _record(setup: Setup, run_id: str, network: Network, state: State) -> RunRec
         model=setup.backbone.name,
         method=options.method,
         options=options.as_record(),
+        compute=setup.compute_options.as_record(defaults=False) or None,
         recipe=asdict(setup.recipe),
         train=experiment.train,
         test=experiment.test,

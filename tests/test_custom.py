@@ -33,9 +33,9 @@ from finetune.predict import predict_paths
 from finetune.report import make_report
 from finetune.run import finetune, resume
 from finetune.setup import prepare
+from probe.commands import commands
 from probe.probing import ProbeOptions, probe_store
 from probe.records import RunRecord
-from probe.report.provenance import commands
 from probe.resample import Resampling
 from probe.runs import read_predictions
 

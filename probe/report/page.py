@@ -24,14 +24,17 @@ from numpy.typing import NDArray
 
 from features.console import printable
 from features.samples import VOTE_LETTERS
+from probe.commands import commands
 from probe.metrics import COMPARED, as_dict, figure_titles
 from probe.report.charts import N_STYLES
 from probe.report.collect import Report, SetReport
 from probe.report.gallery import EmbeddingMap, GalleryPatches, Thumbnails
 from probe.report.headlines import headlines
-from probe.report.provenance import commands, facts
+from probe.report.measures import MeasureTable, measure_tables
+from probe.report.provenance import facts
 from probe.report.published import SOURCES
 from probe.report.read import Run
+from probe.report.tables import say_departures
 from probe.report.views import SetView, costs, set_view
 
 SECTIONS = {
@@ -47,6 +50,7 @@ SECTIONS = {
     "raters": "Raters",
     "domains": "Domains",
     "learning": "Learning curves",
+    "measures": "Other measures",
     "map": "Map",
     "gallery": "Gallery",
     "provenance": "Provenance",
@@ -79,11 +83,13 @@ def html(
     style, script = _resource("page.css"), _resource("page.js")
     titles = figure_titles(report.classes)
     views = [set_view(one, runs, index=index, margin=report.margin) for index, one in enumerate(report.sets)]
+    measures = measure_tables(runs)
     page = _template().render(
         report=report,
+        measures=measures,
         summary=report.summary,
         headlines=headlines(report, runs),
-        contents=_contents(report, views),
+        contents=_contents(report, views, measures),
         folds=_folds(runs),
         runs=runs,
         style=Markup(style),
@@ -98,11 +104,12 @@ def html(
         figures=[name for name in titles if name.partition(" ")[2] == ""],  # those of the task, not of one class
         compared=COMPARED,
         sources=SOURCES,
+        departures=say_departures(runs),
         views=views,
         n_dissents=_DISSENTS,
         costs={run.label: costs(run, sizes.get(run.record.model)) for run in runs},
         facts=facts,
-        commands=commands,
+        commands=lambda run: commands(run.record, members=[one.folder.resolve() for one in run.members]),
         pictures=_PICTURES,
         has_pictures=has_pictures,
         maps=maps,
@@ -137,7 +144,7 @@ def _folds(runs: Sequence[Run]) -> list[_Folds]:
     return [_Folds(*key, tuple(numbers)) for key, numbers in by_digest.items()]
 
 
-def _contents(report: Report, views: Sequence[SetView]) -> list[tuple[str, str]]:
+def _contents(report: Report, views: Sequence[SetView], measures: Sequence[MeasureTable]) -> list[tuple[str, str]]:
     """List the sections of the page: id, which is the name of their template, and title."""
     present = {
         "trainings": any(view.trainings for view in views),
@@ -147,6 +154,7 @@ def _contents(report: Report, views: Sequence[SetView]) -> list[tuple[str, str]]
         "raters": any(one.raters for one in report.sets),
         "domains": any(one.domains for one in report.sets),
         "learning": any(view.learning for view in views),
+        "measures": bool(measures),
     }
     return [(id, title) for id, title in SECTIONS.items() if present.get(id, True)]
 
