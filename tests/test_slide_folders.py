@@ -216,6 +216,8 @@ def test_faults_of_a_table_of_slides_are_named(
     (tmp_path / "x.csv").write_text(text)
     with pytest.raises(UserError, match=message):
         come_in(store, folder, tmp_path / "x.csv")
+    with pytest.raises(UserError, match="leave out `ids`"):
+        import_embeddings(store, folder, dataset="d", model="uni", view="full", ids=tmp_path / "x.csv")
     with pytest.raises(UserError, match=r"hold no labels\. Give a `table`"):
         come_in(store, folder)
     assert store.datasets() == []
