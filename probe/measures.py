@@ -497,7 +497,8 @@ def _applicable(
     entries = [entry for entry, _, _ in chosen.values()]
     datasets = ",".join(dict.fromkeys(dataset for dataset, _ in sets))
     first = entries[0]
-    views = ",".join([first.view, *(altered_view(first.view, name) for name in ALTERATIONS)])
+    telling = [name for name in ALTERATIONS if "+flips" not in first.view or name not in ("rot90", "fliph")]
+    views = ",".join([first.view, *(altered_view(first.view, name) for name in telling)])
     command = f"fm-extract --model {','.join(chosen)} --dataset {datasets} --view {views}"
     why_not = {}
     if len(chosen) < 2:
