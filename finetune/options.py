@@ -189,10 +189,15 @@ class ComputeOptions:
         paths = {name: None if record[name] is None else Path(record[name]) for name in ("data", "weights")}
         return cls(**{**record, **paths})
 
-    def as_record(self) -> dict[str, Any]:
-        """Give the options as JSON values; paths are absolute, so that a run can be resumed from any folder."""
+    def as_record(self, *, defaults: bool = True) -> dict[str, Any]:
+        """Give the options as JSON values; paths are absolute, so that a run can be resumed from any folder.
+
+        Args:
+            defaults: also those that were left as they are.
+        """
         paths = {"data": self.data, "weights": self.weights}
-        return asdict(self) | {name: None if path is None else str(path.resolve()) for name, path in paths.items()}
+        record = asdict(self) | {name: None if path is None else str(path.resolve()) for name, path in paths.items()}
+        return {one.name: record[one.name] for one in fields(self) if defaults or record[one.name] != one.default}
 
     def resolved_folds_at_once(self, device: torch.device, n_members: int) -> int:
         """Choose the members per forward pass: at most `n_members`, and by default all on a GPU and one on a CPU.
@@ -213,5 +218,5 @@ def training_precision(asked: str, backbone: Backbone, device: torch.device) -> 
 
 
 def is_convolutional(backbone: Backbone) -> bool:
-    """Whether a backbone is a convolutional network: its card names no token to pool, and it is no Swin transformer."""
-    return backbone.card_pooling == "pooled" and "swin" not in backbone.arch
+    """Whether a backbone is a convolutional network."""
+    return backbone.convolutional

@@ -6,7 +6,7 @@ them, and the memory that it keeps for its backward pass is counted.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -20,6 +20,8 @@ from features.labels import NUMBERS
 from finetune.lora import adapters
 from finetune.network import Network
 from finetune.options import ComputeOptions, FinetuneOptions, training_precision
+from finetune.setup import load_datasets
+from probe.experiment import Experiment, make_experiment
 
 
 @dataclass(frozen=True)
@@ -66,13 +68,19 @@ class Plan:
 def make_plan(options: FinetuneOptions, compute_options: ComputeOptions = ComputeOptions()) -> Plan:
     """Build the training of fake tensors, and count.
 
-    The user's own patches are not read: they count as of two classes, unless `options.classes` names more.
+    Patches are read only with `options.folds_by`, to count their domains. Else the user's own count as of two classes,
+    unless `options.classes` names more.
 
     Raises:
-        UserError: an unknown model, targets that match nothing, an input size that does not fit.
+        UserError: an unknown model, targets that match nothing, an input size that does not fit; with
+            `options.folds_by` whatever keeps a training from having its folds.
     """
+    n_classes = _n_classes(options)
+    if options.folds_by is not None:
+        experiment = _experiment(options, compute_options)
+        options, n_classes = replace(options, cv=experiment.folds.n_folds), experiment.n_classes
     device = find_device(compute_options.device, apple=False)
-    backbone = find_backbone(options.model)
+    backbone = find_backbone(options.model, run_file=True)
     recipe = options.resolved_recipe(backbone)
     view = options.resolved_view(backbone)
     transform = make_transform(backbone, view)
@@ -92,7 +100,7 @@ def make_plan(options: FinetuneOptions, compute_options: ComputeOptions = Comput
             lora=options.lora,
             fold_models=options.fold_models(options.cv),
             members=members,
-            n_classes=_n_classes(options),
+            n_classes=n_classes,
         )
         shape = (recipe.batch_size, 3, transform.input_size, transform.input_size)
         kept = at_once * _kept_bytes(network, torch.empty(shape), precision)
@@ -120,6 +128,18 @@ def make_plan(options: FinetuneOptions, compute_options: ComputeOptions = Comput
         weights_mb=0.0 if options.method == "full" else 4 * n_parameters / 2**20,
         rows_mb=4 * 5 * network.n_trained * len(members) / 2**20,
         kept_mb=kept / 2**20,
+    )
+
+
+def _experiment(options: FinetuneOptions, compute_options: ComputeOptions) -> Experiment:
+    datasets = load_datasets(options, compute_options.data)
+    train = next(iter(datasets))
+    return make_experiment(
+        train,
+        {name: patches.samples for name, patches in datasets.items()},
+        fold_seed=options.fold_seed,
+        classes=datasets[train].label_names,
+        folds_by=options.folds_by,
     )
 
 

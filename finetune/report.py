@@ -25,9 +25,10 @@ from probe.report.gallery import PAGE_BYTES, Pixels, embedding_maps, make_thumbn
 from probe.report.page import html, with_thumbnails
 from probe.report.read import Run, ensemble_of_runs, named_runs, read_runs
 from probe.report.tables import grids, latex, markdown
+from probe.report.tidy import tidy
 from probe.resample import Resampling
 
-Format = Literal["html", "markdown", "latex"]
+Format = Literal["html", "csv", "markdown", "latex"]
 
 
 def make_report(
@@ -51,7 +52,7 @@ def make_report(
         ensemble: folders or ids of some of these runs, or "all", of which the mean is judged as one more run.
         ensemble_weights: "equal" or "out-of-fold", see `probe.report.read.ensemble_of_runs`.
         folds: the first digits of a fold digest: only runs on those folds.
-        format: "html" for the page; "markdown" or "latex" for its two main tables.
+        format: "html" for the page; "csv" for every figure, one a row; "markdown" or "latex" for its main tables.
         data: the folder of the known datasets.
         store: the feature store that the map is drawn from; None for the one that runs were probed from.
         resampling: how resamples are drawn.
@@ -72,6 +73,8 @@ def make_report(
     if ensemble:
         read.append(ensemble_of_runs(named_runs(read, ensemble), weights=ensemble_weights))
     report = collect(read, notes, resampling=resampling, options=options)
+    if format == "csv":
+        return tidy(report, {run.label: run for run in read}), report, read
     if format != "html":
         table = markdown if format == "markdown" else latex
         return "\n".join(table(grid) for grid in grids(report, read)), report, read

@@ -160,10 +160,10 @@ def prepare(
     )
     compute_exactly(device)
     fast = compute_options.fast and device.type == "cuda"
-    backbone = find_backbone(options.model)
+    backbone = find_backbone(options.model, run_file=True)
     recipe = recipe or options.resolved_recipe(backbone)
     view = options.resolved_view(backbone, recipe)
-    datasets = _load_datasets(options, compute_options.data)
+    datasets = load_datasets(options, compute_options.data)
     train = next(iter(datasets))
     experiment = make_experiment(
         train,
@@ -197,7 +197,7 @@ def prepare(
     )
 
 
-def _load_datasets(options: FinetuneOptions, data: Path | None) -> dict[str, PatchDataset]:
+def load_datasets(options: FinetuneOptions, data: Path | None) -> dict[str, PatchDataset]:
     """Load the training set and those to score, by name."""
     tests = _test_names(options, data)
     require_distinct_names((options.train, *tests))

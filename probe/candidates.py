@@ -15,6 +15,7 @@ from features.console import UserError, say
 from features.entry import Entry
 from features.store import FeatureStore
 from probe.combine import forward_selection, mean_logits
+from probe.commands import missing_embeddings
 from probe.curve import Subset
 from probe.experiment import Experiment
 from probe.linear import STRENGTHS, Probe, fit_exact, fit_paper, held_out_folds, in_memory
@@ -29,7 +30,13 @@ if TYPE_CHECKING:
 # What a trained probe's recipe sees: the paper's text resizes the whole patch to 224 pixels and normalises it by
 # ImageNet's statistics; the authors' scripts prepare it as each model's card says.
 TRAINED_VIEWS = {"paper": "full@224+imagenet", "authors": "full"}
-_TEXT = {"crop": None, "resize": 224, "input_size": 224, "mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
+TEXT_TRANSFORM = {
+    "crop": None,
+    "resize": 224,
+    "input_size": 224,
+    "mean": [0.485, 0.456, 0.406],
+    "std": [0.229, 0.224, 0.225],
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -195,7 +202,9 @@ def list_candidates(setup: Setup, model: str) -> list[tuple[Entry, str]]:
             one.view: one for one in entries if one.complete and (options.view or not split_alteration(one.view)[1])
         }
 
-    view = options.view or _view_of_recipe(options.recipe, model, {name: complete(name) for name in (train, *tests)})
+    view = options.view or _view_of_recipe(
+        store, options.recipe, model, {name: complete(name) for name in (train, *tests)}
+    )
     by_view = complete(train)
     if view is not None:  # its modifiers may be named in any order
         view = next((key for key in by_view if sorted(key.split("+")) == sorted(view.split("+"))), view)
@@ -204,7 +213,7 @@ def list_candidates(setup: Setup, model: str) -> list[tuple[Entry, str]]:
         if view is not None and view in by_view and view not in test_entries:
             raise UserError(
                 f"{name} has no complete embeddings of {model} in view {view}. "
-                f"Run: fm-extract --model {model} --dataset {name} --view {view}"
+                f"Run: {missing_embeddings(store, model, [name], view)}"
             )
         by_view = {key: entry for key, entry in by_view.items() if key in test_entries}
         for key, entry in by_view.items():
@@ -215,18 +224,20 @@ def list_candidates(setup: Setup, model: str) -> list[tuple[Entry, str]]:
         where = f"in view {view}" if view else f"in a view that {', '.join([train, *tests])} share"
         raise UserError(
             f"{store.path} has no complete embeddings of {model} {where}. "
-            f"Run: fm-extract --model {model} --dataset {','.join([train, *tests])} --view {view or 'full'}"
+            f"Run: {missing_embeddings(store, model, [train, *tests], view or 'full')}"
         )
     return [
         (entry, name) for entry in by_view.values() for name in ([pooling] if pooling else _distinct_poolings(entry))
     ]
 
 
-def _view_of_recipe(recipe: str, model: str, by_dataset: Mapping[str, Mapping[str, Entry]]) -> str | None:
+def _view_of_recipe(
+    store: FeatureStore, recipe: str, model: str, by_dataset: Mapping[str, Mapping[str, Entry]]
+) -> str | None:
     """Choose the view that a recipe asks for; `full` where not every dataset has that one, and then say so.
 
     Args:
-        recipe, model: of the probe.
+        store, recipe, model: of the probe.
         by_dataset: dataset to view to entry.
     """
     asked = TRAINED_VIEWS.get(recipe)
@@ -234,10 +245,10 @@ def _view_of_recipe(recipe: str, model: str, by_dataset: Mapping[str, Mapping[st
     if asked is None or has_asked or not has_full:
         return asked  # where none is there, the caller says what is missing
     transforms = [entries["full"].parts.get("transform", {}) for entries in by_dataset.values()]
-    if any(transform.get(name) != value for transform in transforms for name, value in _TEXT.items()):
+    if any(transform.get(name) != value for transform in transforms for name, value in TEXT_TRANSFORM.items()):
         say(
             f"{model}: the paper's text asks for view {asked}; used is full, as the model's card prepares it. For the "
-            f"other: fm-extract --model {model} --dataset {','.join(by_dataset)} --view {asked}"
+            f"other: {missing_embeddings(store, model, by_dataset, asked)}"
         )
     return "full"
 

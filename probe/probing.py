@@ -36,6 +36,7 @@ from probe.candidates import (
     validation_auroc,
 )
 from probe.combine import mean_logits
+from probe.commands import missing_embeddings
 from probe.curve import (
     CURVE_FILE,
     DRAWS,
@@ -188,10 +189,10 @@ def prepare(store: FeatureStore, models: Sequence[str] | None, options: ProbeOpt
         if model not in embedded:
             raise UserError(
                 f"{store.path} has no embeddings of {model!r} for {train}; it has {', '.join(embedded) or 'none'}."
-                f"{nearest(model, embedded)} Run: fm-extract --model {model} --dataset {train}"
+                f"{nearest(model, embedded)} Run: {missing_embeddings(store, model, [train])}"
             )
     if not embedded:
-        raise UserError(f"{store.path} has no embeddings of {train}. Run: fm-extract --dataset {train}")
+        raise UserError(f"{store.path} has no embeddings of {train}. Run: {missing_embeddings(store, None, [train])}")
     return Setup(store, options, experiment, _subsets(experiment, options), str(device)), list(models or embedded)
 
 
@@ -206,6 +207,7 @@ def _write(setup: Setup, chosen: Fitted, candidates: Sequence[Candidate], *, run
             )
     points, curve_fits = _learning_curve(setup, chosen) if setup.subsets and not combined else ([], None)
     attributes = {name: store.dataset_attrs(name) for name in experiment.tables}
+    classes = _classes(store, experiment.train)
     parts = tuple(
         Part(
             model=entry.model,
@@ -229,7 +231,7 @@ def _write(setup: Setup, chosen: Fitted, candidates: Sequence[Candidate], *, run
         model=joined([part.model for part in parts]),
         method=method,
         options=setup.options.as_record(),
-        store=str(store.path),
+        store=str(store.path.resolve() if isinstance(store.path, Path) else store.path),
         train=experiment.train,
         test=experiment.test,
         view=joined([part.view for part in parts]),
@@ -237,7 +239,7 @@ def _write(setup: Setup, chosen: Fitted, candidates: Sequence[Candidate], *, run
         combined=combined,
         parts=parts if combined else None,
         card_pooling="" if combined else parts[0].card_pooling,
-        label_names=_classes(store, experiment.train),
+        label_names=classes,
         ordinal=bool(attributes[experiment.train].get("ordinal")),
         sources={name: attrs.get("source", "") for name, attrs in attributes.items()},
         fingerprints={} if combined else parts[0].fingerprints,
@@ -246,6 +248,7 @@ def _write(setup: Setup, chosen: Fitted, candidates: Sequence[Candidate], *, run
         seeds=setup.options.training_seeds,
         table_digests=experiment.table_digests,
         similar=_similar(setup, chosen) or None,
+        test_classes={name: of for name in experiment.test if (of := _classes(store, name)) != classes} or None,
         candidates=tuple(candidates),
         learning_curve=curve_fits,
         cost=Cost(device=setup.device),
@@ -271,7 +274,7 @@ def _write(setup: Setup, chosen: Fitted, candidates: Sequence[Candidate], *, run
 def _train_dataset(store: FeatureStore, tables: dict[str, Samples], options: ProbeOptions) -> str:
     """Find the dataset to train on: that of the options, AMi-Br, or the only one with rows outside its test split."""
     if not tables:
-        raise UserError(f"{store.path} holds no dataset yet. Run: fm-extract")
+        raise UserError(f"{store.path} holds no dataset yet. Run: {missing_embeddings(store, None, ['demo'])}")
     if options.train is not None:
         _require_dataset(store, options.train)
         return options.train
@@ -289,7 +292,7 @@ def _require_dataset(store: FeatureStore, name: str) -> None:
     if name not in datasets:
         raise UserError(
             f"{store.path} has no dataset {name!r}; it has {', '.join(datasets)}.{nearest(name, datasets)} "
-            f"Run: fm-extract --dataset {name}"
+            f"Run: {missing_embeddings(store, None, [name])}"
         )
 
 

@@ -73,7 +73,10 @@ class FitRecord:
         strengths: (S,) values of C to choose from; `chosen_strength` is the choice of each fold.
         at_edge: whether a fold chose the first or the last of them.
         inner_loss: (F, S) balanced log loss within each fold's training rows, on which the choice was made.
-        max_gradient, n_not_converged, n_fits: of all fits.
+            Of a strength that was given up, the loss at that point.
+        n_fits, n_given_up: how many fits there are, and how many were left unfinished, because their strength could no
+            longer turn out best (`probe.stream` alone does that).
+        max_gradient, n_not_converged: of the other fits.
         n_dropped: features without a weight, because they vary by no more than rounding in training: the most of a fit.
         recipe, best_epoch, n_epochs: of the paper's recipe; epochs per fold model.
     """
@@ -85,6 +88,7 @@ class FitRecord:
     max_gradient: float | None = None
     n_not_converged: int | None = None
     n_fits: int | None = None
+    n_given_up: int | None = None
     n_dropped: int | None = None
     recipe: Mapping[str, Any] | None = None
     best_epoch: tuple[int, ...] | None = None
@@ -204,7 +208,9 @@ class RunRecord(_Embedded):
         seeds: of the trainings, each of which has a model per fold; early versions trained once, by `options["seed"]`.
         table_digests: dataset to the digest of its patch table.
         similar: dataset to the ids of test patches that look like training patches, to the backbone or pixel by pixel.
-        store, candidates, learning_curve: of a probe.
+        store, candidates, learning_curve: of a probe; a store that is a folder by its whole path.
+        test_classes: of a probe, test set to the names of its classes, where they are others than `label_names`.
+        compute: of a fine-tuned run, the options of its computation that were no defaults; early runs do not know them.
         recipe, adapted_modules, n_trained, best_epoch, history: of a fine-tuned run; `n_trained` parameters per fold
             model, `best_epoch` and `history` per fold model.
         cost: seconds, images per second, memory.
@@ -220,6 +226,7 @@ class RunRecord(_Embedded):
     model: str
     method: str
     options: Mapping[str, Any]
+    compute: Mapping[str, Any] | None = None
     store: str | None = None
     recipe: Mapping[str, Any] | None = None
     train: str
@@ -240,6 +247,7 @@ class RunRecord(_Embedded):
     seeds: Annotated[tuple[int, ...], msgspec.Meta(min_length=1)] = (SEED,)
     table_digests: Mapping[str, str] = field(default_factory=dict)
     similar: Mapping[str, tuple[str, ...]] | None = None
+    test_classes: Mapping[str, tuple[str, ...]] | None = None
     candidates: tuple[Candidate, ...] | None = None
     learning_curve: CurveFits | None = None
     best_epoch: tuple[int, ...] | None = None

@@ -19,11 +19,12 @@ from finetune.report import make_report
 from probe import candidates
 from probe.cli import app
 from probe.combine import averaged, fitted_weights, forward_selection, gains, mean_logits
+from probe.commands import commands
 from probe.metrics import auroc
 from probe.predictions import Predictions, concatenate, predictions_of
 from probe.probing import ProbeOptions, probe_store
 from probe.records import RunRecord
-from probe.report.provenance import commands, facts
+from probe.report.provenance import facts
 from probe.report.read import ensemble_of_runs, read_runs
 from probe.report.terminal import candidates_table, gain_table
 from probe.runs import read_predictions, read_run, read_weights
@@ -266,7 +267,8 @@ def test_a_report_judges_an_ensemble_as_one_more_run(weights, tmp_path):
     shares = [part.weight for part in ensemble.record.parts]
     assert shares == [None, None] if weights == "equal" else sum(shares) == pytest.approx(1)
     assert ("its weights" in ensemble.chose) == (weights != "equal")
-    assert f"--ensemble {','.join(run.record.id for run in runs[:2])}" in commands(ensemble.record)[-1]
+    (again,) = commands(ensemble.record, members=[run.folder for run in runs[:2]])
+    assert again.startswith(f"fm-report {runs[0].folder} {runs[1].folder} --ensemble all")
     sets = {one.name: one for one in report.sets}
     assert len(sets) == 4
     notes = [note for note in report.notes if "over uni probe, its best member out of fold" in note]

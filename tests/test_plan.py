@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from extract.backbones import build_model, find_backbone
 from features.console import UserError
@@ -41,6 +42,21 @@ def test_classes_that_are_named_are_counted():
     options = FinetuneOptions(method="head", classes=("low", "middle", "high"))
     assert make_plan(options, COMPUTE).n_trained == 3 * 1280 + 3
     assert make_plan(FinetuneOptions(method="head", train="demo-phases"), COMPUTE).n_trained == 9 * 1280 + 9
+
+
+def test_folds_by_domain_are_as_many_as_the_domains(tmp_path):
+    lines = ["path,label,group,domain"]
+    for k, centre in enumerate(("Oslo", "Bern", "Rome") * 4):
+        Image.new("RGB", (32, 32), (20 * k, 0, 0)).save(tmp_path / f"{k}.png")
+        lines.append(f"{k}.png,{('low', 'middle', 'high', 'top')[k // 3]},{k},{centre}")
+    (tmp_path / "own.csv").write_text("\n".join(lines))
+    options = FinetuneOptions(method="head", train=str(tmp_path / "own.csv"), folds_by="domain")
+    plan = make_plan(options, COMPUTE)
+    assert plan.n_folds == 3
+    assert plan.n_trained == 4 * 1280 + 4  # classes are counted too, once patches are read
+    assert plan.rows_mb == pytest.approx(3 * 5 * 4 * plan.n_trained / 2**20)
+    with pytest.raises(UserError, match="domain"):
+        make_plan(replace(options, train="demo-phases", folds_by="scanner"), COMPUTE)
 
 
 def test_activations_are_those_of_a_real_step():

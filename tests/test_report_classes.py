@@ -244,7 +244,7 @@ def test_a_set_of_one_class_leaves_the_page_whole(tmp_path):
     page, report, _ = make_report(tmp_path, resampling=QUICK)
     root = check_page(page)
     assert report.sets[0].held == (2,)
-    assert "all of one class, there is no AUROC; recalls of anaphase range from" in report.summary[0]
+    assert "all of one class, there is no AUROC; the runs reach recalls of anaphase of" in report.summary[0]
     assert "means over classes do not exist there." in report.notes[0]
     assert "The set holds one class, and no curve tells it from others." in root.text
 

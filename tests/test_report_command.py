@@ -68,13 +68,15 @@ def test_one_run_is_one_run(fm_report, tmp_path):
     assert "report.html: 1 run on 1 set, " in fm_report().stderr
 
 
-@pytest.mark.parametrize("format", ["markdown", "latex"])
+@pytest.mark.parametrize("format", ["markdown", "latex", "csv"])
 def test_tables_go_to_stdout_alone(format, fm_report, tmp_path):
     two_runs(tmp_path / "runs")
     done = fm_report("--format", format)
     assert done.status == 0
     assert done.stderr.startswith("On ami-br's 6 held-out slides, ")  # what they show, in three sentences
-    assert ("| uni probe |" if format == "markdown" else "\nuni probe & ") in done.stdout
+    assert {"markdown": "| uni probe |", "latex": "\nuni probe & ", "csv": ",uni probe,uni,probe,"}[
+        format
+    ] in done.stdout
     assert not (tmp_path / "report.html").exists()
     written = fm_report("--format", format, "--out", "deep/er/table.txt")
     assert written.stdout == ""
@@ -114,7 +116,7 @@ def test_what_cannot_be_done_is_one_message(fm_report, tmp_path):
     made_run(tmp_path / "runs")
     (tmp_path / "folder").mkdir()
     (tmp_path / "file").write_text("")
-    assert "unknown format 'pdf': use html, markdown or latex" in refused(fm_report("--format", "pdf"))
+    assert "unknown format 'pdf': use html, csv, markdown or latex" in refused(fm_report("--format", "pdf"))
     assert "5 replicates: an interval needs at least 100" in refused(fm_report("--replicates", "5"))
     assert "no run has folds abcd" in refused(fm_report("--folds", "abcd"))
     assert "none does not exist" in refused(fm_report("--runs", "none"))

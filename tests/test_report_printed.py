@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from report_pages import QUICK, Element, cells_of, check_page, table_of
+from report_pages import QUICK, Element, cells_of, check_page, collected, table_of
 from sklearn.metrics import confusion_matrix
 from test_runs import N_FOLDS, edit_record, made_run, patches, predicted
 
@@ -21,6 +21,7 @@ from probe.evidence import Question
 from probe.metrics import COMPARED, as_dict
 from probe.predictions import VALIDATION, concatenate
 from probe.report.collect import ReportOptions
+from probe.report.headlines import headlines, power
 
 
 def on_other_slides(table: Samples) -> Samples:
@@ -459,3 +460,17 @@ def test_every_figure_of_a_learning_curve_is_the_mean_of_its_models(printed):
                 ]
             )
         assert found == expected
+
+
+def test_sentences_about_equal_and_perfect_runs_name_no_worst_and_no_range(tmp_path):
+    for model in ("uni", "virchow"):
+        made_run(tmp_path, model, signal=60)
+    report, runs = collected(tmp_path)
+    said = headlines(report, runs)
+    assert said["curves"] == "On ami-br, test, the area under the ROC curve of both runs is 1.00."
+    assert said["decisions"] == "On ami-br, test, uni probe is right on every patch at its threshold."
+    assert said["thresholds"].startswith("On atnorm-md, test, no other threshold would fit any domain better than")
+    assert said["domains"] == "On atnorm-md, test, uni probe has the same AUROC in all 3 domains, 1.00."
+    assert said["gallery"] == "On ami-br, test, uni probe is right on all 24 patches."
+    assert "would lie within .01 of each other in AUROC with a probability of 99 %" in said["across"]
+    assert power(report.sets[0]) == "ami-br, test: the two runs cannot be told apart in balanced accuracy or AUROC."

@@ -7,13 +7,11 @@ from dataclasses import replace
 from typing import Any
 
 import typer
-from report_pages import (
-    draw_own_patches,
-    record,
-    run_on,
-)
+from report_pages import draw_own_patches, patches_of_classes, record, run_on
 
-from probe.report.provenance import commands
+from features.store import FeatureStore
+from probe.commands import commands, missing_embeddings
+from probe.records import Candidate, Part
 from probe.runs import read_run
 
 
@@ -66,12 +64,16 @@ def test_the_commands_shown_mean_the_options_that_the_run_had():
             "seed": 1,
             "precision": "fp32",
             "positive": "Atypical",
+            "tta": False,
         }
-        tuned = replace(record(method=method), kind="finetune", train="patches", options=options)
+        computed = {"fast": False, "compile": True, "weights": "/w/uni.bin", "device": "cpu"}
+        tuned = replace(record(method=method), kind="finetune", train="patches", options=options, compute=computed)
         (line,) = commands(tuned)
         again = options_of(line)
-        for name, value in options.items():
-            if name not in ("lora",):
+        for name, value in (options | computed).items():
+            if name == "weights":
+                assert str(again[name]) == value
+            elif name != "lora":
                 assert again[name] == value, name
         if method == "lora":
             assert [again[f"lora_{name}"] for name in ("rank", "alpha", "dropout", "targets")] == [4, 8.0, 0.1, None]
@@ -80,8 +82,10 @@ def test_the_commands_shown_mean_the_options_that_the_run_had():
 def test_patches_of_one_s_own_are_extracted_from_where_they_lie(tmp_path):
     own_patches = draw_own_patches(tmp_path)
     folder = run_on(own_patches, tmp_path)
-    extract, _ = commands(read_run(folder))
-    assert options_of(extract)["dataset"] == str(own_patches.resolve())
+    extract, again = map(options_of, commands(read_run(folder)))
+    assert extract["dataset"] == f"own={own_patches.resolve()}"
+    assert extract["positive"] == "Atypical"
+    assert (again["train"], again["test"]) == ("own", "")
 
 
 def test_the_order_of_classes_of_one_s_own_is_said_where_they_are_read(tmp_path):
@@ -94,8 +98,79 @@ def test_the_order_of_classes_of_one_s_own_is_said_where_they_are_read(tmp_path)
     extract, _ = map(
         options_of, commands(replace(record(), **own | {"label_names": ("a", "b"), "ordinal": False}, **at))
     )
-    assert extract["classes"] is None
+    assert (extract["classes"], extract["positive"]) == (None, "b")
     options = {"train": "cells", "classes": ["low", "middle", "high"], "ordinal": True, "skip_unlabelled": False}
     (line,) = commands(replace(record(method="head"), kind="finetune", **own, options=options))
     again = options_of(line)
     assert (again["classes"], again["ordinal"], again["skip_unlabelled"]) == ("low,middle,high", True, False)
+
+
+def test_every_view_that_a_probe_chose_from_is_embedded_again_into_its_store():
+    def candidate(view: str, model: str | None = None, **combined: Any) -> Candidate:
+        figures = {"validation_auroc": 0.9, "validation_balanced_accuracy": 0.8}
+        return Candidate(view=view, pooling="card", model=model, **figures, **combined)
+
+    embedding = {"precision": "bf16", "device": "cuda", "revision": "abc", "weights_sha256": "12"}
+    chosen = replace(
+        record(view="center64"),
+        train="ami-br",
+        store="/far/e.zarr",
+        candidates=(candidate("full"), candidate("center64"), candidate("center64")),
+        embedding=embedding,
+    )
+    extract, again = map(options_of, commands(chosen))
+    assert (extract["view"], extract["store"], again["store"]) == ("full,center64", "/far/e.zarr", "/far/e.zarr")
+    assert (extract["precision"], extract["device"], extract["fast"]) == ("bf16", "cuda", False)
+    compiled = replace(chosen, embedding=embedding | {"numerics": {"compiled": "openvino"}})
+    assert options_of(commands(compiled)[0])["fast"]
+
+    both = ("a", "b")
+    combined = replace(
+        chosen,
+        model="a + b",
+        combined="mean",
+        parts=tuple(Part(model=model, view="full", pooling="card") for model in both),
+        candidates=(*(candidate("full", model) for model in (*both, "c")), candidate("full", "a + b", combined="mean")),
+        options=chosen.options | {"combine": True, "folds_by": "domain", "cv": 3},
+    )
+    extract, again = map(options_of, commands(combined))
+    assert extract["model"] == again["model"] == "a,b,c"
+    assert (again["combine"], again["folds_by"], again["cv"]) == (True, "domain", 3)
+
+    mine = replace(chosen, embedding=embedding | {"revision": "local"})
+    said, _, _ = commands(mine)
+    assert said.startswith("# uni: its weights were a file of your own with SHA-256 12")
+    elsewhere = replace(chosen, embedding={"source_sha256": "ab12"})
+    said, again = commands(elsewhere)
+    assert "ab12" in said
+    assert "fm-store import" in said
+    assert options_of(again)["model"] == "uni"
+
+
+def test_datasets_are_named_by_path_and_those_of_other_labels_are_embedded_apart():
+    sources = {"site": "/data/site.csv", "far": "/data/far", "ami-br": "TUPAC16"}
+    options = {"test": ["far", "ami-br"], "train": "site=site.csv"}
+    own = replace(record(), train="site", test=("far", "ami-br"), sources=sources, label_names=("benign", "cancer"))
+    own = replace(own, options=options, test_classes={"far": ("0", "malignant")})
+    *extracts, again = map(options_of, commands(own))
+    assert {(one["dataset"], one["positive"]) for one in extracts} == {
+        ("site=/data/site.csv", "cancer"),
+        ("far=/data/far", "malignant"),
+        ("ami-br", None),
+    }
+    assert (again["train"], again["test"]) == ("site", "far,ami-br")
+    (line,) = commands(replace(own, kind="finetune", method="head"))
+    again = options_of(line)
+    assert (again["train"], again["test"]) == ("site=/data/site.csv", "far=/data/far,ami-br")
+
+
+def test_what_a_store_lacks_is_said_as_a_command_that_works(tmp_path, monkeypatch):
+    store = FeatureStore.open_or_create(tmp_path / "e.zarr")
+    attrs = {"source": "/data/my cells.csv", "label_names": ["low", "middle", "high"], "ordinal": True}
+    store.put_samples("cells", patches_of_classes("cells", 36, 3), attrs=attrs)
+    asked = options_of(missing_embeddings(store, "uni", ["cells"], "center64"))
+    assert (asked["dataset"], asked["model"], asked["view"]) == ("cells=/data/my cells.csv", "uni", "center64")
+    assert (asked["classes"], asked["ordinal"], asked["store"]) == ("low,middle,high", True, str(tmp_path / "e.zarr"))
+    monkeypatch.chdir(tmp_path)
+    FeatureStore.open_or_create("embeddings.zarr")
+    assert missing_embeddings(FeatureStore.open("embeddings.zarr"), None, ["demo"]) == "fm-extract --dataset demo"

@@ -157,7 +157,10 @@ def test_a_set_that_one_run_lacks_is_a_note(tmp_path):
         "atnorm-md/test": (),
         "ami-br/validation": (),
     }
-    assert report.notes == ("virchow probe was not scored on atnorm-br: run it again with --test atnorm-br.",)
+    (note,) = report.notes
+    assert note.startswith("virchow probe was not scored on atnorm-br: run it again by fm-extract --model virchow ")
+    assert "--dataset ami-br,atnorm-md,atnorm-br " in note
+    assert "--test atnorm-md,atnorm-br" in note
     on = report.sets[1]
     assert set(on.folds) == set(on.confusion) == set(on.curves) == {"uni probe"}
 

@@ -115,6 +115,38 @@ def test_two_that_cannot_be_told_apart_are_not_called_equal_and_the_limit_of_the
     )
 
 
+TIE = Difference(0.0, 0.0, 0.0, 1.0, 1.0, 0)
+
+
+def test_runs_that_say_the_same_are_said_to_and_not_ranked():
+    first, _ = said(judged("a", {"x": 1.0, "y": 1.0}, {("x", "y"): TIE}))
+    assert first == "On a's 56 held-out slides, x and y reach the same AUROC, 1.00 (.97 to 1.03)."
+    unbounded = replace(TIE, low=math.nan, high=math.nan)
+    assert "x and y reach the same AUROC" in said(judged("a", {"x": 1.0, "y": 1.0}, {("x", "y"): unbounded}))[0]
+    same_value_only = replace(TIE, low=-0.05, high=0.05)
+    assert "cannot be told apart" in said(judged("a", {"x": 0.9, "y": 0.9}, {("x", "y"): same_value_only}))[0]
+    areas = {"x": 0.9, "y": 0.9, "z": 0.9}
+    of_three = said(judged("a", areas, dict.fromkeys(combinations(areas, 2), TIE)))[0]
+    assert of_three == "On a's 56 held-out slides, all 3 runs reach the same AUROC, .90 (.87 to .93)."
+    won = apart(0.12, 0.001)
+    behind = {("x", "y"): TIE, ("x", "z"): won, ("y", "z"): won}
+    assert said(judged("a", areas | {"z": 0.78}, behind))[0] == (
+        "On a's 56 held-out slides, x and y share the highest AUROC, .90 (.87 to .93), and are better than z by .12 "
+        "(.07 to .17)."
+    )
+    behind = {("x", "y"): TIE, ("x", "z"): apart(0.02), ("y", "z"): apart(0.02)}
+    assert (
+        "share the highest AUROC, .90 (.87 to .93); the other run cannot be told from them; there"
+        in (said(judged("a", areas | {"z": 0.88}, behind))[0])
+    )
+
+
+def test_equal_figures_out_of_fold_are_no_range():
+    first, _ = said(judged("a", {"x": 1.0, "y": 0.9999}, split=VALIDATION))
+    assert first.startswith("Out of fold on a, the 2 runs reach the same AUROC, 1.00, which")
+    assert "AUROCs of .80 to .92" in said(judged("a", TWO, split=VALIDATION))[0]
+
+
 def test_a_difference_that_holm_does_not_leave_is_not_claimed():
     holm = Difference(0.12, 0.07, 0.17, 0.02, 0.06, 0, detectable=0.07)
     assert "cannot be told apart" in said(judged("a", {"x": 0.9, "y": 0.78}, {("x", "y"): holm}))[0]
@@ -171,10 +203,10 @@ def test_without_a_test_set_nothing_is_claimed():
 def test_a_set_of_one_class_has_no_auroc():
     on = judged("a", {"x": math.nan, "y": math.nan}, n_positive=0)
     assert said(on)[0] == (
-        "On a's 56 held-out slides, all of one class, there is no AUROC; specificities range from .90 to .90."
+        "On a's 56 held-out slides, all of one class, there is no AUROC; the runs reach the same specificity, .90."
     )
     of_three = judged("a", {"x": math.nan, "y": math.nan}, classes=("p", "q", "r"), held=(2,))
-    assert said(of_three)[0].endswith("there is no AUROC; recalls of r range from .70 to .70.")
+    assert said(of_three)[0].endswith("there is no AUROC; the runs reach the same recall of r, .70.")
     assert (
         "the recall of r by x is .70 (.65 to .74)"
         in said(judged("a", {"x": math.nan}, classes=tuple("pqr"), held=(2,)))[0]
@@ -222,7 +254,7 @@ def test_where_slides_are_not_known_better_holds_only_if_it_does_for_several_pat
     of_three = {("x", "y"): unsure, ("x", "z"): sure}
     first = said(judged("br", {"x": 0.9, "y": 0.84, "z": 0.78}, of_three, unit="sample", n=684))[0]
     assert "of the 2 other runs 1 is worse and 1 cannot be told from it (if every patch comes from its own" in first
-    assert "patient: 2 are worse)" in first
+    assert "patient: the 2 other runs are worse)" in first
 
 
 def test_sets_that_repeat_the_first_are_said_in_short():

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
-from report_pages import collected, two_runs
+from report_pages import collected, record, two_runs
 from test_runs import TABLES, made_run
 
+from probe.candidates import TEXT_TRANSFORM
+from probe.records import FoldsRecord
 from probe.report import tables
-from probe.report.tables import Grid, grids, latex, markdown
+from probe.report.published import Published, departures, published
+from probe.report.tables import Cell, Grid, grids, latex, markdown
 
 
 @pytest.fixture(scope="module")
@@ -60,6 +64,77 @@ def test_of_many_pairs_only_those_with_the_best_are_printed(made, monkeypatch):
     best = min(ranks, key=lambda label: ranks[label].value)
     assert [name for name, _, _ in grid.rows] == [f"{best} − {label}" for label in report.labels if label != best]
     assert grid.caption.startswith(f"Differences of {best} and every other run")
+
+
+def test_published_models_stand_beside_ours_by_method_with_what_differs_in_words(made):
+    report, runs = made
+    grid = grids(report, runs)[0]
+    names = [name for name, _, _ in grid.rows]
+    assert [name for name, cells, _ in grid.rows if not cells] == ["End to end", "Linear probes", "LoRA"]
+    assert (
+        names.index("Linear probes")
+        < names.index("uni probe")
+        < names.index("uni: paper, Table 3")
+        < names.index("LoRA")
+    )
+    assert sum(others for _, _, others in grid.rows) == 2 * 17 - 6  # each model of both sources, once
+    uni = names.index("uni probe")
+    on, figures = report.sets[0], report.sets[0].comparison.judgements["uni probe"].figures
+    mean, ends = grid.rows[uni][1][1], grid.rows[uni + 1][1][1]
+    assert mean.value == short(on.folds["uni probe"]["auroc"].mean)
+    one = figures["auroc"]
+    assert ends == Cell("", f"{short(one.value)} [{short(one.low)}, {short(one.high)}]")
+    theirs = next(row for row in published() if (row.source, row.model, row.method) == ("table-3", "uni", "probe"))
+    assert grid.rows[names.index("uni: paper, Table 3")][1][1].value == short(theirs.figures["auroc"].mean)
+    column = [cells[1] for _, cells, _ in grid.rows if cells]
+    assert {cell.value for cell in column if cell.best} == {
+        max((cell.value for cell in column if cell.value), key=float)
+    }
+    same = (
+        "3 folds instead of five, logistic regression solved exactly at a strength chosen in training data instead of"
+    )
+    assert f"Other than in the authors' re-run – all our runs: {same} training by Adam." in grid.caption
+    text = latex(grid)
+    assert "\n\\addlinespace\n\\multicolumn{7}{l}{LoRA} \\\\\n" in text
+    assert text.count("{") == text.count("}")
+    widths = {line.count(" & ") for line in text.splitlines() if line.endswith("\\\\") and "multicolumn" not in line}
+    assert widths == {6}
+    assert f"\\quad\\textit{{uni: paper, Table 3}} & {mean_of(theirs, 'balanced_accuracy')} " in text
+    assert "| **LoRA** |  |" in markdown(grid)
+
+
+def mean_of(row: Published, name: str) -> str:
+    return short(row.figures[name].mean)
+
+
+def test_what_differs_from_the_published_protocol_follows_from_the_record():
+    folds = FoldsRecord(n=5, source="AMi-Br, sklearn-1.7, frozen", digest="")
+    paper = replace(record(view="full@224+imagenet", recipe="paper"), folds=folds)
+    assert departures(paper, "table-3") == ("no augmentation, as embeddings are frozen",)
+    assert departures(paper, "re-run") == ("recipe paper instead of that of the scripts",)
+    authors = replace(record(view="full", recipe="authors"), folds=folds)
+    assert departures(authors, "re-run") == ()
+    card = "the patch as the model's card prepares it instead of at 224 pixels with ImageNet's statistics"
+    assert card in departures(authors, "table-3")
+    as_text = replace(authors, embedding={"transform": TEXT_TRANSFORM | {"rounding": "uint8"}})
+    assert card not in departures(as_text, "table-3")
+    exact = replace(record(view="center64", pooling="mid"), folds=replace(folds, source="AMi-Br, sklearn-1.9, frozen"))
+    assert departures(exact, "re-run") == (
+        "five other folds",
+        "view center64 instead of the whole patch",
+        "pooling mid instead of the card's",
+        "logistic regression solved exactly at a strength chosen in training data instead of training by Adam",
+    )
+    recipe = {"optimizer": "adamw", "epochs": 8, "tta": True}
+    tuned = replace(record(method="lora", recipe="default"), kind="finetune", recipe=recipe, seeds=(1, 2))
+    tuned = replace(tuned, folds=replace(folds, n=6, names=tuple("abcdef")))
+    assert departures(tuned, "table-3") == (
+        "6 folds by domain instead of five of slides",
+        "2 trainings per fold instead of one",
+        card,
+        "recipe default (adamw, 8 epochs at most) instead of that of the text",
+        "scores are means over eight flips and turns",
+    )
 
 
 def test_one_run_has_no_differences(tmp_path):

@@ -27,6 +27,7 @@ from finetune.options import ComputeOptions, FinetuneOptions
 from finetune.plan import make_plan
 from finetune.predict import predict_paths
 from finetune.run import finetune, resume
+from probe.commands import commands
 from probe.ensembles import ensemble_of
 from probe.evidence import evaluate, fold_figures
 from probe.experiment import FoldLogits, make_experiment
@@ -42,7 +43,6 @@ from probe.predictions import (
 )
 from probe.probing import ProbeOptions, probe_store
 from probe.records import RunRecord
-from probe.report.provenance import commands
 from probe.report.read import labels_of
 from probe.report.terminal import leaderboard, training_table
 from probe.runs import check_weights, read_predictions, read_run, read_weights

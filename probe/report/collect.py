@@ -26,6 +26,7 @@ from features.labels import Classes
 from features.samples import MISSING_VOTE, TEST, Samples, audit
 from probe.across import Across, across_sets, adjusted_over
 from probe.calibration import Calibration, calibrate
+from probe.commands import commands
 from probe.domains import DomainView, by_domain
 from probe.ensembles import Ensemble, ensemble_of, rows_of
 from probe.evidence import Comparison, Question, compare, fold_figures
@@ -300,11 +301,8 @@ def collect(
     for one in sets:
         if one.split == UNSEEN or one.is_validation:
             continue
-        all_notes += [
-            f"{run.label} was not scored on {one.dataset}: run it again with --test {one.dataset}."
-            for run in runs
-            if run.label in one.missing and not run.members
-        ]
+        if unscored := [run for run in runs if run.label in one.missing and not run.members]:
+            all_notes.append(_say_unscored(one, unscored, runs))
         if one.n_identical:
             all_notes.append(_say_identical(one))
     all_notes += [_say_gain(one, run) for run in runs if run.members for one in sets if run.label not in one.missing]
@@ -347,6 +345,24 @@ def _sets(runs: Sequence[Run]) -> dict[_Key, list[Run]]:
     datasets = list(dict.fromkeys((runs[0].record.train, *(dataset for dataset, _, _ in found))))
     in_order = sorted(found, key=lambda key: (key[1] == VALIDATION, datasets.index(key[0]), key[1] == UNSEEN))
     return {key: found[key] for key in in_order}
+
+
+def _say_unscored(one: SetReport, unscored: Sequence[Run], runs: Sequence[Run]) -> str:
+    """Say which runs lack a set, and how to make the first of them again with it."""
+    record = unscored[0].record
+    source = next((of for run in runs if (of := run.record.sources.get(one.dataset))), "")
+    with_it = replace(
+        record,
+        test=(*record.test, one.dataset),
+        sources={one.dataset: source, **record.sources},
+        options={**record.options, "test": [*record.test, one.dataset]},
+    )
+    were = "was" if len(unscored) == 1 else "were"
+    again = "run it again" if len(unscored) == 1 else f"run them again, {unscored[0].label}"
+    lines = [line for line in commands(with_it) if not line.startswith("#")]
+    return (
+        f"{listed([run.label for run in unscored])} {were} not scored on {one.dataset}: {again} by {' && '.join(lines)}"
+    )
 
 
 def _say_identical(one: SetReport) -> str:

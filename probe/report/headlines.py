@@ -41,11 +41,18 @@ def power(on: SetReport) -> str:
     if not n:
         return f"{on.title}: {comparison.pairs[0].untested}, so that no test is valid." if comparison.pairs else ""
     pairs = f"{n} pair{'s' * (n > 1)}"
-    differing = [
-        f"{sum(pair.differences[name].p_holm < ALPHA for pair in comparison.pairs)} in {in_words(on, name)}"
-        for name in COMPARED
-    ]
-    said = f"{on.title}: of {pairs} of runs, {listed(differing)} differ after Holm's correction"
+    differing = {
+        in_words(on, name): sum(pair.differences[name].p_holm < ALPHA for pair in comparison.pairs) for name in COMPARED
+    }
+    if not any(differing.values()):
+        said = f"{on.title}: {'the two runs' if n == 1 else f'no two of the runs ({pairs})'} can"
+        said += f"{'not' if n == 1 else ''} be told apart in {' or '.join(differing)}"
+    elif n == 1:
+        shown, hidden = ([name for name, count in differing.items() if bool(count) == found] for found in (True, False))
+        said = f"{on.title}: the two runs differ in {listed(shown)}" + (f", not in {listed(hidden)}" if hidden else "")
+    else:
+        counts = listed([f"{count or 'none'} in {name}" for name, count in differing.items()])
+        said = f"{on.title}: of {pairs} of runs, {counts} differ after Holm's correction"
     if on.any_judgement.unit != "slide":
         said += ", if every patch comes from its own patient"
     known = {name: limit for name in COMPARED if (limit := comparison.detectable.get(name))}
@@ -92,6 +99,12 @@ def _across(report: Report) -> str:
     if pair is None or report.across is None:
         return figure.sentence
     area = "AUROC" if len(report.classes) == 2 else "macro AUROC"
+    within = 1 - pair.p_better - pair.p_worse
+    if _per_cent(pair.p_better) == _per_cent(pair.p_worse):
+        return (
+            f"On a new data set, {best} and {following} would lie within {short(report.across.rope)} of each other in "
+            f"{area} with a probability of {_per_cent(within)}. {figure.sentence}"
+        )
     as_named = pair.first == best
     better, worse = (pair.p_better, pair.p_worse) if as_named else (pair.p_worse, pair.p_better)
     return (
@@ -111,6 +124,9 @@ def _curves(on: SetReport) -> str:
     best, worst = max(known, key=lambda label: known[label]), min(known, key=lambda label: known[label])
     if len(known) == 1:
         return f"On {on.title}, {best} has an area under the ROC curve of {short(known[best])}."
+    if short(known[best]) == short(known[worst]):
+        runs = "both runs" if len(known) == 2 else f"all {len(known)} runs"
+        return f"On {on.title}, the area under the ROC curve of {runs} is {short(known[best])}."
     return (
         f"On {on.title}, the area under the ROC curve goes from {short(known[worst])} ({worst}) to "
         f"{short(known[best])} ({best})."
@@ -124,6 +140,8 @@ def _curves_by_class(on: SetReport) -> str:
     if len(areas) < 2:
         return f"On {on.title} there is one class, and no curve."
     hardest, easiest = min(areas, key=lambda k: areas[k]), max(areas, key=lambda k: areas[k])
+    if short(areas[hardest]) == short(areas[easiest]):
+        return f"On {on.title}, {best} tells every class from the rest with an AUROC of {short(areas[easiest])}."
     return (
         f"On {on.title}, {best} tells {on.classes[hardest]} from the rest worst (AUROC {short(areas[hardest])}) and "
         f"{on.classes[easiest]} best ({short(areas[easiest])})."
@@ -136,6 +154,8 @@ def _decisions(on: SetReport) -> str:
         return _recalls(on, best)
     figures = on.comparison.judgements[best].figures
     found, passed = figures["sensitivity"], figures["specificity"]
+    if found.value == passed.value == 1:
+        return f"On {on.title}, {best} is right on every patch at its threshold."
     parts = []
     if not math.isnan(found.value):
         parts.append(f"finds {_per_cent(found.value)} of {positive} patches")
@@ -148,6 +168,8 @@ def _recalls(on: SetReport, best: str) -> str:
     """Say which class a run finds least, and what it takes it for."""
     recalls = {k: on.comparison.judgements[best].figures[f"recall {k}"].value for k in on.held}
     least = min(recalls, key=lambda k: recalls[k])
+    if recalls[least] == 1:
+        return f"On {on.title}, {best} finds every patch of every class."
     said = f"On {on.title}, {best} finds {on.classes[least]} least: {_per_cent(recalls[least])} of its patches"
     wrong = {k: n for k, n in enumerate(on.confusion[best][least]) if k != least and n}
     if not wrong:
@@ -168,6 +190,8 @@ def _thresholds(on: SetReport | None) -> str:
     if not known:
         return ""
     worst = max(known, key=lambda domain: known[domain])
+    if known[worst] <= 0:
+        return f"On {on.title}, no other threshold would fit any domain better than that of {label}."
     of = on.thresholds[label].domains[worst]
     return (
         f"On {on.title}, the threshold of {label} costs most in {worst}: balanced accuracy "
@@ -186,6 +210,10 @@ def _slides(on: SetReport | None) -> str:
     found = of.corrected if not math.isnan(of.corrected["bias"].value) else of.predicted
     which = "corrected" if found is of.corrected else "apparent"
     low, high = (found[f"{name} limit"].value for name in ("lower", "upper"))
+    if low == high == 0:
+        return (
+            f"On {of.n_slides} slides of {on.title}, the {which} rate of {on.classes[1]} by {label} is the annotated."
+        )
     return (
         f"On {of.n_slides} slides of {on.title}, the {which} rate of {on.classes[1]} by {label} is off by "
         f"{_signed(found['bias'].value)} on average, and on 95 % of slides by {_signed(low)} to {_signed(high)}."
@@ -216,6 +244,9 @@ def _domains(on: SetReport | None) -> str:
     worst = view.worst[RANKING]
     if worst is None:
         return ""
+    values = [value for one in view.domains.values() if not math.isnan(value := one.figures[RANKING].value)]
+    if len(values) > 1 and short(min(values)) == short(max(values)):
+        return f"On {on.title}, {label} has the same {in_words(on)} in all {len(values)} domains, {short(values[0])}."
     return (
         f"On {on.title}, the worst domain of {label} is {worst.domain} ({in_words(on)} {short(worst.value)}); the "
         f"mean of its domains is {_ends(view.macro[RANKING])}."
@@ -235,11 +266,11 @@ def _gallery(on: SetReport) -> str:
         for called, n in enumerate(row)
         if called != label and n
     }
+    if not wrong:
+        return f"On {on.title}, {best} is right on all {on.n:,} patches."
     said = f"On {on.title}, {best} is wrong on {sum(wrong.values()):,} of {on.n:,} patches"
     if len(on.classes) == 2:
         return f"{said}: {wrong.get((1, 0), 0):,} missed and {wrong.get((0, 1), 0):,} false {on.classes[1]}."
-    if not wrong:
-        return f"{said}."
     label, called = max(wrong, key=lambda cell: wrong[cell])
     return f"{said}, most often where it takes {on.classes[label]} for {on.classes[called]} ({wrong[label, called]:,})."
 

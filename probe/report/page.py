@@ -24,15 +24,17 @@ from numpy.typing import NDArray
 
 from features.console import printable
 from features.samples import VOTE_LETTERS
+from probe.commands import commands
 from probe.metrics import COMPARED, as_dict, figure_titles
 from probe.report.charts import N_STYLES
 from probe.report.collect import Report, SetReport
 from probe.report.gallery import EmbeddingMap, GalleryPatches, Thumbnails
 from probe.report.headlines import headlines
 from probe.report.measures import MeasureTable, measure_tables
-from probe.report.provenance import commands, facts
+from probe.report.provenance import facts
 from probe.report.published import SOURCES
 from probe.report.read import Run
+from probe.report.tables import say_departures
 from probe.report.views import SetView, costs, set_view
 
 SECTIONS = {
@@ -102,11 +104,12 @@ def html(
         figures=[name for name in titles if name.partition(" ")[2] == ""],  # those of the task, not of one class
         compared=COMPARED,
         sources=SOURCES,
+        departures=say_departures(runs),
         views=views,
         n_dissents=_DISSENTS,
         costs={run.label: costs(run, sizes.get(run.record.model)) for run in runs},
         facts=facts,
-        commands=commands,
+        commands=lambda run: commands(run.record, members=[one.folder.resolve() for one in run.members]),
         pictures=_PICTURES,
         has_pictures=has_pictures,
         maps=maps,

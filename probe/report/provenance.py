@@ -1,18 +1,27 @@
-"""Where does a run come from, and which commands would make it again?"""
+"""Where does a run come from?"""
 
 from __future__ import annotations
 
-import shlex
-from collections.abc import Mapping
 from dataclasses import asdict
-from pathlib import PurePath
-from typing import Any
 
 from probe.records import RunRecord
 
 
 def facts(record: RunRecord) -> list[tuple[str, str]]:
-    """Gather what is known of a run's origin, a name and a value each: ids, digests, versions, cost."""
+    """Gather what is known of a run's origin, a name and a value each: ids, digests, versions, cost.
+
+    Of an ensemble of runs these are its members with their weights: versions and cost are theirs.
+    """
+    if record.kind == "ensemble":
+        members = record.each_part
+        return [
+            ("written", record.created),
+            *(
+                (f"member {number}", f"{one.view}, weight {one.weight or 1 / len(members):.3f}: {one.model}")
+                for number, one in enumerate(members, start=1)
+            ),
+            ("folds", f"{record.folds.n}: {record.folds.source}{_named(record)}, digest {record.folds.digest}"),
+        ]
     parts = record.each_part
     weights = [
         ("weights", f"{of}{part.revision or 'local'}, SHA-256 {part.weights_sha256}")
@@ -36,55 +45,5 @@ def facts(record: RunRecord) -> list[tuple[str, str]]:
     ]
 
 
-def commands(record: RunRecord) -> list[str]:
-    """List the command lines that would make a run again; the user's datasets are named by their path."""
-    options = dict(record.options)
-    if record.kind != "ensemble":
-        options.setdefault("fold_seed", record.folds.seed)  # early versions drew the folds by `seed`
-    names = dict.fromkeys([record.train, *record.test])
-    paths = {name: record.sources.get(name, "") for name in names}
-    sets = ",".join(paths[name] if PurePath(paths[name]).is_absolute() else name for name in names)
-    if record.kind == "ensemble":
-        steps = [["fm-report", "--ensemble", ",".join(part.model for part in record.parts or ()), *_flags(options)]]
-    elif record.kind == "probe":
-        views: dict[str, dict[str, None]] = {}
-        for part in record.each_part:
-            views.setdefault(part.model, {})[part.view] = None
-        tried = dict.fromkeys(candidate.model for candidate in record.candidates or () if candidate.model)
-        models = [model for model in tried if " + " not in model] or list(views)
-        steps = [
-            *(
-                ["fm-extract", "--model", model, "--dataset", sets, "--view", ",".join(of_model), *_classes(record)]
-                for model, of_model in views.items()
-            ),
-            ["fm-probe", "--model", ",".join(models), *_flags(options)],
-        ]
-    else:
-        lora = options.pop("lora", None) or {}
-        nested = lora if record.method == "lora" else {}
-        steps = [["fm-finetune", *_flags({f"lora_{name}": value for name, value in nested.items()}), *_flags(options)]]
-    return [shlex.join(map(str, step)) for step in steps]
-
-
 def _named(record: RunRecord) -> str:
     return f" ({', '.join(record.folds.names)})" if record.folds.names else ""
-
-
-def _classes(record: RunRecord) -> list[str]:
-    """Give the order of more than two classes of one's own; that of others follows from their names."""
-    if record.n_classes == 2 or not PurePath(record.sources.get(record.train, "")).is_absolute():
-        return []
-    return ["--classes", ",".join(record.label_names), *(["--ordinal"] if record.ordinal else [])]
-
-
-def _flags(options: Mapping[str, Any]) -> list[str]:
-    flags = []
-    for name, value in options.items():
-        if value is None or (value in ([], ()) and name != "test"):  # an empty --test asks for no other dataset
-            continue
-        if isinstance(value, bool):
-            flags += [f"--{name.replace('_', '-')}"] if value else []
-            continue
-        text = ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
-        flags += [f"--{name.replace('_', '-')}", text]
-    return flags

@@ -9,12 +9,14 @@ from functools import cache
 from importlib.resources import files
 
 from features.samples import TEST
+from probe.candidates import TEXT_TRANSFORM, TRAINED_VIEWS
 from probe.records import RunRecord
 
 SOURCES = {"table-3": "paper, Table 3", "re-run": "authors' re-run"}
 FIGURES = {"balanced_accuracy": "bal. acc.", "auroc": "AUROC"}  # those that were published, in print
 FIGURES_OF_MORE = FIGURES | {"auroc": "macro AUROC"}  # of more than two classes, of which nothing was
 SAME = " (same figures as Table 3)"  # printed behind a source whose figures are no second measurement
+_FOLDS, _PAPER_FOLDS = 5, "AMi-Br, sklearn-1.7, frozen"  # see features/folds.py
 TRAINED_ON = "ami-br"  # what the published models were trained on
 
 
@@ -77,6 +79,74 @@ def published() -> tuple[Published, ...]:
             )
             for row in csv.DictReader(file)
         )
+
+
+def departures(record: RunRecord, source: str) -> tuple[str, ...]:
+    """Say in words what a run did otherwise than the published ones, as far as its record tells.
+
+    Table 3 is compared with the paper's section 4, the re-run with the authors' scripts; see docs/protocol.md.
+
+    Args:
+        record: of the run.
+        source: key of `SOURCES`.
+
+    Returns:
+        A phrase for each difference; none for a run by the same protocol.
+    """
+    return (*_folds_of(record), *_input_of(record, source), *_fit_of(record, source))
+
+
+def _folds_of(record: RunRecord) -> list[str]:
+    said = []
+    if record.folds.names:
+        said.append(f"{record.folds.n} folds by domain instead of five of slides")
+    elif record.folds.n != _FOLDS:
+        said.append(f"{record.folds.n} folds instead of five")
+    elif record.folds.source != _PAPER_FOLDS:
+        said.append("five other folds")
+    if len(record.seeds) > 1:
+        said.append(f"{len(record.seeds)} trainings per fold instead of one")
+    return said
+
+
+def _input_of(record: RunRecord, source: str) -> list[str]:
+    if record.kind == "ensemble" or record.combined:
+        return [
+            f"{len(record.each_part)} {'runs' if record.kind == 'ensemble' else 'embeddings'} together instead of one"
+        ]
+    said = []
+    seen = record.embedding.get("transform", {})
+    is_text = bool(seen) and all(seen.get(name) == value for name, value in TEXT_TRANSFORM.items())
+    is_text |= record.view == TRAINED_VIEWS["paper"]
+    if not record.view.startswith("full"):
+        said.append(f"view {record.view} instead of the whole patch")
+    elif source == "table-3" and not is_text:
+        said.append("the patch as the model's card prepares it instead of at 224 pixels with ImageNet's statistics")
+    if record.pooling not in ("card", record.card_pooling):
+        said.append(f"pooling {record.pooling} instead of the card's")
+    return said
+
+
+def _fit_of(record: RunRecord, source: str) -> list[str]:
+    if record.kind == "ensemble":
+        return []
+    name, theirs = str(record.options.get("recipe", "exact")), {"table-3": "paper", "re-run": "authors"}[source]
+    said = []
+    if record.kind == "probe" and name == "exact":
+        said.append(
+            "logistic regression solved exactly at a strength chosen in training data instead of training by Adam"
+        )
+    elif record.kind == "probe" and source == "table-3":
+        said.append("no augmentation, as embeddings are frozen")
+    if name not in ("exact", theirs):
+        recipe = record.recipe or {}
+        how = f" ({recipe['optimizer']}, {recipe['epochs']} epochs at most)" if record.kind == "finetune" else ""
+        said.append(f"recipe {name}{how} instead of that of the {'text' if source == 'table-3' else 'scripts'}")
+    if (record.recipe or {}).get("tta"):
+        said.append("scores are means over eight flips and turns")
+    if record.options.get("soft_labels"):
+        said.append("trained towards the raters' votes")
+    return said
 
 
 def published_on(dataset: str, split: str, *, train: str) -> list[Published]:

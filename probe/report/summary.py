@@ -99,7 +99,7 @@ def _out_of_fold(sets: Sequence[SetReport]) -> tuple[str, ...]:
     if len(figures) == 1:
         reached = f"{by_rank(on)[0]} reaches {_article(on)} {in_words(on)} of {short(figures[0])}"
     else:
-        reached = f"the {len(figures)} runs reach {_areas(on)} of {short(min(figures))} to {short(max(figures))}"
+        reached = f"the {len(figures)} runs reach {ranging(figures, in_words(on), _areas(on))}"
     return (
         f"Out of fold on {on.dataset}, {reached}, which is optimistic: what a run chose, it chose on these patches.",
         "There is no test set, so nothing is said here of which run is better: score the runs on one with --test.",
@@ -161,8 +161,7 @@ def _of_one_class(on: SetReport) -> str:
     if len(found) == 1:
         ((label, only),) = found.items()
         return f"{start}; the {said} {'of' if len(on.classes) == 2 else 'by'} {label} is {_with_ends(only)}"
-    values = [one.value for one in found.values()]
-    return f"{start}; {several} range from {short(min(values))} to {short(max(values))}"
+    return f"{start}; the runs reach {ranging([one.value for one in found.values()], said, several)}"
 
 
 def _of_two(on: SetReport, best: str, other: str, report: Report) -> str:
@@ -170,6 +169,8 @@ def _of_two(on: SetReport, best: str, other: str, report: Report) -> str:
     assert found is not None
     start = f"on {_place(on)}, "
     said = verdict(found, report.margin, ALPHA)
+    if _tied(found):
+        return f"{start}{best} and {other} reach the same {in_words(on)}, {_reached(on, best)}"
     if math.isnan(found.low) or found.high - found.low > 2 * _WIDEST:
         return f"{start}{best} and {other} cannot be compared: there are too few {_few(on)} for an interval"
     if said == "unknown":
@@ -193,33 +194,54 @@ def _of_two(on: SetReport, best: str, other: str, report: Report) -> str:
 
 
 def _of_many(on: SetReport, labels: Sequence[str], report: Report) -> str:
-    best, following, *_ = labels
-    found = [one for label in labels[1:] if (one := difference_of(on, best, label, RANKING)) is not None]
-    start = f"on {_place(on)}, {best} has the highest {in_words(on)}, {_reached(on, best)}"
-    if all(math.isnan(one.low) for one in found):
+    best = labels[0]
+    pairs = {label: one for label in labels[1:] if (one := difference_of(on, best, label, RANKING)) is not None}
+    tied = [label for label, one in pairs.items() if _tied(one)]
+    found = {label: one for label, one in pairs.items() if label not in tied}
+    start = f"on {_place(on)}, "
+    if not found:
+        return f"{start}all {len(labels)} runs reach the same {in_words(on)}, {_reached(on, best)}"
+    highest = f"the highest {in_words(on)}, {_reached(on, best)}"
+    start += f"{listed([best, *tied])} share {highest}" if tied else f"{best} has {highest}"
+    if all(math.isnan(one.low) for one in found.values()):
         return f"{start}, and the set is too small to compare runs"
-    sure = Counter(certain(one, report.margin) for one in found)
+    sure = Counter(certain(one, report.margin) for one in found.values())
+    following, least = next(iter(found.items()))
     if sure["better"] == len(found):
-        return f"{start}, and is better than every other run, than the next, {following}, by {_by(found[0])}"
-    text = f"{start}; of the {len(found)} other runs {_counted(sure, report)}"
-    if (hopeful := Counter(verdict(one, report.margin, ALPHA) for one in found)) != sure:
-        text += f" (if every patch comes from its own patient: {_counted(hopeful, report)})"
-    undecided = [one.detectable_holm for one in found if certain(one, report.margin) == "unknown"]
+        are = "are" if tied else "is"
+        if len(found) == 1:
+            return f"{start}, and {are} better than {following} by {_by(least)}"
+        return f"{start}, and {are} better than every other run, than the next, {following}, by {_by(least)}"
+    it = "them" if tied else "it"
+    text = f"{start}; {_counted(sure, report, it)}"
+    if (hopeful := Counter(verdict(one, report.margin, ALPHA) for one in found.values())) != sure:
+        text += f" (if every patch comes from its own patient: {_counted(hopeful, report, it)})"
+    undecided = [one.detectable_holm for one in found.values() if certain(one, report.margin) == "unknown"]
     return text + _limit(on, min((limit for limit in undecided if math.isfinite(limit)), default=math.nan))
 
 
-def _counted(verdicts: Counter[Verdict], report: Report) -> str:
+def _tied(difference: Difference) -> bool:
+    """Whether two runs have the same figure, whatever slides are drawn."""
+    return difference.value == 0 and (math.isnan(difference.low) or difference.low == difference.high == 0)
+
+
+def _counted(verdicts: Counter[Verdict], report: Report, it: str) -> str:
     """Say how many other runs the best one beats, equals, or cannot be told from."""
     margin = _margin(report)
     parts: dict[Verdict, tuple[str, str]] = {
         "better": ("is worse", "are worse"),
         "worse": ("is better", "are better"),
-        "equivalent": (f"is equivalent to it within {margin}", f"are equivalent to it within {margin}"),
+        "equivalent": (f"is equivalent to {it} within {margin}", f"are equivalent to {it} within {margin}"),
         "not worse": (f"is not better by {margin} or more", f"are not better by {margin} or more"),
         "not better": (f"is not worse by {margin} or more", f"are not worse by {margin} or more"),
-        "unknown": ("cannot be told from it", "cannot be told from it"),
+        "unknown": (f"cannot be told from {it}", f"cannot be told from {it}"),
     }
-    return listed([f"{verdicts[said]} {parts[said][verdicts[said] > 1]}" for said in parts if verdicts[said]])
+    n = verdicts.total()
+    others = f"the {n} other runs" if n > 1 else "the other run"
+    if len(+verdicts) == 1:
+        ((said, _),) = (+verdicts).items()
+        return f"{others} {parts[said][n > 1]}"
+    return f"of {others} {listed([f'{verdicts[k]} {parts[k][verdicts[k] > 1]}' for k in parts if verdicts[k]])}"
 
 
 def _caveat(on: SetReport) -> str:
@@ -339,6 +361,12 @@ def short(value: float) -> str:
     text = f"{abs(value):.{digits}f}"
     sign = "−" if value < 0 and float(text) else ""
     return sign + (text[1:] if text.startswith("0.") else text)
+
+
+def ranging(values: Sequence[float], one: str, several: str) -> str:
+    """Say which values a figure has: "AUROCs of .80 to .90", or where they are equal in print "the same AUROC, .90"."""
+    low, high = short(min(values)), short(max(values))
+    return f"the same {one}, {low}" if low == high else f"{several} of {low} to {high}"
 
 
 def listed(parts: Sequence[str]) -> str:

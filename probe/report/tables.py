@@ -1,17 +1,17 @@
-"""How are runs tabulated in a paper? Three tables, in Markdown and in LaTeX."""
+"""How are runs tabulated in a paper? Three tables, in Markdown and in LaTeX; beside what was published, if anything."""
 
 from __future__ import annotations
 
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 
 from features.console import printable
 from probe.metrics import Interval
 from probe.report.collect import Report, SetReport
-from probe.report.published import FIGURES, FIGURES_OF_MORE, SOURCES, Published, published_for
+from probe.report.published import FIGURES, FIGURES_OF_MORE, SOURCES, Published, departures, published_on
 from probe.report.read import Run
 from probe.report.summary import ALPHA, by_rank, difference_of, listed, over, units
 from probe.significance import Difference
@@ -66,17 +66,8 @@ def grids(report: Report, runs: Sequence[Run]) -> tuple[Grid, ...]:
         _cells({label: _with_ends(of.figures[name]) for label, of in one.comparison.judgements.items()})
         for one, name in columns
     ]
-    folds, ensembles = [], []
-    for run in runs:
-        folds.append((run.label, tuple(cells.get(run.label, _NONE) for cells in fold_cells), False))
-        ensembles.append((run.label, tuple(cells.get(run.label, _NONE) for cells in ensemble_cells), False))
-        for source in SOURCES:
-            found = [published_for(run.record, one.dataset, one.split).get(source) for one, _ in columns]
-            title = next((row.title for row in found if row), None)  # of one model and method, the same on all sets
-            if title:
-                cells = zip(found, columns, strict=True)
-                published = tuple(_published_cell(row, name) for row, (_, name) in cells)
-                folds.append((f"{run.label}: {title}", published, True))
+    folds = [(run.label, tuple(cells.get(run.label, _NONE) for cells in fold_cells), False) for run in runs]
+    ensembles = [(run.label, tuple(cells.get(run.label, _NONE) for cells in ensemble_cells), False) for run in runs]
     drawn = "; ".join(
         f"{one.title}: {one.any_judgement.n_clusters:,} {units(one.any_judgement)}, intervals over {over(one)}"
         for one in sets
@@ -87,11 +78,13 @@ def grids(report: Report, runs: Sequence[Run]) -> tuple[Grid, ...]:
     at = "threshold 0.5" if of_two else classes
     chosen = "at the threshold chosen on out-of-fold predictions" if of_two else f"({classes}; the most probable one)"
     several = " (of runs with several trainings, the mean over them)" if n_models != n_folds else ""
+    published = _published(report, sets)
+    means = f"Mean ± standard deviation over {n_models} fold models trained on {report.train}; {at}."
     tables = [
         Grid(
-            f"Mean ± standard deviation over {n_models} fold models trained on {report.train}; {at}.",
+            f"{means} {_beside(report, runs)}" if published else means,
             groups,
-            tuple(folds),
+            _by_method(runs, folds, ensembles, published, columns) if published else tuple(folds),
             _headings(report),
         ),
         Grid(
@@ -103,6 +96,86 @@ def grids(report: Report, runs: Sequence[Run]) -> tuple[Grid, ...]:
         ),
     ]
     return (*tables, _differences(report, sets, groups)) if len(runs) > 1 else tuple(tables)
+
+
+_Row = tuple[str, tuple[Cell, ...], bool]
+_Rows = dict[tuple[str, str], dict[str, dict[str, Published]]]  # (method, model) to source to dataset
+_METHODS = {"full": "End to end", "probe": "Linear probes", "lora": "LoRA", "head": "Classifier alone"}
+
+
+def _published(report: Report, sets: Sequence[SetReport]) -> _Rows:
+    """Gather what was published on the sets, by method and model in its own order."""
+    rows: _Rows = {}
+    for one in sets:
+        for row in published_on(one.dataset, one.split, train=report.train):
+            if not row.same_as_table_3:
+                rows.setdefault((row.method, row.model), {}).setdefault(row.source, {})[one.dataset] = row
+    return rows
+
+
+def _beside(report: Report, runs: Sequence[Run]) -> str:
+    """Say what stands beside our runs, and what these do otherwise than the published ones."""
+    return (
+        f"In brackets below each run: its ensemble at its own threshold, with its {report.how.level:.0%} interval. In "
+        "italics: published means over five fold models (Banerjee et al. 2025, arXiv 2506.21444v1; the re-run: the "
+        "authors' notebooks, without what is no second measurement). Bold: the highest mean of a column. "
+        + " ".join(say_departures(runs))
+    )
+
+
+def say_departures(runs: Sequence[Run]) -> list[str]:
+    """Say what runs do otherwise than what each source published: a sentence each, or one if it is the same."""
+    sources: dict[str, list[str]] = {}
+    for source in SOURCES:
+        who: dict[str, list[str]] = {}  # a departure to the runs
+        for run in runs:
+            for how in departures(run.record, source):
+                who.setdefault(how, []).append(run.label)
+        together: dict[tuple[str, ...], list[str]] = {}
+        for how, labels in who.items():
+            together.setdefault(tuple(labels), []).append(how)
+        every = "all our runs" if len(runs) > 1 else runs[0].label
+        said = [f"{every if len(of) == len(runs) else listed(of)}: {', '.join(how)}" for of, how in together.items()]
+        sources.setdefault("; ".join(said) or "nothing, as far as the runs record it", []).append(
+            f"the {SOURCES[source]}"
+        )
+    return [f"Other than in {listed(names)} – {said}." for said, names in sources.items()]
+
+
+def _by_method(
+    runs: Sequence[Run],
+    folds: Sequence[_Row],
+    ensembles: Sequence[_Row],
+    published: _Rows,
+    columns: Sequence[tuple[SetReport, str]],
+) -> tuple[_Row, ...]:
+    """Set runs and published models below each other, by method: the table of the paper, with ours in it."""
+    methods = dict.fromkeys([*(method for method, _ in published), *(run.record.method for run in runs)])
+    rows: list[_Row] = []
+    for method in methods:
+        rows.append((_METHODS.get(method, method), (), False))
+        for run, mean, ensemble in zip(runs, folds, ensembles, strict=True):
+            if run.record.method == method:
+                bracketed = [Cell("", " ".join(filter(None, (cell.value, cell.aside)))) for cell in ensemble[1]]
+                rows += [mean, ("", tuple(bracketed), False)]
+        for source in SOURCES:
+            for (of, model), sources in published.items():
+                if of == method and (by_set := sources.get(source)):
+                    cells = tuple(_published_cell(by_set.get(one.dataset), name) for one, name in columns)
+                    rows.append((f"{model}: {next(iter(by_set.values())).title}", cells, True))
+    return _with_best(rows)
+
+
+def _with_best(rows: Sequence[_Row]) -> tuple[_Row, ...]:
+    """Mark the highest value of every column, ours or not; of equals in print all."""
+    columns = zip(*(cells for _, cells, _ in rows if cells), strict=True)
+    best = [
+        max((cell.value for cell in column if cell.value.strip("–")), key=float, default=None) for column in columns
+    ]
+    return tuple(
+        (name, tuple(replace(cell, best=cell.value == best[k]) for k, cell in enumerate(cells)), others)
+        for name, cells, others in rows
+    )
 
 
 def _headings(report: Report) -> tuple[str, ...]:
@@ -190,6 +263,9 @@ def markdown(grid: Grid) -> str:
     for name, cells, others in grid.rows:
         shown = [_joined(f"**{cell.value}**" if cell.best else cell.value, cell.aside) for cell in cells]
         name = _markdown_text(name)
+        if not cells:  # a heading
+            lines.append("| " + " | ".join([f"**{name}**", *[""] * len(columns)]) + " |")
+            continue
         lines.append("| " + " | ".join([f"*{name}*" if others else name, *shown]) + " |")
     return "\n".join(lines) + "\n"
 
@@ -201,6 +277,8 @@ def latex(grid: Grid) -> str:
     lines = [
         "\\begin{table}",
         "\\centering",
+        "\\footnotesize",
+        "\\setlength{\\tabcolsep}{3pt}",
         f"\\caption{{{_latex_text(grid.caption)}}}",
         f"\\begin{{tabular}}{{l{'r' * n * len(grid.groups)}}}",
         "\\toprule",
@@ -209,7 +287,11 @@ def latex(grid: Grid) -> str:
         " & ".join(["Model", *(_latex_text(figure) for _ in grid.groups for figure in grid.figures)]) + " \\\\",
         "\\midrule",
     ]
-    for name, cells, others in grid.rows:
+    for number, (name, cells, others) in enumerate(grid.rows):
+        if not cells:  # a heading
+            above = ["\\addlinespace"] if number else []
+            lines += [*above, f"\\multicolumn{{{1 + n * len(grid.groups)}}}{{l}}{{{_latex_text(name)}}} \\\\"]
+            continue
         shown = [
             _joined(
                 f"\\textbf{{{_latex_text(cell.value)}}}" if cell.best else _latex_text(cell.value),
@@ -223,7 +305,7 @@ def latex(grid: Grid) -> str:
 
 
 def _joined(value: str, aside: str) -> str:
-    return f"{value} {aside}" if aside else value
+    return f"{value} {aside}".strip()
 
 
 _LATEX = {
