@@ -28,7 +28,7 @@ from probe import measures as measuring
 from probe.cli import app
 from probe.clusterings import agreement
 from probe.fewshot import draw_shots, few_shot, possible_shots
-from probe.measure_records import MEASURES, MeasureRecord, newest_figures, read_measures, write_measures
+from probe.measure_records import MEASURES, Measured, MeasureRecord, newest_figures, read_measures, write_measures
 from probe.measures import class_means, measure_store, patch_set
 from probe.neighbours import (
     class_shares,
@@ -242,11 +242,21 @@ def table(n: int, seed: int, *, domains: bool = True, groups: bool = True, test:
     )
 
 
-def add(store: FeatureStore, dataset: str, samples: Samples, model: str, view: str, seed: int = 0, noise: float = 0.0):
+def add(
+    store: FeatureStore,
+    dataset: str,
+    samples: Samples,
+    model: str,
+    view: str,
+    seed: int = 0,
+    *,
+    noise: float = 0.0,
+    signal: float = 1.2,
+):
     store.put_samples(dataset, samples, attrs={})
     rng = np.random.default_rng(seed)
     X = rng.standard_normal((len(samples), WIDTH))
-    X[:, :2] += 1.2 * samples.label[:, None]
+    X[:, :2] += signal * samples.label[:, None]
     X = X + noise * np.random.default_rng(99).standard_normal(X.shape)
     writer = store.begin(
         dataset, model=model, view=view, poolings={"cls": WIDTH}, card_pooling="cls", parts={"model": model}
@@ -341,16 +351,20 @@ def test_measures_say_what_changes_between_records_and_refuse_changed_files(stor
 
 
 def test_the_embedding_that_the_newest_probe_chose_is_measured(store, tmp_path):
-    add(store, "mine", store.samples("mine"), "one", "center64", 5)
-    add(store, "other", store.samples("other"), "one", "center64", 5)
+    for name in ("mine", "other"):
+        add(store, name, store.samples(name), "one", "center64", 5, signal=4)
     runs = tmp_path / "runs"
-    before = measured(store, runs, "clustering", models=["one"])
-    assert before.embeddings[0].label == "one (full, card)"
-    probe_store(store, ["one"], options=ProbeOptions(cv=3, train="mine", view="center64"), runs=runs)
-    after = measured(store, runs, "clustering", models=["one"])
-    assert after.embeddings[0].label == "one (center64, card)"
-    assert "newest probe" in after.embeddings[0].chosen
-    assert measured(store, runs, "clustering", models=["one"], view="full").embeddings[0].view == "full"
+
+    def embedding(**options) -> Measured:
+        return measured(store, runs, "clustering", models=["one"], **options).embeddings[0]
+
+    assert embedding().label == "one (full, card)"
+    probe_store(store, ["one"], options=ProbeOptions(cv=3, train="mine"), runs=runs)
+    assert embedding().label == "one (center64, card)"
+    assert "newest probe" in embedding().chosen
+    probe_store(store, ["one"], options=ProbeOptions(cv=3, train="mine", view="full"), runs=runs)
+    assert embedding().view == "center64"  # the one that was named was not chosen
+    assert embedding(view="full").label == "one (full, card)"
 
 
 def test_altered_views_are_no_candidates_of_a_probe_unless_named(store, tmp_path):
