@@ -138,6 +138,15 @@ def test_the_index_of_chance_is_that_of_all_pairs():
     assert without.confounded_by == "slide"
 
 
+def test_of_a_large_set_the_same_patches_are_measured_each_time(monkeypatch, capsys):
+    monkeypatch.setattr(measuring, "_MOST", 10)
+    one, again = (patch_set("mine", "test", table(40, 0), np.arange(3, 40)) for _ in range(2))
+    assert len(one.samples) == 10
+    assert one.rows.tolist() == again.rows.tolist() == sorted(set(one.rows.tolist()))
+    assert one.samples.id.tolist() == table(40, 0).id[one.rows].tolist()
+    assert "mine: 10 of 37 test patches are measured" in capsys.readouterr().err
+
+
 # ------------------------------------------------------------------------------------------------- few labelled patches
 
 
@@ -325,6 +334,23 @@ def test_all_measures_of_a_store_stand_in_one_file_that_is_read_back(store, tmp_
     assert {key[2:4] for key in found if key[0] == "invariance"} == {("one (full, card)", "mine")}
     assert {key[2] for key in found if key[0] == "alignment"} == {"one (full, card) and two (full, card)"}
     assert found["alignment", "mutual", "one (full, card) and two (full, card)", "mine", "train"].n == len(train)
+
+    # Robustness is of neighbours on other slides where domains confound; alignment of all neighbours.
+    of = patch_set("mine", "train", samples, train)
+    near = {
+        model: neighbours(
+            unit_vectors(store.read("mine", model=model, view="full", rows=train)), of.group, of.label, most=10
+        )
+        for model in ("one", "two")
+    }
+    speaks = robustness_counts(near["one"].apart, of.label, of.confounder).sum(axis=0)
+    index = found["robustness", "index domain", "one (full, card)", "mine", "train"]
+    assert index.value == pytest.approx(speaks[0] / speaks.sum())
+    mutual = found["alignment", "mutual", "one (full, card) and two (full, card)", "mine", "train"]
+    assert mutual.value == pytest.approx(mutual_neighbours(near["one"].any, near["two"].any).mean())
+    precision = precision_at(of.label, near["one"].apart, 5)
+    expected = np.mean([precision[of.label == k].mean() for k in (0, 1)])
+    assert found["retrieval", "precision 5", "one (full, card)", "mine", "train"].value == pytest.approx(expected)
 
     rows = figure_rows(record.figures)
     assert len(rows) == len(record.figures)
