@@ -136,7 +136,9 @@ def say_departures(runs: Sequence[Run]) -> list[str]:
             together.setdefault(tuple(labels), []).append(how)
         every = "all our runs" if len(runs) > 1 else runs[0].label
         said = [f"{every if len(of) == len(runs) else listed(of)}: {', '.join(how)}" for of, how in together.items()]
-        sources.setdefault("; ".join(said) or "nothing, as far as the runs record it", []).append(f"the {SOURCES[source]}")
+        sources.setdefault("; ".join(said) or "nothing, as far as the runs record it", []).append(
+            f"the {SOURCES[source]}"
+        )
     return [f"Other than in {listed(names)} – {said}." for said, names in sources.items()]
 
 
