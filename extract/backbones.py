@@ -6,10 +6,11 @@ and loads every tensor strictly. `extract.pooling` pools the network's output.
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib.util import find_spec
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 
 from extract import hub
 from extract.checkpoints import common_prefix, first_names, network_tensors, read_checkpoint
+from extract.custom import CustomNetwork, is_code, run_code
 from extract.keymaps import KEYMAPS, TIMM_RAISES, KeyMapError, StateDict
 from extract.pooling import default_pooling, forward_poolings, keep_middle, pooling_width, pooling_widths
 from extract.registry import BACKBONES as BACKBONES
@@ -42,23 +44,29 @@ class Weights:
         path: the file.
         sha256: the digest of its bytes.
         revision: a commit of the hub, a package version, or "local" for a file whose digest is not the record's.
-        source: where it comes from: the hub, an installed package, or the user.
+        source: where it comes from: the hub, an installed package, or the user. "code" means that the user's code has
+            loaded them: there is no file, and the digest is that of the tensors.
     """
 
     path: Path
     sha256: str
     revision: str
-    source: Literal["hub", "package", "file"]
+    source: Literal["hub", "package", "file", "code"]
 
 
 # ---------------------------------------------------------------------------------------------------------- finding
 
 
-def find_backbone(name: str) -> Backbone:
-    """Find the record of a registered name, of `timm/<name>`, or of `hf-hub:<org>/<repo>[@revision]`.
+def find_backbone(name: str, *, run_file: bool = False) -> Backbone:
+    """Find the record of a registered name, of `timm/<name>`, of `hf-hub:<org>/<repo>[@revision]`, or of a file.
 
-    For the last, the repository's config.json is read through the hub. A repository of the registry keeps its record
-    instead, because those files leave out arguments that decide the features.
+    For a repository its config.json is read through the hub. One of the registry keeps its record instead, because
+    those files leave out arguments that decide the features.
+
+    Args:
+        name: the model.
+        run_file: whether the user has named it, so that a Python file may be run (`extract.custom.run_code`). A name
+            that a run or a store says has not been.
 
     >>> find_backbone("uni")
     Backbone('uni': vit_large_patch16_224, 303.4 M parameters, 1,024 numbers by cls)
@@ -66,8 +74,8 @@ def find_backbone(name: str) -> Backbone:
     224
 
     Raises:
-        UserError: unknown name (the message names the nearest), or a repository that timm cannot build without running
-            code from it.
+        UserError: unknown name (the message names the nearest), a repository that timm cannot build without running
+            code from it, a file that may not be run, or any of `run_code`.
     """
     if name in BACKBONES:
         return BACKBONES[name]
@@ -75,9 +83,37 @@ def find_backbone(name: str) -> Backbone:
         return _from_timm(name)
     if name.startswith("hf-hub:"):
         return _from_hub(name)
+    if is_code(name) and run_file:
+        return run_code(name)
+    if is_code(name):
+        raise UserError(
+            f"'{name}' is Python code, which is run only where you name it: `find_backbone(run_file=True)`."
+        )
     raise UserError(
         f"unknown model '{name}'.{_suggestion(name)} `fm-extract --list-models` lists the registered ones; "
-        "timm/<name> and hf-hub:<org>/<repo>[@revision] work too."
+        "timm/<name>, hf-hub:<org>/<repo>[@revision] and a Python file of your own work too."
+    )
+
+
+def recorded_backbone(name: str, revision: str, *, named: Sequence[Backbone], where: object) -> Backbone:
+    """Find the backbone of a run or a store. What these record makes no code run.
+
+    Args:
+        name, revision: as recorded.
+        named: those of the user's own that the user has named, of which one is taken that is called so.
+        where: what has recorded it, for messages.
+
+    Raises:
+        UserError: one of a user's own that is not among `named`; and as `find_backbone`.
+    """
+    if own := next((backbone for backbone in named if backbone.name == name), None):
+        return own
+    if name in BACKBONES or name.startswith(("timm/", "hf-hub:")):
+        return find_backbone(name)
+    found = f", found {', '.join(backbone.name for backbone in named)}" if named else ""
+    raise UserError(
+        f"{where} was made by '{name}', a model of a user's own ({revision}){found}. Code is run only if you name it, "
+        "not because a run does: give its file by `model=PATH`."
     )
 
 
@@ -205,6 +241,10 @@ def fetch_weights(backbone: Backbone, *, weights: Path | None = None) -> Weights
     Raises:
         UserError: no such file, another digest than the record's, or any of `hub.fetch_file`.
     """
+    if weights is None and backbone.network is not None:
+        if backbone.sha256 is not None:
+            return Weights(Path(), backbone.sha256, backbone.revision, "code")
+        weights = Path(backbone.weight_file)
     if weights is not None:
         if weights.is_dir():
             files = sorted(path.name for path in weights.iterdir() if path.suffix in _SUFFIXES)
@@ -218,7 +258,8 @@ def fetch_weights(backbone: Backbone, *, weights: Path | None = None) -> Weights
             digest = hub.sha256_of(weights)
         except OSError as error:
             raise UserError(f"{weights}: cannot be read ({error.strerror}).") from None
-        return Weights(weights, digest, backbone.revision if digest == backbone.sha256 else "local", "file")
+        known = digest == backbone.sha256 or backbone.network is not None
+        return Weights(weights, digest, backbone.revision if known else "local", "file")
     expected = backbone.sha256
     if not backbone.hub_id:
         fetched = Weights(_file_of_package(backbone), "", backbone.revision, "package")
@@ -283,13 +324,16 @@ def build_model(backbone: Backbone, weights: Weights | None, *, dynamic: bool = 
 
     Args:
         backbone: the record.
-        weights: what to load, every tensor strictly; None leaves random weights (tests, benchmarks).
+        weights: what to load, every tensor strictly; None leaves random weights (tests, benchmarks), or those that the
+            user's own network has.
         dynamic: accept other input sizes than the record's.
 
     Raises:
         UserError: if the checkpoint does not fit (the message gives tensors, counts and the likely cause), a gated MLP
             is without SiLU, or an architecture of fixed input size is to be `dynamic`.
     """
+    if backbone.network is not None:
+        return _copy_of_custom(backbone.network, weights, backbone)
     if weights is None:
         model = _create(backbone, dynamic)
     else:
@@ -305,6 +349,17 @@ def build_model(backbone: Backbone, weights: Weights | None, *, dynamic: bool = 
     model.eval().requires_grad_(False)
     keep_middle(model, backbone)
     return model
+
+
+def _copy_of_custom(own: CustomNetwork, weights: Weights | None, backbone: Backbone) -> nn.Module:
+    """Copy a network of the user's own, on "meta" where networks are built there, and load a file of weights."""
+    model = copy.deepcopy(own)
+    if weights is not None and weights.source != "code":
+        _load(model.network, _fitting(model.network, weights.path, backbone), weights.path, backbone)
+        model.float()
+    if torch.get_default_device().type == "meta":
+        model.to("meta")
+    return model.eval().requires_grad_(False)
 
 
 def _create(backbone: Backbone, dynamic: bool) -> nn.Module:

@@ -34,7 +34,11 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 @app.command(help=__doc__)
 def extract(
     model: Annotated[
-        str, typer.Option(help="Models, comma-separated: a name of --list-models, timm/NAME, or hf-hub:ORG/REPO[@REV].")
+        str,
+        typer.Option(
+            help="Models, comma-separated: a name of --list-models, timm/NAME, hf-hub:ORG/REPO[@REV], or a Python file "
+            "of your own, FILE.py[:FUNCTION], which is run."
+        ),
     ] = "efficientnet-lite0",
     dataset: Annotated[
         str,
@@ -120,7 +124,8 @@ def extract(
     if part.local_rank:
         no_progress()
     # Every mistake in a name is found before the first patch is read.
-    backbones = [find_backbone(name) for name in parse_names(model, option="--model")]
+    models = parse_names(model, option="--model")
+    backbones = [find_backbone(name, run_file=True) for name in models]
     datasets = parse_names(dataset, option="--dataset")
     require_distinct_names(datasets)
     renamed = parse_renaming(labels)
@@ -144,7 +149,6 @@ def extract(
             for line in shared_with_others(target, patches.name, patches.samples):
                 say(f"{line}.")
         if engine == "ray":
-            models = tuple(backbone.name for backbone in backbones)
             spec = ExtractionSpec(name, models, store, {"data": local_data(data), **reading}, weights, options)
             done = embed_by_ray(spec, n_actors=workers)
         else:

@@ -39,6 +39,7 @@ from extract.benchmark import (
     difference_to_published,
     known_files,
 )
+from extract.custom import is_code
 from extract.datasets import local_data
 from features.console import ProgressCallback, UserError, progress
 from features.device import find_device, has_bf16
@@ -51,6 +52,7 @@ Answer = TypeVar("Answer")
 
 _HUB_SECONDS = 8.0  # for the first question; a resolver or proxy may take longer than any timeout of a request
 _MODELS_SECONDS = 15.0  # for the questions about all models together
+_OWN_SECONDS = 600.0  # for the user's own models, which load their weights
 _AT_ONCE = 8  # questions
 _FEW_BYTES = 1_000_000_000  # less free space than this is noted
 _DIFFERS = "It is used as it is; restore the published files to compare with published figures."
@@ -363,8 +365,10 @@ def _hub() -> tuple[list[Check], bool]:
 
 def _models(names: tuple[str, ...], *, reachable: bool) -> list[ModelCheck]:
     # A hf-hub: name is read from its repository's config.json; every other is known without the hub.
-    records: dict[str, Callable[[], Backbone]] = {name: partial(find_backbone, name) for name in names or BACKBONES}
-    answers = _answers(records, within=_HUB_SECONDS)
+    records: dict[str, Callable[[], Backbone]] = {
+        name: partial(find_backbone, name, run_file=True) for name in names or BACKBONES
+    }
+    answers = _answers(records, within=_OWN_SECONDS if any(map(is_code, names)) else _HUB_SECONDS)
     backbones = {name: record for name, record in answers.items() if isinstance(record, Backbone)}
     questions = {name: partial(_ask_for, record) for name, record in backbones.items() if record.hub_id and reachable}
     with progress("asking the hub", len(questions), unit="models") as advance:

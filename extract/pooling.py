@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextvars import ContextVar
 from typing import Any
 
@@ -79,7 +79,8 @@ def _hand_over(stage: nn.Module, inputs: Any, features: Any) -> None:
 
 def pooling_widths(model: nn.Module, backbone: Backbone) -> dict[str, int]:
     """Give the width of every pooling that `forward_poolings` returns, in its order, which a store writes them in."""
-    return {pooling: pooling_width(model, pooling) for pooling in _poolings(model, backbone)}
+    own: dict[str, int] | None = getattr(model, "widths", None)  # of a `CustomNetwork`
+    return own or {pooling: pooling_width(model, pooling) for pooling in _poolings(model, backbone)}
 
 
 def forward_poolings(model: nn.Module, backbone: Backbone, images: Tensor) -> dict[str, Tensor]:
@@ -93,7 +94,8 @@ def forward_poolings(model: nn.Module, backbone: Backbone, images: Tensor) -> di
     Returns:
         name -> (b, d) float32, in the order of `pooling_widths`. `cls`, `mean` and `center` are taken after the final
         norm; `center` averages the central cells of the patch grid (`center_window`); `pooled` is the model's own.
-        `mid` averages the central cells of the feature maps behind the `middle_stages`, side by side.
+        `mid` averages the central cells of the feature maps behind the `middle_stages`, side by side. A network of the
+        user's own may have others.
 
     Raises:
         UserError: a model whose output is neither a square patch grid nor a feature map.
@@ -104,7 +106,51 @@ def forward_poolings(model: nn.Module, backbone: Backbone, images: Tensor) -> di
         features = model.forward_features(images)  # type: ignore[operator]
     finally:
         _middle.reset(token)
+    if isinstance(features, Mapping):  # a `CustomNetwork` pools by itself
+        return {pooling: embedding.float() for pooling, embedding in features.items()}
     return _pool(model, backbone, features, middle)
+
+
+def output_poolings(output: Any, *, n_prefix_tokens: int = 0) -> dict[str, Tensor]:
+    """Make poolings of what a network returns that is none of timm's.
+
+    Args:
+        output: embeddings (b, d), tokens (b, t, d), feature maps (b, c, h, w), or a dictionary of embeddings.
+        n_prefix_tokens: class and register tokens before those of the patches.
+
+    Returns:
+        name -> (b, d), of the dictionary as they are; see `Backbone.custom`.
+
+    Raises:
+        ValueError: none of these.
+    """
+    if isinstance(output, Mapping):
+        if not output or not all(isinstance(values, Tensor) for values in output.values()):
+            raise ValueError(f"its output has {', '.join(map(str, output)) or 'nothing'}: not tensors alone")
+        return dict(output)
+    shape = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+    if not isinstance(output, Tensor) or output.ndim not in (2, 3, 4):
+        raise ValueError(f"its output is {shape}")
+    if output.ndim == 2:
+        return {"pooled": output}
+    if output.ndim == 4:
+        cells = output.permute(0, 2, 3, 1)
+        return {"pooled": _mean(cells), "center": _central(cells)}
+    grid = _square_grid(output[:, n_prefix_tokens:])
+    if grid is None:
+        n = output.shape[1]
+        fits = f"; n_prefix_tokens={n - math.isqrt(n) ** 2} would leave {math.isqrt(n)} x {math.isqrt(n)}" if n else ""
+        raise ValueError(f"its output is {shape}: without {n_prefix_tokens} prefix tokens it is no square grid{fits}")
+    first = {"cls": output[:, 0]} if n_prefix_tokens else {}
+    return first | {"mean": _mean(grid), "center": _central(grid)}
+
+
+def _square_grid(tokens: Tensor) -> Tensor | None:
+    """Lay tokens (b, n, d) out as cells (b, rows, columns, d); None where they are no square."""
+    edge = math.isqrt(tokens.shape[1])
+    if not edge or edge * edge != tokens.shape[1]:
+        return None
+    return tokens.reshape(len(tokens), edge, edge, -1)
 
 
 def _pool(model: nn.Module, backbone: Backbone, features: Any, middle: Sequence[Tensor] = ()) -> dict[str, Tensor]:
@@ -148,10 +194,9 @@ def _cells(model: Any, backbone: Backbone, features: Any) -> Tensor:
     if features.ndim == 4:
         return _as_cells(model, features)
     if features.ndim == 3 and _has_tokens(model):
-        patches = features[:, model.num_prefix_tokens :]  # (b, n, d): class and register tokens come first
-        edge = math.isqrt(patches.shape[1])
-        if edge * edge == patches.shape[1]:
-            return patches.reshape(len(patches), edge, edge, -1)
+        grid = _square_grid(features[:, model.num_prefix_tokens :])  # class and register tokens come first
+        if grid is not None:
+            return grid
     raise UserError(
         f"{backbone.name}: {backbone.arch} returns features of shape {tuple(features.shape)}, which are neither a "
         "square grid of patch tokens nor a feature map. Take another model."

@@ -31,6 +31,7 @@ from extract.compute import (
     takes_openvino,
     worth_compiling,
 )
+from extract.custom import require_distinct
 from extract.datasets import PatchDataset
 from extract.openvino import NAME as OPENVINO
 from extract.openvino import OpenvinoNetwork, version
@@ -163,6 +164,7 @@ def prepare(extraction: Extraction) -> Prepared:
         raise UserError(
             f"`weights` names one file, but {len(extraction.backbones)} models were asked for: give one `model`."
         )
+    require_distinct(extraction.backbones)
     if options.overwrite and shard.shared:
         raise UserError(
             "`overwrite=True` is for one process: of several, each would discard what those before it have written. "

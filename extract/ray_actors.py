@@ -72,7 +72,7 @@ class EmbeddingActor:
         os.chdir(spec.folder)
         extraction = Extraction(
             load_dataset(spec.dataset, **spec.reading),
-            tuple(map(find_backbone, spec.models)),
+            tuple(find_backbone(name, run_file=True) for name in spec.models),
             FeatureStore.open_or_create(spec.store),
             spec.options,
             spec.weights,

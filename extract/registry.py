@@ -8,10 +8,16 @@ how to add a record.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:  # names and cards are known without torch, which takes seconds to import
+    from torch import nn
+
+    from extract.custom import CustomNetwork, Poolings
 
 RGB = tuple[float, float, float]
 Pooling = Literal["cls", "mean", "cls+mean", "pooled"]
@@ -53,6 +59,7 @@ class Backbone:
         gflops: 2 x multiply-adds of one forward pass at `input_size`; None where it was not counted.
         licence: of the weights.
         gated: access has to be requested.
+        network: the network itself, where it is the user's own and not timm's; see `custom`.
     """
 
     name: str
@@ -80,10 +87,87 @@ class Backbone:
     gflops: float | None
     licence: str
     gated: bool = False
+    network: CustomNetwork | None = field(default=None, compare=False)
 
     def __repr__(self) -> str:
         size = f"{self.n_parameters / 1e6:,.1f} M parameters"
         return f"Backbone({self.name!r}: {self.arch}, {size}, {self.embedding_dim:,} numbers by {self.card_pooling})"
+
+    @classmethod
+    def custom(
+        cls,
+        network: nn.Module,
+        *,
+        name: str,
+        size: int = 224,
+        resize: int | None = None,
+        mean: Sequence[float] = IMAGENET_MEAN,
+        std: Sequence[float] = IMAGENET_STD,
+        interpolation: str = "bicubic",
+        mpp: float | Sequence[float] | None = None,
+        poolings: Poolings = None,
+        n_prefix_tokens: int = 0,
+        card_pooling: str | None = None,
+        weights: Path | str | None = None,
+    ) -> Backbone:
+        """Make the record of a network of your own, which all commands then take as any other.
+
+        The network is copied, in float32 and eval mode, and tried on two images. Its forward takes normalised images
+        (b, 3, size, size), keeps nothing between calls, and by default returns one of:
+
+        - (b, d): the embedding, called `pooled`;
+        - (b, tokens, d): `cls` (the first of `n_prefix_tokens`, if there are any), and of the others, which must be a
+          square grid, `mean` and `center`;
+        - (b, c, h, w): `pooled`, the mean over the map, and `center`;
+        - a dictionary of names to embeddings (b, d).
+
+        Args:
+            network: the network; its weights are loaded, unless `weights` is given.
+            name: what stores and runs call it.
+            size: edge of its input in pixels.
+            resize: edge to which a patch is resized before the centre crop to `size`; None for `size` itself.
+            mean, std: normalisation of RGB in 0..1.
+            interpolation: "bicubic" or "bilinear".
+            mpp: micrometres per pixel of the training patches, for information.
+            poolings: None for the above; the name or names of what forward returns; or a function of the network and
+                the images that returns any of the above. The function computes with the network that it is given,
+                which is a copy, adapted perhaps.
+            n_prefix_tokens: class and register tokens before those of the patches.
+            card_pooling: the recommended embedding, several joined by "+"; None for the first.
+            weights: a checkpoint to load into the network, every tensor strictly.
+
+        Raises:
+            UserError: a name that is taken or not allowed, values out of range, a network that cannot be copied or
+                cannot embed an image, or whose output is no such thing, not finite, or without gradients.
+        """
+        from extract.custom import custom_backbone
+
+        return custom_backbone(
+            network,
+            name=name,
+            size=size,
+            resize=resize,
+            mean=mean,
+            std=std,
+            interpolation=interpolation,
+            mpp=mpp,
+            poolings=poolings,
+            n_prefix_tokens=n_prefix_tokens,
+            card_pooling=card_pooling,
+            weights=weights,
+        )
+
+    @property
+    def convolutional(self) -> bool:
+        """Whether it is a convolutional network, which trains and computes best otherwise than a transformer.
+
+        Of timm's: its card names no token to pool, and it is no Swin transformer. Of your own: it has more
+        convolutions than linear layers.
+        """
+        if self.network is None:
+            return self.card_pooling == "pooled" and "swin" not in self.arch
+        kinds = [type(module).__name__ for module in self.network.modules()]
+        return sum("Conv" in kind for kind in kinds) > sum("Linear" in kind for kind in kinds)
 
     @property
     def url(self) -> str:

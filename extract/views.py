@@ -3,7 +3,8 @@
 A view is the input policy and part of every fingerprint: `full` is the whole patch, prepared as the model's card says;
 `centerN` is its central N source pixels, where the figure is. `@M` asks for an input of M pixels, and `+imagenet` for
 another normalisation than the card's: `full@224+imagenet` is what the paper's text says. `+flips` embeds a patch in
-eight orientations and takes the mean. Extraction, probes and fine-tuning use the same views.
+eight orientations and takes the mean. `+rot90`, `+stain` and the like show it altered, to test a backbone. Extraction,
+probes and fine-tuning use the same views.
 """
 
 from __future__ import annotations
@@ -19,9 +20,11 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
+from extract.alterations import alter
 from extract.backbones import Backbone
 from extract.registry import HALF, IMAGENET_MEAN, IMAGENET_STD, RGB
 from extract.resize import resize_as_pillow
+from features.alterations import ALTERATIONS
 from features.console import UserError
 from features.device import constant, copy_stream
 
@@ -44,6 +47,7 @@ class View:
         input_size: edge of the network's input in pixels; None for the model's own.
         statistics: a key of `STATISTICS`; None for the model card's mean and standard deviation.
         flips: whether the network sees every patch in all eight orientations, and its outputs are averaged.
+        alteration: a key of `ALTERATIONS`: what is done to the patch first, to test a backbone; None for nothing.
     """
 
     name: str
@@ -51,6 +55,7 @@ class View:
     input_size: int | None
     statistics: str | None = None
     flips: bool = False
+    alteration: str | None = None
 
     def resizes(self, backbone: Backbone) -> bool:
         """Whether a network gets images of another size than its own, and so has to be built for any size."""
@@ -59,15 +64,16 @@ class View:
 
 def parse_view(text: str) -> View:
     """Read a view's name: `full` or `centerN` (central N source pixels), then perhaps `@M` (input of M pixels), then
-    perhaps modifiers, each after a `+`: `+imagenet` or `+half` (normalised by ImageNet's statistics, or by one half),
-    and `+flips` (the mean over the patch in all eight orientations).
+    perhaps modifiers, each after a `+`: one of `ALTERATIONS` (the patch is turned, blurred and so on), `+imagenet` or
+    `+half` (normalised by ImageNet's statistics, or by one half), and `+flips` (the mean over the patch in all eight
+    orientations).
 
     >>> parse_view("full")
-    View(name='full', crop=None, input_size=None, statistics=None, flips=False)
+    View(name='full', crop=None, input_size=None, statistics=None, flips=False, alteration=None)
     >>> parse_view("center64@160+flips")
-    View(name='center64@160+flips', crop=64, input_size=160, statistics=None, flips=True)
-    >>> parse_view("full@224+imagenet")
-    View(name='full@224+imagenet', crop=None, input_size=224, statistics='imagenet', flips=False)
+    View(name='center64@160+flips', crop=64, input_size=160, statistics=None, flips=True, alteration=None)
+    >>> parse_view("full@224+imagenet+blur").name
+    'full@224+blur+imagenet'
 
     Raises:
         UserError: if the name is none of these.
@@ -78,24 +84,32 @@ def parse_view(text: str) -> View:
         raise UserError(
             f"unknown view {text!r}: use 'full' (the whole patch), 'center64' (its central 64 pixels), "
             "'center64@160' (the same, resized to an input of 160 pixels), or any of these with '+imagenet' "
-            "(normalised by ImageNet's statistics) or '+flips' (the mean over eight orientations)."
+            "(normalised by ImageNet's statistics), '+flips' (the mean over eight orientations) or an alteration such "
+            "as '+rot90'."
         )
     if match[3] and int(match[3]) > _MOST_PIXELS:
         raise UserError(f"view {text!r}: an input of {int(match[3]):,} pixels is too large; at most {_MOST_PIXELS:,}.")
-    statistics = [modifier for modifier in dict.fromkeys(modifiers) if modifier != FLIPS]
-    unknown = [modifier for modifier in statistics if modifier not in STATISTICS]
+    known = (*STATISTICS, FLIPS, *ALTERATIONS)
+    unknown = [modifier for modifier in modifiers if modifier not in known]
     if unknown:
-        known = ", ".join(f"+{name}" for name in (*STATISTICS, FLIPS))
-        raise UserError(f"view {text!r}: unknown modifier '+{unknown[0]}'; known are {known}.")
+        listed = ", ".join(f"+{name}" for name in known)
+        raise UserError(f"view {text!r}: unknown modifier '+{unknown[0]}'; known are {listed}.")
+    alterations, statistics = (
+        [name for name in dict.fromkeys(modifiers) if name in of] for of in (ALTERATIONS, STATISTICS)
+    )
     if len(statistics) > 1:
         raise UserError(f"view {text!r}: images are normalised in one way; use one of +{' and +'.join(statistics)}.")
+    if len(alterations) > 1:
+        raise UserError(f"view {text!r}: patches are altered in one way; use one of +{' and +'.join(alterations)}.")
     flips = FLIPS in modifiers
     return View(
-        "+".join([pixels, *statistics, *[FLIPS] * flips]),  # one name, in whatever order they were given
+        # One name, in whatever order they were given.
+        "+".join([pixels, *alterations, *statistics, *[FLIPS] * flips]),
         crop=int(match[2]) if match[2] else None,
         input_size=int(match[3]) if match[3] else None,
         statistics=statistics[0] if statistics else None,
         flips=flips,
+        alteration=alterations[0] if alterations else None,
     )
 
 
@@ -122,6 +136,7 @@ class Transform:
         interpolation: "bicubic" or "bilinear".
         mean, std: of each channel, for RGB in 0 to 1.
         flips: whether the network is shown every image in all eight orientations.
+        alteration: what is done to the cropped pixels, before they are resized: a key of `ALTERATIONS`.
     """
 
     crop: int | None
@@ -131,6 +146,7 @@ class Transform:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     flips: bool = False
+    alteration: str | None = None
 
     def __call__(self, patches: Sequence[NDArray[np.uint8]], device: torch.device) -> Tensor:
         """Turn patches, each (h, w, 3) uint8, into a normalised float32 batch (b, 3, input_size, input_size).
@@ -190,8 +206,10 @@ class Transform:
                 )
             top, left = (height - self.crop) // 2, (width - self.crop) // 2
             patches = [patch[top : top + self.crop, left : left + self.crop] for patch in patches]
-            height = width = self.crop
         pixels = _on_device(patches, device).permute(0, 3, 1, 2)  # (b, 3, h, w), channels last in memory
+        if self.alteration is not None:
+            pixels = alter(pixels, self.alteration).contiguous(memory_format=torch.channels_last)
+        height, width = pixels.shape[2:]
         scale = self.resize / min(height, width)
         size = (round(height * scale), round(width * scale))
         if size != (height, width):
@@ -214,6 +232,7 @@ class Transform:
             "mean": list(self.mean),
             "std": list(self.std),
             **({"flips": True} if self.flips else {}),
+            **({"alteration": self.alteration} if self.alteration else {}),
         }
 
 
@@ -252,4 +271,5 @@ def make_transform(backbone: Backbone, view: View) -> Transform:
         mean=tuple(mean),
         std=tuple(std),
         flips=view.flips,
+        alteration=view.alteration,
     )

@@ -103,7 +103,11 @@ def export(
 @app.command("import")
 def import_(
     source: Annotated[
-        Path, typer.Argument(help=".npz or .h5 with `features` (or `embeddings`) and `ids`; .h5ad; or .npy with --ids.")
+        Path,
+        typer.Argument(
+            help=".npz, .h5 or .pt with `features` (or `embeddings`) and `ids`; .h5ad; .npy with --ids; or a folder "
+            "with one such file for each slide (TRIDENT, CLAM, slide2vec)."
+        ),
     ],
     dataset: Dataset,
     model: Model,
@@ -116,7 +120,8 @@ def import_(
         Path | None,
         typer.Option(
             "--table",
-            help="CSV (id, label[, group, split, domain]) to make a new dataset from; of 0 and 1, 1 is positive.",
+            help="CSV (id, label[, group, split, domain]) to make a new dataset from; of 0 and 1, 1 is positive. For a "
+            "folder a column may name slides instead of patches.",
         ),
     ] = None,
     classes: ClassesOption = None,

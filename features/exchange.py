@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import unicodedata
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -18,14 +18,14 @@ from numpy.typing import NDArray
 
 from features.blocks import to_float16
 from features.console import UserError, progress, say
-from features.embedding_files import FORMATS, coordinates, read_embeddings
+from features.embedding_files import FORMATS, SlideFeatures, coordinates, read_embeddings, read_folder
 from features.entry import Entry
 from features.files import check_output, new_file, writing
 from features.labels import Classes, class_labels, read_labels, require_grades
 from features.rounding import require_float16
 from features.samples import Samples, make_samples
 from features.store import FeatureStore, table_changed
-from features.tables import known_cells, read_splits, read_table
+from features.tables import Table, first_of, known_cells, natural_order, read_splits, read_table
 
 IMPORTED_POOLING = "pooled"  # the one pooling of an imported embedding, whatever its maker calls it
 DTYPES = ("float32", "float16")
@@ -120,11 +120,13 @@ def import_embeddings(
 
     Args:
         store: where they go.
-        source: see `read_embeddings`.
+        source: a file, see `read_embeddings`; or a folder with a file for each slide, see `read_folder`. Its slides are
+            the groups, unless the table has others.
         dataset, model, view: the names to store them under.
         ids: the rows' ids if `source` does not hold them: a text file of one id per line, or a CSV with a column `id`.
-        table: CSV with columns id, label and optionally group, split, domain, to make `dataset` from; without it
-            `dataset` must be in the store.
+        table: CSV with columns id, label and optionally group, split, domain, to make `dataset` from; of a folder, a
+            column may name slides instead of patches, whose patches then have their label. Without it `dataset` must be
+            in the store, or the files of a folder hold `labels`.
         order: all classes of `table` in the order of their labels; see `features.labels.class_labels`.
         ordinal: whether these are grades.
         overwrite: whether to replace embeddings under the same names.
@@ -136,14 +138,25 @@ def import_embeddings(
         UserError: if a file is not as described, ids are repeated, missing or unknown, or float16 does not hold what
             the embeddings say; see `require_float16`.
     """
-    if table is None and (order is not None or ordinal):
+    folder = read_folder(source) if source.is_dir() else None
+    if folder is not None and ids is not None:
+        raise UserError(f"{source} is a folder, whose files are matched by slide: leave out `ids`.")
+    own_labels = folder is not None and folder.labels is not None and dataset not in store.datasets()
+    if table is None and not own_labels and (order is not None or ordinal):
         raise UserError(
             f"`{'classes' if order is not None else 'ordinal'}` is about the labels of a `table`: give one."
         )
-    if table is None:
-        samples, classes = store.samples(dataset), store.class_names(dataset)
-    else:
+    if folder is not None and (table is not None or own_labels):
+        samples, classes = _folder_samples(folder, source, table, order, ordinal=ordinal)
+    elif table is not None:
         samples, classes = _read_samples(table, order, ordinal=ordinal)
+    elif folder is not None and dataset not in store.datasets():
+        raise UserError(
+            f"{store.path} has no dataset {dataset!r}, and the files of {source} hold no labels. Give a `table` with a "
+            "column of slides (or of patches) and a column `label`."
+        )
+    else:
+        samples, classes = store.samples(dataset), store.class_names(dataset)
     if table is not None and dataset in store.datasets():
         stored = store.dataset_attrs(dataset)
         if stored.get("images_digest") != samples.images_digest:
@@ -151,19 +164,26 @@ def import_embeddings(
                 f"{store.path} already has a dataset {dataset!r} with other patches than {table}. Leave out `table` to "
                 "add embeddings to that dataset, or give this one another name."
             )
-    source_ids, embeddings = read_embeddings(source, None if ids is None else _read_ids(ids))
+    if folder is not None:
+        source_ids, embeddings, source_sha256 = folder.ids, folder.features, folder.sha256
+    else:
+        source_ids, embeddings = read_embeddings(source, None if ids is None else _read_ids(ids))
+        with source.open("rb") as file:
+            source_sha256 = hashlib.file_digest(file, "sha256").hexdigest()
     embeddings = embeddings[_match(source_ids, samples, source)]
     require_float16(embeddings, str(source), ids=samples.id)
     halves = to_float16(embeddings, str(source), ids=samples.id)
-    if table is not None:
-        attrs: dict[str, Any] = {"source": f"imported from {table.name}", "label_names": list(classes)}
+    if table is not None or own_labels:
+        attrs: dict[str, Any] = {"source": f"imported from {(table or source).name}", "label_names": list(classes)}
         attrs |= {"ordinal": True} if ordinal else {}
         before = store.put_samples(dataset, samples, attrs=attrs)
         if before is not None:
             say(f"{dataset}: {table_changed(before, classes)}")
-    with source.open("rb") as file:
-        parts = {"source_sha256": hashlib.file_digest(file, "sha256").hexdigest()}
-    parts |= {"ids_digest": _digest(source_ids), "images_digest": samples.images_digest}
+    parts = {
+        "source_sha256": source_sha256,
+        "ids_digest": _digest(source_ids),
+        "images_digest": samples.images_digest,
+    }
     writer = store.begin(
         dataset,
         model=model,
@@ -198,8 +218,19 @@ def _read_ids(path: Path) -> NDArray[np.str_]:
 def _read_samples(path: Path, order: Sequence[str] | None, *, ordinal: bool) -> tuple[Samples, Classes]:
     """Read a patch table. The images are not at hand, so their digests stay unknown."""
     table = read_table(path, required=("id", "label"), optional=("group", "split", "domain"))
-    columns, ids = table.columns, table.columns["id"]
-    where = [f"line {line}: {id}" for line, id in zip(table.lines, ids, strict=True)]
+    where = [f"line {line}: {id}" for line, id in zip(table.lines, table.columns["id"], strict=True)]
+    return _samples(path, table.columns, where, order, ordinal=ordinal)
+
+
+def _samples(
+    path: Path,
+    columns: Mapping[str, Sequence[str]],
+    where: Sequence[str],
+    order: Sequence[str] | None,
+    *,
+    ordinal: bool,
+) -> tuple[Samples, Classes]:
+    """Make a patch table of the cells of columns, whose patches a message calls as `where` says."""
     names, _ = read_labels(columns["label"], None, source=path, where=where, skip=None)
     try:
         labels, classes = class_labels(names, order=order)
@@ -208,14 +239,68 @@ def _read_samples(path: Path, order: Sequence[str] | None, *, ordinal: bool) -> 
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     samples = make_samples(
-        ids,
+        columns["id"],
         labels,
-        sha256=[""] * len(ids),
+        sha256=[""] * len(columns["id"]),
         group=known_cells(columns.get("group")),
         split=read_splits(columns.get("split"), source=path, where=where),
         domain=known_cells(columns.get("domain")),
     )
     return samples, classes
+
+
+def _folder_samples(
+    folder: SlideFeatures, source: Path, path: Path | None, order: Sequence[str] | None, *, ordinal: bool
+) -> tuple[Samples, Classes]:
+    """Make the patch table of a folder: labels of its files, or of a table of slides or patches; groups are slides."""
+    ids, slides = folder.ids.tolist(), folder.slides.tolist()
+    if path is None:
+        assert folder.labels is not None
+        columns = {"id": ids, "label": folder.labels.tolist(), "group": slides}
+        return _samples(source, columns, ids, order, ordinal=ordinal)
+    table = read_table(path, required=("label",), optional=("id", "group", "split", "domain"))
+    if not set(table.columns.get("id", ())).isdisjoint(ids):  # a table of patches
+        slide_of = dict(zip(ids, slides, strict=True))
+        groups = table.columns.get("group") or [slide_of.get(id, "") for id in table.columns["id"]]
+        where = [f"line {line}: {id}" for line, id in zip(table.lines, table.columns["id"], strict=True)]
+        return _samples(path, {**table.columns, "group": groups}, where, order, ordinal=ordinal)
+    name, rows = _rows_of_slides(table, dict.fromkeys(slides), source)
+    wanted = {key: table.columns[key] for key in ("label", "group", "split", "domain") if key in table.columns}
+    spread = {key: [cells[rows[slide]] for slide in slides] for key, cells in wanted.items()}
+    if name == "group" or "group" not in spread:
+        spread["group"] = slides
+    return _samples(path, {**spread, "id": ids}, slides, order, ordinal=ordinal)
+
+
+def _rows_of_slides(table: Table, slides: Iterable[str], source: Path) -> tuple[str, dict[str, int]]:
+    """Find the column that names slides, with or without suffix, and the row of each slide."""
+    wanted = set(slides)
+
+    def named(column: str) -> list[str]:
+        return [
+            cell if cell in wanted else PurePosixPath(cell.replace("\\", "/")).stem for cell in table.columns[column]
+        ]
+
+    column = max(table.columns, key=lambda column: len(wanted.intersection(named(column))))
+    cells = named(column)
+    missing = sorted(wanted.difference(cells), key=natural_order)
+    if len(missing) == len(wanted):
+        raise UserError(
+            f"{table.path}: no column names the slides of {source} ({first_of(missing)}). Expected a column of slides, "
+            "called as their files are without suffix, or a column `id` of patches."
+        )
+    if missing:
+        raise UserError(
+            f"{table.path}: no label of {len(missing)} of the {len(wanted)} slides of {source} ({first_of(missing)}). "
+            "Add them to the table, or take their files out of the folder."
+        )
+    if twice := [slide for slide in wanted if cells.count(slide) > 1]:
+        raise UserError(
+            f"{table.path}: the slide {min(twice)} is there more than once. Expected one row for each slide."
+        )
+    if others := [cell for cell in cells if cell not in wanted]:
+        say(f"{table.path}: {len(others)} of its {len(cells)} slides have no file in {source} ({first_of(others)}).")
+    return column, {cell: row for row, cell in enumerate(cells)}
 
 
 # What may tell the ids of two tools apart, each with the words for it.

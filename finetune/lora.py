@@ -34,6 +34,7 @@ from features.folds import FoldModel
 from finetune import kernels
 from finetune import products as plain
 from finetune.dropout import WHOLE_BATCH, BatchRows, drop_threshold, seed_of
+from finetune.targets import find_targets
 
 # Full matches of module names. A list of suffixes would catch `patch_embed.proj` too.
 TARGETS = r"blocks\.\d+\.(attn\.(qkv|proj)|mlp\.fc[12])"
@@ -128,9 +129,8 @@ def add_adapters(model: nn.Module, options: LoraOptions, *, fold_models: Sequenc
 
 
 def default_targets(model: nn.Module) -> str:
-    """Find the pattern in `FAMILY_TARGETS` that matches most of the model's module names."""
-    names = [name for name, _ in model.named_modules()]
-    return max(FAMILY_TARGETS.values(), key=lambda targets: sum(bool(re.fullmatch(targets, name)) for name in names))
+    """Find the pattern in `FAMILY_TARGETS` that matches most of the model's module names, or as `find_targets`."""
+    return find_targets(model, FAMILY_TARGETS.values(), _is_linear)
 
 
 def _find_targets(model: nn.Module, targets: str) -> tuple[str, ...]:

@@ -373,7 +373,8 @@ class Network(nn.Module):
         state |= self._counters
         state |= {f"{name}.weight": self.weight[row].detach(), f"{name}.bias": self.bias[row].detach()}
         timm = {"architecture": self.backbone.arch, "kwargs": dict(self.backbone.kwargs), "num_classes": self.n_classes}
-        weight_files.write_tensors(folder / MODEL_FILE, state, {"timm": json.dumps(timm)})
+        own = self.backbone.network is not None  # then `backbone` builds it, not timm
+        weight_files.write_tensors(folder / MODEL_FILE, state, {"custom" if own else "timm": json.dumps(timm)})
 
     def load_member(self, folder: Path, member: int) -> None:
         """Read the weights that `save_member` wrote.

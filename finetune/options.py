@@ -218,5 +218,5 @@ def training_precision(asked: str, backbone: Backbone, device: torch.device) -> 
 
 
 def is_convolutional(backbone: Backbone) -> bool:
-    """Whether a backbone is a convolutional network: its card names no token to pool, and it is no Swin transformer."""
-    return backbone.card_pooling == "pooled" and "swin" not in backbone.arch
+    """Whether a backbone is a convolutional network."""
+    return backbone.convolutional

@@ -80,7 +80,7 @@ def make_plan(options: FinetuneOptions, compute_options: ComputeOptions = Comput
         experiment = _experiment(options, compute_options)
         options, n_classes = replace(options, cv=experiment.folds.n_folds), experiment.n_classes
     device = find_device(compute_options.device, apple=False)
-    backbone = find_backbone(options.model)
+    backbone = find_backbone(options.model, run_file=True)
     recipe = options.resolved_recipe(backbone)
     view = options.resolved_view(backbone)
     transform = make_transform(backbone, view)

@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from extract.backbones import Backbone, Weights, build_model, fetch_weights, find_backbone
+from extract.backbones import Backbone, Weights, build_model, fetch_weights, find_backbone, recorded_backbone
 from extract.compute import embed_shown, fastest, side_by_side
 from extract.datasets import Patches, load_patches
 from extract.embed import decoded
@@ -68,6 +68,7 @@ def predict_paths(
     out: Path,
     device: str = "auto",
     weights: Path | None = None,
+    model: Sequence[str] = (),
     threshold: float | None = None,
     by: str | None = None,
     ensemble_weights: str = "equal",
@@ -86,6 +87,8 @@ def predict_paths(
         out: the CSV; replaced whole.
         device: "auto", "cpu", "cuda", "cuda:N" or "mps".
         weights: a local checkpoint of the backbone instead of the hub's; it must be the very same.
+        model: the files of models of your own that the runs were made by (`extract.custom.run_code`). They are run
+            because they are named here; what a run records is never run.
         threshold: of two classes: class 1 from this probability on; None for the run's own, chosen on its out-of-fold
             predictions. That of several runs is chosen on the mean of theirs; if they do not share their training set
             and folds, it is the mean of their own.
@@ -130,7 +133,7 @@ def predict_paths(
     on_apple = all(other.kind == "probe" and part.precision == "fp32" for other in records for part in other.each_part)
     torch_device = find_device(device, apple=on_apple)
     compute_exactly(torch_device)
-    backbones = _load_backbones(records, weights)
+    backbones = _load_backbones(runs, records, weights, model)
     for folder, other in zip(runs, records, strict=True):
         _require_same_backbones(folder, other, backbones, torch_device)
     sources = [load_patches(path, grouped=by is not None) for path in paths]
@@ -233,11 +236,27 @@ def _order_of_classes(first: RunRecord, other: RunRecord, folder: Path) -> list[
     return [place[name] for name in names]
 
 
-def _load_backbones(records: Sequence[RunRecord], weights: Path | None) -> dict[str, tuple[Backbone, Weights]]:
-    models = list(dict.fromkeys(part.model for record in records for part in record.each_part))
+def _load_backbones(
+    runs: Sequence[Path], records: Sequence[RunRecord], weights: Path | None, named: Sequence[str]
+) -> dict[str, tuple[Backbone, Weights]]:
+    models = {part.model: (part, run) for run, one in zip(runs, records, strict=True) for part in one.each_part}
     if weights is not None and len(models) > 1:
         raise UserError(f"`weights={weights}` is a checkpoint of one model, and {', '.join(models)} are needed here.")
-    backbones = {model: find_backbone(model) for model in models}
+    for part, run in models.values():
+        if part.weights_sha256 is None:
+            raise UserError(
+                f"{run} was made of imported embeddings, and how they were computed is not known. Expected a run whose "
+                "embeddings fm-extract computed: extract the training patches, probe again, and predict with that run."
+            )
+    own = [find_backbone(name, run_file=True) for name in named]
+    if unused := [one.name for one in own if one.name not in models]:
+        raise UserError(
+            f"`model` names {unused[0]}, by which no run was made: found {', '.join(models)}. Leave it out."
+        )
+    backbones = {
+        model: recorded_backbone(model, f"{part.revision}, SHA-256 {part.weights_sha256}", named=own, where=run)
+        for model, (part, run) in models.items()
+    }
     return {model: (backbone, fetch_weights(backbone, weights=weights)) for model, backbone in backbones.items()}
 
 
@@ -271,11 +290,6 @@ def _require_same_backbones(run: Path, record: RunRecord, backbones: _Backbones,
 def _require_same_backbone(
     run: Path, part: Part, statistics: str, backbone: Backbone, loaded: Weights, device: torch.device
 ) -> None:
-    if part.weights_sha256 is None:
-        raise UserError(
-            f"{run} was made of imported embeddings, and how they were computed is not known. Expected a run whose "
-            "embeddings fm-extract computed: extract the training patches, probe again, and predict with that run."
-        )
     view = parse_view(part.view)
     now = backbone_parts(backbone, loaded, view, precision=part.precision, device=device)
     now["transform"] = training_transform(backbone, view, statistics).record()

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from extract.custom import is_code, named_again
 from features.console import Interrupted, UserError, progress, say
 from features.files import writing
 from features.fingerprint import differences, fingerprint
@@ -105,6 +106,8 @@ def resume(
         return run
     record = read_start(folder)
     options = FinetuneOptions.from_record(record["identity"]["options"])
+    if is_code(options.model):  # run because it is named here, not because the record says so
+        options = replace(options, model=named_again(folder, options.model, training.pop("model", None)))
     changes = {name: value for name, value in (given or {}).items() if name in computing}
     _require_same_options(folder, options, training)
     recipe = Recipe.from_record(record["identity"]["recipe"])  # as it was: what the options mean may have changed since

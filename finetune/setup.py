@@ -160,7 +160,7 @@ def prepare(
     )
     compute_exactly(device)
     fast = compute_options.fast and device.type == "cuda"
-    backbone = find_backbone(options.model)
+    backbone = find_backbone(options.model, run_file=True)
     recipe = recipe or options.resolved_recipe(backbone)
     view = options.resolved_view(backbone, recipe)
     datasets = load_datasets(options, compute_options.data)

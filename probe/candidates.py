@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from features.alterations import split_alteration
 from features.blocks import Embeddings
 from features.console import UserError, say
 from features.entry import Entry
@@ -84,7 +85,7 @@ def fit_candidates(setup: Setup, model: str) -> list[Fitted]:
     y, folds = experiment.label, experiment.folds
     classes: dict[str, Any] = {"n_classes": experiment.n_classes, "target": experiment.target}
     fitted = []
-    for entry, pooling in _candidates(setup, model):
+    for entry, pooling in list_candidates(setup, model):
         stored = embeddings_of(setup, entry, pooling, experiment.train, experiment.rows)
         if setup.options.recipe != "exact":
             recipe = probe_recipe(setup.options.recipe, model=model)
@@ -187,13 +188,19 @@ def _combination(setup: Setup, parts: Sequence[Fitted], combined: Combined) -> F
     return Fitted(embeddings, probes, record)
 
 
-def _candidates(setup: Setup, model: str) -> list[tuple[Entry, str]]:
-    """List the pairs (training entry, pooling) to choose from: views that every dataset has, and all poolings."""
+def list_candidates(setup: Setup, model: str) -> list[tuple[Entry, str]]:
+    """List the pairs (training entry, pooling) to choose from: views that every dataset has, and all poolings.
+
+    Views of altered patches are among them only if one is asked for.
+    """
     store, train, tests, options = setup.store, setup.experiment.train, setup.experiment.test, setup.options
     pooling = options.pooling or (None if options.recipe == "exact" else "card")
 
     def complete(dataset: str) -> dict[str, Entry]:
-        return {entry.view: entry for entry in store.entries(dataset, model) if entry.complete}
+        entries = store.entries(dataset, model)
+        return {
+            one.view: one for one in entries if one.complete and (options.view or not split_alteration(one.view)[1])
+        }
 
     view = options.view or _view_of_recipe(
         store, options.recipe, model, {name: complete(name) for name in (train, *tests)}

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
-from features.console import print_json, run, say, show
+from features.console import UserError, print_json, run, say, show
 from features.options import (
     DEFAULT_RUNS,
     DEFAULT_STORE,
@@ -23,12 +25,27 @@ from features.options import (
 )
 
 if TYPE_CHECKING:
+    from probe.probing import ProbeOptions
     from probe.records import CurveFits, FitRecord, RunRecord
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+_ALL = "all"  # what --measures means without a value
+# Options of a probe that measures have no use for.
+_OF_PROBES = ("combine", "recipe", "soft_labels", "seeds", "folds_by", "fractions")
 
 
-@app.command(help=__doc__)
+class _Command(TyperCommand):
+    """A command whose `--measures` may stand without a value."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Read the options, with the value that a bare `--measures` stands for."""
+        following = [*args[1:], "-"]
+        pairs = zip(args, following, strict=True)
+        bare = [f"{one}={_ALL}" if one == "--measures" and after.startswith("-") else one for one, after in pairs]
+        return super().parse_args(ctx, bare)
+
+
+@app.command(help=__doc__, cls=_Command)
 def probe(
     cv: CvOption = 5,
     folds_by: FoldsByOption = None,
@@ -61,6 +78,14 @@ def probe(
             "--combine", help="Also join embeddings, of all models, where that is better out of fold than the best one."
         ),
     ] = False,
+    measures: Annotated[
+        str | None,
+        typer.Option(
+            metavar="[NAMES]",
+            help="Instead of probing, compute other measures of the embeddings: knn, fewshot, retrieval, clustering, "
+            "robustness, invariance, alignment, comma-separated; without names all that apply.",
+        ),
+    ] = None,
     labels: LabelsOption = None,
     soft_labels: SoftLabelsOption = None,
     seed: Annotated[
@@ -102,6 +127,9 @@ def probe(
         device=device,
     )
     models = None if model is None else parse_names(model)
+    if measures is not None:
+        _measure(Path(runs), store, models, measures, options=options, as_json=as_json)
+        return
     records = probe_store(FeatureStore.open(store), models, options=options, runs=runs)
     for record in records:
         _say_what_did_not_converge(record)
@@ -127,6 +155,29 @@ def probe(
     for number, found in gained.items():
         show(gain_table(records[number], found))
     say(f"{len(records)} run{'s' * (len(records) != 1)} written to {runs}/")
+
+
+def _measure(
+    runs: Path, store: str, models: tuple[str, ...] | None, named: str, *, options: ProbeOptions, as_json: bool
+) -> None:
+    """Compute measures of the store's embeddings, and print them."""
+    from features.store import FeatureStore
+    from probe.measures import measure_store
+    from probe.metrics import as_dict
+    from probe.probing import ProbeOptions
+    from probe.report.measures import terminal_tables
+
+    default = ProbeOptions()
+    unused = [name for name in _OF_PROBES if getattr(options, name) != getattr(default, name)]
+    if unused:
+        raise UserError(f"`{unused[0]}` is of probes, and `measures` fits none. Leave one of them out.")
+    names = () if named == _ALL else parse_names(named)
+    record = measure_store(FeatureStore.open(store), models, measures=names, options=options, runs=runs)
+    if as_json:
+        print_json({"measures": str(record.folder), "result": as_dict(record.as_json())})
+        return
+    show(*terminal_tables(record))
+    say(f"measures written to {record.folder}/")
 
 
 def _best_part(combined: RunRecord, records: list[RunRecord]) -> RunRecord:

@@ -132,7 +132,10 @@ def _extractions(
         if model not in {part.model for part in imported}:
             together["--view", ",".join(of_model), *_as_computed(parts.get(model))].append(model)
     for flags, models in together.items():
-        steps = _of_each_meaning(sources, ["--model", ",".join(models)], [*flags, *store])
+        # A model of the user's own is known by its file; `extract.custom` records it as the revision.
+        files = {model: parts[model].revision for model in models if model in parts and ".py:" in parts[model].revision}
+        named = ",".join(files.get(model, model) for model in models)
+        steps = _of_each_meaning(sources, ["--model", named], [*flags, *store])
         lines += map(shlex.join, steps)
     return lines
 

@@ -127,9 +127,14 @@ def fit_exact(
     lacking = np.asarray(lacked_classes(label, masks, n_classes).any(axis=1))
     made = [m for m in range(len(masks)) if m < folds.n_folds or not lacking[m]]
     masks, held_out = masks[made], [held_out[m] for m in made]
-    fit = partial(fit_logistic, fitted) if isinstance(fitted, np.ndarray) else partial(fit_streamed, fitted)
+    choice = _Choice(label, inner=inner, masks=masks, held_out=held_out, strengths=strengths)
+    fit = (
+        partial(fit_logistic, fitted)
+        if isinstance(fitted, np.ndarray)
+        else partial(fit_streamed, fitted, still_needed=choice.still_needed)
+    )
     solved = fit(label, masks=masks, strengths=strengths, n_classes=n_classes, target=learned, device=device)
-    chosen, record = _choose_strengths(solved, label, inner=inner, masks=masks, held_out=held_out, strengths=strengths)
+    chosen, record = choice.made(solved)
     every_fold = np.arange(folds.n_folds)
     coef, intercept = solved.coef[every_fold, chosen], solved.intercept[every_fold, chosen]
     logits = solved.logits[:, every_fold, chosen] if subset is None else predict_logits(X, coef, intercept)
@@ -196,50 +201,93 @@ def held_out_folds(folds: Folds) -> list[tuple[int, ...]]:
     return alone + list(combinations(each, 2))
 
 
-def _choose_strengths(
-    fits: Fits,
-    y: NDArray[np.integer],
-    *,
-    inner: NDArray[np.intp],
-    masks: NDArray[np.bool_],
-    held_out: Sequence[tuple[int, ...]],
-    strengths: Sequence[float],
-) -> tuple[NDArray[np.intp], FitRecord]:
-    """Choose each fold's strength within its training rows, and record how the fits converged.
+class _Choice:
+    """Chooses each fold's strength within its training rows, and gives up strengths that cannot turn out best.
 
     The fit that leaves out f and g is scored for f on those rows of g that f trains on, and the other way round. Where
     g has only one class among them, it says nothing for f.
 
-    Returns:
-        (F,) index of the chosen strength, and the record.
-
-    Raises:
-        UserError: if nothing is said for a fold.
+    Attributes:
+        possible: (F, S) bool; which strengths may still turn out best.
     """
-    n_folds = sum(len(held) == 1 for held in held_out)
-    # loss[f, s]: mean balanced log loss on each other fold g of the fit that saw neither f nor g.
-    loss, n_scored = np.zeros((n_folds, len(strengths))), np.zeros(n_folds, dtype=np.intp)
-    for m, held in enumerate(held_out[n_folds:], start=n_folds):
-        for f, g in (held, held[::-1]):
-            if f >= n_folds:  # a part, which is no fold itself
-                continue
-            rows = masks[f] & (inner == g)
-            if len(np.unique(y[rows])) > 1:
-                loss[f] += balanced_log_loss(y[rows], fits.logits[rows, m])
-                n_scored[f] += 1
-    if not n_scored.all():
-        raise UserError(
-            f"fold {n_scored.argmin()}: no strength can be chosen within its training rows. Without each of the other "
-            "folds in turn they lack a class, or the one left out holds only one. Use more folds, or fewer classes."
+
+    def __init__(
+        self,
+        y: NDArray[np.integer],
+        *,
+        inner: NDArray[np.intp],
+        masks: NDArray[np.bool_],
+        held_out: Sequence[tuple[int, ...]],
+        strengths: Sequence[float],
+    ) -> None:
+        self._y, self._strengths, self._n_fits = y, strengths, len(held_out)
+        n_folds = sum(len(held) == 1 for held in held_out)
+        self._scored: list[list[tuple[int, NDArray[np.intp]]]] = [[] for _ in range(n_folds)]  # of f: fit and rows
+        for m, held in enumerate(held_out[n_folds:], start=n_folds):
+            for f, g in (held, held[::-1]):
+                if f < n_folds:  # else a part, which is no fold itself
+                    rows = np.flatnonzero(masks[f] & (inner == g))
+                    if len(np.unique(y[rows])) > 1:
+                        self._scored[f].append((m, rows))
+        self.possible = np.ones((n_folds, len(strengths)), dtype=bool)
+        self._passes: list[NDArray[np.float64]] = []  # the losses after the last three
+
+    def still_needed(self, logits: NDArray[np.float32]) -> NDArray[np.bool_]:
+        """Say which fits (M, S) still matter, given the logits (n, M, S, c - 1) of all of them at the points reached.
+
+        From one pass over the rows to the next, solutions mostly change by a third or less of what they changed by
+        before. So what a strength lacks to the best one is taken to stay within twice the larger of its last two
+        changes. Where one strength is left, the fits that chose it are done.
+        """
+        self._passes = [*self._passes[-2:], self.losses(logits)]
+        loss = self._passes[-1]
+        best = np.where(self.possible, loss, np.inf).argmin(axis=1)[:, None]
+        lacks = [past - np.take_along_axis(past, best, axis=1) for past in self._passes]
+        if len(lacks) == 3:
+            self.possible &= lacks[2] <= 2 * np.abs(np.diff(lacks, axis=0)).max(axis=0)
+        needed = np.zeros((self._n_fits, len(self._strengths)), dtype=bool)
+        for f, possible in enumerate(self.possible):
+            needed[f] = possible
+            if possible.sum() > 1:
+                for m, _ in self._scored[f]:
+                    needed[m] |= possible
+        return needed
+
+    def made(self, fits: Fits) -> tuple[NDArray[np.intp], FitRecord]:
+        """Choose the strengths by finished fits: the index (F,) of each fold's; and record how the fits converged.
+
+        Raises:
+            UserError: if nothing is said for a fold.
+        """
+        silent = [f for f, scored in enumerate(self._scored) if not scored]
+        if silent:
+            raise UserError(
+                f"fold {silent[0]}: no strength can be chosen within its training rows. Without each of the other "
+                "folds in turn they lack a class, or the one left out holds only one. Use more folds, or fewer classes."
+            )
+        loss = self.losses(fits.logits)
+        chosen = np.where(self.possible, loss, np.inf).argmin(axis=1)
+        return chosen, FitRecord(
+            strengths=tuple(self._strengths),
+            chosen_strength=tuple(self._strengths[s] for s in chosen),
+            at_edge=bool(np.isin(chosen, (0, len(self._strengths) - 1)).any()),
+            inner_loss=tuple(map(tuple, np.round(loss, 5).tolist())),
+            max_gradient=float(fits.gradient_norm[~fits.given_up].max()),
+            n_not_converged=int((~fits.converged & ~fits.given_up).sum()),
+            n_fits=int(fits.converged.size),
+            n_given_up=int(fits.given_up.sum()),
+            n_dropped=int(fits.n_dropped.max()),
         )
-    chosen = loss.argmin(axis=1)  # (F,)
-    return chosen, FitRecord(
-        strengths=tuple(strengths),
-        chosen_strength=tuple(strengths[s] for s in chosen),
-        at_edge=bool(np.isin(chosen, (0, len(strengths) - 1)).any()),
-        inner_loss=tuple(map(tuple, np.round(loss / n_scored[:, None], 5).tolist())),
-        max_gradient=float(fits.gradient_norm.max()),
-        n_not_converged=int((~fits.converged).sum()),
-        n_fits=int(fits.converged.size),
-        n_dropped=int(fits.n_dropped.max()),
-    )
+
+    def losses(self, logits: NDArray[np.float32]) -> NDArray[np.float64]:
+        """Compute the mean (F, S) over the other folds g of the balanced log loss of the fit that saw neither f nor g.
+
+        A strength that was given up keeps its last one.
+        """
+        losses = self._passes[-1].copy() if self._passes else np.full(self.possible.shape, np.nan)
+        for f, scored in enumerate(self._scored):
+            asked = np.flatnonzero(self.possible[f])
+            by_fold = [balanced_log_loss(self._y[rows], logits[:, m, asked][rows]) for m, rows in scored]
+            if by_fold:
+                losses[f, asked] = np.mean(by_fold, axis=0)
+        return losses

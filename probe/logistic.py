@@ -85,6 +85,7 @@ class Fits:
         converged: (F, S) bool; gradient_norm <= tol.
         n_dropped: (F,) int64; features that count as constant on the fold's training rows (`inverse_std`), and have a
             coefficient of 0.
+        given_up: (F, S) bool; left unfinished on purpose, because nobody needs the solution (`fit_streamed`).
     """
 
     coef: NDArray[np.float32]
@@ -94,6 +95,7 @@ class Fits:
     n_iter: NDArray[np.int64]
     converged: NDArray[np.bool_]
     n_dropped: NDArray[np.int64]
+    given_up: NDArray[np.bool_]
 
 
 @full_float32()
@@ -171,14 +173,22 @@ def fit_logistic(
 
 
 def in_original_units(
-    data: Standardised, fold: Tensor, theta: Tensor, *, logits: Tensor, norm: Tensor, n_iter: Tensor, tol: float
+    data: Standardised,
+    fold: Tensor,
+    theta: Tensor,
+    *,
+    logits: Tensor,
+    norm: Tensor,
+    n_iter: Tensor,
+    tol: float,
+    given_up: Tensor | None = None,
 ) -> Fits:
     """Convert solutions theta (F * S, q, d + 1) in the folds' standardised spaces into `Fits` of the features as given.
 
     Logits (F * S, q, n) are those of the solutions.
     """
     F, d = data.mean.shape
-    theta, logits = _over_class_0(theta), _over_class_0(logits)
+    theta, logits = over_class_0(theta), over_class_0(logits)
     coef = theta[..., :d] * data.inv_std[fold][:, None] / data.scale
     # float64: with embeddings far off centre the intercept is a small difference of large sums.
     origin = (data.centre.double() + data.mean.double() * data.scale)[fold]  # (K, d): the fold's mean, as given
@@ -193,6 +203,9 @@ def in_original_units(
         n_iter=n_iter.cpu().numpy().reshape(F, -1),
         converged=gradient_norm <= tol,
         n_dropped=(data.inv_std == 0).sum(dim=1).cpu().numpy(),
+        given_up=np.zeros((F, len(theta) // F), dtype=bool)
+        if given_up is None
+        else given_up.cpu().numpy().reshape(F, -1),
     )
 
 
@@ -452,7 +465,7 @@ def _summing_to_zero(gradient: Tensor) -> Tensor:
     return gradient if gradient.shape[1] == 1 else gradient - gradient.mean(dim=1, keepdim=True)
 
 
-def _over_class_0(values: Tensor) -> Tensor:
+def over_class_0(values: Tensor) -> Tensor:
     """Subtract class 0's values from the other classes': (K, q, m) -> (K, c - 1, m). Two classes' are that already."""
     return values if values.shape[1] == 1 else values[:, 1:] - values[:, :1]
 

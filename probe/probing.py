@@ -146,6 +146,27 @@ def probe_store(
             embedded differently, if the training split cannot be cut into folds, if a fraction is too small to train
             on, or if the device does not exist here.
     """
+    setup, models = prepare(store, models, options)
+    options = setup.options
+    records, every = [], []
+    for model in models:
+        started = time.perf_counter()
+        of_model = replace(setup, options=replace(options, combine=False), experiment=experiment_of(setup, [model]))
+        candidates = fit_candidates(of_model, model)
+        chosen = max(candidates, key=validation_auroc)  # the first of equals
+        records.append(_write(of_model, chosen, [one.record for one in candidates], runs=runs, started=started))
+        every += candidates
+    if options.combine:
+        started = time.perf_counter()
+        found, tried = best_combination(setup, every)
+        if found is not None:
+            of_parts = replace(setup, experiment=experiment_of(setup, [entry.model for entry, _ in found.embeddings]))
+            records.append(_write(of_parts, found, tried, runs=runs, started=started))
+    return records
+
+
+def prepare(store: FeatureStore, models: Sequence[str] | None, options: ProbeOptions) -> tuple[Setup, list[str]]:
+    """Find out what is asked: datasets, rows, folds, and the names of the models. Args and raises: as `probe_store`."""
     device = find_device(options.device, apple=False)
     compute_exactly(device)
     tables = {name: store.samples(name) for name in store.datasets()}
@@ -172,22 +193,7 @@ def probe_store(
             )
     if not embedded:
         raise UserError(f"{store.path} has no embeddings of {train}. Run: {missing_embeddings(store, None, [train])}")
-    setup = Setup(store, options, experiment, _subsets(experiment, options), str(device))
-    records, every = [], []
-    for model in models or embedded:
-        started = time.perf_counter()
-        of_model = replace(setup, options=replace(options, combine=False), experiment=_experiment_of(setup, [model]))
-        candidates = fit_candidates(of_model, model)
-        chosen = max(candidates, key=validation_auroc)  # the first of equals
-        records.append(_write(of_model, chosen, [one.record for one in candidates], runs=runs, started=started))
-        every += candidates
-    if options.combine:
-        started = time.perf_counter()
-        found, tried = best_combination(setup, every)
-        if found is not None:
-            of_parts = replace(setup, experiment=_experiment_of(setup, [entry.model for entry, _ in found.embeddings]))
-            records.append(_write(of_parts, found, tried, runs=runs, started=started))
-    return records
+    return Setup(store, options, experiment, _subsets(experiment, options), str(device)), list(models or embedded)
 
 
 def _write(setup: Setup, chosen: Fitted, candidates: Sequence[Candidate], *, runs: Path, started: float) -> RunRecord:
@@ -320,7 +326,7 @@ def _classes(store: FeatureStore, dataset: str) -> Classes:
     return tuple(store.dataset_attrs(dataset).get("label_names", NUMBERS))
 
 
-def _experiment_of(setup: Setup, models: Sequence[str]) -> Experiment:
+def experiment_of(setup: Setup, models: Sequence[str]) -> Experiment:
     """Make the experiment of models: with the datasets asked for, or all but the demo that they have embedded."""
     store, experiment, requested = setup.store, setup.experiment, setup.options.test
     for name in requested or ():

@@ -73,7 +73,10 @@ class FitRecord:
         strengths: (S,) values of C to choose from; `chosen_strength` is the choice of each fold.
         at_edge: whether a fold chose the first or the last of them.
         inner_loss: (F, S) balanced log loss within each fold's training rows, on which the choice was made.
-        max_gradient, n_not_converged, n_fits: of all fits.
+            Of a strength that was given up, the loss at that point.
+        n_fits, n_given_up: how many fits there are, and how many were left unfinished, because their strength could no
+            longer turn out best (`probe.stream` alone does that).
+        max_gradient, n_not_converged: of the other fits.
         n_dropped: features without a weight, because they vary by no more than rounding in training: the most of a fit.
         recipe, best_epoch, n_epochs: of the paper's recipe; epochs per fold model.
     """
@@ -85,6 +88,7 @@ class FitRecord:
     max_gradient: float | None = None
     n_not_converged: int | None = None
     n_fits: int | None = None
+    n_given_up: int | None = None
     n_dropped: int | None = None
     recipe: Mapping[str, Any] | None = None
     best_epoch: tuple[int, ...] | None = None

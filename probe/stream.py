@@ -16,7 +16,9 @@ per column in between. Here a step reads all rows once, and about nine steps are
    descent on the sample takes the place of the scaled identity. This halves the number of steps.
 3. The sample holds equally many rows of every class, as the loss weighs the classes equally. It prefers rows far from
    the mean, because a rare kind of row bends the loss more than its number says. Weights undo both preferences.
-4. A step that ends uphill, as steeply as it began downhill, is taken back and tried again, shorter.
+4. Most fits are made only to choose a strength by them. As soon as one cannot be chosen any more, its fits are given
+   up, and once a fold's choice is made so are the fits that made it (`still_needed`).
+5. A step that ends uphill, as steeply as it began downhill, is taken back and tried again, shorter.
    Convergence is declared only on the float32 gradient over all rows, summed in float64.
 
 Measured choices and figures: docs/decisions/solver.md.
@@ -25,7 +27,7 @@ Measured choices and figures: docs/decisions/solver.md.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -51,6 +53,7 @@ from probe.logistic import (
     in_original_units,
     inverse_std,
     leading_curvature,
+    over_class_0,
     probabilities,
     ridges,
     targets,
@@ -90,6 +93,7 @@ def fit_streamed(
     tol: float = 1e-6,
     device: str = "cpu",
     sample: int | None = None,
+    still_needed: Callable[[NDArray[np.float32]], NDArray[np.bool_]] | None = None,
 ) -> Fits:
     """Fit as `fit_logistic` does, with the embeddings left in the store; memory holds a sample of rows, and the logits.
 
@@ -97,6 +101,8 @@ def fit_streamed(
         X: (n, d), in ascending order of rows.
         y, masks, strengths, n_classes, target, tol, device: as for `fit_logistic`.
         sample: how many rows stand in for all; by default `ROWS_PER_FEATURE` per feature, in half of `BUDGET`.
+        still_needed: from the logits (n, F, S, c - 1) after a pass, of every fit at the last point tried, says which
+            fits (F, S) are still needed. The others are given up as they are.
 
     Raises:
         UserError: as `fit_logistic`; or if a checksum of the store fails.
@@ -128,6 +134,7 @@ def fit_streamed(
         theta, gradient = torch.zeros_like(step), torch.zeros_like(step)  # the point reached, and the gradient there
         norm = torch.full((F * S,), torch.inf, device=rows.device)
         unfinished = torch.arange(F * S, device=rows.device)
+        given_up = torch.zeros(F * S, dtype=torch.bool, device=rows.device)
         pairs: deque[tuple[Tensor, Tensor, Tensor]] = deque(maxlen=MEMORY)
         for k in range(MAX_PASSES):
             u = unfinished
@@ -142,12 +149,18 @@ def fit_streamed(
             theta[u] += step[u]
             gradient[u] = ahead[taken]
             norm[u] = gradient[u].abs().amax(dim=(1, 2))
-            going_on = norm[unfinished] > tol
-            advance(int((~going_on).sum()), note=f"{k + 1} passes, gradient {float(norm.max()):.0e}")
-            unfinished = unfinished[going_on]
+            if still_needed is not None:
+                needed = still_needed(over_class_0(logits).view(F, S, -1, n).permute(3, 0, 1, 2).numpy())
+                given_up |= (norm > tol) & ~torch.from_numpy(needed).to(rows.device).flatten()
+            going_on = (norm > tol) & ~given_up
+            advance(
+                len(unfinished) - int(going_on.sum()),
+                note=f"{k + 1} passes, gradient {float(norm[~given_up].max()):.0e}",
+            )
+            unfinished = torch.nonzero(going_on)[:, 0]
             if not len(unfinished):
                 break
-            u = u[norm[u] > tol]
+            u = u[going_on[u]]
             # The sample's logits at theta are among those of all rows.
             held = logits[u.cpu()[:, None, None], torch.arange(q)[:, None], chosen].to(rows.device)
             columns = columns_at(data, fold[u], ridge[u], theta[u], logits=held, gradient=gradient[u])
@@ -158,7 +171,7 @@ def fit_streamed(
         if len(unfinished):  # not converged: `logits` holds those of the last trial, not of theta
             u = unfinished
             _gradient(rows, data, fold[u], ridge[u], theta[u], logits, u)
-    return in_original_units(data, fold, theta, logits=logits, norm=norm, n_iter=n_iter, tol=tol)
+    return in_original_units(data, fold, theta, logits=logits, norm=norm, n_iter=n_iter, tol=tol, given_up=given_up)
 
 
 def _pair(which: Tensor, step: Tensor, change: Tensor, *, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:

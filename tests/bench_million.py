@@ -90,18 +90,36 @@ def read_once(store: FeatureStore) -> float:
     return time.perf_counter() - start
 
 
-def probe(folder: Path, budget: int | None) -> tuple[float, float, float, dict]:
-    """Wall seconds, processor seconds and peak memory (GiB) of a whole `fm-probe`, and its record."""
-    code = (
-        "import sys\nif sys.argv[1] != 'None':\n    import probe.stream\n    probe.stream.BUDGET = int(sys.argv[1])\n"
-    )
-    code += "sys.argv[1:] = sys.argv[2:]\nfrom probe.cli import main\nmain()"
+CHILD = """
+import sys
+from pathlib import Path
+import probe.stream as stream
+from probe.cli import main
+budget, passes, *sys.argv[1:] = sys.argv[1:]
+if budget != "None":
+    stream.BUDGET = int(budget)
+gradient = stream._gradient
+def counted(rows, data, fold, *rest):
+    with Path(passes).open("a") as file:
+        file.write(f"{len(fold)}\\n")
+    return gradient(rows, data, fold, *rest)
+stream._gradient = counted
+main()
+"""
+
+
+def probe(folder: Path, budget: int | None) -> tuple[float, float, float, dict, list[int]]:
+    """Run a whole `fm-probe`: wall and processor seconds, peak memory (GiB), its record, and the fits of each pass."""
+    passes = folder / "passes.txt"
+    passes.write_text("")
     options = ["--store", str(folder / "store.zarr"), "--runs", str(folder / "runs"), "--train", "train", "--json"]
     threads = {"OMP_NUM_THREADS": str(CORES), "OPENBLAS_NUM_THREADS": str(CORES), "GOMP_SPINCOUNT": "10000"}
     start = time.perf_counter()
     with (folder / "answer.json").open("w+") as answer:
         process = subprocess.Popen(
-            [sys.executable, "-c", code, str(budget), *options], stdout=answer, env={**os.environ, **threads}
+            [sys.executable, "-c", CHILD, str(budget), str(passes), *options],
+            stdout=answer,
+            env={**os.environ, **threads},
         )
         _, status, usage = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
@@ -109,7 +127,9 @@ def probe(folder: Path, budget: int | None) -> tuple[float, float, float, dict]:
         if process.returncode:
             sys.exit(process.returncode)
         answer.seek(0)
-        return seconds, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 2**20, json.load(answer)["results"][0]
+        record = json.load(answer)["results"][0]
+    fits = [int(line) for line in passes.read_text().split()]
+    return seconds, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 2**20, record, fits
 
 
 def main() -> None:
@@ -135,7 +155,8 @@ def main() -> None:
             "peak GiB",
             "read limit s",
             "ratio",
-            "fits",
+            "passes",
+            "solved",
             "max gradient",
             "AUROC",
         )
@@ -143,7 +164,7 @@ def main() -> None:
             table.add_column(heading, justify="right")
         for budget in (None, SMALL_BUDGET) if asked.rows <= 100_000 else (None,):
             limits = [read_once(store) for _ in range(3)]
-            seconds, busy, peak, record = probe(folder, budget)
+            seconds, busy, peak, record, passes = probe(folder, budget)
             limits += [read_once(store) for _ in range(3)]
             limit = float(np.median(limits))
             fits = record["candidates"][0]
@@ -154,7 +175,8 @@ def main() -> None:
                 f"{peak:.2f}",
                 f"{limit:.2f}",
                 f"{seconds / limit:.0f}",
-                f"{fits['n_fits'] - fits['n_not_converged']} of {fits['n_fits']}",
+                f"{len(passes)}, {sum(passes) / fits['n_fits']:.1f} of all fits",
+                f"{fits['n_fits'] - fits['n_not_converged'] - fits['n_given_up']} of {fits['n_fits']}",
                 f"{fits['max_gradient']:.1e}",
                 f"{record['metrics']['sets']['test/test']['ensemble']['auroc']:.4f}",
             )

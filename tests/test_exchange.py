@@ -239,9 +239,9 @@ def test_ids_apart_serve_any_file_without_its_own(
 
 
 def test_other_files_are_refused_with_how_to_convert_them(store: FeatureStore, tmp_path: Path) -> None:
-    torch.save(torch.from_numpy(VALUES), tmp_path / "x.pt")
-    said = refused(store, tmp_path / "x.pt")
-    assert "torch.load(path, weights_only=True)" in said
+    (tmp_path / "x.csv").touch()
+    said = refused(store, tmp_path / "x.csv")
+    assert "pandas.read_csv(path)" in said
     assert "np.savez('x.npz', features=features, ids=np.array(ids, dtype=str))" in said
     np.save(tmp_path / "x", VALUES)
     (tmp_path / "x.npy").rename(tmp_path / "x.npz")

@@ -193,7 +193,7 @@ def test_files_of_the_wrong_kind_are_refused(path: Path, tmp_path: Path) -> None
     (tmp_path / "header.csv").write_text("name\na\n")
     for arguments, match in [
         ((tmp_path / "x.npy",), "or give `ids` apart"),
-        ((tmp_path / "x.pt",), "give one of .npy, .npz"),
+        ((tmp_path / "x.pkl",), "give one of .npy, .npz"),
         ((tmp_path / "none.npz",), "cannot be read.*No such file"),
         ((tmp_path / "text.h5",), "cannot be read as .h5"),
         ((tmp_path / "x.npy", "--ids", tmp_path / "header.csv"), "lacks the column id; it has name"),

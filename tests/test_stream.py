@@ -227,6 +227,37 @@ def test_a_store_beyond_the_budget_is_streamed_and_judged_the_same(problem, monk
     there = linear.fit_exact(X, y, folds=folds)
     assert there.fit.chosen_strength == here.fit.chosen_strength
     np.testing.assert_allclose(there.validation_logit, here.validation_logit, atol=1e-3)
+    # Of 150 fits, 5 are used, and those that choose among the best strengths take as many passes as these.
+    assert 60 < there.fit.n_given_up < 146
+    assert here.fit.n_given_up == there.fit.n_not_converged == 0
+    assert there.fit.max_gradient <= 1e-6
+
+
+def test_a_strength_is_given_up_only_where_its_loss_no_longer_changes_by_what_it_lacks(monkeypatch):
+    fold = np.arange(12) % 3
+    held_out = [(0,), (1,), (2,), (0, 1), (0, 2), (1, 2)]
+    masks = np.stack([~np.isin(fold, held) for held in held_out])
+    choice = linear._Choice(np.arange(12) // 6, inner=fold, masks=masks, held_out=held_out, strengths=(0.1, 1, 10))
+    passes = [
+        [[0.6, 0.8, 0.95], [0.5, 0.6, 0.9], [0.7, 0.8, 0.9]],
+        [[0.5, 0.6, 0.9], [0.5, 0.6, 0.9], [0.6, 0.7, 0.9]],
+        [[0.5, 0.58, 0.9], [0.5, 0.6, 0.9], [0.5, 0.6, 0.8]],  # for fold 2 all change alike, and lack as much as before
+        [[0.5, 0.53, 0.9], [0.5, 0.59, 0.5], [0.4, 0.5, 0.7]],
+        [[0.5, 0.52, 0.9], [0.5, 0.59, 0.49], [0.4, 0.5, 0.7]],
+    ]
+    losses = iter(np.array(passes))
+    monkeypatch.setattr(choice, "losses", lambda logits: next(losses))
+    nothing = np.zeros(0, np.float32)
+    assert choice.still_needed(nothing).all()
+    assert choice.still_needed(nothing).all()
+    needed = choice.still_needed(nothing)
+    assert needed[:3].tolist() == [[True, True, False], [True, False, False], [True, False, False]]
+    assert needed[3:].tolist() == [[True, True, False], [True, True, False], [False, False, False]]
+    choice.possible[1] = True, True, True
+    choice.still_needed(nothing)
+    assert choice.possible.tolist() == [[True, True, False], [True, False, True], [True, False, False]]
+    needed = choice.still_needed(nothing)
+    assert needed[3:].tolist() == [[True, True, True], [True, True, False], [True, False, True]]
 
 
 def test_products_are_full_float32_whatever_was_allowed_before(problem, monkeypatch):

@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from scipy.ndimage import gaussian_filter
 
 from extract.backbones import find_backbone
 from extract.views import make_transform, orientations, parse_view
+from features.alterations import altered_view, split_alteration
 from features.console import UserError
 
 CPU = torch.device("cpu")
@@ -242,8 +244,47 @@ def test_a_card_s_mean_and_deviation_normalise_their_own_channel():
 def test_every_part_of_the_transform_is_recorded():
     made = make_transform(find_backbone("uni"), parse_view("full"))
     changed = {"crop": 64, "resize": 225, "input_size": 223, "interpolation": "bicubic"}
-    changed |= {"mean": (0.5, 0.5, 0.51), "std": (0.5, 0.5, 0.51), "flips": True}
+    changed |= {"mean": (0.5, 0.5, 0.51), "std": (0.5, 0.5, 0.51), "flips": True, "alteration": "blur"}
     assert set(changed) == {field.name for field in dataclasses.fields(made)}
     records = [dataclasses.replace(made, **{name: value}).record() for name, value in changed.items()]
     records.append(made.record())
     assert all(a != b for k, a in enumerate(records) for b in records[:k])
+
+
+@pytest.mark.parametrize("modifier", ["rot90", "fliph", "stain", "blur", "mpp2"])
+def test_an_altered_view_shows_what_is_altered_before_it_is_resized(modifier):
+    """Against numpy and scipy, on the crop; the size is the crop's own, so that nothing else is resized."""
+    uni, crop = find_backbone("uni"), patch(130, 150)[33:97, 43:107].astype(float)
+    density = -np.log((crop + 1) / 256)
+    rows = np.array([[0.65, 0.70, 0.29], [0.07, 0.99, 0.11], [0.27, 0.57, 0.78]])
+    rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+    stained = 256 * np.exp(-(density @ np.linalg.inv(rows) * [1.2, 0.8, 1]) @ rows) - 1
+    halved = crop.reshape(32, 2, 32, 2, 3).mean(axis=(1, 3)).round().astype(np.uint8)
+    expected = {
+        "rot90": np.rot90(crop),
+        "fliph": np.fliplr(crop),
+        "stain": np.clip(stained, 0, 255),
+        "blur": gaussian_filter(crop, (1, 1, 0), mode="nearest"),
+        "mpp2": np.asarray(Image.fromarray(halved).resize((64, 64), Image.Resampling.BICUBIC)),
+    }[modifier]
+    found = pixels(uni, f"center64@64+{modifier}", patch(130, 150))[0]
+    assert np.abs(found - expected).max() < (2.1 if modifier == "mpp2" else 0.51)
+    assert np.abs(found - crop).max() > 5  # it does something
+    # What is resized is altered before: a quarter turn of the whole patch turns its shape as well.
+    if modifier == "rot90":
+        whole = pixels(uni, "full+rot90", patch(96, 160))[0]
+        np.testing.assert_allclose(whole, pixels(uni, "full", np.rot90(patch(96, 160)).copy())[0], atol=1e-3)
+
+
+def test_an_altered_view_has_one_name_and_a_fingerprint_of_its_own():
+    uni = find_backbone("uni")
+    view = parse_view("center64+flips+imagenet+stain")
+    assert (view.name, view.alteration) == ("center64+stain+imagenet+flips", "stain")
+    assert split_alteration(view.name) == ("center64+imagenet+flips", "stain")
+    assert altered_view("center64+imagenet+flips", "stain") == view.name
+    assert make_transform(uni, parse_view("full+blur")).record() == {
+        **make_transform(uni, parse_view("full")).record(),
+        "alteration": "blur",
+    }
+    with pytest.raises(UserError, match=r"altered in one way; use one of \+blur and \+rot90"):
+        parse_view("full+blur+rot90")

@@ -30,6 +30,7 @@ from probe.report.charts import N_STYLES
 from probe.report.collect import Report, SetReport
 from probe.report.gallery import EmbeddingMap, GalleryPatches, Thumbnails
 from probe.report.headlines import headlines
+from probe.report.measures import MeasureTable, measure_tables
 from probe.report.provenance import facts
 from probe.report.published import SOURCES
 from probe.report.read import Run
@@ -49,6 +50,7 @@ SECTIONS = {
     "raters": "Raters",
     "domains": "Domains",
     "learning": "Learning curves",
+    "measures": "Other measures",
     "map": "Map",
     "gallery": "Gallery",
     "provenance": "Provenance",
@@ -81,11 +83,13 @@ def html(
     style, script = _resource("page.css"), _resource("page.js")
     titles = figure_titles(report.classes)
     views = [set_view(one, runs, index=index, margin=report.margin) for index, one in enumerate(report.sets)]
+    measures = measure_tables(runs)
     page = _template().render(
         report=report,
+        measures=measures,
         summary=report.summary,
         headlines=headlines(report, runs),
-        contents=_contents(report, views),
+        contents=_contents(report, views, measures),
         folds=_folds(runs),
         runs=runs,
         style=Markup(style),
@@ -140,7 +144,7 @@ def _folds(runs: Sequence[Run]) -> list[_Folds]:
     return [_Folds(*key, tuple(numbers)) for key, numbers in by_digest.items()]
 
 
-def _contents(report: Report, views: Sequence[SetView]) -> list[tuple[str, str]]:
+def _contents(report: Report, views: Sequence[SetView], measures: Sequence[MeasureTable]) -> list[tuple[str, str]]:
     """List the sections of the page: id, which is the name of their template, and title."""
     present = {
         "trainings": any(view.trainings for view in views),
@@ -150,6 +154,7 @@ def _contents(report: Report, views: Sequence[SetView]) -> list[tuple[str, str]]
         "raters": any(one.raters for one in report.sets),
         "domains": any(one.domains for one in report.sets),
         "learning": any(view.learning for view in views),
+        "measures": bool(measures),
     }
     return [(id, title) for id, title in SECTIONS.items() if present.get(id, True)]
 

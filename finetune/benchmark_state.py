@@ -1,0 +1,431 @@
+"""What of a benchmark is done, what can go on, and what cannot be run here, and why?
+
+A row knows its run by the record that the command writes: the same options on the same patches, whoever ran it. So
+nothing but runs and store remembers where a benchmark stands.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from huggingface_hub import constants
+
+from extract.backbones import Backbone, find_backbone
+from extract.datasets import DATASETS, PatchDataset, load_dataset, local_data, parse_source
+from extract.doctor import DoctorOptions, ModelCheck, diagnose
+from features.console import UserError
+from features.device import find_device
+from features.entry import Entry
+from features.labels import parse_renaming
+from features.store import FeatureStore
+from finetune.benchmark_cost import Counts, Estimate, device_memory, estimate, measure_rates
+from finetune.benchmark_plan import EMBED, PROBE, Plan, Row, Where, read_plan, require_parsable
+from finetune.checkpoint import START_FILE, read_start
+from finetune.options import FinetuneOptions, is_convolutional
+from probe.experiment import make_experiment
+from probe.probing import ProbeOptions
+from probe.records import RunRecord
+from probe.runs import read_run
+
+State = Literal["done", "to resume", "to do", "cannot", "failed"]
+
+
+@dataclass(frozen=True)
+class Standing:
+    """Where a row stands.
+
+    Attributes:
+        row: of the plan.
+        state: "failed" after it was tried, and only until the next look.
+        reason: why it cannot be run, or failed; in a few words.
+        remedy: what helps.
+        run: the folder of its run, finished or interrupted.
+        estimate: what it would take; None where that cannot be said.
+    """
+
+    row: Row
+    state: State
+    reason: str = ""
+    remedy: str = ""
+    run: Path | None = None
+    estimate: Estimate | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Found:
+    """What is on the disk now: finished runs, newest first, interrupted trainings, and the entries of the store."""
+
+    runs: tuple[RunRecord, ...]
+    starts: tuple[tuple[Path, Mapping[str, Any]], ...]
+    entries: Mapping[tuple[str, str, str], Entry]
+
+
+@dataclass(frozen=True, eq=False)
+class Facts:
+    """What does not change while a benchmark runs.
+
+    Attributes:
+        plan, where: what is asked, and where things are.
+        device: on which it runs.
+        backbones: the models' records.
+        lacks: model to why it cannot be had (in a few words) and what helps.
+        downloads: model to bytes of its weights, where they are not here yet.
+        problem: as `lacks`, of the patches; None if they are here, or can be downloaded.
+        tables: dataset to digest of its patch table, and of its images; empty if they are not here yet.
+        counts: of patches, by what decides the folds.
+        refusals: why there are no such folds, likewise.
+        notes: what else is to be said beforehand.
+    """
+
+    plan: Plan
+    where: Where
+    device: torch.device
+    backbones: Mapping[str, Backbone]
+    lacks: Mapping[str, tuple[str, str]]
+    downloads: Mapping[str, float]
+    problem: tuple[str, str] | None
+    tables: Mapping[str, tuple[str, str]]
+    counts: Mapping[Any, Counts]
+    refusals: Mapping[Any, str]
+    notes: tuple[str, ...]
+
+
+# --------------------------------------------------------------------------------------------- what does not change
+
+
+def gather(plan_name: str, where: Where) -> Facts:
+    """Find out what a benchmark needs, and what of it is here. Nothing is downloaded and nothing is written.
+
+    Raises:
+        UserError: a faulty plan, or a device that is not here.
+    """
+    device = find_device(where.device, apple=False)
+    plan = read_plan(plan_name)
+    data = local_data(where.data)
+    absent = [name for name in plan.test if not _is_here(name, data)]
+    if absent:
+        plan = read_plan(plan_name, without=absent)
+    require_parsable(plan)
+    notes = [f"{name} is not in {data} and will not be scored." for name in absent]
+    notes += [f"{note}." for note in plan.notes]
+    problem, loaded = None, {}
+    if not _is_here(plan.train, data):
+        folder = DATASETS[plan.train].folder or DATASETS[DATASETS[plan.train].of].folder
+        remedy = (
+            f"{data} has no folder {folder}. Expected a clone of AMi-Br_Benchmark: give its path with `data`, or leave "
+            "it out, and unset MITOFM_DATA, to download the patches."
+        )
+        problem = (f"no patches of {plan.train}", remedy)
+    elif data is None and any(map(_has_files, plan.datasets)):
+        notes.append("The patches are not here yet and will be downloaded (215 MB) by the first command.")
+    else:
+        try:
+            loaded = _load(plan, where.data)
+        except UserError as error:
+            problem = ("its patches cannot be used", str(error))
+    counts, refusals = _count(plan, loaded)
+    backbones, lacks, downloads = _backbones(plan, where)
+    return Facts(
+        plan=plan,
+        where=where,
+        device=device,
+        backbones=backbones,
+        lacks=lacks,
+        downloads=downloads,
+        problem=problem,
+        tables={name: (of.samples.table_digest, of.samples.images_digest) for name, of in loaded.items()},
+        counts=counts,
+        refusals=refusals,
+        notes=tuple(notes),
+    )
+
+
+def _has_files(name: str) -> bool:
+    return name in DATASETS and bool(DATASETS[name].phases or DATASETS[name].folder)
+
+
+def _is_here(name: str, data: Path | None) -> bool:
+    """Whether a known dataset is in the data folder; without one it can be downloaded. Paths are for the reader."""
+    if data is None or not _has_files(name):
+        return True
+    return (data / (DATASETS[name].folder or DATASETS[DATASETS[name].of].folder)).is_dir()
+
+
+def _load(plan: Plan, data: Path | None) -> dict[str, PatchDataset]:
+    """Load the patch tables as fine-tuning does: those of the tests by the classes of the training set."""
+    reading = dict(plan.reading)
+    renamed = parse_renaming(reading.get("labels"))
+    shared: dict[str, Any] = {"labels": renamed, "skip_unlabelled": reading.get("skip_unlabelled", False)}
+    patches = load_dataset(
+        plan.train,
+        data=data,
+        positive=reading.get("positive"),
+        order=reading.get("classes"),
+        ordinal=reading.get("ordinal", False),
+        **shared,
+    )
+    tests = [load_dataset(name, data=data, classes=patches.label_names, **shared) for name in plan.datasets[1:]]
+    return {one.name: one for one in (patches, *tests)}
+
+
+def _question(row: Row) -> tuple[Any, ...]:
+    """What decides the folds of a row."""
+    of = row.options or ProbeOptions()
+    return of.cv, of.fold_seed, of.recipe in ("paper", "authors"), of.soft_labels, of.folds_by
+
+
+def _count(plan: Plan, loaded: Mapping[str, PatchDataset]) -> tuple[dict[Any, Counts], dict[Any, str]]:
+    """Count the patches of every fold assignment; of datasets that are not here, by what is published of them."""
+    counts, refusals = {}, {}
+    for question in {_question(row) for row in plan.rows}:
+        cv, fold_seed, paper_folds, soft_labels, folds_by = question
+        if not loaded:
+            sizes = [DATASETS[name].n_atypical + DATASETS[name].n_normal for name in plan.datasets if name in DATASETS]
+            n = sizes[0] if plan.train in DATASETS and sizes else 0
+            counts[question] = Counts(sum(sizes), n, n * (cv - 1))
+            continue
+        train = next(iter(loaded))
+        try:
+            experiment = make_experiment(
+                train,
+                {name: patches.samples for name, patches in loaded.items()},
+                cv=cv,
+                fold_seed=fold_seed,
+                paper_folds=paper_folds,
+                classes=loaded[train].label_names,
+                soft_labels=soft_labels,
+                folds_by=folds_by,
+            )
+        except UserError as error:
+            refusals[question] = str(error)
+            continue
+        n_patches = sum(len(patches.samples) for patches in loaded.values())
+        counts[question] = Counts(n_patches, len(experiment.rows), int(experiment.folds.training.sum()))
+    return counts, refusals
+
+
+def _backbones(plan: Plan, where: Where) -> tuple[dict[str, Backbone], dict[str, tuple[str, str]], dict[str, float]]:
+    """Find the records of all models, what keeps those on the hub from being had, and the bytes to download."""
+    downloads: dict[str, float] = {}
+    backbones: dict[str, Backbone] = {}
+    lacks: dict[str, tuple[str, str]] = {}
+    for model in dict.fromkeys(row.model for row in plan.rows):
+        try:
+            backbones[model] = find_backbone(model)
+        except UserError as error:
+            lacks[model] = ("no such model can be asked for", str(error))
+    asked = tuple(model for model, backbone in backbones.items() if backbone.hub_id)
+    if asked:
+        diagnosis = diagnose(DoctorOptions(asked, data=where.data, store=None, runs=where.runs))
+        for check in diagnosis.models:
+            if check.status != "ok":
+                lacks[check.name] = _lack(check, backbones[check.name])
+            elif not check.cached:
+                downloads[check.name] = 4.0 * backbones[check.name].n_parameters
+    return backbones, lacks, downloads
+
+
+def _lack(check: ModelCheck, backbone: Backbone) -> tuple[str, str]:
+    if check.access == "not asked" and check.gated:
+        remedy = f"{backbone.hub_id} is gated: request access on {backbone.url} (licence: {backbone.licence}). "
+        return "gated, not in the cache, hub not asked", remedy + check.remedy
+    if check.access == "not granted" and check.gated:
+        return "gated, no access", check.remedy
+    return "weights cannot be had", check.remedy
+
+
+# --------------------------------------------------------------------------------------------------- what is there now
+
+
+def look(where: Where) -> Found:
+    """Read what runs and store hold now. What is damaged counts as not there; a new run then takes its place."""
+    runs, starts = [], []
+    for folder in sorted(where.runs.iterdir()) if where.runs.is_dir() else []:
+        with suppress(UserError):
+            if (folder / "run.json").is_file():
+                runs.append(read_run(folder))
+            elif (folder / START_FILE).is_file():
+                starts.append((folder, read_start(folder)))
+    entries: dict[tuple[str, str, str], Entry] = {}
+    if "://" in where.store or (Path(where.store) / "zarr.json").is_file():
+        with suppress(UserError):
+            entries = {(one.dataset, one.model, one.view): one for one in FeatureStore.open(where.store).entries()}
+    by_date = sorted(runs, key=lambda record: record.created, reverse=True)
+    last_first = sorted(starts, key=lambda start: (start[0] / START_FILE).stat().st_mtime, reverse=True)
+    return Found(tuple(by_date), tuple(last_first), entries)
+
+
+def standing(row: Row, facts: Facts, found: Found) -> Standing:
+    """Say where a row stands, but for what it would take."""
+    run = _finished(row, facts, found)
+    if run is not None or (row.method == EMBED and _is_embedded(row, facts, found)):
+        return Standing(row, "done", run=run)
+    if facts.problem is not None:
+        return Standing(row, "cannot", *facts.problem)
+    if refusal := facts.refusals.get(_question(row)):
+        return Standing(row, "cannot", "no such folds", refusal)
+    if row.model in facts.lacks and not (row.method == PROBE and _is_embedded(row, facts, found)):
+        return Standing(row, "cannot", *facts.lacks[row.model])
+    begun = next((folder for folder, start in found.starts if _is_start_of(row, start, facts)), None)
+    return Standing(row, "to do" if begun is None else "to resume", run=begun)
+
+
+def _names(plan: Plan, facts: Facts) -> tuple[str, ...]:
+    """The datasets' names in store and runs."""
+    return tuple(facts.tables) or tuple(n if n in DATASETS else parse_source(n)[0] for n in plan.datasets)
+
+
+def _is_embedded(row: Row, facts: Facts, found: Found) -> bool:
+    """Whether the store holds every dataset, of the images that are here, by the row's model in its views."""
+    for name in _names(facts.plan, facts):
+        for view in row.views:
+            entry = found.entries.get((name, row.model, view))
+            if entry is None or not entry.complete:
+                return False
+            if name in facts.tables and entry.parts.get("dataset_digest") not in (None, facts.tables[name][1]):
+                return False
+    return True
+
+
+def _finished(row: Row, facts: Facts, found: Found) -> Path | None:
+    """Find the newest run of the same options on the same patches."""
+    if row.options is None:
+        return None
+    for record in found.runs:
+        if record.model != row.model or (facts.tables and not _same_tables(record.table_digests, facts)):
+            continue
+        with suppress(UserError, KeyError, TypeError, ValueError):  # options of an early version, or of a later one
+            if isinstance(row.options, FinetuneOptions):
+                if record.kind == "finetune" and _same_training(record.options, row.options):
+                    return record.folder
+            elif record.kind == "probe" and not record.combined and _same_probe(record, row, found):
+                return record.folder
+    return None
+
+
+def _same_tables(digests: Mapping[str, str], facts: Facts) -> bool:
+    return dict(digests) == {name: digest for name, (digest, _) in facts.tables.items()}
+
+
+def _same_training(recorded: Mapping[str, Any], asked: FinetuneOptions) -> bool:
+    options = FinetuneOptions.from_record(recorded)
+    return options == (replace(asked, cv=options.cv) if asked.folds_by else asked)
+
+
+def _is_start_of(row: Row, start: Mapping[str, Any], facts: Facts) -> bool:
+    if not isinstance(row.options, FinetuneOptions):
+        return False
+    identity = start["identity"]
+    with suppress(UserError, KeyError, TypeError, ValueError):
+        digests = {_names(facts.plan, facts)[0]: identity["table"], **identity["tests"]}
+        same_device = identity["backbone"].get("device") == facts.device.type  # another would be refused
+        same_patches = not facts.tables or _same_tables(digests, facts)
+        return same_device and same_patches and _same_training(identity["options"], row.options)
+    return False
+
+
+def _same_probe(record: RunRecord, row: Row, found: Found) -> bool:
+    """Whether a probe had the row's options, chose from its views, and read the embeddings that the store has."""
+    assert isinstance(row.options, ProbeOptions)
+    asked, recorded = (
+        json.loads(json.dumps(asdict(ProbeOptions()) | dict(options)))
+        for options in (asdict(row.options), record.options)
+    )
+    whatever = {"device"} | ({"cv"} if row.options.folds_by else set())
+    tried = {candidate.view for candidate in record.candidates or ()}
+    same = all(asked[name] == recorded.get(name) for name in asked.keys() - whatever) and tried >= set(row.views)
+    entries = {name: found.entries.get((name, row.model, record.view)) for name in record.fingerprints}
+    return same and all(
+        entry is None or entry.fingerprint == record.fingerprints[name] for name, entry in entries.items()
+    )
+
+
+# ------------------------------------------------------------------------------------------------------------ survey
+
+
+def survey(facts: Facts) -> list[Standing]:
+    """Say of every row where it stands, and of those that are left what they would take and whether there is room."""
+    found = look(facts.where)
+    rows = [standing(row, facts, found) for row in facts.plan.rows]
+    left = [one for one in rows if one.state in ("to do", "to resume")]
+    kinds = {is_convolutional(facts.backbones[one.row.model]) for one in left if one.row.method != PROBE}
+    rates = measure_rates(facts.device, kinds)
+    memory, room = device_memory(facts.device), _Room()
+    downloads = dict(facts.downloads)
+    surveyed = []
+    for one in rows:
+        backbone, counts = facts.backbones.get(one.row.model), facts.counts.get(_question(one.row))
+        if one.state != "done" and backbone is not None and counts is not None:
+            with suppress(UserError):  # what this says, the command says
+                one = replace(one, estimate=estimate(one.row, backbone, counts, rates, facts.device))
+        if one.estimate is not None and one.state in ("to do", "to resume"):
+            needed: list[tuple[float, Path | str, str]] = [
+                (downloads.pop(one.row.model, 0.0), Path(constants.HF_HUB_CACHE), "HF_HOME"),
+                (one.estimate.store, facts.where.store, "`store`"),
+                (one.estimate.runs, facts.where.runs, "`runs`"),
+            ]
+            one = _unless_too_large(one, one.estimate, memory, facts.device)
+            if one.state != "cannot":
+                one = _if_there_is_room(one, needed, room)
+        surveyed.append(one)
+    without = {one.row.model: one for one in surveyed if one.row.method == EMBED and one.state == "cannot"}
+    return [
+        replace(one, state="cannot", reason=without[one.row.model].reason, remedy=without[one.row.model].remedy)
+        if one.row.method == PROBE and one.state == "to do" and one.row.model in without
+        else one
+        for one in surveyed
+    ]
+
+
+class _Room:
+    """What is left on the disks, of which rows take one after another."""
+
+    def __init__(self) -> None:
+        self.left: dict[int, float] = {}
+
+    def take(self, path: Path, n_bytes: float) -> float | None:
+        """Take room below a path; or return how much there is if that is not enough."""
+        folder = next(one for one in (path.absolute(), *path.absolute().parents) if one.is_dir())
+        disk = folder.stat().st_dev
+        left = self.left.setdefault(disk, float(shutil.disk_usage(folder).free))
+        if n_bytes > left:
+            return left
+        self.left[disk] = left - n_bytes
+        return None
+
+
+def _unless_too_large(one: Standing, needs: Estimate, memory: float, device: torch.device) -> Standing:
+    if needs.fixed <= memory:
+        return one
+    remedy = (
+        f"it needs about {gigabytes(needs.fixed)} for what must be in memory at once, and {device} has "
+        f"{gigabytes(memory)}. Run this row where there is more."
+    )
+    return replace(one, state="cannot", reason="memory", remedy=remedy)
+
+
+def _if_there_is_room(one: Standing, needed: Sequence[tuple[float, Path | str, str]], room: _Room) -> Standing:
+    for n_bytes, path, choose in needed:
+        if n_bytes and "://" not in str(path) and (free := room.take(Path(path), n_bytes)) is not None:
+            remedy = (
+                f"it needs about {gigabytes(n_bytes)} at {path}, where {gigabytes(free)} are left after the rows "
+                f"before it. Make room, or choose another folder with {choose}."
+            )
+            return replace(one, state="cannot", reason="disk", remedy=remedy)
+    return one
+
+
+def gigabytes(n_bytes: float) -> str:
+    """Say a number of bytes in GB.
+
+    >>> gigabytes(23_400_000_000), gigabytes(40_000_000)
+    ('23.4 GB', '0.04 GB')
+    """
+    return f"{n_bytes / 1e9:,.1f} GB" if n_bytes >= 1e8 else f"{n_bytes / 1e9:,.2f} GB"

@@ -1,0 +1,499 @@
+"""Does fm-benchmark run what a plan asks for, each row once, wherever it was killed, and say what cannot be run?"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import io
+import json
+import os
+import shlex
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from test_finetune_command import write_patches
+
+import finetune.benchmark as benchmark
+import finetune.run
+from extract import cli as extract_cli
+from extract.registry import BACKBONES
+from extract.shard import Shard, find_shard
+from features.console import Interrupted, UserError
+from finetune import cli
+from finetune.benchmark import FOLDER, run_benchmark, run_child, shell_script, slurm_script
+from finetune.benchmark_cost import Counts, estimate, measure_rates
+from finetune.benchmark_plan import EMBED, PROBE, SHIPPED, Plan, Row, Where, command, read_plan, require_parsable
+from finetune.benchmark_state import Found, gather, look, standing, survey
+from finetune.options import FinetuneOptions
+from probe import cli as probe_cli
+from probe import probing
+
+TINY = """
+title = "a tiny benchmark"
+train = "patches.csv"
+models = "efficientnet-lite0"
+methods = ["probe", "head"]
+view = "full@32"
+cv = 3
+
+[[rows]]
+epochs = 1
+
+[[rows]]
+methods = "head"
+epochs = 2
+batch_size = 4
+"""
+APPS = {"fm-extract": extract_cli.app, "fm-probe": probe_cli.app, "fm-finetune": cli.finetune_app}
+
+
+class Launches:
+    """Runs commands in this process, and notes them; a report is a file."""
+
+    def __init__(self, do: Callable[[str, list[str]], int | None] = lambda name, arguments: None) -> None:
+        self.lines: list[list[str]] = []
+        self._do = do
+
+    def __call__(self, line: Sequence[str], log: Path, environment: Mapping[str, str], fds: Sequence[int]) -> int:
+        name, *arguments = line
+        self.lines.append(list(line))
+        log.write_text("")
+        status = self._do(name, arguments)
+        if status is not None:
+            log.write_text("error: as the test says\n")
+            return status
+        if name == "fm-report":
+            Path(arguments[arguments.index("--out") + 1]).write_text("page")
+            return 0
+        try:
+            with contextlib.redirect_stdout(io.StringIO()):
+                APPS[name](arguments, standalone_mode=False)
+        except UserError as error:
+            log.write_text(f"error: {error}\n")
+            return 1
+        return 0
+
+    @property
+    def names(self) -> list[str]:
+        return [line[0] for line in self.lines]
+
+
+def nothing(name: str, arguments: list[str]) -> int:
+    """A command that fails at once."""
+    return 1
+
+
+@pytest.fixture(autouse=True)
+def rates(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is measured."""
+    monkeypatch.setattr("finetune.benchmark_state.measure_rates", lambda device, kinds: dict.fromkeys(kinds, 1e10))
+
+
+@pytest.fixture
+def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A plan of four rows on sixteen patches, in the current folder."""
+    monkeypatch.chdir(tmp_path)
+    write_patches(tmp_path)
+    (tmp_path / "plan.toml").write_text(TINY)
+    return "plan.toml"
+
+
+def run_tiny(plan: str, launch: Launches, shard: Shard = Shard()) -> benchmark.Outcome:
+    facts = gather(plan, Where())
+    return run_benchmark(facts, survey(facts), shard=shard, launch=launch)
+
+
+def states(plan: str) -> list[str]:
+    facts = gather(plan, Where())
+    found = look(facts.where)
+    return [standing(row, facts, found).state for row in facts.plan.rows]
+
+
+# ------------------------------------------------------------------------------------------------------------ the plan
+
+
+def plan_of(tmp_path: Path, text: str) -> Plan:
+    path = tmp_path / "mine.toml"
+    path.write_text(text)
+    plan = read_plan(str(path))
+    require_parsable(plan)
+    return plan
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("models = ", "no TOML file"),
+        ("", "`models` is missing"),
+        ("models = []", "`models` is empty"),
+        ("models = [1]", "expected a list of names"),
+        ("rows = []", "`rows` is empty"),
+        ("model = 'uni'", "`model` is no key of a plan. Did you mean"),
+        ("models = 'unni'", "unknown model 'unni'.*uni"),
+        ("models = 'uni'\nmethods = ['prob']", "unknown method 'prob'. Did you mean probe"),
+        ("models = 'uni'\nrecipes = ['papr']", "unknown recipe 'papr'. Did you mean paper"),
+        ("models = 'uni'\nviews = ['middle']", "unknown view 'middle'"),
+        ("models = 'uni'\nmethods = 'head'\nrecipes = 'authors'", "authors exists for no model of `models` by head"),
+        ("models = 'uni'\nepochs = 'ten'", "Expected `int.*epochs"),
+        ("models = 'uni'\nepochs = 0", "--epochs"),
+        ("models = 'uni'\ncv = 1\nmethods = 'lora'", "at least 2 folds"),
+        ("models = 'uni'\nmethods = 'probe'\nepochs = 3", "`epochs` is no option of probe"),
+        ("[[rows]]\nmodels = 'uni'\ntrain = 'ami-br'", "`train` stands above the first"),
+    ],
+)
+def test_a_faulty_plan_gets_one_clear_message(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(UserError, match=f"(?s){message}"):
+        plan_of(tmp_path, text)
+
+
+def test_an_unknown_plan_names_those_there_are() -> None:
+    with pytest.raises(UserError, match=r"Did you mean banerjee2025.*demo, embedded"):
+        read_plan("banerjee2024")
+
+
+def test_banerjee2025_is_every_row_of_table_3_and_h0_mini() -> None:
+    plan = read_plan("banerjee2025")
+    models = ["uni", "uni2-h", "virchow", "virchow2", "prov-gigapath", "h-optimus-0", "h-optimus-1", "h0-mini"]
+    of = {
+        (method, recipe): [row.model for row in plan.rows if (row.method, row.recipe) == (method, recipe)]
+        for method, recipe in {(row.method, row.recipe) for row in plan.rows}
+    }
+    assert of[EMBED, ""] == of[PROBE, "paper"] == of[PROBE, "authors"] == of[PROBE, "exact"] == models
+    assert of["lora", "paper"] == of["lora", "default"] == models
+    assert of["lora", "authors"] == models[:-1]  # no script for H0-mini
+    ends = ["efficientnetv2-m", "vit-l", "swin-b"]
+    assert of["full", "paper"] == of["full", "authors"] == of["full", "default"] == ends
+    assert len(plan.rows) == 8 * 4 + 23 + 9
+    assert plan.datasets == ("ami-br", "atnorm-br", "atnorm-md")
+
+
+OWN = """
+train = "mine=patches.csv"
+test = ["other=others.csv"]
+models = ["efficientnet-lite0", "uni"]
+methods = ["probe", "lora", "full"]
+recipes = ["paper", "default"]
+views = ["center64", "full"]
+classes = ["Normal", "Atypical"]
+seeds = 2
+fold_seed = 7
+lora_rank = 4
+tta = false
+fractions = [0.5, 1]
+learning_rate = 0.001
+ordinal = false
+"""
+
+
+@pytest.mark.parametrize("name", ["banerjee2025", OWN], ids=["shipped", "own"])
+def test_a_command_line_is_read_as_the_options_of_its_row(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """By these a row finds its run."""
+    plan = plan_of(tmp_path, name) if "\n" in name else read_plan(name)
+
+    class Read(Exception): ...
+
+    def caught(options: Any, models: Any = None) -> None:
+        raise Read(options, models)
+
+    monkeypatch.setattr(finetune.run, "finetune", lambda options, **_: caught(options))
+    monkeypatch.setattr(probing, "probe_store", lambda store, models, options, runs: caught(options, models))
+    monkeypatch.setattr("features.store.FeatureStore.open", lambda where: None)
+    for row in {(row.method, row.recipe): row for row in plan.rows if row.method != EMBED}.values():
+        line = command(plan, [row], Where())
+        with pytest.raises(Read) as read:
+            APPS[line[0]](line[1:], standalone_mode=False)
+        options, models = read.value.args
+        assert options == row.options, shlex.join(line)
+        assert models == (None if isinstance(options, FinetuneOptions) else (row.model,))
+
+
+def test_models_that_probes_read_are_embedded_once_in_all_views_they_need() -> None:
+    rows = [row for row in read_plan("banerjee2025").rows if row.model == "uni"]
+    (embed,) = (row for row in rows if row.method == EMBED)
+    probes = [row for row in rows if row.method == PROBE]
+    assert {view for row in probes for view in row.views} == set(embed.views)
+    assert [row.views for row in probes] == [("full@224+imagenet",), ("full",), ("full", "center64")]
+    assert {row.unit for row in probes} == {embed.unit}  # nobody waits for another process's embeddings
+
+
+# --------------------------------------------------------------------------------------------------- what is said first
+
+
+def run_command(
+    capsys: pytest.CaptureFixture[str], *arguments: str, monkeypatch: pytest.MonkeyPatch
+) -> tuple[int, str, str]:
+    capsys.readouterr()
+    monkeypatch.setattr(sys, "argv", ["fm-benchmark", *arguments])
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    with pytest.raises(SystemExit) as end:
+        cli.benchmark_main()
+    return int(end.value.code or 0), *capsys.readouterr()
+
+
+def test_without_access_and_network_every_row_says_why_and_what_helps(
+    tmp_path: Path,
+    point: Callable[[str], None],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MITOFM_DATA", raising=False)
+    monkeypatch.setenv("MITOFM_CACHE", str(tmp_path / "none"))
+    point("http://127.0.0.1:9")
+    status, out, err = run_command(capsys, "banerjee2025", "--dry-run", "--json", monkeypatch=monkeypatch)
+    assert status == 0, err
+    found = json.loads(out)
+    assert len(found["rows"]) == 64
+    assert {row["state"] for row in found["rows"]} == {"cannot"}
+    for row in found["rows"]:
+        if row["method"] == "full":
+            assert "not in the cache" in row["remedy"]
+        else:
+            assert "gated" in row["reason"]
+            assert "request access on https://huggingface.co/" in row["remedy"]
+        assert row["command"][0].startswith("fm-")
+        assert row["memory_bytes"] > 0
+    assert not list(tmp_path.iterdir())  # nothing was written
+    status, out, err = run_command(capsys, "banerjee2025", "--dry-run", monkeypatch=monkeypatch)
+    assert status == 0
+    assert out.count("cannot: gated") == 8 * 4 + 23
+    assert "64 rows: 64 cannot" in err
+    assert "--weights" in err  # arguments are told as flags
+    assert run_command(capsys, "banerjee2025", monkeypatch=monkeypatch)[0] == 1
+
+
+def test_a_test_set_that_is_not_in_the_folder_is_left_out_and_a_training_set_is_missed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "AtNorM-Br").mkdir()
+    facts = gather("embedded", Where(data=tmp_path))
+    assert facts.plan.test == ("atnorm-br",)
+    assert any("atnorm-md is not in" in note for note in facts.notes)
+    assert facts.problem is not None
+    one = standing(facts.plan.rows[0], facts, Found((), (), {}))
+    assert (one.state, one.reason) == ("cannot", "no patches of ami-br")
+    assert "AMi-Br" in one.remedy
+
+
+def test_what_is_larger_than_memory_or_disk_cannot_be_run(tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    facts = gather(tiny, Where())
+    by_state = [one.state for one in survey(facts)]
+    assert by_state == ["to do"] * 4
+    monkeypatch.setattr("finetune.benchmark_state.device_memory", lambda device: 5e6)
+    assert [one.reason for one in survey(facts)] == ["memory"] * 4  # and so what would be probed
+
+
+def test_an_estimate_counts_flops(monkeypatch: pytest.MonkeyPatch) -> None:
+    rates, cpu = {True: 1e9}, torch.device("cpu")
+    lite = BACKBONES["efficientnet-lite0"]
+    rows = read_plan("demo").rows
+    embed, training = (next(row for row in rows if row.method == method) for method in (EMBED, "lora"))
+    flops = 0.77e9 * (128 / 224) ** 2
+    found = estimate(replace(embed, views=("center64@128",)), lite, Counts(400, 280, 1120), rates, cpu)
+    assert found.seconds == pytest.approx(400 * flops / 1e9)
+    assert estimate(replace(embed, views=("full+flips",)), lite, Counts(400, 280, 1120), rates, cpu).seconds == (
+        pytest.approx(400 * 8 * 0.77)
+    )
+    found = estimate(training, lite, Counts(400, 280, 1120), rates, cpu)
+    passes = 2 * (3 * 1120 + 280) + 8 * (280 + 120 * 5)  # epochs: steps and validation; then eight orientations
+    assert found.seconds == pytest.approx(passes * flops / 1e9)
+    assert found.memory > found.fixed > 4 * lite.n_parameters
+    seconds = iter([0.0, 9.0, 9.0, 11.0, 11.0, 14.0])  # three passes of four images: the first, 9 s, does not count
+    monkeypatch.setattr("time.process_time", lambda: next(seconds))
+    monkeypatch.setattr("finetune.benchmark_cost.build_model", lambda backbone, weights: torch.nn.Identity())
+    monkeypatch.setattr("finetune.benchmark_cost.embed_batch", lambda *_, **__: None)
+    assert measure_rates(cpu, [True])[True] == pytest.approx(4 * 0.77e9 / 2 * torch.get_num_threads())
+
+
+def test_rows_share_what_is_free_on_a_disk(tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    facts = gather(tiny, Where())
+    needs = [one.estimate for one in survey(facts)]
+    enough_for_three = sum(one.store + one.runs for one in needs[:3] if one) + 1
+
+    class Usage(NamedTuple):
+        free: float
+
+    monkeypatch.setattr("finetune.benchmark_state.shutil.disk_usage", lambda folder: Usage(enough_for_three))
+    assert [one.reason for one in survey(facts)] == ["", "", "", "disk"]
+
+
+def test_scripts_hold_what_is_left_and_say_what_cannot_be_run(tiny: str) -> None:
+    facts = gather(tiny, Where(runs=Path("my runs")))
+    rows = survey(facts)
+    rows[-1] = replace(rows[-1], state="cannot", reason="memory")
+    script = shell_script(facts, rows, Path("page.html"))
+    lines = [shlex.split(line) for line in script.splitlines() if line.startswith("fm-")]
+    assert [line[0] for line in lines] == ["fm-extract", "fm-probe", "fm-finetune", "fm-report"]
+    assert lines[2][:-2] == [*command(facts.plan, [rows[2].row], facts.where)]
+    assert "my runs" in lines[2]
+    assert "# cannot: efficientnet-lite0 head default: memory" in script
+    script = slurm_script(facts, rows, Path("page.html"))
+    assert "#SBATCH --array=0,1\n" in script
+    assert '--shard "$SLURM_ARRAY_TASK_ID/3"' in script  # of all units, done or not
+    assert [unit for unit in range(3) if find_shard(f"{unit}/3").includes(unit)] == [0, 1, 2]
+    assert "--runs 'my runs'" in script
+
+
+# ------------------------------------------------------------------------------------------------------------- running
+
+
+def test_killed_after_any_row_the_same_command_goes_on_to_the_report(
+    tiny: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Kills: before the second command, and in the middle of a training. Then all is done, each row by one run."""
+    assert states(tiny) == ["to do"] * 4
+
+    def kill(name: str, arguments: list[str]) -> None:
+        if name == "fm-probe":
+            raise Interrupted
+
+    with pytest.raises(Interrupted):
+        run_tiny(tiny, Launches(kill))
+    assert states(tiny) == ["done", "to do", "to do", "to do"]
+
+    save = finetune.run.save_state
+
+    def save_and_die(*given: Any) -> None:
+        save(*given)
+        raise Interrupted
+
+    with monkeypatch.context() as patched:
+        patched.setattr(finetune.run, "save_state", save_and_die)
+        outcome = run_tiny(tiny, first := Launches())  # a training says how to go on, and fails
+    assert first.names == ["fm-probe", "fm-finetune", "fm-finetune", "fm-report"]
+    assert [one.state for one in outcome.standings] == ["done", "done", "failed", "failed"]
+    assert "--resume" in outcome.standings[2].reason
+    assert states(tiny) == ["done", "done", "to resume", "to resume"]
+    folders = {path.name for path in Path("runs").glob("*-*")}
+
+    capsys.readouterr()
+    outcome = run_tiny(tiny, again := Launches())
+    assert [line[:2] for line in again.lines[:2]] == [["fm-finetune", "--resume"]] * 2
+    assert [one.state for one in outcome.standings] == states(tiny) == ["done"] * 4
+    assert outcome.report == Path("report.html")
+    assert {path.name for path in Path("runs").glob("*-*")} == folders
+    assert set(again.lines[-1][1:4]) == {str(one.run) for one in outcome.standings if one.run}
+    assert capsys.readouterr().err.count("\n[2 of 2]") == 1
+
+    assert run_tiny(tiny, last := Launches()).report
+    assert last.names == ["fm-report"]
+    # Other patches are another question.
+    write_patches(Path(), seed=1)
+    assert states(tiny) == ["to do"] * 4
+
+
+def test_a_row_that_fails_does_not_end_the_others(
+    tiny: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    launch = Launches(nothing)
+    monkeypatch.setattr(benchmark, "run_child", launch)
+    status, _, err = run_command(capsys, tiny, monkeypatch=monkeypatch)
+    assert status == 1
+    assert launch.names == ["fm-extract", "fm-finetune", "fm-finetune"]  # there is nothing to probe, nothing to report
+    assert "4 of this benchmark failed" in err
+    assert err.count("as the test says") == 2 * 3  # as it happens, and at the end
+    assert "row 2, efficientnet-lite0 probe exact: row 1, its embeddings, failed" in err
+
+
+def test_models_are_embedded_together_and_each_alone_where_that_fails(
+    tiny: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Path(tiny).write_text(TINY.replace('"efficientnet-lite0"', '["efficientnet-lite0", "efficientnet-lite1"]'))
+    run_tiny(tiny, launch := Launches(nothing))
+    embedded = [line[line.index("--model") + 1] for line in launch.lines if line[0] == "fm-extract"]
+    assert embedded == ["efficientnet-lite0,efficientnet-lite1", "efficientnet-lite0", "efficientnet-lite1"]
+    monkeypatch.setattr(benchmark, "device_memory", lambda device: 1e6)
+    run_tiny(tiny, launch := Launches(nothing))
+    embedded = [line[line.index("--model") + 1] for line in launch.lines if line[0] == "fm-extract"]
+    assert embedded == ["efficientnet-lite0", "efficientnet-lite1"]  # memory is short
+
+
+def flat(launches: Sequence[Launches]) -> list[tuple[str, ...]]:
+    """The rows that were run; those that were embedded together one by one."""
+    rows = []
+    for line in (line for launch in launches for line in launch.lines):
+        at = line.index("--model") + 1 if "--model" in line else 0
+        rows += [(*line[:at], model, *line[at + 1 :]) for model in line[at].split(",")] if at else [tuple(line)]
+    return sorted(rows)
+
+
+def test_shards_run_what_one_process_runs_and_nothing_twice(tiny: str) -> None:
+    """Of models that are embedded, the shard that embeds also probes."""
+    Path(tiny).write_text(TINY.replace('"efficientnet-lite0"', '["efficientnet-lite0", "efficientnet-lite1"]'))
+    facts = gather(tiny, Where())
+    rows = survey(facts)
+    alone: list[Row] = []
+    dealt: list[Row] = []
+    for n_shards, taken in ((1, alone), (2, dealt), (5, dealt := [])):
+        taken.clear()
+        for index in range(n_shards):
+            shard = Shard(index, n_shards)
+            mine = [one.row for one in rows if shard.includes(one.row.unit)]
+            embedded = {row.model for row in mine if row.method == EMBED}
+            assert {row.model for row in mine if row.method == PROBE} == embedded
+            taken += mine
+        assert sorted(row.number for row in taken) == [row.number for row in facts.plan.rows]
+    one, two = Launches(nothing), [Launches(nothing), Launches(nothing)]
+    run_benchmark(facts, rows, launch=one)
+    for index, launch in enumerate(two):
+        run_benchmark(facts, rows, launch=launch, shard=Shard(index, 2, shared=True))
+    assert set(flat(two)) == set(flat([one]))
+    assert not set(map(tuple, two[0].lines)) & set(map(tuple, two[1].lines))
+
+
+def test_a_row_that_another_process_works_at_is_left_for_last(tiny: str) -> None:
+    """As it is while a child lives on whose parent was killed."""
+    facts = gather(tiny, Where())
+    rows = survey(facts)
+    lock = Path("runs") / FOLDER / f"{rows[2].row.key[:16]}.lock"
+    lock.parent.mkdir(parents=True)
+    descriptor = os.open(lock, os.O_RDWR | os.O_CREAT)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    launch = Launches(nothing)
+
+    def release() -> None:
+        deadline = time.monotonic() + 60
+        while len(launch.lines) < 2 and time.monotonic() < deadline:  # the others
+            time.sleep(0.01)
+        os.close(descriptor)
+
+    thread = threading.Thread(target=release)
+    thread.start()
+    run_benchmark(facts, rows, launch=launch)
+    thread.join()
+    trainings = [line[line.index("--epochs") + 1] for line in launch.lines if line[0] == "fm-finetune"]
+    assert trainings == ["2", "1"]
+
+
+def test_a_child_says_all_in_its_file_and_gives_its_status(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    environment = benchmark._environment(Shard(local_rank=1)) | {"CUDA_VISIBLE_DEVICES": ""}
+    assert run_child(["fm-probe", "--nope"], log, environment, ()) == 2
+    assert "No such option: --nope" in log.read_text()
+    assert benchmark._message(log, -9) == "ended by signal 9, as when memory runs out"
+
+
+def test_a_child_is_one_process_on_its_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_ARRAY_TASK_ID", "SLURM_PROCID"):
+        monkeypatch.setenv(name, "1")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6")
+    environment = benchmark._environment(Shard(1, 2, local_rank=1))
+    assert find_shard(environment=environment) == Shard()
+    assert environment["CUDA_VISIBLE_DEVICES"] == "6"
+    assert benchmark._environment(Shard())["CUDA_VISIBLE_DEVICES"] == "4,6"
+
+
+def test_every_plan_that_is_shipped_can_be_read() -> None:
+    names = [path.stem for path in SHIPPED.glob("*.toml")]
+    assert sorted(names) == ["banerjee2025", "demo", "embedded"]
+    assert all(read_plan(name).rows for name in names)

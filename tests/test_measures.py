@@ -1,0 +1,421 @@
+"""Does each measure of an embedding say what its definition says, and only where it can?"""
+
+import json
+import shutil
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from sklearn.metrics import (
+    adjusted_rand_score,
+    average_precision_score,
+    balanced_accuracy_score,
+    normalized_mutual_info_score,
+    roc_auc_score,
+)
+from sklearn.neighbors import KNeighborsClassifier
+from typer.testing import CliRunner
+
+from features.console import UserError
+from features.folds import effective_groups
+from features.samples import Samples, make_samples
+from features.store import FeatureStore
+from finetune.report import make_report
+from probe import measures as measuring
+from probe.cli import app
+from probe.clusterings import agreement
+from probe.fewshot import draw_shots, few_shot, possible_shots
+from probe.measure_records import MEASURES, MeasureRecord, newest_figures, read_measures, write_measures
+from probe.measures import class_means, measure_store, patch_set
+from probe.neighbours import (
+    class_shares,
+    mutual_neighbours,
+    nearest,
+    neighbours,
+    precision_at,
+    robustness_counts,
+    unit_vectors,
+)
+from probe.probing import ProbeOptions, probe_store
+from probe.report.measures import figure_rows, tabulate, terminal_tables
+from probe.resample import Resampling, make_clusters
+from probe.similarity import linear_cka, self_similarity
+
+WIDTH = 10
+
+
+def drawn(n: int, seed: int = 0, *, signal: float = 1.0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Embeddings with the class in a direction and the slide in the others, labels, and slides of unequal sizes."""
+    rng = np.random.default_rng(seed)
+    group = np.sort((12 * rng.random(n) ** 2).astype(int))
+    group = np.unique(group, return_inverse=True)[1]
+    label = rng.integers(0, 3, n) // 2
+    X = rng.standard_normal((n, WIDTH)) + 0.5 * rng.standard_normal((12, WIDTH))[group]
+    X[:, 0] += signal * label
+    return X.astype(np.float32), label, group
+
+
+# ---------------------------------------------------------------------------------------------------------- neighbours
+
+
+@pytest.mark.parametrize("k", [1, 5, 11])
+def test_shares_of_nearest_neighbours_are_those_of_scikit_learn(k):
+    X, label, _ = drawn(90)
+    asked, _, _ = drawn(40, seed=1)
+    shares = class_shares(label[nearest(unit_vectors(asked), unit_vectors(X), 11)], k, 2)
+    expected = KNeighborsClassifier(k, metric="cosine").fit(X, label).predict_proba(asked)
+    np.testing.assert_allclose(shares, expected)
+
+
+def test_neighbours_within_a_set_in_blocks_are_those_of_a_loop(monkeypatch):
+    """Never the patch itself; of `apart` none of its slide, and of its ranking the average precision."""
+    monkeypatch.setattr("probe.neighbours._BLOCK", 7 * 60)  # of 60 patches 7 at a time
+    X, label, group = drawn(60)
+    found = neighbours(unit_vectors(X), group, label, most=6)
+    cosine = (X / np.linalg.norm(X, axis=1, keepdims=True)).astype(np.float64)
+    cosine = cosine @ cosine.T
+    for row in range(60):
+        others = np.delete(np.arange(60), row)
+        assert found.any[row].tolist() == others[np.argsort(-cosine[row, others])][:6].tolist()
+        apart = np.flatnonzero(group != group[row])
+        assert found.apart[row].tolist() == apart[np.argsort(-cosine[row, apart])][:6].tolist()
+        expected = average_precision_score(label[apart] == label[row], cosine[row, apart])
+        assert found.average_precision[row] == pytest.approx(expected)
+    share = [np.mean(label[found.apart[row, :5]] == label[row]) for row in range(60)]
+    np.testing.assert_allclose(precision_at(label, found.apart, 5), share)
+
+
+def test_a_set_of_one_slide_has_no_neighbours_apart_and_few_where_a_slide_has_nearly_all():
+    X, label, _ = drawn(9)
+    found = neighbours(unit_vectors(X), np.zeros(9, int), label, most=3)
+    assert (found.any.shape, found.apart.shape) == ((9, 3), (9, 0))
+    found = neighbours(unit_vectors(X), np.array([0] * 7 + [1, 2]), label, most=5)
+    assert (found.any.shape, found.apart.shape) == ((9, 5), (9, 2))
+    assert set(found.apart[0].tolist()) == {7, 8}
+
+
+def test_a_class_on_one_slide_alone_has_no_average_precision():
+    X, _, group = drawn(30)
+    label = (group == group[0]).astype(int)
+    precision = neighbours(unit_vectors(X), group, label, most=3).average_precision
+    assert (np.isnan(precision) == (label == 1)).all()
+    means = class_means({"ap": precision}, label, make_clusters(group.astype(str)))
+    clusters = means.table.shape[0]
+    assert means(np.ones((1, clusters)))["ap"][0] == pytest.approx(precision[label == 0].mean())
+
+
+def test_the_robustness_index_worked_out_by_hand():
+    """Six patches, two classes, laboratories 0 and 1; the last one's laboratory is not known."""
+    label = np.array([0, 0, 1, 1, 0, 1])
+    laboratory = np.array([0, 1, 0, 1, 0, -1])
+    two_nearest = np.array([[1, 2], [0, 3], [0, 3], [4, 5], [0, 2], [2, 3]])
+    # 0: patch 1 is of its class elsewhere (SO), 2 of another class from its laboratory (OS). 1: SO and OS. 2: OS, SO.
+    # 3: 4 is of another class and laboratory, 5 unknown. 4: 0 is of both, 2 is OS. 5: unknown itself.
+    counts = robustness_counts(two_nearest, label, laboratory)
+    assert counts.tolist() == [[1, 1], [1, 1], [1, 1], [0, 0], [0, 1], [0, 0]]
+    assert counts[:, 0].sum() / counts.sum() == pytest.approx(3 / 7)
+
+
+def test_the_index_of_chance_is_that_of_all_pairs():
+    _, label, group = drawn(80)
+    domain = group % 3
+    table = make_samples(
+        [f"{k}" for k in range(80)],
+        label.tolist(),
+        sha256=[""] * 80,
+        group=[f"s{g}" for g in group],
+        domain=["" if d == 2 else f"d{d}" for d in domain],
+    )
+    of = patch_set("mine", "test", table, np.arange(80))
+    assert of.confounded_by == "domain"
+    others = np.array([np.delete(np.arange(80), row) for row in range(80)])
+    counts = robustness_counts(others, of.label, of.confounder).sum(axis=0)
+    assert measuring._robustness_of_chance(of) == pytest.approx(counts[0] / counts.sum())
+    without = patch_set("mine", "test", replace(table, domain=np.full(80, "")), np.arange(80))
+    assert without.confounded_by == "slide"
+
+
+# ------------------------------------------------------------------------------------------------- few labelled patches
+
+
+def test_drawn_patches_are_of_different_slides_as_long_as_there_are_any():
+    label = np.array([0] * 9 + [1] * 5)
+    group = np.array([0, 0, 0, 0, 0, 0, 1, 1, 2, 0, 0, 3, 3, 3])
+    rows = draw_shots(label, group, n_classes=2, shots=5, draws=200, seed=3)
+    for draw in rows:
+        for k, n_slides in enumerate((3, 2)):
+            assert (label[draw[k]] == k).all()
+            assert len(set(draw[k].tolist())) == 5
+            for m in range(1, 6):  # any first m of a draw are a draw of m
+                assert len(set(group[draw[k, :m]].tolist())) == min(m, n_slides)
+    # Slides count alike whatever they hold, and so do the patches of a slide.
+    first = np.bincount(group[rows[:, 0, 0]], minlength=3) / 200
+    assert np.abs(first - 1 / 3).max() < 5 * np.sqrt(2 / 9 / 200)
+    assert set(rows[:, 0, 0].tolist()) == set(range(9))
+    assert possible_shots(label, 2) == [1, 2, 4]
+
+
+def test_few_shots_are_nearest_class_means_of_a_loop():
+    X, label, group = drawn(70, signal=2.0)
+    Z, asked, _ = drawn(31, seed=1, signal=2.0)
+    rows = draw_shots(label, group, n_classes=2, shots=4, draws=6, seed=0)
+    share, accuracy = few_shot(torch.from_numpy(X), torch.from_numpy(Z), asked, rows)
+    centre = X.mean(axis=0)
+    base, test = ((one - centre) / np.linalg.norm(one - centre, axis=1, keepdims=True) for one in (X, Z))
+    said = []
+    for draw in rows:
+        means = np.stack([base[draw[k]].mean(axis=0) for k in (0, 1)])
+        said.append(((test[:, None] - means) ** 2).sum(axis=2).argmin(axis=1))
+    np.testing.assert_allclose(share, np.mean(np.array(said) == asked, axis=0))
+    np.testing.assert_allclose(accuracy, [balanced_accuracy_score(asked, one) for one in said])
+
+
+# ------------------------------------------------------------------------------------------- clusters and similarities
+
+
+def test_agreement_of_groupings_is_that_of_scikit_learn():
+    rng = np.random.default_rng(0)
+    first, second = rng.integers(0, 3, 50), rng.integers(0, 4, 50)
+    second[:20] = first[:20]
+    of = np.array([2] * 10 + [0] * 10 + [1] * 30)  # a resample: some rows twice, some not at all
+    tables = np.zeros((2, 3, 4))
+    for k, weight in enumerate((np.ones(50), of)):
+        np.add.at(tables[k], (first, second), weight)
+    found = agreement(tables)
+    for k, rows in enumerate((np.arange(50), np.repeat(np.arange(50), of))):
+        assert found["ari"][k] == pytest.approx(adjusted_rand_score(first[rows], second[rows]))
+        assert found["nmi"][k] == pytest.approx(normalized_mutual_info_score(first[rows], second[rows]))
+
+
+@pytest.mark.parametrize("n", [8, 40])  # fewer patches than features, and more
+def test_linear_cka_is_that_of_centred_gram_matrices(n):
+    X, Y = (drawn(n, seed=seed)[0].astype(np.float64) for seed in (0, 1))
+    Y = np.concatenate([Y[:, :4] + X[:, :4], Y], axis=1)
+    H = np.eye(n) - 1 / n
+    K, L = H @ X @ X.T @ H, H @ Y @ Y.T @ H
+    expected = np.trace(K @ L) / np.sqrt(np.trace(K @ K) * np.trace(L @ L))
+    orders = [np.random.default_rng(seed).permutation(n) for seed in range(200)]
+    shuffled = [np.trace(K @ L[order][:, order]) for order in orders] / np.sqrt(np.trace(K @ K) * np.trace(L @ L))
+    X, Y = torch.from_numpy(X), torch.from_numpy(Y)
+    found, chance = linear_cka(X, Y)
+    assert found == pytest.approx(expected, rel=1e-9)
+    assert abs(chance - shuffled.mean()) < 4 * shuffled.std() / np.sqrt(200)
+    turned = torch.from_numpy(np.linalg.qr(np.random.default_rng(2).standard_normal((WIDTH, WIDTH)))[0])
+    assert linear_cka(X, 3 * X @ turned + 1)[0] == pytest.approx(1, rel=1e-9)
+
+
+def test_mutual_neighbours_are_those_of_sets():
+    rng = np.random.default_rng(0)
+    first, second = (np.stack([rng.permutation(9)[:4] for _ in range(20)]) for _ in range(2))
+    expected = [len(set(a) & set(b)) / 4 for a, b in zip(first.tolist(), second.tolist(), strict=True)]
+    np.testing.assert_allclose(mutual_neighbours(first, second), expected)
+
+
+def test_altered_patches_are_compared_with_their_own_and_with_others():
+    X = drawn(25)[0]
+    Y = X + 1.5 * np.random.default_rng(1).standard_normal(X.shape).astype(np.float32)
+    own, found, others = self_similarity(torch.from_numpy(X), torch.from_numpy(Y))
+    a, b = ((one - X.mean(axis=0)) for one in (X, Y))
+    cosine = (a / np.linalg.norm(a, axis=1, keepdims=True)) @ (b / np.linalg.norm(b, axis=1, keepdims=True)).T
+    np.testing.assert_allclose(own, np.diag(cosine), atol=1e-5)
+    assert found.tolist() == (cosine.argmax(axis=1) == np.arange(25)).tolist()
+    assert 0 < found.mean() < 1
+    assert others == pytest.approx((cosine.sum() - np.trace(cosine)) / (25 * 24), abs=1e-6)
+
+
+# ------------------------------------------------------------------------------------------------------------- a store
+
+
+def table(n: int, seed: int, *, domains: bool = True, groups: bool = True, test: bool = True) -> Samples:
+    rng = np.random.default_rng(seed)
+    slide = np.arange(n) // 8
+    return make_samples(
+        [f"{seed}-{row:03}.png" for row in range(n)],
+        (rng.random(n) < 0.35).astype(int).tolist(),
+        group=[f"{seed}: {s}" for s in slide] if groups else None,
+        domain=[f"scanner {s % 2}" for s in slide] if domains else None,
+        split=["test" if test and s % 3 == 0 else "train" for s in slide],
+        sha256=[f"{seed}-{row}" for row in range(n)],
+    )
+
+
+def add(store: FeatureStore, dataset: str, samples: Samples, model: str, view: str, seed: int = 0, noise: float = 0.0):
+    store.put_samples(dataset, samples, attrs={})
+    rng = np.random.default_rng(seed)
+    X = rng.standard_normal((len(samples), WIDTH))
+    X[:, :2] += 1.2 * samples.label[:, None]
+    X = X + noise * np.random.default_rng(99).standard_normal(X.shape)
+    writer = store.begin(
+        dataset, model=model, view=view, poolings={"cls": WIDTH}, card_pooling="cls", parts={"model": model}
+    )
+    for rows in writer.missing():
+        writer.write(rows, {"cls": X[rows.start : rows.stop]})
+
+
+@pytest.fixture
+def store(tmp_path, monkeypatch) -> FeatureStore:
+    """Two backbones, one of them on altered patches too; a training set with a test split, and a second test set."""
+    monkeypatch.setattr(measuring, "DRAWS", 20)
+    monkeypatch.setattr(measuring, "Resampling", partial(Resampling, replicates=200))
+    store = FeatureStore.open_or_create(tmp_path / "store.zarr")
+    own, other = table(120, 0), table(40, 1, domains=False, groups=False, test=False)
+    for model, seed in (("one", 3), ("two", 4)):
+        add(store, "mine", own, model, "full", seed)
+        add(store, "other", other, model, "full", seed)
+    add(store, "mine", own, "one", "full+blur", 3, noise=0.4)
+    return store
+
+
+def measured(store: FeatureStore, runs: Path, *names: str, models=None, **options) -> MeasureRecord:
+    return measure_store(store, models, measures=names, options=ProbeOptions(cv=3, train="mine", **options), runs=runs)
+
+
+def test_all_measures_of_a_store_stand_in_one_file_that_is_read_back(store, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(measuring, "NEIGHBOURS", (1, 5, 21))
+    record = measured(store, tmp_path / "runs")
+    assert {one.measure for one in record.figures} == set(MEASURES)
+    assert {(one.dataset, one.split) for one in record.figures} == {
+        ("mine", "train"),
+        ("mine", "test"),
+        ("other", "test"),
+    }
+    for one in record.figures:
+        if one.low is not None:
+            assert one.low <= one.value <= one.high
+    found = {(one.measure, one.name, one.embedding, one.dataset, one.split): one for one in record.figures}
+
+    # k is chosen on training patches by neighbours on other slides, and the test patches' neighbours are training ones.
+    samples = store.samples("mine")
+    train, test = (np.flatnonzero(samples.split == split) for split in ("train", "test"))
+    X = store.read("mine", model="one", view="full").astype(np.float64)
+    group, y = effective_groups(samples), samples.label
+
+    def predicted(k: int, row: int, rows: np.ndarray) -> float:
+        return KNeighborsClassifier(k, metric="cosine").fit(X[rows], y[rows]).predict_proba(X[row : row + 1])[0, -1]
+
+    def judged(k: int) -> float:
+        shares = [predicted(k, row, train[group[train] != group[row]]) for row in train]
+        return balanced_accuracy_score(y[train], np.array(shares) > 0.5)
+
+    chosen = record.embeddings[0].neighbours
+    assert chosen == max((1, 5, 21), key=judged)
+    shares = np.array([predicted(chosen, row, train) for row in test])
+    one = found["knn", "auroc", "one (full, card)", "mine", "test"]
+    assert one.value == pytest.approx(roc_auc_score(y[test], shares))
+    assert (one.n, one.unit, one.n_clusters, one.chance) == (len(test), "slide", len(np.unique(group[test])), 0.5)
+    accuracy = found["knn", "balanced_accuracy", "one (full, card)", "mine", "test"]
+    assert accuracy.value == pytest.approx(balanced_accuracy_score(y[test], shares > 0.5))
+
+    # Which confounder, which altered patches, which pairs.
+    assert ("robustness", "index domain", "one (full, card)", "mine", "train") in found
+    assert not any(key[0] == "robustness" and key[3] == "other" for key in found)
+    assert {key[2:4] for key in found if key[0] == "invariance"} == {("one (full, card)", "mine")}
+    assert {key[2] for key in found if key[0] == "alignment"} == {"one (full, card) and two (full, card)"}
+    assert found["alignment", "mutual", "one (full, card) and two (full, card)", "mine", "train"].n == len(train)
+
+    rows = figure_rows(record.figures)
+    assert len(rows) == len(record.figures)
+    shown = tabulate(record.figures)
+    assert sum(one is not None for of in shown for row in of.rows.values() for one in row) == len(record.figures)
+    assert [one.columns[0] for one in terminal_tables(record)]
+    assert "one (full, card)" in capsys.readouterr().err
+
+
+def test_measures_say_what_changes_between_records_and_refuse_changed_files(store, tmp_path):
+    first = measured(store, tmp_path / "runs", "retrieval", "knn", models=["one"])
+    later = measured(store, tmp_path / "runs", "knn", models=["one"])
+    assert {one.measure for one in later.figures} == {"knn"}
+    newest = newest_figures([later, first])
+    assert len(newest) == len(first.figures)
+    assert all(one in later.figures for one in newest if one.measure == "knn")
+    path = later.folder / "measures.json"
+    path.write_text(path.read_text().replace('"value": 0.', '"value": 0.9', 1))
+    with pytest.raises(UserError, match="is not as it was written"):
+        read_measures(later.folder)
+    path.write_text(json.dumps({"format": 2}))
+    with pytest.raises(UserError, match="of format 2; this version reads format 1"):
+        read_measures(later.folder)
+
+
+def test_the_embedding_that_the_newest_probe_chose_is_measured(store, tmp_path):
+    add(store, "mine", store.samples("mine"), "one", "center64", 5)
+    add(store, "other", store.samples("other"), "one", "center64", 5)
+    runs = tmp_path / "runs"
+    before = measured(store, runs, "clustering", models=["one"])
+    assert before.embeddings[0].label == "one (full, card)"
+    probe_store(store, ["one"], options=ProbeOptions(cv=3, train="mine", view="center64"), runs=runs)
+    after = measured(store, runs, "clustering", models=["one"])
+    assert after.embeddings[0].label == "one (center64, card)"
+    assert "newest probe" in after.embeddings[0].chosen
+    assert measured(store, runs, "clustering", models=["one"], view="full").embeddings[0].view == "full"
+
+
+def test_altered_views_are_no_candidates_of_a_probe_unless_named(store, tmp_path):
+    options = ProbeOptions(cv=3, train="mine", test=("mine",))
+    (run,) = probe_store(store, ["one"], options=options, runs=tmp_path / "runs")
+    assert {one.view for one in run.candidates} == {"full"}
+    (run,) = probe_store(store, ["one"], options=replace(options, view="full+blur"), runs=tmp_path / "runs")
+    assert run.view == "full+blur"
+
+
+def test_what_cannot_be_measured_is_said_once_with_what_to_do(store, tmp_path, capsys):
+    runs = tmp_path / "runs"
+    with pytest.raises(UserError, match=r"unknown measure 'nearest': expected knn, fewshot"):
+        measured(store, runs, "nearest")
+    with pytest.raises(UserError, match=r"alignment compares two backbones, and here is one, one\. .*--model one,NAME"):
+        measured(store, runs, "alignment", models=["one"])
+    command = r"Run: fm-extract --model two --dataset mine,other --view full,full\+rot90,full\+fliph,"
+    with pytest.raises(UserError, match=rf"no altered patches are embedded in view full\. {command}"):
+        measured(store, runs, "invariance", models=["two"])
+    bare = FeatureStore.open_or_create(tmp_path / "bare.zarr")
+    add(bare, "mine", table(60, 2, domains=False, groups=False, test=False), "one", "full")
+    with pytest.raises(UserError, match=r"no set has two domains or two slides\. .* columns `domain` or `group`"):
+        measured(bare, runs, "robustness")
+    with pytest.raises(UserError, match=r"mine has no test split"):
+        measured(bare, runs, "fewshot")
+    assert not runs.exists()
+    capsys.readouterr()
+    record = measured(bare, runs)
+    assert {one.measure for one in record.figures} == {"knn", "retrieval", "clustering"}
+    assert capsys.readouterr().err.count("Left out: ") == 4
+
+
+def test_the_command_takes_measures_with_and_without_names(store, tmp_path):
+    def probe(*arguments: str):
+        options = ["--store", str(store.path), "--runs", str(tmp_path / "runs"), "--train", "mine", "--cv", "3"]
+        return CliRunner().invoke(app, [*options, *arguments])
+
+    named = json.loads(probe("--measures", "clustering", "--json").stdout)
+    assert named["result"]["measures"] == ["clustering"]
+    assert Path(named["measures"], "measures.json").is_file()
+    every = json.loads(probe("--model", "two", "--measures", "--json").stdout)
+    assert every["result"]["measures"] == ["knn", "fewshot", "retrieval", "clustering", "robustness"]
+    shown = probe("--measures=knn", "--model", "two").stdout
+    assert "k-NN" in shown
+    assert "two (full, card)" in shown
+    assert isinstance(probe("--combine", "--measures").exception, UserError)
+    assert not list(tmp_path.glob("runs/probe-*"))
+
+
+def test_the_report_folds_measures_away_and_shows_those_of_its_patches(store, tmp_path):
+    runs = tmp_path / "runs"
+    options = ProbeOptions(cv=3, train="mine", test=("mine",))
+    probe_store(store, ["two"], options=options, runs=runs)
+    page, _, _ = make_report(runs, resampling=Resampling(replicates=100))
+    assert 'id="measures"' not in page
+    record = measured(store, runs, "retrieval", models=["two"])
+    page, _, _ = make_report(runs, resampling=Resampling(replicates=100))
+    section = page[page.index('<section id="measures"') :]
+    section = section[: section.index("</section>")]
+    assert section.index("<details") < section.index("<table")
+    precision = next(one for one in record.figures if (one.name, one.split) == ("precision 5", "test"))
+    assert f'<span class="value">{precision.value:.3f}</span>' in section
+    # Those of other training patches are not shown.
+    raw = replace(record, table_digests={"mine": "0" * 64})
+    shutil.rmtree(record.folder)
+    write_measures(runs, raw)
+    page, _, _ = make_report(runs, resampling=Resampling(replicates=100))
+    assert 'id="measures"' not in page
