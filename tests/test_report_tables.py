@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -133,6 +134,14 @@ def test_what_differs_from_the_published_protocol_follows_from_the_record():
     recipe = {"optimizer": "adamw", "epochs": 8, "tta": True}
     tuned = replace(record(method="lora", recipe="default"), kind="finetune", recipe=recipe, seeds=(1, 2))
     tuned = replace(tuned, folds=replace(folds, n=6, names=tuple("abcdef")))
+    runs = [SimpleNamespace(label=k, record=one) for k, one in zip("abc", (exact, exact, authors), strict=True)]
+    first, second = tables.say_departures(runs)
+    assert second == (
+        "Other than in the authors' re-run – all but c: another assignment of slides to the five folds, view center64 "
+        "instead of the whole patch, pooling mid instead of the card's, logistic regression solved exactly at a "
+        "strength chosen in training data instead of training by Adam."
+    )
+    assert f"; c: {card}, " in first
     assert departures(tuned, "table-3") == (
         "6 folds by domain instead of five of slides",
         "2 trainings per fold instead of one",
