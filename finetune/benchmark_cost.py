@@ -47,7 +47,7 @@ class Estimate:
     """What a row would take: seconds, at most (None where FLOPs are not known), and bytes.
 
     `fixed` is the memory without which nothing works: weights, and what is trained with its optimiser. `memory` adds
-    what passes keep.
+    what passes keep. `checkpoint` is on the disk of `runs`, but only while the row is run.
     """
 
     seconds: float | None
@@ -55,6 +55,7 @@ class Estimate:
     memory: float = 0.0
     store: float = 0.0
     runs: float = 0.0
+    checkpoint: float = 0.0
 
 
 def measure_rates(device: torch.device, convolutional: Iterable[bool]) -> dict[bool, float]:
@@ -128,9 +129,13 @@ def estimate(row: Row, backbone: Backbone, counts: Counts, rates: dict[bool, flo
     kept = 0.0 if options.method == "head" else _KEPT_MB[kind] * forward / 1e9 * 2**20 * recipe.batch_size * passes
     if options.method == "full" and not kind:
         kept *= _KEPT_OF_WHOLE
-    # A checkpoint while it trains: the values, the best ones and two moments; then a file per model.
-    saved = 4 * trained * (n_models + 4 * at_once) + 2e3 * counts.patches
-    return Estimate(_over(flops, rate), fixed=fixed, memory=base + fixed + kept, runs=saved)
+    return Estimate(
+        _over(flops, rate),
+        fixed=fixed,
+        memory=base + fixed + kept,
+        runs=4 * trained * n_models + 2e3 * counts.patches,
+        checkpoint=4 * 4 * trained * at_once,  # the values, the best ones and two moments
+    )
 
 
 def _flops(backbone: Backbone, view: View | None = None) -> float:

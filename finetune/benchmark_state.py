@@ -366,10 +366,10 @@ def survey(facts: Facts) -> list[Standing]:
             with suppress(UserError):  # what this says, the command says
                 one = replace(one, estimate=estimate(one.row, backbone, counts, rates, facts.device))
         if one.estimate is not None and one.state in ("to do", "to resume"):
-            needed: list[tuple[float, Path | str, str]] = [
-                (downloads.pop(one.row.model, 0.0), Path(constants.HF_HUB_CACHE), "HF_HOME"),
-                (one.estimate.store, facts.where.store, "`store`"),
-                (one.estimate.runs, facts.where.runs, "`runs`"),
+            needed: list[tuple[float, float, Path | str, str]] = [
+                (downloads.pop(one.row.model, 0.0), 0.0, Path(constants.HF_HUB_CACHE), "HF_HOME"),
+                (one.estimate.store, 0.0, facts.where.store, "`store`"),
+                (one.estimate.runs, one.estimate.checkpoint, facts.where.runs, "`runs`"),
             ]
             one = _unless_too_large(one, one.estimate, memory, facts.device)
             if one.state != "cannot":
@@ -390,12 +390,12 @@ class _Room:
     def __init__(self) -> None:
         self.left: dict[int, float] = {}
 
-    def take(self, path: Path, n_bytes: float) -> float | None:
-        """Take room below a path; or return how much there is if that is not enough."""
+    def take(self, path: Path, n_bytes: float, beside: float) -> float | None:
+        """Take room below a path, with some beside it for a while; or return how much there is if it is too little."""
         folder = next(one for one in (path.absolute(), *path.absolute().parents) if one.is_dir())
         disk = folder.stat().st_dev
         left = self.left.setdefault(disk, float(shutil.disk_usage(folder).free))
-        if n_bytes > left:
+        if n_bytes + beside > left:
             return left
         self.left[disk] = left - n_bytes
         return None
@@ -411,12 +411,12 @@ def _unless_too_large(one: Standing, needs: Estimate, memory: float, device: tor
     return replace(one, state="cannot", reason="memory", remedy=remedy)
 
 
-def _if_there_is_room(one: Standing, needed: Sequence[tuple[float, Path | str, str]], room: _Room) -> Standing:
-    for n_bytes, path, choose in needed:
-        if n_bytes and "://" not in str(path) and (free := room.take(Path(path), n_bytes)) is not None:
+def _if_there_is_room(one: Standing, needed: Sequence[tuple[float, float, Path | str, str]], room: _Room) -> Standing:
+    for n_bytes, beside, path, choose in needed:
+        if n_bytes and "://" not in str(path) and (free := room.take(Path(path), n_bytes, beside)) is not None:
             remedy = (
-                f"it needs about {gigabytes(n_bytes)} at {path}, where {gigabytes(free)} are left after the rows "
-                f"before it. Make room, or choose another folder with {choose}."
+                f"it needs about {gigabytes(n_bytes + beside)} at {path}, where {gigabytes(free)} are left after the "
+                f"rows before it. Make room, or choose another folder with {choose}."
             )
             return replace(one, state="cannot", reason="disk", remedy=remedy)
     return one

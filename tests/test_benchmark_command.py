@@ -18,14 +18,17 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+import safetensors.torch
 import torch
+from stub_hub import COMMIT, StubHub, StubRepo
 from test_finetune_command import write_patches
 
 import finetune.benchmark as benchmark
 import finetune.run
 from extract import cli as extract_cli
+from extract.backbones import build_model
 from extract.doctor import Access, ModelCheck
-from extract.registry import BACKBONES
+from extract.registry import BACKBONES, Backbone
 from extract.shard import Shard, find_shard
 from features.console import Interrupted, UserError
 from finetune import cli
@@ -320,7 +323,9 @@ def test_an_estimate_counts_flops(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_rows_share_what_is_free_on_a_disk(tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
     facts = gather(tiny, Where())
     needs = [one.estimate for one in survey(facts)]
-    enough_for_three = sum(one.store + one.runs for one in needs[:3] if one) + 1
+    enough_for_three = sum(one.store + one.runs for one in needs[:3] if one) + max(
+        one.checkpoint for one in needs if one
+    )
 
     class Usage(NamedTuple):
         free: float
@@ -490,6 +495,47 @@ def test_shards_run_what_one_process_runs_and_nothing_twice(tiny: str) -> None:
         run_benchmark(facts, rows, launch=launch, shard=Shard(index, 2, shared=True))
     assert set(flat(two)) == set(flat([one]))
     assert not set(map(tuple, two[0].lines)) & set(map(tuple, two[1].lines))
+
+
+def shrunk(record: Backbone) -> Backbone:
+    """A model of the same layout, one block deep."""
+    small: dict[str, Any] = {"arch": record.arch, "kwargs": {"depth": 1, "embed_dim": 32, "num_heads": 2}}
+    if "swin" in record.arch:
+        small["kwargs"] = {"embed_dim": 12, "depths": (1, 1), "num_heads": (1, 2)}
+    elif record.card_pooling == "pooled":
+        small = {"arch": "test_efficientnet", "kwargs": {}}
+    return replace(
+        record, arch=small["arch"], kwargs={**record.kwargs, **small["kwargs"]}, sha256=None, n_parameters=10**6
+    )
+
+
+@pytest.mark.slow
+def test_every_row_of_banerjee2025_runs_to_the_report_where_there_is_access(
+    tiny: str, point: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a hub of shrunken networks, whose gates let this token in; an epoch each."""
+    text = (SHIPPED / "banerjee2025.toml").read_text()
+    text = text.replace('"ami-br"', '"patches.csv"').replace('["atnorm-br", "atnorm-md"]', "[]")
+    Path(tiny).write_text(f"cv = 3\n{text}".replace("[[rows]]", "[[rows]]\nepochs = 1").replace("center64", "center16"))
+    repos = {}
+    for model in dict.fromkeys(row.model for row in read_plan(tiny).rows):
+        record = shrunk(BACKBONES[model])
+        monkeypatch.setitem(BACKBONES, model, record)
+        state = build_model(record, None).state_dict()
+        binary = io.BytesIO()
+        torch.save(state, binary)
+        content = binary.getvalue() if record.weight_file.endswith(".bin") else safetensors.torch.save(state)
+        commit = record.revision if record.revision != "main" else COMMIT
+        repos[record.hub_id] = StubRepo({record.weight_file: content}, gated=record.gated, commit=commit)
+    with StubHub(repos) as hub:
+        point(hub.url)
+        assert states(tiny).count("cannot") == 8 * 4 + 23
+        monkeypatch.setenv("HF_TOKEN", "hf_member")
+        outcome = run_tiny(tiny, launch := Launches())
+    failed = [f"{one.row.title}: {one.reason}" for one in outcome.standings if one.state != "done"]
+    assert failed == []
+    assert launch.names.count("fm-extract") == 1
+    assert len(launch.lines[-1]) == 1 + len(read_plan(tiny).rows) - 8 + 2  # fm-report, a run per row, --out
 
 
 def test_a_row_that_another_process_works_at_is_left_for_last(tiny: str) -> None:
