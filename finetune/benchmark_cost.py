@@ -24,6 +24,7 @@ from finetune.options import FinetuneOptions, is_convolutional, training_precisi
 _SAMPLES = {True: "efficientnet-lite0", False: "kaiko-s16"}  # by whether they are convolutional
 _PASSES = {"lora": 3.0, "full": 3.0, "head": 1.0}  # forward passes that take as long as a step
 # A probe's fit and start, measured on two busy cores with AMi-Br: ten strengths per fold, or a hundred epochs.
+_START = 8.0  # seconds until a command has loaded torch and looked at its patches, measured on two cores
 _PROBE_SECONDS = {"exact": 20.0, "paper": 60.0, "authors": 60.0}
 # Kept for the backward pass, MB per image and GFLOP of its forward pass: `finetune.plan` counts 36 MB for
 # EfficientNet-Lite0, 114 for UNI, 414 for H-optimus-0 (LoRA), 240 for ViT-L (whole).
@@ -148,4 +149,4 @@ def _flops(backbone: Backbone, view: View | None = None) -> float:
 
 
 def _over(flops: float, rate: float | None) -> float | None:
-    return None if rate is None or flops != flops else flops / rate
+    return None if rate is None or flops != flops else _START + flops / rate

@@ -565,8 +565,8 @@ def _show_benchmark(facts: Facts, rows: list[Standing]) -> None:
     from finetune.benchmark_state import gigabytes
 
     table = Table(title=facts.plan.title, title_style="bold", header_style="bold")
-    for column in ("Row", "Model", "Method", "Recipe", "", "Time, at most", "Memory"):
-        numeric = column in ("Row", "Time, at most", "Memory")
+    for column in ("Row", "Model", "Method", "Recipe", "", "Time, about", "Memory"):
+        numeric = column in ("Row", "Time, about", "Memory")
         table.add_column(column, justify="right" if numeric else "left", no_wrap=True)
     for one in rows:
         row, needs = one.row, one.estimate
@@ -593,7 +593,7 @@ def _show_benchmark(facts: Facts, rows: list[Standing]) -> None:
     seconds = sum(one.estimate.seconds or 0 for one in rows if one.estimate and one.state in ("to do", "to resume"))
     said = ", ".join(f"{n} {state}" for state, n in counts.items() if n)
     if counts["to resume"] + counts["to do"]:
-        said += f". What is left should take {duration(seconds)} at most here, on a machine that does nothing else"
+        said += f". What is left should take about {duration(seconds)} here, on a machine that does nothing else"
     say(f"{len(rows)} rows: {said}.")
 
 
