@@ -248,6 +248,23 @@ def test_files_and_modules_are_found_or_named(tmp_path: Path, monkeypatch: pytes
     assert all(module.name.startswith("network.trunk.blocks.") for module in plan.modules)
 
 
+def test_a_file_may_give_the_record_of_a_network_of_timm(tmp_path: Path) -> None:
+    text = """
+from extract import Backbone
+
+def backbone():
+    return Backbone(
+        name="mine", title="Mine", hub_id="org/mine", arch="test_vit",
+        n_parameters=1, embedding_dim=64, gflops=None, licence="",
+    )
+"""
+    record = run_code(written(tmp_path, text))
+    assert (record.network, record.revision) == (None, "main")
+    assert len(list(forward_poolings(build_model(record, None), record, torch.zeros(1, 3, 160, 160)))) == 3
+    with pytest.raises(UserError, match="'uni' is a model that mitofm knows"):
+        run_code(written(tmp_path, text.replace('"mine"', '"uni"')))
+
+
 @pytest.mark.parametrize(
     ("answer", "options", "message"),
     [
@@ -304,7 +321,7 @@ def test_outputs_are_pooled_as_timms_are() -> None:
         ("test_resnet", {}),
         (
             "swin_tiny_patch4_window7_224",
-            {"embed_dim": 8, "depths": (1, 1, 1, 1), "num_heads": (1, 1, 1, 1), "window_size": 2},
+            {"img_size": 64, "embed_dim": 8, "depths": (1, 1, 1, 1), "num_heads": (1, 1, 1, 1), "window_size": 2},
         ),
     ],
 )
@@ -413,7 +430,7 @@ def test_targets_are_the_familys_behind_a_prefix_else_layers_in_blocks() -> None
     # torchvision's: attention reads its weights without calling them
     vit = VisionTransformer(image_size=16, patch_size=8, num_layers=2, num_heads=2, hidden_dim=8, mlp_dim=8)
     assert targets(vit) == {f"network.encoder.layers.encoder_layer_{k}.mlp.{leaf}" for k in (0, 1) for leaf in (0, 3)}
-    # a ResNet of basic blocks has no 1x1 convolution to adapt but in its shortcuts, and an EfficientNet has
+    # an EfficientNet: from the third stage on, without squeeze and excitation
     lite = timm.create_model("tf_efficientnet_lite0", num_classes=0)
     found = targets(lite)
     assert found
