@@ -267,8 +267,8 @@ def _folder_samples(
     name, rows = _rows_of_slides(table, dict.fromkeys(slides), source)
     wanted = {key: table.columns[key] for key in ("label", "group", "split", "domain") if key in table.columns}
     spread = {key: [cells[rows[slide]] for slide in slides] for key, cells in wanted.items()}
-    if name == "group" or "group" not in spread:
-        spread["group"] = slides
+    patients = slides if name == "group" else known_cells(spread.get("group")) or slides
+    spread["group"] = [patient or slide for patient, slide in zip(patients, slides, strict=True)]
     return _samples(path, {**spread, "id": ids}, slides, order, ordinal=ordinal)
 
 

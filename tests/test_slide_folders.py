@@ -54,7 +54,10 @@ def folder(tmp_path: Path) -> Path:
 @pytest.fixture
 def table(tmp_path: Path) -> Path:
     """As CLAM's: a case, a slide with the suffix of its file, and a label."""
-    rows = [f"case_{k // 2},{slide}.svs,{'tumor' if k % 3 == 0 else 'normal'}" for k, slide in enumerate(SLIDES)]
+    rows = [
+        f"{f'case_{k // 2}' if k > 1 else 'NA'},{slide}.svs,{'tumor' if k % 3 == 0 else 'normal'}"
+        for k, slide in enumerate(SLIDES)
+    ]
     path = tmp_path / "labels.csv"
     path.write_text("\n".join(["case_id,slide_id,label", *rows, "case_99,slide_99.svs,tumor"]) + "\n")
     return path
@@ -104,12 +107,17 @@ def test_slides_are_the_groups_and_patches_or_files_may_have_the_labels(
 ) -> None:
     (tmp_path / "slides.csv").write_text(
         "slide,label,split\n"
-        + "".join(f"{s},{int(s > 'slide_3')},{'test' if s == 'slide_2' else 'train'}\n" for s in SLIDES)
+        + "".join(f"{s}.svs,{int(s > 'slide_3')},{'test' if s == 'slide_2' else 'train'}\n" for s in SLIDES)
     )
     come_in(store, folder, tmp_path / "slides.csv")
     samples = store.samples("d")
     assert samples.group.tolist() == [slide for slide in SLIDES for _ in range(8)]
     assert set(samples.group[samples.split == "test"].tolist()) == {"slide_2"}
+    (tmp_path / "gaps.csv").write_text(
+        "slide,label,group\n" + "".join(f"{s},{k % 2},{'NA' if k else 'p'}\n" for k, s in enumerate(SLIDES))
+    )
+    import_embeddings(store, folder, dataset="gaps", model="uni", view="full", table=tmp_path / "gaps.csv")
+    assert store.samples("gaps").group[::8].tolist() == ["p", *SLIDES[1:]]  # where no patient is known, the slide
     ids = read_folder(folder).ids.tolist()
     (tmp_path / "patches.csv").write_text(
         "id,label\n" + "".join(f"{id},{row % 2}\n" for row, id in enumerate(ids[::-1]))
