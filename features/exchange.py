@@ -298,6 +298,8 @@ def _rows_of_slides(table: Table, slides: Iterable[str], source: Path) -> tuple[
         raise UserError(
             f"{table.path}: the slide {min(twice)} is there more than once. Expected one row for each slide."
         )
+    if column not in ("id", "group"):  # of which it was said
+        say(f"{table.path}: its slides are those of the column {column}.")
     if others := [cell for cell in cells if cell not in wanted]:
         say(f"{table.path}: {len(others)} of its {len(cells)} slides have no file in {source} ({first_of(others)}).")
     return column, {cell: row for row, cell in enumerate(cells)}

@@ -54,10 +54,7 @@ def folder(tmp_path: Path) -> Path:
 @pytest.fixture
 def table(tmp_path: Path) -> Path:
     """As CLAM's: a case, a slide with the suffix of its file, and a label."""
-    rows = [
-        f"{f'case_{k // 2}' if k > 1 else 'NA'},{slide}.svs,{'tumor' if k % 3 == 0 else 'normal'}"
-        for k, slide in enumerate(SLIDES)
-    ]
+    rows = [f"case_{k // 2},{slide}.svs,{'tumor' if k % 3 == 0 else 'normal'}" for k, slide in enumerate(SLIDES)]
     path = tmp_path / "labels.csv"
     path.write_text("\n".join(["case_id,slide_id,label", *rows, "case_99,slide_99.svs,tumor"]) + "\n")
     return path
@@ -78,7 +75,9 @@ def test_a_folder_of_trident_is_imported_by_one_call_and_probed(
     path = tmp_path / "store"
     arguments = ["import", folder, "--dataset", "d", "--model", "uni", "--table", table, "--store", path]
     app(list(map(str, arguments)), standalone_mode=False)
-    assert "1 of its 13 slides have no file" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "its slides are those of the column slide_id" in said
+    assert "1 of its 13 slides have no file" in said
     store = FeatureStore.open(path)
     samples = store.samples("d")
     assert samples.id[:2].tolist() == ["slide_1/x0_y512", "slide_1/x256_y512"]
