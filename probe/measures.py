@@ -474,14 +474,18 @@ def _choose(of_model: Setup, model: str, runs: Path) -> tuple[Entry, str, str]:
 
 
 def _probed(runs: Path, model: str, train: str) -> tuple[str, str] | None:
-    """Find the view and pooling that the newest probe of a model has chosen; runs that cannot be read are no help."""
+    """Find the view and pooling that a model's newest probe has chosen, of those for which none were named.
+
+    Runs that cannot be read are no help.
+    """
     newest: tuple[str, tuple[str, str] | None] = ("", None)
     for path in runs.glob("probe-*/run.json"):
         try:
             run = read_run(path.parent)
         except UserError:
             continue
-        if (run.model, run.train, run.kind, run.combined) == (model, train, "probe", None):
+        named = run.options.get("view") or run.options.get("pooling")
+        if (run.model, run.train, run.combined) == (model, train, None) and not named:
             newest = max(newest, (run.created, (run.view, run.pooling)), key=lambda one: one[0])
     return newest[1]
 
@@ -497,7 +501,8 @@ def _applicable(
     entries = [entry for entry, _, _ in chosen.values()]
     datasets = ",".join(dict.fromkeys(dataset for dataset, _ in sets))
     first = entries[0]
-    views = ",".join([first.view, *(altered_view(first.view, name) for name in ALTERATIONS)])
+    telling = [name for name in ALTERATIONS if "+flips" not in first.view or name not in ("rot90", "fliph")]
+    views = ",".join([first.view, *(altered_view(first.view, name) for name in telling)])
     command = f"fm-extract --model {','.join(chosen)} --dataset {datasets} --view {views}"
     why_not = {}
     if len(chosen) < 2:
