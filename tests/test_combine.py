@@ -269,6 +269,9 @@ def test_a_report_judges_an_ensemble_as_one_more_run(weights, tmp_path):
     assert ("its weights" in ensemble.chose) == (weights != "equal")
     (again,) = commands(ensemble.record, members=[run.folder for run in runs[:2]])
     assert again.startswith(f"fm-report {runs[0].folder} {runs[1].folder} --ensemble all")
+    said = dict(facts(ensemble.record))
+    assert list(said) == ["written", "member 1", "member 2", "folds"]  # versions and cost are the members'
+    assert said["member 1"].startswith("uni probe, weight ")
     sets = {one.name: one for one in report.sets}
     assert len(sets) == 4
     notes = [note for note in report.notes if "over uni probe, its best member out of fold" in note]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -111,7 +112,12 @@ def test_what_differs_from_the_published_protocol_follows_from_the_record():
     folds = FoldsRecord(n=5, source="AMi-Br, sklearn-1.7, frozen", digest="")
     paper = replace(record(view="full@224+imagenet", recipe="paper"), folds=folds)
     assert departures(paper, "table-3") == ("no augmentation, as embeddings are frozen",)
-    assert departures(paper, "re-run") == ("recipe paper instead of that of the scripts",)
+    assert departures(paper, "re-run") == (
+        "view full@224+imagenet instead of the patch as the model's card prepares it",
+        "recipe paper instead of that of the scripts",
+    )
+    flipped = replace(paper, view="center64+flips")
+    assert "embeddings are means over eight flips and turns" in departures(flipped, "table-3")
     authors = replace(record(view="full", recipe="authors"), folds=folds)
     assert departures(authors, "re-run") == ()
     card = "the patch as the model's card prepares it instead of at 224 pixels with ImageNet's statistics"
@@ -120,7 +126,7 @@ def test_what_differs_from_the_published_protocol_follows_from_the_record():
     assert card not in departures(as_text, "table-3")
     exact = replace(record(view="center64", pooling="mid"), folds=replace(folds, source="AMi-Br, sklearn-1.9, frozen"))
     assert departures(exact, "re-run") == (
-        "five other folds",
+        "another assignment of slides to the five folds",
         "view center64 instead of the whole patch",
         "pooling mid instead of the card's",
         "logistic regression solved exactly at a strength chosen in training data instead of training by Adam",
@@ -128,6 +134,14 @@ def test_what_differs_from_the_published_protocol_follows_from_the_record():
     recipe = {"optimizer": "adamw", "epochs": 8, "tta": True}
     tuned = replace(record(method="lora", recipe="default"), kind="finetune", recipe=recipe, seeds=(1, 2))
     tuned = replace(tuned, folds=replace(folds, n=6, names=tuple("abcdef")))
+    runs = [SimpleNamespace(label=k, record=one) for k, one in zip("abc", (exact, exact, authors), strict=True)]
+    first, second = tables.say_departures(runs)
+    assert second == (
+        "Other than in the authors' re-run – all but c: another assignment of slides to the five folds, view center64 "
+        "instead of the whole patch, pooling mid instead of the card's, logistic regression solved exactly at a "
+        "strength chosen in training data instead of training by Adam."
+    )
+    assert f"; c: {card}, " in first
     assert departures(tuned, "table-3") == (
         "6 folds by domain instead of five of slides",
         "2 trainings per fold instead of one",

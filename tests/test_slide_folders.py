@@ -18,6 +18,7 @@ from features.embedding_files import coordinates, read_folder
 from features.exchange import import_embeddings
 from features.store import FeatureStore
 from probe.probing import ProbeOptions, probe_store
+from probe.runs import read_predictions
 
 SLIDES = [f"slide_{k}" for k in range(1, 13)]  # slide_10 follows slide_9
 D = 6
@@ -84,7 +85,9 @@ def test_a_folder_of_trident_is_imported_by_one_call_and_probed(
     stored = store.read("d", model="uni", view="full")
     np.testing.assert_array_equal(stored, np.concatenate([features(slide) for slide in SLIDES]).astype(np.float16))
     (run,) = probe_store(store, options=ProbeOptions(cv=3, train="d", device="cpu"), runs=tmp_path / "runs")
-    assert run.folds.n == 3
+    assert run.folder is not None
+    own = read_predictions(run.folder)
+    assert ((own.probability[:, 1] > 0.5) == own.label).mean() > 0.8
     # Another model's features of the same slides are matched by position, whatever the order; no table is needed.
     for file in folder.iterdir():
         if file.suffix == ".h5":
@@ -213,6 +216,8 @@ def test_faults_of_a_table_of_slides_are_named(
     (tmp_path / "x.csv").write_text(text)
     with pytest.raises(UserError, match=message):
         come_in(store, folder, tmp_path / "x.csv")
+    with pytest.raises(UserError, match="leave out `ids`"):
+        import_embeddings(store, folder, dataset="d", model="uni", view="full", ids=tmp_path / "x.csv")
     with pytest.raises(UserError, match=r"hold no labels\. Give a `table`"):
         come_in(store, folder)
     assert store.datasets() == []

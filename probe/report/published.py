@@ -103,7 +103,7 @@ def _folds_of(record: RunRecord) -> list[str]:
     elif record.folds.n != _FOLDS:
         said.append(f"{record.folds.n} folds instead of five")
     elif record.folds.source != _PAPER_FOLDS:
-        said.append("five other folds")
+        said.append("another assignment of slides to the five folds")
     if len(record.seeds) > 1:
         said.append(f"{len(record.seeds)} trainings per fold instead of one")
     return said
@@ -122,6 +122,10 @@ def _input_of(record: RunRecord, source: str) -> list[str]:
         said.append(f"view {record.view} instead of the whole patch")
     elif source == "table-3" and not is_text:
         said.append("the patch as the model's card prepares it instead of at 224 pixels with ImageNet's statistics")
+    elif source == "re-run" and record.view != "full" and record.options.get("recipe") != "authors":
+        said.append(f"view {record.view} instead of the patch as the model's card prepares it")
+    if "+flips" in record.view:
+        said.append("embeddings are means over eight flips and turns")
     if record.pooling not in ("card", record.card_pooling):
         said.append(f"pooling {record.pooling} instead of the card's")
     return said
@@ -140,7 +144,7 @@ def _fit_of(record: RunRecord, source: str) -> list[str]:
         said.append("no augmentation, as embeddings are frozen")
     if name not in ("exact", theirs):
         recipe = record.recipe or {}
-        how = f" ({recipe['optimizer']}, {recipe['epochs']} epochs at most)" if record.kind == "finetune" else ""
+        how = f" ({recipe['optimizer']}, {recipe['epochs']} epochs at most)" if "optimizer" in recipe else ""
         said.append(f"recipe {name}{how} instead of that of the {'text' if source == 'table-3' else 'scripts'}")
     if (record.recipe or {}).get("tta"):
         said.append("scores are means over eight flips and turns")

@@ -100,7 +100,7 @@ def grids(report: Report, runs: Sequence[Run]) -> tuple[Grid, ...]:
 
 _Row = tuple[str, tuple[Cell, ...], bool]
 _Rows = dict[tuple[str, str], dict[str, dict[str, Published]]]  # (method, model) to source to dataset
-_METHODS = {"full": "End to end", "probe": "Linear probes", "lora": "LoRA", "head": "Classifier alone"}
+_METHODS = {"full": "End to end", "probe": "Linear probes", "lora": "LoRA"}  # those that were published
 
 
 def _published(report: Report, sets: Sequence[SetReport]) -> _Rows:
@@ -134,12 +134,21 @@ def say_departures(runs: Sequence[Run]) -> list[str]:
         together: dict[tuple[str, ...], list[str]] = {}
         for how, labels in who.items():
             together.setdefault(tuple(labels), []).append(how)
-        every = "all our runs" if len(runs) > 1 else runs[0].label
-        said = [f"{every if len(of) == len(runs) else listed(of)}: {', '.join(how)}" for of, how in together.items()]
+        said = [f"{_among(of, [run.label for run in runs])}: {', '.join(how)}" for of, how in together.items()]
         sources.setdefault("; ".join(said) or "nothing, as far as the runs record it", []).append(
             f"the {SOURCES[source]}"
         )
     return [f"Other than in {listed(names)} – {said}." for said, names in sources.items()]
+
+
+def _among(labels: Sequence[str], every: Sequence[str]) -> str:
+    """Name some of the runs, in as few words as there are."""
+    others = [label for label in every if label not in labels]
+    if others and len(others) >= len(labels):
+        return listed(labels)
+    if len(every) == 1:
+        return every[0]
+    return f"all but {listed(others)}" if others else "all our runs"
 
 
 def _by_method(
@@ -150,10 +159,12 @@ def _by_method(
     columns: Sequence[tuple[SetReport, str]],
 ) -> tuple[_Row, ...]:
     """Set runs and published models below each other, by method: the table of the paper, with ours in it."""
-    methods = dict.fromkeys([*(method for method, _ in published), *(run.record.method for run in runs)])
+    titles = {method: _METHODS[method] for method, _ in published}
+    for run in runs:
+        titles.setdefault(run.record.method, "Ensembles of runs" if run.members else run.record.method)
     rows: list[_Row] = []
-    for method in methods:
-        rows.append((_METHODS.get(method, method), (), False))
+    for method, title in titles.items():
+        rows.append((title, (), False))
         for run, mean, ensemble in zip(runs, folds, ensembles, strict=True):
             if run.record.method == method:
                 bracketed = [Cell("", " ".join(filter(None, (cell.value, cell.aside)))) for cell in ensemble[1]]
