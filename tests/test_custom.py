@@ -172,7 +172,9 @@ def test_the_whole_network_or_its_head_is_trained_saved_and_read_back(tmp_path: 
         assert found[id][fold] == pytest.approx(probability, abs=2e-5)
 
 
-def test_a_training_is_resumed_only_with_the_file_named_again(tmp_path: Path) -> None:
+def test_a_training_is_resumed_only_with_the_file_named_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     file = written(tmp_path, STEM)
     data = write_patches(tmp_path / "drawn", 24, size=32)
     folder = train(file, data, tmp_path / "runs").folder
@@ -191,6 +193,7 @@ def test_a_training_is_resumed_only_with_the_file_named_again(tmp_path: Path) ->
     moved = shutil.copytree(tmp_path, tmp_path / "elsewhere", ignore=shutil.ignore_patterns("runs", "begun"))
     again = resume(begun, given={"model": str(moved / "net.py"), "data": None})
     assert again is not None
+    assert f"--resume {begun} --model {moved / 'net.py'}" in capsys.readouterr().err.replace("\n", " ")
     assert again.embedding == setup.fingerprint_parts(setup.patches)
 
 

@@ -1,5 +1,7 @@
 """Does each measure of an embedding say what its definition says, and only where it can?"""
 
+import csv
+import io
 import json
 import shutil
 from dataclasses import replace
@@ -40,7 +42,7 @@ from probe.neighbours import (
     unit_vectors,
 )
 from probe.probing import ProbeOptions, probe_store
-from probe.report.measures import figure_rows, tabulate, terminal_tables
+from probe.report.measures import tabulate, terminal_tables
 from probe.resample import Resampling, make_clusters
 from probe.similarity import linear_cka, self_similarity
 
@@ -353,8 +355,6 @@ def test_all_measures_of_a_store_stand_in_one_file_that_is_read_back(store, tmp_
     expected = np.mean([precision[of.label == k].mean() for k in (0, 1)])
     assert found["retrieval", "precision 5", "one (full, card)", "mine", "train"].value == pytest.approx(expected)
 
-    rows = figure_rows(record.figures)
-    assert len(rows) == len(record.figures)
     shown = tabulate(record.figures)
     assert sum(one is not None for of in shown for row in of.rows.values() for one in row) == len(record.figures)
     assert [one.columns[0] for one in terminal_tables(record)]
@@ -455,6 +455,14 @@ def test_the_report_folds_measures_away_and_shows_those_of_its_patches(store, tm
     assert section.index("<details") < section.index("<table")
     precision = next(one for one in record.figures if (one.name, one.split) == ("precision 5", "test"))
     assert f'<span class="value">{precision.value:.3f}</span>' in section
+    table, _, _ = make_report(runs, resampling=Resampling(replicates=100), format="csv")
+    rows = {(row["figure"], row["dataset"], row["split"]): row for row in csv.DictReader(io.StringIO(table))}
+    row = rows["precision 5", precision.dataset, "test"]
+    assert [float(row[name]) for name in ("value", "low", "high", "chance")] == [
+        *(precision.value, precision.low, precision.high, precision.chance)
+    ]
+    assert (row["label"], row["interval"]) == (precision.embedding, "slides")
+    assert int(row["n_slides"]) == precision.n_clusters
     # Those of other training patches are not shown.
     raw = replace(record, table_digests={"mine": "0" * 64})
     shutil.rmtree(record.folder)
