@@ -87,7 +87,8 @@ def find_backbone(name: str, *, run_file: bool = False) -> Backbone:
         return run_code(name)
     if is_code(name):
         raise UserError(
-            f"'{name}' is Python code, which is run only where you name it: `find_backbone(run_file=True)`."
+            f"'{name}' is Python code, which is run only where you name it: as a command's `model`, in Python by "
+            "find_backbone(name, run_file=True). What a run, a store or a plan names is not run."
         )
     raise UserError(
         f"unknown model '{name}'.{_suggestion(name)} `fm-extract --list-models` lists the registered ones; "
@@ -359,7 +360,9 @@ def _copy_of_custom(own: CustomNetwork, weights: Weights | None, backbone: Backb
         model.float()
     if torch.get_default_device().type == "meta":
         model.to("meta")
-    return model.eval().requires_grad_(False)
+    model.eval().requires_grad_(False)
+    keep_middle(model, backbone)
+    return model
 
 
 def _create(backbone: Backbone, dynamic: bool) -> nn.Module:

@@ -34,8 +34,14 @@ def middle_stages(model: nn.Module) -> list[str]:
     """Name the stages behind which `mid` is taken: those at 5/7 and 6/7 of a network that makes feature maps.
 
     They are EfficientNet's fifth and sixth of seven, and the third of four of ResNet, ConvNeXt and Swin. Empty for
-    transformers with tokens, and for networks whose stages stand in no row of at least four that timm names as usual.
+    transformers with tokens, for networks whose stages stand in no row of at least four that timm names as usual, and
+    for a user's own that names its poolings.
     """
+    prefix, named = "", _own_widths(model)
+    if named is not None:
+        if getattr(model, "poolings", None) is not None or not set(named) <= {"pooled", "center"}:
+            return []
+        prefix, model = "network.", model.get_submodule("network")
     if _has_tokens(model):
         return []
     rows = [
@@ -46,7 +52,7 @@ def middle_stages(model: nn.Module) -> list[str]:
     rows.append([name for name, _ in model.named_children() if re.fullmatch(r"(layer|s)\d", name)])
     names = next((row for row in rows if len(row) >= 4), [])
     depths = dict.fromkeys(round(len(names) * share / 7) for share in (5, 6))
-    return [names[depth - 1] for depth in depths if 0 < depth < len(names)]
+    return [prefix + names[depth - 1] for depth in depths if 0 < depth < len(names)]
 
 
 def keep_middle(model: nn.Module, backbone: Backbone) -> None:
@@ -68,7 +74,7 @@ def keep_middle(model: nn.Module, backbone: Backbone) -> None:
     if len(maps) != len(names):
         for hook in hooks:
             hook.remove()
-    channels = [features.shape[3 if _channels_last(model) else 1] for features in maps]
+    channels = [_as_cells(model, features).shape[3] for features in maps]
     model.middle = sum(channels) if len(maps) == len(names) else 0  # type: ignore[assignment]
 
 
@@ -79,8 +85,16 @@ def _hand_over(stage: nn.Module, inputs: Any, features: Any) -> None:
 
 def pooling_widths(model: nn.Module, backbone: Backbone) -> dict[str, int]:
     """Give the width of every pooling that `forward_poolings` returns, in its order, which a store writes them in."""
-    own: dict[str, int] | None = getattr(model, "widths", None)  # of a `CustomNetwork`
-    return own or {pooling: pooling_width(model, pooling) for pooling in _poolings(model, backbone)}
+    own = _own_widths(model)
+    if own is not None:
+        return own | ({"mid": pooling_width(model, "mid")} if getattr(model, "middle", 0) else {})
+    return {pooling: pooling_width(model, pooling) for pooling in _poolings(model, backbone)}
+
+
+def _own_widths(model: nn.Module) -> dict[str, int] | None:
+    """Give the widths of the poolings of a `CustomNetwork`; None for networks of timm."""
+    widths: dict[str, int] | None = getattr(model, "widths", None)
+    return widths
 
 
 def forward_poolings(model: nn.Module, backbone: Backbone, images: Tensor) -> dict[str, Tensor]:
@@ -107,7 +121,8 @@ def forward_poolings(model: nn.Module, backbone: Backbone, images: Tensor) -> di
     finally:
         _middle.reset(token)
     if isinstance(features, Mapping):  # a `CustomNetwork` pools by itself
-        return {pooling: embedding.float() for pooling, embedding in features.items()}
+        own = {pooling: embedding.float() for pooling, embedding in features.items()}
+        return own | ({"mid": _middle_cells(model, middle).float()} if getattr(model, "middle", 0) else {})
     return _pool(model, backbone, features, middle)
 
 
@@ -162,7 +177,7 @@ def _pool(model: nn.Module, backbone: Backbone, features: Any, middle: Sequence[
         elif pooling == "cls":
             pooled[pooling] = _head_norm(model, features[:, 0])
         elif pooling == "mid":
-            pooled[pooling] = torch.cat([_central(_as_cells(model, one)) for one in middle], dim=1)
+            pooled[pooling] = _middle_cells(model, middle)
         else:
             pooled[pooling] = _head_norm(model, _central(cells) if pooling == "center" else _mean(cells))
     return {pooling: embedding.float() for pooling, embedding in pooled.items()}
@@ -182,7 +197,14 @@ def _channels_last(model: Any) -> bool:
 
 
 def _as_cells(model: Any, features: Tensor) -> Tensor:
-    return features if _channels_last(model) else features.permute(0, 2, 3, 1)
+    last = _channels_last(model)
+    if _own_widths(model) is not None:  # which does not say; maps are square
+        last = features.shape[1] == features.shape[2] != features.shape[3]
+    return features if last else features.permute(0, 2, 3, 1)
+
+
+def _middle_cells(model: nn.Module, middle: Sequence[Tensor]) -> Tensor:
+    return torch.cat([_central(_as_cells(model, one)) for one in middle], dim=1)
 
 
 def _cells(model: Any, backbone: Backbone, features: Any) -> Tensor:

@@ -129,7 +129,7 @@ def run_benchmark(
             n_ended += 1
             took = f" in {duration(seconds)}{', all together' * (len(ended) > 1)}" if seconds else ""
             said = f": {one.reason}" if one.state in ("failed", "cannot") else took
-            say(f"[{n_ended} of {n_rows}] {one.row.title}: {one.state}{said}")
+            say(f"[{n_ended} of {n_rows}] row {one.row.number}, {one.row.title}: {one.state}{said}")
     if left:
         say(f"{n_ended} rows in {duration(time.perf_counter() - started)}.")
     found = look(where)
@@ -286,7 +286,7 @@ def _locked(rows: Sequence[Row], runs: Path, *, wait: bool) -> Iterator[list[int
                 if not wait:
                     yield None
                     return
-                say(f"{row.title}: waiting for another process that works at it")
+                say(f"row {row.number}, {row.title}: waiting for another process that works at it")
                 _lock(descriptors[-1], 0)
         yield descriptors
     finally:

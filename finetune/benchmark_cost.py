@@ -29,6 +29,7 @@ _PROBE_SECONDS = {"exact": 20.0, "paper": 60.0, "authors": 60.0}
 # EfficientNet-Lite0, 114 for UNI, 414 for H-optimus-0 (LoRA), 240 for ViT-L (whole).
 _KEPT_MB = {True: 47.0, False: 1.0}
 _KEPT_OF_WHOLE = 2.0
+_PROCESS = 0.9e9  # bytes of a process that has loaded torch and has done nothing yet; measured
 _ADAPTED = {True: 0.05, False: 0.01}  # of a backbone's parameters, at rank 8
 
 
@@ -99,16 +100,16 @@ def estimate(row: Row, backbone: Backbone, counts: Counts, rates: dict[bool, flo
     """Estimate what a row takes on this device."""
     options = row.options
     kind, weights = is_convolutional(backbone), 4.0 * backbone.n_parameters
-    rate = rates.get(kind)
+    rate, base = rates.get(kind), _PROCESS if device.type == "cpu" else 0.0
     if row.method == EMBED:
         views = [parse_view(view) for view in row.views]
         flops = sum(_flops(backbone, view) for view in views) * counts.patches
         stored = 3 * 2 * backbone.embedding_dim * counts.patches * len(views)  # some three poolings in float16
-        return Estimate(_over(flops, rate), fixed=weights, memory=weights * 1.5, store=stored)
+        return Estimate(_over(flops, rate), fixed=weights, memory=base + weights * 1.5, store=stored)
     if not isinstance(options, FinetuneOptions):
         seconds = _PROBE_SECONDS[row.recipe] * (options.seeds if options else 1)
         held = 3 * 4.0 * backbone.embedding_dim * counts.patches
-        return Estimate(seconds, memory=held, runs=2e3 * counts.patches)
+        return Estimate(seconds, memory=_PROCESS + held, runs=2e3 * counts.patches)
     recipe = options.resolved_recipe(backbone)
     view = options.resolved_view(backbone, recipe)
     n_models = options.seeds * options.cv
@@ -129,7 +130,7 @@ def estimate(row: Row, backbone: Backbone, counts: Counts, rates: dict[bool, flo
         kept *= _KEPT_OF_WHOLE
     # A checkpoint while it trains: the values, the best ones and two moments; then a file per model.
     saved = 4 * trained * (n_models + 4 * at_once) + 2e3 * counts.patches
-    return Estimate(_over(flops, rate), fixed=fixed, memory=fixed + kept, runs=saved)
+    return Estimate(_over(flops, rate), fixed=fixed, memory=base + fixed + kept, runs=saved)
 
 
 def _flops(backbone: Backbone, view: View | None = None) -> float:

@@ -18,6 +18,7 @@ from torch import nn
 
 from extract.backbones import Backbone, Weights, build_model, fetch_weights, find_backbone, recorded_backbone
 from extract.compute import embed_shown, fastest, side_by_side
+from extract.custom import require_distinct
 from extract.datasets import Patches, load_patches
 from extract.embed import decoded
 from extract.images import SUFFIXES
@@ -249,6 +250,7 @@ def _load_backbones(
                 "embeddings fm-extract computed: extract the training patches, probe again, and predict with that run."
             )
     own = [find_backbone(name, run_file=True) for name in named]
+    require_distinct(own)
     if unused := [one.name for one in own if one.name not in models]:
         raise UserError(
             f"`model` names {unused[0]}, by which no run was made: found {', '.join(models)}. Leave it out."
@@ -299,7 +301,7 @@ def _require_same_backbone(
         raise UserError(
             f"{run}: its backbone cannot be reproduced here:\n"
             + "\n".join(f"  {name}: the run had {was}, found {here}" for name, was, here in differing)
-            + "\nUse the version of mitofm and the `weights` of the run, or train again."
+            + "\nUse the version of mitofm, the `weights` and the files of the run, or train again."
         )
     if part.precision == "fp16" and device.type == "cpu":
         raise UserError(f"{run} was computed in fp16, which needs a GPU. Predict with `device='cuda'`.")

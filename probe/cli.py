@@ -39,7 +39,7 @@ class _Command(TyperCommand):
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Read the options, with the value that a bare `--measures` stands for."""
-        following = [*args[1:], "-"]
+        following = [*args, "-"][1:]
         pairs = zip(args, following, strict=True)
         bare = [f"{one}={_ALL}" if one == "--measures" and after.startswith("-") else one for one, after in pairs]
         return super().parse_args(ctx, bare)

@@ -181,7 +181,7 @@ class _Found:
                         value=one.value,
                         low=one.low,
                         high=one.high,
-                        wide=one.wide,
+                        wide=one.wide if one.wide and np.isfinite(one.wide).all() else None,
                         chance=self.chance.get(name),
                         n=len(self.of.rows),
                         unit=clusters.unit,
@@ -213,7 +213,9 @@ def _knn_figures(found: _Found, neighbour_label: NDArray[np.intp], k: int, n_cla
     shares = class_shares(neighbour_label, k, n_classes)
     counted = tally(of.label, shares, cluster=of.clusters.index, n_clusters=of.clusters.n, names=names)
     found.statistics["knn"].append(counted)
-    found.chance.update({"balanced_accuracy": 1 / len(np.unique(of.label)), "auroc": 0.5})
+    found.chance["auroc"] = 0.5
+    if len(np.unique(of.label)) == n_classes:  # else it depends on which classes are guessed
+        found.chance["balanced_accuracy"] = 1 / n_classes
 
 
 def _best_k(label: NDArray[np.intp], apart: NDArray[np.intp], n_classes: int) -> int:
@@ -308,7 +310,8 @@ def _few_shots(found: _Found, train: Tensor, test: Tensor, drawn: Mapping[int, N
         more = {"low": low, "high": high, "unit": "draw", "n_clusters": len(by_draw)}
         found.fix("fewshot", f"draws {shots}", float(by_draw.mean()), **more)
     found.statistics["fewshot"].append(class_means(values, found.of.label, found.of.clusters))
-    found.chance.update(dict.fromkeys(values, 1 / len(np.unique(found.of.label))))
+    n_classes = next(iter(drawn.values())).shape[1]
+    found.chance.update(dict.fromkeys(values, 1 / n_classes))
 
 
 # ------------------------------------------------------------------------------------------------------------- all
@@ -474,14 +477,18 @@ def _choose(of_model: Setup, model: str, runs: Path) -> tuple[Entry, str, str]:
 
 
 def _probed(runs: Path, model: str, train: str) -> tuple[str, str] | None:
-    """Find the view and pooling that the newest probe of a model has chosen; runs that cannot be read are no help."""
+    """Find the view and pooling that a model's newest probe has chosen, of those for which none were named.
+
+    Runs that cannot be read are no help.
+    """
     newest: tuple[str, tuple[str, str] | None] = ("", None)
     for path in runs.glob("probe-*/run.json"):
         try:
             run = read_run(path.parent)
         except UserError:
             continue
-        if (run.model, run.train, run.kind, run.combined) == (model, train, "probe", None):
+        named = run.options.get("view") or run.options.get("pooling")
+        if (run.model, run.train, run.combined) == (model, train, None) and not named:
             newest = max(newest, (run.created, (run.view, run.pooling)), key=lambda one: one[0])
     return newest[1]
 
@@ -497,7 +504,8 @@ def _applicable(
     entries = [entry for entry, _, _ in chosen.values()]
     datasets = ",".join(dict.fromkeys(dataset for dataset, _ in sets))
     first = entries[0]
-    views = ",".join([first.view, *(altered_view(first.view, name) for name in ALTERATIONS)])
+    telling = [name for name in ALTERATIONS if "+flips" not in first.view or name not in ("rot90", "fliph")]
+    views = ",".join([first.view, *(altered_view(first.view, name) for name in telling)])
     command = f"fm-extract --model {','.join(chosen)} --dataset {datasets} --view {views}"
     why_not = {}
     if len(chosen) < 2:

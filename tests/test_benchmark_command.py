@@ -24,6 +24,7 @@ from test_finetune_command import write_patches
 import finetune.benchmark as benchmark
 import finetune.run
 from extract import cli as extract_cli
+from extract.doctor import Access, ModelCheck
 from extract.registry import BACKBONES
 from extract.shard import Shard, find_shard
 from features.console import Interrupted, UserError
@@ -31,10 +32,11 @@ from finetune import cli
 from finetune.benchmark import FOLDER, run_benchmark, run_child, shell_script, slurm_script
 from finetune.benchmark_cost import Counts, estimate, measure_rates
 from finetune.benchmark_plan import EMBED, PROBE, SHIPPED, Plan, Row, Where, command, read_plan, require_parsable
-from finetune.benchmark_state import Found, gather, look, standing, survey
+from finetune.benchmark_state import Found, _lack, gather, look, standing, survey
 from finetune.options import FinetuneOptions
 from probe import cli as probe_cli
 from probe import probing
+from probe.probing import ProbeOptions
 
 TINY = """
 title = "a tiny benchmark"
@@ -375,6 +377,11 @@ def test_killed_after_any_row_the_same_command_goes_on_to_the_report(
     assert "--resume" in outcome.standings[2].reason
     assert states(tiny) == ["done", "done", "to resume", "to resume"]
     folders = {path.name for path in Path("runs").glob("*-*")}
+    facts, found = gather(tiny, Where()), look(Where())
+    on_gpu = replace(facts, device=torch.device("cuda"))  # which would be refused
+    assert [standing(row, on_gpu, found).state for row in facts.plan.rows[2:]] == ["to do"] * 2
+    run_tiny(tiny, idle := Launches(), Shard(8, 9, shared=True))
+    assert idle.lines == []  # of rows that others have left there is no report yet
 
     capsys.readouterr()
     outcome = run_tiny(tiny, again := Launches())
@@ -385,11 +392,42 @@ def test_killed_after_any_row_the_same_command_goes_on_to_the_report(
     assert set(again.lines[-1][1:4]) == {str(one.run) for one in outcome.standings if one.run}
     assert capsys.readouterr().err.count("\n[2 of 2]") == 1
 
-    assert run_tiny(tiny, last := Launches()).report
+    run_tiny(tiny, last := Launches(), Shard(8, 9, shared=True))
     assert last.names == ["fm-report"]
+    probed_otherwise_is_not_done(tiny)
     # Other patches are another question.
     write_patches(Path(), seed=1)
     assert states(tiny) == ["to do"] * 4
+
+
+def probed_otherwise_is_not_done(plan: str) -> None:
+    """A probe is done if it chose from the views of the plan, on the embeddings that the store has."""
+    facts, found = gather(plan, Where()), look(Where())
+    row, (record,) = facts.plan.rows[1], (one for one in found.runs if one.kind == "probe")
+    assert isinstance(row.options, ProbeOptions)
+    chose = replace(found, runs=(replace(record, options={**record.options, "view": None}),))
+    open_row = replace(row, options=replace(row.options, view=None))
+    assert standing(open_row, facts, chose).state == "done"
+    assert standing(replace(open_row, views=("full@32", "center24@32")), facts, chose).state == "to do"
+    assert standing(replace(row, options=replace(row.options, pooling="card")), facts, found).state == "to do"
+    entries = {key: replace(entry, fingerprint="another") for key, entry in found.entries.items()}
+    assert standing(row, facts, replace(found, entries=entries)).state == "to do"
+
+
+@pytest.mark.parametrize(
+    ("access", "gated", "reason"),
+    [
+        ("not asked", True, "gated, not in the cache, hub not asked"),
+        ("not granted", True, "gated, no access"),
+        ("not granted", False, "weights cannot be had"),
+    ],
+)
+def test_what_keeps_a_model_from_being_had(access: Access, gated: bool, reason: str) -> None:
+    check = ModelCheck("uni", "fail", "MahmoodLab/UNI", None, gated, access, "Do this.")
+    said, remedy = _lack(check, BACKBONES["uni"])
+    assert said == reason
+    assert remedy.endswith("Do this.")
+    assert ("request access on https://huggingface.co/MahmoodLab/UNI" in remedy) == (access == "not asked")
 
 
 def test_a_row_that_fails_does_not_end_the_others(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import json
 import re
@@ -249,6 +248,23 @@ def test_files_and_modules_are_found_or_named(tmp_path: Path, monkeypatch: pytes
     assert all(module.name.startswith("network.trunk.blocks.") for module in plan.modules)
 
 
+def test_a_file_may_give_the_record_of_a_network_of_timm(tmp_path: Path) -> None:
+    text = """
+from extract import Backbone
+
+def backbone():
+    return Backbone(
+        name="mine", title="Mine", hub_id="org/mine", arch="test_vit",
+        n_parameters=1, embedding_dim=64, gflops=None, licence="",
+    )
+"""
+    record = run_code(written(tmp_path, text))
+    assert (record.network, record.revision) == (None, "main")
+    assert len(list(forward_poolings(build_model(record, None), record, torch.zeros(1, 3, 160, 160)))) == 3
+    with pytest.raises(UserError, match="'uni' is a model that mitofm knows"):
+        run_code(written(tmp_path, text.replace('"mine"', '"uni"')))
+
+
 @pytest.mark.parametrize(
     ("answer", "options", "message"),
     [
@@ -300,6 +316,35 @@ def test_outputs_are_pooled_as_timms_are() -> None:
 
 
 @pytest.mark.parametrize(
+    ("arch", "arguments"),
+    [
+        ("test_resnet", {}),
+        (
+            "swin_tiny_patch4_window7_224",
+            {"img_size": 64, "embed_dim": 8, "depths": (1, 1, 1, 1), "num_heads": (1, 1, 1, 1), "window_size": 2},
+        ),
+    ],
+)
+def test_middle_stages_are_those_of_the_same_network_of_timm(arch: str, arguments: dict[str, Any]) -> None:
+    record = Backbone(
+        name="x", title="x", arch=arch, kwargs=arguments, card_pooling="pooled", input_size=64,
+        n_parameters=1, embedding_dim=1, gflops=None, licence="",
+    )  # fmt: skip
+    timms = build_model(record, None)
+    plain = timm.create_model(arch, num_classes=0, **arguments)
+    plain.load_state_dict(timms.state_dict())
+    own = Backbone.custom(plain, name="own", size=64)
+    images = torch.randn(2, 3, 64, 64)
+    model = build_model(own, fetch_weights(own))
+    expected, found = forward_poolings(timms, record, images), forward_poolings(model, own, images)
+    assert list(found) == list(pooling_widths(model, own)) == ["pooled", "mid"]
+    assert torch.equal(found["mid"], expected["mid"])
+    assert torch.equal(found["pooled"], expected["pooled"])
+    named = Backbone.custom(plain, name="own", size=64, poolings="pooled")
+    assert list(forward_poolings(build_model(named, None), named, images)) == ["pooled"]
+
+
+@pytest.mark.parametrize(
     ("answer", "poolings", "names"),
     [
         (lambda x: x.flatten(1), "projected", ["projected"]),
@@ -320,13 +365,25 @@ def test_poolings_are_named_or_computed(answer: Any, poolings: Any, names: list[
 
 
 def test_the_digest_is_that_of_names_types_shapes_and_bytes() -> None:
-    network = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))
-    digest = state_digest(network)
-    assert digest == state_digest(nn.Sequential(*network))
-    variants = [nn.Sequential(network[0]), nn.ModuleDict({"a": network[0], "b": network[1]}), copy.deepcopy(network)]
-    variants[2][0].weight.data[0, 0] += 1e-6  # type: ignore[index,union-attr,operator]
-    variants += [copy.deepcopy(network).half(), nn.Sequential(nn.Linear(3, 2))]
-    assert len({digest, *map(state_digest, variants)}) == 6
+    def digest(**buffers: Tensor) -> str:
+        module = nn.Module()
+        for name, values in buffers.items():
+            module.register_buffer(name, values)
+        return state_digest(module)
+
+    zeros, ones = torch.zeros(2, 3), torch.ones(2, 3)
+    digests = [
+        digest(a=zeros, b=ones),
+        digest(b=ones, a=zeros),
+        digest(a=zeros, c=ones),
+        digest(a=zeros.int(), b=ones),
+        digest(a=zeros.T.contiguous(), b=ones),
+        digest(a=zeros + 1e-9, b=ones),
+        digest(a=zeros),
+    ]
+    assert len(set(digests)) == len(digests)
+    assert digest(a=zeros.clone(), b=torch.ones(3, 2).T) == digests[0]  # whatever lies where in memory
+    assert digest(a=torch.tensor(1.0, dtype=torch.bfloat16)) != digest(a=torch.tensor(2.0, dtype=torch.bfloat16))
 
 
 def test_what_is_done_to_the_network_later_changes_nothing(tmp_path: Path) -> None:
@@ -373,7 +430,7 @@ def test_targets_are_the_familys_behind_a_prefix_else_layers_in_blocks() -> None
     # torchvision's: attention reads its weights without calling them
     vit = VisionTransformer(image_size=16, patch_size=8, num_layers=2, num_heads=2, hidden_dim=8, mlp_dim=8)
     assert targets(vit) == {f"network.encoder.layers.encoder_layer_{k}.mlp.{leaf}" for k in (0, 1) for leaf in (0, 3)}
-    # a ResNet of basic blocks has no 1x1 convolution to adapt but in its shortcuts, and an EfficientNet has
+    # an EfficientNet: from the third stage on, without squeeze and excitation
     lite = timm.create_model("tf_efficientnet_lite0", num_classes=0)
     found = targets(lite)
     assert found

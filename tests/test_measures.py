@@ -28,7 +28,7 @@ from probe import measures as measuring
 from probe.cli import app
 from probe.clusterings import agreement
 from probe.fewshot import draw_shots, few_shot, possible_shots
-from probe.measure_records import MEASURES, MeasureRecord, newest_figures, read_measures, write_measures
+from probe.measure_records import MEASURES, Measured, MeasureRecord, newest_figures, read_measures, write_measures
 from probe.measures import class_means, measure_store, patch_set
 from probe.neighbours import (
     class_shares,
@@ -138,6 +138,15 @@ def test_the_index_of_chance_is_that_of_all_pairs():
     assert without.confounded_by == "slide"
 
 
+def test_of_a_large_set_the_same_patches_are_measured_each_time(monkeypatch, capsys):
+    monkeypatch.setattr(measuring, "_MOST", 10)
+    one, again = (patch_set("mine", "test", table(40, 0), np.arange(3, 40)) for _ in range(2))
+    assert len(one.samples) == 10
+    assert one.rows.tolist() == again.rows.tolist() == sorted(set(one.rows.tolist()))
+    assert one.samples.id.tolist() == table(40, 0).id[one.rows].tolist()
+    assert "mine: 10 of 37 test patches are measured" in capsys.readouterr().err
+
+
 # ------------------------------------------------------------------------------------------------- few labelled patches
 
 
@@ -242,11 +251,22 @@ def table(n: int, seed: int, *, domains: bool = True, groups: bool = True, test:
     )
 
 
-def add(store: FeatureStore, dataset: str, samples: Samples, model: str, view: str, seed: int = 0, noise: float = 0.0):
-    store.put_samples(dataset, samples, attrs={})
+def add(
+    store: FeatureStore,
+    dataset: str,
+    samples: Samples,
+    model: str,
+    view: str,
+    seed: int = 0,
+    *,
+    noise: float = 0.0,
+    signal: float = 1.2,
+    names: tuple[str, ...] = ("no", "yes"),
+):
+    store.put_samples(dataset, samples, attrs={"label_names": list(names)})
     rng = np.random.default_rng(seed)
     X = rng.standard_normal((len(samples), WIDTH))
-    X[:, :2] += 1.2 * samples.label[:, None]
+    X[:, :2] += signal * samples.label[:, None]
     X = X + noise * np.random.default_rng(99).standard_normal(X.shape)
     writer = store.begin(
         dataset, model=model, view=view, poolings={"cls": WIDTH}, card_pooling="cls", parts={"model": model}
@@ -316,6 +336,23 @@ def test_all_measures_of_a_store_stand_in_one_file_that_is_read_back(store, tmp_
     assert {key[2] for key in found if key[0] == "alignment"} == {"one (full, card) and two (full, card)"}
     assert found["alignment", "mutual", "one (full, card) and two (full, card)", "mine", "train"].n == len(train)
 
+    # Robustness is of neighbours on other slides where domains confound; alignment of all neighbours.
+    of = patch_set("mine", "train", samples, train)
+    near = {
+        model: neighbours(
+            unit_vectors(store.read("mine", model=model, view="full", rows=train)), of.group, of.label, most=10
+        )
+        for model in ("one", "two")
+    }
+    speaks = robustness_counts(near["one"].apart, of.label, of.confounder).sum(axis=0)
+    index = found["robustness", "index domain", "one (full, card)", "mine", "train"]
+    assert index.value == pytest.approx(speaks[0] / speaks.sum())
+    mutual = found["alignment", "mutual", "one (full, card) and two (full, card)", "mine", "train"]
+    assert mutual.value == pytest.approx(mutual_neighbours(near["one"].any, near["two"].any).mean())
+    precision = precision_at(of.label, near["one"].apart, 5)
+    expected = np.mean([precision[of.label == k].mean() for k in (0, 1)])
+    assert found["retrieval", "precision 5", "one (full, card)", "mine", "train"].value == pytest.approx(expected)
+
     rows = figure_rows(record.figures)
     assert len(rows) == len(record.figures)
     shown = tabulate(record.figures)
@@ -328,9 +365,10 @@ def test_measures_say_what_changes_between_records_and_refuse_changed_files(stor
     first = measured(store, tmp_path / "runs", "retrieval", "knn", models=["one"])
     later = measured(store, tmp_path / "runs", "knn", models=["one"])
     assert {one.measure for one in later.figures} == {"knn"}
-    newest = newest_figures([later, first])
+    early = replace(first, figures=tuple(replace(one, value=2.0) for one in first.figures))
+    newest = newest_figures([later, early])
     assert len(newest) == len(first.figures)
-    assert all(one in later.figures for one in newest if one.measure == "knn")
+    assert {(one.measure, one.value == 2) for one in newest} == {("knn", False), ("retrieval", True)}
     path = later.folder / "measures.json"
     path.write_text(path.read_text().replace('"value": 0.', '"value": 0.9', 1))
     with pytest.raises(UserError, match="is not as it was written"):
@@ -341,16 +379,20 @@ def test_measures_say_what_changes_between_records_and_refuse_changed_files(stor
 
 
 def test_the_embedding_that_the_newest_probe_chose_is_measured(store, tmp_path):
-    add(store, "mine", store.samples("mine"), "one", "center64", 5)
-    add(store, "other", store.samples("other"), "one", "center64", 5)
+    for name in ("mine", "other"):
+        add(store, name, store.samples(name), "one", "center64", 5, signal=4)
     runs = tmp_path / "runs"
-    before = measured(store, runs, "clustering", models=["one"])
-    assert before.embeddings[0].label == "one (full, card)"
-    probe_store(store, ["one"], options=ProbeOptions(cv=3, train="mine", view="center64"), runs=runs)
-    after = measured(store, runs, "clustering", models=["one"])
-    assert after.embeddings[0].label == "one (center64, card)"
-    assert "newest probe" in after.embeddings[0].chosen
-    assert measured(store, runs, "clustering", models=["one"], view="full").embeddings[0].view == "full"
+
+    def embedding(**options) -> Measured:
+        return measured(store, runs, "clustering", models=["one"], **options).embeddings[0]
+
+    assert embedding().label == "one (full, card)"
+    probe_store(store, ["one"], options=ProbeOptions(cv=3, train="mine"), runs=runs)
+    assert embedding().label == "one (center64, card)"
+    assert "newest probe" in embedding().chosen
+    probe_store(store, ["one"], options=ProbeOptions(cv=3, train="mine", view="full"), runs=runs)
+    assert embedding().view == "center64"  # the one that was named was not chosen
+    assert embedding(view="full").label == "one (full, card)"
 
 
 def test_altered_views_are_no_candidates_of_a_probe_unless_named(store, tmp_path):
@@ -419,3 +461,30 @@ def test_the_report_folds_measures_away_and_shows_those_of_its_patches(store, tm
     write_measures(runs, raw)
     page, _, _ = make_report(runs, resampling=Resampling(replicates=100))
     assert 'id="measures"' not in page
+
+
+def test_sets_that_lack_classes_slides_or_nearly_all_patches_are_measured_as_far_as_they_can_be(tmp_path, monkeypatch):
+    monkeypatch.setattr(measuring, "DRAWS", 20)
+    monkeypatch.setattr(measuring, "Resampling", partial(Resampling, replicates=200))
+    store, rng = FeatureStore.open_or_create(tmp_path / "store.zarr"), np.random.default_rng(0)
+    labels = {"mine": rng.integers(0, 3, 60), "two": rng.integers(0, 2, 20), "single": np.array([1])}
+    for name, label in labels.items():
+        n = len(label)
+        samples = make_samples(
+            [f"{name} {row}" for row in range(n)],
+            label.tolist(),
+            sha256=[f"{name} {row}" for row in range(n)],
+            group=[f"{row // 5}" for row in range(n)] if name == "mine" else None,
+            split=["train" if name == "mine" else "test"] * n,
+        )
+        add(store, name, samples, "one", "full", names=("a", "b", "c"))
+    record = measured(store, tmp_path / "runs")
+    found = {(one.measure, one.name, one.dataset): one for one in record.figures}
+    assert found["knn", "balanced_accuracy", "mine"].chance == pytest.approx(1 / 3)
+    assert found["knn", "balanced_accuracy", "two"].chance is None  # it depends on what is guessed
+    assert found["retrieval", "precision 1", "two"].chance == 0.5  # of the patches of the set itself
+    assert found["fewshot", "balanced_accuracy 1", "two"].chance == pytest.approx(1 / 3)
+    assert found["knn", "auroc", "single"].value is None
+    assert ("retrieval", "precision 1", "single") not in found
+    assert ("robustness", "index slide", "mine") in found
+    assert terminal_tables(record)
