@@ -23,7 +23,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from extract.shard import Shard
-from features.console import Interrupted, say
+from features.console import Interrupted, printable, say
 from features.files import writing
 from finetune.benchmark_cost import device_memory
 from finetune.benchmark_plan import EMBED, PROBE, Plan, Row, Where, command, resuming
@@ -341,7 +341,7 @@ def shell_script(facts: Facts, surveyed: Sequence[Standing], out: Path) -> str:
             f"{shlex.join(_command(facts.plan, [by_number[row.number] for row in rows], facts.where))} || status=1"
         )
     lines += [f"{shlex.join(report_command((), facts.where, out))} || status=1", "exit $status"]
-    return "\n".join(lines)
+    return _script(lines)
 
 
 def slurm_script(facts: Facts, surveyed: Sequence[Standing], out: Path) -> str:
@@ -372,4 +372,9 @@ def slurm_script(facts: Facts, surveyed: Sequence[Standing], out: Path) -> str:
         "export OMP_NUM_THREADS=$SLURM_CPUS_PER_TASK",
         " ".join([f'fm-benchmark {shlex.quote(facts.plan.source)} --shard "$SLURM_ARRAY_TASK_ID/{n}"', *flags]),
     ]
-    return "\n".join(line.rstrip() for line in lines)
+    return _script(lines)
+
+
+def _script(lines: Sequence[str]) -> str:
+    """Join the lines of a script; no title or name in a comment makes a line of its own."""
+    return "\n".join(printable(line) if line.startswith("#") else line for line in lines)

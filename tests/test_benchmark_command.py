@@ -330,6 +330,7 @@ def test_rows_share_what_is_free_on_a_disk(tiny: str, monkeypatch: pytest.Monkey
 
 
 def test_scripts_hold_what_is_left_and_say_what_cannot_be_run(tiny: str) -> None:
+    Path(tiny).write_text(TINY.replace("a tiny benchmark", "tiny\\nrm everything"))
     facts = gather(tiny, Where(runs=Path("my runs")))
     rows = survey(facts)
     rows[-1] = replace(rows[-1], state="cannot", reason="memory")
@@ -344,6 +345,8 @@ def test_scripts_hold_what_is_left_and_say_what_cannot_be_run(tiny: str) -> None
     assert '--shard "$SLURM_ARRAY_TASK_ID/3"' in script  # of all units, done or not
     assert [unit for unit in range(3) if find_shard(f"{unit}/3").includes(unit)] == [0, 1, 2]
     assert "--runs 'my runs'" in script
+    assert "rm everything" in script
+    assert "\nrm" not in script + shell_script(facts, rows, Path("page.html"))
 
 
 # ------------------------------------------------------------------------------------------------------------- running

@@ -48,7 +48,10 @@ def test_no_pickle_is_read_and_no_text_is_run() -> None:
     seen = list(calls())
     assert [f"{where}: {name}" for where, name, _ in seen if name in never] == []
     started = [where for where, name, _ in seen if name.startswith("subprocess.")]
-    assert [where.partition(":")[0] for where in started] == ["doctor.py"]  # nvidia-smi, with fixed arguments
+    assert [where.partition(":")[0] for where in started] == [
+        "doctor.py",
+        "benchmark.py",
+    ]  # nvidia-smi; our own commands
     loads = [(where, call) for where, name, call in seen if name == "torch.load"]
     assert loads
     assert [where for where, call in loads if given(call, "weights_only") is not True] == []
