@@ -42,7 +42,7 @@ _TEN_LINES = "docs/models.md has the ten lines"
 _NOT_THEIRS = (
     f"{Path(torch.__file__).parent.parent}/",
     f"{Path(importlib.__file__).parent.parent}/",
-    f"{__file__[:-9]}",
+    f"{Path(__file__).parent}/",
     "<",
 )
 

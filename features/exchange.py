@@ -267,8 +267,8 @@ def _folder_samples(
     name, rows = _rows_of_slides(table, dict.fromkeys(slides), source)
     wanted = {key: table.columns[key] for key in ("label", "group", "split", "domain") if key in table.columns}
     spread = {key: [cells[rows[slide]] for slide in slides] for key, cells in wanted.items()}
-    if name == "group" or "group" not in spread:
-        spread["group"] = slides
+    patients = slides if name == "group" else known_cells(spread.get("group")) or slides
+    spread["group"] = [patient or slide for patient, slide in zip(patients, slides, strict=True)]
     return _samples(path, {**spread, "id": ids}, slides, order, ordinal=ordinal)
 
 
@@ -298,6 +298,8 @@ def _rows_of_slides(table: Table, slides: Iterable[str], source: Path) -> tuple[
         raise UserError(
             f"{table.path}: the slide {min(twice)} is there more than once. Expected one row for each slide."
         )
+    if column not in ("id", "group"):  # of which it was said
+        say(f"{table.path}: its slides are those of the column {column}.")
     if others := [cell for cell in cells if cell not in wanted]:
         say(f"{table.path}: {len(others)} of its {len(cells)} slides have no file in {source} ({first_of(others)}).")
     return column, {cell: row for row, cell in enumerate(cells)}

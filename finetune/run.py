@@ -180,7 +180,10 @@ def _begun_before(setup: Setup, runs: Path) -> Path | None:
 def _train_and_finish(setup: Setup, folder: Path, network: Network) -> RunRecord | None:
     """Train, score and write the run; an interruption on the way says how to go on."""
     process_group = setup.compute.process_group
-    say(f"{folder}: training. If it is interrupted: fm-finetune --resume {folder}")
+    resumed = f"fm-finetune --resume {folder}"
+    if is_code(setup.options.model):  # which is run only where it is named
+        resumed += f" --model {setup.options.model}"
+    say(f"{folder}: training. If it is interrupted: {resumed}")
     try:
         copies = find_copies(setup) if process_group.is_first else {}
         data = load_training_set(setup)
@@ -200,9 +203,9 @@ def _train_and_finish(setup: Setup, folder: Path, network: Network) -> RunRecord
         clear_up(folder)
         return run
     except Interrupted:
-        raise UserError(f"interrupted. Finished epochs are kept; go on with: fm-finetune --resume {folder}") from None
+        raise UserError(f"interrupted. Finished epochs are kept; go on with: {resumed}") from None
     except ProcessLostError as error:
-        raise UserError(f"{error} Finished epochs are kept; go on with: fm-finetune --resume {folder}") from error
+        raise UserError(f"{error} Finished epochs are kept; go on with: {resumed}") from error
 
 
 def _compute_reproducibly(setup: Setup) -> None:

@@ -10,6 +10,7 @@ from .experiment import FoldLogits as FoldLogits
 from .experiment import make_experiment as make_experiment
 from .linear import Probe as Probe
 from .linear import fit_exact as fit_exact
+from .measures import measure_store as measure_store
 from .predictions import Predictions as Predictions
 from .probing import ProbeOptions as ProbeOptions
 from .probing import probe_store as probe_store

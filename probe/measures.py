@@ -181,7 +181,7 @@ class _Found:
                         value=one.value,
                         low=one.low,
                         high=one.high,
-                        wide=one.wide,
+                        wide=one.wide if one.wide and np.isfinite(one.wide).all() else None,
                         chance=self.chance.get(name),
                         n=len(self.of.rows),
                         unit=clusters.unit,
@@ -213,7 +213,9 @@ def _knn_figures(found: _Found, neighbour_label: NDArray[np.intp], k: int, n_cla
     shares = class_shares(neighbour_label, k, n_classes)
     counted = tally(of.label, shares, cluster=of.clusters.index, n_clusters=of.clusters.n, names=names)
     found.statistics["knn"].append(counted)
-    found.chance.update({"balanced_accuracy": 1 / len(np.unique(of.label)), "auroc": 0.5})
+    found.chance["auroc"] = 0.5
+    if len(np.unique(of.label)) == n_classes:  # else it depends on which classes are guessed
+        found.chance["balanced_accuracy"] = 1 / n_classes
 
 
 def _best_k(label: NDArray[np.intp], apart: NDArray[np.intp], n_classes: int) -> int:
@@ -308,7 +310,8 @@ def _few_shots(found: _Found, train: Tensor, test: Tensor, drawn: Mapping[int, N
         more = {"low": low, "high": high, "unit": "draw", "n_clusters": len(by_draw)}
         found.fix("fewshot", f"draws {shots}", float(by_draw.mean()), **more)
     found.statistics["fewshot"].append(class_means(values, found.of.label, found.of.clusters))
-    found.chance.update(dict.fromkeys(values, 1 / len(np.unique(found.of.label))))
+    n_classes = next(iter(drawn.values())).shape[1]
+    found.chance.update(dict.fromkeys(values, 1 / n_classes))
 
 
 # ------------------------------------------------------------------------------------------------------------- all

@@ -172,7 +172,9 @@ def test_the_whole_network_or_its_head_is_trained_saved_and_read_back(tmp_path: 
         assert found[id][fold] == pytest.approx(probability, abs=2e-5)
 
 
-def test_a_training_is_resumed_only_with_the_file_named_again(tmp_path: Path) -> None:
+def test_a_training_is_resumed_only_with_the_file_named_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     file = written(tmp_path, STEM)
     data = write_patches(tmp_path / "drawn", 24, size=32)
     folder = train(file, data, tmp_path / "runs").folder
@@ -191,6 +193,7 @@ def test_a_training_is_resumed_only_with_the_file_named_again(tmp_path: Path) ->
     moved = shutil.copytree(tmp_path, tmp_path / "elsewhere", ignore=shutil.ignore_patterns("runs", "begun"))
     again = resume(begun, given={"model": str(moved / "net.py"), "data": None})
     assert again is not None
+    assert f"--resume {begun} --model {moved / 'net.py'}" in capsys.readouterr().err.replace("\n", " ")
     assert again.embedding == setup.fingerprint_parts(setup.patches)
 
 
@@ -246,6 +249,23 @@ def test_files_and_modules_are_found_or_named(tmp_path: Path, monkeypatch: pytes
     plan = make_plan(FinetuneOptions(model="net.py", cv=2, batch_size=2), ComputeOptions(device="cpu"))
     assert plan.n_parameters == by_file.n_parameters
     assert all(module.name.startswith("network.trunk.blocks.") for module in plan.modules)
+
+
+def test_a_file_may_give_the_record_of_a_network_of_timm(tmp_path: Path) -> None:
+    text = """
+from extract import Backbone
+
+def backbone():
+    return Backbone(
+        name="mine", title="Mine", hub_id="org/mine", arch="test_vit",
+        n_parameters=1, embedding_dim=64, gflops=None, licence="",
+    )
+"""
+    record = run_code(written(tmp_path, text))
+    assert (record.network, record.revision) == (None, "main")
+    assert len(list(forward_poolings(build_model(record, None), record, torch.zeros(1, 3, 160, 160)))) == 3
+    with pytest.raises(UserError, match="'uni' is a model that mitofm knows"):
+        run_code(written(tmp_path, text.replace('"mine"', '"uni"')))
 
 
 @pytest.mark.parametrize(
@@ -304,7 +324,7 @@ def test_outputs_are_pooled_as_timms_are() -> None:
         ("test_resnet", {}),
         (
             "swin_tiny_patch4_window7_224",
-            {"embed_dim": 8, "depths": (1, 1, 1, 1), "num_heads": (1, 1, 1, 1), "window_size": 2},
+            {"img_size": 64, "embed_dim": 8, "depths": (1, 1, 1, 1), "num_heads": (1, 1, 1, 1), "window_size": 2},
         ),
     ],
 )
@@ -413,7 +433,7 @@ def test_targets_are_the_familys_behind_a_prefix_else_layers_in_blocks() -> None
     # torchvision's: attention reads its weights without calling them
     vit = VisionTransformer(image_size=16, patch_size=8, num_layers=2, num_heads=2, hidden_dim=8, mlp_dim=8)
     assert targets(vit) == {f"network.encoder.layers.encoder_layer_{k}.mlp.{leaf}" for k in (0, 1) for leaf in (0, 3)}
-    # a ResNet of basic blocks has no 1x1 convolution to adapt but in its shortcuts, and an EfficientNet has
+    # an EfficientNet: from the third stage on, without squeeze and excitation
     lite = timm.create_model("tf_efficientnet_lite0", num_classes=0)
     found = targets(lite)
     assert found

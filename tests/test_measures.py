@@ -1,5 +1,7 @@
 """Does each measure of an embedding say what its definition says, and only where it can?"""
 
+import csv
+import io
 import json
 import shutil
 from dataclasses import replace
@@ -40,7 +42,7 @@ from probe.neighbours import (
     unit_vectors,
 )
 from probe.probing import ProbeOptions, probe_store
-from probe.report.measures import figure_rows, tabulate, terminal_tables
+from probe.report.measures import tabulate, terminal_tables
 from probe.resample import Resampling, make_clusters
 from probe.similarity import linear_cka, self_similarity
 
@@ -261,8 +263,9 @@ def add(
     *,
     noise: float = 0.0,
     signal: float = 1.2,
+    names: tuple[str, ...] = ("no", "yes"),
 ):
-    store.put_samples(dataset, samples, attrs={})
+    store.put_samples(dataset, samples, attrs={"label_names": list(names)})
     rng = np.random.default_rng(seed)
     X = rng.standard_normal((len(samples), WIDTH))
     X[:, :2] += signal * samples.label[:, None]
@@ -352,8 +355,6 @@ def test_all_measures_of_a_store_stand_in_one_file_that_is_read_back(store, tmp_
     expected = np.mean([precision[of.label == k].mean() for k in (0, 1)])
     assert found["retrieval", "precision 5", "one (full, card)", "mine", "train"].value == pytest.approx(expected)
 
-    rows = figure_rows(record.figures)
-    assert len(rows) == len(record.figures)
     shown = tabulate(record.figures)
     assert sum(one is not None for of in shown for row in of.rows.values() for one in row) == len(record.figures)
     assert [one.columns[0] for one in terminal_tables(record)]
@@ -364,9 +365,10 @@ def test_measures_say_what_changes_between_records_and_refuse_changed_files(stor
     first = measured(store, tmp_path / "runs", "retrieval", "knn", models=["one"])
     later = measured(store, tmp_path / "runs", "knn", models=["one"])
     assert {one.measure for one in later.figures} == {"knn"}
-    newest = newest_figures([later, first])
+    early = replace(first, figures=tuple(replace(one, value=2.0) for one in first.figures))
+    newest = newest_figures([later, early])
     assert len(newest) == len(first.figures)
-    assert all(one in later.figures for one in newest if one.measure == "knn")
+    assert {(one.measure, one.value == 2) for one in newest} == {("knn", False), ("retrieval", True)}
     path = later.folder / "measures.json"
     path.write_text(path.read_text().replace('"value": 0.', '"value": 0.9', 1))
     with pytest.raises(UserError, match="is not as it was written"):
@@ -453,9 +455,44 @@ def test_the_report_folds_measures_away_and_shows_those_of_its_patches(store, tm
     assert section.index("<details") < section.index("<table")
     precision = next(one for one in record.figures if (one.name, one.split) == ("precision 5", "test"))
     assert f'<span class="value">{precision.value:.3f}</span>' in section
+    table, _, _ = make_report(runs, resampling=Resampling(replicates=100), format="csv")
+    rows = {(row["figure"], row["dataset"], row["split"]): row for row in csv.DictReader(io.StringIO(table))}
+    row = rows["precision 5", precision.dataset, "test"]
+    assert [float(row[name]) for name in ("value", "low", "high", "chance")] == [
+        *(precision.value, precision.low, precision.high, precision.chance)
+    ]
+    assert (row["label"], row["interval"]) == (precision.embedding, "slides")
+    assert int(row["n_slides"]) == precision.n_clusters
     # Those of other training patches are not shown.
     raw = replace(record, table_digests={"mine": "0" * 64})
     shutil.rmtree(record.folder)
     write_measures(runs, raw)
     page, _, _ = make_report(runs, resampling=Resampling(replicates=100))
     assert 'id="measures"' not in page
+
+
+def test_sets_that_lack_classes_slides_or_nearly_all_patches_are_measured_as_far_as_they_can_be(tmp_path, monkeypatch):
+    monkeypatch.setattr(measuring, "DRAWS", 20)
+    monkeypatch.setattr(measuring, "Resampling", partial(Resampling, replicates=200))
+    store, rng = FeatureStore.open_or_create(tmp_path / "store.zarr"), np.random.default_rng(0)
+    labels = {"mine": rng.integers(0, 3, 60), "two": rng.integers(0, 2, 20), "single": np.array([1])}
+    for name, label in labels.items():
+        n = len(label)
+        samples = make_samples(
+            [f"{name} {row}" for row in range(n)],
+            label.tolist(),
+            sha256=[f"{name} {row}" for row in range(n)],
+            group=[f"{row // 5}" for row in range(n)] if name == "mine" else None,
+            split=["train" if name == "mine" else "test"] * n,
+        )
+        add(store, name, samples, "one", "full", names=("a", "b", "c"))
+    record = measured(store, tmp_path / "runs")
+    found = {(one.measure, one.name, one.dataset): one for one in record.figures}
+    assert found["knn", "balanced_accuracy", "mine"].chance == pytest.approx(1 / 3)
+    assert found["knn", "balanced_accuracy", "two"].chance is None  # it depends on what is guessed
+    assert found["retrieval", "precision 1", "two"].chance == 0.5  # of the patches of the set itself
+    assert found["fewshot", "balanced_accuracy 1", "two"].chance == pytest.approx(1 / 3)
+    assert found["knn", "auroc", "single"].value is None
+    assert ("retrieval", "precision 1", "single") not in found
+    assert ("robustness", "index slide", "mine") in found
+    assert terminal_tables(record)

@@ -98,6 +98,9 @@ def test_paths_of_a_training_are_recorded_for_any_folder_and_come_back(tmp_path,
     back = ComputeOptions.from_record(record)
     assert back == ComputeOptions(data=tmp_path / "data", weights=tmp_path / "w.pt", folds_at_once=2)
     assert ComputeOptions.from_record(ComputeOptions().as_record()) == ComputeOptions()
+    chosen = ComputeOptions(weights=Path("w.pt"), fast=False).as_record(defaults=False)
+    assert chosen == {"weights": str(tmp_path / "w.pt"), "fast": False}
+    assert ComputeOptions().as_record(defaults=False) == {}
 
 
 @pytest.mark.parametrize(

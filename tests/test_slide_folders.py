@@ -75,7 +75,9 @@ def test_a_folder_of_trident_is_imported_by_one_call_and_probed(
     path = tmp_path / "store"
     arguments = ["import", folder, "--dataset", "d", "--model", "uni", "--table", table, "--store", path]
     app(list(map(str, arguments)), standalone_mode=False)
-    assert "1 of its 13 slides have no file" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "its slides are those of the column slide_id" in said
+    assert "1 of its 13 slides have no file" in said
     store = FeatureStore.open(path)
     samples = store.samples("d")
     assert samples.id[:2].tolist() == ["slide_1/x0_y512", "slide_1/x256_y512"]
@@ -104,12 +106,17 @@ def test_slides_are_the_groups_and_patches_or_files_may_have_the_labels(
 ) -> None:
     (tmp_path / "slides.csv").write_text(
         "slide,label,split\n"
-        + "".join(f"{s},{int(s > 'slide_3')},{'test' if s == 'slide_2' else 'train'}\n" for s in SLIDES)
+        + "".join(f"{s}.svs,{int(s > 'slide_3')},{'test' if s == 'slide_2' else 'train'}\n" for s in SLIDES)
     )
     come_in(store, folder, tmp_path / "slides.csv")
     samples = store.samples("d")
     assert samples.group.tolist() == [slide for slide in SLIDES for _ in range(8)]
     assert set(samples.group[samples.split == "test"].tolist()) == {"slide_2"}
+    (tmp_path / "gaps.csv").write_text(
+        "slide,label,group\n" + "".join(f"{s},{k % 2},{'NA' if k else 'p'}\n" for k, s in enumerate(SLIDES))
+    )
+    import_embeddings(store, folder, dataset="gaps", model="uni", view="full", table=tmp_path / "gaps.csv")
+    assert store.samples("gaps").group[::8].tolist() == ["p", *SLIDES[1:]]  # where no patient is known, the slide
     ids = read_folder(folder).ids.tolist()
     (tmp_path / "patches.csv").write_text(
         "id,label\n" + "".join(f"{id},{row % 2}\n" for row, id in enumerate(ids[::-1]))

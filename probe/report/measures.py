@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 from rich.table import Table
 
@@ -55,21 +54,6 @@ _TERMINAL = (
 )
 
 
-class FigureRow(NamedTuple):
-    """A figure as a row of a table: `low` and `high` are None where there is no interval, `n` counts patches."""
-
-    measure: str
-    embedding: str
-    dataset: str
-    split: str
-    figure: str
-    value: float | None
-    low: float | None
-    high: float | None
-    chance: float | None
-    n: int
-
-
 @dataclass(frozen=True)
 class MeasureTable:
     """A table of the page: one measure on one set; a row per embedding or pair, None where there is no such figure."""
@@ -79,25 +63,6 @@ class MeasureTable:
     set: str
     columns: tuple[str, ...]
     rows: dict[str, tuple[Figure | None, ...]]
-
-
-def figure_rows(figures: Iterable[Figure]) -> list[FigureRow]:
-    """List figures as rows, as of `probe.measure_records.newest_figures`."""
-    return [
-        FigureRow(
-            one.measure,
-            one.embedding,
-            one.dataset,
-            one.split,
-            one.name,
-            one.value,
-            one.low,
-            one.high,
-            one.chance,
-            one.n,
-        )
-        for one in figures
-    ]
 
 
 def figures_beside(runs: Sequence[Run]) -> list[Figure]:

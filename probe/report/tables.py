@@ -116,7 +116,7 @@ def _published(report: Report, sets: Sequence[SetReport]) -> _Rows:
 def _beside(report: Report, runs: Sequence[Run]) -> str:
     """Say what stands beside our runs, and what these do otherwise than the published ones."""
     return (
-        f"In brackets below each run: its ensemble at its own threshold, with its {report.how.level:.0%} interval. In "
+        f"Below each run: its ensemble at its own threshold, with a {report.how.level:.0%} interval in brackets. In "
         "italics: published means over five fold models (Banerjee et al. 2025, arXiv 2506.21444v1; the re-run: the "
         "authors' notebooks, without what is no second measurement). Bold: the highest mean of a column. "
         + " ".join(say_departures(runs))

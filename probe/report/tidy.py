@@ -9,8 +9,10 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from features.labels import Classes
+from probe.measure_records import Figure
 from probe.metrics import FoldFigure, Interval, Judgement
 from probe.report.collect import Report, SetReport
+from probe.report.measures import figures_beside
 from probe.report.read import Run
 from probe.resample import SLIDE
 
@@ -26,7 +28,7 @@ COLUMNS = (
     "dataset",
     "split",  # test; unseen: without patches known from training; validation: out of fold
     "domain",  # of the patches; empty for all of them
-    "of",  # fold models: the mean over them; ensemble; mean of domains: of the ensemble
+    "of",  # fold models: the mean over them; ensemble; mean of domains: of the ensemble; or a key of `MEASURES`
     "figure",
     "class",  # that the figure is of, against all others; empty for the task's
     "value",
@@ -47,6 +49,7 @@ COLUMNS = (
     "folds_digest",
     "embedding",  # fingerprints, of several embeddings joined by +
     "weights",  # SHA-256, likewise
+    "chance",  # of a measure: the value if embeddings said nothing
 )
 
 
@@ -54,7 +57,7 @@ def tidy(report: Report, runs: Mapping[str, Run]) -> str:
     """Tabulate every figure of a report: CSV with a row per run, set, domain and figure, and the columns `COLUMNS`.
 
     Numbers have all their digits; what does not exist is an empty cell. Out of fold, an ensemble's row is of each patch
-    by the model that had not trained on it.
+    by the model that had not trained on it. Measures of embeddings that lie among the runs come last.
 
     Args:
         report: of `probe.report.collect`.
@@ -67,6 +70,8 @@ def tidy(report: Report, runs: Mapping[str, Run]) -> str:
         for label in on.comparison.judgements:
             same = _of_run(runs[label], on)
             writer.writerows({name: _cell(value) for name, value in (same | row).items()} for row in _rows(on, label))
+    for figure in figures_beside(list(runs.values())):
+        writer.writerow({name: _cell(value) for name, value in _of_measure(figure).items()})
     return text.getvalue()
 
 
@@ -112,6 +117,33 @@ def _rows(on: SetReport, label: str) -> Iterator[dict[str, Any]]:
             for name, one in of.figures.items():
                 named = {"domain": domain, "of": "ensemble", **_named(name, on.classes)}
                 yield named | _with_interval(one, of) | _about(of)
+
+
+def _of_measure(figure: Figure) -> dict[str, Any]:
+    drawn = {"slide": "slides", "sample": "patches", "draw": "draws"}
+    low_wide, high_wide = figure.wide or (None, None)
+    row = {
+        "label": figure.embedding,
+        "method": "measure",
+        "dataset": figure.dataset,
+        "split": figure.split,
+        "of": figure.measure,
+        "figure": figure.name,
+        "value": figure.value,
+        "n_patches": figure.n,
+        "n_slides": figure.n_clusters if figure.unit == "slide" else None,
+        "chance": figure.chance,
+    }
+    if figure.low is None or math.isnan(figure.low):
+        return row
+    return row | {
+        "low": figure.low,
+        "high": figure.high,
+        "interval": drawn[figure.unit],
+        "low_wide": low_wide,
+        "high_wide": high_wide,
+        "level": 0.95,
+    }
 
 
 def _about(judgement: Judgement) -> dict[str, Any]:
