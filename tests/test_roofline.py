@@ -106,6 +106,7 @@ def test_a_step_is_bound_by_the_gpu_or_by_the_host() -> None:
     assert (together.kernels, together.seconds) == (1, pytest.approx(1e-6))
 
 
+@pytest.mark.slow
 def test_the_adapters_kernels_stand_for_what_they_compute() -> None:
     plain, ours = (roofline.kernels_per_layer(triton=triton) for triton in (False, True))
     assert ours[0] < plain[0]
