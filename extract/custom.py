@@ -224,6 +224,10 @@ def _tried(own: CustomNetwork, name: str, size: int) -> dict[str, int]:
             raise UserError(
                 f"{name}: {pooling} holds NaN or infinity for images in the range -1 to 1. Are all weights loaded?"
             )
+        if bool((values[0] == values[1]).all()):
+            raise UserError(
+                f"{name}: {pooling} is the same for two images that have nothing in common. Are all weights loaded?"
+            )
         if not values.requires_grad:
             raise UserError(
                 f"{name}: {pooling} does not follow from the parameters of the network that is given, so it could not "

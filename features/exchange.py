@@ -28,6 +28,7 @@ from features.store import FeatureStore, table_changed
 from features.tables import Table, first_of, known_cells, natural_order, read_splits, read_table
 
 IMPORTED_POOLING = "pooled"  # the one pooling of an imported embedding, whatever its maker calls it
+IMPORTED = "imported from "  # how the source of a dataset begins that no patches came with
 DTYPES = ("float32", "float16")
 _SHOWN = 3
 
@@ -174,7 +175,7 @@ def import_embeddings(
     require_float16(embeddings, str(source), ids=samples.id)
     halves = to_float16(embeddings, str(source), ids=samples.id)
     if table is not None or own_labels:
-        attrs: dict[str, Any] = {"source": f"imported from {(table or source).name}", "label_names": list(classes)}
+        attrs: dict[str, Any] = {"source": f"{IMPORTED}{(table or source).name}", "label_names": list(classes)}
         attrs |= {"ordinal": True} if ordinal else {}
         before = store.put_samples(dataset, samples, attrs=attrs)
         if before is not None:

@@ -131,7 +131,10 @@ def similar_rows(train: Embeddings, test: Embeddings, *, fold: NDArray[np.intp] 
         return same
     # Of independent neighbours, (distance / distance of the last)^dimension is uniform.
     ratio = np.maximum(nearest[:, :-1], 1e-12) / np.maximum(nearest[:, -1:], 1e-12)  # squared distances
-    dimension = -2 / np.log(ratio[~same, 1:]).mean()
+    spread = np.log(ratio[~same, 1:]).mean()
+    if spread == 0:  # all equally far away, as where embeddings are constant
+        return same
+    dimension = -2 / spread
     chance = -np.expm1(_RANK * np.log1p(-np.minimum(ratio[:, 0] ** (dimension / 2), 0.5)))
     found: NDArray[np.bool_] = same | ((ratio[:, 0] < NEARER) & (chance * len(test) < _FALSE))
     return found

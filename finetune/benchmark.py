@@ -131,7 +131,7 @@ def run_benchmark(
             said = f": {one.reason}" if one.state in ("failed", "cannot") else took
             say(f"[{n_ended} of {n_rows}] row {one.row.number}, {one.row.title}: {one.state}{said}")
     if left:
-        say(f"{n_ended} rows in {duration(time.perf_counter() - started)}.")
+        say(f"{n_ended} row{'s' * (n_ended != 1)} in {duration(time.perf_counter() - started)}.")
     found = look(where)
     final = [one if one.state in ("failed", "cannot") else standing(one.row, facts, found) for one in now.values()]
     return _report(Outcome(final), facts, shard, out, launch, environment)

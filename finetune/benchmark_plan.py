@@ -240,6 +240,10 @@ def _probe(
         given.pop("fractions", None)  # of the exact probe alone
     named = {"train": names[0], "test": names[1:], "recipe": recipe, "view": view and parse_view(view).name}
     options = _converted(given | named, ProbeOptions)
+    if recipe == "exact" and options.cv < 3 and options.folds_by is None:
+        raise UserError(
+            f"`cv = {options.cv}`: exact probes choose a strength within training folds, and need at least 3."
+        )
     return Row(0, 0, model, PROBE, (options.view,) if options.view else _view_names(views), options)
 
 

@@ -513,6 +513,10 @@ def benchmark(
 ) -> None:
     if script not in (None, "sh", "slurm"):
         raise UserError(f"unknown script {script!r}: use --print sh or slurm.")
+    if script is not None and (as_json or shard is not None):
+        raise UserError(
+            f"--print {script} prints a script of all rows: leave out {'--json' if as_json else '--shard'}."
+        )
     check_output(out)
     given = os.environ.get("HF_HUB_ETAG_TIMEOUT")
     os.environ["HF_HUB_ETAG_TIMEOUT"] = given or "4"  # as in fm-doctor; it is read when it is imported
@@ -526,7 +530,10 @@ def benchmark(
     part = find_shard(shard)
     facts = gather(plan, Where(data, store, runs, device))
     rows = survey(facts)
+    nothing = UserError("no row of this benchmark can be run here; fm-benchmark --dry-run says what each lacks.")
     if script is not None:
+        if all(one.state == "cannot" for one in rows):
+            raise nothing
         print_text((shell_script if script == "sh" else slurm_script)(facts, rows, out))
         return
     if not as_json:
@@ -550,7 +557,7 @@ def benchmark(
             f"{len(messages)} of this benchmark failed; the same command tries them again:\n" + "\n".join(messages)
         )
     if all(one.state == "cannot" for one in outcome.standings):
-        raise UserError("no row of this benchmark can be run here; above stands what each lacks.")
+        raise nothing
 
 
 def _flagged(text: str) -> str:

@@ -253,10 +253,13 @@ def _load_backbones(
     require_distinct(own)
     if unused := [one.name for one in own if one.name not in models]:
         raise UserError(
-            f"`model` names {unused[0]}, by which no run was made: found {', '.join(models)}. Leave it out."
+            f"`model` names {unused[0]}, by which no run was made: expected the files of models of your own among "
+            f"{', '.join(models)}."
         )
     backbones = {
-        model: recorded_backbone(model, f"{part.revision}, SHA-256 {part.weights_sha256}", named=own, where=run)
+        model: recorded_backbone(
+            model, f"{part.revision}, weights with SHA-256 {part.weights_sha256}", named=own, where=run
+        )
         for model, (part, run) in models.items()
     }
     return {model: (backbone, fetch_weights(backbone, weights=weights)) for model, backbone in backbones.items()}

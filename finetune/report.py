@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from extract.datasets import DATASETS, PatchDataset, load_dataset, local_data
 from extract.registry import BACKBONES
 from features.console import UserError, say
+from features.exchange import IMPORTED
 from features.files import write_file, writing
 from features.labels import NUMBERS, parse_renaming
 from probe.records import RunRecord
@@ -134,6 +135,8 @@ def _load_patches(dataset: str, run: RunRecord, data: Path | None) -> PatchDatas
             dataset, data=folder, labels=labels, classes=run.label_names if several and not of_training else None
         )
     source = run.sources.get(dataset, "")
+    if source.startswith(IMPORTED):
+        raise UserError("its embeddings were imported, and no patches with them.")
     if not Path(source).is_absolute() or not Path(source).exists():
         raise UserError(f"{source or 'where they lie'} is not {'there' if source else 'known'}.")
     named = run.label_names != NUMBERS  # early runs do not know the names of their classes

@@ -267,6 +267,10 @@ def _clusters(found: _Found, embeddings: Tensor, n_classes: int, seed: int) -> N
 
 def _robustness(found: _Found, any_: NDArray[np.intp], apart: NDArray[np.intp]) -> None:
     of, by = found.of, found.of.confounded_by
+    chance = _robustness_of_chance(of)
+    if not 0 < chance < 1:
+        say(f"{of.dataset}, {of.split}: no {by} has patches of two classes, so a robustness index would say nothing.")
+        return
     # Patches of a slide share domain and more: neighbours are sought on other slides, unless slides are the confounder.
     counts = robustness_counts((any_ if by == "slide" else apart)[:, :FEW], of.label, of.confounder)
     name = f"index {by}"
@@ -276,7 +280,7 @@ def _robustness(found: _Found, any_: NDArray[np.intp], apart: NDArray[np.intp]) 
             return {name: sums[:, 0] / sums.sum(axis=1)}
 
     found.statistics["robustness"].append(Sums(sums_by_cluster(counts, of.clusters), figures))
-    found.chance[name] = _robustness_of_chance(of)
+    found.chance[name] = chance
 
 
 def _robustness_of_chance(of: PatchSet) -> float:

@@ -150,6 +150,7 @@ def plan_of(tmp_path: Path, text: str) -> Plan:
         ("models = 'uni'\nepochs = 'ten'", "Expected `int.*epochs"),
         ("models = 'uni'\nepochs = 0", "--epochs"),
         ("models = 'uni'\ncv = 1\nmethods = 'lora'", "at least 2 folds"),
+        ("models = 'uni'\ncv = 2\nmethods = 'probe'", "`cv = 2`: exact probes .* at least 3"),
         ("models = 'uni'\nmethods = 'probe'\nepochs = 3", "`epochs` is no option of probe"),
         ("[[rows]]\nmodels = 'uni'\ntrain = 'ami-br'", "`train` stands above the first"),
     ],

@@ -82,6 +82,12 @@ def test_among_few_patches_only_copies_are_found(tmp_path, n):
     assert similar_rows(add(store, "a", known), add(store, "b", other)).tolist() == [True, False]
 
 
+def test_embeddings_that_are_all_equal_say_nothing_and_warn_of_nothing(tmp_path):
+    store = FeatureStore.open_or_create(tmp_path / "s.zarr")
+    constant = np.zeros((100, WIDTH))
+    assert not similar_rows(add(store, "a", constant), add(store, "b", constant[:3])).any()
+
+
 def test_sets_too_large_to_compare_are_left_alone(tmp_path, monkeypatch):
     monkeypatch.setattr(leaks, "_MOST_PAIRS", 99)
     X = np.random.default_rng(2).standard_normal((10, WIDTH))

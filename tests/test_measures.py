@@ -475,14 +475,19 @@ def test_sets_that_lack_classes_slides_or_nearly_all_patches_are_measured_as_far
     monkeypatch.setattr(measuring, "DRAWS", 20)
     monkeypatch.setattr(measuring, "Resampling", partial(Resampling, replicates=200))
     store, rng = FeatureStore.open_or_create(tmp_path / "store.zarr"), np.random.default_rng(0)
-    labels = {"mine": rng.integers(0, 3, 60), "two": rng.integers(0, 2, 20), "single": np.array([1])}
+    labels = {
+        "mine": rng.integers(0, 3, 60),
+        "slides": np.arange(20) // 10,
+        "two": rng.integers(0, 2, 20),
+        "single": np.array([1]),
+    }
     for name, label in labels.items():
         n = len(label)
         samples = make_samples(
             [f"{name} {row}" for row in range(n)],
             label.tolist(),
             sha256=[f"{name} {row}" for row in range(n)],
-            group=[f"{row // 5}" for row in range(n)] if name == "mine" else None,
+            group=[f"{row // 5}" for row in range(n)] if name in ("mine", "slides") else None,
             split=["train" if name == "mine" else "test"] * n,
         )
         add(store, name, samples, "one", "full", names=("a", "b", "c"))
@@ -495,4 +500,5 @@ def test_sets_that_lack_classes_slides_or_nearly_all_patches_are_measured_as_far
     assert found["knn", "auroc", "single"].value is None
     assert ("retrieval", "precision 1", "single") not in found
     assert ("robustness", "index slide", "mine") in found
+    assert ("robustness", "index slide", "slides") not in found  # a slide there is of one class
     assert terminal_tables(record)

@@ -243,6 +243,8 @@ def _folders(runs: Path) -> tuple[list[Path], list[str]]:
     notes = [f"{path.name} has not finished and is left out: fm-finetune --resume {path}" for path in unfinished]
     if not finished:
         hint = f" {notes[0]}." if notes else " Make one with fm-probe or fm-finetune."
+        if any(path.name.startswith("measures-") for path in below):
+            hint += " Measures are shown beside runs: fm-probe without --measures makes some."
         raise UserError(f"{runs} holds no finished run.{hint}")
     return finished, notes
 
