@@ -34,7 +34,7 @@ EMBED, PROBE = "embed", "probe"  # methods of rows, beside those of fine-tuning
 SHIPPED = Path(str(files("finetune"))) / "plans"
 
 _READING = ("positive", "labels", "classes", "ordinal", "skip_unlabelled")  # how the patches of one's own are read
-_GRID = ("models", "methods", "recipes", "views")
+_GRID = ("models", "imported", "methods", "recipes", "views")
 # A combination would be a second run of a row.
 _SET_BY_ROW = {"model", "train", "test", "method", "recipe", "lora", "device", "combine"}
 
@@ -58,8 +58,10 @@ class Row:
             probes that read them, or one fine-tuning.
         model: its name.
         method: "embed", "probe", or how it is fine-tuned.
-        views: that are embedded, or that a probe chooses from; none of a fine-tuning.
+        views: that are embedded, or that a probe chooses from; none of a fine-tuning, and of embeddings that were
+            imported all that there are.
         options: of a probe or a fine-tuning.
+        imported: whether the embeddings that it reads were made elsewhere, and imported into the store.
     """
 
     number: int
@@ -68,6 +70,7 @@ class Row:
     method: str
     views: tuple[str, ...]
     options: ProbeOptions | FinetuneOptions | None
+    imported: bool = False
 
     @property
     def recipe(self) -> str:
@@ -193,7 +196,8 @@ def _product(
     table: Mapping[str, Any], train: str, test: tuple[str, ...], reading: Mapping[str, Any], notes: dict[str, None]
 ) -> Iterator[Row]:
     """Make the probes and fine-tunings of one table, not numbered yet."""
-    models, methods = _list(table, "models"), _list(table, "methods", ["probe", "lora"])
+    imported = _list(table, "imported", [])
+    models, methods = _list(table, "models", [] if imported else None), _list(table, "methods", ["probe", "lora"])
     recipes, views = _list(table, "recipes", ["default"]), _list(table, "views", ["full"])
     for kind, names, all_names in (("method", methods, (PROBE, *METHODS)), ("recipe", recipes, RECIPE_NAMES)):
         for name in names:
@@ -207,6 +211,13 @@ def _product(
         takes = _OF_PROBES if methods == [PROBE] else _OPTIONS if PROBE in methods else _OF_TRAININGS
         if name in _OPTIONS and name not in takes:
             raise UserError(f"`{name}` is no option of {', '.join(methods)}. Leave it out.")
+    if imported and PROBE not in methods:
+        raise UserError(f"`imported` is of probes, and `methods` are {', '.join(methods)}. Add probe.")
+    for model in imported:
+        for recipe in recipes:
+            yield _probe(model, recipe, chosen, train, test, (), imported=True)
+    if imported and not models:
+        return
     for method in methods:
         for recipe in recipes:
             scripts = {model for by, model in AUTHORS if by == method}
@@ -228,10 +239,17 @@ def _product(
 
 
 def _probe(
-    model: str, recipe: str, chosen: Mapping[str, Any], train: str, test: tuple[str, ...], views: Sequence[str]
+    model: str,
+    recipe: str,
+    chosen: Mapping[str, Any],
+    train: str,
+    test: tuple[str, ...],
+    views: Sequence[str],
+    *,
+    imported: bool = False,
 ) -> Row:
     recipe = "exact" if recipe == "default" else recipe
-    view = chosen.get("view", TRAINED_VIEWS.get(recipe))
+    view = chosen.get("view", None if imported else TRAINED_VIEWS.get(recipe))
     names = [name if name in DATASETS else parse_source(name)[0] for name in (train, *test)]
     given = {name: value for name, value in chosen.items() if name in _OF_PROBES}
     if recipe == "exact":
@@ -244,7 +262,7 @@ def _probe(
         raise UserError(
             f"`cv = {options.cv}`: exact probes choose a strength within training folds, and need at least 3."
         )
-    return Row(0, 0, model, PROBE, (options.view,) if options.view else _view_names(views), options)
+    return Row(0, 0, model, PROBE, (options.view,) if options.view else _view_names(views), options, imported)
 
 
 def _training(
@@ -275,7 +293,12 @@ def _numbered(asked: Sequence[Row]) -> Iterator[Row]:
         if row.method == PROBE:
             views.setdefault(row.model, {}).update(dict.fromkeys(row.views))
     unit_of = {model: unit for unit, model in enumerate(views)}
-    embeddings = [Row(0, unit_of[model], model, EMBED, tuple(of_model), None) for model, of_model in views.items()]
+    ours = {row.model for row in rows if not row.imported}
+    embeddings = [
+        Row(0, unit_of[model], model, EMBED, tuple(of_model), None)
+        for model, of_model in views.items()
+        if model in ours
+    ]
     probes = [replace(row, unit=unit_of[row.model]) for row in rows if row.method == PROBE]
     trainings = [row for row in rows if row.method != PROBE]
     trainings = [replace(row, unit=len(unit_of) + k) for k, row in enumerate(trainings)]

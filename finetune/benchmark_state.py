@@ -12,18 +12,20 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from huggingface_hub import constants
 
 from extract.backbones import Backbone, find_backbone
-from extract.datasets import DATASETS, PatchDataset, load_dataset, local_data, parse_source
+from extract.datasets import DATASETS, load_dataset, local_data, parse_source
 from extract.doctor import DoctorOptions, ModelCheck, diagnose
 from features.console import UserError
 from features.device import find_device
 from features.entry import Entry
-from features.labels import parse_renaming
+from features.exchange import IMPORTED
+from features.labels import Classes, parse_renaming
+from features.samples import Samples
 from features.store import FeatureStore
 from finetune.benchmark_cost import Counts, Estimate, device_memory, estimate, measure_rates
 from finetune.benchmark_plan import EMBED, PROBE, Plan, Row, Where, read_plan, require_parsable
@@ -127,7 +129,7 @@ def gather(plan_name: str, where: Where) -> Facts:
         notes.append("The patches are not here yet and will be downloaded (215 MB) by the first command.")
     else:
         try:
-            loaded = _load(plan, where.data)
+            loaded = _load(plan, where)
         except UserError as error:
             problem = ("its patches cannot be used", str(error))
     counts, refusals = _count(plan, loaded)
@@ -158,8 +160,18 @@ def _is_here(name: str, data: Path | None) -> bool:
     return (data / (DATASETS[name].folder or DATASETS[DATASETS[name].of].folder)).is_dir()
 
 
-def _load(plan: Plan, data: Path | None) -> dict[str, PatchDataset]:
+class _Table(NamedTuple):
+    """The patch table of a dataset: of `PatchDataset`, or of a store where no patches came with embeddings."""
+
+    samples: Samples
+    label_names: Classes
+
+
+def _load(plan: Plan, where: Where) -> dict[str, _Table]:
     """Load the patch tables as fine-tuning does: those of the tests by the classes of the training set."""
+    if of_store := _imported_tables(plan, where):
+        return of_store
+    data = where.data
     reading = dict(plan.reading)
     renamed = parse_renaming(reading.get("labels"))
     shared: dict[str, Any] = {"labels": renamed, "skip_unlabelled": reading.get("skip_unlabelled", False)}
@@ -172,7 +184,23 @@ def _load(plan: Plan, data: Path | None) -> dict[str, PatchDataset]:
         **shared,
     )
     tests = [load_dataset(name, data=data, classes=patches.label_names, **shared) for name in plan.datasets[1:]]
-    return {one.name: one for one in (patches, *tests)}
+    return {one.name: _Table(one.samples, one.label_names) for one in (patches, *tests)}
+
+
+def _imported_tables(plan: Plan, where: Where) -> dict[str, _Table]:
+    """Read the tables that the store alone knows, because embeddings were imported without patches."""
+    if not all(row.imported for row in plan.rows) or not _has_store(where):
+        return {}
+    store = FeatureStore.open(where.store)
+    if not set(plan.datasets) <= set(store.datasets()):
+        return {}
+    if not all(str(store.dataset_attrs(name).get("source", "")).startswith(IMPORTED) for name in plan.datasets):
+        return {}
+    return {name: _Table(store.samples(name), store.class_names(name)) for name in plan.datasets}
+
+
+def _has_store(where: Where) -> bool:
+    return "://" in where.store or (Path(where.store) / "zarr.json").is_file()
 
 
 def _question(row: Row) -> tuple[Any, ...]:
@@ -181,7 +209,7 @@ def _question(row: Row) -> tuple[Any, ...]:
     return of.cv, of.fold_seed, of.recipe in ("paper", "authors"), of.soft_labels, of.folds_by
 
 
-def _count(plan: Plan, loaded: Mapping[str, PatchDataset]) -> tuple[dict[Any, Counts], dict[Any, str]]:
+def _count(plan: Plan, loaded: Mapping[str, _Table]) -> tuple[dict[Any, Counts], dict[Any, str]]:
     """Count the patches of every fold assignment; of datasets that are not here, by what is published of them."""
     counts, refusals = {}, {}
     for question in {_question(row) for row in plan.rows}:
@@ -216,7 +244,7 @@ def _backbones(plan: Plan, where: Where) -> tuple[dict[str, Backbone], dict[str,
     downloads: dict[str, float] = {}
     backbones: dict[str, Backbone] = {}
     lacks: dict[str, tuple[str, str]] = {}
-    for model in dict.fromkeys(row.model for row in plan.rows):
+    for model in dict.fromkeys(row.model for row in plan.rows if not row.imported):
         try:
             backbones[model] = find_backbone(model)
         except UserError as error:
@@ -254,7 +282,7 @@ def look(where: Where) -> Found:
             elif (folder / START_FILE).is_file():
                 starts.append((folder, read_start(folder)))
     entries: dict[tuple[str, str, str], Entry] = {}
-    if "://" in where.store or (Path(where.store) / "zarr.json").is_file():
+    if _has_store(where):
         with suppress(UserError):
             entries = {(one.dataset, one.model, one.view): one for one in FeatureStore.open(where.store).entries()}
     by_date = sorted(runs, key=lambda record: record.created, reverse=True)
@@ -271,6 +299,13 @@ def standing(row: Row, facts: Facts, found: Found) -> Standing:
         return Standing(row, "cannot", *facts.problem)
     if refusal := facts.refusals.get(_question(row)):
         return Standing(row, "cannot", "no such folds", refusal)
+    if row.imported and not _is_embedded(row, facts, found):
+        names = ", ".join(_names(facts.plan, facts))
+        remedy = (
+            f"{facts.where.store} has no imported embeddings of {names} by {row.model}, whole and in one view. Import "
+            f"them: fm-store import FILE --model {row.model} --dataset {names} --store {facts.where.store}"
+        )
+        return Standing(row, "cannot", "not imported", remedy)
     if row.model in facts.lacks and not (row.method == PROBE and _is_embedded(row, facts, found)):
         return Standing(row, "cannot", *facts.lacks[row.model])
     begun = next((folder for folder, start in found.starts if _is_start_of(row, start, facts)), None)
@@ -284,8 +319,17 @@ def _names(plan: Plan, facts: Facts) -> tuple[str, ...]:
 
 def _is_embedded(row: Row, facts: Facts, found: Found) -> bool:
     """Whether the store holds every dataset, of the images that are here, by the row's model in its views."""
-    for name in _names(facts.plan, facts):
-        for view in row.views:
+    names = _names(facts.plan, facts)
+    views = row.views
+    if row.imported and not views:  # any that all datasets have
+        of = [
+            {view for dataset, model, view in found.entries if (dataset, model) == (name, row.model)} for name in names
+        ]
+        views = tuple(set.intersection(*of))
+        if not views:
+            return False
+    for name in names:
+        for view in views:
             entry = found.entries.get((name, row.model, view))
             if entry is None or not entry.complete:
                 return False

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import h5py
@@ -17,8 +17,12 @@ from features.console import UserError
 from features.embedding_files import coordinates, read_folder
 from features.exchange import import_embeddings
 from features.store import FeatureStore
+from finetune.benchmark import run_benchmark
+from finetune.benchmark_plan import Where
+from finetune.benchmark_state import gather, survey
+from probe.cli import app as probe_app
 from probe.probing import ProbeOptions, probe_store
-from probe.runs import read_predictions
+from probe.runs import read_predictions, read_run
 
 SLIDES = [f"slide_{k}" for k in range(1, 13)]  # slide_10 follows slide_9
 D = 6
@@ -99,6 +103,37 @@ def test_a_folder_of_trident_is_imported_by_one_call_and_probed(
                 slide["features"], slide["coords"] = values, coords  # (1, n, d), as CLAM's
     come_in(store, folder, model="other")
     np.testing.assert_array_equal(store.read("d", model="other", view="full"), stored)
+
+
+def test_a_plan_of_imported_embeddings_runs_every_probe_or_says_what_to_import(
+    folder: Path, table: Path, tmp_path: Path, store: FeatureStore
+) -> None:
+    come_in(store, folder, table)
+    plan = tmp_path / "plan.toml"
+    plan.write_text(
+        "train = 'd'\nimported = ['uni', 'titan']\nmethods = 'probe'\nrecipes = ['default', 'paper']\ncv = 3"
+    )
+    where = Where(store=str(store.path), runs=tmp_path / "runs")
+
+    def launch(line: Sequence[str], log: Path, environment: Mapping[str, str], descriptors: Sequence[int]) -> int:
+        if line[0] == "fm-probe":
+            probe_app(list(line[1:]), standalone_mode=False)
+        log.write_text("")
+        return 0
+
+    facts = gather(str(plan), where)
+    rows = survey(facts)
+    assert [(one.row.model, one.row.method, one.row.recipe, one.state) for one in rows] == [
+        ("uni", "probe", "exact", "to do"),
+        ("uni", "probe", "paper", "to do"),
+        ("titan", "probe", "exact", "cannot"),
+        ("titan", "probe", "paper", "cannot"),
+    ]
+    assert f"fm-store import FILE --model titan --dataset d --store {store.path}" in rows[2].remedy
+    outcome = run_benchmark(facts, rows, out=tmp_path / "report.html", launch=launch)
+    assert [one.state for one in outcome.standings] == ["done", "done", "cannot", "cannot"]
+    runs = [read_run(path.parent) for path in (tmp_path / "runs").glob("*/run.json")]
+    assert sorted((run.model, run.options["recipe"]) for run in runs) == [("uni", "exact"), ("uni", "paper")]
 
 
 def test_slides_are_the_groups_and_patches_or_files_may_have_the_labels(
