@@ -43,7 +43,7 @@ class State:
     Attributes:
         members: numbers of the members (`finetune.network`) that train at present, one per row.
         values: (n_rows, p) as in `Network`.
-        best: (n_rows, p) rows of each member's best epoch.
+        best: (n_rows, p) rows of the epoch that each member keeps.
         moments: (n_rows, 2, p_trained) Adam's running means of gradients and of their squares.
         n_steps: optimiser steps of each row.
         history: member to one record per finished epoch; members that have finished training stay.

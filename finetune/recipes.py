@@ -13,8 +13,9 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from features.console import UserError
+from features.options import MOST_EPOCHS
 from finetune.augment import AugmentOptions
-from probe.schedule import PAPER, plateau_rate
+from probe.schedule import PAPER, best_epoch, plateau_rate
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +37,7 @@ class Recipe:
         patience: epochs without a better validation balanced accuracy after which a fold stops.
         statistics: "card", as views say how images are normalised; "imagenet" in runs from before they did.
         augment: how patches change from epoch to epoch; None for not at all.
+        keep: "best" keeps a fold's epoch with the highest validation balanced accuracy, "last" that at which it stopped.
         tta: test-time augmentation: whether logits are means over the eight flips and quarter turns of a patch, out of
             fold, on tests and in predictions. Epochs are compared by patches as they are.
     """
@@ -55,7 +57,12 @@ class Recipe:
     patience: int = PAPER.patience
     statistics: Literal["card", "imagenet"] = "card"
     augment: AugmentOptions | None = field(default_factory=AugmentOptions)
+    keep: Literal["best", "last"] = "best"
     tta: bool = False
+
+    def kept_epoch(self, scores: Sequence[float]) -> int:
+        """Return the epoch, counted from 0, that a fold keeps after epochs with these validation scores."""
+        return len(scores) - 1 if self.keep == "last" else best_epoch(scores)
 
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> Recipe:
@@ -90,8 +97,9 @@ RECIPES = {
         optimizer="adamw",
         schedule="cosine",
         warmup=0.5,
-        patience=8,
+        patience=MOST_EPOCHS,  # a cosine is trained to its end
         augment=AugmentOptions(rotation=180.0),
+        keep="last",
         tta=True,
     ),
 }

@@ -1,6 +1,6 @@
 """How is one backbone fine-tuned: prepare, train, score, write the run?
 
-Training data alone decide folds, recipe and best epochs; test patches are only scored. A run's folder appears at once,
+Training data alone decide folds, recipe and the epochs kept; test patches are only scored. A run's folder appears at once,
 with `training.json` and soon a checkpoint (`finetune.checkpoint`). What makes it a run is written at the end: each
 fold's weights, the predictions for held-out slides and test sets, and last `run.json`.
 """
@@ -40,7 +40,6 @@ from finetune.step import TrainingSet
 from finetune.train import new_state, train
 from probe.records import Cost, RunRecord
 from probe.runs import finish_run, new_run_id, read_run, versions
-from probe.schedule import best_epoch
 
 
 def finetune(
@@ -222,7 +221,7 @@ def _compute_reproducibly(setup: Setup) -> None:
 
 
 def _train_networks(setup: Setup, folder: Path, network: Network, data: TrainingSet) -> tuple[Network, State]:
-    """Train every network that has not finished, and save the best epoch of each member.
+    """Train every network that has not finished, and save the epoch that each member keeps.
 
     Returns:
         The last network and the last state, whose history is that of all members.
@@ -307,7 +306,7 @@ def _record(setup: Setup, run_id: str, network: Network, state: State) -> RunRec
         folds=experiment.folds_record(),
         seeds=options.training_seeds,
         table_digests=experiment.table_digests,
-        best_epoch=tuple(best_epoch(state.scores(member)) for member in range(len(setup.fold_models))),
+        best_epoch=tuple(setup.recipe.kept_epoch(state.scores(member)) for member in range(len(setup.fold_models))),
         history=tuple(tuple(state.history[member]) for member in range(len(setup.fold_models))),
         cost=Cost(
             device=compute.device.type,

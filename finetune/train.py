@@ -36,7 +36,7 @@ from finetune.step import Batches, Step, TrainingSet
 from probe.metrics import judge_logits
 from probe.paper import draw_batches
 from probe.records import EpochRecord
-from probe.schedule import best_epoch, should_stop
+from probe.schedule import should_stop
 
 STEPS_APART = 2**20  # between the numbers of the first steps of two epochs
 _MOST_SAID = 10  # members whose accuracies progress tells one by one
@@ -68,7 +68,7 @@ def train(
     save: Callable[[State], None],
     advance: ProgressCallback,
 ) -> None:
-    """Train the network's members until each has stopped; the rows of their best epochs are then in `state.best`.
+    """Train the network's members until each has stopped; the rows of the epochs they keep are then in `state.best`.
 
     Args:
         network: its rows are overwritten by the state's.
@@ -122,7 +122,7 @@ def train(
                 learning_rate=learning_rate(state.scores(member), recipe, batch=n_batches // 2, n_batches=n_batches),
             )
             state.history[member].append(record)
-            if best_epoch(state.scores(member)) == epoch:
+            if recipe.kept_epoch(state.scores(member)) == epoch:
                 index = network.members.index(member)
                 state.best[index] = network.values[index]
         state.seconds += time.perf_counter() - started

@@ -124,6 +124,19 @@ def test_the_first_of_equally_good_epochs_is_the_best() -> None:
     assert best_epoch([0.5, 0.8, 0.7, 0.8, 0.8]) == 1
 
 
+def test_our_recipe_keeps_the_last_epoch_and_the_papers_the_best() -> None:
+    scores = [0.5, 0.8, 0.7]
+    assert (DEFAULT.kept_epoch(scores), RECIPES["paper"].kept_epoch(scores)) == (2, 1)
+    before = {name: value for name, value in asdict(DEFAULT).items() if name != "keep"}
+    assert Recipe.from_record(before).keep == "best", "as recipes did before they said it"
+
+
+def test_a_cosine_is_never_stopped_early() -> None:
+    worse_and_worse = [0.9 - 0.01 * epoch for epoch in range(40)]
+    longer = replace(DEFAULT, epochs=50)
+    assert not should_stop(worse_and_worse, patience=longer.patience, max_epochs=longer.epochs)
+
+
 def test_a_fold_stops_when_its_patience_or_its_epochs_end() -> None:
     assert not should_stop([], patience=2, max_epochs=6)
     assert not should_stop([0.5, 0.6, 0.6], patience=2, max_epochs=6)
