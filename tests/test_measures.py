@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import re
 import shutil
 from dataclasses import replace
 from functools import partial
@@ -438,7 +439,11 @@ def test_the_command_takes_measures_with_and_without_names(store, tmp_path):
     shown = probe("--measures=knn", "--model", "two").stdout
     assert "k-NN" in shown
     assert "two (full, card)" in shown
-    assert isinstance(probe("--combine", "--measures").exception, UserError)
+    assert re.search(r"two \(full, card\).*\n.*k-NN with k = \d", shown)
+    # Not the advice of another recipe, which measures would refuse as well.
+    for given, name in ((["--combine"], "combine"), (["--seeds", "3"], "seeds"), (["--recipe", "paper"], "recipe")):
+        with pytest.raises(UserError, match=f"`{name}` says how probes are fitted, and `measures` fits none"):
+            raise probe(*given, "--measures", "knn").exception
     assert not list(tmp_path.glob("runs/probe-*"))
 
 

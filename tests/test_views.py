@@ -152,7 +152,9 @@ def test_the_whole_patch_at_224_loses_no_border_where_the_card_crops_one(name):
 
 def test_a_network_is_built_for_other_sizes_only_where_it_gets_them():
     uni = find_backbone("uni")
-    found = {name: parse_view(name).resizes(uni) for name in ("full", "center64", "full@224+imagenet", "full@160")}
+    found = {
+        name: parse_view(name).resizes(uni.input_size) for name in ("full", "center64", "full@224+imagenet", "full@160")
+    }
     assert found == {"full": False, "center64": False, "full@224+imagenet": False, "full@160": True}
 
 

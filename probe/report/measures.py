@@ -133,6 +133,7 @@ def terminal_tables(record: MeasureRecord) -> list[Table]:
     found = {(one.dataset, one.split, one.embedding, one.measure, one.name): one for one in record.figures}
     sets = list(dict.fromkeys((one.dataset, one.split) for one in record.figures))
     labels = [one.label for one in record.embeddings]
+    chosen = {one.label: one.neighbours for one in record.embeddings}
     altered = [
         ("invariance", f"{what} {name}", f"{what}\n{name}") for name in ALTERATIONS for what in ("cosine", "found")
     ]
@@ -158,7 +159,8 @@ def terminal_tables(record: MeasureRecord) -> list[Table]:
                 table.add_column(columns[k][2], justify="right")
             for label, row in cells.items():
                 if any(row[k] for k in used):
-                    table.add_row(label, *(_cell(row[k]) for k in used))
+                    k_of = chosen.get(label) if columns[used[0]][0] == "knn" else None
+                    table.add_row(label + (f"\nk-NN with k = {k_of}" if k_of else ""), *(_cell(row[k]) for k in used))
             chances = [[one.chance for one in (row[k] for row in cells.values()) if one] for k in used]
             said = [f"{of[0]:.3f}" if len({round(c, 3) for c in of if c is not None}) == 1 else "" for of in chances]
             if any(said):
