@@ -21,6 +21,7 @@ _WORDS = {
     "ari": "adjusted Rand index:",
     "nmi": "mutual information:",
     "index": "index, confounder:",
+    "balanced": "balanced index, confounder:",
     "cosine": "cosine:",
     "found": "found:",
     "cka": "linear CKA",
@@ -35,7 +36,8 @@ LEADS = {
     "clustering": "Clusters by k-means, as many as classes: do they agree with the classes, or with domains and "
     "slides?",
     "robustness": "Among the ten nearest patches: those of the same class elsewhere, against those of another class "
-    "from the same place. 1: the class alone counts; 0: the place alone.",
+    "from the same place. 1: the class alone counts; 0: the place alone. Balanced: among equally many patches of each "
+    "class and place, the mean of ten draws.",
     "invariance": "A patch and its altered self: their cosine after centring (by chance: that of two patches), and the "
     "share of patches whose nearest altered patch is their own.",
     "alignment": "Do two backbones see the same? 1: the same up to rotation (CKA), the same ten neighbours (mutual).",
@@ -50,6 +52,7 @@ _TERMINAL = (
     ("retrieval", "average_precision", "Retrieval\nmAP"),
     ("clustering", "ari class", "Clusters\nARI of classes"),
     ("robustness", "index domain", "Robustness\nof domains"),
+    ("robustness", "balanced domain", "Robustness\nbalanced"),
     ("robustness", "index slide", "Robustness\nof slides"),
 )
 
