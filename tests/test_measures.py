@@ -442,6 +442,10 @@ def test_all_measures_of_a_store_stand_in_one_file_that_is_read_back(store, tmp_
 
     shown = tabulate(record.figures)
     assert sum(one is not None for of in shown for row in of.rows.values() for one in row) == len(record.figures)
+    retrieval = next(of for of in shown if of.title == MEASURES["retrieval"])
+    assert retrieval.chances == (0.5,) * len(retrieval.columns)
+    altered = next(of for of in shown if of.title == MEASURES["invariance"])
+    assert altered.chances[0] == round(altered.rows["one (full, card)"][0].chance, 3)
     assert [one.columns[0] for one in terminal_tables(record)]
     assert "one (full, card)" in capsys.readouterr().err
 
@@ -544,6 +548,8 @@ def test_the_report_folds_measures_away_and_shows_those_of_its_patches(store, tm
     assert section.index("<details") < section.index("<table")
     precision = next(one for one in record.figures if (one.name, one.split) == ("precision 5", "test"))
     assert f'<span class="value">{precision.value:.3f}</span>' in section
+    assert '<th scope="row">by chance</th><td class="ends">0.500</td>' in section
+    assert section.count("by chance") == section.count("<table")  # once in each, not in every cell
     table, _, _ = make_report(runs, resampling=Resampling(replicates=100), format="csv")
     rows = {(row["figure"], row["dataset"], row["split"]): row for row in csv.DictReader(io.StringIO(table))}
     row = rows["precision 5", precision.dataset, "test"]
