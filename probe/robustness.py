@@ -21,7 +21,8 @@ from probe.resample import Clusters, Sums, sums_by_cluster
 
 FEW = 10  # neighbours that are looked at
 BALANCED_DRAWS = 10
-_MOST = 500  # patches of a cell; neighbours take time with their square
+_MOST = 250  # patches of a combination of class and confounder; neighbours take time with their square
+_MOST_SETS = 100  # of a draw
 
 
 def robustness_counts(
@@ -67,8 +68,9 @@ def draw_balanced(
 ) -> list[list[NDArray[np.intp]]]:
     """Draw sets with equally many patches of each of two classes from each of two confounders.
 
-    There is one for every two classes and two confounders, of which all four combinations have `FEW` patches or more.
-    Each has as many patches of a combination as the smallest of the four has, `_MOST` at most.
+    There is one for every two classes and two confounders, of which all four combinations have `FEW` patches or more;
+    of more than `_MOST_SETS`, so many are drawn. Each has as many patches of a combination as the smallest of the four
+    has, `_MOST` at most.
 
     >>> label, laboratory = np.array([0, 1] * 30), np.array([0] * 32 + [1] * 28)
     >>> drawn = draw_balanced(label, laboratory, draws=1, seed=0)[0][0]
@@ -102,7 +104,12 @@ def draw_balanced(
         n = min(_MOST, *map(len, four))
         return np.sort(np.concatenate([rng.choice(rows, n, replace=False) for rows in four]))
 
-    return [[drawn(four) for four in of_two] for _ in range(draws)]
+    def some() -> Sequence[int]:
+        if len(of_two) <= _MOST_SETS:
+            return range(len(of_two))
+        return np.sort(rng.choice(len(of_two), _MOST_SETS, replace=False)).tolist()
+
+    return [[drawn(of_two[k]) for k in some()] for _ in range(draws)]
 
 
 def balanced_robustness(

@@ -160,7 +160,7 @@ def test_the_balanced_robustness_index_worked_out_by_hand(monkeypatch):
     assert mean == pytest.approx((6 / 11 + 1 / 2) / 2)
 
 
-def test_balanced_sets_are_of_two_classes_and_two_laboratories_in_equal_parts():
+def test_balanced_sets_are_of_two_classes_and_two_laboratories_in_equal_parts(monkeypatch):
     label = np.array([0] * 40 + [1] * 60 + [0] * 30 + [1] * 12 + [0] * 25 + [1] * 9 + [0] * 5)
     laboratory = np.array([0] * 100 + [1] * 42 + [2] * 34 + [-1] * 5)
     drawn = draw_balanced(label, laboratory, draws=4, seed=3)
@@ -174,6 +174,10 @@ def test_balanced_sets_are_of_two_classes_and_two_laboratories_in_equal_parts():
     assert all((a == b).all() for (a,), (b,) in zip(drawn, again, strict=True))
     three = draw_balanced(np.tile([0, 1, 2], 90), np.repeat([0, 1, 2], 90), draws=1, seed=0)
     assert len(three[0]) == 3 * 3
+    monkeypatch.setattr("probe.robustness._MOST_SETS", 4)
+    monkeypatch.setattr("probe.robustness._MOST", 11)
+    three = draw_balanced(np.tile([0, 1, 2], 90), np.repeat([0, 1, 2], 90), draws=2, seed=0)
+    assert [[len(rows) for rows in sets] for sets in three] == [[44] * 4] * 2
     assert draw_balanced(label, np.zeros_like(label), draws=2, seed=0) == [[], []]
 
 
