@@ -107,7 +107,7 @@ def draw_balanced(
     def some() -> Sequence[int]:
         if len(of_two) <= _MOST_SETS:
             return range(len(of_two))
-        return np.sort(rng.choice(len(of_two), _MOST_SETS, replace=False)).tolist()
+        return sorted(map(int, rng.choice(len(of_two), _MOST_SETS, replace=False)))
 
     return [[drawn(of_two[k]) for k in some()] for _ in range(draws)]
 
