@@ -116,8 +116,11 @@ def probe(
             "folds_by": folds_by,
             "fractions": fractions,
         }
-        for name in (name for name, given in of_probes.items() if given):
-            raise UserError(f"`{name}` says how probes are fitted, and `measures` fits none. Leave out one of the two.")
+        given = [name for name, is_given in of_probes.items() if is_given]
+        if given:
+            raise UserError(
+                f"`{given[0]}` says how probes are fitted, and `measures` fits none. Leave out one of the two."
+            )
     options = ProbeOptions(
         cv=cv,
         train=train,
