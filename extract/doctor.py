@@ -399,7 +399,7 @@ def _model(name: str, backbone: Backbone, access: Mapping[str, Exception | None]
     elif granted == "not asked":
         remedy = (
             f"{backbone.hub_id} is not in the cache {constants.HF_HUB_CACHE}, and the hub was not asked for it. "
-            "Connect (see the hub's line), or pass a local file with `weights=PATH`."
+            f"Connect (see the hub's line), or {hub.LOCAL_FILE}."
         )
     elif refusal is not None:
         remedy = str(refusal)

@@ -60,6 +60,7 @@ TOKEN_REJECTED = (
     "https://huggingface.co/settings/tokens and pass it in HF_TOKEN, or run `hf auth login`. "
     "A repository that is not gated needs none: unset HF_TOKEN or run `hf auth logout`."
 )
+LOCAL_FILE = "pass a local file with `weights=PATH`"  # a remedy, in a sentence
 
 
 @dataclass(frozen=True)
@@ -243,7 +244,7 @@ def _explain(error: Exception, repo: str, filename: str, revision: str, licence:
     if isinstance(error, LocalEntryNotFoundError) and isinstance(error.__cause__, _DOWNLOAD_ERRORS):
         error = error.__cause__  # out of reach, and nothing cached: the cause says why it is out of reach
     page = f"https://huggingface.co/{repo}"
-    local = "Or pass a local file with `weights=PATH`."
+    local = f"Or {LOCAL_FILE}."
     status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
     message: str
     if isinstance(error, GatedRepoError):

@@ -193,9 +193,9 @@ def prepare(extraction: Extraction) -> Prepared:
         finished = {view.name: _finished_entry(extraction, backbone, weights, view) for view in views}
         unfinished = [view for view in views if finished[view.name] is None]
         if unfinished:
-            model = build_model(backbone, weights, dynamic=any(view.resizes(backbone) for view in unfinished)).to(
-                device
-            )
+            model = build_model(
+                backbone, weights, dynamic=any(view.resizes(backbone.input_size) for view in unfinished)
+            ).to(device)
             for view in unfinished:
                 check_forward(model, backbone, make_transform(backbone, view).input_size)
             images = make_transform(backbone, unfinished[0])(extraction.examples, device)

@@ -21,6 +21,7 @@ if TYPE_CHECKING:  # names and cards are known without torch, which takes second
 
 RGB = tuple[float, float, float]
 Pooling = Literal["cls", "mean", "cls+mean", "pooled"]
+POOLINGS = ("cls", "mean", "center", "pooled", "mid")
 
 IMAGENET_MEAN: RGB = (0.485, 0.456, 0.406)
 IMAGENET_STD: RGB = (0.229, 0.224, 0.225)
@@ -168,6 +169,16 @@ class Backbone:
             return self.card_pooling == "pooled" and "swin" not in self.arch
         kinds = [type(module).__name__ for module in self.network.modules()]
         return sum("Conv" in kind for kind in kinds) > sum("Linear" in kind for kind in kinds)
+
+    @property
+    def possible_poolings(self) -> tuple[str, ...]:
+        """Which poolings fm-extract may store of it, as far as that is known before the network is built.
+
+        Those of a registered model follow from its card (`extract.pooling`); of any other all are possible.
+        """
+        if BACKBONES.get(self.name) is not self:
+            return POOLINGS
+        return ("pooled", "center", "mid") if self.card_pooling == "pooled" else ("cls", "mean", "center")
 
     @property
     def url(self) -> str:

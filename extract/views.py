@@ -1,16 +1,11 @@
 """Which pixels of a patch does the network see, and at what size?
 
-A view is the input policy and part of every fingerprint: `full` is the whole patch, prepared as the model's card says;
-`centerN` is its central N source pixels, where the figure is. `@M` asks for an input of M pixels, and `+imagenet` for
-another normalisation than the card's: `full@224+imagenet` is what the paper's text says. `+flips` embeds a patch in
-eight orientations and takes the mean. `+rot90`, `+stain` and the like show it altered, to test a backbone. Extraction,
-probes and fine-tuning use the same views.
+A view (`features.views`) is the input policy and part of every fingerprint. Extraction and fine-tuning use the same.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,93 +19,14 @@ from extract.alterations import alter
 from extract.backbones import Backbone
 from extract.registry import HALF, IMAGENET_MEAN, IMAGENET_STD, RGB
 from extract.resize import resize_as_pillow
-from features.alterations import ALTERATIONS
 from features.console import UserError
 from features.device import constant, copy_stream
+from features.views import View as View
+from features.views import parse_view as parse_view
 
-_MOST_PIXELS = 2_048  # edge of a network's input; its activations would not fit into any memory long before
-
-
-# What may follow a `+` in a view's name: a mean and standard deviation of each channel, instead of the card's.
-STATISTICS: Mapping[str, tuple[RGB, RGB]] = {"imagenet": (IMAGENET_MEAN, IMAGENET_STD), "half": (HALF, HALF)}
+# Mean and standard deviation of each channel, by the modifier that asks for them instead of the card's.
+STATISTICS: dict[str, tuple[RGB, RGB]] = {"imagenet": (IMAGENET_MEAN, IMAGENET_STD), "half": (HALF, HALF)}
 N_ORIENTATIONS = 8  # of a square
-FLIPS = "flips"  # the modifier of views that show every patch in eight orientations
-
-
-@dataclass(frozen=True)
-class View:
-    """An input policy: which source pixels the network sees, at what size, and how they are normalised.
-
-    Attributes:
-        name: as in the store: "full", "center64", "center64@160", "full@224+imagenet".
-        crop: edge of the central square in source pixels; None for the whole patch.
-        input_size: edge of the network's input in pixels; None for the model's own.
-        statistics: a key of `STATISTICS`; None for the model card's mean and standard deviation.
-        flips: whether the network sees every patch in all eight orientations, and its outputs are averaged.
-        alteration: a key of `ALTERATIONS`: what is done to the patch first, to test a backbone; None for nothing.
-    """
-
-    name: str
-    crop: int | None
-    input_size: int | None
-    statistics: str | None = None
-    flips: bool = False
-    alteration: str | None = None
-
-    def resizes(self, backbone: Backbone) -> bool:
-        """Whether a network gets images of another size than its own, and so has to be built for any size."""
-        return self.input_size not in (None, backbone.input_size)
-
-
-def parse_view(text: str) -> View:
-    """Read a view's name: `full` or `centerN` (central N source pixels), then perhaps `@M` (input of M pixels), then
-    perhaps modifiers, each after a `+`: one of `ALTERATIONS` (the patch is turned, blurred and so on), `+imagenet` or
-    `+half` (normalised by ImageNet's statistics, or by one half), and `+flips` (the mean over the patch in all eight
-    orientations).
-
-    >>> parse_view("full")
-    View(name='full', crop=None, input_size=None, statistics=None, flips=False, alteration=None)
-    >>> parse_view("center64@160+flips")
-    View(name='center64@160+flips', crop=64, input_size=160, statistics=None, flips=True, alteration=None)
-    >>> parse_view("full@224+imagenet+blur").name
-    'full@224+blur+imagenet'
-
-    Raises:
-        UserError: if the name is none of these.
-    """
-    pixels, *modifiers = text.split("+")
-    match = re.fullmatch(r"(full|center([1-9][0-9]{0,8}))(?:@([1-9][0-9]{0,8}))?", pixels)
-    if not match:
-        raise UserError(
-            f"unknown view {text!r}: use 'full' (the whole patch), 'center64' (its central 64 pixels), "
-            "'center64@160' (the same, resized to an input of 160 pixels), or any of these with '+imagenet' "
-            "(normalised by ImageNet's statistics), '+flips' (the mean over eight orientations) or an alteration such "
-            "as '+rot90'."
-        )
-    if match[3] and int(match[3]) > _MOST_PIXELS:
-        raise UserError(f"view {text!r}: an input of {int(match[3]):,} pixels is too large; at most {_MOST_PIXELS:,}.")
-    known = (*STATISTICS, FLIPS, *ALTERATIONS)
-    unknown = [modifier for modifier in modifiers if modifier not in known]
-    if unknown:
-        listed = ", ".join(f"+{name}" for name in known)
-        raise UserError(f"view {text!r}: unknown modifier '+{unknown[0]}'; known are {listed}.")
-    alterations, statistics = (
-        [name for name in dict.fromkeys(modifiers) if name in of] for of in (ALTERATIONS, STATISTICS)
-    )
-    if len(statistics) > 1:
-        raise UserError(f"view {text!r}: images are normalised in one way; use one of +{' and +'.join(statistics)}.")
-    if len(alterations) > 1:
-        raise UserError(f"view {text!r}: patches are altered in one way; use one of +{' and +'.join(alterations)}.")
-    flips = FLIPS in modifiers
-    return View(
-        # One name, in whatever order they were given.
-        "+".join([pixels, *alterations, *statistics, *[FLIPS] * flips]),
-        crop=int(match[2]) if match[2] else None,
-        input_size=int(match[3]) if match[3] else None,
-        statistics=statistics[0] if statistics else None,
-        flips=flips,
-        alteration=alterations[0] if alterations else None,
-    )
 
 
 def orientations(images: Tensor) -> Iterator[Tensor]:

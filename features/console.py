@@ -41,6 +41,8 @@ _ADDRESS = (
     "an address like https://huggingface.co",
 )
 _SETTINGS = {"HF_HUB_ETAG_TIMEOUT": _SECONDS, "HF_HUB_DOWNLOAD_TIMEOUT": _SECONDS, "HF_ENDPOINT": _ADDRESS}
+# Share of letters in common, in their order, from which a name is close to another: a slip or two, or a part of it.
+_CLOSE = 0.65
 _bars, _quiet = True, False
 
 
@@ -59,8 +61,12 @@ class Interrupted(BaseException):
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """Make a ' Did you mean ...?' suffix of the closest known names; an empty string when none is close."""
-    close = difflib.get_close_matches(name, list(known), n=3, cutoff=0.5)
+    """Make a ' Did you mean ...?' suffix of the closest known names; an empty string when none is close.
+
+    >>> nearest("veiw", ["view", "views", "device"]), nearest("device", ["view"])
+    (' Did you mean view or views?', '')
+    """
+    close = difflib.get_close_matches(name, list(known), n=3, cutoff=_CLOSE)
     return f" Did you mean {' or '.join(close)}?" if close else ""
 
 

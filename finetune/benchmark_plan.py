@@ -17,10 +17,12 @@ import msgspec
 import typer
 from typer.main import get_command
 
-from extract.backbones import find_backbone
+from extract.backbones import Backbone, find_backbone
 from extract.datasets import DATASETS, parse_source, require_distinct_names
+from extract.registry import POOLINGS
 from extract.views import parse_view
 from features.console import UserError, nearest
+from features.exchange import IMPORTED_POOLING
 from features.fingerprint import fingerprint
 from features.options import DEFAULT_RUNS, DEFAULT_STORE
 from finetune.lora import LoraOptions
@@ -131,6 +133,9 @@ class Where:
     device: str = "auto"
 
 
+_PLACES = frozenset(one.name for one in fields(Where))
+
+
 # ----------------------------------------------------------------------------------------------------------- the plan
 
 
@@ -176,6 +181,11 @@ def _plan(source: str, raw: dict[str, Any], without: Sequence[str]) -> Plan:
     for table, names in ((raw, known), *((table, of_rows) for table in tables)):
         for key in table:
             if key not in names:
+                if key in _PLACES:
+                    raise UserError(
+                        f"`{key}` is no key of a plan, which is the same on every machine. Give it on the command "
+                        f"line: fm-benchmark {source} --{key} ..."
+                    )
                 where = "stands above the first [[rows]], for all" if key in known else "is no key of a plan"
                 raise UserError(f"`{key}` {where}.{nearest(key, names)} Keys: {', '.join(sorted(names))}.")
     title, train = (_text(raw, name, default) for name, default in (("title", source), ("train", "demo")))
@@ -203,9 +213,8 @@ def _product(
         for name in names:
             if name not in all_names:
                 raise UserError(f"unknown {kind} {name!r}.{nearest(name, all_names)} Use {', '.join(all_names)}.")
-    for model in models:
-        if not model.startswith("hf-hub:"):  # those are read on the hub
-            find_backbone(model)
+    # Those on the hub are read there.
+    backbones = {model: None if model.startswith("hf-hub:") else find_backbone(model) for model in models}
     chosen = {name: value for name, value in table.items() if name in _OPTIONS} | dict(reading)
     for name in table.keys() - set(_READING):
         takes = _OF_PROBES if methods == [PROBE] else _OPTIONS if PROBE in methods else _OF_TRAININGS
@@ -213,6 +222,14 @@ def _product(
             raise UserError(f"`{name}` is no option of {', '.join(methods)}. Leave it out.")
     if imported and PROBE not in methods:
         raise UserError(f"`imported` is of probes, and `methods` are {', '.join(methods)}. Add probe.")
+    if "view" in chosen:
+        parse_view(_text(chosen, "view", ""))
+    if "pooling" in chosen:
+        pooling = _text(chosen, "pooling", "")
+        for model, backbone in backbones.items():
+            _require_pooling(pooling, model, POOLINGS if backbone is None else backbone.possible_poolings)
+        for model in imported:
+            _require_pooling(pooling, model, (IMPORTED_POOLING,))
     for model in imported:
         for recipe in recipes:
             yield _probe(model, recipe, chosen, train, test, (), imported=True)
@@ -235,7 +252,7 @@ def _product(
                 elif method == PROBE:
                     yield _probe(model, recipe, chosen, train, test, views)
                 else:
-                    yield _training(model, method, recipe, chosen, train, test)
+                    yield _training(model, backbones[model], method, recipe, chosen, train, test)
 
 
 def _probe(
@@ -265,13 +282,32 @@ def _probe(
     return Row(0, 0, model, PROBE, (options.view,) if options.view else _view_names(views), options, imported)
 
 
+def _require_pooling(pooling: str, model: str, possible: Sequence[str]) -> None:
+    """Refuse a pooling that a model's embeddings will not have, before they are computed."""
+    for name in pooling.split("+"):
+        if name not in possible and pooling != "card":
+            raise UserError(
+                f"`pooling = {pooling!r}`: {model} has no pooling {name!r}. It has {', '.join(possible)}, and card, "
+                f"which is what the model's card recommends.{nearest(name, (*possible, 'card'))}"
+            )
+
+
 def _training(
-    model: str, method: str, recipe: str, chosen: Mapping[str, Any], train: str, test: tuple[str, ...]
+    model: str,
+    backbone: Backbone | None,
+    method: str,
+    recipe: str,
+    chosen: Mapping[str, Any],
+    train: str,
+    test: tuple[str, ...],
 ) -> Row:
     given = {name: value for name, value in chosen.items() if name in _OF_TRAININGS}
     lora = {name.removeprefix("lora_"): given.pop(name) for name in _OF_LORA & given.keys()}
     named = {"model": model, "train": train, "test": test, "method": method, "recipe": recipe}
-    return Row(0, 0, model, method, (), _converted(given | named | {"lora": lora}, FinetuneOptions))
+    options: FinetuneOptions = _converted(given | named | {"lora": lora}, FinetuneOptions)
+    if backbone is not None:
+        options.resolved_view(backbone)  # refuses one that no training has
+    return Row(0, 0, model, method, (), options)
 
 
 def _converted(values: dict[str, Any], options: type[msgspec._T]) -> Any:

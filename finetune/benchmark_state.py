@@ -17,6 +17,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from huggingface_hub import constants
 
+from extract import hub
 from extract.backbones import Backbone, find_backbone
 from extract.datasets import DATASETS, load_dataset, local_data, parse_source
 from extract.doctor import DoctorOptions, ModelCheck, diagnose
@@ -260,13 +261,25 @@ def _backbones(plan: Plan, where: Where) -> tuple[dict[str, Backbone], dict[str,
     return backbones, lacks, downloads
 
 
+# A plan names no files of weights: what is in it is the same on every machine.
+_BY_HAND = (
+    "run this model's commands yourself, with --weights FILE appended (fm-benchmark --json lists them): rows that were "
+    "run so count as done"
+)
+
+
 def _lack(check: ModelCheck, backbone: Backbone) -> tuple[str, str]:
-    if check.access == "not asked" and check.gated:
-        remedy = f"{backbone.hub_id} is gated: request access on {backbone.url} (licence: {backbone.licence}). "
-        return "gated, not in the cache, hub not asked", remedy + check.remedy
-    if check.access == "not granted" and check.gated:
-        return "gated, no access", check.remedy
-    return "weights cannot be had", check.remedy
+    """Say in a few words why a model's weights cannot be had, and what helps in a plan."""
+    if check.access == "not asked":
+        gate = f"is gated: request access on {backbone.url} (licence: {backbone.licence}). It " if check.gated else ""
+        remedy = (
+            f"{backbone.hub_id} {gate}is not in the cache {constants.HF_HUB_CACHE}, and the hub was not asked for it "
+            f"(fm-doctor says why). Connect, or {_BY_HAND}."
+        )
+        reason = "gated, not in the cache, hub not asked" if check.gated else "weights cannot be had"
+        return reason, remedy
+    remedy = check.remedy.replace(hub.LOCAL_FILE, _BY_HAND)
+    return "gated, no access" if check.access == "not granted" and check.gated else "weights cannot be had", remedy
 
 
 # --------------------------------------------------------------------------------------------------- what is there now

@@ -1,4 +1,4 @@
-"""fm-finetune, fm-predict, fm-report, fm-doctor, fm-benchmark: adapt backbones, apply, compare runs, test a machine."""
+"""fm-finetune, fm-predict, fm-report, fm-doctor: adapt backbones, apply, compare runs, test a machine."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from features.console import UserError, as_flags, print_json, print_text, printa
 from features.files import check_output
 from features.options import (
     DEFAULT_RUNS,
-    DEFAULT_STORE,
     MOST_EPOCHS,
     MOST_FOLDS,
     MOST_IMAGES,
@@ -32,15 +31,14 @@ from features.options import (
     SeedsOption,
     SkipUnlabelledOption,
     SoftLabelsOption,
-    StoreOption,
     WeightsOption,
     parse_names,
     parse_numbers,
 )
+from finetune.benchmark_cli import benchmark_app
 
 if TYPE_CHECKING:  # torch takes seconds to import: commands import it when they run
     from extract.doctor import Diagnosis
-    from finetune.benchmark_state import Facts, Standing
     from finetune.plan import Plan
 
 EnsembleWeightsOption = Annotated[
@@ -51,7 +49,6 @@ finetune_app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 predict_app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 report_app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 doctor_app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-benchmark_app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
 @finetune_app.command(help="fm-finetune: adapt a backbone to patches, by LoRA or as a whole, all folds at once.")
@@ -487,150 +484,6 @@ def _show_diagnosis(diagnosis: Diagnosis, *, all_models: bool) -> None:
             + "\n".join(f"- {line.name}: {line.remedy}" for line in diagnosis.failed)
         )
     print_text("Everything that was asked for can work here.")
-
-
-@benchmark_app.command(help="fm-benchmark: run every row of a plan, backbones x methods x recipes, and report them.")
-def benchmark(
-    plan: Annotated[
-        str, typer.Argument(metavar="PLAN", help="A TOML file, or demo, embedded or banerjee2025.")
-    ] = "demo",
-    data: DataOption = None,
-    store: StoreOption = DEFAULT_STORE,
-    runs: RunsOption = DEFAULT_RUNS,
-    device: DeviceOption = "auto",
-    shard: Annotated[
-        str | None,
-        typer.Option(help="I/N: run the I-th of N shards, from 0. Default: what torchrun or SLURM say, else all."),
-    ] = None,
-    out: Annotated[Path, typer.Option(help="The report's file.")] = Path("report.html"),
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Say what is done, what is left and what cannot be run here, and stop.")
-    ] = False,
-    script: Annotated[
-        str | None, typer.Option("--print", help="sh or slurm: print what is left as a script, and stop.")
-    ] = None,
-    as_json: JsonOption = False,
-) -> None:
-    if script not in (None, "sh", "slurm"):
-        raise UserError(f"unknown script {script!r}: use --print sh or slurm.")
-    if script is not None and (as_json or shard is not None):
-        raise UserError(
-            f"--print {script} prints a script of all rows: leave out {'--json' if as_json else '--shard'}."
-        )
-    check_output(out)
-    given = os.environ.get("HF_HUB_ETAG_TIMEOUT")
-    os.environ["HF_HUB_ETAG_TIMEOUT"] = given or "4"  # as in fm-doctor; it is read when it is imported
-    from extract.shard import find_shard
-    from finetune.benchmark import run_benchmark, shell_script, slurm_script
-    from finetune.benchmark_plan import Where
-    from finetune.benchmark_state import gather, survey
-
-    if not given:  # children download, with huggingface_hub's own ten seconds
-        del os.environ["HF_HUB_ETAG_TIMEOUT"]
-    part = find_shard(shard)
-    facts = gather(plan, Where(data, store, runs, device))
-    rows = survey(facts)
-    nothing = UserError("no row of this benchmark can be run here; fm-benchmark --dry-run says what each lacks.")
-    if script is not None:
-        if all(one.state == "cannot" for one in rows):
-            raise nothing
-        print_text((shell_script if script == "sh" else slurm_script)(facts, rows, out))
-        return
-    if not as_json:
-        _show_benchmark(facts, rows)
-    if dry_run:
-        if as_json:
-            print_json(_benchmark_json(facts, rows))
-        return
-    outcome = run_benchmark(facts, rows, shard=part, out=out)
-    failed = [one for one in outcome.standings if one.state == "failed"]
-    if as_json:
-        print_json(
-            _benchmark_json(facts, outcome.standings)
-            | {"report": None if outcome.report is None else str(outcome.report)}
-        )
-    messages = [f"- row {one.row.number}, {one.row.title}: {_flagged(one.reason)} {one.remedy}" for one in failed]
-    if outcome.problem:
-        messages.append(f"- the report: {outcome.problem}")
-    if messages:
-        raise UserError(
-            f"{len(messages)} of this benchmark failed; the same command tries them again:\n" + "\n".join(messages)
-        )
-    if all(one.state == "cannot" for one in outcome.standings):
-        raise nothing
-
-
-def _flagged(text: str) -> str:
-    flags = {name: f"--{name}" for name in ("device", "data", "store", "runs", "weights", "positive")}
-    return as_flags(text, flags)
-
-
-def _show_benchmark(facts: Facts, rows: list[Standing]) -> None:
-    from rich.table import Table
-
-    from finetune.benchmark import duration
-    from finetune.benchmark_state import gigabytes
-
-    table = Table(title=facts.plan.title, title_style="bold", header_style="bold")
-    for column in ("Row", "Model", "Method", "Recipe", "", "Time, about", "Memory"):
-        numeric = column in ("Row", "Time, about", "Memory")
-        table.add_column(column, justify="right" if numeric else "left", no_wrap=True)
-    for one in rows:
-        row, needs = one.row, one.estimate
-        left = one.state in ("to do", "to resume") and needs is not None
-        table.add_row(
-            str(row.number),
-            row.model,
-            row.method,
-            row.recipe,
-            f"{one.state}: {one.reason}" if one.reason else one.state,
-            duration(needs.seconds) if left and needs and needs.seconds is not None else "",
-            gigabytes(needs.memory) if needs is not None and one.state != "done" else "",
-        )
-    show(table)
-    remedies: dict[str, list[str]] = {}
-    for one in rows:
-        if one.state == "cannot":
-            remedies.setdefault(f"{one.row.model}: {_flagged(one.remedy)}", []).append(str(one.row.number))
-    for note in facts.notes:
-        say(_flagged(note))
-    for remedy, numbers in remedies.items():
-        say(f"Row{'s' * (len(numbers) > 1)} {', '.join(numbers)}: {remedy}")
-    counts = {state: sum(one.state == state for one in rows) for state in ("done", "to resume", "to do", "cannot")}
-    seconds = sum(one.estimate.seconds or 0 for one in rows if one.estimate and one.state in ("to do", "to resume"))
-    said = ", ".join(f"{n} {state}" for state, n in counts.items() if n)
-    if counts["to resume"] + counts["to do"]:
-        said += f". What is left should take about {duration(seconds)} here, on a machine that does nothing else"
-    say(f"{len(rows)} rows: {said}.")
-
-
-def _benchmark_json(facts: Facts, rows: list[Standing]) -> dict[str, object]:
-    from finetune.benchmark_plan import command
-
-    left = [one.estimate for one in rows if one.state in ("to do", "to resume")]
-    return {
-        "plan": facts.plan.source,
-        "title": facts.plan.title,
-        "notes": [_flagged(note) for note in facts.notes],
-        "seconds": sum(needs.seconds or 0 for needs in left if needs),
-        "rows": [
-            {
-                "row": one.row.number,
-                "unit": one.row.unit,
-                "model": one.row.model,
-                "method": one.row.method,
-                "recipe": one.row.recipe,
-                "state": one.state,
-                "reason": one.reason,
-                "remedy": _flagged(one.remedy),
-                "run": None if one.run is None else str(one.run),
-                "command": command(facts.plan, [one.row], facts.where),
-                "seconds": one.estimate.seconds if one.estimate else None,
-                "memory_bytes": round(one.estimate.memory) if one.estimate else None,
-            }
-            for one in rows
-        ],
-    }
 
 
 # The commands fm-finetune, fm-predict, fm-report, fm-doctor and fm-benchmark.

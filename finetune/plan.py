@@ -88,7 +88,7 @@ def make_plan(options: FinetuneOptions, compute_options: ComputeOptions = Comput
     members = options.network_members(options.cv)[0]
     at_once = compute_options.resolved_folds_at_once(device, len(members))
     with torch.device("meta"):  # where even constructors that compute with values run
-        model = build_model(backbone, None, dynamic=view.resizes(backbone))
+        model = build_model(backbone, None, dynamic=view.resizes(backbone.input_size))
     check_forward(model, backbone, transform.input_size)
     n_parameters = sum(parameter.numel() for parameter in model.parameters())
     with FakeTensorMode(allow_non_fake_inputs=True):

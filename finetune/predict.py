@@ -322,7 +322,7 @@ def _probe_predictor(run: Path, record: RunRecord, backbones: _Backbones, device
         if (part.model, part.view) not in embedders:
             backbone, loaded = backbones[part.model]
             view = parse_view(part.view)
-            model = build_model(backbone, loaded, dynamic=view.resizes(backbone))
+            model = build_model(backbone, loaded, dynamic=view.resizes(backbone.input_size))
             transform = training_transform(backbone, view, "card")
             embedders[part.model, part.view] = _embedder(model, backbone, transform, part.precision, device, n)
 

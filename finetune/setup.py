@@ -333,7 +333,7 @@ def build_network(
     Raises:
         UserError: weights that do not fit, an input size that does not, or targets that match nothing.
     """
-    model = build_model(backbone, weights, dynamic=view.resizes(backbone))
+    model = build_model(backbone, weights, dynamic=view.resizes(backbone.input_size))
     check_forward(model.to(device), backbone, make_transform(backbone, view).input_size)
     model = model.to(memory_format=torch.channels_last)  # of convolutions; other layers stay as they are
     return Network(

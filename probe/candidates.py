@@ -14,6 +14,7 @@ from features.blocks import Embeddings
 from features.console import UserError, say
 from features.entry import Entry
 from features.store import FeatureStore
+from features.views import parse_view
 from probe.combine import forward_selection, mean_logits
 from probe.commands import missing_embeddings
 from probe.curve import Subset
@@ -221,6 +222,8 @@ def list_candidates(setup: Setup, model: str) -> list[tuple[Entry, str]]:
     if view is not None:
         by_view = {key: entry for key, entry in by_view.items() if key == view}
     if not by_view:
+        if view is not None:
+            _require_view(store, view)
         where = f"in view {view}" if view else f"in a view that {', '.join([train, *tests])} share"
         raise UserError(
             f"{store.path} has no complete embeddings of {model} {where}. "
@@ -229,6 +232,17 @@ def list_candidates(setup: Setup, model: str) -> list[tuple[Entry, str]]:
     return [
         (entry, name) for entry in by_view.values() for name in ([pooling] if pooling else _distinct_poolings(entry))
     ]
+
+
+def _require_view(store: FeatureStore, view: str) -> None:
+    """Refuse a name that is no view, so that nobody is told to embed patches in it; imported ones have any name."""
+    stored = sorted({entry.view for entry in store.entries()})
+    if view in stored:
+        return
+    try:
+        parse_view(view)
+    except UserError as error:
+        raise UserError(f"{error} {store.path} has {', '.join(stored)}.") from None
 
 
 def _view_of_recipe(

@@ -30,8 +30,6 @@ if TYPE_CHECKING:
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 _ALL = "all"  # what --measures means without a value
-# Options of a probe that measures have no use for.
-_OF_PROBES = ("combine", "recipe", "soft_labels", "seeds", "folds_by", "fractions")
 
 
 class _Command(TyperCommand):
@@ -109,6 +107,20 @@ def probe(
     from probe.probing import ProbeOptions, probe_store
     from probe.report.terminal import candidates_table, curve_tables, gain_table, result_tables
 
+    if measures is not None:
+        of_probes = {
+            "combine": combine,
+            "recipe": recipe != "exact",
+            "soft_labels": soft_labels,
+            "seeds": seeds != 1,
+            "folds_by": folds_by,
+            "fractions": fractions,
+        }
+        given = [name for name, is_given in of_probes.items() if is_given]
+        if given:
+            raise UserError(
+                f"`{given[0]}` says how probes are fitted, and `measures` fits none. Leave out one of the two."
+            )
     options = ProbeOptions(
         cv=cv,
         train=train,
@@ -164,13 +176,8 @@ def _measure(
     from features.store import FeatureStore
     from probe.measures import measure_store
     from probe.metrics import as_dict
-    from probe.probing import ProbeOptions
     from probe.report.measures import terminal_tables
 
-    default = ProbeOptions()
-    unused = [name for name in _OF_PROBES if getattr(options, name) != getattr(default, name)]
-    if unused:
-        raise UserError(f"`{unused[0]}` is of probes, and `measures` fits none. Leave one of them out.")
     names = () if named == _ALL else parse_names(named)
     record = measure_store(FeatureStore.open(store), models, measures=names, options=options, runs=runs)
     if as_json:

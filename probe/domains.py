@@ -148,7 +148,7 @@ def _judgement(part: Ensemble, resampled: Resampled, resampling: Resampling) -> 
         threshold=part.threshold,
         level=resampling.level,
         replicates=resampling.replicates,
-        figures=intervals(resampled, 0, classes=held(part.label, clusters.index, part.n_classes)),
+        figures=intervals(resampled, 0, classes=held(part.label, clusters.index, part.by_training)),
         trainings=len(part.by_training),
         design_effect=resampled.design_effect,
     )

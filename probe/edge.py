@@ -48,9 +48,20 @@ class Held:
         return Held(tuple(n / design_effect for n in self.clusters), self.prevalence)
 
 
-def held(label: NDArray[np.integer], cluster: NDArray[np.intp], n_classes: int = 2) -> Held:
-    """Count the clusters that hold each class, of (n,) labels and clusters."""
-    clusters = tuple(len(np.unique(cluster[label == k])) for k in range(n_classes))
+def held(label: NDArray[np.integer], cluster: NDArray[np.intp], probability: NDArray[np.floating]) -> Held | None:
+    """Count the clusters that hold each class; None where perfect figures have no bound.
+
+    A run that gives every patch the same probabilities calls all patches one class, on any slides: its sensitivity of 1
+    and its specificity of 0, and so its balanced accuracy of a half, are no finding that other slides could change.
+
+    Args:
+        label: (n,) of the class.
+        cluster: (n,) number of the slide, or of the patch.
+        probability: (..., n, c) of the classes.
+    """
+    if len(label) and not np.ptp(probability, axis=-2).any():
+        return None
+    clusters = tuple(len(np.unique(cluster[label == k])) for k in range(probability.shape[-1]))
     return Held(clusters, float((label == 1).mean()))
 
 

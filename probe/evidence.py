@@ -247,7 +247,7 @@ def compare(
     first = matched[0]
     clusters = first.clusters
     resampled = resample([ensemble.tallies(clusters) for ensemble in matched], clusters, resampling)
-    classes = held(first.label, clusters.index, first.n_classes)
+    classes = [held(first.label, clusters.index, ensemble.by_training) for ensemble in matched]
     pairs = list(combinations(range(len(names)), 2))
     why = [_why_untested(names[a], names[b], chose) for a, b in pairs]
     differences = {}
@@ -269,7 +269,7 @@ def compare(
                 threshold=ensemble.threshold,
                 level=resampling.level,
                 replicates=resampling.replicates,
-                figures=intervals(resampled, model, classes=classes),
+                figures=intervals(resampled, model, classes=classes[model]),
                 trainings=len(ensemble.by_training),
                 design_effect=resampled.design_effect,
             )

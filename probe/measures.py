@@ -37,19 +37,26 @@ from probe.neighbours import (
     mutual_neighbours,
     neighbours,
     precision_at,
-    robustness_counts,
     unit_vectors,
 )
 from probe.neighbours import nearest as nearest_rows
 from probe.probing import ProbeOptions, experiment_of, prepare
 from probe.resample import Clusters, Resampling, Statistic, Sums, intervals, make_clusters, resample, sums_by_cluster
+from probe.robustness import (
+    BALANCED_DRAWS,
+    FEW,
+    balanced_robustness,
+    draw_balanced,
+    robustness_counts,
+    robustness_index,
+    robustness_of_chance,
+)
 from probe.runs import read_run, versions
 from probe.similarity import as_tensor, linear_cka, self_similarity
 from probe.tally import tally
 
 NEIGHBOURS = (1, 3, 5, 11, 21, 51)  # odd, so that of two classes one always has more
 CUT_OFFS = (1, 5, 10)  # of retrieval
-FEW = 10  # neighbours that robustness and alignment look at
 _MOST = 10_000  # patches of a set that are measured; neighbours take time and memory with their square
 _MOST_CELLS = 128  # of a table of groups and clusters whose sums are resampled
 _SEED = 0  # of the patches that are drawn from larger sets
@@ -265,32 +272,21 @@ def _clusters(found: _Found, embeddings: Tensor, n_classes: int, seed: int) -> N
         found.chance.update({f"ari {by}": 0.0, f"nmi {by}": 0.0})
 
 
-def _robustness(found: _Found, any_: NDArray[np.intp], apart: NDArray[np.intp]) -> None:
+def _robustness(found: _Found, unit: Tensor, within: Neighbours, seed: int) -> None:
     of, by = found.of, found.of.confounded_by
-    chance = _robustness_of_chance(of)
+    chance = robustness_of_chance(of.label, of.confounder)
     if not 0 < chance < 1:
         say(f"{of.dataset}, {of.split}: no {by} has patches of two classes, so a robustness index would say nothing.")
         return
     # Patches of a slide share domain and more: neighbours are sought on other slides, unless slides are the confounder.
-    counts = robustness_counts((any_ if by == "slide" else apart)[:, :FEW], of.label, of.confounder)
-    name = f"index {by}"
-
-    def figures(sums: NDArray[np.float64]) -> Mapping[str, NDArray[np.float64]]:
-        with np.errstate(invalid="ignore", divide="ignore"):
-            return {name: sums[:, 0] / sums.sum(axis=1)}
-
-    found.statistics["robustness"].append(Sums(sums_by_cluster(counts, of.clusters), figures))
-    found.chance[name] = chance
-
-
-def _robustness_of_chance(of: PatchSet) -> float:
-    """Compute the index of neighbours drawn from all patches: it follows from how classes and confounders are mixed."""
-    known = of.confounder >= 0
-    cells = np.zeros((of.label.max() + 1, of.confounder.max() + 1))
-    np.add.at(cells, (of.label[known], of.confounder[known]), 1)
-    same_class = (cells * (cells.sum(axis=1, keepdims=True) - cells)).sum()
-    same_confounder = (cells * (cells.sum(axis=0, keepdims=True) - cells)).sum()
-    return float(same_class / (same_class + same_confounder)) if same_class + same_confounder else float("nan")
+    near = (within.any if by == "slide" else within.apart)[:, :FEW]
+    counts = {f"index {by}": robustness_counts(near, of.label, of.confounder)[:, None]}
+    found.chance[f"index {by}"] = chance
+    drawn = [] if by == "slide" else draw_balanced(of.label, of.confounder, draws=BALANCED_DRAWS, seed=seed)
+    if any(drawn):
+        counts[f"balanced {by}"] = balanced_robustness(unit, of.group, of.label, of.confounder, drawn)
+        found.chance[f"balanced {by}"] = 0.5
+    found.statistics["robustness"] += [robustness_index(name, one, of.clusters) for name, one in counts.items()]
 
 
 def _invariance(found: _Found, plain: Tensor, altered: Mapping[str, NDArray[np.float16]]) -> None:
@@ -370,7 +366,7 @@ def measure_store(
                     raw = _read(of_model, chosen[model], sets[key])
                     unit = unit_vectors(raw, device)
                 if not wanted.isdisjoint(_OF_NEIGHBOURS):
-                    within = _within(found, unit, wanted, clock)
+                    within = _within(found, unit, wanted, options.seed, clock)
                     near[model][key] = within.any[:, :FEW]
                     if known is None:
                         known = _Known(unit, found.of.label, _best_k(found.of.label, within.apart, n_classes))
@@ -434,7 +430,7 @@ def _read(of_model: Setup, chosen: Chosen, of: PatchSet) -> NDArray[np.float16]:
     return embeddings_of(of_model, entry, pooling, of.dataset, of.rows).read()
 
 
-def _within(found: _Found, unit: Tensor, wanted: frozenset[str], clock: _Clock) -> Neighbours:
+def _within(found: _Found, unit: Tensor, wanted: frozenset[str], seed: int, clock: _Clock) -> Neighbours:
     """Find the neighbours within a set, once for all that is asked of them."""
     of = found.of
     with clock("neighbours"):
@@ -444,7 +440,8 @@ def _within(found: _Found, unit: Tensor, wanted: frozenset[str], clock: _Clock) 
     if "retrieval" in wanted and within.apart.shape[1]:
         _retrieval(found, within.apart, within.average_precision)
     if "robustness" in wanted and of.confounded_by:
-        _robustness(found, within.any, within.apart)
+        with clock("robustness"):
+            _robustness(found, unit, within, seed)
     return within
 
 

@@ -118,23 +118,3 @@ def mutual_neighbours(first: NDArray[np.intp], second: NDArray[np.intp]) -> NDAr
     [0.5, 1.0]
     """
     return np.asarray((first[:, :, None] == second[:, None, :]).any(axis=2).mean(axis=1))
-
-
-def robustness_counts(
-    neighbour: NDArray[np.intp], label: NDArray[np.integer], confounder: NDArray[np.intp]
-) -> NDArray[np.float64]:
-    """Count the neighbours (n, k) that speak for the class, and those that speak for the confounder: (n, 2).
-
-    Of Kömen et al., PathoROB, 2025: SO, of the same class and another confounder; OS, of another class and the same
-    confounder. The robustness index is sum SO / (sum SO + sum OS).
-
-    Args:
-        neighbour: rows of the set.
-        label: (n,) of the class.
-        confounder: (n,) number of the scanner, laboratory or the like; -1 where unknown, of which nothing is counted.
-    """
-    same_class = label[neighbour] == label[:, None]
-    same_confounder = confounder[neighbour] == confounder[:, None]
-    known = (confounder[neighbour] >= 0) & (confounder >= 0)[:, None]
-    counts = (known & same_class & ~same_confounder, known & ~same_class & same_confounder)
-    return np.stack([one.sum(axis=1) for one in counts], axis=1).astype(np.float64)

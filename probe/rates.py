@@ -194,7 +194,7 @@ def error_rates(
     clusters = out_of_fold.clusters
     counts = sums_by_cluster(np.stack([y, ~y, y & predicted, ~y & ~predicted], axis=1).astype(np.float64), clusters)
     resampled = resample([[Sums(counts, _hit_rates)]], clusters, resampling)
-    found = intervals(resampled, 0, classes=held(out_of_fold.label, clusters.index))
+    found = intervals(resampled, 0, classes=held(out_of_fold.label, clusters.index, out_of_fold.by_training))
 
     def worth(name: str, of_class: NDArray[np.float64]) -> float:
         value, variance = found[name].value, resampled.of(name, 0).standard_error ** 2

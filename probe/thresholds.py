@@ -122,7 +122,7 @@ def _judge(ensemble: Ensemble, specificity: float, resampling: Resampling) -> Do
     resampled = resample([own, tuned], clusters, resampling)
     ranked = [_Ranked.of(y, p, clusters) for p in ensemble.positive]
     fixed = resample([[_AtSpecificity(one, specificity) for one in ranked]], clusters, resampling)
-    classes = held(ensemble.label, clusters.index)
+    classes = held(ensemble.label, clusters.index, ensemble.by_training)
     curve = _learning_curve(ranked, ensemble.thresholds, clusters, resampling.seed) if both else ()
     return DomainThreshold(
         n=len(ensemble),

@@ -213,7 +213,7 @@ def figures(table: Table, n: int, resampling: Resampling) -> None:
             found = intervals(
                 judged(drawn, threshold(world), clusters, resampling, NAMES),
                 0,
-                classes=held(drawn.label.astype(int), clusters.index),
+                classes=held(drawn.label.astype(int), clusters.index, probabilities(drawn.logit[0][..., None])),
             )
             for name in NAMES:
                 ends[name].append((found[name].low, found[name].high))
@@ -341,7 +341,7 @@ def near_the_edge(table: Table, n: int, resampling: Resampling) -> None:
             found = intervals(
                 judged(drawn, threshold(world), clusters, resampling, names),
                 0,
-                classes=held(drawn.label.astype(int), clusters.index),
+                classes=held(drawn.label.astype(int), clusters.index, probabilities(drawn.logit[0][..., None])),
             )
             for name in names:
                 ends[name].append((found[name].low, found[name].high))

@@ -85,6 +85,7 @@ def test_record_is_the_model_of_its_card(name: str) -> None:
         model = build_model(record, None)
         features = model.forward_features(torch.empty(1, 3, record.input_size, record.input_size))
     widths = pooling_widths(model, record)
+    assert set(widths) <= set(record.possible_poolings)
     measured = {
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "embedding": sum(widths[pooling] for pooling in record.card_pooling.split("+")),

@@ -26,6 +26,7 @@ from test_finetune_command import write_patches
 import finetune.benchmark as benchmark
 import finetune.run
 from extract import cli as extract_cli
+from extract import hub
 from extract.backbones import build_model
 from extract.doctor import Access, ModelCheck
 from extract.registry import BACKBONES, Backbone
@@ -146,6 +147,15 @@ def plan_of(tmp_path: Path, text: str) -> Plan:
         ("models = 'uni'\nmethods = ['prob']", "unknown method 'prob'. Did you mean probe"),
         ("models = 'uni'\nrecipes = ['papr']", "unknown recipe 'papr'. Did you mean paper"),
         ("models = 'uni'\nviews = ['middle']", "unknown view 'middle'"),
+        ("models = 'uni'\nviews = ['centre48']", "unknown view 'centre48'. Did you mean center48"),
+        ("models = 'uni'\nmethods = 'lora'\nview = 'fulll'", "unknown view 'fulll'. Did you mean full"),
+        ("models = 'uni'\nmethods = 'lora'\nview = 'full+flips'", "is for frozen backbones"),
+        ("models = 'uni'\npooling = 'maen'", "`pooling = 'maen'`: uni has no pooling 'maen'.*Did you mean mean"),
+        ("models = 'uni'\npooling = 'cls+mid'", "uni has no pooling 'mid'. It has cls, mean, center, and card"),
+        ("models = 'resnet50'\npooling = 'cls'", "resnet50 has no pooling 'cls'. It has pooled, center, mid, and card"),
+        ("imported = 'mine'\nmethods = 'probe'\npooling = 'cls'", "mine has no pooling 'cls'. It has pooled, and"),
+        ("models = 'uni'\ndevice = 'cpu'", "`device` is no key of a plan, .*: fm-benchmark .*mine.toml --device"),
+        ("models = 'uni'\nshard = '0/2'", r"`shard` is no key of a plan\. Keys: "),  # none is near
         ("models = 'uni'\nmethods = 'head'\nrecipes = 'authors'", "authors exists for no model of `models` by head"),
         ("models = 'uni'\nepochs = 'ten'", "Expected `int.*epochs"),
         ("models = 'uni'\nepochs = 0", "--epochs"),
@@ -274,8 +284,29 @@ def test_without_access_and_network_every_row_says_why_and_what_helps(
     assert status == 0
     assert out.count("cannot: gated") == 8 * 4 + 23
     assert "64 rows: 64 cannot" in err
-    assert "--weights" in err  # arguments are told as flags
+    # A plan names no files of weights; but rows that were run with one count.
+    assert err.count("run this model's commands yourself, with --weights FILE appended") == 11
+    assert "`weights=" not in out + err
     assert run_command(capsys, "banerjee2025", monkeypatch=monkeypatch)[0] == 1
+
+
+def test_a_part_of_a_plan_says_what_is_left_of_it(
+    tiny: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of two parts the first has the embeddings and their probe, the second both trainings."""
+    for part, methods in (("0/2", {EMBED, PROBE}), ("1/2", {"head"})):
+        status, out, err = run_command(capsys, tiny, "--dry-run", "--shard", part, monkeypatch=monkeypatch)
+        assert status == 0, err
+        assert f"2 rows of 4, part {part}: 2 to do. " in err
+        assert {method for method in (EMBED, PROBE, "head") if f" {method} " in out} == methods
+    seconds = {}
+    for part in ("0/1", "0/2", "1/2"):
+        _, out, _ = run_command(capsys, tiny, "--dry-run", "--json", "--shard", part, monkeypatch=monkeypatch)
+        found = json.loads(out)
+        seconds[part] = found["seconds"]
+        assert len(found["rows"]) == 4
+    assert seconds["0/2"] + seconds["1/2"] == pytest.approx(seconds["0/1"])
+    assert min(seconds.values()) > 0
 
 
 def test_a_test_set_that_is_not_in_the_folder_is_left_out_and_a_training_set_is_missed(
@@ -432,10 +463,12 @@ def probed_otherwise_is_not_done(plan: str) -> None:
     ],
 )
 def test_what_keeps_a_model_from_being_had(access: Access, gated: bool, reason: str) -> None:
-    check = ModelCheck("uni", "fail", "MahmoodLab/UNI", None, gated, access, "Do this.")
+    check = ModelCheck("uni", "fail", "MahmoodLab/UNI", None, gated, access, f"Do this. Or {hub.LOCAL_FILE}.")
     said, remedy = _lack(check, BACKBONES["uni"])
     assert said == reason
-    assert remedy.endswith("Do this.")
+    assert remedy.startswith("Do this.") == (access == "not granted")
+    assert "or run this model's commands yourself, with --weights FILE appended" in remedy.replace("Or", "or")
+    assert hub.LOCAL_FILE not in remedy
     assert ("request access on https://huggingface.co/MahmoodLab/UNI" in remedy) == (access == "not asked")
 
 

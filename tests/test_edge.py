@@ -37,9 +37,9 @@ def test_a_perfect_score_has_an_exact_interval():
 
 def test_clusters_that_hold_the_class_are_counted_and_not_patches():
     judged = perfect()
-    assert held(judged.label, judged.clusters.index) == Held((12, 12), 0.5)
+    assert held(judged.label, judged.clusters.index, judged.by_training) == Held((12, 12), 0.5)
     one_class = judged.select((judged.label == 0) | (np.arange(len(judged)) < 16))  # atypical ones on four slides
-    assert held(one_class.label, one_class.clusters.index).n_positive == 4
+    assert held(one_class.label, one_class.clusters.index, one_class.by_training).n_positive == 4
     figures = judge(one_class, resampling=QUICK).figures
     assert figures["sensitivity"].low == pytest.approx(0.025 ** (1 / 4))
     assert figures["specificity"].low == pytest.approx(0.025 ** (1 / 12))
@@ -60,6 +60,23 @@ def test_all_wrong_and_one_class_predicted():
         (least / 2, (1 - least + 1) / 2)
     )
     assert negative["f1"].low == 0 < negative["f1"].high < 1
+
+
+@pytest.mark.parametrize(("score", "sensitivity"), [(0.5, 1.0), (0.2, 0.0)])
+def test_one_score_for_every_patch_has_no_interval_where_a_threshold_decides(score, sensitivity):
+    """It says one class of all patches on any slides: a bound would have it better than chance on some."""
+    same = replace(perfect(), by_training=np.full((1, 48, 2), [1 - score, score]))
+    figures = judge(same, resampling=QUICK).figures
+    assert (figures["sensitivity"].value, figures["balanced_accuracy"].value) == (sensitivity, 0.5)
+    assert figures["auroc"].value == 0.5
+    for name in ("sensitivity", "specificity", "balanced_accuracy", "f1", "mcc", "auroc"):
+        assert np.isnan([figures[name].low, figures[name].high]).all(), name
+        assert not figures[name].exact
+    # One patch with another score, and what a threshold decides is a finding again.
+    scores = np.full(48, score)
+    scores[3] = score / 2
+    other = judge(replace(same, by_training=of_two(scores)[None]), resampling=QUICK).figures["sensitivity"]
+    assert other.exact or 0 < other.low < other.value < other.high
 
 
 def test_no_set_that_the_box_allows_has_a_lower_score():

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import re
 import shutil
 from dataclasses import replace
 from functools import partial
@@ -38,12 +39,18 @@ from probe.neighbours import (
     nearest,
     neighbours,
     precision_at,
-    robustness_counts,
     unit_vectors,
 )
 from probe.probing import ProbeOptions, probe_store
 from probe.report.measures import tabulate, terminal_tables
 from probe.resample import Resampling, make_clusters
+from probe.robustness import (
+    balanced_robustness,
+    draw_balanced,
+    robustness_counts,
+    robustness_index,
+    robustness_of_chance,
+)
 from probe.similarity import linear_cka, self_similarity
 
 WIDTH = 10
@@ -121,6 +128,85 @@ def test_the_robustness_index_worked_out_by_hand():
     assert counts[:, 0].sum() / counts.sum() == pytest.approx(3 / 7)
 
 
+def on_a_circle(degrees: list[int]) -> torch.Tensor:
+    return torch.tensor([[np.cos(np.deg2rad(a)), np.sin(np.deg2rad(a))] for a in degrees], dtype=torch.float32)
+
+
+def test_the_balanced_robustness_index_worked_out_by_hand(monkeypatch):
+    """Two patches of each class from each laboratory, on a circle, each on a slide of its own."""
+    monkeypatch.setattr("probe.robustness.FEW", 2)
+    label = np.array([0, 0, 1, 1, 0, 0, 1, 1])
+    laboratory = np.array([0, 1, 0, 1, 0, 1, 0, 1])
+    embeddings, slide = on_a_circle([0, 10, 25, 100, 111, 135, 180, 200]), np.arange(8)
+    drawn = draw_balanced(label, laboratory, draws=1, seed=0)
+    assert [rows.tolist() for rows in drawn[0]] == [list(range(8))]
+    # The two nearest to 0 are 1 (its class elsewhere, SO) and 2 (another class from its laboratory, OS); to 1: 0 (SO)
+    # and 2 (neither); to 2: 1 (neither) and 0 (OS); to 3: 4 (neither) and 5 (OS); to 4: 3 (neither) and 5 (SO); to 5:
+    # 4 (SO) and 3 (OS); to 6: 7 (SO) and 5 (neither); to 7: 6 (SO) and 5 (OS).
+    counts = balanced_robustness(embeddings, slide, label, laboratory, drawn)[:, 0]
+    assert counts.tolist() == [[1, 1], [1, 0], [0, 1], [0, 1], [1, 0], [1, 1], [1, 0], [1, 1]]
+    clusters = make_clusters(slide.astype(str))
+    index = robustness_index("balanced domain", counts[:, None], clusters)
+    assert index(np.ones((1, 8)))["balanced domain"][0] == pytest.approx(6 / 11)
+    # 0 and 1 from one slide are no neighbours: 0 then has 2 (OS) and 3 (neither), 1 has 2 (neither) and 3 (OS).
+    together = np.array([0, 0, 2, 3, 4, 5, 6, 7])
+    counts = balanced_robustness(embeddings, together, label, laboratory, drawn)[:, 0]
+    assert counts.tolist()[:2] == [[0, 1], [0, 1]]
+    # The mean over draws, not the index of their sums: 6 / 11 and, of a draw in which two patches alone count, 1 / 2.
+    two = np.stack([counts * 0, counts * 0], axis=1)
+    two[:, 0] = [[1, 1], [1, 0], [0, 1], [0, 1], [1, 0], [1, 1], [1, 0], [1, 1]]
+    two[:2, 1] = [[1, 0], [0, 1]]
+    mean = robustness_index("balanced domain", two, clusters)(np.ones((1, 8)))["balanced domain"][0]
+    assert mean == pytest.approx((6 / 11 + 1 / 2) / 2)
+
+
+def test_balanced_sets_are_of_two_classes_and_two_laboratories_in_equal_parts(monkeypatch):
+    label = np.array([0] * 40 + [1] * 60 + [0] * 30 + [1] * 12 + [0] * 25 + [1] * 9 + [0] * 5)
+    laboratory = np.array([0] * 100 + [1] * 42 + [2] * 34 + [-1] * 5)
+    drawn = draw_balanced(label, laboratory, draws=4, seed=3)
+    for sets in drawn:
+        (rows,) = sets  # laboratory 2 has nine of class 1: too few for ten neighbours
+        cells = np.array([label[rows], laboratory[rows]])
+        assert np.unique(cells, axis=1, return_counts=True)[1].tolist() == [12] * 4
+        assert len(np.unique(rows)) == 48
+    assert len({tuple(sets[0].tolist()) for sets in drawn}) == 4
+    again = draw_balanced(label, laboratory, draws=4, seed=3)
+    assert all((a == b).all() for (a,), (b,) in zip(drawn, again, strict=True))
+    three = draw_balanced(np.tile([0, 1, 2], 90), np.repeat([0, 1, 2], 90), draws=1, seed=0)
+    assert len(three[0]) == 3 * 3
+    monkeypatch.setattr("probe.robustness._MOST_SETS", 4)
+    monkeypatch.setattr("probe.robustness._MOST", 11)
+    three = draw_balanced(np.tile([0, 1, 2], 90), np.repeat([0, 1, 2], 90), draws=2, seed=0)
+    assert [[len(rows) for rows in sets] for sets in three] == [[44] * 4] * 2
+    assert draw_balanced(label, np.zeros_like(label), draws=2, seed=0) == [[], []]
+
+
+def test_a_balanced_index_is_that_of_croma_for_pairs_of_classes_and_centres():
+    """https://github.com/clemsgrs/croma: the design `paired_2x2`."""
+    croma, pandas = pytest.importorskip("croma"), pytest.importorskip("pandas")
+    rng = np.random.default_rng(0)
+    label, laboratory, slide = rng.integers(0, 2, 150), rng.integers(0, 3, 150), rng.integers(0, 40, 150)
+    X = rng.standard_normal((150, 6)) + 0.8 * label[:, None] + 0.5 * np.eye(6)[laboratory]
+    drawn = draw_balanced(label, laboratory, draws=1, seed=0)
+    counts = balanced_robustness(unit_vectors(X), slide, label, laboratory, drawn).sum(axis=(0, 1))
+    assert len(drawn[0]) == 3
+    rows = np.concatenate(drawn[0])
+    manifest = pandas.DataFrame(
+        {
+            "sample_id": [f"{k}" for k in range(len(rows))],
+            "image_path": "",
+            "label": label[rows].astype(str),
+            "group_id": slide[rows].astype(str),
+            "center": laboratory[rows].astype(str),
+            "subset": np.repeat(["a", "b", "c"], [len(one) for one in drawn[0]]),
+        }
+    )
+    theirs = croma.RI.compute_curve(
+        X[rows], manifest, confounder_column="center", k_values=[10], evaluation_design="paired_2x2"
+    )
+    assert counts[0] / counts.sum() == pytest.approx(theirs[10], abs=1e-12)
+
+
 def test_the_index_of_chance_is_that_of_all_pairs():
     _, label, group = drawn(80)
     domain = group % 3
@@ -135,7 +221,7 @@ def test_the_index_of_chance_is_that_of_all_pairs():
     assert of.confounded_by == "domain"
     others = np.array([np.delete(np.arange(80), row) for row in range(80)])
     counts = robustness_counts(others, of.label, of.confounder).sum(axis=0)
-    assert measuring._robustness_of_chance(of) == pytest.approx(counts[0] / counts.sum())
+    assert robustness_of_chance(of.label, of.confounder) == pytest.approx(counts[0] / counts.sum())
     without = patch_set("mine", "test", replace(table, domain=np.full(80, "")), np.arange(80))
     assert without.confounded_by == "slide"
 
@@ -334,6 +420,9 @@ def test_all_measures_of_a_store_stand_in_one_file_that_is_read_back(store, tmp_
     # Which confounder, which altered patches, which pairs.
     assert ("robustness", "index domain", "one (full, card)", "mine", "train") in found
     assert not any(key[0] == "robustness" and key[3] == "other" for key in found)
+    balanced = found["robustness", "balanced domain", "one (full, card)", "mine", "train"]
+    assert balanced.low < balanced.value < balanced.high
+    assert balanced.chance == 0.5
     assert {key[2:4] for key in found if key[0] == "invariance"} == {("one (full, card)", "mine")}
     assert {key[2] for key in found if key[0] == "alignment"} == {"one (full, card) and two (full, card)"}
     assert found["alignment", "mutual", "one (full, card) and two (full, card)", "mine", "train"].n == len(train)
@@ -357,6 +446,10 @@ def test_all_measures_of_a_store_stand_in_one_file_that_is_read_back(store, tmp_
 
     shown = tabulate(record.figures)
     assert sum(one is not None for of in shown for row in of.rows.values() for one in row) == len(record.figures)
+    retrieval = next(of for of in shown if of.title == MEASURES["retrieval"])
+    assert retrieval.chances == (0.5,) * len(retrieval.columns)
+    altered = next(of for of in shown if of.title == MEASURES["invariance"])
+    assert altered.chances[0] == round(altered.rows["one (full, card)"][0].chance, 3)
     assert [one.columns[0] for one in terminal_tables(record)]
     assert "one (full, card)" in capsys.readouterr().err
 
@@ -438,7 +531,11 @@ def test_the_command_takes_measures_with_and_without_names(store, tmp_path):
     shown = probe("--measures=knn", "--model", "two").stdout
     assert "k-NN" in shown
     assert "two (full, card)" in shown
-    assert isinstance(probe("--combine", "--measures").exception, UserError)
+    assert re.search(r"two \(full, card\).*\n.*k-NN with k = \d", shown)
+    # Not the advice of another recipe, which measures would refuse as well.
+    for given, name in ((["--combine"], "combine"), (["--seeds", "3"], "seeds"), (["--recipe", "paper"], "recipe")):
+        with pytest.raises(UserError, match=f"`{name}` says how probes are fitted, and `measures` fits none"):
+            raise probe(*given, "--measures", "knn").exception
     assert not list(tmp_path.glob("runs/probe-*"))
 
 
@@ -455,6 +552,8 @@ def test_the_report_folds_measures_away_and_shows_those_of_its_patches(store, tm
     assert section.index("<details") < section.index("<table")
     precision = next(one for one in record.figures if (one.name, one.split) == ("precision 5", "test"))
     assert f'<span class="value">{precision.value:.3f}</span>' in section
+    assert '<th scope="row">by chance</th><td class="ends">0.500</td>' in section
+    assert section.count("by chance") == section.count("<table")  # once in each, not in every cell
     table, _, _ = make_report(runs, resampling=Resampling(replicates=100), format="csv")
     rows = {(row["figure"], row["dataset"], row["split"]): row for row in csv.DictReader(io.StringIO(table))}
     row = rows["precision 5", precision.dataset, "test"]

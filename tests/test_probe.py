@@ -285,6 +285,8 @@ def test_datasets_embedded_differently_are_never_compared(store, tmp_path):
         (["good"], ProbeOptions(train="ami"), r"no dataset 'ami'.*fm-extract --dataset ami"),
         (["good"], ProbeOptions(test=("atnorm-md",)), r"no dataset 'atnorm-md'"),
         (["poor"], ProbeOptions(view="center64"), r"no complete embeddings of poor in view center64"),
+        (["good"], ProbeOptions(view="fulll"), r"unknown view 'fulll'. Did you mean full\? .*store.zarr has .*full"),
+        (["good"], ProbeOptions(view="nope"), r"unknown view 'nope'. Use 'full'.*store.zarr has .*full[^?]*$"),
         (["good"], ProbeOptions(pooling="center"), r"cls.*mean"),
         (["good"], ProbeOptions(recipe="paper"), r"paper's fold assignment"),
         (["good"], ProbeOptions(cv=2), r"at least 3 folds"),

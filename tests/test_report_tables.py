@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -149,6 +150,104 @@ def test_what_differs_from_the_published_protocol_follows_from_the_record():
         "recipe default (adamw, 8 epochs at most) instead of that of the text",
         "scores are means over eight flips and turns",
     )
+
+
+COMMANDS = (
+    "begin end caption centering footnotesize multicolumn quad scriptsize setlength tabcolsep textbf textit "
+    "delta pm textasciicircum textasciitilde textbackslash textbar textgreater textless"
+)
+PACKAGES = {"booktabs": "addlinespace bottomrule cmidrule midrule toprule"}
+
+
+def read_latex(text: str) -> list[int]:
+    """Read a table as LaTeX does, and give the width of every row in columns.
+
+    Raises:
+        ValueError: what LaTeX would stop at: braces, environments or formulas that do not end, a bare special
+            character, a command that neither LaTeX nor a package named in a comment has, a letter outside ASCII, rows
+            of another width than the table's, and a row that begins with what the end of the one before it would take.
+    """
+    known, widths, opened = set(COMMANDS.split()), [], []
+    depth, formula, width, columns = 0, False, 1, 0
+    at = 0
+
+    def argument(start: int) -> str:
+        return text[text.index("{", start) + 1 : text.index("}", start)]
+
+    while at < len(text):
+        letter = text[at]
+        if letter == "%":
+            end = text.index("\n", at)
+            if found := re.search(r"\\usepackage\{(\w+)\}", text[at:end]):
+                known |= set(PACKAGES[found[1]].split())
+            at = end
+        elif letter == "\\":
+            name = re.match(r"[a-zA-Z]+|.", text[at + 1 :], re.DOTALL)[0]
+            at += 1 + len(name)
+            if name == "\\":
+                if depth or formula or opened[-1:] != ["tabular"] or width != columns:
+                    raise ValueError(f"a row of {width} of {columns} columns ends at {text[:at][-60:]!r}")
+                if text[at:].lstrip()[:1] in ("[", "*"):
+                    raise ValueError("the end of a row would take what begins the next one")
+                widths.append(width)
+                width = 1
+            elif name == "begin":
+                opened.append(argument(at))
+                if opened[-1] == "tabular":
+                    columns = len(argument(text.index("}", at) + 1))
+            elif name == "end":
+                if depth or not opened or opened.pop() != argument(at):
+                    raise ValueError(f"{argument(at)} ends where something else is open")
+            elif name == "multicolumn":
+                width += int(argument(at)) - 1
+            elif name not in known and name not in "&%$#_{}":
+                raise ValueError(f"unknown command {name}")
+            continue
+        elif letter in "{}":
+            depth += 1 if letter == "{" else -1
+            if depth < 0:
+                raise ValueError("a brace closes nothing")
+        elif letter == "$":
+            formula = not formula
+        elif letter == "&":
+            if depth or formula or opened[-1:] != ["tabular"]:
+                raise ValueError("a bare &")
+            width += 1
+        elif letter in "#~^_" or not letter.isascii():
+            raise ValueError(f"a bare {letter}")
+        at += 1
+    if depth or formula or opened or width != 1:
+        raise ValueError("something is left open")
+    return widths
+
+
+def test_latex_can_read_every_table(made):
+    report, runs = made
+    read = [read_latex(latex(grid)) for grid in grids(report, runs)]
+    assert [set(widths) for widths in read] == [{7}] * 3
+    assert [len(widths) for widths in read] == [2 + len(grid.rows) for grid in grids(report, runs)]  # two of headings
+
+
+def test_latex_can_read_whatever_runs_are_called():
+    names = [r"50 % of {a_b} & #1 ~^ \end{table} $x$ | < > – −", "[1] two", "−", "* three", "", "{", "}", "\\"]
+    cells = (tables.Cell(".8", "± .1 [.7, .9], δ = .05"), tables.Cell("–", best=True))
+    rows = [(name, cells, number % 2 == 0) for number, name in enumerate(names)]
+    grid = Grid(f"a {names[0]} b", (names[0],), (*rows, ("A & B_1", (), False), *rows))
+    text = latex(grid)
+    assert read_latex(text) == [3] * (2 + 2 * len(names) + 1)
+    assert text.startswith("% \\usepackage{booktabs}\n")
+    broken = [
+        *(text.replace(f"\\{letter}", letter, 1) for letter in "&#_{}$%"),
+        *((text.replace("{[}", "["), text.replace("{*}", "*"), text.replace("usepackage", "package"))),
+        *(text.replace(one, "", 1) for one in ("\\end{tabular}", "\\end{table}\n", " & ", " \\\\", "$")),
+        text.replace("$\\pm$", "±", 1),
+        text.replace("\\textbar{}", "\\mytextbar{}", 1),
+        text.replace("\\multicolumn{3}", "\\multicolumn{2}", 1),
+    ]
+    for one in broken:
+        assert one != text
+        with pytest.raises((ValueError, IndexError)):
+            read_latex(one)
 
 
 def test_one_run_has_no_differences(tmp_path):

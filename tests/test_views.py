@@ -9,7 +9,8 @@ from PIL import Image
 from scipy.ndimage import gaussian_filter
 
 from extract.backbones import find_backbone
-from extract.views import make_transform, orientations, parse_view
+from extract.views import STATISTICS, make_transform, orientations, parse_view
+from features import views
 from features.alterations import altered_view, split_alteration
 from features.console import UserError
 
@@ -150,9 +151,30 @@ def test_the_whole_patch_at_224_loses_no_border_where_the_card_crops_one(name):
     assert np.abs(pixels(backbone, "full", patch())[0] - whole).max() > 10
 
 
+def test_every_normalisation_that_a_view_may_name_is_known():
+    assert tuple(STATISTICS) == views.STATISTICS
+
+
+@pytest.mark.parametrize(
+    ("text", "nearest"),
+    [("centre64@160", "center64"), ("center48x", "center48"), ("Full", "full"), ("full+flip", "flips or fliph")],
+)
+def test_a_misspelt_view_names_the_nearest(text, nearest):
+    with pytest.raises(UserError, match=rf"Did you mean {nearest}\?"):
+        parse_view(text)
+
+
+def test_what_is_far_from_every_view_gets_no_suggestion():
+    with pytest.raises(UserError, match="unknown view 'nope'") as refused:
+        parse_view("nope")
+    assert "Did you mean" not in str(refused.value)
+
+
 def test_a_network_is_built_for_other_sizes_only_where_it_gets_them():
     uni = find_backbone("uni")
-    found = {name: parse_view(name).resizes(uni) for name in ("full", "center64", "full@224+imagenet", "full@160")}
+    found = {
+        name: parse_view(name).resizes(uni.input_size) for name in ("full", "center64", "full@224+imagenet", "full@160")
+    }
     assert found == {"full": False, "center64": False, "full@224+imagenet": False, "full@160": True}
 
 

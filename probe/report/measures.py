@@ -21,6 +21,7 @@ _WORDS = {
     "ari": "adjusted Rand index:",
     "nmi": "mutual information:",
     "index": "index, confounder:",
+    "balanced": "balanced index, confounder:",
     "cosine": "cosine:",
     "found": "found:",
     "cka": "linear CKA",
@@ -35,7 +36,8 @@ LEADS = {
     "clustering": "Clusters by k-means, as many as classes: do they agree with the classes, or with domains and "
     "slides?",
     "robustness": "Among the ten nearest patches: those of the same class elsewhere, against those of another class "
-    "from the same place. 1: the class alone counts; 0: the place alone.",
+    "from the same place. 1: the class alone counts; 0: the place alone. Balanced: among equally many patches of each "
+    "class and place, the mean of ten draws.",
     "invariance": "A patch and its altered self: their cosine after centring (by chance: that of two patches), and the "
     "share of patches whose nearest altered patch is their own.",
     "alignment": "Do two backbones see the same? 1: the same up to rotation (CKA), the same ten neighbours (mutual).",
@@ -50,19 +52,24 @@ _TERMINAL = (
     ("retrieval", "average_precision", "Retrieval\nmAP"),
     ("clustering", "ari class", "Clusters\nARI of classes"),
     ("robustness", "index domain", "Robustness\nof domains"),
+    ("robustness", "balanced domain", "Robustness\nbalanced"),
     ("robustness", "index slide", "Robustness\nof slides"),
 )
 
 
 @dataclass(frozen=True)
 class MeasureTable:
-    """A table of the page: one measure on one set; a row per embedding or pair, None where there is no such figure."""
+    """A table of the page: one measure on one set; a row per embedding or pair, None where there is no such figure.
+
+    `chances` are what figures would be if embeddings said nothing, by column; None where rows differ in that.
+    """
 
     title: str
     lead: str
     set: str
     columns: tuple[str, ...]
     rows: dict[str, tuple[Figure | None, ...]]
+    chances: tuple[float | None, ...]
 
 
 def figures_beside(runs: Sequence[Run]) -> list[Figure]:
@@ -92,19 +99,27 @@ def tabulate(figures: Sequence[Figure]) -> list[MeasureTable]:
             own = {(one.embedding, one.name): one for one in of_measure if (one.dataset, one.split) == (dataset, split)}
             names = sorted(dict.fromkeys(name for _, name in own), key=_order)
             n = next(iter(own.values())).n
+            rows = {
+                embedding: tuple(own.get((embedding, name)) for name in names)
+                for embedding in dict.fromkeys(embedding for embedding, _ in own)
+            }
             tables.append(
                 MeasureTable(
                     title=title,
                     lead=LEADS[measure],
                     set=f"{dataset} {split}, {n:,} patches",
                     columns=tuple(map(in_words, names)),
-                    rows={
-                        embedding: tuple(own.get((embedding, name)) for name in names)
-                        for embedding in dict.fromkeys(embedding for embedding, _ in own)
-                    },
+                    rows=rows,
+                    chances=tuple(map(_same_chance, zip(*rows.values(), strict=True))),
                 )
             )
     return tables
+
+
+def _same_chance(column: Sequence[Figure | None]) -> float | None:
+    """Give what all figures of a column would be by chance, if that is one number in print."""
+    chances = {None if one.chance is None else round(one.chance, 3) for one in column if one is not None}
+    return chances.pop() if len(chances) == 1 else None
 
 
 def _order(name: str) -> tuple[int, str]:
@@ -133,6 +148,7 @@ def terminal_tables(record: MeasureRecord) -> list[Table]:
     found = {(one.dataset, one.split, one.embedding, one.measure, one.name): one for one in record.figures}
     sets = list(dict.fromkeys((one.dataset, one.split) for one in record.figures))
     labels = [one.label for one in record.embeddings]
+    chosen = {one.label: one.neighbours for one in record.embeddings}
     altered = [
         ("invariance", f"{what} {name}", f"{what}\n{name}") for name in ALTERATIONS for what in ("cosine", "found")
     ]
@@ -158,9 +174,10 @@ def terminal_tables(record: MeasureRecord) -> list[Table]:
                 table.add_column(columns[k][2], justify="right")
             for label, row in cells.items():
                 if any(row[k] for k in used):
-                    table.add_row(label, *(_cell(row[k]) for k in used))
-            chances = [[one.chance for one in (row[k] for row in cells.values()) if one] for k in used]
-            said = [f"{of[0]:.3f}" if len({round(c, 3) for c in of if c is not None}) == 1 else "" for of in chances]
+                    k_of = chosen.get(label) if columns[used[0]][0] == "knn" else None
+                    table.add_row(label + (f"\nk-NN with k = {k_of}" if k_of else ""), *(_cell(row[k]) for k in used))
+            chances = [_same_chance([row[k] for row in cells.values()]) for k in used]
+            said = ["" if chance is None else f"{chance:.3f}" for chance in chances]
             if any(said):
                 table.add_section()
                 table.add_row("by chance", *said, style="dim")

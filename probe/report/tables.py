@@ -282,10 +282,11 @@ def markdown(grid: Grid) -> str:
 
 
 def latex(grid: Grid) -> str:
-    """Print a grid as a table environment; needs the package booktabs."""
+    """Print a grid as a table environment; a comment names the package that it needs."""
     n = len(grid.figures)
     rules = "".join(f"\\cmidrule(lr){{{2 + n * k}-{1 + n * (k + 1)}}}" for k in range(len(grid.groups)))
     lines = [
+        "% \\usepackage{booktabs}",
         "\\begin{table}",
         "\\centering",
         "\\footnotesize",
@@ -326,6 +327,7 @@ _LATEX = {
     "^": r"\textasciicircum{}",
     "<": r"\textless{}",
     ">": r"\textgreater{}",
+    "|": r"\textbar{}",
     "±": r"$\pm$",
     "–": "--",
     "−": "$-$",
