@@ -58,6 +58,19 @@ class Points:
     def __repr__(self) -> str:
         return f"Points({len(self.id):,} places on {len(set(self.slide)):,} slides; source={str(self.source)!r})"
 
+    def select(self, rows: Sequence[int]) -> Points:
+        """Select some of the places, in that order."""
+        return replace(
+            self,
+            id=[self.id[row] for row in rows],
+            slide=[self.slide[row] for row in rows],
+            x=self.x[list(rows)],
+            y=self.y[list(rows)],
+            columns={name: [cells[row] for row in rows] for name, cells in self.columns.items()},
+            lines=[self.lines[row] for row in rows] if self.lines else (),
+            features=[self.features[row] for row in rows] if self.features else None,
+        )
+
     def where(self, row: int) -> str:
         """Name a place for a message: its line in the table, if there is one, and its id."""
         return f"line {self.lines[row]}: {self.id[row]}" if self.lines else self.id[row]
