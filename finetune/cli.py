@@ -250,7 +250,15 @@ def predict(
     paths: Annotated[
         list[Path], typer.Argument(metavar="PATH…", help="Image files, folders, CSV files (column path) or HDF5 (x).")
     ],
-    out: Annotated[Path, typer.Option(help="The CSV to write.")] = Path("predictions.csv"),
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="The file to write; of GeoJSON also a folder, with a file of each slide. Default: predictions."
+        ),
+    ] = None,
+    format: Annotated[
+        str, typer.Option(help="csv; of points on slides also geojson, which QuPath imports, or coco.")
+    ] = "csv",
     device: DeviceOption = "auto",
     weights: WeightsOption = None,
     model: Annotated[
@@ -267,7 +275,9 @@ def predict(
     ensemble_weights: EnsembleWeightsOption = "equal",
     as_json: JsonOption = False,
 ) -> None:
-    check_output(out)
+    out = out or Path(f"predictions.{'json' if format == 'coco' else format}")
+    if format != "geojson" or out.suffix:
+        check_output(out)
     from finetune.predict import predict_paths
 
     folders = [folder]
@@ -284,6 +294,7 @@ def predict(
         threshold=threshold,
         by=by,
         ensemble_weights=ensemble_weights,
+        format=format,
     )
     if as_json:
         print_json(summary)

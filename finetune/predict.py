@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,8 @@ from finetune.predict_groups import (
     rate_table,
     share_table,
 )
+from finetune.predict_places import SUFFIXES as FORMATS
+from finetune.predict_places import Said, place_files, points_of
 from finetune.score import patch_logits
 from finetune.setup import build_network, load_members, training_transform
 from probe.combine import averaged, mean_logits, weights_of
@@ -73,6 +76,7 @@ def predict_paths(
     threshold: float | None = None,
     by: str | None = None,
     ensemble_weights: str = "equal",
+    format: str = "csv",
 ) -> dict[str, Any]:
     """Apply a run, or several together, to patches and write a CSV; with `by="group"` a second one of groups.
 
@@ -80,7 +84,9 @@ def predict_paths(
     (the class's name), spread (population standard deviation over fold models), and fold_0, fold_1, ... (each one's);
     of a run with several seeds seed_42_fold_0, seed_42_fold_1, ... Of a run with more than two classes: source, id, a
     column probability_<class> for each, predicted (the most probable), and spread (of that class's probability). Of
-    several runs, each run's mean stands where that of a fold model does, in a column of the run's name.
+    several runs, each run's mean stands where that of a fold model does, in a column of the run's name. Of points on
+    slides, slide, x and y (in pixels of level 0) follow the id; they can also be written as GeoJSON for QuPath, or as a
+    COCO file, see `finetune.predict_places`.
 
     Args:
         run: folder of a probe run or a fine-tuned one; or of several, which tell the same classes apart.
@@ -96,6 +102,7 @@ def predict_paths(
         by: "group" for the share of class 1, or of each of more than two classes, in every group of patches; see
             `finetune.predict_groups`.
         ensemble_weights: of several runs, "equal" or "out-of-fold" (`probe.combine.fitted_weights`).
+        format: "csv"; or of points on slides "geojson" or "coco".
 
     Returns:
         n, n_positive, n_folds, n_models, threshold, label_names, out; with `by` by_group, what the second CSV holds. Of
@@ -105,13 +112,16 @@ def predict_paths(
     Raises:
         UserError: a threshold that is no probability, or for more than two classes, no run, a backbone that cannot be
             had as it was, patches that cannot be read or whose groups are not known, or a full disk; a run twice, runs
-            of different classes, or weights for runs that do not share their folds.
+            of different classes, or weights for runs that do not share their folds; a format that cannot hold these
+            patches.
     """
     runs = [run] if isinstance(run, Path) else list(run)
     if threshold is not None and not 0 <= threshold <= 1:
         raise UserError(f"`threshold={threshold}` is no probability: expected a number from 0 to 1.")
     if by not in (None, "group"):
         raise UserError(f"`by={by}`: expected group, for the share of each class in every group of patches.")
+    if format not in FORMATS:
+        raise UserError(f"`format={format}`: expected one of {', '.join(FORMATS)}.")
     outs = [out, *([by_group_path(out)] if by else [])]
     for one in outs:
         for folder in runs:
@@ -138,6 +148,7 @@ def predict_paths(
     for folder, other in zip(runs, records, strict=True):
         _require_same_backbones(folder, other, backbones, torch_device)
     sources = [load_patches(path, grouped=by is not None) for path in paths]
+    places = [] if format == "csv" else points_of(sources, format, out)
     groups = [groups_of(patches, path) for patches, path in zip(sources, paths, strict=True)] if by else []
     for patches in sources:
         _say_other_classes(patches, record)
@@ -156,25 +167,31 @@ def predict_paths(
         probability, columns = np.stack([one.mean(axis=2) for one in of_runs], axis=2), [one.id for one in records]
     mean = np.average(probability, axis=2, weights=joint.weights)
     predicted = predicted_classes(mean, limit)
-    ids = [(patches.source, id) for patches in sources for id in patches.id]
-    tables = [_table(ids, probability, mean, predicted, record.label_names, columns)]
+    told = probability[np.arange(n), np.ones_like(predicted) if two else predicted]  # (n, n_models)
+    said = Said(record.label_names, mean, told.std(axis=1), predicted, limit)
+    ends = np.cumsum([0, *(len(patches.id) for patches in sources)]).tolist()
+    parts = [slice(*pair) for pair in pairwise(ends)]
+    if format == "csv":
+        files = {out: _table(sources, said, dict(zip(columns, told.T, strict=True)))}
+    else:
+        files = place_files(places, [said.rows(part) for part in parts], format, out)
     by_group: dict[str, Any] = {}
     if by:
-        ends = np.cumsum([len(patches.id) for patches in sources])[:-1]
-        of_source, parts = [patches.source for patches in sources], np.split(predicted, ends)
-        counted = count_groups(of_source, groups, parts, n_classes=record.n_classes)
-        table, described = _judge_groups(counted, joint, record, limit)
-        tables.append(table)
+        of_source, of_classes = [patches.source for patches in sources], [predicted[part] for part in parts]
+        counted = count_groups(of_source, groups, of_classes, n_classes=record.n_classes)
+        files[outs[1]], described = _judge_groups(counted, joint, record, limit)
         without = sum(names.count("") for names in groups)
         by_group = {"by_group": as_dict({"out": str(outs[1]), "n_without": without} | described)}
-    with writing(out.parent):
-        out.parent.mkdir(parents=True, exist_ok=True)
-        for one, table in zip(outs, tables, strict=True):
-            write_file(one, [table])
+    for one in files:
+        _check_out(one, runs[0], paths)
+    for one, content in files.items():
+        with writing(one.parent):
+            one.parent.mkdir(parents=True, exist_ok=True)
+            write_file(one, [content])
     counts = np.bincount(predicted, minlength=record.n_classes).tolist()
     return {
         "out": str(out),
-        "n": len(ids),
+        "n": n,
         **({"n_positive": counts[1]} if two else {"counts": counts}),
         "n_folds": record.folds.n,
         "n_models": n_models,
@@ -443,36 +460,36 @@ def _finetuned_predictor(
     return predict
 
 
-def _table(
-    ids: Sequence[tuple[str, str]],
-    probability: NDArray[np.float64],
-    mean: NDArray[np.float64],
-    predicted: NDArray[np.integer],
-    names: Sequence[str],
-    models: Sequence[str],
-) -> bytes:
+def _table(sources: Sequence[Patches], said: Said, told: Mapping[str, NDArray[np.float64]]) -> bytes:
     """Make the CSV of patches: of two classes it tells the probability of class 1, of more that of every class.
 
     Args:
-        ids: (n,) source and id.
-        probability: (n, c, n_models).
-        mean: (n, c) over models.
-        predicted: (n,) class numbers.
-        names: of the classes.
-        models: (n_models,) names of the models' columns.
+        sources: the patches.
+        said: of all of them.
+        told: of every model, by its column's name, (n,) probabilities of class 1; not used for more than two classes.
     """
-    two = len(names) == 2
+    names, mean, two = said.label_names, said.mean, len(said.label_names) == 2
     means = {"probability": mean[:, 1]} if two else {f"probability_{n}": mean[:, k] for k, n in enumerate(names)}
-    told = probability[np.arange(len(ids)), np.ones_like(predicted) if two else predicted]  # (n, n_models)
-    each = dict(zip(models, told.T, strict=True)) if two else {}
-    columns = [
-        *(map(_digits, means.values())),
-        [names[k] for k in predicted.tolist()],
-        _digits(told.std(axis=1)),
-        *(map(_digits, each.values())),
-    ]
-    header = ("source", "id", *means, "predicted", "spread", *each)
-    return csv_bytes(header, ((*id, *row) for id, *row in zip(ids, *columns, strict=True)))
+    columns = {
+        "source": [patches.source for patches in sources for _ in patches.id],
+        "id": [id for patches in sources for id in patches.id],
+        **(_places(sources) if any(patches.points for patches in sources) else {}),
+        **{name: _digits(values) for name, values in means.items()},
+        "predicted": [names[k] for k in said.predicted.tolist()],
+        "spread": _digits(said.spread),
+        **({name: _digits(values) for name, values in told.items()} if two else {}),
+    }
+    return csv_bytes(tuple(columns), zip(*columns.values(), strict=True))
+
+
+def _places(sources: Sequence[Patches]) -> dict[str, list[str]]:
+    places: dict[str, list[str]] = {"slide": [], "x": [], "y": []}
+    for patches in sources:
+        points, nowhere = patches.points, [""] * len(patches.id)
+        places["slide"] += nowhere if points is None else points.slide
+        for axis in ("x", "y"):
+            places[axis] += nowhere if points is None else [f"{at:.10g}" for at in getattr(points, axis).tolist()]
+    return places
 
 
 def _columns_of(record: RunRecord) -> list[str]:
