@@ -21,6 +21,7 @@ from extract import images
 from extract.arrays import SUFFIXES as ARRAY_SUFFIXES
 from extract.arrays import ImageArrays, read_arrays
 from extract.images import Decode, check_files, file_decoder
+from extract.points import Points
 from features.console import UserError, progress, say
 from features.tables import Table, first_of, is_missing, natural_order, read_table, refuse_rows
 
@@ -46,6 +47,7 @@ class Patches:
         digests: reads every patch once and gives its hex SHA-256; raises UserError naming those that cannot be used.
         columns: what is known of every patch, column by column as it was written: `label`, `group`, `split`, `domain`.
         lines: the line of the table on which each patch stands, where there is one.
+        points: of patches around points of slides, these points, row by row, in pixels of level 0.
     """
 
     source: str
@@ -54,6 +56,7 @@ class Patches:
     digests: Callable[[], list[str]] = field(repr=False)
     columns: Mapping[str, list[str]] = field(default_factory=dict, repr=False)
     lines: Sequence[int] = field(default=(), repr=False)
+    points: Points | None = field(default=None, repr=False)
 
     def where(self, row: int) -> str:
         """Name a patch for a message: its line in the table, if there is one, and its id."""
@@ -68,6 +71,7 @@ class Patches:
             lambda: list(map(self.digests().__getitem__, rows)),
             {name: [cells[row] for row in rows] for name, cells in self.columns.items()},
             [self.lines[row] for row in rows] if self.lines else (),
+            None if self.points is None else self.points.select(rows),
         )
 
 

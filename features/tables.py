@@ -29,14 +29,20 @@ SYNONYMS: Mapping[str, tuple[str, ...]] = {
         *("file", "filename", "filepath", "image", "imagepath", "imagefile", "img", "imgpath"),
         *("patch", "patchpath", "patchfile", "tile", "tilepath", "location"),
     ),
-    "label": ("class", "classname", "target", "category", "groundtruth", "gt"),
+    "label": ("class", "classname", "classification", "target", "category", "groundtruth", "gt", "majorityatypical"),
     "group": (
         *("patient", "patientid", "subject", "subjectid", "participant", "participantid", "case", "caseid"),
         *("specimen", "specimenid", "slide", "slideid", "slidename", "wsi", "wsiid", "groupid", "cluster"),
     ),
     "split": ("set", "subset", "partition", "traintest", "fold"),
     "domain": ("center", "centre", "centerid", "hospital", "institution", "site", "scanner", "cohort", "tumortype"),
-    "id": ("patchid", "sampleid", "imageid", "tileid", "uid"),
+    "id": ("patchid", "sampleid", "imageid", "tileid", "uid", "objectid"),
+    # Of places on slides. QuPath's tables of measurements have Image and Centroid X px, or Centroid X \u00b5m.
+    "slide": ("slidename", "slidefile", "slideid", "wsi", "wsiname", "wsiid", "filename", "file", "image", "imagename"),
+    "x": ("xpx", "xcoord", "coordx", "centerx", "centrex", "centroidx", "centroidxpx"),
+    "y": ("ypx", "ycoord", "coordy", "centery", "centrey", "centroidy", "centroidypx"),
+    "x_um": ("x\u00b5m", "centroidxum", "centroidx\u00b5m"),
+    "y_um": ("y\u00b5m", "centroidyum", "centroidy\u00b5m"),
 }
 _ORDERED = ("group",)
 _MISSING = frozenset(
@@ -165,6 +171,25 @@ def read_table(path: Path, *, required: Sequence[str], optional: Sequence[str] =
     others = {header[position]: cells for position, cells in cells_of.items() if position not in found.values()}
     _say_what_is_used(path, header, found, unused=[name for name in others if optional and _has_name(name)])
     return Table(path, others | named, lines)
+
+
+def header_of(path: Path) -> list[str]:
+    """Read the names of a table's columns, as `read_table` would; an empty list if it cannot be read as a table."""
+    try:
+        delimiter, text = _delimiter(_decoded(path, "Expected a table"), tuple(SYNONYMS), ())
+    except UserError:
+        return []
+    header = next(csv.reader([line for line in text.splitlines() if line.strip()][:1], delimiter=delimiter), [])
+    return [_stripped(name) for name in header]
+
+
+def spellings(column: str) -> set[str]:
+    """Give the names under which a column is found, reduced by `same_name`.
+
+    >>> sorted(spellings("split"))
+    ['fold', 'partition', 'set', 'split', 'subset', 'traintest']
+    """
+    return {same_name(name) for name in (column, *SYNONYMS.get(column, ()))}
 
 
 def is_missing(cell: str) -> bool:
