@@ -189,7 +189,12 @@ class _TiffFile:
         series = max(self._file.series, key=lambda one: one.keyframe.imagewidth * one.keyframe.imagelength)
         self._pages = _pyramid(self._file, series)
         page = self._pages[0]
-        if page.dtype != np.uint8 or page.samplesperpixel not in (1, 3) or page.imagedepth != 1 or len(series.pages) > 1:
+        if (
+            page.dtype != np.uint8
+            or page.samplesperpixel not in (1, 3)
+            or page.imagedepth != 1
+            or len(series.pages) > 1
+        ):
             raise ValueError(f"it holds {page.dtype} of shape {series.shape}, not one 8-bit RGB or grey image")
         self.sizes = [(one.imagewidth, one.imagelength) for one in self._pages]
         tags = {name: page.tags[name].value for name in ("XResolution", "YResolution") if name in page.tags}
@@ -222,7 +227,9 @@ class _TiffFile:
         page = self._pages[level]
         across, down = -(-page.imagewidth // columns), -(-page.imagelength // rows)
         number = row * across + column
-        numbers = [number] if page.planarconfig == 1 else [number + k * across * down for k in range(page.samplesperpixel)]
+        numbers = (
+            [number] if page.planarconfig == 1 else [number + k * across * down for k in range(page.samplesperpixel)]
+        )
         height, width = min(rows, page.imagelength - row * rows), min(columns, page.imagewidth - column * columns)
         planes = [self._segment(level, one)[:height, :width] for one in numbers]
         return np.concatenate(planes, axis=-1)

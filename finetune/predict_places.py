@@ -114,20 +114,20 @@ def feature(points: Points, row: int, said: Said) -> dict[str, Any]:
 
     The feature that was read keeps its id, geometry and properties, but for three: `objectType` is "detection",
     `classification` the predicted class, and `measurements` gain the probabilities, their spread and the threshold. In
-    `metadata` stand the slide and the class as annotated. A point that came from a table becomes a feature of its own,
+    `metadata` stand the slide and the class as annotated, if it was. A point that came from a table becomes a feature of its own,
     named by its id.
     """
     read = points.features[row] if points.features else _new_feature(points, row)
     properties = dict(read.get("properties") or {})
     names, predicted = said.label_names, int(said.predicted[row])
+    is_annotated = properties.get("objectType") != "detection"  # a detection's class was predicted before
     properties["objectType"] = "detection"
     properties["classification"] = {"name": names[predicted], "color": list(class_color(predicted))}
     properties["measurements"] = _with_measurements(properties.get("measurements"), said.measurements(row))
     metadata = properties.get("metadata", {})
     if isinstance(metadata, dict):
-        annotated = points.columns["label"][row] if "label" in points.columns else ""
-        known = {"slide": points.slide[row]} | ({"annotated class": annotated} if annotated else {})
-        properties["metadata"] = metadata | known
+        label = points.columns["label"][row] if is_annotated and "label" in points.columns else ""
+        properties["metadata"] = metadata | {"slide": points.slide[row]} | ({"annotated class": label} if label else {})
     return read | {"properties": properties}
 
 
