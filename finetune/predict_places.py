@@ -114,8 +114,8 @@ def feature(points: Points, row: int, said: Said) -> dict[str, Any]:
 
     The feature that was read keeps its id, geometry and properties, but for three: `objectType` is "detection",
     `classification` the predicted class, and `measurements` gain the probabilities, their spread and the threshold. In
-    `metadata` stand the slide and the class as annotated, if it was. A point that came from a table becomes a feature of its own,
-    named by its id.
+    `metadata` stand the slide, and the class as annotated, if it was. A point that came from a table becomes a feature
+    of its own, named by its id.
     """
     read = points.features[row] if points.features else _new_feature(points, row)
     properties = dict(read.get("properties") or {})
