@@ -26,11 +26,15 @@ from features.options import (
     FoldSeedOption,
     JsonOption,
     LabelsOption,
+    MppOption,
     OrdinalOption,
     PositiveOption,
     RunsOption,
     SeedsOption,
+    SizeOption,
+    SizeUmOption,
     SkipUnlabelledOption,
+    SlidesOption,
     SoftLabelsOption,
     StoreOption,
     WeightsOption,
@@ -109,6 +113,10 @@ def finetune(
             "--tta/--no-tta", help="Score patches by the mean over eight flips and turns. Default: the recipe's."
         ),
     ] = None,
+    slides: SlidesOption = None,
+    size: SizeOption = None,
+    size_um: SizeUmOption = None,
+    mpp: MppOption = None,
     data: DataOption = None,
     weights: WeightsOption = None,
     device: DeviceOption = "auto",
@@ -174,6 +182,9 @@ def finetune(
             soft_labels=soft_labels,
             tta=tta,
             folds_by=folds_by,
+            size=size,
+            size_um=size_um,
+            mpp=mpp,
         )
         compute_options = ComputeOptions(
             data=data,
@@ -184,6 +195,7 @@ def finetune(
             fast=fast,
             grad_checkpointing=grad_checkpointing,
             merge=merge,
+            slides=slides,
         )
         if dry_run:
             from finetune.plan import make_plan
@@ -248,7 +260,8 @@ def _show_plan(plan: Plan) -> None:
 def predict(
     folder: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run; of several, one after another.")],
     paths: Annotated[
-        list[Path], typer.Argument(metavar="PATH…", help="Image files, folders, CSV files (column path) or HDF5 (x).")
+        list[Path],
+        typer.Argument(metavar="PATH…", help="Image files, folders, CSV files (column path), HDF5 (x), or points."),
     ],
     out: Annotated[Path, typer.Option(help="The CSV to write.")] = Path("predictions.csv"),
     device: DeviceOption = "auto",
@@ -265,9 +278,14 @@ def predict(
         typer.Option(help="group: write a second CSV with the share of each class in every group (slide)."),
     ] = None,
     ensemble_weights: EnsembleWeightsOption = "equal",
+    slides: SlidesOption = None,
+    size: SizeOption = None,
+    size_um: SizeUmOption = None,
+    mpp: MppOption = None,
     as_json: JsonOption = False,
 ) -> None:
     check_output(out)
+    from extract.slides import Slides
     from finetune.predict import predict_paths
 
     folders = [folder]
@@ -284,6 +302,7 @@ def predict(
         threshold=threshold,
         by=by,
         ensemble_weights=ensemble_weights,
+        slides=Slides.asked(slides, size=size, size_um=size_um, mpp=mpp),
     )
     if as_json:
         print_json(summary)
