@@ -7,5 +7,6 @@ from .embed import extract_dataset as extract_dataset
 from .prepare import ExtractOptions as ExtractOptions
 from .registry import Backbone as Backbone
 from .registry import list_models as list_models
+from .slides import Slides as Slides
 from .views import View as View
 from .views import parse_view as parse_view

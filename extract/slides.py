@@ -14,13 +14,12 @@ import unicodedata
 from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
 from PIL import Image
 
 from extract.slide_files import SUFFIXES, Region, Size, SlideFile, open_slide
@@ -96,6 +95,22 @@ class Slides:
                 "in micrometres, such as 32."
             )
         return math.floor(self.size_um / MPP + 0.5)
+
+    @classmethod
+    def asked(
+        cls, folder: Path | None, *, size: int | None = None, size_um: float | None = None, mpp: float | None = None
+    ) -> Slides | None:
+        """Make what a user asks for; None without a folder.
+
+        Raises:
+            UserError: a size without a folder, or a value outside its range.
+        """
+        if folder is not None:
+            return cls(folder, size, size_um, mpp)
+        given = {"size": size, "size_um": size_um, "mpp": mpp}
+        if named := next((f"`{name}={value}`" for name, value in given.items() if value is not None), None):
+            raise UserError(f"{named} is for points on slides: say with `slides` in which folder the slides are.")
+        return None
 
     def crop_record(self) -> dict[str, Any]:
         """Describe how patches are cut, as the fingerprint keeps it."""
@@ -245,6 +260,12 @@ class Crops:
 
     Slides are open once for all threads, at most 16 at a time. Patches stay in memory once they were read, up to 512
     MB: reading all of them for their digests then reads most of them for the last time.
+
+    Attributes:
+        slides: the folder, and how large a patch is.
+        points: places on slides, in pixels of level 0.
+        names: of each point's slide, without suffix.
+        mpp: micrometres per pixel of the patches; None where that is not known, or not the same for all.
     """
 
     def __init__(self, slides: Slides, points: Points) -> None:
@@ -258,7 +279,7 @@ class Crops:
             UserError: a slide that is missing, ambiguous, not readable or without a resolution that is needed; a
                 point outside its slide; or no size.
         """
-        self.slides, self._points = slides, points
+        self.slides, self._given = slides, points
         slides.pixels  # noqa: B018 - refuses what has no size
         self._lock = Lock()
         self._open: OrderedDict[Path, SlideFile] = OrderedDict()
@@ -267,8 +288,7 @@ class Crops:
         found = slides.find(points.slide)
         self._paths = [found[name] for name in points.slide]
         self.names = [slide_name(path.name) for path in self._paths]
-        self.mpp: float | None = None
-        self._squares = self._place()
+        self.points, self._squares, self.mpp = self._place()
 
     def read(self, row: int) -> Region:
         """Read the square around a point, (pixels, pixels, 3).
@@ -289,7 +309,7 @@ class Crops:
         order = sorted(range(len(found)), key=self._place_in_order)
         parts = [order[start : start + _TOGETHER] for start in range(0, len(order), _TOGETHER)]
         with (
-            progress(f"read {self._points.source.name}", len(order)) as advance,
+            progress(f"read {self._given.source.name}", len(order)) as advance,
             ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="slides") as pool,
         ):
             try:
@@ -337,9 +357,10 @@ class Crops:
                 self._open.popitem(last=False)
             return self._open[path]
 
-    def _place(self) -> list[Square]:
-        """Choose the square of every point."""
-        points, slides = self._points, self.slides
+    def _place(self) -> tuple[Points, list[Square], float | None]:
+        """Choose the square of every point; also give the points in pixels, and the resolution of the patches."""
+        points, slides = self._given, self.slides
+        pixels = np.empty((len(points.id), 2))
         rows_of: dict[Path, list[int]] = defaultdict(list)
         for row, path in enumerate(self._paths):
             rows_of[path].append(row)
@@ -354,7 +375,9 @@ class Crops:
                 if mpp is None and (slides.size_um is not None or points.unit == "um"):
                     unknown.append(path)
                     continue
-                place = self._on_level_0(rows, slide, mpp)  # (n, 2)
+                pixels[rows] = np.stack([points.x[rows], points.y[rows]], axis=1) / (mpp if points.unit == "um" else 1)
+                # QuPath shows no more of a slide than OpenSlide's bounds, and counts from their corner.
+                place = pixels[rows] if points.features is None else pixels[rows] + slide.origin
                 inside = ((place >= 0) & (place <= slide.sizes[0])).all(axis=1)
                 outside += [
                     f"{points.where(row)} at {x:.6g}, {y:.6g} on {path.name}, {slide.sizes[0][0]} x {slide.sizes[0][1]}"
@@ -381,19 +404,8 @@ class Crops:
                 f"{len(enlarged)} slides are coarser than the patches that are asked for, which are enlarged: "
                 f"{first_of(enlarged)}."
             )
-        self.mpp = self._resolution(known)
-        return [square for square in squares if square is not None]
-
-    def _on_level_0(
-        self, rows: Sequence[int], slide: SlideFile, mpp: tuple[float, float] | None
-    ) -> NDArray[np.float64]:
-        """Give places in pixels of level 0: x and y, (n, 2)."""
-        points = self._points
-        place = np.stack([points.x[rows], points.y[rows]], axis=1)
-        if points.unit == "um":
-            place /= np.array(mpp)
-        # QuPath shows no more of a slide than OpenSlide's bounds, and counts from their corner.
-        return place if points.features is None else place + slide.origin
+        in_pixels = replace(points, x=pixels[:, 0], y=pixels[:, 1], unit="px")
+        return in_pixels, [square for square in squares if square is not None], self._resolution(known)
 
     def _require_readable(self, path: Path, square: Square) -> None:
         if square.width * square.height > _MOST_READ:

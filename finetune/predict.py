@@ -20,10 +20,12 @@ from torch import nn
 from extract.backbones import Backbone, Weights, build_model, fetch_weights, find_backbone, recorded_backbone
 from extract.compute import embed_shown, fastest, side_by_side
 from extract.custom import require_distinct
-from extract.datasets import Patches, load_patches
+from extract.datasets import DATASETS, Patches, load_patches
 from extract.embed import decoded
 from extract.images import SUFFIXES
 from extract.prepare import backbone_parts
+from extract.readers import require_points
+from extract.slides import Slides
 from extract.views import Transform, parse_view
 from features.blocks import to_float16
 from features.console import ProgressCallback, UserError, progress, say
@@ -60,7 +62,7 @@ from probe.runs import check_weights, read_predictions, read_run, read_weights, 
 _LAYER = ("coef", "intercept")
 _BATCH = {"cpu": 8, "cuda": 64, "mps": 64}  # images per forward pass of a frozen backbone
 # Parts of a fingerprint that say where, and of which patches, embeddings were computed, but not by which function.
-_CIRCUMSTANCES = ("dataset_digest", "source_mpp", "poolings", "device", "numerics", "revision")
+_CIRCUMSTANCES = ("dataset_digest", "source_mpp", "crop", "poolings", "device", "numerics", "revision")
 _Backbones = Mapping[str, tuple[Backbone, Weights]]  # by model
 _Predictor = Callable[[Patches, ProgressCallback], NDArray[np.float32]]  # patches to logits (n, n_models, c-1)
 
@@ -76,6 +78,7 @@ def predict_paths(
     threshold: float | None = None,
     by: str | None = None,
     ensemble_weights: str = "equal",
+    slides: Slides | None = None,
     format: str = "csv",
 ) -> dict[str, Any]:
     """Apply a run, or several together, to patches and write a CSV; with `by="group"` a second one of groups.
@@ -90,7 +93,7 @@ def predict_paths(
 
     Args:
         run: folder of a probe run or a fine-tuned one; or of several, which tell the same classes apart.
-        paths: image files, folders, CSV files or HDF5 files; see `load_patches`.
+        paths: image files, folders, CSV files, HDF5 files, or points on slides; see `load_patches`.
         out: the CSV; replaced whole.
         device: "auto", "cpu", "cuda", "cuda:N" or "mps".
         weights: a local checkpoint of the backbone instead of the hub's; it must be the very same.
@@ -102,6 +105,7 @@ def predict_paths(
         by: "group" for the share of class 1, or of each of more than two classes, in every group of patches; see
             `finetune.predict_groups`.
         ensemble_weights: of several runs, "equal" or "out-of-fold" (`probe.combine.fitted_weights`).
+        slides: where the slides of points are; without a size, patches are as large as those of the training set.
         format: "csv"; or of points on slides "geojson" or "coco".
 
     Returns:
@@ -147,7 +151,10 @@ def predict_paths(
     backbones = _load_backbones(runs, records, weights, model)
     for folder, other in zip(runs, records, strict=True):
         _require_same_backbones(folder, other, backbones, torch_device)
-    sources = [load_patches(path, grouped=by is not None) for path in paths]
+    require_points(paths, slides)
+    if slides is not None and not slides.is_sized:
+        slides = _sized_as_trained(slides, runs, records)
+    sources = [load_patches(path, grouped=by is not None, slides=slides) for path in paths]
     places = [] if format == "csv" else points_of(sources, format, out)
     groups = [groups_of(patches, path) for patches, path in zip(sources, paths, strict=True)] if by else []
     for patches in sources:
@@ -240,6 +247,30 @@ def _joint(runs: Sequence[Path], records: Sequence[RunRecord], how: str) -> _Joi
     shares = weights_of(own, how)
     together = averaged(own, shares)
     return _Joint(threshold_of(together), shares, lambda: ensemble_of(together, record.train, VALIDATION))
+
+
+def _sized_as_trained(slides: Slides, runs: Sequence[Path], records: Sequence[RunRecord]) -> Slides:
+    """Cut patches as large as those of the training sets: as many pixels, of the same resolution if it is known."""
+    found = {_patch_size(record) for record in records}
+    (size, mpp), *others = found
+    if size is None or others:
+        raise UserError(
+            f"How large were the patches of {runs[0]}{' and of the other runs, all alike' * bool(others)}? That is not "
+            "known. Say with `size`, in pixels of the slide, or `size_um`, in micrometres, how large a patch around a "
+            "point is."
+        )
+    covered = None if mpp is None else size * mpp
+    say(f"Patches have {size} pixels{'' if covered is None else f' and cover {covered:g} um'}, as in training.")
+    return replace(slides, size=size, size_um=covered)
+
+
+def _patch_size(record: RunRecord) -> tuple[int | None, float | None]:
+    """Find pixels along the side of the patches that a run was trained on, and um per pixel; None where unknown."""
+    embedding, known, cut = record.each_part[0].embedding, DATASETS.get(record.train), (record.slides or {})
+    mpp = embedding.get("source_mpp")
+    if record.train in cut:
+        return Slides.from_record(cut[record.train]).pixels, mpp
+    return (None, None) if known is None else (known.size, mpp)
 
 
 def _order_of_classes(first: RunRecord, other: RunRecord, folder: Path) -> list[int]:

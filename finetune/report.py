@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from extract.datasets import DATASETS, PatchDataset, load_dataset, local_data
 from extract.registry import BACKBONES
+from extract.slides import Slides
 from features.console import UserError, say
 from features.exchange import IMPORTED
 from features.files import write_file, writing
@@ -140,6 +141,7 @@ def _load_patches(dataset: str, run: RunRecord, data: Path | None) -> PatchDatas
     if not Path(source).is_absolute() or not Path(source).exists():
         raise UserError(f"{source or 'where they lie'} is not {'there' if source else 'known'}.")
     named = run.label_names != NUMBERS  # early runs do not know the names of their classes
+    slides = (run.slides or {}).get(dataset)
     return load_dataset(
         source,
         positive=run.label_names[1] if named and of_training and not several else None,
@@ -147,6 +149,7 @@ def _load_patches(dataset: str, run: RunRecord, data: Path | None) -> PatchDatas
         classes=run.label_names if named and not of_training else None,
         labels=labels,
         skip_unlabelled=bool(run.options.get("skip_unlabelled")),
+        slides=None if slides is None else Slides.from_record(slides),
     )
 
 
