@@ -29,6 +29,7 @@ from extract.benchmark import (
 from extract.benchmark import DATASETS as DATASETS
 from extract.images import Decode as Decode
 from extract.images import file_decoder
+from extract.points import Points
 from extract.readers import Patches as Patches
 from extract.readers import list_patches, require_points
 from extract.readers import load_patches as load_patches
@@ -53,6 +54,7 @@ class PatchDataset:
             the patch when it cannot be decoded. Patches may differ in size.
         ordinal: whether the classes are grades, each more than the one before it.
         slides: of patches around points of slides, the folder of the slides, and how the patches are cut.
+        points: of these, the points, row by row, in pixels of level 0.
     """
 
     name: str
@@ -63,6 +65,7 @@ class PatchDataset:
     decode: Decode
     ordinal: bool = False
     slides: Slides | None = None
+    points: Points | None = None
 
     def __repr__(self) -> str:
         counts = np.bincount(self.samples.label, minlength=len(self.label_names))
@@ -145,7 +148,9 @@ def load_dataset(
         domain=known_cells(columns.get("domain")),
     )
     source = str(path.resolve())
-    return PatchDataset(name, samples, label_names, source, patches.mpp, patches.decode, ordinal, patches.slides)
+    return PatchDataset(
+        name, samples, label_names, source, patches.mpp, patches.decode, ordinal, patches.slides, patches.points
+    )
 
 
 def aligned_dataset(test: PatchDataset, classes: Classes, labels: Mapping[str, str]) -> PatchDataset:

@@ -8,7 +8,6 @@ source: an `id` that is a UUID is kept, any other replaced; `objectType`, `name`
 
 from __future__ import annotations
 
-import colorsys
 import json
 import re
 from collections.abc import Sequence
@@ -22,15 +21,12 @@ from numpy.typing import NDArray
 from extract.points import Points
 from extract.readers import Patches
 from features.console import UserError
-from features.labels import Classes
+from features.labels import Classes, class_color
 from features.tables import first_of
 
 Format = Literal["csv", "geojson", "coco"]
 SUFFIXES: dict[str, str] = {"csv": ".csv", "geojson": ".geojson", "coco": ".json"}
 _BOX = 50  # pixels; the side of MIDOG's boxes around mitotic figures, 12.5 um
-# Colours that colour-blind eyes tell apart as well (Okabe and Ito, Color Universal Design, 2008).
-_COLORS = ((0, 114, 178), (213, 94, 0), (0, 158, 115), (230, 159, 0), (86, 180, 233), (204, 121, 167), (240, 228, 66))
-_GOLDEN = 0.618  # turns of the colour wheel between further classes
 
 
 @dataclass(frozen=True, eq=False)
@@ -141,18 +137,6 @@ def _with_measurements(read: Any, new: dict[str, float]) -> Any:
         others = [one for one in read if not (isinstance(one, dict) and one.get("name") in new)]
         return others + [{"name": name, "value": value} for name, value in new.items()]
     return (read if isinstance(read, dict) else {}) | new
-
-
-def class_color(k: int) -> tuple[int, int, int]:
-    """Choose the colour of a class: red, green and blue from 0 to 255.
-
-    >>> class_color(0), class_color(1)
-    ((0, 114, 178), (213, 94, 0))
-    """
-    if k < len(_COLORS):
-        return _COLORS[k]
-    red, green, blue = (round(255 * part) for part in colorsys.hsv_to_rgb(k * _GOLDEN % 1, 0.8, 0.8))
-    return red, green, blue
 
 
 def _collection(features: Sequence[dict[str, Any]]) -> bytes:

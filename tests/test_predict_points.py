@@ -11,8 +11,9 @@ import pytest
 from extract.points import Points, read_points
 from extract.readers import Patches
 from features.console import UserError
+from features.labels import class_color
 from finetune.predict_groups import by_group_path, groups_of
-from finetune.predict_places import Said, class_color, place_files, points_of
+from finetune.predict_places import Said, place_files, points_of
 
 _NUMBERS = {"type": "array", "items": {"type": "number"}, "minItems": 2, "maxItems": 3}
 _COLOR = {"type": "array", "items": {"type": "integer", "minimum": 0, "maximum": 255}, "minItems": 3, "maxItems": 3}
