@@ -1,12 +1,16 @@
 """Do predictions for points come back in the form that QuPath imports, with nothing lost of what was read?"""
 
+import csv
 import json
+import re
 import uuid
 from pathlib import Path
+from typing import NamedTuple
 
 import jsonschema
 import numpy as np
 import pytest
+from PIL import Image
 
 from extract.points import Points, read_points
 from extract.readers import Patches
@@ -295,3 +299,128 @@ class TestSeveralSlides:
     def test_the_table_of_groups_is_a_csv_beside_file_or_folder(self):
         assert by_group_path(Path("r/results")) == Path("r/results-by-group.csv")
         assert by_group_path(Path("r/result.json")) == Path("r/result-by-group.csv")
+
+
+# --- a run ------------------------------------------------------------------------------------------------------------
+
+SIDE, N_SLIDES, PER_SLIDE = 32, 12, 4
+
+
+class Made(NamedTuple):
+    run: Path
+    weights: Path
+    points: Path
+    slides: Path
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
+    """A probe of small drawn figures, trained and tested on points of slides as QuPath exports them."""
+    timm, torch, safetensors = (pytest.importorskip(name) for name in ("timm", "torch", "safetensors.torch"))
+    from extract.backbones import find_backbone
+    from extract.datasets import load_dataset
+    from extract.embed import ExtractOptions, extract_dataset
+    from extract.slides import Slides
+    from features.store import FeatureStore
+    from probe.probing import ProbeOptions, probe_store
+
+    folder, rng = tmp_path_factory.mktemp("slides"), np.random.default_rng(0)
+    (folder / "points").mkdir()
+    for k in range(N_SLIDES):
+        pixels, features = rng.integers(0, 150, (2 * SIDE, 2 * SIDE, 3)), []
+        for figure in range(PER_SLIDE):
+            top, left, label = figure // 2 * SIDE, figure % 2 * SIDE, (figure + k) % 2
+            pixels[top : top + SIDE, left : left + SIDE] += 70 * label  # atypical figures are brighter
+            known = {"classification": {"name": ("Normal", "Atypical")[label]}, "split": "test" if k > 8 else "train"}
+            geometry = {"type": "Point", "coordinates": [left + SIDE / 2, top + SIDE / 2]}
+            id = str(uuid.UUID(int=10 * k + figure))
+            features.append({"type": "Feature", "id": id, "geometry": geometry, "properties": known})
+        Image.fromarray(pixels.astype(np.uint8)).save(folder / f"s{k:02}.png")
+        (folder / "points" / f"s{k:02}.geojson").write_text(json.dumps(collection(features)))
+    torch.manual_seed(0)
+    weights = folder / "tiny.safetensors"
+    safetensors.save_file(timm.create_model("test_vit", num_classes=0).state_dict(), weights)
+    dataset = load_dataset(str(folder / "points"), slides=Slides(folder, size=SIDE))
+    store, options = FeatureStore.open_or_create(folder / "store.zarr"), ExtractOptions(precision="fp32")
+    extract_dataset(dataset, [find_backbone("timm/test_vit")], store=store, options=options, weights=weights)
+    (probe,) = probe_store(store, options=ProbeOptions(cv=3), runs=folder / "runs")
+    return Made(probe.folder, weights, folder / "points", folder)
+
+
+def rows_of(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_a_run_gives_points_back_to_their_slides(made, tmp_path):
+    from extract.slides import Slides
+    from finetune.predict import predict_paths
+
+    asked = {"weights": made.weights, "slides": Slides(made.slides, size=SIDE)}
+    predict_paths(made.run, [made.points], out=tmp_path / "all.csv", **asked)
+    summary = predict_paths(
+        made.run, [made.points], out=tmp_path / "all", **asked, format="geojson", by="group", threshold=0.3
+    )
+    assert summary["out"] == str(tmp_path / "all")
+    by_id, n = {row["id"]: row for row in rows_of(tmp_path / "all.csv")}, N_SLIDES * PER_SLIDE
+    assert len(by_id) == n
+    for name in (f"s{k:02}.geojson" for k in range(N_SLIDES)):
+        result, before = (json.loads((folder / name).read_text()) for folder in (tmp_path / "all", made.points))
+        SCHEMA.validate(result)
+        for one, original in zip(result["features"], before["features"], strict=True):
+            row, said = by_id[one["id"]], one["properties"]["measurements"]
+            assert (one["id"], one["geometry"]) == (original["id"], original["geometry"])
+            assert [float(row["x"]), float(row["y"])] == one["geometry"]["coordinates"]
+            assert f"{row['slide']}.geojson" == name
+            # The same computation twice: the last of six digits may be rounded otherwise.
+            assert said["Probability Atypical"] == pytest.approx(float(row["probability"]), abs=2e-6)
+            assert said["Probability spread"] == pytest.approx(float(row["spread"]), abs=2e-6)
+            atypical = said["Probability Atypical"] >= said["Threshold"] == 0.3
+            assert one["properties"]["classification"]["name"] == ("Atypical" if atypical else "Normal")
+            assert one["properties"]["metadata"]["annotated class"] == original["properties"]["classification"]["name"]
+    slides = rows_of(tmp_path / "all-by-group.csv")
+    assert [row["group"] for row in slides] == [f"s{k:02}" for k in range(N_SLIDES)]
+    assert {row["n"] for row in slides} == {str(PER_SLIDE)}
+    assert sum(int(row["n_positive"]) for row in slides) == summary["n_positive"]
+
+
+def test_the_command_writes_one_slide_and_refuses_several_before_it_predicts(made, tmp_path, monkeypatch):
+    from finetune import predict
+    from finetune.cli_predict import predict_app
+
+    monkeypatch.chdir(tmp_path)
+    common = ["--slides", made.slides, "--size", SIDE, "--weights", made.weights, "--format"]
+
+    def run(*arguments: object) -> None:
+        predict_app([str(one) for one in (made.run, *arguments)], standalone_mode=False)
+
+    run(made.points / "s03.geojson", *common, "geojson")
+    again = read_points(tmp_path / "predictions.geojson")
+    assert (again.id, again.slide) == (read_points(made.points / "s03.geojson").id, ["s03"] * PER_SLIDE)
+    run(made.points, *common, "coco")
+    assert len(read_points(tmp_path / "predictions.json").id) == N_SLIDES * PER_SLIDE
+    monkeypatch.setattr(predict, "probabilities", lambda _: pytest.fail("it predicted"))
+    with pytest.raises(UserError, match="lie on 12 slides"):
+        run(made.points, *common, "geojson")
+    with pytest.raises(UserError, match="`format=xml`: expected one of csv, geojson, coco"):
+        run(made.points, *common, "xml")
+    with pytest.raises(UserError, match="one of the inputs"):
+        run(made.points / "s03.geojson", *common, "geojson", "--out", made.points)
+
+
+def test_the_report_knows_where_its_patches_lie(made):
+    from finetune.report import make_report
+    from probe.resample import Resampling
+
+    page, _, _ = make_report(made.run.parent, resampling=Resampling(replicates=50))
+    data = json.loads(re.search(r'id="data">(.*?)</script>', page, re.DOTALL)[1])
+    thumbnails = json.loads(re.search(r'id="thumbnails">(.*?)</script>', page, re.DOTALL)[1])
+    points = read_points(made.points)
+    lies = {id: [slide, x, y] for id, slide, x, y in zip(points.id, points.slide, points.x, points.y, strict=True)}
+    assert set(data["id"]) == set(points.id)
+    assert {
+        id: [data["slides"][slide], x, y] for id, (slide, x, y) in zip(data["id"], data["place"], strict=True)
+    } == lies
+    assert data["colors"] == [list(class_color(k)) for k in range(2)]
+    assert min(thumbnails["picture"]) >= 0
+    assert "Save for QuPath" in page
