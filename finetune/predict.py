@@ -46,8 +46,7 @@ from finetune.predict_groups import (
     rate_table,
     share_table,
 )
-from finetune.predict_places import SUFFIXES as FORMATS
-from finetune.predict_places import Said, place_files, points_of
+from finetune.predict_places import FORMATS, Said, file_of, place_files, points_of
 from finetune.score import patch_logits
 from finetune.setup import build_network, load_members, training_transform
 from probe.combine import averaged, mean_logits, weights_of
@@ -156,6 +155,9 @@ def predict_paths(
         slides = _sized_as_trained(slides, runs, records)
     sources = [load_patches(path, grouped=by is not None, slides=slides) for path in paths]
     places = [] if format == "csv" else points_of(sources, format, out)
+    if format == "geojson":
+        for file in {file_of(slide, out) for points in places for slide in points.slide}:
+            _check_out(file, runs[0], paths)
     groups = [groups_of(patches, path) for patches, path in zip(sources, paths, strict=True)] if by else []
     for patches in sources:
         _say_other_classes(patches, record)
@@ -189,8 +191,6 @@ def predict_paths(
         files[outs[1]], described = _judge_groups(counted, joint, record, limit)
         without = sum(names.count("") for names in groups)
         by_group = {"by_group": as_dict({"out": str(outs[1]), "n_without": without} | described)}
-    for one in files:
-        _check_out(one, runs[0], paths)
     for one, content in files.items():
         with writing(one.parent):
             one.parent.mkdir(parents=True, exist_ok=True)
@@ -315,7 +315,8 @@ def _load_backbones(
 
 def _check_out(out: Path, run: Path, paths: Sequence[Path]) -> None:
     """Refuse a result that would replace what it is made from."""
-    is_input = out.resolve() in {path.resolve() for path in paths}
+    inputs, whole = {path.resolve() for path in paths}, out.resolve()
+    is_input = whole in inputs or (out.suffix.lower() == ".geojson" and out.exists() and whole.parent in inputs)
     if is_input or out.suffix.lower() in SUFFIXES or (out.exists() and run.resolve() in out.resolve().parents):
         raise UserError(f"{out} is an image, one of the inputs, or part of the run. Name another file as `out`.")
 

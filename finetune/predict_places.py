@@ -25,7 +25,8 @@ from features.labels import Classes, class_color
 from features.tables import first_of
 
 Format = Literal["csv", "geojson", "coco"]
-SUFFIXES: dict[str, str] = {"csv": ".csv", "geojson": ".geojson", "coco": ".json"}
+FORMATS = ("csv", "geojson", "coco")
+_FILES = (".geojson", ".json")  # what else GeoJSON is written to is a folder
 _BOX = 50  # pixels; the side of MIDOG's boxes around mitotic figures, 12.5 um
 
 
@@ -75,7 +76,7 @@ def points_of(sources: Sequence[Patches], format: str, out: Path) -> list[Points
         )
     points = [patches.points for patches in sources if patches.points is not None]
     slides = list(dict.fromkeys(slide for one in points for slide in one.slide))
-    if format == "geojson" and len(slides) > 1 and out.suffix.lower() in (".geojson", ".json"):
+    if format == "geojson" and len(slides) > 1 and out.suffix.lower() in _FILES:
         raise UserError(
             f"the points lie on {len(slides):,} slides ({first_of(slides)}), and QuPath imports a file onto one. Name "
             f"a folder as `out`, such as {out.with_suffix('')}: it gets a file of each slide."
@@ -96,13 +97,20 @@ def place_files(points: Sequence[Points], said: Sequence[Said], format: str, out
     """
     if format == "coco":
         return {out: coco(points, said)}
-    by_slide: dict[str, list[dict[str, Any]]] = {}
+    features: dict[Path, list[dict[str, Any]]] = {}
     for one, of_one in zip(points, said, strict=True):
         for row, slide in enumerate(one.slide):
-            by_slide.setdefault(slide, []).append(feature(one, row, of_one))
-    if out.suffix.lower() in (".geojson", ".json"):
-        return {out: _collection([one for features in by_slide.values() for one in features])}
-    return {out / f"{re.sub(r'[/]', '-', slide)}.geojson": _collection(of) for slide, of in by_slide.items()}
+            features.setdefault(file_of(slide, out), []).append(feature(one, row, of_one))
+    return {file: _collection(of_file) for file, of_file in features.items()}
+
+
+def file_of(slide: str, out: Path) -> Path:
+    """Name the GeoJSON file of a slide: `out` if it ends so, else one in that folder, of the slide's name.
+
+    >>> file_of("lung/1.svs", Path("results")), file_of("1.svs", Path("one.geojson"))
+    (PosixPath('results/lung-1.svs.geojson'), PosixPath('one.geojson'))
+    """
+    return out if out.suffix.lower() in _FILES else out / (re.sub(r"[/\\]", "-", slide) + ".geojson")
 
 
 def feature(points: Points, row: int, said: Said) -> dict[str, Any]:
