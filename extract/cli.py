@@ -47,8 +47,8 @@ def extract(
     dataset: Annotated[
         str,
         typer.Option(
-            help="Datasets, comma-separated: names of --list-datasets, or PATH or NAME=PATH (folder, CSV, HDF5, NPZ, or "
-            "points on slides)."
+            help="Datasets, comma-separated: names of --list-datasets, or PATH or NAME=PATH (folder, CSV, HDF5, NPZ, "
+            "or points on slides)."
         ),
     ] = "demo",
     data: DataOption = None,

@@ -337,10 +337,10 @@ def require_points(paths: Sequence[Path], slides: Slides | None) -> None:
         UserError: naming the paths.
     """
     if slides is not None and not any(is_points_file(path) or not path.exists() for path in paths):
+        found = first_of(list(map(str, paths))) or "known datasets alone"
         raise UserError(
-            f"`slides={slides.folder}` is for points on slides, which {first_of(list(map(str, paths))) or 'no dataset'} "
-            "does not hold. Expected GeoJSON, COCO JSON, or a table with the columns slide, x and y; leave it out for "
-            "patches."
+            f"`slides={slides.folder}` is for points on slides; found {found}. Expected GeoJSON, COCO JSON, or a table "
+            "with the columns slide, x and y. Leave it out for patches."
         )
 
 

@@ -394,8 +394,8 @@ class Crops:
         if unknown:
             raise UserError(
                 f"{len(unknown)} of {len(rows_of)} slides in {slides.folder} do not say how many micrometres a pixel "
-                f"has ({first_of([path.name for path in unknown])}). Say it with `mpp`, such as 0.25, or give `size`, in "
-                "pixels, and points in pixels."
+                f"has ({first_of([path.name for path in unknown])}). Say it with `mpp`, such as 0.25, or give `size` "
+                "and points in pixels."
             )
         what, remedy = "a place outside its slide", "Are these the right slides, and pixels of their largest image?"
         refuse_rows(points.source, outside, len(squares), what, remedy)
@@ -410,9 +410,9 @@ class Crops:
     def _require_readable(self, path: Path, square: Square) -> None:
         if square.width * square.height > _MOST_READ:
             raise UserError(
-                f"{path}: {self.slides.size_um:g} um are {square.width:,} x {square.height:,} pixels of the level "
-                f"nearest to {self.slides.pixels:,} pixels, too many for a patch. Give a smaller `size_um`, or a larger "
-                "`size`."
+                f"{path}: {self.slides.size_um:g} um are {square.width:,} x {square.height:,} pixels of its coarsest "
+                f"level with {self.slides.pixels:,} or more, too many to be read. Give a smaller `size_um`, or a "
+                "larger `size`."
             )
 
     def _resolution(self, known: Sequence[tuple[float, float] | None]) -> float | None:

@@ -21,16 +21,8 @@ from finetune.recipes import RECIPE_NAMES, Recipe, recipe_for
 
 _MOST_FOLDS = 100
 _MOST_MODELS = 500
-_LATER = (
-    "classes",
-    "ordinal",
-    "soft_labels",
-    "folds_by",
-    "tta",
-    "size",
-    "size_um",
-    "mpp",
-)  # options that early versions do not know
+# Options that early versions do not know.
+_LATER = ("classes", "ordinal", "soft_labels", "folds_by", "tta", "size", "size_um", "mpp")
 _FOLDERS = ("data", "weights", "slides")  # options of the computation that are paths
 
 

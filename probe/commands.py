@@ -22,7 +22,7 @@ _OPEN = frozenset({"tta", "compile", "fast"})  # options of which False is a cho
 
 @dataclass(frozen=True)
 class Source:
-    """A dataset as a command reads it: its name, where it comes from, what its labels mean, and where its slides are."""
+    """A dataset as a command reads it: its name, where it comes from, what its labels mean, and its slides."""
 
     name: str
     path: str
