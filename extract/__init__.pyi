@@ -4,6 +4,8 @@ from .backbones import find_backbone as find_backbone
 from .datasets import PatchDataset as PatchDataset
 from .datasets import load_dataset as load_dataset
 from .embed import extract_dataset as extract_dataset
+from .points import Points as Points
+from .points import read_points as read_points
 from .prepare import ExtractOptions as ExtractOptions
 from .registry import Backbone as Backbone
 from .registry import list_models as list_models
