@@ -150,7 +150,7 @@ def write_slide(path: Path, levels: Sequence[Level], *, compressed: bool = True,
         for number, (size, tiles) in enumerate(levels):
             resolution = {} if mpp is None else {"resolution": (1e4 / (mpp * 2**number),) * 2, "resolutionunit": 3}
             file.write(
-                map(_jpeg, tiles) if compressed else iter(tiles),
+                map(jpeg_tile, tiles) if compressed else iter(tiles),
                 shape=(*size, 3),
                 dtype=np.uint8,
                 tile=(TILE, TILE),
@@ -168,7 +168,8 @@ def write_slide(path: Path, levels: Sequence[Level], *, compressed: bool = True,
                 page.tags["Compression"].overwrite(_JPEG)
 
 
-def _jpeg(tile: NDArray[np.uint8] | bytes) -> bytes:
+def jpeg_tile(tile: NDArray[np.uint8] | bytes) -> bytes:
+    """Compress a tile; one that is bytes is JPEG already."""
     if isinstance(tile, bytes):
         return tile
     buffer = BytesIO()

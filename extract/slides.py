@@ -299,8 +299,11 @@ class Crops:
         kept = self._kept.get(row)
         return self._read(row) if kept is None else kept.copy()
 
-    def digests(self) -> list[str]:
+    def digests(self, *, n_threads: int | None = None) -> list[str]:
         """Read all squares, those close to each other together, and give the hex SHA-256 of the pixels of each.
+
+        Args:
+            n_threads: that read at once; None for one per core.
 
         Raises:
             UserError: a slide is damaged.
@@ -310,7 +313,7 @@ class Crops:
         parts = [order[start : start + _TOGETHER] for start in range(0, len(order), _TOGETHER)]
         with (
             progress(f"read {self._given.source.name}", len(order)) as advance,
-            ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="slides") as pool,
+            ThreadPoolExecutor(n_threads or os.cpu_count(), thread_name_prefix="slides") as pool,
         ):
             try:
                 for rows, digests in zip(parts, pool.map(self._digest, parts), strict=True):
