@@ -90,7 +90,7 @@ def place_files(points: Sequence[Points], said: Sequence[Said], format: str, out
     GeoJSON is one file if `out` ends so, else a folder of one file for each slide, of the slide's name. COCO is one.
 
     Args:
-        points: of each source, in pixels of level 0.
+        points: of each source, as they were found on their slides.
         said: of each source.
         format: "geojson" or "coco".
         out: the file or folder.
@@ -136,7 +136,7 @@ def feature(points: Points, row: int, said: Said) -> dict[str, Any]:
 
 
 def _new_feature(points: Points, row: int) -> dict[str, Any]:
-    geometry = {"type": "Point", "coordinates": [float(points.x[row]), float(points.y[row])]}
+    geometry = {"type": "Point", "coordinates": points.in_qupath[row].tolist()}
     return {"type": "Feature", "id": points.id[row], "geometry": geometry, "properties": {"name": points.id[row]}}
 
 

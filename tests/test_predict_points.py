@@ -4,6 +4,7 @@ import csv
 import json
 import re
 import uuid
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -239,6 +240,19 @@ class TestGeoJson:
         assert again.id == ["case1.svs@10,20.5", "case1.svs@30,40"]
         assert (again.x.tolist(), again.y.tolist()) == ([10, 30], [20.5, 40])
         assert [one["properties"]["name"] for one in result["features"]] == again.id
+
+    def test_qupath_counts_from_what_was_scanned(self, points, tmp_path):
+        origin = np.array([[100.0, 50.0]] * 4)
+        found = replace(points, x=points.x + 100, y=points.y + 50, origin=origin)  # as slides place what QuPath wrote
+        assert [one["geometry"] for one in written(found, said(4))["features"]] == [
+            one["geometry"] for one in points.features
+        ]
+        of_table = replace(found, features=None)
+        assert [one["geometry"]["coordinates"] for one in written(of_table, said(4))["features"]] == [
+            pytest.approx([x, y]) for x, y in zip(points.x, points.y, strict=True)
+        ]
+        ((_, content),) = place_files([found], [said(4)], "coco", tmp_path / "a.json").items()
+        assert json.loads(content)["annotations"][2]["bbox"] == [105 - 25, 56 - 25, 50, 50]
 
     def test_every_class_has_a_colour_of_its_own(self):
         assert len({class_color(k) for k in range(62)}) == 62
