@@ -13,7 +13,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,7 +24,6 @@ from features.console import UserError
 from features.labels import Classes, class_color
 from features.tables import first_of
 
-Format = Literal["csv", "geojson", "coco"]
 FORMATS = ("csv", "geojson", "coco")
 _FILES = (".geojson", ".json")  # what else GeoJSON is written to is a folder
 _BOX = 50  # pixels; the side of MIDOG's boxes around mitotic figures, 12.5 um
