@@ -389,7 +389,8 @@ def test_a_run_gives_points_back_to_their_slides(made, tmp_path):
             # The same computation twice: the last of six digits may be rounded otherwise.
             assert said["Probability Atypical"] == pytest.approx(float(row["probability"]), abs=2e-6)
             assert said["Probability spread"] == pytest.approx(float(row["spread"]), abs=2e-6)
-            atypical = said["Probability Atypical"] >= said["Threshold"] == 0.3
+            assert said["Threshold"] == 0.3
+            atypical = said["Probability Atypical"] >= 0.3
             assert one["properties"]["classification"]["name"] == ("Atypical" if atypical else "Normal")
             assert one["properties"]["metadata"]["annotated class"] == original["properties"]["classification"]["name"]
     slides = rows_of(tmp_path / "all-by-group.csv")
