@@ -3,8 +3,8 @@
 QuPath 0.4 and later take GeoJSON by drag and drop onto the opened slide. What they read is set out in the page
 https://qupath.readthedocs.io/en/0.5/docs/advanced/exporting_annotations.html and in `QuPathTypeAdapters.java` of their
 source: an `id` that is a UUID is kept, any other replaced; of `properties` they read `objectType`, `classification`
-(`name`, `color`), `measurements` (name to number), `metadata` (name to text; since 0.5), `name`, `color`, `isLocked` and
-child objects, and pass over the rest.
+(`name`, `color`), `measurements` (name to number), `metadata` (name to text; since 0.5), `name`, `color`, `isLocked`
+and child objects, and pass over the rest.
 """
 
 from __future__ import annotations
