@@ -7,6 +7,7 @@ is white.
 
 from __future__ import annotations
 
+import logging
 import re
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
@@ -101,6 +102,7 @@ def _libraries() -> tuple[Any, Any]:
         import tifffile
     except (ImportError, OSError) as error:
         raise UserError(f"Slides need packages that are not here ({error}): pip install 'mitofm[slides]'.") from None
+    logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # what is wrong with a file, our message says
     return openslide, tifffile
 
 
@@ -183,6 +185,7 @@ class _TiffFile:
 
     def __init__(self, path: Path, tifffile: Any) -> None:
         self.path, self.origin, self.n_bytes = path, (0, 0), 0
+        self._file: Any = None
         self._file = tifffile.TiffFile(path)
         self._decoded: OrderedDict[tuple[int, int], NDArray[np.uint8]] = OrderedDict()
         self._lock = Lock()
@@ -207,6 +210,10 @@ class _TiffFile:
                 raise ValueError(f"{page.compression.name} needs the package imagecodecs")
             self._whole = _decoded_whole(path)
             self.n_bytes = self._whole.nbytes
+
+    def __del__(self) -> None:
+        if self._file is not None:
+            self._file.close()
 
     def read(self, level: int, left: int, top: int, width: int, height: int) -> Region:
         if self._whole is not None:
