@@ -427,7 +427,7 @@ def test_the_report_knows_where_its_patches_lie(made):
     from finetune.report import make_report
     from probe.resample import Resampling
 
-    page, _, _ = make_report(made.run.parent, resampling=Resampling(replicates=50))
+    page, _, _ = make_report(made.run.parent, resampling=Resampling(replicates=100))
     data = json.loads(re.search(r'id="data">(.*?)</script>', page, re.DOTALL)[1])
     thumbnails = json.loads(re.search(r'id="thumbnails">(.*?)</script>', page, re.DOTALL)[1])
     points = read_points(made.points)
