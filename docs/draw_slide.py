@@ -1,4 +1,8 @@
-"""How do predictions look on a slide? python docs/draw_slide.py SLIDE RESULT.geojson draws docs/images/slides.png"""
+"""How do points look on a slide? python docs/draw_slide.py SLIDE POINTS.geojson OUT.png
+
+Rings have the colour of the class. Of predictions (`fm-predict --format geojson`) the probability stands below, and a
+ring is dashed where the figure was annotated otherwise. docs/images/slides.png is a drawn slide's.
+"""
 
 import json
 import sys
@@ -6,16 +10,18 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw
 
-slide, result = map(Path, sys.argv[1:3])
+slide, points, out = map(Path, sys.argv[1:4])
 with Image.open(slide) as opened:  # a drawn slide is small: Pillow reads it whole
     picture = opened.convert("RGB")
 draw = ImageDraw.Draw(picture)
-for feature in json.loads(result.read_text(encoding="utf-8"))["features"]:
+for feature in json.loads(points.read_text(encoding="utf-8"))["features"]:
     x, y = feature["geometry"]["coordinates"]
-    said, annotated = feature["properties"]["classification"], feature["properties"]["metadata"].get("annotated class")
-    ring = (x - 60, y - 60, x + 60, y + 60)
-    for start in range(0, 360, 30):  # whole where run and annotation agree, dashed where they differ
-        draw.arc(ring, start, start + (30 if annotated == said["name"] else 15), fill=tuple(said["color"]), width=5)
-    probability = next(v for name, v in feature["properties"]["measurements"].items() if name.startswith("Probability"))
-    draw.text((x, y + 66), f"{said['name']} {probability:.2f}", fill=(0, 0, 0), anchor="mt", font_size=18)
-picture.save(Path(__file__).parent / "images" / "slides.png", optimize=True)
+    known = feature["properties"]
+    said, annotated = known["classification"], known.get("metadata", {}).get("annotated class")
+    dash = 30 if annotated in (None, said["name"]) else 15
+    for start in range(0, 360, 30):
+        draw.arc((x - 60, y - 60, x + 60, y + 60), start, start + dash, fill=tuple(said["color"]), width=5)
+    measured = [value for name, value in known.get("measurements", {}).items() if name.startswith("Probability")]
+    text = said["name"] + "".join(f" {value:.2f}" for value in measured[:1])
+    draw.text((x, y + 66), text, fill=(0, 0, 0), anchor="mt", font_size=18)
+picture.quantize(192).save(out, optimize=True)

@@ -118,12 +118,12 @@ def read_features(path: Path, content: Any) -> list[Feature]:
 def _each_point(feature: Feature) -> list[Feature]:
     geometry = _object(feature.content.get("geometry"))
     points = geometry.get("coordinates")
-    if geometry.get("type") != "MultiPoint" or not isinstance(points, list) or not points:
+    if geometry.get("type") != "MultiPoint" or not isinstance(points, list) or len(points) < 2:
         return [feature]
     split = []
     for k, position in enumerate(points):
         content = feature.content | {"geometry": geometry | {"type": "Point", "coordinates": position}}
-        if feature.id and len(points) > 1:
+        if feature.id:
             content["id"] = str(uuid.uuid5(uuid.NAMESPACE_OID, f"{feature.id}/{k}"))
         split.append(Feature(f"{feature.name}, point {k + 1}", content))
     return split
@@ -138,8 +138,8 @@ def place_of(feature: Feature) -> tuple[float, float]:
     """
     geometry = _object(feature.content.get("geometry"))
     kind, coordinates = geometry.get("type"), geometry.get("coordinates")
-    if kind == "Point":
-        x, y = _positions(feature, [coordinates])[0].tolist()
+    if kind in ("Point", "MultiPoint"):  # of the latter one is left, see `read_features`
+        x, y = _positions(feature, [coordinates] if kind == "Point" else coordinates)[0].tolist()
         return x, y
     if kind not in _AREAS:
         found = f"the geometry {kind}" if isinstance(kind, str) else "no geometry"

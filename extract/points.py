@@ -11,6 +11,7 @@ import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,8 @@ class Points:
         columns: what else is known, column by column as it was written: `label`, `group`, `split`, `domain`.
         lines: the line of the table on which each place stands, where there is one.
         features: (n,) the GeoJSON features, where there are any. Of a feature with several points each is one here.
+        origin: (n, 2) of points that were found on their slides, where QuPath counts from, in pixels of level 0 from
+            the corner of the whole image, from which x and y then count; None before, and x and y are as written.
     """
 
     source: Path
@@ -54,6 +57,7 @@ class Points:
     columns: Mapping[str, list[str]] = field(default_factory=dict)
     lines: Sequence[int] = ()
     features: list[dict[str, Any]] | None = None
+    origin: NDArray[np.float64] | None = None
 
     def __repr__(self) -> str:
         return f"Points({len(self.id):,} places on {len(set(self.slide)):,} slides; source={str(self.source)!r})"
@@ -69,7 +73,13 @@ class Points:
             columns={name: [cells[row] for row in rows] for name, cells in self.columns.items()},
             lines=[self.lines[row] for row in rows] if self.lines else (),
             features=[self.features[row] for row in rows] if self.features else None,
+            origin=None if self.origin is None else self.origin[list(rows)],
         )
+
+    @cached_property
+    def in_qupath(self) -> NDArray[np.float64]:
+        """Where QuPath shows the points, (n, 2): of some slides, such as MRXS, it counts from what was scanned."""
+        return np.stack([self.x, self.y], axis=1) - (0 if self.origin is None else self.origin)
 
     def where(self, row: int) -> str:
         """Name a place for a message: its line in the table, if there is one, and its id."""

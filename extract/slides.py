@@ -363,7 +363,7 @@ class Crops:
     def _place(self) -> tuple[Points, list[Square], float | None]:
         """Choose the square of every point; also give the points in pixels, and the resolution of the patches."""
         points, slides = self._given, self.slides
-        pixels = np.empty((len(points.id), 2))
+        places, origins = np.empty((len(points.id), 2)), np.zeros((len(points.id), 2))
         rows_of: dict[Path, list[int]] = defaultdict(list)
         for row, path in enumerate(self._paths):
             rows_of[path].append(row)
@@ -378,9 +378,10 @@ class Crops:
                 if mpp is None and (slides.size_um is not None or points.unit == "um"):
                     unknown.append(path)
                     continue
-                pixels[rows] = np.stack([points.x[rows], points.y[rows]], axis=1) / (mpp if points.unit == "um" else 1)
+                place = np.stack([points.x[rows], points.y[rows]], axis=1) / (mpp if points.unit == "um" else 1)
                 # QuPath shows no more of a slide than OpenSlide's bounds, and counts from their corner.
-                place = pixels[rows] if points.features is None else pixels[rows] + slide.origin
+                place = place if points.features is None else place + slide.origin
+                places[rows], origins[rows] = place, slide.origin
                 inside = ((place >= 0) & (place <= slide.sizes[0])).all(axis=1)
                 outside += [
                     f"{points.where(row)} at {x:.6g}, {y:.6g} on {path.name}, {slide.sizes[0][0]} x {slide.sizes[0][1]}"
@@ -407,7 +408,7 @@ class Crops:
                 f"{len(enlarged)} slides are coarser than the patches that are asked for, which are enlarged: "
                 f"{first_of(enlarged)}."
             )
-        in_pixels = replace(points, x=pixels[:, 0], y=pixels[:, 1], unit="px")
+        in_pixels = replace(points, x=places[:, 0], y=places[:, 1], unit="px", origin=origins)
         return in_pixels, [square for square in squares if square is not None], self._resolution(known)
 
     def _require_readable(self, path: Path, square: Square) -> None:

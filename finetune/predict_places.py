@@ -2,8 +2,9 @@
 
 QuPath 0.4 and later take GeoJSON by drag and drop onto the opened slide. What they read is set out in the page
 https://qupath.readthedocs.io/en/0.5/docs/advanced/exporting_annotations.html and in `QuPathTypeAdapters.java` of their
-source: an `id` that is a UUID is kept, any other replaced; `objectType`, `name`, `classification` (`name`, `color`),
-`measurements` (name to number) and `metadata` (name to text) are read from `properties`, and nothing else is.
+source: an `id` that is a UUID is kept, any other replaced; of `properties` they read `objectType`, `classification`
+(`name`, `color`), `measurements` (name to number), `metadata` (name to text; since 0.5), `name`, `color`, `isLocked`
+and child objects, and pass over the rest.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,7 +25,6 @@ from features.console import UserError
 from features.labels import Classes, class_color
 from features.tables import first_of
 
-Format = Literal["csv", "geojson", "coco"]
 FORMATS = ("csv", "geojson", "coco")
 _FILES = (".geojson", ".json")  # what else GeoJSON is written to is a folder
 _BOX = 50  # pixels; the side of MIDOG's boxes around mitotic figures, 12.5 um
@@ -90,7 +90,7 @@ def place_files(points: Sequence[Points], said: Sequence[Said], format: str, out
     GeoJSON is one file if `out` ends so, else a folder of one file for each slide, of the slide's name. COCO is one.
 
     Args:
-        points: of each source, in pixels of level 0.
+        points: of each source, as they were found on their slides.
         said: of each source.
         format: "geojson" or "coco".
         out: the file or folder.
@@ -136,7 +136,7 @@ def feature(points: Points, row: int, said: Said) -> dict[str, Any]:
 
 
 def _new_feature(points: Points, row: int) -> dict[str, Any]:
-    geometry = {"type": "Point", "coordinates": [float(points.x[row]), float(points.y[row])]}
+    geometry = {"type": "Point", "coordinates": points.in_qupath[row].tolist()}
     return {"type": "Feature", "id": points.id[row], "geometry": geometry, "properties": {"name": points.id[row]}}
 
 

@@ -166,5 +166,4 @@ def _reader(patches: PatchDataset) -> Pixels:
 
 
 def _places(points: Points) -> Places:
-    places = zip(points.slide, points.x.tolist(), points.y.tolist(), strict=True)
-    return dict(zip(points.id, places, strict=True))
+    return {id: (slide, *xy) for id, slide, xy in zip(points.id, points.slide, points.in_qupath.tolist(), strict=True)}

@@ -206,6 +206,11 @@ class TestGeoJson:
         ]
         assert [one["properties"]["name"] for one in points.features] == ["A", "A"]
 
+    def test_one_point_of_several_possible_ones_stays_as_it_is(self, tmp_path):
+        points = read_points(geojson(tmp_path / "s.geojson", feature("MultiPoint", [[1, 2]], "a")))
+        assert (points.id, places(points)) == (["a"], [(1, 2)])
+        assert points.features[0]["geometry"] == {"type": "MultiPoint", "coordinates": [[1, 2]]}
+
     @pytest.mark.parametrize("whole", [list, lambda one: one[0]], ids=["a list", "one feature"])
     def test_features_without_a_collection(self, whole, tmp_path):
         path = write_json(tmp_path / "s.json", whole([feature("Point", [1, 2], "a")]))
@@ -234,7 +239,7 @@ class TestGeoJson:
             (feature("Point", ["1", 1]), "feature 2 (b) has coordinates that are no pairs of numbers"),
             (feature("Point", [10**400, 1]), "feature 2 (b) has coordinates that are no pairs of numbers"),
             (feature("Point", []), "feature 2 (b) has coordinates that are no pairs of numbers"),
-            (feature("MultiPoint", []), "feature 2 (b) has the geometry MultiPoint"),
+            (feature("MultiPoint", []), "feature 2 (b) has coordinates that are no pairs of numbers"),
             (feature("Polygon", [[[0, 0], [1, 1], [2, 2]]]), "feature 2 (b) is a polygon without an area"),
             (feature("Polygon", []), "feature 2 (b) is a polygon without an area"),
             (

@@ -4,6 +4,7 @@ import csv
 import json
 import re
 import uuid
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -240,6 +241,19 @@ class TestGeoJson:
         assert (again.x.tolist(), again.y.tolist()) == ([10, 30], [20.5, 40])
         assert [one["properties"]["name"] for one in result["features"]] == again.id
 
+    def test_qupath_counts_from_what_was_scanned(self, points, tmp_path):
+        origin = np.array([[100.0, 50.0]] * 4)
+        found = replace(points, x=points.x + 100, y=points.y + 50, origin=origin)  # as slides place what QuPath wrote
+        assert [one["geometry"] for one in written(found, said(4))["features"]] == [
+            one["geometry"] for one in points.features
+        ]
+        of_table = replace(found, features=None)
+        assert [one["geometry"]["coordinates"] for one in written(of_table, said(4))["features"]] == [
+            pytest.approx([x, y]) for x, y in zip(points.x, points.y, strict=True)
+        ]
+        ((_, content),) = place_files([found], [said(4)], "coco", tmp_path / "a.json").items()
+        assert json.loads(content)["annotations"][2]["bbox"] == [105 - 25, 56 - 25, 50, 50]
+
     def test_every_class_has_a_colour_of_its_own(self):
         assert len({class_color(k) for k in range(62)}) == 62
 
@@ -375,7 +389,8 @@ def test_a_run_gives_points_back_to_their_slides(made, tmp_path):
             # The same computation twice: the last of six digits may be rounded otherwise.
             assert said["Probability Atypical"] == pytest.approx(float(row["probability"]), abs=2e-6)
             assert said["Probability spread"] == pytest.approx(float(row["spread"]), abs=2e-6)
-            atypical = said["Probability Atypical"] >= said["Threshold"] == 0.3
+            assert said["Threshold"] == 0.3
+            atypical = said["Probability Atypical"] >= 0.3
             assert one["properties"]["classification"]["name"] == ("Atypical" if atypical else "Normal")
             assert one["properties"]["metadata"]["annotated class"] == original["properties"]["classification"]["name"]
     slides = rows_of(tmp_path / "all-by-group.csv")
@@ -412,7 +427,7 @@ def test_the_report_knows_where_its_patches_lie(made):
     from finetune.report import make_report
     from probe.resample import Resampling
 
-    page, _, _ = make_report(made.run.parent, resampling=Resampling(replicates=50))
+    page, _, _ = make_report(made.run.parent, resampling=Resampling(replicates=100))
     data = json.loads(re.search(r'id="data">(.*?)</script>', page, re.DOTALL)[1])
     thumbnails = json.loads(re.search(r'id="thumbnails">(.*?)</script>', page, re.DOTALL)[1])
     points = read_points(made.points)
