@@ -173,7 +173,7 @@ def prepare(extraction: Extraction) -> Prepared:
     device = extraction.device
     compute_exactly(device)
     views = [parse_view(text) for text in dict.fromkeys(options.views)]
-    attrs = {
+    attrs: dict[str, Any] = {
         "name": dataset.name,
         "source": dataset.source,
         "label_names": list(dataset.label_names),

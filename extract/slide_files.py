@@ -28,7 +28,6 @@ SUFFIXES = PLAIN | TIFF | {".mrxs", ".vms", ".vmu", ".czi"}
 WHITE = 255
 _MOST_PIXELS = 1 << 27  # of an image that is decoded as a whole, 400 MB; a region of 11,000 x 11,000
 _MOST_BYTES = 1 << 30  # of its file
-_TILE_CACHE = 1 << 27  # bytes of OpenSlide's decoded tiles, of all slides of this process together
 _SEGMENT_CACHE = 1 << 24  # bytes of tifffile's decoded tiles, of one slide
 _MPP = (0.01, 20.0)  # um per pixel; a file that says 72 dots per inch (353 um) knows no resolution
 _UM = {"centimeter": 1e4, "inch": 25_400.0}
@@ -141,15 +140,12 @@ def _resolution(text: str, dots: Sequence[float], unit: str) -> tuple[float, flo
 
 
 class _OpenSlideFile:
-    _cache: Any = None
+    """A slide that OpenSlide reads, whose cache holds 32 MB of tiles: larger ones cost more than they save."""
 
     def __init__(self, path: Path, openslide: Any) -> None:
         self.path, self.n_bytes = path, 0
         self._slide = openslide.OpenSlide(path)
         self._failure = openslide.OpenSlideError
-        if _OpenSlideFile._cache is None:
-            _OpenSlideFile._cache = openslide.OpenSlideCache(_TILE_CACHE)
-        self._slide.set_cache(_OpenSlideFile._cache)
         self.sizes = self._slide.level_dimensions
         self._downsamples = self._slide.level_downsamples
         known: Mapping[str, str] = self._slide.properties
@@ -169,7 +165,7 @@ class _OpenSlideFile:
             rgba = self._slide.read_region((round(left * scale), round(top * scale)), level, (width, height))
         except self._failure as error:
             raise _damaged(self.path, error) from None
-        if rgba.getextrema()[3][0] == WHITE:  # opaque, as nearly all are
+        if rgba.getchannel("A").getextrema()[0] == 255:  # opaque, as nearly all are
             return np.array(rgba.convert("RGB"))
         ground = Image.new("RGB", rgba.size, (WHITE,) * 3)
         ground.paste(rgba, mask=rgba.getchannel("A"))
@@ -199,7 +195,7 @@ class _TiffFile:
             or len(series.pages) > 1
         ):
             raise ValueError(f"it holds {page.dtype} of shape {series.shape}, not one 8-bit RGB or grey image")
-        self.sizes = [(one.imagewidth, one.imagelength) for one in self._pages]
+        self.sizes: Sequence[Size] = [(one.imagewidth, one.imagelength) for one in self._pages]
         tags = {name: page.tags[name].value for name in ("XResolution", "YResolution") if name in page.tags}
         dots = [numerator / max(denominator, 1) for numerator, denominator in tags.values()]
         unit = page.tags["ResolutionUnit"].value.name.lower() if "ResolutionUnit" in page.tags else ""
@@ -281,10 +277,12 @@ def _pyramid(file: Any, series: Any) -> list[Any]:
 
 class _PlainFile:
     def __init__(self, path: Path) -> None:
-        self.path, self.mpp, self.origin = path, None, (0, 0)
+        self.path, self.origin = path, (0, 0)
+        self.mpp: tuple[float, float] | None = None
         self._whole = _decoded_whole(path)
         self.n_bytes = self._whole.nbytes
-        self.sizes = [(self._whole.shape[1], self._whole.shape[0])]
+        height, width, _ = self._whole.shape
+        self.sizes: Sequence[Size] = [(width, height)]
 
     def read(self, level: int, left: int, top: int, width: int, height: int) -> Region:
         return _part(self._whole, left, top, width, height)

@@ -329,16 +329,16 @@ class Crops:
         digests = []
         for row in rows:
             pixels = self.read(row)
-            digests.append(hashlib.sha256(pixels).hexdigest())
+            digests.append(hashlib.sha256(pixels.data).hexdigest())
             with self._lock:
                 if row not in self._kept and self._n_kept + pixels.nbytes <= _MOST_KEPT:
                     self._kept[row] = pixels
                     self._n_kept += pixels.nbytes
         return digests
 
-    def _place_in_order(self, row: int) -> tuple[Path, int, int, int, int]:
+    def _place_in_order(self, row: int) -> tuple[str, int, int, int, int]:
         square = self._squares[row]
-        return self._paths[row], square.level, square.top // _CELL, square.left // _CELL, square.top
+        return str(self._paths[row]), square.level, square.top // _CELL, square.left // _CELL, square.top
 
     def _read(self, row: int) -> Region:
         square, slide = self._squares[row], self._slide(self._paths[row])
@@ -378,11 +378,13 @@ class Crops:
                 if mpp is None and (slides.size_um is not None or points.unit == "um"):
                     unknown.append(path)
                     continue
-                place = np.stack([points.x[rows], points.y[rows]], axis=1) / (mpp if points.unit == "um" else 1)
+                place = np.stack([points.x[rows], points.y[rows]], axis=1)  # (n, 2)
+                if points.unit == "um" and mpp is not None:
+                    place /= mpp
                 # QuPath shows no more of a slide than OpenSlide's bounds, and counts from their corner.
                 place = place if points.features is None else place + slide.origin
                 places[rows], origins[rows] = place, slide.origin
-                inside = ((place >= 0) & (place <= slide.sizes[0])).all(axis=1)
+                inside: list[bool] = ((place >= 0) & (place <= slide.sizes[0])).all(axis=1).tolist()
                 outside += [
                     f"{points.where(row)} at {x:.6g}, {y:.6g} on {path.name}, {slide.sizes[0][0]} x {slide.sizes[0][1]}"
                     for row, (x, y), is_inside in zip(rows, place.tolist(), inside, strict=True)

@@ -1,15 +1,14 @@
 """How fast are patches cut from slides on this machine, and in how much memory? `make bench` prints it.
 
-One drawn slide, pyramidal and in JPEG tiles, and points strewn over it. Two ways over the same points, in turn, several
-times: OpenSlide's own `read_region` in a loop, in the order of the points; and `Crops`, which orders them, makes RGB of
-them, and computes their digests. Then 10,000 points of the slide in a process of their own, for its memory.
+One drawn slide, pyramidal and in JPEG tiles, and points strewn over it. Three ways over the same points, in turn, several
+times: OpenSlide's own `read_region` in a loop; the same as patches, on white and in RGB; and `Crops`, which reads those
+that are near each other together, computes their digests and keeps them. Then 10,000 points of the slide in a process of their own, for its memory.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
-import resource
 import subprocess
 import sys
 import tempfile
@@ -26,6 +25,7 @@ from rich.table import Table
 from extract.demo import draw
 from extract.demo_slides import TILE, jpeg_tile, write_slide
 from extract.points import Points
+from extract.slide_files import open_slide
 from extract.slides import Crops, Slides
 from features.console import show
 
@@ -82,6 +82,18 @@ def plain_loop(slide: Path, points: Points, threads: int) -> None:
         list(pool.map(part, np.array_split(np.arange(len(points.id)), threads)))
 
 
+def as_rgb(slide: Path, points: Points, threads: int) -> None:
+    """Read every region as the patch that it becomes, in the order of the points, by one handle for all threads."""
+    opened = open_slide(slide)
+
+    def part(rows: np.ndarray) -> None:
+        for row in rows:
+            opened.read(0, int(points.x[row]) - SIZE // 2, int(points.y[row]) - SIZE // 2, SIZE, SIZE)
+
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(part, np.array_split(np.arange(len(points.id)), threads)))
+
+
 def ours(slide: Path, points: Points, threads: int) -> None:
     """Cut every patch and compute its digest, as load_dataset does."""
     digests = Crops(Slides(slide.parent, size=SIZE), points).digests(n_threads=threads)
@@ -91,12 +103,18 @@ def ours(slide: Path, points: Points, threads: int) -> None:
 def memory(slide: Path, n: int) -> None:
     """Print the peak memory of this process before and after cutting n patches, in MB."""
     points = strewn(slide, n, clusters=0)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = peak()
     crops = Crops(Slides(slide.parent, size=SIZE), points)
     crops.digests()
     for row in range(n):
         crops.read(row)
-    print(before // 1024, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
+    print(before, peak())
+
+
+def peak() -> int:
+    """Peak memory of this process in MB; getrusage would count the process that started it."""
+    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    return int(line.split()[1]) // 1024
 
 
 def main() -> None:
@@ -113,7 +131,8 @@ def main() -> None:
         return
     n_cores = os.cpu_count() or 1
     table = Table(title=f"Patches of {SIZE} pixels from a slide of {arguments.tiles * TILE:,} pixels squared")
-    for column in ("Points", "Threads", "Clock", "OpenSlide alone /s", "With digests /s", "ratio (target 0.9)"):
+    names = ("Points", "Threads", "Clock", "OpenSlide alone /s", "As patches /s", "With digests /s")
+    for column in (*names, "patches of alone (target 0.9)", "with digests of alone"):
         table.add_column(column, justify="right")
     with tempfile.TemporaryDirectory() as folder:
         slide = Path(folder) / "slide.tif"
@@ -121,14 +140,13 @@ def main() -> None:
         for title, clusters in (("in clusters", 5), ("anywhere", 0)):
             points = strewn(slide, arguments.points, clusters=clusters)
             for threads in sorted({1, n_cores}):
-                rounds = []
-                for _ in range(arguments.repeats):
-                    alone = timed(partial(plain_loop, slide, points, threads), arguments.points)
-                    rounds.append([alone, timed(partial(ours, slide, points, threads), arguments.points)])
+                ways = [partial(way, slide, points, threads) for way in (plain_loop, as_rgb, ours)]
+                rounds = [[timed(way, arguments.points) for way in ways] for _ in range(arguments.repeats)]
                 for k, clock in enumerate(("wall", "processor")):
                     rates = np.median(rounds, axis=0)[:, k]
-                    ratio = np.median([r[1][k] / r[0][k] for r in rounds])
-                    table.add_row(title, str(threads), clock, *(f"{rate:,.0f}" for rate in rates), f"{ratio:.2f}")
+                    ratios = np.median([[r[1][k] / r[0][k], r[2][k] / r[0][k]] for r in rounds], axis=0)
+                    cells = (*(f"{rate:,.0f}" for rate in rates), *(f"{ratio:.2f}" for ratio in ratios))
+                    table.add_row(title, str(threads), clock, *cells)
         command = [sys.executable, __file__, "--slide", str(slide), "--memory", str(arguments.memory)]
         before, after = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
     show(table)

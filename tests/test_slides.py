@@ -170,7 +170,8 @@ def test_geojson_counts_from_the_corner_that_qupath_shows(folder):
     crops._slide(folder / "a.tif").origin = (200, 50)  # as OpenSlide's bounds of an MRXS slide
     placed = crops._place()
     assert (placed[1][0].left, placed[1][0].top) == (300 - 32, 150 - 32)
-    assert (placed[0].x[0], placed[0].y[0]) == (100, 100)  # QuPath's own stay
+    assert (placed[0].x[0], placed[0].y[0]) == (300, 150)
+    assert placed[0].origin.tolist() == [[200, 50]]
 
 
 # --- files ------------------------------------------------------------------------------------------------------------

@@ -351,7 +351,7 @@ def _say_unscored(one: SetReport, unscored: Sequence[Run], runs: Sequence[Run]) 
     """Say which runs lack a set, and how to make the first of them again with it."""
     record = unscored[0].record
     source = next((of for run in runs if (of := run.record.sources.get(one.dataset))), "")
-    cut = next((of for run in runs if (of := (run.record.slides or {}).get(one.dataset))), None)
+    cut = next((slides for run in runs if (slides := (run.record.slides or {}).get(one.dataset))), None)
     of_slides = {} if cut is None else {one.dataset: cut}
     with_it = replace(
         record,
