@@ -138,7 +138,7 @@ def read_points(path: Path, *, labelled: bool = False) -> Points:
         content = _read_json(path)
         coco = isinstance(content, dict) and "annotations" in content and "images" in content
         points = _from_coco(path, content) if coco else _from_features(path, [(path, content)])
-    wrong = [points.where(row) for row in np.flatnonzero(~np.isfinite(points.x + points.y)).tolist()]
+    wrong = [points.where(row) for row in np.flatnonzero(~(np.isfinite(points.x) & np.isfinite(points.y))).tolist()]
     refuse_rows(path, wrong, len(points.id), "a coordinate that is no number", "Correct these, or remove them.")
     return _with_unique_ids(points)
 
