@@ -38,7 +38,7 @@ SYNONYMS: Mapping[str, tuple[str, ...]] = {
     "domain": ("center", "centre", "centerid", "hospital", "institution", "site", "scanner", "cohort", "tumortype"),
     "id": ("patchid", "sampleid", "imageid", "tileid", "uid", "objectid"),
     # Of places on slides. QuPath's tables of measurements have Image and Centroid X px, or Centroid X \u00b5m.
-    "slide": ("slidename", "slidefile", "slideid", "wsi", "wsiname", "wsiid", "filename", "file", "image", "imagename"),
+    "slide": ("slidename", "slidefile", "slideid", "wsi", "wsiname", "wsiid", "image"),
     "x": ("xpx", "xcoord", "coordx", "centerx", "centrex", "centroidx", "centroidxpx"),
     "y": ("ypx", "ycoord", "coordy", "centery", "centrey", "centroidy", "centroidypx"),
     "x_um": ("x\u00b5m", "centroidxum", "centroidx\u00b5m"),
