@@ -212,8 +212,8 @@ def _read_json(path: Path) -> Any:
 
 def _from_coco(path: Path, content: Mapping[str, Any]) -> Points:
     images, annotations = _records(path, content, "images"), _records(path, content, "annotations")
-    named = {category.get("id"): category.get("name") for category in _records(path, content, "categories")}
-    image_of = {image.get("id"): image for image in images}
+    named = {str(category.get("id")): category.get("name") for category in _records(path, content, "categories")}
+    image_of = {str(image.get("id")): image for image in images if image.get("file_name")}
     id = [str(one.get("id", "")) for one in annotations]
     n = len(annotations)
     if not n:
@@ -225,15 +225,15 @@ def _from_coco(path: Path, content: Mapping[str, Any]) -> Points:
     lost = [
         row
         for row, one in enumerate(annotations)
-        if not isinstance(image_of.get(one.get("image_id"), {}).get("file_name"), str)
+        if not isinstance(image_of.get(str(one.get("image_id")), {}).get("file_name"), str)
     ]
     refuse(lost, "an image_id that no entry of images with a file_name has", "Give each annotation its image.")
     boxes = [_box(one.get("bbox")) for one in annotations]
     refuse([row for row, box in enumerate(boxes) if box is None], "no box of four numbers", "Give each its bbox.")
-    image = [image_of[one["image_id"]] for one in annotations]
+    image = [image_of[str(one.get("image_id"))] for one in annotations]
     sizes = np.array([[_side(one.get("width")), _side(one.get("height"))] for one in image])
     centre = _centres(path, np.array(boxes, dtype=np.float64), sizes)
-    columns = {"label": [str(named.get(one.get("category_id")) or "") for one in annotations]}
+    columns = {"label": [str(named.get(str(one.get("category_id"))) or "") for one in annotations]}
     for name in COLUMNS[1:]:
         cells = [str(one.get(name) or whole.get(name) or "") for one, whole in zip(annotations, image, strict=True)]
         if any(cells):

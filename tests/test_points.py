@@ -1,8 +1,10 @@
 """Does every file of points give the places that it means, and one message where it means none?"""
 
+import copy
 import csv
 import json
 import math
+import random
 import uuid
 from pathlib import Path
 
@@ -370,3 +372,46 @@ def test_selected_points_keep_everything_that_is_known(tmp_path):
     points = read_points(geojson(tmp_path / "s.geojson", *features)).select([3, 1])
     assert (points.id, points.slide, places(points)) == (["f3", "f1"], ["s3", "s1"], [(3, 6), (1, 2)])
     assert (points.columns["label"], points.features) == (["3", "1"], [features[3], features[1]])
+
+
+def test_whatever_stands_in_a_file_there_are_points_or_one_message(tmp_path):
+    """Of valid files any values, at any depth, are left out or replaced by others."""
+    whole = [
+        {
+            "type": "FeatureCollection",
+            "features": [
+                feature("Point", [1, 2], "a", classification={"name": "A", "names": ["x"]}, metadata={"split": "test"}),
+                feature("MultiPoint", [[1, 2], [3, 4]], "b"),
+                feature("MultiPolygon", [[[[0, 0], [1, 0], [1, 1], [0, 0]]]], "c"),
+            ],
+        },
+        {
+            "images": [{"id": 1, "file_name": "a", "width": 100, "height": 100}],
+            "annotations": [{"id": 1, "image_id": 1, "category_id": 1, "bbox": [1, 2, 51, 52], "split": "train"}],
+            "categories": [{"id": 1, "name": "m"}],
+        },
+    ]
+    values = [None, True, 0, -1, 1e308, math.nan, math.inf, 10**30, "", "x", [], {}, [[]], [None], {"a": 1}, [[1, 2]]]
+
+    def places_in(value: object) -> list[tuple[dict | list, object]]:
+        keys = value if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ()
+        return [(value, key) for key in keys] + [one for key in keys for one in places_in(value[key])]
+
+    rng, path, n_read = random.Random(0), tmp_path / "s.geojson", 0
+    for _ in range(600):
+        content = copy.deepcopy(rng.choice(whole))
+        for _ in range(rng.choice((1, 1, 2))):
+            if inside := places_in(content):
+                holder, key = rng.choice(inside)
+                if rng.random() < 0.2:
+                    del holder[key]
+                else:
+                    holder[key] = copy.deepcopy(rng.choice(values))
+        try:
+            read = read_points(write_json(path, content))
+            n_read += 1
+            assert len(set(read.id)) == len(read.slide) == len(read.x) == len(read.y) > 0
+            assert np.isfinite([read.x, read.y]).all()
+        except UserError as error:
+            assert str(path) in str(error)
+    assert 60 < n_read < 540
