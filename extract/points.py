@@ -138,7 +138,7 @@ def read_points(path: Path, *, labelled: bool = False) -> Points:
         content = _read_json(path)
         coco = isinstance(content, dict) and "annotations" in content and "images" in content
         points = _from_coco(path, content) if coco else _from_features(path, [(path, content)])
-    wrong = [points.where(row) for row in np.flatnonzero(~(np.isfinite(points.x) & np.isfinite(points.y)))]
+    wrong = [points.where(row) for row in np.flatnonzero(~(np.isfinite(points.x) & np.isfinite(points.y))).tolist()]
     refuse_rows(path, wrong, len(points.id), "a coordinate that is no number", "Correct these, or remove them.")
     return _with_unique_ids(points)
 
@@ -238,7 +238,8 @@ def _from_coco(path: Path, content: Mapping[str, Any]) -> Points:
         cells = [str(one.get(name) or whole.get(name) or "") for one, whole in zip(annotations, image, strict=True)]
         if any(cells):
             columns[name] = cells
-    return Points(path, id, [one["file_name"] for one in image], *centre.T, columns=columns)
+    x, y = centre.T
+    return Points(path, id, [one["file_name"] for one in image], x, y, columns=columns)
 
 
 def _records(path: Path, content: Mapping[str, Any], key: str) -> list[dict[str, Any]]:
@@ -298,11 +299,13 @@ def _from_features(source: Path, files: Sequence[tuple[Path, Any]]) -> Points:
             centre.append(place_of(feature))
             advance(1)
     columns = {name: [one.label if name == "label" else one.known(name) for _, one in listed] for name in COLUMNS}
+    x, y = np.array(centre, dtype=np.float64).T
     return Points(
         source,
         [one.id for _, one in listed],
         [slide for slide, _ in listed],
-        *np.array(centre, dtype=np.float64).T,
+        x,
+        y,
         columns={name: cells for name, cells in columns.items() if name == "label" or any(cells)},
         features=[one.content for _, one in listed],
     )
