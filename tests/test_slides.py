@@ -459,7 +459,7 @@ def test_a_pipe_is_not_waited_for(tmp_path):
 
 def test_a_strip_too_large_for_memory_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(slide_files, "_MOST_PIXELS", WIDTH * HEIGHT - 1)
-    write_file(tmp_path / "a.tif", "deflate")  # each level is one strip
+    tifffile.imwrite(tmp_path / "a.tif", drawn(), photometric="rgb", rowsperstrip=HEIGHT)
     assert "too large; convert it" in message(Slides(tmp_path, size=8))
     write_file(tmp_path / "b.tif", "png")
     assert "pixels" in message(Slides(tmp_path, size=8), slide=["b"])
