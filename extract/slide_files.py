@@ -69,6 +69,8 @@ def open_slide(path: Path) -> SlideFile:
         UserError: not readable, empty, truncated, of another format, or too large an image without tiles; or a package
             that is not installed.
     """
+    if not path.is_file():  # reading a pipe or a device might never end
+        raise UserError(f"{path} is not a regular file. Expected a slide.")
     try:
         with path.open("rb") as file:
             if not file.read(1):
@@ -195,6 +197,8 @@ class _TiffFile:
             or len(series.pages) > 1
         ):
             raise ValueError(f"it holds {page.dtype} of shape {series.shape}, not one 8-bit RGB or grey image")
+        if max(np.prod(one.chunks) for one in self._pages) > 3 * _MOST_PIXELS:
+            raise ValueError("it has tiles or strips that are too large; convert it to tiles of 256 pixels")
         self.sizes: Sequence[Size] = [(one.imagewidth, one.imagelength) for one in self._pages]
         tags = {name: page.tags[name].value for name in ("XResolution", "YResolution") if name in page.tags}
         dots = [numerator / max(denominator, 1) for numerator, denominator in tags.values()]

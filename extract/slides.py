@@ -20,6 +20,7 @@ from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
 from extract.slide_files import SUFFIXES, Region, Size, SlideFile, open_slide
@@ -384,7 +385,7 @@ class Crops:
                 # QuPath shows no more of a slide than OpenSlide's bounds, and counts from their corner.
                 place = place if points.features is None else place + slide.origin
                 places[rows], origins[rows] = place, slide.origin
-                inside: list[bool] = ((place >= 0) & (place <= slide.sizes[0])).all(axis=1).tolist()
+                inside: NDArray[np.bool_] = np.all((place >= 0) & (place <= slide.sizes[0]), axis=1)
                 outside += [
                     f"{points.where(row)} at {x:.6g}, {y:.6g} on {path.name}, {slide.sizes[0][0]} x {slide.sizes[0][1]}"
                     for row, (x, y), is_inside in zip(rows, place.tolist(), inside, strict=True)

@@ -1,8 +1,9 @@
 """How fast are patches cut from slides on this machine, and in how much memory? `make bench` prints it.
 
-One drawn slide, pyramidal and in JPEG tiles, and points strewn over it. Three ways over the same points, in turn, several
-times: OpenSlide's own `read_region` in a loop; the same as patches, on white and in RGB; and `Crops`, which reads those
-that are near each other together, computes their digests and keeps them. Then 10,000 points of the slide in a process of their own, for its memory.
+One drawn slide, pyramidal and in JPEG tiles, and points strewn over it. Three ways over the same points, in turn,
+several times: OpenSlide's own `read_region` in a loop; the same as patches, on white and in RGB; and `Crops`, which
+reads those that are near each other together, computes their digests and keeps them. Then 10,000 points of the slide in
+a process of their own, for its memory.
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ import builtins
 import csv
 import hashlib
 import json
+import os
 from collections import defaultdict
 from pathlib import Path
 from types import SimpleNamespace
@@ -31,7 +32,7 @@ from features.store import FeatureStore
 from finetune import cli, cli_predict
 from finetune import run as finetuning
 from finetune.predict import predict_paths
-from probe.commands import commands
+from probe.commands import commands, missing_embeddings
 from probe.runs import read_run
 
 WIDTH, HEIGHT = 640, 512  # halved and quartered without a rest
@@ -311,6 +312,7 @@ def test_embeddings_of_points_are_those_of_the_same_crops_as_files(asked, demo, 
     ours, files = (store.read(name, model=LITE, view="full@64") for name in ("points", "pngs"))
     np.testing.assert_array_equal(ours, files)
     assert len(np.unique(ours, axis=0)) == 12
+    assert f"--slides {demo.parent / 'slides'} --size {asked['size']}" in missing_embeddings(store, LITE, ["points"])
     (entry,) = store.entries("points")
     assert entry.parts["crop"]["size"] == asked["size"]
     assert entry.parts["source_mpp"] == (0.25 if asked["size"] == 128 else 0.5)
@@ -448,6 +450,19 @@ def test_damage_within_a_slide_is_found_before_anything_is_computed(level, tmp_p
     (tmp_path / "a.tif").write_bytes(data)
     sizes = {"size": 128} if level == 0 else {"size": 64, "size_um": 32}
     assert f"{tmp_path / 'a.tif'}: its pixels cannot be read" in message(Slides(tmp_path, **sizes))
+
+
+def test_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "a.tif")
+    assert "is not a regular file" in message(Slides(tmp_path, size=8))
+
+
+def test_a_strip_too_large_for_memory_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(slide_files, "_MOST_PIXELS", WIDTH * HEIGHT - 1)
+    tifffile.imwrite(tmp_path / "a.tif", drawn(), photometric="rgb", rowsperstrip=HEIGHT)
+    assert "too large; convert it" in message(Slides(tmp_path, size=8))
+    write_file(tmp_path / "b.tif", "png")
+    assert "pixels" in message(Slides(tmp_path, size=8), slide=["b"])
 
 
 def test_files_that_are_no_slides_are_one_message(tmp_path):
