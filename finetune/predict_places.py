@@ -169,7 +169,7 @@ def coco(points: Sequence[Points], said: Sequence[Said]) -> bytes:
                 {
                     "id": len(annotations) + 1,
                     "image_id": number[one.slide[row]],
-                    "category_id": predicted,
+                    "category_id": predicted + 1,
                     "bbox": [x - _BOX / 2, y - _BOX / 2, _BOX, _BOX],
                     "area": _BOX**2,
                     "iscrowd": 0,
@@ -183,7 +183,7 @@ def coco(points: Sequence[Points], said: Sequence[Said]) -> bytes:
         "info": {"description": "predictions of mitofm"}
         | ({"threshold": said[0].threshold} if len(names) == 2 else {}),
         "images": [{"id": k, "file_name": slide} for slide, k in number.items()],
-        "categories": [{"id": k, "name": name} for k, name in enumerate(names)],
+        "categories": [{"id": k, "name": name} for k, name in enumerate(names, start=1)],  # 0 is often the background
         "annotations": annotations,
     }
     return (json.dumps(content, indent=1) + "\n").encode()

@@ -291,7 +291,7 @@ class TestSeveralSlides:
         assert annotations[1] | {"spread": 0} == {
             "id": 2,
             "image_id": 2,
-            "category_id": 1,
+            "category_id": 2,
             "bbox": [-22, -21, 50, 50],
             "area": 2500,
             "iscrowd": 0,
