@@ -174,9 +174,9 @@ def read_table(path: Path, *, required: Sequence[str], optional: Sequence[str] =
 
 
 def header_of(path: Path) -> list[str]:
-    """Read the names of a table's columns, as `read_table` would; an empty list if it cannot be read as a table."""
+    """Read the names of a table's columns, as `read_table` would, but silently; none if it cannot be read as a table."""
     try:
-        delimiter, text = _delimiter(_decoded(path, "Expected a table"), tuple(SYNONYMS), ())
+        delimiter, text = _delimiter(_decoded(path, "Expected a table", silent=True), tuple(SYNONYMS), ())
     except UserError:
         return []
     header = next(csv.reader([line for line in text.splitlines() if line.strip()][:1], delimiter=delimiter), [])
@@ -277,7 +277,7 @@ def first_of(names: Sequence[str]) -> str:
 # ----------------------------------------------------------------------------------------------------------------- text
 
 
-def _decoded(path: Path, expected: str) -> str:
+def _decoded(path: Path, expected: str, *, silent: bool = False) -> str:
     try:
         data = path.read_bytes()
     except FileNotFoundError:
@@ -293,7 +293,7 @@ def _decoded(path: Path, expected: str) -> str:
     except UnicodeDecodeError:
         # No text of another encoding is valid UTF-8 by chance, and of Western ones nearly all is Windows-1252.
         encoding, text = "cp1252", data.decode("cp1252", errors="replace")
-        if "\0" not in text and "\ufffd" not in text:
+        if "\0" not in text and "\ufffd" not in text and not silent:
             say(f"{path} is not UTF-8; it was read as Windows-1252 (Latin-1). Save it as UTF-8 if letters look wrong.")
     strange = next((char for char in ("\0", "\ufffd") if char in text), None)
     if strange:

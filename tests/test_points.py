@@ -126,6 +126,14 @@ class TestTables:
     def test_a_table_of_patches_is_none_of_points(self, header, are_points, tmp_path):
         assert is_points_file(table(tmp_path / "t.csv", header, *["1" + ",1" * header.count(",")])) is are_points
 
+    def test_what_a_table_is_said_to_be_is_said_when_it_is_read(self, tmp_path, capsys):
+        path = tmp_path / "points.csv"
+        path.write_bytes("slide,x,y\nM\u00fcller,1,2\n".encode("cp1252"))
+        assert is_points_file(path)
+        assert capsys.readouterr().err == ""
+        assert read_points(path).slide == ["M\u00fcller"]
+        assert capsys.readouterr().err.count("not UTF-8") == 1
+
     def test_every_figure_of_amibr_has_its_place(self, real_data):
         path = real_data / "AMI-BR.csv"
         points = read_points(path, labelled=True)
