@@ -174,7 +174,7 @@ def read_table(path: Path, *, required: Sequence[str], optional: Sequence[str] =
 
 
 def header_of(path: Path) -> list[str]:
-    """Read the names of a table's columns, as `read_table` would, but silently; none if it cannot be read as a table."""
+    """Read the names of a table's columns, as `read_table` would, but silently; none if it is no readable table."""
     try:
         delimiter, text = _delimiter(_decoded(path, "Expected a table", silent=True), tuple(SYNONYMS), ())
     except UserError:
