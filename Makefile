@@ -55,6 +55,7 @@ bench: $(STAMP)
 	$(BIN)/python tests/bench_command.py
 	$(BIN)/python tests/bench_store.py
 	$(BIN)/python tests/bench_extract.py
+	$(BIN)/python tests/bench_slides.py
 	$(BIN)/python tests/bench_lora.py
 	$(BIN)/python tests/bench_gpu.py
 

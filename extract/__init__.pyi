@@ -4,8 +4,11 @@ from .backbones import find_backbone as find_backbone
 from .datasets import PatchDataset as PatchDataset
 from .datasets import load_dataset as load_dataset
 from .embed import extract_dataset as extract_dataset
+from .points import Points as Points
+from .points import read_points as read_points
 from .prepare import ExtractOptions as ExtractOptions
 from .registry import Backbone as Backbone
 from .registry import list_models as list_models
+from .slides import Slides as Slides
 from .views import View as View
 from .views import parse_view as parse_view

@@ -74,6 +74,7 @@ class DatasetRecord:
         annotation: who labelled the patches.
         species, source: as in Table 1 of the paper.
         figures: reads the dataset's tables from a data folder, by file name; None where there are no tables.
+        size: pixels along the side of a patch.
         mpp: micrometres per pixel.
         of: the dataset whose patches these are, under other labels; empty if they are its own.
         classes: number of patches by class, in the order of the labels, where the classes are not normal and atypical.
@@ -90,6 +91,7 @@ class DatasetRecord:
     species: str
     source: str
     figures: Callable[[Path], dict[str, Figure]] | None = None
+    size: int = 128
     mpp: float = 0.25
     of: str = ""
     classes: Mapping[str, int] = field(default_factory=dict)

@@ -19,10 +19,14 @@ from features.options import (
     DeviceOption,
     JsonOption,
     LabelsOption,
+    MppOption,
     OrdinalOption,
     OverwriteOption,
     PositiveOption,
+    SizeOption,
+    SizeUmOption,
     SkipUnlabelledOption,
+    SlidesOption,
     StoreOption,
     WeightsOption,
     parse_names,
@@ -43,7 +47,8 @@ def extract(
     dataset: Annotated[
         str,
         typer.Option(
-            help="Datasets, comma-separated: names of --list-datasets, or PATH or NAME=PATH (folder, CSV, HDF5 or NPZ)."
+            help="Datasets, comma-separated: names of --list-datasets, or PATH or NAME=PATH (folder, CSV, HDF5, NPZ, "
+            "or points on slides)."
         ),
     ] = "demo",
     data: DataOption = None,
@@ -75,6 +80,10 @@ def extract(
     ordinal: OrdinalOption = False,
     labels: LabelsOption = None,
     skip_unlabelled: SkipUnlabelledOption = False,
+    slides: SlidesOption = None,
+    size: SizeOption = None,
+    size_um: SizeUmOption = None,
+    mpp: MppOption = None,
     overwrite: OverwriteOption = False,
     shard: Annotated[
         str | None,
@@ -96,10 +105,11 @@ def extract(
         return
 
     from extract.backbones import find_backbone
-    from extract.datasets import load_dataset, local_data, require_distinct_names
+    from extract.datasets import load_dataset, local_data, require_distinct_names, require_slides_used
     from extract.embed import extract_dataset
     from extract.prepare import ExtractOptions
     from extract.shard import find_shard
+    from extract.slides import Slides
     from extract.views import parse_view
     from features.labels import parse_renaming
     from features.leaks import shared_with_others
@@ -128,6 +138,8 @@ def extract(
     backbones = [find_backbone(name, run_file=True) for name in models]
     datasets = parse_names(dataset, option="--dataset")
     require_distinct_names(datasets)
+    cut = Slides.asked(slides, size=size, size_um=size_um, mpp=mpp)
+    require_slides_used(datasets, cut)
     renamed = parse_renaming(labels)
     reading: dict[str, Any] = {
         "positive": positive,
@@ -135,6 +147,7 @@ def extract(
         "ordinal": ordinal,
         "labels": renamed,
         "skip_unlabelled": skip_unlabelled,
+        "slides": cut,
     }
     if part.n_shards > 1 and not part.local_rank:
         say(f"This is rank {part.index} of {part.n_shards}: it embeds its shard of the blocks. --shard 0/1 takes all.")

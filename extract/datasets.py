@@ -1,7 +1,7 @@
 """What is a dataset of labelled patches, and how does a name or a path become one?
 
-A dataset is a known name (a row of `DATASETS`), a folder with one sub-folder per class, a table, or a file of arrays.
-All of them become a `PatchDataset`: the patch table, and a function that reads one patch.
+A dataset is a known name (a row of `DATASETS`), a folder with one sub-folder per class, a table, a file of arrays, or
+points on slides. All of them become a `PatchDataset`: the patch table, and a function that reads one patch.
 """
 
 from __future__ import annotations
@@ -29,9 +29,11 @@ from extract.benchmark import (
 from extract.benchmark import DATASETS as DATASETS
 from extract.images import Decode as Decode
 from extract.images import file_decoder
+from extract.points import Points
 from extract.readers import Patches as Patches
-from extract.readers import list_patches
+from extract.readers import list_patches, require_points
 from extract.readers import load_patches as load_patches
+from extract.slides import Slides
 from features.console import UserError, nearest, say
 from features.labels import Classes, aligned, class_labels, numbered, read_labels, require_grades
 from features.samples import Samples, make_samples
@@ -51,6 +53,8 @@ class PatchDataset:
         decode: `decode(row)` gives that patch as (height, width, 3) uint8 RGB; thread-safe; raises UserError naming
             the patch when it cannot be decoded. Patches may differ in size.
         ordinal: whether the classes are grades, each more than the one before it.
+        slides: of patches around points of slides, the folder of the slides, and how the patches are cut.
+        points: of these, the points, row by row, in pixels of level 0.
     """
 
     name: str
@@ -60,6 +64,8 @@ class PatchDataset:
     mpp: float | None
     decode: Decode
     ordinal: bool = False
+    slides: Slides | None = None
+    points: Points | None = None
 
     def __repr__(self) -> str:
         counts = np.bincount(self.samples.label, minlength=len(self.label_names))
@@ -77,6 +83,7 @@ def load_dataset(
     order: Sequence[str] | None = None,
     ordinal: bool = False,
     skip_unlabelled: bool = False,
+    slides: Slides | None = None,
 ) -> PatchDataset:
     """Load the patch table of a dataset: list its patches, check and hash every file, and join what is known of each.
 
@@ -84,8 +91,8 @@ def load_dataset(
     PatchDataset('demo', 400 patches: 289 Normal, 111 Atypical; source='drawn by mitofm')
 
     Args:
-        name_or_path: a name of `DATASETS`; or a folder with one sub-folder per class, a table, or a file of arrays,
-            also as NAME=PATH, to name the dataset otherwise than its path does.
+        name_or_path: a name of `DATASETS`; or a folder with one sub-folder per class, a table, a file of arrays, or
+            points on slides, also as NAME=PATH, to name the dataset otherwise than its path does.
         data: the folder of the known datasets, laid out like a clone of AMi-Br_Benchmark; by default the one in the
             environment variable MITOFM_DATA, else a download kept in the cache.
         positive: the class that is label 1 against all others, for paths; see `features.labels.class_labels`.
@@ -94,6 +101,7 @@ def load_dataset(
         order: all classes in the order of their labels, for paths, unless `classes` says it.
         ordinal: whether the classes are grades, for paths.
         skip_unlabelled: leave out patches whose label is missing, instead of refusing them.
+        slides: where the slides of points are, and how large a patch around each is.
 
     Raises:
         UserError: when the name is unknown, files are missing, too many or unreadable, tables contradict them, or
@@ -119,7 +127,7 @@ def load_dataset(
             f"Known datasets: {', '.join(DATASETS)}. Otherwise give a folder with one sub-folder per class, a table "
             "with the columns path and label, or a file of arrays with x and y."
         )
-    patches = list_patches(path, labelled=True)
+    patches = list_patches(path, labelled=True, slides=slides)
     where = [patches.where(row) for row in range(len(patches.id))]
     named, rows = read_labels(patches.columns["label"], labels, source=path, where=where, skip=skip_unlabelled)
     if len(rows) < len(patches.id):
@@ -139,7 +147,10 @@ def load_dataset(
         split=read_splits(columns.get("split"), source=path, where=where),
         domain=known_cells(columns.get("domain")),
     )
-    return PatchDataset(name, samples, label_names, str(path.resolve()), None, patches.decode, ordinal)
+    source = str(path.resolve())
+    return PatchDataset(
+        name, samples, label_names, source, patches.mpp, patches.decode, ordinal, patches.slides, patches.points
+    )
 
 
 def aligned_dataset(test: PatchDataset, classes: Classes, labels: Mapping[str, str]) -> PatchDataset:
@@ -192,6 +203,15 @@ def require_distinct_names(names_or_paths: Iterable[str]) -> None:
             raise UserError(
                 f"{first[name]} and {text} would both be the dataset {name!r}. Name one of them otherwise: NAME={text}."
             )
+
+
+def require_slides_used(names_or_paths: Iterable[str], slides: Slides | None) -> None:
+    """Refuse slides where no dataset consists of points on them, before any is read.
+
+    Raises:
+        UserError: naming the datasets.
+    """
+    require_points([parse_source(text)[1] for text in names_or_paths if text not in DATASETS], slides)
 
 
 def is_at_hand(name: str, data: Path | None = None) -> bool:

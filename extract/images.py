@@ -29,6 +29,8 @@ SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp"}
 ACCEPTED = "8-bit RGB, grey or palette images without transparency (PNG, JPEG, TIFF, BMP or WebP)"
 MAX_PIXELS = 4096 * 4096  # a patch of 1 mm at 0.25 um/px; beyond it, this is a slide or a decompression bomb
 MAX_BYTES = 1 << 28  # of a file: four times what that many pixels take uncompressed, with transparency
+# What Pillow, tifffile and their codecs raise on damaged bytes.
+DAMAGE = (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, struct.error, zlib.error)
 
 _BLOCK = 64  # files checked by one thread at a time
 _PNG_END = b"IEND\xaeB`\x82"
@@ -38,8 +40,6 @@ _FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "WEBP")
 _OPAQUE_MODES = {"RGB", "L", "P", "1"}
 _ALPHA_MODES = {"RGBA", "LA", "PA"}
 _TIFF_BITS_PER_SAMPLE = 258
-# What Pillow and its codecs raise on damaged bytes, besides OSError.
-_DAMAGE = (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, struct.error, zlib.error)
 # What Pillow only warns of is either read or refused with a message of ours.
 warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
@@ -150,18 +150,19 @@ def _is_plain_png(data: bytes) -> bool:
     return kind == b"IDAT"
 
 
-def decode(data: bytes, name: str) -> NDArray[np.uint8]:
+def decode(data: bytes, name: str, *, most_pixels: int = MAX_PIXELS) -> NDArray[np.uint8]:
     """Decode one image file to its pixels, (height, width, 3) RGB.
 
     Args:
         data: the bytes of the file.
         name: what to call it in an error.
+        most_pixels: more than these are refused.
 
     Raises:
         UserError: when the bytes are damaged or not an accepted image.
     """
     try:
-        with _open(data) as image:
+        with _open(data, most_pixels) as image:
             return _pixels(image)
     except _Flaw as reason:
         raise UserError(
@@ -169,19 +170,19 @@ def decode(data: bytes, name: str) -> NDArray[np.uint8]:
         ) from None
 
 
-def _open(data: bytes) -> ImageFile.ImageFile:
+def _open(data: bytes, most_pixels: int = MAX_PIXELS) -> ImageFile.ImageFile:
     if not data:
         raise _Flaw("the file is empty")
     try:
         image = Image.open(BytesIO(data), formats=_FORMATS)
         n_frames, bits = getattr(image, "n_frames", 1), _bits(data, image)
     except _BOMB:
-        raise _Flaw(f"more than {MAX_PIXELS:,} pixels") from None
-    except _DAMAGE:
+        raise _Flaw(f"more than {most_pixels:,} pixels") from None
+    except DAMAGE:
         raise _Flaw("not an image, or its header is damaged") from None
     assert isinstance(image, ImageFile.ImageFile)
-    if image.width * image.height > MAX_PIXELS:
-        raise _Flaw(f"{image.width} x {image.height} is more than {MAX_PIXELS:,} pixels")
+    if image.width * image.height > most_pixels:
+        raise _Flaw(f"{image.width} x {image.height} is more than {most_pixels:,} pixels")
     if n_frames > 1:
         raise _Flaw(f"it holds {n_frames} images")
     if bits > 8:
@@ -218,7 +219,7 @@ def _pixels(image: ImageFile.ImageFile) -> NDArray[np.uint8]:
         if not _has_alpha(image):
             return np.array(image.convert("RGB"))  # a copy: torch wants writable memory
         rgba = np.asarray(image.convert("RGBA"))
-    except _DAMAGE:
+    except DAMAGE:
         raise _Flaw("its pixel data is damaged or truncated") from None
     if rgba[..., 3].min() < 255:
         raise _Flaw("it has transparent pixels")

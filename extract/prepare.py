@@ -173,12 +173,14 @@ def prepare(extraction: Extraction) -> Prepared:
     device = extraction.device
     compute_exactly(device)
     views = [parse_view(text) for text in dict.fromkeys(options.views)]
-    attrs = {
+    attrs: dict[str, Any] = {
         "name": dataset.name,
         "source": dataset.source,
         "label_names": list(dataset.label_names),
         "mpp": dataset.mpp,
     } | ({"ordinal": True} if dataset.ordinal else {})
+    if dataset.slides is not None:
+        attrs["slides"] = dataset.slides.as_record()
     before = store.put_samples(
         dataset.name, dataset.samples, attrs=attrs, overwrite=options.overwrite, shared=shard.shared
     )
@@ -226,6 +228,7 @@ def fingerprint_parts(
     return backbone_parts(backbone, weights, view, precision=precision, device=device, compiled=compiled) | {
         "source_mpp": dataset.mpp,
         "dataset_digest": dataset.samples.images_digest,
+        **({} if dataset.slides is None else {"crop": dataset.slides.crop_record()}),
     }
 
 

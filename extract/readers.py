@@ -1,4 +1,4 @@
-"""Which patches does a path hold, and how is each read: an image, a folder, a table, or a file of arrays?
+"""Which patches does a path hold, and how is each read: an image, a folder, a table, arrays, or points on slides?
 
 Each form is read in one place, for labelled patches (`extract.datasets.load_dataset`) and for new ones without labels
 (`load_patches`). Of labelled patches nothing is left out silently, and every doubt is an error.
@@ -21,6 +21,8 @@ from extract import images
 from extract.arrays import SUFFIXES as ARRAY_SUFFIXES
 from extract.arrays import ImageArrays, read_arrays
 from extract.images import Decode, check_files, file_decoder
+from extract.points import Points, is_points_file, read_points
+from extract.slides import Crops, Slides
 from features.console import UserError, progress, say
 from features.tables import Table, first_of, is_missing, natural_order, read_table, refuse_rows
 
@@ -46,6 +48,9 @@ class Patches:
         digests: reads every patch once and gives its hex SHA-256; raises UserError naming those that cannot be used.
         columns: what is known of every patch, column by column as it was written: `label`, `group`, `split`, `domain`.
         lines: the line of the table on which each patch stands, where there is one.
+        points: of patches around points of slides, these points, row by row, in pixels of level 0.
+        slides: of these, the folder of the slides, and how the patches are cut.
+        mpp: micrometres per pixel, or None where unknown.
     """
 
     source: str
@@ -54,6 +59,9 @@ class Patches:
     digests: Callable[[], list[str]] = field(repr=False)
     columns: Mapping[str, list[str]] = field(default_factory=dict, repr=False)
     lines: Sequence[int] = field(default=(), repr=False)
+    points: Points | None = field(default=None, repr=False)
+    slides: Slides | None = None
+    mpp: float | None = None
 
     def where(self, row: int) -> str:
         """Name a patch for a message: its line in the table, if there is one, and its id."""
@@ -68,6 +76,9 @@ class Patches:
             lambda: list(map(self.digests().__getitem__, rows)),
             {name: [cells[row] for row in rows] for name, cells in self.columns.items()},
             [self.lines[row] for row in rows] if self.lines else (),
+            None if self.points is None else self.points.select(rows),
+            self.slides,
+            self.mpp,
         )
 
 
@@ -79,8 +90,9 @@ class PatchFile(NamedTuple):
     path: Path
 
 
-def load_patches(path: Path, *, grouped: bool = False) -> Patches:
-    """List and check new patches: an image, a folder (images at any depth), a table with a column path, or arrays.
+def load_patches(path: Path, *, grouped: bool = False, slides: Slides | None = None) -> Patches:
+    """List and check new patches: an image, a folder (images at any depth), a table with a column path, arrays, or
+    points on slides.
 
     Labels are not needed. Every file is checked first. With `grouped`, a table's column of groups may have any of the
     names that it may have for training.
@@ -88,7 +100,7 @@ def load_patches(path: Path, *, grouped: bool = False) -> Patches:
     Raises:
         UserError: no such path, no patches, or patches that cannot be read.
     """
-    patches = list_patches(path, labelled=False, grouped=grouped)
+    patches = list_patches(path, labelled=False, grouped=grouped, slides=slides)
     if (
         path.suffix.lower() not in ARRAY_SUFFIXES
     ):  # the rows of an array have one type and shape; a file may hold anything
@@ -96,18 +108,22 @@ def load_patches(path: Path, *, grouped: bool = False) -> Patches:
     return patches
 
 
-def list_patches(path: Path, *, labelled: bool, grouped: bool = False) -> Patches:
+def list_patches(path: Path, *, labelled: bool, grouped: bool = False, slides: Slides | None = None) -> Patches:
     """List the patches of a path without reading their pixels.
 
     Args:
-        path: a folder, a table (.csv, .tsv), or a file of arrays (.h5, .npz); without labels also an image file.
+        path: a folder, a table (.csv, .tsv), a file of arrays (.h5, .npz), or points on slides (`extract.points`);
+            without labels also an image file.
         labelled: whether every patch must have a label: by its class folder, a column `label`, or an array of labels.
         grouped: whether groups are wanted of patches without labels.
+        slides: where the slides of points are, and how large a patch is; other paths do not need it.
 
     Raises:
         UserError: no such path, another kind of file, no patches, or entries that contradict each other.
     """
     suffix = path.suffix.lower()
+    if is_points_file(path):
+        return _from_points(path, slides, labelled=labelled)
     if path.is_dir():
         return _from_class_folders(path) if labelled else _from_any_folder(path)
     if path.is_file() and suffix in _TABLE_SUFFIXES:
@@ -309,6 +325,46 @@ def _is_file(path: str) -> bool:
         return os.path.isfile(path)
     except (OSError, ValueError):  # a name longer than a file system takes, or with a null character
         return False
+
+
+# --- points on slides -------------------------------------------------------------------------------------------------
+
+
+def require_points(paths: Sequence[Path], slides: Slides | None) -> None:
+    """Refuse slides where no path names points on them.
+
+    Raises:
+        UserError: naming the paths.
+    """
+    if slides is not None and not any(is_points_file(path) or not path.exists() for path in paths):
+        found = first_of(list(map(str, paths))) or "known datasets alone"
+        raise UserError(
+            f"`slides={slides.folder}` is for points on slides; found {found}. Expected GeoJSON, COCO JSON, or a table "
+            "with the columns slide, x and y. Leave it out for patches."
+        )
+
+
+def _from_points(path: Path, slides: Slides | None, *, labelled: bool) -> Patches:
+    if slides is None:
+        raise UserError(
+            f"{path} names places on slides. Say with `slides` in which folder the slides are, and with `size`, in "
+            "pixels, or `size_um`, in micrometres, how large a patch around each is."
+        )
+    points = read_points(path, labelled=labelled)
+    crops = Crops(slides, points)
+    known = points.columns.get("group", [""] * len(points.id))
+    group = [name if is_missing(cell) else cell for cell, name in zip(known, crops.names, strict=True)]
+    return Patches(
+        str(path),
+        tuple(points.id),
+        crops.read,
+        crops.digests,
+        {**points.columns, "group": group},
+        points.lines,
+        crops.points,
+        slides,
+        crops.mpp,
+    )
 
 
 # --- arrays -----------------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ upside down. More than two are put in one order when a dataset is loaded, and ar
 
 from __future__ import annotations
 
+import colorsys
 import difflib
 import re
 import unicodedata
@@ -37,6 +38,10 @@ _NEGATIVE = frozenset(
     }
     | {"free", "low", "unaffected", "uninvolved", "nein", "nee", "wildtype", "wt", "mss", "nmf", "no", "non", "not"}
 )
+
+# Colours that colour-blind eyes tell apart as well (Okabe and Ito, Color Universal Design, 2008).
+_COLORS = ((0, 114, 178), (213, 94, 0), (0, 158, 115), (230, 159, 0), (86, 180, 233), (204, 121, 167), (240, 228, 66))
+_GOLDEN = 0.618  # turns of the colour wheel between further classes
 
 
 def class_labels(
@@ -471,3 +476,15 @@ def _fits(a: str, b: str) -> bool:
     return any(
         negated.casefold().startswith("not ") and not _equal(negated[4:], other) for negated, other in ((a, b), (b, a))
     )
+
+
+def class_color(k: int) -> tuple[int, int, int]:
+    """Choose the colour of a class: red, green and blue from 0 to 255.
+
+    >>> class_color(0), class_color(1)
+    ((0, 114, 178), (213, 94, 0))
+    """
+    if k < len(_COLORS):
+        return _COLORS[k]
+    red, green, blue = (round(255 * part) for part in colorsys.hsv_to_rgb(k * _GOLDEN % 1, 0.8, 0.8))
+    return red, green, blue

@@ -39,6 +39,24 @@ ClassesOption = Annotated[
 OrdinalOption = Annotated[
     bool, typer.Option("--ordinal", help="The classes are grades, each more than the one before it in --classes.")
 ]
+SlidesOption = Annotated[
+    Path | None, typer.Option("--slides", help="Of points on slides (GeoJSON, COCO, CSV): the folder of the slides.")
+]
+# Of patches around points on slides.
+SizeOption = Annotated[
+    int | None, typer.Option("--size", help="Of points: pixels along a patch's side; of level 0 without --size-um.")
+]
+SizeUmOption = Annotated[
+    float | None,
+    typer.Option("--size-um", help="Of points: um along a patch's side, in pixels of 0.25 um or as --size says."),
+]
+MppOption = Annotated[
+    float | None, typer.Option("--mpp", help="Of points: um per pixel of slides that do not say it themselves.")
+]
+EnsembleWeightsOption = Annotated[
+    str,
+    typer.Option("--ensemble-weights", help="equal; out-of-fold: shares that fit what runs said out of fold best."),
+]
 SoftLabelsOption = Annotated[
     str | None, typer.Option("--soft-labels", help="votes: train on each class's share of the raters' votes.")
 ]

@@ -29,14 +29,20 @@ SYNONYMS: Mapping[str, tuple[str, ...]] = {
         *("file", "filename", "filepath", "image", "imagepath", "imagefile", "img", "imgpath"),
         *("patch", "patchpath", "patchfile", "tile", "tilepath", "location"),
     ),
-    "label": ("class", "classname", "target", "category", "groundtruth", "gt"),
+    "label": ("class", "classname", "classification", "target", "category", "groundtruth", "gt", "majorityatypical"),
     "group": (
         *("patient", "patientid", "subject", "subjectid", "participant", "participantid", "case", "caseid"),
         *("specimen", "specimenid", "slide", "slideid", "slidename", "wsi", "wsiid", "groupid", "cluster"),
     ),
     "split": ("set", "subset", "partition", "traintest", "fold"),
     "domain": ("center", "centre", "centerid", "hospital", "institution", "site", "scanner", "cohort", "tumortype"),
-    "id": ("patchid", "sampleid", "imageid", "tileid", "uid"),
+    "id": ("patchid", "sampleid", "imageid", "tileid", "uid", "objectid"),
+    # Of places on slides. QuPath's tables of measurements have Image and Centroid X px, or Centroid X \u00b5m.
+    "slide": ("slidename", "slidefile", "slideid", "wsi", "wsiname", "wsiid", "image"),
+    "x": ("xpx", "xcoord", "coordx", "centerx", "centrex", "centroidx", "centroidxpx"),
+    "y": ("ypx", "ycoord", "coordy", "centery", "centrey", "centroidy", "centroidypx"),
+    "x_um": ("x\u00b5m", "centroidxum", "centroidx\u00b5m"),
+    "y_um": ("y\u00b5m", "centroidyum", "centroidy\u00b5m"),
 }
 _ORDERED = ("group",)
 _MISSING = frozenset(
@@ -167,6 +173,25 @@ def read_table(path: Path, *, required: Sequence[str], optional: Sequence[str] =
     return Table(path, others | named, lines)
 
 
+def header_of(path: Path) -> list[str]:
+    """Read the names of a table's columns, as `read_table` would, but silently; none if it is no readable table."""
+    try:
+        delimiter, text = _delimiter(_decoded(path, "Expected a table", silent=True), tuple(SYNONYMS), ())
+    except UserError:
+        return []
+    header = next(csv.reader([line for line in text.splitlines() if line.strip()][:1], delimiter=delimiter), [])
+    return [_stripped(name) for name in header]
+
+
+def spellings(column: str) -> set[str]:
+    """Give the names under which a column is found, reduced by `same_name`.
+
+    >>> sorted(spellings("split"))
+    ['fold', 'partition', 'set', 'split', 'subset', 'traintest']
+    """
+    return {same_name(name) for name in (column, *SYNONYMS.get(column, ()))}
+
+
 def is_missing(cell: str) -> bool:
     """Whether a cell says that there is no value: it is empty, or one of the usual spellings (NA, nan, None, null, ?).
 
@@ -252,7 +277,7 @@ def first_of(names: Sequence[str]) -> str:
 # ----------------------------------------------------------------------------------------------------------------- text
 
 
-def _decoded(path: Path, expected: str) -> str:
+def _decoded(path: Path, expected: str, *, silent: bool = False) -> str:
     try:
         data = path.read_bytes()
     except FileNotFoundError:
@@ -268,7 +293,7 @@ def _decoded(path: Path, expected: str) -> str:
     except UnicodeDecodeError:
         # No text of another encoding is valid UTF-8 by chance, and of Western ones nearly all is Windows-1252.
         encoding, text = "cp1252", data.decode("cp1252", errors="replace")
-        if "\0" not in text and "\ufffd" not in text:
+        if "\0" not in text and "\ufffd" not in text and not silent:
             say(f"{path} is not UTF-8; it was read as Windows-1252 (Latin-1). Save it as UTF-8 if letters look wrong.")
     strange = next((char for char in ("\0", "\ufffd") if char in text), None)
     if strange:

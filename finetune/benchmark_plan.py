@@ -39,6 +39,7 @@ _READING = ("positive", "labels", "classes", "ordinal", "skip_unlabelled")  # ho
 _GRID = ("models", "imported", "methods", "recipes", "views")
 # A combination would be a second run of a row.
 _SET_BY_ROW = {"model", "train", "test", "method", "recipe", "lora", "device", "combine"}
+_SET_BY_ROW |= {"size", "size_um", "mpp"}  # plans have no points on slides
 
 
 def _names(options: type[ProbeOptions | FinetuneOptions | LoraOptions]) -> set[str]:

@@ -1,4 +1,4 @@
-"""fm-finetune, fm-predict, fm-report, fm-doctor: adapt backbones, apply, compare runs, test a machine."""
+"""fm-finetune, fm-report, fm-doctor: adapt backbones, compare runs, test a machine."""
 
 from __future__ import annotations
 
@@ -21,32 +21,33 @@ from features.options import (
     CvOption,
     DataOption,
     DeviceOption,
+    EnsembleWeightsOption,
     FoldsByOption,
     FoldSeedOption,
     JsonOption,
     LabelsOption,
+    MppOption,
     OrdinalOption,
     PositiveOption,
     RunsOption,
     SeedsOption,
+    SizeOption,
+    SizeUmOption,
     SkipUnlabelledOption,
+    SlidesOption,
     SoftLabelsOption,
     WeightsOption,
     parse_names,
     parse_numbers,
 )
 from finetune.benchmark_cli import benchmark_app
+from finetune.cli_predict import predict_app
 
 if TYPE_CHECKING:  # torch takes seconds to import: commands import it when they run
     from extract.doctor import Diagnosis
     from finetune.plan import Plan
 
-EnsembleWeightsOption = Annotated[
-    str,
-    typer.Option("--ensemble-weights", help="equal; out-of-fold: shares that fit what runs said out of fold best."),
-]
 finetune_app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-predict_app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 report_app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 doctor_app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -106,6 +107,10 @@ def finetune(
             "--tta/--no-tta", help="Score patches by the mean over eight flips and turns. Default: the recipe's."
         ),
     ] = None,
+    slides: SlidesOption = None,
+    size: SizeOption = None,
+    size_um: SizeUmOption = None,
+    mpp: MppOption = None,
     data: DataOption = None,
     weights: WeightsOption = None,
     device: DeviceOption = "auto",
@@ -171,6 +176,9 @@ def finetune(
             soft_labels=soft_labels,
             tta=tta,
             folds_by=folds_by,
+            size=size,
+            size_um=size_um,
+            mpp=mpp,
         )
         compute_options = ComputeOptions(
             data=data,
@@ -181,6 +189,7 @@ def finetune(
             fast=fast,
             grad_checkpointing=grad_checkpointing,
             merge=merge,
+            slides=slides,
         )
         if dry_run:
             from finetune.plan import make_plan
@@ -239,75 +248,6 @@ def _show_plan(plan: Plan) -> None:
     for what, megabytes in memory.items():
         total.add_row(f"Memory: {what}", f"{megabytes:,.0f} MB")
     show(*([modules] if plan.modules else []), total)
-
-
-@predict_app.command(help="fm-predict: apply a run, or several together, to new patches.")
-def predict(
-    folder: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run; of several, one after another.")],
-    paths: Annotated[
-        list[Path], typer.Argument(metavar="PATH…", help="Image files, folders, CSV files (column path) or HDF5 (x).")
-    ],
-    out: Annotated[Path, typer.Option(help="The CSV to write.")] = Path("predictions.csv"),
-    device: DeviceOption = "auto",
-    weights: WeightsOption = None,
-    model: Annotated[
-        str | None, typer.Option(help="Of runs of models of your own: their files, comma-separated, which are run.")
-    ] = None,
-    threshold: Annotated[
-        float | None,
-        typer.Option(help="Of two classes: positive from this probability on. Default: the run's own."),
-    ] = None,
-    by: Annotated[
-        str | None,
-        typer.Option(help="group: write a second CSV with the share of each class in every group (slide)."),
-    ] = None,
-    ensemble_weights: EnsembleWeightsOption = "equal",
-    as_json: JsonOption = False,
-) -> None:
-    check_output(out)
-    from finetune.predict import predict_paths
-
-    folders = [folder]
-    while len(paths) > 1 and (paths[0] / "run.json").is_file():
-        folders.append(paths[0])
-        paths = paths[1:]
-    summary = predict_paths(
-        folders,
-        paths,
-        out=out,
-        device=device,
-        weights=weights,
-        model=() if model is None else parse_names(model, option="--model"),
-        threshold=threshold,
-        by=by,
-        ensemble_weights=ensemble_weights,
-    )
-    if as_json:
-        print_json(summary)
-        return
-    names, of_groups, models = summary["label_names"], summary.get("by_group"), f"{summary['n_models']} fold models"
-    if "runs" in summary:
-        models += f" of {len(summary['runs'])} runs, weights {', '.join(f'{one:.3f}' for one in summary['weights'])}"
-    if "counts" in summary:
-        said = ", ".join(f"{n:,} {name}" for n, name in zip(summary["counts"], names, strict=True) if n)
-        say(f"{out}: {summary['n']:,} patches; the most probable class is {said} ({models}).")
-    else:
-        say(
-            f"{out}: {summary['n']:,} patches, {summary['n_positive']:,} predicted {names[1]} at a probability of "
-            f"{summary['threshold']:.3f} or more ({models})."
-        )
-    if not of_groups:
-        return
-    without = f"; {of_groups['n_without']:,} patches have no group" if of_groups["n_without"] else ""
-    said = "with the share of each class"
-    if "sensitivity" in of_groups:
-        rates = [one["rate"] for one in of_groups["groups"]]
-        sensitivity, specificity = (of_groups[name]["value"] for name in ("sensitivity", "specificity"))
-        said = (
-            f"{min(rates):.0%} to {max(rates):.0%} predicted {names[1]}, beside shares corrected for a sensitivity of "
-            f"{sensitivity:.3f} and a specificity of {specificity:.3f} out of fold"
-        )
-    say(f"{of_groups['out']}: {len(of_groups['groups']):,} groups, {said}{without}.")
 
 
 @report_app.command(

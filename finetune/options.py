@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from extract.backbones import Backbone
+from extract.slides import Slides
 from extract.views import View, parse_view
 from features.console import UserError
 from features.device import has_bf16
@@ -20,7 +21,9 @@ from finetune.recipes import RECIPE_NAMES, Recipe, recipe_for
 
 _MOST_FOLDS = 100
 _MOST_MODELS = 500
-_LATER = ("classes", "ordinal", "soft_labels", "folds_by", "tta")  # options that early versions do not know
+# Options that early versions do not know.
+_LATER = ("classes", "ordinal", "soft_labels", "folds_by", "tta", "size", "size_um", "mpp")
+_FOLDERS = ("data", "weights", "slides")  # options of the computation that are paths
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,7 @@ class FinetuneOptions:
         ordinal: whether that order means something, as that of grades does.
         soft_labels: "votes" to train towards each class's share of the votes for a patch; None for its label.
         folds_by: "domain" to hold each domain out in turn instead of `cv` folds; a run's options then say so many.
+        size, size_um, mpp: of points on slides, see `extract.slides.Slides`.
 
     Raises:
         UserError: a value outside its range.
@@ -74,6 +78,9 @@ class FinetuneOptions:
     soft_labels: str | None = None
     folds_by: str | None = None
     tta: bool | None = None
+    size: int | None = None
+    size_um: float | None = None
+    mpp: float | None = None
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
@@ -126,6 +133,14 @@ class FinetuneOptions:
         adapter = named.pop("lora")
         return named | {f"lora.{name}": value for name, value in adapter.items()}
 
+    def slides_in(self, folder: Path | None) -> Slides | None:
+        """Say how patches are cut from the slides of a folder; None without one.
+
+        Raises:
+            UserError: a size without a folder, or one outside its range.
+        """
+        return Slides.asked(folder, size=self.size, size_um=self.size_um, mpp=self.mpp)
+
     def resolved_recipe(self, backbone: Backbone) -> Recipe:
         """Find the recipe for this method and backbone, changed where the user chose something else."""
         convolutional = is_convolutional(backbone)
@@ -172,6 +187,7 @@ class ComputeOptions:
         fast: fold norms on a CPU, try what is faster on an NVIDIA GPU (`finetune.fast`); plain PyTorch without it.
         grad_checkpointing: compute activations twice instead of keeping them.
         merge: write each LoRA fold's merged network too.
+        slides: folder of the slides of points.
     """
 
     data: Path | None = None
@@ -182,11 +198,13 @@ class ComputeOptions:
     fast: bool = True
     grad_checkpointing: bool = False
     merge: bool = False
+    slides: Path | None = None
 
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> ComputeOptions:
         """Read the options that `as_record` gave."""
-        paths = {name: None if record[name] is None else Path(record[name]) for name in ("data", "weights")}
+        given = {name: record.get(name) for name in _FOLDERS}  # early versions do not know them all
+        paths = {name: None if path is None else Path(path) for name, path in given.items()}
         return cls(**{**record, **paths})
 
     def as_record(self, *, defaults: bool = True) -> dict[str, Any]:
@@ -195,7 +213,7 @@ class ComputeOptions:
         Args:
             defaults: also those that were left as they are.
         """
-        paths = {"data": self.data, "weights": self.weights}
+        paths: dict[str, Path | None] = {name: getattr(self, name) for name in _FOLDERS}
         record = asdict(self) | {name: None if path is None else str(path.resolve()) for name, path in paths.items()}
         return {one.name: record[one.name] for one in fields(self) if defaults or record[one.name] != one.default}
 

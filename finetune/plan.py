@@ -132,7 +132,7 @@ def make_plan(options: FinetuneOptions, compute_options: ComputeOptions = Comput
 
 
 def _experiment(options: FinetuneOptions, compute_options: ComputeOptions) -> Experiment:
-    datasets = load_datasets(options, compute_options.data)
+    datasets = load_datasets(options, compute_options)
     train = next(iter(datasets))
     return make_experiment(
         train,

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,12 @@ from torch import nn
 from extract.backbones import Backbone, Weights, build_model, fetch_weights, find_backbone, recorded_backbone
 from extract.compute import embed_shown, fastest, side_by_side
 from extract.custom import require_distinct
-from extract.datasets import Patches, load_patches
+from extract.datasets import DATASETS, Patches, load_patches
 from extract.embed import decoded
 from extract.images import SUFFIXES
 from extract.prepare import backbone_parts
+from extract.readers import require_points
+from extract.slides import Slides
 from extract.views import Transform, parse_view
 from features.blocks import to_float16
 from features.console import ProgressCallback, UserError, progress, say
@@ -43,6 +46,7 @@ from finetune.predict_groups import (
     rate_table,
     share_table,
 )
+from finetune.predict_places import FORMATS, Said, file_of, place_files, points_of
 from finetune.score import patch_logits
 from finetune.setup import build_network, load_members, training_transform
 from probe.combine import averaged, mean_logits, weights_of
@@ -57,7 +61,7 @@ from probe.runs import check_weights, read_predictions, read_run, read_weights, 
 _LAYER = ("coef", "intercept")
 _BATCH = {"cpu": 8, "cuda": 64, "mps": 64}  # images per forward pass of a frozen backbone
 # Parts of a fingerprint that say where, and of which patches, embeddings were computed, but not by which function.
-_CIRCUMSTANCES = ("dataset_digest", "source_mpp", "poolings", "device", "numerics", "revision")
+_CIRCUMSTANCES = ("dataset_digest", "source_mpp", "crop", "poolings", "device", "numerics", "revision")
 _Backbones = Mapping[str, tuple[Backbone, Weights]]  # by model
 _Predictor = Callable[[Patches, ProgressCallback], NDArray[np.float32]]  # patches to logits (n, n_models, c-1)
 
@@ -73,6 +77,8 @@ def predict_paths(
     threshold: float | None = None,
     by: str | None = None,
     ensemble_weights: str = "equal",
+    slides: Slides | None = None,
+    format: str = "csv",
 ) -> dict[str, Any]:
     """Apply a run, or several together, to patches and write a CSV; with `by="group"` a second one of groups.
 
@@ -80,11 +86,13 @@ def predict_paths(
     (the class's name), spread (population standard deviation over fold models), and fold_0, fold_1, ... (each one's);
     of a run with several seeds seed_42_fold_0, seed_42_fold_1, ... Of a run with more than two classes: source, id, a
     column probability_<class> for each, predicted (the most probable), and spread (of that class's probability). Of
-    several runs, each run's mean stands where that of a fold model does, in a column of the run's name.
+    several runs, each run's mean stands where that of a fold model does, in a column of the run's name. Of points on
+    slides, slide, x and y (in pixels of level 0) follow the id; they can also be written as GeoJSON for QuPath, or as a
+    COCO file, see `finetune.predict_places`.
 
     Args:
         run: folder of a probe run or a fine-tuned one; or of several, which tell the same classes apart.
-        paths: image files, folders, CSV files or HDF5 files; see `load_patches`.
+        paths: image files, folders, CSV files, HDF5 files, or points on slides; see `load_patches`.
         out: the CSV; replaced whole.
         device: "auto", "cpu", "cuda", "cuda:N" or "mps".
         weights: a local checkpoint of the backbone instead of the hub's; it must be the very same.
@@ -96,6 +104,8 @@ def predict_paths(
         by: "group" for the share of class 1, or of each of more than two classes, in every group of patches; see
             `finetune.predict_groups`.
         ensemble_weights: of several runs, "equal" or "out-of-fold" (`probe.combine.fitted_weights`).
+        slides: where the slides of points are; without a size, patches are as large as those of the training set.
+        format: "csv"; or of points on slides "geojson" or "coco".
 
     Returns:
         n, n_positive, n_folds, n_models, threshold, label_names, out; with `by` by_group, what the second CSV holds. Of
@@ -105,13 +115,16 @@ def predict_paths(
     Raises:
         UserError: a threshold that is no probability, or for more than two classes, no run, a backbone that cannot be
             had as it was, patches that cannot be read or whose groups are not known, or a full disk; a run twice, runs
-            of different classes, or weights for runs that do not share their folds.
+            of different classes, or weights for runs that do not share their folds; a format that cannot hold these
+            patches.
     """
     runs = [run] if isinstance(run, Path) else list(run)
     if threshold is not None and not 0 <= threshold <= 1:
         raise UserError(f"`threshold={threshold}` is no probability: expected a number from 0 to 1.")
     if by not in (None, "group"):
         raise UserError(f"`by={by}`: expected group, for the share of each class in every group of patches.")
+    if format not in FORMATS:
+        raise UserError(f"`format={format}`: expected one of {', '.join(FORMATS)}.")
     outs = [out, *([by_group_path(out)] if by else [])]
     for one in outs:
         for folder in runs:
@@ -137,7 +150,14 @@ def predict_paths(
     backbones = _load_backbones(runs, records, weights, model)
     for folder, other in zip(runs, records, strict=True):
         _require_same_backbones(folder, other, backbones, torch_device)
-    sources = [load_patches(path, grouped=by is not None) for path in paths]
+    require_points(paths, slides)
+    if slides is not None and not slides.is_sized:
+        slides = _sized_as_trained(slides, runs, records)
+    sources = [load_patches(path, grouped=by is not None, slides=slides) for path in paths]
+    places = [] if format == "csv" else points_of(sources, format, out)
+    if format == "geojson":
+        for file in {file_of(slide, out) for points in places for slide in points.slide}:
+            _check_out(file, runs[0], paths)
     groups = [groups_of(patches, path) for patches, path in zip(sources, paths, strict=True)] if by else []
     for patches in sources:
         _say_other_classes(patches, record)
@@ -156,25 +176,29 @@ def predict_paths(
         probability, columns = np.stack([one.mean(axis=2) for one in of_runs], axis=2), [one.id for one in records]
     mean = np.average(probability, axis=2, weights=joint.weights)
     predicted = predicted_classes(mean, limit)
-    ids = [(patches.source, id) for patches in sources for id in patches.id]
-    tables = [_table(ids, probability, mean, predicted, record.label_names, columns)]
+    told = probability[np.arange(n), np.ones_like(predicted) if two else predicted]  # (n, n_models)
+    said = Said(record.label_names, mean, told.std(axis=1), predicted, limit)
+    ends = np.cumsum([0, *(len(patches.id) for patches in sources)]).tolist()
+    parts = [slice(*pair) for pair in pairwise(ends)]
+    if format == "csv":
+        files = {out: _table(sources, said, dict(zip(columns, told.T, strict=True)))}
+    else:
+        files = place_files(places, [said.rows(part) for part in parts], format, out)
     by_group: dict[str, Any] = {}
     if by:
-        ends = np.cumsum([len(patches.id) for patches in sources])[:-1]
-        of_source, parts = [patches.source for patches in sources], np.split(predicted, ends)
-        counted = count_groups(of_source, groups, parts, n_classes=record.n_classes)
-        table, described = _judge_groups(counted, joint, record, limit)
-        tables.append(table)
+        of_source, of_classes = [patches.source for patches in sources], [predicted[part] for part in parts]
+        counted = count_groups(of_source, groups, of_classes, n_classes=record.n_classes)
+        files[outs[1]], described = _judge_groups(counted, joint, record, limit)
         without = sum(names.count("") for names in groups)
         by_group = {"by_group": as_dict({"out": str(outs[1]), "n_without": without} | described)}
-    with writing(out.parent):
-        out.parent.mkdir(parents=True, exist_ok=True)
-        for one, table in zip(outs, tables, strict=True):
-            write_file(one, [table])
+    for one, content in files.items():
+        with writing(one.parent):
+            one.parent.mkdir(parents=True, exist_ok=True)
+            write_file(one, [content])
     counts = np.bincount(predicted, minlength=record.n_classes).tolist()
     return {
         "out": str(out),
-        "n": len(ids),
+        "n": n,
         **({"n_positive": counts[1]} if two else {"counts": counts}),
         "n_folds": record.folds.n,
         "n_models": n_models,
@@ -225,6 +249,30 @@ def _joint(runs: Sequence[Path], records: Sequence[RunRecord], how: str) -> _Joi
     return _Joint(threshold_of(together), shares, lambda: ensemble_of(together, record.train, VALIDATION))
 
 
+def _sized_as_trained(slides: Slides, runs: Sequence[Path], records: Sequence[RunRecord]) -> Slides:
+    """Cut patches as large as those of the training sets: as many pixels, of the same resolution if it is known."""
+    found = {_patch_size(record) for record in records}
+    (size, mpp), *others = found
+    if size is None or others:
+        raise UserError(
+            f"How large were the patches of {runs[0]}{' and of the other runs, all alike' * bool(others)}? That is not "
+            "known. Say with `size`, in pixels of the slide, or `size_um`, in micrometres, how large a patch around a "
+            "point is."
+        )
+    covered = None if mpp is None else size * mpp
+    say(f"Patches have {size} pixels{'' if covered is None else f' and cover {covered:g} um'}, as in training.")
+    return replace(slides, size=size, size_um=covered)
+
+
+def _patch_size(record: RunRecord) -> tuple[int | None, float | None]:
+    """Find pixels along the side of the patches that a run was trained on, and um per pixel; None where unknown."""
+    embedding, known, cut = record.each_part[0].embedding, DATASETS.get(record.train), (record.slides or {})
+    mpp = embedding.get("source_mpp")
+    if record.train in cut:
+        return Slides.from_record(cut[record.train]).pixels, mpp
+    return (None, None) if known is None else (known.size, mpp)
+
+
 def _order_of_classes(first: RunRecord, other: RunRecord, folder: Path) -> list[int]:
     """Find each class of the first run among those of another, by name."""
     place = {name.casefold(): k for k, name in enumerate(other.label_names)}
@@ -267,7 +315,8 @@ def _load_backbones(
 
 def _check_out(out: Path, run: Path, paths: Sequence[Path]) -> None:
     """Refuse a result that would replace what it is made from."""
-    is_input = out.resolve() in {path.resolve() for path in paths}
+    inputs, whole = {path.resolve() for path in paths}, out.resolve()
+    is_input = whole in inputs or (out.suffix.lower() == ".geojson" and out.exists() and whole.parent in inputs)
     if is_input or out.suffix.lower() in SUFFIXES or (out.exists() and run.resolve() in out.resolve().parents):
         raise UserError(f"{out} is an image, one of the inputs, or part of the run. Name another file as `out`.")
 
@@ -443,36 +492,36 @@ def _finetuned_predictor(
     return predict
 
 
-def _table(
-    ids: Sequence[tuple[str, str]],
-    probability: NDArray[np.float64],
-    mean: NDArray[np.float64],
-    predicted: NDArray[np.integer],
-    names: Sequence[str],
-    models: Sequence[str],
-) -> bytes:
+def _table(sources: Sequence[Patches], said: Said, told: Mapping[str, NDArray[np.float64]]) -> bytes:
     """Make the CSV of patches: of two classes it tells the probability of class 1, of more that of every class.
 
     Args:
-        ids: (n,) source and id.
-        probability: (n, c, n_models).
-        mean: (n, c) over models.
-        predicted: (n,) class numbers.
-        names: of the classes.
-        models: (n_models,) names of the models' columns.
+        sources: the patches.
+        said: of all of them.
+        told: of every model, by its column's name, (n,) probabilities of class 1; not used for more than two classes.
     """
-    two = len(names) == 2
+    names, mean, two = said.label_names, said.mean, len(said.label_names) == 2
     means = {"probability": mean[:, 1]} if two else {f"probability_{n}": mean[:, k] for k, n in enumerate(names)}
-    told = probability[np.arange(len(ids)), np.ones_like(predicted) if two else predicted]  # (n, n_models)
-    each = dict(zip(models, told.T, strict=True)) if two else {}
-    columns = [
-        *(map(_digits, means.values())),
-        [names[k] for k in predicted.tolist()],
-        _digits(told.std(axis=1)),
-        *(map(_digits, each.values())),
-    ]
-    header = ("source", "id", *means, "predicted", "spread", *each)
-    return csv_bytes(header, ((*id, *row) for id, *row in zip(ids, *columns, strict=True)))
+    columns = {
+        "source": [patches.source for patches in sources for _ in patches.id],
+        "id": [id for patches in sources for id in patches.id],
+        **(_places(sources) if any(patches.points for patches in sources) else {}),
+        **{name: _digits(values) for name, values in means.items()},
+        "predicted": [names[k] for k in said.predicted.tolist()],
+        "spread": _digits(said.spread),
+        **({name: _digits(values) for name, values in told.items()} if two else {}),
+    }
+    return csv_bytes(tuple(columns), zip(*columns.values(), strict=True))
+
+
+def _places(sources: Sequence[Patches]) -> dict[str, list[str]]:
+    places: dict[str, list[str]] = {"slide": [], "x": [], "y": []}
+    for patches in sources:
+        points, nowhere = patches.points, [""] * len(patches.id)
+        places["slide"] += nowhere if points is None else points.slide
+        for axis in ("x", "y"):
+            places[axis] += nowhere if points is None else [f"{at:.10g}" for at in getattr(points, axis).tolist()]
+    return places
 
 
 def _columns_of(record: RunRecord) -> list[str]:

@@ -68,16 +68,17 @@ class GroupRate:
 
 
 def by_group_path(out: Path) -> Path:
-    """Name the CSV of groups beside that of patches.
+    """Name the CSV of groups beside the file, or folder, of patches.
 
-    >>> by_group_path(Path("new/predictions.csv"))
-    PosixPath('new/predictions-by-group.csv')
+    >>> by_group_path(Path("new/predictions.csv")), by_group_path(Path("new/result.geojson"))
+    (PosixPath('new/predictions-by-group.csv'), PosixPath('new/result-by-group.csv'))
     """
-    return out.with_name(f"{out.stem}-by-group{out.suffix}")
+    suffix = ".csv" if out.suffix.lower() in ("", ".json", ".geojson") else out.suffix
+    return out.with_name(f"{out.stem}-by-group{suffix}")
 
 
 def groups_of(patches: Patches, path: Path) -> list[str]:
-    """Find the group of every patch: by a column of groups, or by the folder in which an image lies below `path`.
+    """Find the group of every patch: by a column of groups, by its slide, or by the folder of an image below `path`.
 
     Returns:
         (n,) names, empty where a table names none.
@@ -88,6 +89,8 @@ def groups_of(patches: Patches, path: Path) -> list[str]:
     known = known_cells(patches.columns.get("group"))
     if known is not None and any(known):
         return known
+    if patches.points is not None:
+        return patches.points.slide
     if known is None and path.is_dir():
         folders = [PurePosixPath(id).parent.as_posix() for id in patches.id]
         loose = [id for id, folder in zip(patches.id, folders, strict=True) if folder == "."]

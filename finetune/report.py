@@ -15,14 +15,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from extract.datasets import DATASETS, PatchDataset, load_dataset, local_data
+from extract.points import Points
 from extract.registry import BACKBONES
+from extract.slides import Slides
 from features.console import UserError, say
 from features.exchange import IMPORTED
 from features.files import write_file, writing
 from features.labels import NUMBERS, parse_renaming
 from probe.records import RunRecord
 from probe.report.collect import Report, ReportOptions, collect
-from probe.report.gallery import PAGE_BYTES, Pixels, embedding_maps, make_thumbnails, open_store, select_patches
+from probe.report.gallery import PAGE_BYTES, Pixels, Places, embedding_maps, make_thumbnails, open_store, select_patches
 from probe.report.page import html, with_thumbnails
 from probe.report.read import Run, ensemble_of_runs, named_runs, read_runs
 from probe.report.tables import grids, latex, markdown
@@ -83,8 +85,10 @@ def make_report(
     opened = open_store(read, store)
     maps = embedding_maps(patches, report, read, opened) if opened else []
     sizes = {name: backbone.n_parameters for name, backbone in BACKBONES.items()}
-    pixels = _pixels(report, read, data)
-    page = html(report, read, patches=patches, maps=maps, sizes=sizes, has_pictures=bool(pixels))
+    at_hand = _datasets_at_hand(report, read, data)
+    pixels = {name: _reader(dataset) for name, dataset in at_hand.items()}
+    places = {name: _places(dataset.points) for name, dataset in at_hand.items() if dataset.points is not None}
+    page = html(report, read, patches=patches, maps=maps, sizes=sizes, has_pictures=bool(pixels), places=places)
     thumbnails = make_thumbnails(patches, report, pixels, budget=PAGE_BYTES - len(page.encode()))
     return with_thumbnails(page, thumbnails), report, read
 
@@ -102,9 +106,9 @@ def write_report(text: str, out: Path) -> None:
         write_file(out, [text.encode()])
 
 
-def _pixels(report: Report, runs: Sequence[Run], data: Path | None) -> dict[str, Pixels]:
-    """Find how to read the patches of every dataset that is at hand and has not changed since the runs."""
-    pixels = {}
+def _datasets_at_hand(report: Report, runs: Sequence[Run], data: Path | None) -> dict[str, PatchDataset]:
+    """Load every dataset that is at hand and has not changed since the runs."""
+    at_hand = {}
     for dataset in dict.fromkeys(set_report.dataset for set_report in report.sets):
         run = next(run for run in runs if dataset in run.tables)
         try:
@@ -114,8 +118,8 @@ def _pixels(report: Report, runs: Sequence[Run], data: Path | None) -> dict[str,
         except UserError as error:
             say(f"No pictures of {dataset}: {error}")
             continue
-        pixels[dataset] = _reader(patches)
-    return pixels
+        at_hand[dataset] = patches
+    return at_hand
 
 
 def _load_patches(dataset: str, run: RunRecord, data: Path | None) -> PatchDataset:
@@ -140,6 +144,7 @@ def _load_patches(dataset: str, run: RunRecord, data: Path | None) -> PatchDatas
     if not Path(source).is_absolute() or not Path(source).exists():
         raise UserError(f"{source or 'where they lie'} is not {'there' if source else 'known'}.")
     named = run.label_names != NUMBERS  # early runs do not know the names of their classes
+    slides = (run.slides or {}).get(dataset)
     return load_dataset(
         source,
         positive=run.label_names[1] if named and of_training and not several else None,
@@ -147,6 +152,7 @@ def _load_patches(dataset: str, run: RunRecord, data: Path | None) -> PatchDatas
         classes=run.label_names if named and not of_training else None,
         labels=labels,
         skip_unlabelled=bool(run.options.get("skip_unlabelled")),
+        slides=None if slides is None else Slides.from_record(slides),
     )
 
 
@@ -157,3 +163,7 @@ def _reader(patches: PatchDataset) -> Pixels:
         return patches.decode(row[id])
 
     return read
+
+
+def _places(points: Points) -> Places:
+    return {id: (slide, *xy) for id, slide, xy in zip(points.id, points.slide, points.in_qupath.tolist(), strict=True)}

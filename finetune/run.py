@@ -299,6 +299,7 @@ def _record(setup: Setup, run_id: str, network: Network, state: State) -> RunRec
         label_names=setup.patches.label_names,
         ordinal=setup.patches.ordinal,
         sources={name: patches.source for name, patches in setup.datasets.items()},
+        slides={n: patches.slides.as_record() for n, patches in setup.datasets.items() if patches.slides} or None,
         adapted_modules=network.adapted,
         n_trained=network.n_trained,
         fingerprints={n: fingerprint(setup.fingerprint_parts(patches)) for n, patches in setup.datasets.items()},

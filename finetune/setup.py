@@ -23,7 +23,14 @@ from extract.backbones import (
     find_backbone,
 )
 from extract.compute import worth_compiling
-from extract.datasets import DATASETS, PatchDataset, is_at_hand, load_dataset, require_distinct_names
+from extract.datasets import (
+    DATASETS,
+    PatchDataset,
+    is_at_hand,
+    load_dataset,
+    require_distinct_names,
+    require_slides_used,
+)
 from extract.embed import decoded
 from extract.prepare import fingerprint_parts
 from extract.registry import IMAGENET_MEAN, IMAGENET_STD
@@ -163,7 +170,7 @@ def prepare(
     backbone = find_backbone(options.model, run_file=True)
     recipe = recipe or options.resolved_recipe(backbone)
     view = options.resolved_view(backbone, recipe)
-    datasets = load_datasets(options, compute_options.data)
+    datasets = load_datasets(options, compute_options)
     train = next(iter(datasets))
     experiment = make_experiment(
         train,
@@ -197,15 +204,21 @@ def prepare(
     )
 
 
-def load_datasets(options: FinetuneOptions, data: Path | None) -> dict[str, PatchDataset]:
+def load_datasets(options: FinetuneOptions, compute_options: ComputeOptions) -> dict[str, PatchDataset]:
     """Load the training set and those to score, by name."""
-    tests = _test_names(options, data)
+    tests = _test_names(options, compute_options.data)
     require_distinct_names((options.train, *tests))
+    slides = options.slides_in(compute_options.slides)
+    require_slides_used((options.train, *tests), slides)
     renamed = parse_renaming(options.labels)
-    reading: dict[str, Any] = {"labels": renamed, "skip_unlabelled": options.skip_unlabelled}
+    reading: dict[str, Any] = {
+        "data": compute_options.data,
+        "labels": renamed,
+        "skip_unlabelled": options.skip_unlabelled,
+        "slides": slides,
+    }
     patches = load_dataset(
         options.train,
-        data=data,
         positive=options.positive,
         order=options.classes,
         ordinal=options.ordinal,
@@ -213,7 +226,7 @@ def load_datasets(options: FinetuneOptions, data: Path | None) -> dict[str, Patc
     )
     for line in audit(patches.samples).lines():
         say(f"{patches.name}: {line}.")
-    loaded = [load_dataset(name, data=data, classes=patches.label_names, **reading) for name in tests]
+    loaded = [load_dataset(name, classes=patches.label_names, **reading) for name in tests]
     renamed.require_met()
     return {dataset.name: dataset for dataset in (patches, *loaded)}
 

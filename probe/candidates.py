@@ -274,7 +274,7 @@ def _distinct_poolings(entry: Entry) -> list[str]:
 
 def _require_same_embedding(train: Entry, test: Entry) -> None:
     """Refuse two datasets whose embeddings differ in anything but the patches."""
-    patches = {"dataset_digest", "source_mpp"}
+    patches = {"dataset_digest", "source_mpp", "crop"}
     differing = [
         f"{key} ({train.parts.get(key)} against {test.parts.get(key)})"
         for key in sorted((train.parts.keys() | test.parts.keys()) - patches)

@@ -22,12 +22,13 @@ _OPEN = frozenset({"tta", "compile", "fast"})  # options of which False is a cho
 
 @dataclass(frozen=True)
 class Source:
-    """A dataset as a command reads it: its name, where it comes from, and what its labels mean."""
+    """A dataset as a command reads it: its name, where it comes from, what its labels mean, and its slides."""
 
     name: str
     path: str
     classes: Classes = NUMBERS
     ordinal: bool = False
+    slides: Mapping[str, Any] | None = None
 
     @property
     def is_own(self) -> bool:
@@ -41,12 +42,14 @@ class Source:
 
     @property
     def flags(self) -> tuple[str, ...]:
-        """The options that give its labels their meaning; those of known datasets are fixed."""
+        """The options that give its labels their meaning, which is fixed in known datasets, and name its slides."""
+        slides = dict(self.slides or {})
+        cut = ["--slides", slides.pop("folder"), *_flags(slides)] if slides else []
         if not self.is_own or self.classes == NUMBERS:
-            return ()
+            return tuple(cut)
         if len(self.classes) == 2:
-            return ("--positive", self.classes[1])
-        return ("--classes", ",".join(self.classes), *(["--ordinal"] if self.ordinal else []))
+            return ("--positive", self.classes[1], *cut)
+        return ("--classes", ",".join(self.classes), *(["--ordinal"] if self.ordinal else []), *cut)
 
 
 def commands(record: RunRecord, *, members: Sequence[Path] = ()) -> list[str]:
@@ -74,7 +77,10 @@ def commands(record: RunRecord, *, members: Sequence[Path] = ()) -> list[str]:
         options["test"] = [sources[name].argument for name in record.test]
     lora = options.pop("lora", None) or {}
     nested = {f"lora_{name}": value for name, value in lora.items()} if record.method == "lora" else {}
-    computed = record.compute or {}
+    computed = dict(record.compute or {})
+    for cut in (record.slides or {}).values():
+        computed.setdefault("slides", cut["folder"])
+        options |= {name: value for name, value in cut.items() if name != "folder"}
     lines = [] if "weights" in computed else list(_weights_line([record.each_part[0]]))
     return [*lines, shlex.join(["fm-finetune", *_flags(nested), *_flags(options), *_flags(computed)])]
 
@@ -86,7 +92,8 @@ def missing_embeddings(store: FeatureStore, model: str | None, datasets: Iterabl
     for name in datasets:
         attrs = store.dataset_attrs(name) if name in known else {}
         classes = tuple(map(str, attrs.get("label_names", NUMBERS)))
-        sources.append(Source(name, str(attrs.get("source", "")), classes, bool(attrs.get("ordinal"))))
+        ordinal, slides = bool(attrs.get("ordinal")), attrs.get("slides")
+        sources.append(Source(name, str(attrs.get("source", "")), classes, ordinal, slides))
     models = [] if model is None else ["--model", model]
     views = [] if view is None else ["--view", view]
     where = [] if str(store.path) == DEFAULT_STORE else ["--store", str(store.path)]
@@ -103,7 +110,7 @@ def _of_each_meaning(sources: Sequence[Source], before: Sequence[str], after: Se
 
 def _source(record: RunRecord, name: str) -> Source:
     classes = (record.test_classes or {}).get(name, record.label_names)
-    return Source(name, record.sources.get(name, ""), classes, record.ordinal)
+    return Source(name, record.sources.get(name, ""), classes, record.ordinal, (record.slides or {}).get(name))
 
 
 def _views(record: RunRecord) -> dict[str, list[str]]:

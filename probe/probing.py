@@ -242,6 +242,7 @@ def _write(setup: Setup, chosen: Fitted, candidates: Sequence[Candidate], *, run
         label_names=classes,
         ordinal=bool(attributes[experiment.train].get("ordinal")),
         sources={name: attrs.get("source", "") for name, attrs in attributes.items()},
+        slides={name: attrs["slides"] for name, attrs in attributes.items() if "slides" in attrs} or None,
         fingerprints={} if combined else parts[0].fingerprints,
         embedding={} if combined else parts[0].embedding,
         folds=experiment.folds_record(),

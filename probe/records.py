@@ -202,6 +202,7 @@ class RunRecord(_Embedded):
         label_names: of class 0, class 1, ...
         ordinal: whether the classes are ordered.
         sources: dataset to where its patches came from.
+        slides: dataset to the folder of its slides, and how patches were cut from them; None where there are none.
         fingerprints: dataset to the fingerprint of its embeddings.
         embedding: everything that decides the embeddings' numbers, whose digest the fingerprint is.
         folds: the assignment that all fold models share.
@@ -239,6 +240,7 @@ class RunRecord(_Embedded):
     label_names: Annotated[tuple[str, ...], msgspec.Meta(min_length=2)] = ("0", "1")
     ordinal: bool = False
     sources: Mapping[str, str] = field(default_factory=dict)
+    slides: Mapping[str, Mapping[str, Any]] | None = None
     adapted_modules: tuple[str, ...] | None = None
     n_trained: int | None = None
     fingerprints: Mapping[str, str] = field(default_factory=dict)

@@ -257,7 +257,7 @@ def listen(page: Page) -> list[tuple[str, str]]:
     said: list[tuple[str, str]] = []
 
     def tell(kind: str, what: str) -> None:
-        if urlsplit(what).scheme != "data":
+        if urlsplit(what).scheme not in ("data", "blob"):  # the page itself, and what it saves
             said.append((kind, what))
 
     page.on("request", lambda request: tell("request", request.url))
@@ -1006,8 +1006,8 @@ CONES = np.array([[0.41222, 0.53633, 0.05145], [0.21190, 0.68070, 0.10740], [0.0
 LAB = np.array([[0.21045, 0.79362, -0.00407], [1.97800, -2.42859, 0.45059], [0.02590, 0.78277, -0.80868]])
 
 
-def page_of_classes(folder: Path, classes: tuple[str, ...], n: int) -> Path:
-    """A page with a map and thumbnails of two runs, written to a file."""
+def page_of_classes(folder: Path, classes: tuple[str, ...], n: int, *, n_slides: int = 0) -> Path:
+    """A page with a map and thumbnails of two runs, written to a file; patches may lie on slides."""
     from report_pages import patches_of_classes, runs_of_classes
 
     table = patches_of_classes("cells", n, len(classes), votes=3)
@@ -1019,7 +1019,9 @@ def page_of_classes(folder: Path, classes: tuple[str, ...], n: int) -> Path:
     at = 2 * of.label[:, None] * [0.1, 0] + rng.standard_normal((len(of.label), 2))
     shade = np.random.default_rng(1).integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8)
     places_of = EmbeddingMap("model-0, full, card", (0.3, 0.2), at)
-    page = html(report, runs, patches=of, maps=[places_of], sizes={}, has_pictures=True)
+    lie = {id: (f"a/{k % n_slides}.svs", k + 0.5, 2.0 * k) for k, id in enumerate(table.id.tolist()) if n_slides}
+    places = {"cells": lie} if lie else {}
+    page = html(report, runs, patches=of, maps=[places_of], sizes={}, has_pictures=True, places=places)
     thumbnails = make_thumbnails(of, report, {"cells": lambda id: shade}, budget=1_000_000)
     write_report(with_thumbnails(page, thumbnails), folder / "report.html")
     return folder / "report.html"
@@ -1060,6 +1062,46 @@ def test_the_gallery_filters_by_true_and_by_said_class(browser, phases):
             assert page.inner_text("#count") == f"{min(wrong, PER_CLICK)} of {wrong} patches"
         assert page.locator("main b").count() == 0  # a class is named with a tag
         page.locator("#gallery").screenshot(path=keep("classes-gallery.png"))
+
+
+def test_mistakes_on_a_slide_are_saved_for_qupath(browser, tmp_path):
+    from report_pages import PHASES
+    from test_predict_points import SCHEMA
+
+    with opened(browser, page_of_classes(tmp_path, PHASES, 240, n_slides=3)) as page:
+        data = json.loads(page.text_content("#data") or "")
+        for run, outcome in (("0", "wrong"), ("1", "")):
+            choose(page, {"run": run, "set": "cells, test", "outcome": outcome})
+            found = [id for _, id in all_tiles(page)]
+            slides = page.locator("#save option")
+            counts = {one.get_attribute("value"): int(one.inner_text().split("(")[1][:-1]) for one in slides.all()}
+            assert sum(counts.values()) == len(found) > 3
+            slide = list(counts)[-1]
+            page.select_option("#save select", slide)
+            with page.expect_download() as download:
+                page.click("#save button")
+            name = data["slides"][int(slide)]
+            assert download.value.suggested_filename == f"{name.replace('/', '-')}.geojson"
+            download.value.save_as(tmp_path / "saved.geojson")
+            saved = json.loads((tmp_path / "saved.geojson").read_text())
+            SCHEMA.validate(saved)
+            row_of = {id: row for row, id in enumerate(data["id"])}
+            lie = [id for id in found if data["place"][row_of[id]][0] == int(slide)]
+            assert [one["id"] for one in saved["features"]] == lie
+            assert len(lie) == counts[slide]
+            for one in saved["features"]:
+                row, known = row_of[one["id"]], one["properties"]
+                said, label = data["predicted"][int(run)][row], data["label"][row]
+                assert one["geometry"] == {"type": "Point", "coordinates": data["place"][row][1:]}
+                assert known["classification"] == {"name": data["names"][said], "color": data["colors"][said]}
+                assert known["metadata"]["annotated class"] == data["names"][label]
+                assert known["metadata"]["slide"] == name
+                assert (said != label) or not outcome
+
+
+def test_nothing_is_saved_of_patches_that_lie_nowhere(browser, phases):
+    with opened(browser, phases) as page:
+        assert page.locator("#save").count() == 0
 
 
 def test_the_surest_mistakes_come_first(browser, phases):

@@ -351,10 +351,13 @@ def _say_unscored(one: SetReport, unscored: Sequence[Run], runs: Sequence[Run]) 
     """Say which runs lack a set, and how to make the first of them again with it."""
     record = unscored[0].record
     source = next((of for run in runs if (of := run.record.sources.get(one.dataset))), "")
+    cut = next((slides for run in runs if (slides := (run.record.slides or {}).get(one.dataset))), None)
+    of_slides = {} if cut is None else {one.dataset: cut}
     with_it = replace(
         record,
         test=(*record.test, one.dataset),
         sources={one.dataset: source, **record.sources},
+        slides={**of_slides, **(record.slides or {})} or None,
         options={**record.options, "test": [*record.test, one.dataset]},
     )
     were = "was" if len(unscored) == 1 else "were"

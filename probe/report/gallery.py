@@ -40,6 +40,7 @@ _MOST_FITTED = 20_000  # rows that principal components are fitted to
 _SEED = 0
 
 Pixels = Callable[[str], NDArray[np.uint8]]  # patch id to (height, width, 3)
+Places = Mapping[str, tuple[str, float, float]]  # patch id to its slide, and x and y as QuPath counts them
 
 
 @dataclass(frozen=True, eq=False)

@@ -249,7 +249,51 @@ const filter = () => {
   shown = 0;
   tiles.replaceChildren();
   showMore();
+  offerSlides();
 };
+
+// Points of the patches that were found, as GeoJSON that QuPath imports by drag and drop: a file belongs onto one slide.
+// They are annotations, which QuPath draws at every zoom, and whose class can be changed.
+const save = document.getElementById("save");
+const offerSlides = () => {
+  if (!save) return;
+  const { slide } = save.elements;
+  const before = slide.value;
+  const counts = new Map();
+  for (const row of found) if (data.place[row]) counts.set(data.place[row][0], (counts.get(data.place[row][0]) ?? 0) + 1);
+  const most = [...counts].sort((a, b) => b[1] - a[1] || a[0] - b[0]);
+  slide.replaceChildren(...most.map(([k, times]) => new Option(`${data.slides[k]} (${times.toLocaleString("en")})`, k)));
+  if (before !== "" && counts.has(Number(before))) slide.value = before;
+  save.hidden = !most.length;
+};
+const featureOf = (row, run) => {
+  const [slide, x, y] = data.place[row];
+  const said = has(run, row) ? predicted(run, row) : data.label[row];
+  const measured = has(run, row) ? { [`Probability ${data.names[many ? said : 1]}`]: data.probability[run][row] } : {};
+  return {
+    type: "Feature",
+    id: data.id[row],
+    geometry: { type: "Point", coordinates: [x, y] },
+    properties: {
+      objectType: "annotation",
+      name: data.id[row],
+      classification: { name: data.names[said], color: data.colors[said] },
+      measurements: measured,
+      metadata: { slide: data.slides[slide], "annotated class": data.names[data.label[row]], run: data.runs[run] },
+    },
+  };
+};
+save?.elements.save.addEventListener("click", () => {
+  const slide = Number(save.elements.slide.value);
+  const run = Number(filters.elements.run.value);
+  const features = found.filter((row) => data.place[row]?.[0] === slide).map((row) => featureOf(row, run));
+  const link = make("a");
+  link.href = URL.createObjectURL(new Blob([JSON.stringify({ type: "FeatureCollection", features })], { type: "application/geo+json" }));
+  link.download = `${data.slides[slide].replaceAll(/[\\/]/g, "-")}.geojson`;
+  link.click();
+  setTimeout(() => URL.revokeObjectURL(link.href), 60000);
+});
+
 filters.addEventListener("input", filter);
 more.addEventListener("click", () => {
   const first = tiles.children.length;

@@ -23,12 +23,13 @@ from markupsafe import Markup
 from numpy.typing import NDArray
 
 from features.console import printable
+from features.labels import class_color
 from features.samples import VOTE_LETTERS
 from probe.commands import commands
 from probe.metrics import COMPARED, as_dict, figure_titles
 from probe.report.charts import N_STYLES
 from probe.report.collect import Report, SetReport
-from probe.report.gallery import EmbeddingMap, GalleryPatches, Thumbnails
+from probe.report.gallery import EmbeddingMap, GalleryPatches, Places, Thumbnails
 from probe.report.headlines import headlines
 from probe.report.measures import MeasureTable, measure_tables
 from probe.report.provenance import facts
@@ -69,6 +70,7 @@ def html(
     maps: Sequence[EmbeddingMap],
     sizes: Mapping[str, int],
     has_pictures: bool,
+    places: Mapping[str, Places] = {},
 ) -> str:
     """Make the page, with a gap for pictures that `with_thumbnails` fills.
 
@@ -79,6 +81,7 @@ def html(
         maps: their positions, as far as there are any.
         sizes: model to the parameters of its backbone, as far as they are known.
         has_pictures: whether there will be any; the page says so where there are none.
+        places: dataset to the places of its patches on slides, for those that are around points of slides.
     """
     style, script = _resource("page.css"), _resource("page.js")
     titles = figure_titles(report.classes)
@@ -112,11 +115,12 @@ def html(
         commands=lambda run: commands(run.record, members=[one.folder.resolve() for one in run.members]),
         pictures=_PICTURES,
         has_pictures=has_pictures,
+        has_places=bool(places),
         maps=maps,
         n_left_out=sum(patches.n_left_out),
         n_shown=len(patches.id),
         everything=_figures_record(report),
-        data=_script_data(report, runs, patches, maps),
+        data=_script_data(report, runs, patches, maps) | _place_data(report, patches, places),
     )
     return _UNSEEN.sub(lambda match: printable(match[0]), page)
 
@@ -275,6 +279,18 @@ def _script_data(
         "letters": VOTE_LETTERS,
         **said,
         "maps": [one.as_json() for one in maps],
+    }
+
+
+def _place_data(report: Report, patches: GalleryPatches, places: Mapping[str, Places]) -> dict[str, Any]:
+    """Say where patches lie on slides, which are numbered; None for those that lie on none."""
+    of_set = [places.get(one.dataset, {}) for one in report.sets]
+    found = [of_set[index].get(id) for index, id in zip(patches.set_index.tolist(), patches.id.tolist(), strict=True)]
+    slides = {slide: k for k, slide in enumerate(dict.fromkeys(one[0] for one in found if one))}
+    return {
+        "slides": list(slides),
+        "place": [[slides[one[0]], *one[1:]] if one else None for one in found] if slides else [],
+        "colors": [class_color(k) for k in range(len(report.classes))],
     }
 
 
