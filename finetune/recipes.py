@@ -37,7 +37,8 @@ class Recipe:
         patience: epochs without a better validation balanced accuracy after which a fold stops.
         statistics: "card", as views say how images are normalised; "imagenet" in runs from before they did.
         augment: how patches change from epoch to epoch; None for not at all.
-        keep: "best" keeps a fold's epoch with the highest validation balanced accuracy, "last" that at which it stopped.
+        keep: "best" keeps a fold's epoch with the highest validation balanced accuracy, "last" that at which it
+            stopped.
         tta: test-time augmentation: whether logits are means over the eight flips and quarter turns of a patch, out of
             fold, on tests and in predictions. Epochs are compared by patches as they are.
     """

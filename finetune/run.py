@@ -1,8 +1,8 @@
 """How is one backbone fine-tuned: prepare, train, score, write the run?
 
-Training data alone decide folds, recipe and the epochs kept; test patches are only scored. A run's folder appears at once,
-with `training.json` and soon a checkpoint (`finetune.checkpoint`). What makes it a run is written at the end: each
-fold's weights, the predictions for held-out slides and test sets, and last `run.json`.
+Training data alone decide folds, recipe and the epochs kept; test patches are only scored. A run's folder appears at
+once, with `training.json` and soon a checkpoint (`finetune.checkpoint`). What makes it a run is written at the end:
+each fold's weights, the predictions for held-out slides and test sets, and last `run.json`.
 """
 
 from __future__ import annotations
