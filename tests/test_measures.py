@@ -567,7 +567,7 @@ def test_the_report_folds_measures_away_and_shows_those_of_its_patches(store, tm
     assert section.index("<details") < section.index("<table")
     precision = next(one for one in record.figures if (one.name, one.split) == ("precision 5", "test"))
     assert f'<span class="value">{precision.value:.3f}</span>' in section
-    assert '<th scope="row">by chance</th><td class="ends">0.500</td>' in section
+    assert '<th scope="row">by chance</th><td><span class="ends">0.500</span></td>' in section
     assert section.count("by chance") == section.count("<table")  # once in each, not in every cell
     table, _, _ = make_report(runs, resampling=Resampling(replicates=100), format="csv")
     rows = {(row["figure"], row["dataset"], row["split"]): row for row in csv.DictReader(io.StringIO(table))}
