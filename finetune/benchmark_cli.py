@@ -129,10 +129,12 @@ def _show_benchmark(facts: Facts, rows: list[Standing], part: Shard) -> None:
     for remedy, numbers in remedies.items():
         say(f"Row{'s' * (len(numbers) > 1)} {', '.join(numbers)}: {remedy}")
     counts = {state: sum(one.state == state for one in rows) for state in ("done", "to resume", "to do", "cannot")}
-    seconds = sum(one.estimate.seconds or 0 for one in rows if one.estimate and one.state in ("to do", "to resume"))
+    estimates = [one.estimate for one in rows if one.state in ("to do", "to resume")]
+    seconds = [each.seconds for each in estimates if each is not None and each.seconds is not None]
     said = ", ".join(f"{n} {state}" for state, n in counts.items() if n)
-    if counts["to resume"] + counts["to do"]:
-        said += f". What is left should take about {duration(seconds)} here, on a machine that does nothing else"
+    if seconds:  # of probes of imported embeddings nothing is known beforehand
+        what = "What is left" if len(seconds) == len(estimates) else "What of it has an estimate"
+        said += f". {what} should take about {duration(sum(seconds))} here, on a machine that does nothing else"
     of_all = f" of {n_rows}, part {part.index}/{part.n_shards}" if part.n_shards > 1 else ""
     say(f"{len(rows)} rows{of_all}: {said or 'none'}.")
 

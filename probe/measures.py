@@ -506,13 +506,17 @@ def _applicable(
     datasets = ",".join(dict.fromkeys(dataset for dataset, _ in sets))
     first = entries[0]
     telling = [name for name in ALTERATIONS if "+flips" not in first.view or name not in ("rot90", "fliph")]
-    views = ",".join([first.view, *(altered_view(first.view, name) for name in telling)])
-    command = f"fm-extract --model {','.join(chosen)} --dataset {datasets} --view {views}"
+    altered = [altered_view(first.view, name) for name in telling]
+    command = f"fm-extract --model {','.join(chosen)} --dataset {datasets} --view {','.join([first.view, *altered])}"
+    another = f"fm-extract --model {first.model},NAME --dataset {datasets} --view {first.view}"
+    if all(entry.imported for entry in entries):
+        of = f"fm-store import FILE --dataset {first.dataset}"
+        command = f"{of} --model {first.model} --view {altered[0]} (and so on), with embeddings of altered patches"
+        another = f"{of} --model NAME --view {first.view}"
     why_not = {}
     if len(chosen) < 2:
         why_not["alignment"] = (
-            f"alignment compares two backbones, and here is one, {first.model}. Embed another: fm-extract --model "
-            f"{first.model},NAME --dataset {datasets} --view {first.view}"
+            f"alignment compares two backbones, and here is one, {first.model}. Embed another: {another}"
         )
     if not any(of.confounded_by for of in sets.values()):
         why_not["robustness"] = (

@@ -518,6 +518,21 @@ def test_what_cannot_be_measured_is_said_once_with_what_to_do(store, tmp_path, c
     assert capsys.readouterr().err.count("Left out: ") == 4
 
 
+def test_what_imported_embeddings_lack_is_to_be_imported(store, tmp_path):
+    own = table(60, 5)
+    store.put_samples("theirs", own, attrs={"label_names": ["no", "yes"], "source": "imported from x"})
+    writer = store.begin(
+        "theirs", model="titan", view="full", poolings={"pooled": 3}, card_pooling="pooled", parts={}, imported=True
+    )
+    for rows in writer.missing():
+        writer.write(rows, {"pooled": np.random.default_rng(0).standard_normal((len(rows), 3))})
+    options = ProbeOptions(cv=3, train="theirs", test=("theirs",))
+    with pytest.raises(UserError, match=r"no altered patches .*: fm-store import FILE --dataset theirs --model titan"):
+        measure_store(store, measures=["invariance"], options=options, runs=tmp_path / "runs")
+    with pytest.raises(UserError, match=r"Embed another: fm-store import FILE --dataset theirs --model NAME"):
+        measure_store(store, measures=["alignment"], options=options, runs=tmp_path / "runs")
+
+
 def test_the_command_takes_measures_with_and_without_names(store, tmp_path):
     def probe(*arguments: str):
         options = ["--store", str(store.path), "--runs", str(tmp_path / "runs"), "--train", "mine", "--cv", "3"]
@@ -552,7 +567,7 @@ def test_the_report_folds_measures_away_and_shows_those_of_its_patches(store, tm
     assert section.index("<details") < section.index("<table")
     precision = next(one for one in record.figures if (one.name, one.split) == ("precision 5", "test"))
     assert f'<span class="value">{precision.value:.3f}</span>' in section
-    assert '<th scope="row">by chance</th><td class="ends">0.500</td>' in section
+    assert '<th scope="row">by chance</th><td><span class="ends">0.500</span></td>' in section
     assert section.count("by chance") == section.count("<table")  # once in each, not in every cell
     table, _, _ = make_report(runs, resampling=Resampling(replicates=100), format="csv")
     rows = {(row["figure"], row["dataset"], row["split"]): row for row in csv.DictReader(io.StringIO(table))}

@@ -12,12 +12,14 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
+from extract.shard import Shard
 from features.cli import app
 from features.console import UserError
 from features.embedding_files import coordinates, read_folder
 from features.exchange import import_embeddings
 from features.store import FeatureStore
 from finetune.benchmark import run_benchmark
+from finetune.benchmark_cli import _show_benchmark
 from finetune.benchmark_plan import Where
 from finetune.benchmark_state import gather, survey
 from probe.cli import app as probe_app
@@ -106,7 +108,7 @@ def test_a_folder_of_trident_is_imported_by_one_call_and_probed(
 
 
 def test_a_plan_of_imported_embeddings_runs_every_probe_or_says_what_to_import(
-    folder: Path, table: Path, tmp_path: Path, store: FeatureStore
+    folder: Path, table: Path, tmp_path: Path, store: FeatureStore, capsys: pytest.CaptureFixture[str]
 ) -> None:
     come_in(store, folder, table)
     plan = tmp_path / "plan.toml"
@@ -130,6 +132,8 @@ def test_a_plan_of_imported_embeddings_runs_every_probe_or_says_what_to_import(
         ("titan", "probe", "paper", "cannot"),
     ]
     assert f"fm-store import FILE --model titan --dataset d --store {store.path}" in rows[2].remedy
+    _show_benchmark(facts, rows, Shard())
+    assert "4 rows: 2 to do, 2 cannot.\n" in capsys.readouterr().err  # and no guess of how long that takes
     outcome = run_benchmark(facts, rows, out=tmp_path / "report.html", launch=launch)
     assert [one.state for one in outcome.standings] == ["done", "done", "cannot", "cannot"]
     runs = [read_run(path.parent) for path in (tmp_path / "runs").glob("*/run.json")]
