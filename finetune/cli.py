@@ -41,7 +41,7 @@ from features.options import (
     parse_numbers,
 )
 from finetune.benchmark_cli import benchmark_app
-from finetune.cli_predict import predict_app
+from finetune.predict_cli import predict_app
 
 if TYPE_CHECKING:  # torch takes seconds to import: commands import it when they run
     from extract.doctor import Diagnosis

@@ -401,7 +401,7 @@ def test_a_run_gives_points_back_to_their_slides(made, tmp_path):
 
 def test_the_command_writes_one_slide_and_refuses_several_before_it_predicts(made, tmp_path, monkeypatch):
     from finetune import predict
-    from finetune.cli_predict import predict_app
+    from finetune.predict_cli import predict_app
 
     monkeypatch.chdir(tmp_path)
     common = ["--slides", made.slides, "--size", SIDE, "--weights", made.weights, "--format"]

@@ -29,7 +29,7 @@ from extract.slides import Crops, Slides, square_around
 from extract.views import parse_view
 from features.console import UserError
 from features.store import FeatureStore
-from finetune import cli, cli_predict
+from finetune import cli, predict_cli
 from finetune import run as finetuning
 from finetune.predict import predict_paths
 from probe.commands import commands, missing_embeddings
@@ -558,7 +558,7 @@ def test_a_run_cuts_patches_as_it_was_trained(trained, demo, tmp_path, capsys):
     predict_paths(folder, [few], out=tmp_path / "b.csv", slides=Slides(unsized.folder, 64, 32))
     predict_paths(folder, [few], out=tmp_path / "c.csv", slides=Slides(unsized.folder, 64))
     assert (tmp_path / "a.csv").read_text() == (tmp_path / "b.csv").read_text() != (tmp_path / "c.csv").read_text()
-    done = run(cli_predict.predict_app, folder, demo.parent / "slides", "--slides", unsized.folder, "--size", 64)
+    done = run(predict_cli.predict_app, folder, demo.parent / "slides", "--slides", unsized.folder, "--size", 64)
     assert "is for points on slides; found" in str(done.exception)
 
 
