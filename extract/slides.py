@@ -264,7 +264,8 @@ class Crops:
 
     Attributes:
         slides: the folder, and how large a patch is.
-        points: places on slides, in pixels of level 0.
+        points: places on slides, in pixels of level 0; slides are called by their files, with the folder where two
+            slides would else have one name.
         names: of each point's slide, without suffix.
         mpp: micrometres per pixel of the patches; None where that is not known, or not the same for all.
     """
@@ -288,8 +289,29 @@ class Crops:
         self._n_kept = 0
         found = slides.find(points.slide)
         self._paths = [found[name] for name in points.slide]
-        self.names = [slide_name(path.name) for path in self._paths]
+        called = self._called(found)
+        self._given = replace(points, slide=[called[path] for path in self._paths])
+        self.names = [slide_name(name) for name in self._given.slide]
         self.points, self._squares, self.mpp = self._place()
+
+    def _called(self, found: Mapping[str, Path]) -> dict[Path, str]:
+        """Name every slide by its file; with its folder, if others have that name without their suffix.
+
+        Raises:
+            UserError: a slide that is written in two ways, so that its points could be there twice unnoticed.
+        """
+        written: dict[Path, str] = {}
+        for name, path in found.items():
+            if written.setdefault(path, name) != name:
+                raise UserError(
+                    f"{self._given.source} names the slide {path.name} in two ways, {written[path]!r} and {name!r}. "
+                    "Write it in one."
+                )
+        counts = Counter(slide_name(path.name) for path in written)
+        return {
+            path: path.name if counts[slide_name(path.name)] == 1 else path.relative_to(self.slides.folder).as_posix()
+            for path in written
+        }
 
     def read(self, row: int) -> Region:
         """Read the square around a point, (pixels, pixels, 3).

@@ -10,7 +10,6 @@ and child objects, and pass over the rest.
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -108,9 +107,9 @@ def file_of(slide: str, out: Path) -> Path:
     """Name the GeoJSON file of a slide: `out` if it ends so, else one in that folder, of the slide's name.
 
     >>> file_of("lung/1.svs", Path("results")), file_of("1.svs", Path("one.geojson"))
-    (PosixPath('results/lung-1.svs.geojson'), PosixPath('one.geojson'))
+    (PosixPath('results/lung/1.svs.geojson'), PosixPath('one.geojson'))
     """
-    return out if out.suffix.lower() in _FILES else out / (re.sub(r"[/\\]", "-", slide) + ".geojson")
+    return out if out.suffix.lower() in _FILES else out / f"{slide}.geojson"
 
 
 def feature(points: Points, row: int, said: Said) -> dict[str, Any]:

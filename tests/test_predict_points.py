@@ -271,7 +271,7 @@ class TestSeveralSlides:
     def test_a_folder_gets_a_file_of_each_slide(self, of_two, tmp_path):
         assert points_of([patches(of_two)], "geojson", Path("results")) == [of_two]
         files = place_files([of_two], [said(3)], "geojson", Path("results"))
-        assert list(files) == [Path("results/b-one.svs.geojson"), Path("results/two.svs.geojson")]
+        assert list(files) == [Path("results/b/one.svs.geojson"), Path("results/two.svs.geojson")]
         found = [[one["id"] for one in json.loads(content)["features"]] for content in files.values()]
         assert found == [["b/one.svs@1,2", "b/one.svs@5,6"], ["two.svs@3,4"]]
 
@@ -379,13 +379,14 @@ def test_a_run_gives_points_back_to_their_slides(made, tmp_path):
     by_id, n = {row["id"]: row for row in rows_of(tmp_path / "all.csv")}, N_SLIDES * PER_SLIDE
     assert len(by_id) == n
     for name in (f"s{k:02}.geojson" for k in range(N_SLIDES)):
-        result, before = (json.loads((folder / name).read_text()) for folder in (tmp_path / "all", made.points))
+        before = json.loads((made.points / name).read_text())
+        result = json.loads((tmp_path / "all" / name.replace(".geojson", ".png.geojson")).read_text())
         SCHEMA.validate(result)
         for one, original in zip(result["features"], before["features"], strict=True):
             row, said = by_id[one["id"]], one["properties"]["measurements"]
             assert (one["id"], one["geometry"]) == (original["id"], original["geometry"])
             assert [float(row["x"]), float(row["y"])] == one["geometry"]["coordinates"]
-            assert f"{row['slide']}.geojson" == name
+            assert row["slide"] == name.replace(".geojson", ".png")
             # The same computation twice: the last of six digits may be rounded otherwise.
             assert said["Probability Atypical"] == pytest.approx(float(row["probability"]), abs=2e-6)
             assert said["Probability spread"] == pytest.approx(float(row["spread"]), abs=2e-6)
@@ -411,7 +412,7 @@ def test_the_command_writes_one_slide_and_refuses_several_before_it_predicts(mad
 
     run(made.points / "s03.geojson", *common, "geojson")
     again = read_points(tmp_path / "predictions.geojson")
-    assert (again.id, again.slide) == (read_points(made.points / "s03.geojson").id, ["s03"] * PER_SLIDE)
+    assert (again.id, again.slide) == (read_points(made.points / "s03.geojson").id, ["s03.png"] * PER_SLIDE)
     run(made.points, *common, "coco")
     assert len(read_points(tmp_path / "predictions.json").id) == N_SLIDES * PER_SLIDE
     monkeypatch.setattr(predict, "probabilities", lambda _: pytest.fail("it predicted"))
@@ -420,7 +421,7 @@ def test_the_command_writes_one_slide_and_refuses_several_before_it_predicts(mad
     with pytest.raises(UserError, match="`format=xml`: expected one of csv, geojson, coco"):
         run(made.points, *common, "xml")
     with pytest.raises(UserError, match="one of the inputs"):
-        run(made.points / "s03.geojson", *common, "geojson", "--out", made.points)
+        run(made.points / "s03.geojson", *common, "geojson", "--out", made.points / "s03.geojson")
 
 
 def test_the_report_knows_where_its_patches_lie(made):
@@ -431,7 +432,7 @@ def test_the_report_knows_where_its_patches_lie(made):
     data = json.loads(re.search(r'id="data">(.*?)</script>', page, re.DOTALL)[1])
     thumbnails = json.loads(re.search(r'id="thumbnails">(.*?)</script>', page, re.DOTALL)[1])
     points = read_points(made.points)
-    lies = {id: [slide, x, y] for id, slide, x, y in zip(points.id, points.slide, points.x, points.y, strict=True)}
+    lies = {id: [f"{slide}.png", x, y] for id, slide, x, y in zip(points.id, points.slide, points.x, points.y, strict=True)}
     assert set(data["id"]) == set(points.id)
     assert {
         id: [data["slides"][slide], x, y] for id, (slide, x, y) in zip(data["id"], data["place"], strict=True)

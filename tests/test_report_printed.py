@@ -86,7 +86,7 @@ def printed(tmp_path_factory) -> tuple[Element, Any, list[Any]]:
 
 
 def three(value: float, digits: int = 3) -> str:
-    return "–" if np.isnan(value) else f"{value:.{digits}f}".replace("-", "−")
+    return "–" if np.isnan(value) else f"{round(value, digits) + 0.0:.{digits}f}".replace("-", "−")  # no −0.000
 
 
 def with_sign(value: float) -> str:

@@ -381,6 +381,26 @@ def message(slides: Slides, **others: object) -> str:
     return str(caught.value)
 
 
+def test_slides_of_one_name_in_two_folders_are_two_groups(tmp_path):
+    for patient, grey in (("a", 10), ("b", 200)):
+        (tmp_path / patient).mkdir()
+        Image.new("RGB", (64, 64), (grey,) * 3).save(tmp_path / patient / "1.png")
+    Image.new("RGB", (64, 64)).save(tmp_path / "2.png")
+    (tmp_path / "p.csv").write_text("slide,x,y\na/1,32,32\nb/1.png,32,32\n2,32,32\n")
+    patches = load_patches(tmp_path / "p.csv", slides=Slides(tmp_path, size=8))
+    assert patches.columns["group"] == ["a/1", "b/1", "2"]
+    assert patches.points is not None
+    assert patches.points.slide == ["a/1.png", "b/1.png", "2.png"]
+    assert [int(patches.decode(row).max()) for row in range(3)] == [10, 200, 0]
+
+
+def test_a_slide_written_in_two_ways_is_refused(tmp_path):
+    Image.new("RGB", (64, 64)).save(tmp_path / "1.png")
+    (tmp_path / "p.csv").write_text("slide,x,y\n1,32,32\n1.png,32,32\n")
+    with pytest.raises(UserError, match=r"1\.png in two ways, '1' and '1\.png'"):
+        load_patches(tmp_path / "p.csv", slides=Slides(tmp_path, size=8))
+
+
 def test_a_missing_slide_is_named_with_what_was_looked_for(folder):
     text = message(Slides(folder, size=8), slide=["a", "c", "c"], x=[1, 2, 3], y=[1, 2, 3])
     assert "no slide 'c'; looked for a file of that name" in text
