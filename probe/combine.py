@@ -29,6 +29,7 @@ from probe.significance import Difference
 
 MOST_PARTS = 4
 _STEPS, _CLOSE = 10_000, 1e-9  # of `fitted_weights`
+_NOTHING = 1e-9  # a share that moves no probability
 
 
 def mean_logits(logits: Sequence[NDArray[np.floating]], weights: Sequence[float] | None = None) -> NDArray[np.float64]:
@@ -71,7 +72,8 @@ def fitted_weights(label: NDArray[np.integer], probability: NDArray[np.float64])
     """Find the shares under which the mean of K probabilities has the smallest balanced log loss.
 
     The loss is convex in the shares. Each step gives every member its part in the probability of what is there (the EM
-    algorithm for the shares of a mixture), which never raises the loss and leaves shares positive with sum 1.
+    algorithm for the shares of a mixture), which never raises the loss and leaves shares positive with sum 1. In the
+    end those that have all but vanished become 0.
 
     Args:
         label: (n,) class numbers.
@@ -88,6 +90,7 @@ def fitted_weights(label: NDArray[np.integer], probability: NDArray[np.float64])
         before, share = share, share * ((right / (share @ right)) @ balance)
         if np.abs(share - before).max() < _CLOSE:
             break
+    share = np.where(share < _NOTHING, 0, share)
     return np.asarray(share / share.sum())
 
 

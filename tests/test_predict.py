@@ -445,7 +445,7 @@ def test_runs_predict_together_what_the_report_says_of_their_ensemble(how, runs,
     ensemble = read[-1]
     ids = [read_run(run).id for run in chosen]
     assert summary["runs"] == ids
-    share = {part.model: part.weight or 1 / 3 for part in ensemble.record.parts}
+    share = {part.model: 1 / 3 if part.weight is None else part.weight for part in ensemble.record.parts}
     assert summary["weights"] == pytest.approx([share[id] for id in ids], abs=1e-6)
     if how == "out-of-fold":
         assert max(abs(one - 1 / 3) for one in summary["weights"]) > 0.01, "this example must have other weights"

@@ -432,7 +432,9 @@ def test_the_report_knows_where_its_patches_lie(made):
     data = json.loads(re.search(r'id="data">(.*?)</script>', page, re.DOTALL)[1])
     thumbnails = json.loads(re.search(r'id="thumbnails">(.*?)</script>', page, re.DOTALL)[1])
     points = read_points(made.points)
-    lies = {id: [f"{slide}.png", x, y] for id, slide, x, y in zip(points.id, points.slide, points.x, points.y, strict=True)}
+    lies = {
+        id: [f"{slide}.png", x, y] for id, slide, x, y in zip(points.id, points.slide, points.x, points.y, strict=True)
+    }
     assert set(data["id"]) == set(points.id)
     assert {
         id: [data["slides"][slide], x, y] for id, (slide, x, y) in zip(data["id"], data["place"], strict=True)

@@ -324,7 +324,10 @@ def collect(
         summary=(),
         notes=tuple(dict.fromkeys(all_notes)),
         ensembles={
-            run.label: {part.model: part.weight or 1 / len(run.members) for part in run.record.each_part}
+            run.label: {
+                part.model: 1 / len(run.members) if part.weight is None else part.weight
+                for part in run.record.each_part
+            }
             for run in runs
             if run.members
         },

@@ -17,7 +17,10 @@ def facts(record: RunRecord) -> list[tuple[str, str]]:
         return [
             ("written", record.created),
             *(
-                (f"member {number}", f"{one.view}, weight {one.weight or 1 / len(members):.3f}: {one.model}")
+                (
+                    f"member {number}",
+                    f"{one.view}, weight {1 / len(members) if one.weight is None else one.weight:.3f}: {one.model}",
+                )
                 for number, one in enumerate(members, start=1)
             ),
             ("folds", f"{record.folds.n}: {record.folds.source}{_named(record)}, digest {record.folds.digest}"),
