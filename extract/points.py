@@ -11,7 +11,7 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -326,16 +326,23 @@ def _centres(path: Path, boxes: NDArray[np.float64], sizes: NDArray[np.float64])
 
 
 def _files_below(folder: Path, suffixes: Set[str]) -> list[Path]:
-    listed = [Path(parent, name) for parent, _, names in os.walk(folder) for name in names if not name.startswith(".")]
+    listed = (parent / name for parent, names in _walk(folder) for name in names)
     return sorted(file for file in listed if file.suffix.lower() in suffixes)
+
+
+def _walk(folder: Path) -> Iterator[tuple[Path, list[str]]]:
+    """List the folder, and all below it, each with the names of its files; nothing that is hidden."""
+    for parent, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]  # os.walk enters those that are left
+        yield Path(parent), [name for name in names if not name.startswith(".")]
 
 
 def _holds_geojson(folder: Path) -> bool:
     found = False
-    for parent, _, names in os.walk(folder):
-        suffixes = {Path(name).suffix.lower() for name in names if not name.startswith(".")}
+    for parent, names in _walk(folder):
+        suffixes = {Path(name).suffix.lower() for name in names}
         found |= ".geojson" in suffixes
-        if found and Path(parent) == folder:
+        if found and parent == folder:
             return True
         if suffixes & images.SUFFIXES:  # a folder of patches; the first of them ends the search
             return False

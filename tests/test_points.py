@@ -254,6 +254,8 @@ class TestGeoJson:
         (tmp_path / "centre 1").mkdir()
         geojson(tmp_path / "centre 1" / "b.GEOJSON", feature("Point", [1, 2], "1"))
         geojson(tmp_path / "centre 1" / "._b.geojson")
+        (tmp_path / ".trash").mkdir()
+        table(tmp_path / ".trash" / "old.csv", "slide,x,y", "a,1,2")
         assert is_points_file(tmp_path)
         geojson(tmp_path / "a.svs.GeoJSON", feature("Point", [3, 4], "2"))
         (tmp_path / "notes.txt").write_text("slide 7 is out of focus")
