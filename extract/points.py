@@ -8,8 +8,10 @@ are taken as they stand, whole or not: the half pixel between a pixel's corner a
 from __future__ import annotations
 
 import json
+import os
+import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -18,12 +20,20 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from extract import images
 from extract.geojson import Feature, are_pixels, holds_features, place_of, read_features
 from features.console import UserError, progress
-from features.tables import header_of, read_table, refuse_rows, same_name, spellings
+from features.tables import first_of, header_of, read_table, refuse_rows, same_name, spellings
 
 COLUMNS = ("label", "group", "split", "domain")
 _TABLES = frozenset({".csv", ".tsv", ".txt"})
+_AXES = (("slide", "x", "y"), ("slide", "x_um", "y_um"))
+_OTHERS = frozenset({".json", ".csv", ".tsv"})  # what may hold points as well, but not in a folder
+_OF_A_FOLDER = (
+    "Of a folder, GeoJSON alone is read, under names that end in .geojson: rename what is GeoJSON, and give a table or "
+    "a COCO file by its own path."
+)
+_DECIMAL_COMMA = re.compile(r"[+-]?[0-9]+,[0-9]+")
 _LARGEST = 2**30  # bytes of a JSON file: some three million annotated points
 _EXPECTED = (
     "Expected GeoJSON as QuPath exports it, or COCO's keys images, annotations and categories (MIDOG's files have them)"
@@ -89,21 +99,38 @@ class Points:
 def is_points_file(path: Path) -> bool:
     """Whether a path names places on slides: GeoJSON or other JSON, a folder of GeoJSON, or a table of coordinates.
 
-    A table with the columns slide, x and y (or x_um and y_um) is one unless it also has a column of patch files. Of
-    JSON and GeoJSON only the suffix is looked at; `read_points` says what is wrong with the rest.
+    A table with the columns slide, x and y (or x_um and y_um) is one unless it also has a column of patch files. A
+    folder is one if GeoJSON lies in it, or if GeoJSON and no images lie below it. Of JSON and GeoJSON only the suffix
+    is looked at; `read_points` says what is wrong with the rest.
     """
     suffix = path.suffix.lower()
     if path.is_dir():
-        return any(_geojson_files(path))
+        return _holds_geojson(path)
     if suffix not in _TABLES:
         return path.is_file() and suffix in (".geojson", ".json")
     names = {same_name(name) for name in header_of(path)} if path.is_file() else set()
-
-    def has(*columns: str) -> bool:
-        return all(not names.isdisjoint(spellings(column)) for column in columns)
-
     measured = any(name.startswith("centroidx") for name in names)  # QuPath's, whose column Image names the slide
-    return (has("x", "y") or has("x_um", "y_um")) and has("slide") and (measured or not has("path"))
+    return any(not _lacking(names, axes) for axes in _AXES) and (measured or bool(_lacking(names, ("path",))))
+
+
+def why_no_points(path: Path) -> str:
+    """Say what a path that names no places lacks to name some, for a message; empty if it is nothing of that kind."""
+    if path.name.lower().endswith(".geojson.gz"):
+        return f"{path} is compressed: unpack it (gunzip)."
+    if path.is_dir():
+        others = _files_below(path, _OTHERS)
+        listed = first_of([file.relative_to(path).as_posix() for file in others])
+        return f"{path} has no GeoJSON, but {listed}. {_OF_A_FOLDER}" if others else ""
+    names = {same_name(name) for name in header_of(path)} if path.suffix.lower() in _TABLES else set()
+    lacking = min((_lacking(names, axes) for axes in _AXES), key=len)
+    if not lacking:
+        return f"{path} has a column of patch files, which makes it a table of patches: remove that column."
+    has = [column for column in dict.fromkeys(sum(_AXES, ())) if not _lacking(names, (column,))]
+    return f"{path} has {', '.join(has)}; lacks {' and '.join(lacking)}." if has else ""
+
+
+def _lacking(names: Set[str], columns: Sequence[str]) -> list[str]:
+    return [column for column in columns if names.isdisjoint(spellings(column))]
 
 
 def read_points(path: Path, *, labelled: bool = False) -> Points:
@@ -117,7 +144,8 @@ def read_points(path: Path, *, labelled: bool = False) -> Points:
       found out from the boxes: read in the right way, all have their centre inside their image, and MIDOG's are squares
       of one size.
     - GeoJSON: see `extract.geojson`. The slide is the file's name without `.geojson`, or a property `slide` or `image`.
-      A folder of such files is one set of places.
+      A folder of such files, in it and below it, is one set of places; other .json, .csv and .tsv files there are
+      refused.
 
     Ids are those of the file; where several slides have the same ids, each is preceded by its slide, and where a place
     has none, its slide and coordinates are its id.
@@ -131,15 +159,19 @@ def read_points(path: Path, *, labelled: bool = False) -> Points:
             or two places of one id.
     """
     if path.is_dir():
-        points = _from_features(path, [(file, _read_json(file)) for file in _geojson_files(path)])
+        others = [file.relative_to(path).as_posix() for file in _files_below(path, _OTHERS)]
+        if others:
+            raise UserError(
+                f"{path}: {len(others)} files beside its GeoJSON could hold points too ({first_of(others)}). "
+                f"{_OF_A_FOLDER} Move the others out of the folder."
+            )
+        points = _from_features(path, [(file, _read_json(file)) for file in _files_below(path, {".geojson"})])
     elif path.suffix.lower() in _TABLES:
         points = _from_table(path, labelled=labelled)
     else:
         content = _read_json(path)
         coco = isinstance(content, dict) and "annotations" in content and "images" in content
         points = _from_coco(path, content) if coco else _from_features(path, [(path, content)])
-    wrong = [points.where(row) for row in np.flatnonzero(~(np.isfinite(points.x) & np.isfinite(points.y))).tolist()]
-    refuse_rows(path, wrong, len(points.id), "a coordinate that is no number", "Correct these, or remove them.")
     return _with_unique_ids(points)
 
 
@@ -165,7 +197,10 @@ def _from_table(path: Path, *, labelled: bool) -> Points:
     unit = "um" if names.isdisjoint(spellings("x")) and not names.isdisjoint(spellings("x_um")) else "px"
     axes = ("x_um", "y_um") if unit == "um" else ("x", "y")
     required = ("slide", *axes, *(("label",) if labelled else ()))
-    table = read_table(path, required=required, optional=("id", *(name for name in COLUMNS if name not in required)))
+    left_out = set(required)
+    if "fold0" in names and _lacking(names, ("split",)):  # a table of predictions, whose fold_0 is no misspelt split
+        left_out.add("split")
+    table = read_table(path, required=required, optional=("id", *(name for name in COLUMNS if name not in left_out)))
     n = len(table)
     x, y = (np.array([_number(cell) for cell in table.columns[axis]]) for axis in axes)
     columns = {name: table.columns[name] for name in COLUMNS if name in table.columns}
@@ -173,6 +208,16 @@ def _from_table(path: Path, *, labelled: bool) -> Points:
     points = Points(path, table.columns.get("id", [""] * n), slide, x, y, unit, columns, table.lines)
     empty = [points.where(row) for row in range(n) if not slide[row]]
     refuse_rows(path, empty, n, "no slide", "Every row needs the file name of its slide.")
+    wrong = [
+        (f"line {table.lines[row]}: {axis} is {table.columns[axis][row]!r}", table.columns[axis][row])
+        for row in np.flatnonzero(~(np.isfinite(x) & np.isfinite(y))).tolist()
+        for axis in axes
+        if not np.isfinite(_number(table.columns[axis][row]))
+    ]
+    comma = next((cell for _, cell in wrong if _DECIMAL_COMMA.fullmatch(cell)), None)
+    cause = f"A comma is no decimal point: write {comma.replace(',', '.')} for {comma}. " if comma else ""
+    remedy = f"{cause}Correct these, or remove them."
+    refuse_rows(path, [where for where, _ in wrong], n, "a coordinate that is no number", remedy)
     return points
 
 
@@ -280,8 +325,28 @@ def _centres(path: Path, boxes: NDArray[np.float64], sizes: NDArray[np.float64])
 # --- GeoJSON ----------------------------------------------------------------------------------------------------------
 
 
-def _geojson_files(folder: Path) -> list[Path]:
-    return sorted(file for file in folder.glob("*.geojson") if not file.name.startswith("."))
+def _files_below(folder: Path, suffixes: Set[str]) -> list[Path]:
+    listed = (parent / name for parent, names in _walk(folder) for name in names)
+    return sorted(file for file in listed if file.suffix.lower() in suffixes)
+
+
+def _walk(folder: Path) -> Iterator[tuple[Path, list[str]]]:
+    """List the folder, and all below it, each with the names of its files; nothing that is hidden."""
+    for parent, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]  # os.walk enters those that are left
+        yield Path(parent), [name for name in names if not name.startswith(".")]
+
+
+def _holds_geojson(folder: Path) -> bool:
+    found = False
+    for parent, names in _walk(folder):
+        suffixes = {Path(name).suffix.lower() for name in names}
+        found |= ".geojson" in suffixes
+        if found and parent == folder:
+            return True
+        if suffixes & images.SUFFIXES:  # a folder of patches; the first of them ends the search
+            return False
+    return found
 
 
 def _from_features(source: Path, files: Sequence[tuple[Path, Any]]) -> Points:
@@ -289,7 +354,7 @@ def _from_features(source: Path, files: Sequence[tuple[Path, Any]]) -> Points:
     for file, content in files:
         if not holds_features(content):
             raise UserError(f"{file} is JSON, but no GeoJSON. {_EXPECTED}.")
-        stem = file.name.removesuffix(".geojson").removesuffix(".json")
+        stem = file.stem if file.suffix.lower() in (".geojson", ".json") else file.name
         listed += [(one.known("slide") or one.known("image") or stem, one) for one in read_features(file, content)]
     if not listed:
         raise UserError(f"{source} has no features. Select the figures in QuPath before exporting them.")

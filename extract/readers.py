@@ -17,11 +17,14 @@ from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import unquote, urlsplit
 
+from PIL import Image
+
 from extract import images
 from extract.arrays import SUFFIXES as ARRAY_SUFFIXES
 from extract.arrays import ImageArrays, read_arrays
 from extract.images import Decode, check_files, file_decoder
-from extract.points import Points, is_points_file, read_points
+from extract.points import Points, is_points_file, read_points, why_no_points
+from extract.slide_files import SUFFIXES as SLIDE_SUFFIXES
 from extract.slides import Crops, Slides
 from features.console import UserError, progress, say
 from features.tables import Table, first_of, is_missing, natural_order, read_table, refuse_rows
@@ -132,6 +135,7 @@ def list_patches(path: Path, *, labelled: bool, grouped: bool = False, slides: S
         return _from_arrays(path, labelled=labelled)
     if path.is_file() and suffix in images.SUFFIXES and not labelled:
         return _of_files(path, [path.name], [path])
+    _refuse_slides([path] if path.is_file() else [])
     found = f"no file of patches{_hint(suffix)}" if path.exists() else "not there"
     expected = (
         "a folder with one sub-folder per class, a table (.csv, .tsv) with the columns path and label, or arrays of "
@@ -154,9 +158,37 @@ def _of_files(
     columns: Mapping[str, list[str]] | None = None,
     lines: Sequence[int] = (),
 ) -> Patches:
-    return Patches(
-        str(source), tuple(ids), file_decoder(paths), lambda: check_files(paths, source.name)[0], columns or {}, lines
-    )
+    def digests() -> list[str]:
+        try:
+            return check_files(paths, source.name)[0]
+        except UserError:
+            _refuse_slides(paths)
+            raise
+
+    return Patches(str(source), tuple(ids), file_decoder(paths), digests, columns or {}, lines)
+
+
+def _may_be_slide(path: Path) -> bool:
+    suffix = path.suffix.lower()
+    if suffix not in (".tif", ".tiff"):
+        return suffix in SLIDE_SUFFIXES - images.SUFFIXES
+    try:
+        with Image.open(path) as image:
+            return getattr(image, "n_frames", 1) > 1 or image.width * image.height > images.MAX_PIXELS
+    except Image.DecompressionBombError:
+        return True
+    except images.DAMAGE:
+        return False
+
+
+def _refuse_slides(paths: Iterable[Path]) -> None:
+    """Refuse files that cannot be read as patches, if one is a whole slide: of a slide's suffix, or several images."""
+    slide = next((path for path in paths if _may_be_slide(path)), None)
+    if slide is not None:
+        raise UserError(
+            f"{slide} looks like a whole slide. Expected patches; to read a slide, give a file of points on it, and "
+            "the slides' folder by --slides (docs/slides.md)."
+        )
 
 
 # --- folders ----------------------------------------------------------------------------------------------------------
@@ -202,6 +234,7 @@ def _from_any_folder(folder: Path) -> Patches:
     kept = [path for path in below if not any(map(_is_ignored, path.parts))]
     ids = sorted((path.as_posix() for path in kept if path.suffix.lower() in images.SUFFIXES), key=natural_order)
     if not ids:
+        _refuse_slides(folder / name for name in kept)
         raise UserError(f"{folder} holds no images ({_IMAGE_SUFFIXES}), only {len(kept)} other files.")
     if len(ids) < len(kept):
         others = sorted(path.as_posix() for path in kept if path.suffix.lower() not in images.SUFFIXES)
@@ -339,8 +372,10 @@ def require_points(paths: Sequence[Path], slides: Slides | None) -> None:
     if slides is not None and not any(is_points_file(path) or not path.exists() for path in paths):
         found = first_of(list(map(str, paths))) or "known datasets alone"
         raise UserError(
-            f"`slides={slides.folder}` is for points on slides; found {found}. Expected GeoJSON, COCO JSON, or a table "
-            "with the columns slide, x and y. Leave it out for patches."
+            f"`slides={slides.folder}` is for points on slides; found {found}. Expected GeoJSON or a folder of it, "
+            "COCO JSON, or a table with the columns slide, x and y (or x_um and y_um). "
+            + "".join(f"{reason} " for path in paths if (reason := why_no_points(path)))
+            + "Leave `slides` out for patches."
         )
 
 

@@ -10,9 +10,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from extract import points as points_module
 from extract.points import Points, is_points_file, read_points
+from extract.readers import load_patches, require_points
+from extract.slides import Slides
 from features.console import UserError
 
 SQUARE = [[[10, 20], [30, 20], [30, 60], [10, 60], [10, 20]]]
@@ -101,6 +104,19 @@ class TestTables:
     def test_a_coordinate_that_is_no_number_is_named_by_its_line(self, cell, tmp_path):
         path = table(tmp_path / "points.csv", "slide,x,y", "a,1,2", f'a,"{cell}",2')
         assert "a coordinate that is no number in 1 of 2 rows (line 3" in message(path)
+
+    def test_the_cell_and_its_column_are_shown_and_a_decimal_comma_is_the_cause(self, tmp_path):
+        path = table(tmp_path / "p.csv", "slide;x;y", "a;96,5;2", "a;1;two", "a;3;4")
+        assert "in 2 of 3 rows (line 2: x is '96,5', line 3: y is 'two')" in message(path)
+        assert "A comma is no decimal point: write 96.5 for 96,5." in message(path)
+        assert "comma" not in message(table(tmp_path / "q.csv", "slide,x,y", "a,1,two"))
+
+    def test_a_table_of_predictions_is_read_back(self, tmp_path, capsys):
+        header = "source,id,slide,x,y,probability,predicted,spread,fold_0,fold_1"
+        points = read_points(table(tmp_path / "p.csv", header, "t.csv,f1,a.svs,1.5,2,0.7,Atypical,0.1,0.6,0.8"))
+        assert (points.id, points.slide, places(points), points.columns) == (["f1"], ["a.svs"], [(1.5, 2)], {})
+        assert "columns not used: source, probability, predicted, spread, fold_0, fold_1" in capsys.readouterr().err
+        assert "has a column 'splt'" in message(table(tmp_path / "q.csv", "slide,x,y,splt", "a,1,2,test"))
 
     def test_a_row_without_a_slide_is_refused(self, tmp_path):
         assert "no slide in 1 of 2 rows (line 2" in message(table(tmp_path / "p.csv", "slide,x,y", ",1,2", "a,1,3"))
@@ -234,6 +250,35 @@ class TestGeoJson:
         assert is_points_file(tmp_path)
         assert (points.id, points.slide) == (["a/1", "a/2", "b/1"], ["a", "a", "b"])
 
+    def test_suffixes_in_capitals_and_sub_folders_are_read_and_notes_may_lie_there(self, tmp_path):
+        (tmp_path / "centre 1").mkdir()
+        geojson(tmp_path / "centre 1" / "b.GEOJSON", feature("Point", [1, 2], "1"))
+        geojson(tmp_path / "centre 1" / "._b.geojson")
+        (tmp_path / ".trash").mkdir()
+        table(tmp_path / ".trash" / "old.csv", "slide,x,y", "a,1,2")
+        assert is_points_file(tmp_path)
+        geojson(tmp_path / "a.svs.GeoJSON", feature("Point", [3, 4], "2"))
+        (tmp_path / "notes.txt").write_text("slide 7 is out of focus")
+        points = read_points(tmp_path)
+        assert (points.id, points.slide) == (["2", "1"], ["a.svs", "b"])
+
+    def test_other_files_of_points_in_a_folder_are_refused(self, tmp_path):
+        geojson(tmp_path / "a.geojson", feature("Point", [1, 2], "1"))
+        (tmp_path / "more").mkdir()
+        geojson(tmp_path / "more" / "slide-25.JSON", feature("Point", [1, 2], "1"))
+        table(tmp_path / "ok.csv", "slide,x,y", "a,1,2")
+        assert "2 files beside its GeoJSON could hold points too (more/slide-25.JSON, ok.csv)" in message(tmp_path)
+        assert "names that end in .geojson" in message(tmp_path)
+
+    def test_geojson_below_a_folder_of_images_does_not_make_it_one_of_points(self, tmp_path):
+        for name in ("Normal", "Atypical"):
+            (tmp_path / name).mkdir()
+            (tmp_path / name / "1.png").touch()
+        geojson(tmp_path / "Normal" / "a.geojson", feature("Point", [1, 2], "1"))
+        assert not is_points_file(tmp_path)
+        geojson(tmp_path / "a.geojson", feature("Point", [1, 2], "1"))
+        assert is_points_file(tmp_path)
+
     def test_a_folder_of_patches_is_none_of_points(self, tmp_path):
         (tmp_path / "Normal").mkdir()
         assert not is_points_file(tmp_path)
@@ -335,6 +380,63 @@ class TestCoco:
     def test_one_message_for_each_lack(self, change, said, tmp_path):
         path = self.write(tmp_path / "a.json", [[1, 2, 3, 4]])
         assert said in message(write_json(path, json.loads(path.read_text()) | change))
+
+
+class TestPathsThatNearlyNamePlaces:
+    def said(self, path: Path) -> str:
+        with pytest.raises(UserError, match="is for points on slides") as caught:
+            require_points([path], Slides(path.parent, size=128))
+        return str(caught.value)
+
+    @pytest.mark.parametrize(
+        ("header", "said"),
+        [
+            ("Slide,x,label", "has slide, x; lacks y."),
+            ("x,y,label", "has x, y; lacks slide."),
+            ("slide,x,y_um", "has slide, x, y_um; lacks y."),
+            ("slide,y_um", "has slide, y_um; lacks x_um."),
+            ("path,slide,x,y", "has a column of patch files"),
+        ],
+    )
+    def test_a_table_lacks_a_column(self, header, said, tmp_path):
+        path = table(tmp_path / "t.csv", header, "1" + ",1" * header.count(","))
+        assert f"{path} {said}" in self.said(path)
+
+    def test_a_table_of_patches_lacks_nothing(self, tmp_path):
+        path = table(tmp_path / "t.csv", "path,label", "a.png,1")
+        assert "; lacks" not in self.said(path)
+
+    def test_compressed_geojson_is_to_be_unpacked(self, tmp_path):
+        (tmp_path / "a.geojson.gz").touch()
+        assert "a.geojson.gz is compressed: unpack it" in self.said(tmp_path / "a.geojson.gz")
+
+    def test_of_a_folder_geojson_alone_is_read(self, tmp_path):
+        table(tmp_path / "a.csv", "slide,x,y", "a,1,2")
+        assert "has no GeoJSON, but a.csv. Of a folder, GeoJSON alone is read" in self.said(tmp_path)
+
+
+class TestSlidesInPlaceOfPatches:
+    def said(self, path: Path) -> str:
+        with pytest.raises(UserError) as caught:
+            load_patches(path)
+        return str(caught.value)
+
+    @pytest.mark.parametrize("name", ["a.svs", "a.NDPI", "a.mrxs"])
+    def test_a_file_with_the_suffix_of_a_slide(self, name, tmp_path):
+        (tmp_path / name).touch()
+        for path in (tmp_path / name, tmp_path):
+            assert f"{tmp_path / name} looks like a whole slide" in self.said(path)
+
+    def test_a_tiff_of_several_images(self, tmp_path):
+        pages = [Image.new("RGB", (side, side)) for side in (32, 16)]
+        pages[0].save(tmp_path / "a.tif", save_all=True, append_images=pages[1:])
+        for path in (tmp_path / "a.tif", tmp_path):
+            assert f"{tmp_path / 'a.tif'} looks like a whole slide" in self.said(path)
+            assert "by --slides (docs/slides.md)" in self.said(path)
+
+    def test_a_damaged_tiff_is_no_slide(self, tmp_path):
+        (tmp_path / "a.tif").write_bytes(b"II*\0")
+        assert "whole slide" not in self.said(tmp_path / "a.tif")
 
 
 class TestOtherContent:
