@@ -87,22 +87,19 @@ def predict(
     if as_json:
         print_json(summary)
         return
-    names, of_groups, models = (
-        summary["label_names"],
-        summary.get("by_group"),
-        _count(summary["n_models"], "fold model"),
-    )
-    place, n = str(out), _count(summary["n"], "patch", "patches")
+    names, of_groups = summary["label_names"], summary.get("by_group")
+    models, patches = _count(summary["n_models"], "fold model"), _count(summary["n"], "patch", "patches")
+    written = f"{out}: {patches}"
     if "n_files" in summary:
-        place, n = f"{out}/", f"{_count(summary['n_files'], 'file')}, {n}"
+        written = f"{out}/: {_count(summary['n_files'], 'file')}, {patches}"
     if "runs" in summary:
         models += f" of {len(summary['runs'])} runs, weights {', '.join(f'{one:.3f}' for one in summary['weights'])}"
     if "counts" in summary:
         said = ", ".join(f"{n:,} {name}" for n, name in zip(summary["counts"], names, strict=True) if n)
-        say(f"{place}: {n}; the most probable class is {said} ({models}).")
+        say(f"{written}; the most probable class is {said} ({models}).")
     else:
         say(
-            f"{place}: {n}, {summary['n_positive']:,} predicted {names[1]} at a probability of "
+            f"{written}, {summary['n_positive']:,} predicted {names[1]} at a probability of "
             f"{summary['threshold']:.3f} or more ({models})."
         )
     if not of_groups:
