@@ -40,18 +40,24 @@ OrdinalOption = Annotated[
     bool, typer.Option("--ordinal", help="The classes are grades, each more than the one before it in --classes.")
 ]
 SlidesOption = Annotated[
-    Path | None, typer.Option("--slides", help="Of points on slides (GeoJSON, COCO, CSV): the folder of the slides.")
+    Path | None,
+    typer.Option("--slides", help="Of points (GeoJSON, COCO, CSV): the folder of the slides, which are found by name."),
 ]
 # Of patches around points on slides.
 SizeOption = Annotated[
-    int | None, typer.Option("--size", help="Of points: pixels along a patch's side; of level 0 without --size-um.")
+    int | None,
+    typer.Option(
+        "--size", help="Of points: pixels along a patch's side; of the slide's full resolution without --size-um."
+    ),
 ]
 SizeUmOption = Annotated[
     float | None,
-    typer.Option("--size-um", help="Of points: um along a patch's side, in pixels of 0.25 um or as --size says."),
+    typer.Option(
+        "--size-um", help="Of points: um along a patch's side; it gets pixels of 0.25 um, or as many as --size says."
+    ),
 ]
 MppOption = Annotated[
-    float | None, typer.Option("--mpp", help="Of points: um per pixel of slides that do not say it themselves.")
+    float | None, typer.Option("--mpp", help="Of points: um per pixel of slides that do not know it.")
 ]
 EnsembleWeightsOption = Annotated[
     str,

@@ -62,6 +62,7 @@ _LAYER = ("coef", "intercept")
 _BATCH = {"cpu": 8, "cuda": 64, "mps": 64}  # images per forward pass of a frozen backbone
 # Parts of a fingerprint that say where, and of which patches, embeddings were computed, but not by which function.
 _CIRCUMSTANCES = ("dataset_digest", "source_mpp", "crop", "poolings", "device", "numerics", "revision")
+_PLACES = (".geojson", ".json")  # endings of files that hold points on slides
 _Backbones = Mapping[str, tuple[Backbone, Weights]]  # by model
 _Predictor = Callable[[Patches, ProgressCallback], NDArray[np.float32]]  # patches to logits (n, n_models, c-1)
 
@@ -87,13 +88,13 @@ def predict_paths(
     of a run with several seeds seed_42_fold_0, seed_42_fold_1, ... Of a run with more than two classes: source, id, a
     column probability_<class> for each, predicted (the most probable), and spread (of that class's probability). Of
     several runs, each run's mean stands where that of a fold model does, in a column of the run's name. Of points on
-    slides, slide, x and y (in pixels of level 0) follow the id; they can also be written as GeoJSON for QuPath, or as a
-    COCO file, see `finetune.predict_places`.
+    slides, slide, x and y (in pixels of its full resolution) follow the id; they can also be written as GeoJSON for
+    QuPath, or as a COCO file, see `finetune.predict_places`.
 
     Args:
         run: folder of a probe run or a fine-tuned one; or of several, which tell the same classes apart.
         paths: image files, folders, CSV files, HDF5 files, or points on slides; see `load_patches`.
-        out: the CSV; replaced whole.
+        out: the CSV; replaced whole. Of GeoJSON a file ending in .geojson or .json, or a folder; of COCO a .json file.
         device: "auto", "cpu", "cuda", "cuda:N" or "mps".
         weights: a local checkpoint of the backbone instead of the hub's; it must be the very same.
         model: the files of models of your own that the runs were made by (`extract.custom.run_code`). They are run
@@ -110,13 +111,13 @@ def predict_paths(
     Returns:
         n, n_positive, n_folds, n_models, threshold, label_names, out; with `by` by_group, what the second CSV holds. Of
         more than two classes counts, patches predicted to be of each, instead of n_positive and threshold. Of several
-        runs also runs and weights.
+        runs also runs and weights; of a folder of GeoJSON n_files.
 
     Raises:
         UserError: a threshold that is no probability, or for more than two classes, no run, a backbone that cannot be
-            had as it was, patches that cannot be read or whose groups are not known, or a full disk; a run twice, runs
-            of different classes, or weights for runs that do not share their folds; a format that cannot hold these
-            patches.
+            had as it was, patches that cannot be read or whose groups are not known, or a full disk; a run or a path
+            twice, runs of different classes, or weights for runs that do not share their folds; a format that cannot
+            hold these patches, or that the ending of `out` contradicts.
     """
     runs = [run] if isinstance(run, Path) else list(run)
     if threshold is not None and not 0 <= threshold <= 1:
@@ -125,10 +126,12 @@ def predict_paths(
         raise UserError(f"`by={by}`: expected group, for the share of each class in every group of patches.")
     if format not in FORMATS:
         raise UserError(f"`format={format}`: expected one of {', '.join(FORMATS)}.")
+    _refuse_twice(paths)
     outs = [out, *([by_group_path(out)] if by else [])]
     for one in outs:
         for folder in runs:
             _check_out(one, folder, paths)
+    _check_ending(out, format)
     records = [read_run(folder) for folder in runs]
     record = records[0]
     two = record.n_classes == 2
@@ -161,6 +164,7 @@ def predict_paths(
     groups = [groups_of(patches, path) for patches, path in zip(sources, paths, strict=True)] if by else []
     for patches in sources:
         _say_other_classes(patches, record)
+    _say_other_size(sources, records)
     n_models, n = sum(len(other.fold_models) for other in records), sum(len(patches.id) for patches in sources)
     with progress("predict", n_models * n) as advance:
         of_runs = []  # of each run (n, c, n_models)
@@ -191,6 +195,9 @@ def predict_paths(
         files[outs[1]], described = _judge_groups(counted, joint, record, limit)
         without = sum(names.count("") for names in groups)
         by_group = {"by_group": as_dict({"out": str(outs[1]), "n_without": without} | described)}
+    in_folder = [file for file in files if file.parent == out]
+    if n_replaced := sum(file.exists() for file in in_folder):
+        say(f"{out}/: {n_replaced:,} existing file{'s are' if n_replaced > 1 else ' is'} replaced.")
     for one, content in files.items():
         with writing(one.parent):
             one.parent.mkdir(parents=True, exist_ok=True)
@@ -205,6 +212,7 @@ def predict_paths(
         **({"threshold": limit} if two else {}),
         "label_names": list(record.label_names),
         **({"runs": columns, "weights": list(joint.weights or [1 / len(runs)] * len(runs))} if len(runs) > 1 else {}),
+        **({"n_files": len(in_folder)} if in_folder else {}),
         **by_group,
     }
 
@@ -321,6 +329,32 @@ def _check_out(out: Path, run: Path, paths: Sequence[Path]) -> None:
         raise UserError(f"{out} is an image, one of the inputs, or part of the run. Name another file as `out`.")
 
 
+def _check_ending(out: Path, format: str) -> None:
+    """Refuse a name that says another format than the one that is written."""
+    ending = out.suffix.lower()
+    fits, expected = {
+        "csv": (ending not in _PLACES, "a name such as predictions.csv"),
+        "geojson": (
+            ending in _PLACES or out.is_dir() or not (ending or out.exists()),
+            "a file that ends in .geojson or .json, or a folder: one that exists, or a name without an ending",
+        ),
+        "coco": (ending == ".json", "a file that ends in .json"),
+    }[format]
+    if not fits:
+        raise UserError(f"`format={format}` and `out` do not fit together: found {out}, expected {expected}.")
+
+
+def _refuse_twice(paths: Sequence[Path]) -> None:
+    """Refuse patches of which all predictions would be written twice."""
+    given: dict[Path, Path] = {}
+    for path in paths:
+        whole = path.resolve()
+        if whole in given:
+            spelled = "" if given[whole] == path else f", first as {given[whole]}"
+            raise UserError(f"{path} is given twice{spelled}. Name every path once.")
+        given[whole] = path
+
+
 def _say_other_classes(patches: Patches, record: RunRecord) -> None:
     """Say that a table's labels, which are not used, are not the classes that are predicted."""
     names = sorted({label for label in patches.columns.get("label", ()) if not is_missing(label)})
@@ -331,6 +365,23 @@ def _say_other_classes(patches: Patches, record: RunRecord) -> None:
             f"{patches.source}: its labels ({first_of(names)}) are not the classes of the run "
             f"({', '.join(record.label_names)}), which are what is predicted."
         )
+
+
+def _say_other_size(sources: Sequence[Patches], records: Sequence[RunRecord]) -> None:
+    """Say that patches around points differ from those of training by more than 10 %, in resolution or in extent."""
+    now = {(one.slides.pixels, one.mpp) for one in sources if one.slides is not None and one.mpp is not None}
+    for record in records:
+        size, mpp = _patch_size(record)
+        if size is None or mpp is None:
+            continue
+        run = "the run" if len(records) == 1 else f"the run {record.id}"
+        for size_now, mpp_now in sorted(now):
+            covers, covered = size_now * mpp_now, size * mpp
+            if any(max(a, b) > 1.1 * min(a, b) for a, b in ((mpp_now, mpp), (covers, covered))):
+                say(
+                    f"These patches have {mpp_now:g} um per pixel and cover {covers:g} um; {run} was trained on "
+                    f"{mpp:g} and {covered:g}: its probabilities may not hold."
+                )
 
 
 def _require_same_backbones(run: Path, record: RunRecord, backbones: _Backbones, device: torch.device) -> None:

@@ -34,7 +34,8 @@ def predict(
     out: Annotated[
         Path | None,
         typer.Option(
-            help="The file to write; of GeoJSON also a folder, with a file of each slide. Default: predictions."
+            help="The file to write; of GeoJSON also a folder, with a file of each slide. Default: predictions.csv, "
+            "predictions.geojson or (coco) predictions.json, by --format."
         ),
     ] = None,
     format: Annotated[
@@ -61,7 +62,7 @@ def predict(
     as_json: JsonOption = False,
 ) -> None:
     out = out or Path(f"predictions.{'json' if format == 'coco' else format}")
-    if format != "geojson" or out.suffix:
+    if format != "geojson" or out.suffix.lower() in (".geojson", ".json"):
         check_output(out)
     from extract.slides import Slides
     from finetune.predict import predict_paths
@@ -86,26 +87,37 @@ def predict(
     if as_json:
         print_json(summary)
         return
-    names, of_groups, models = summary["label_names"], summary.get("by_group"), f"{summary['n_models']} fold models"
+    names, of_groups = summary["label_names"], summary.get("by_group")
+    models, patches = _count(summary["n_models"], "fold model"), _count(summary["n"], "patch", "patches")
+    written = f"{out}: {patches}"
+    if "n_files" in summary:
+        written = f"{out}/: {_count(summary['n_files'], 'file')}, {patches}"
     if "runs" in summary:
         models += f" of {len(summary['runs'])} runs, weights {', '.join(f'{one:.3f}' for one in summary['weights'])}"
     if "counts" in summary:
         said = ", ".join(f"{n:,} {name}" for n, name in zip(summary["counts"], names, strict=True) if n)
-        say(f"{out}: {summary['n']:,} patches; the most probable class is {said} ({models}).")
+        say(f"{written}; the most probable class is {said} ({models}).")
     else:
         say(
-            f"{out}: {summary['n']:,} patches, {summary['n_positive']:,} predicted {names[1]} at a probability of "
+            f"{written}, {summary['n_positive']:,} predicted {names[1]} at a probability of "
             f"{summary['threshold']:.3f} or more ({models})."
         )
     if not of_groups:
         return
-    without = f"; {of_groups['n_without']:,} patches have no group" if of_groups["n_without"] else ""
+    without = ""
+    if n_without := of_groups["n_without"]:
+        without = f"; {_count(n_without, 'patch', 'patches')} {'has' if n_without == 1 else 'have'} no group"
     said = "with the share of each class"
     if "sensitivity" in of_groups:
         rates = [one["rate"] for one in of_groups["groups"]]
+        lowest_to_highest = " to ".join(dict.fromkeys(f"{rate:.0%}" for rate in (min(rates), max(rates))))
         sensitivity, specificity = (of_groups[name]["value"] for name in ("sensitivity", "specificity"))
         said = (
-            f"{min(rates):.0%} to {max(rates):.0%} predicted {names[1]}, beside shares corrected for a sensitivity of "
+            f"{lowest_to_highest} predicted {names[1]}, beside shares corrected for a sensitivity of "
             f"{sensitivity:.3f} and a specificity of {specificity:.3f} out of fold"
         )
-    say(f"{of_groups['out']}: {len(of_groups['groups']):,} groups, {said}{without}.")
+    say(f"{of_groups['out']}: {_count(len(of_groups['groups']), 'group')}, {said}{without}.")
+
+
+def _count(n: int, one: str, several: str | None = None) -> str:
+    return f"{n:,} {one if n == 1 else several or f'{one}s'}"

@@ -422,6 +422,91 @@ def test_the_command_writes_one_slide_and_refuses_several_before_it_predicts(mad
         run(made.points, *common, "xml")
     with pytest.raises(UserError, match="one of the inputs"):
         run(made.points / "s03.geojson", *common, "geojson", "--out", made.points / "s03.geojson")
+    other_spelling = made.points / ".." / made.points.name
+    with pytest.raises(UserError, match=f"is given twice, first as {re.escape(str(made.points))}"):
+        run(made.points, other_spelling, *common, "csv")
+    monkeypatch.setattr(predict, "read_run", lambda _: pytest.fail("it read the run"))
+    with pytest.raises(UserError, match=r"s03\.geojson is given twice\. Name every path once"):
+        predict.predict_paths(made.run, [made.points / "s03.geojson"] * 2, out=tmp_path / "out.csv")
+
+
+@pytest.mark.parametrize(
+    ("format", "out"),
+    [
+        *[("csv", "x.geojson"), ("csv", "x.JSON")],
+        *[("geojson", "x.csv"), ("geojson", "file"), ("geojson", "new.folder")],
+        *[("coco", "x.csv"), ("coco", "x.geojson"), ("coco", "x")],
+    ],
+)
+def test_a_name_that_contradicts_the_format_is_refused(format, out, tmp_path):
+    from finetune.predict import predict_paths
+
+    (tmp_path / "file").write_text("kept")
+    with pytest.raises(UserError, match=rf"`format={format}` and `out` do not fit together: found .*{out}, expected a"):
+        predict_paths(tmp_path / "no run", [tmp_path / "no points"], out=tmp_path / out, format=format)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize(
+    ("format", "out"),
+    [
+        *[("csv", "x.csv"), ("csv", "x.tsv"), ("csv", "x"), ("coco", "x.json")],
+        *[("geojson", "x.geojson"), ("geojson", "x.json"), ("geojson", "x"), ("geojson", "old.folder")],
+    ],
+)
+def test_a_name_that_fits_the_format_is_taken(format, out, tmp_path):
+    from finetune.predict import predict_paths
+
+    (tmp_path / "old.folder").mkdir()
+    with pytest.raises(UserError) as refused:
+        predict_paths(tmp_path / "no run", [tmp_path / "no points"], out=tmp_path / out, format=format)
+    assert "no run" in str(refused.value)
+    assert "do not fit" not in str(refused.value)
+
+
+def test_the_command_counts_what_it_wrote_and_replaced(made, tmp_path, capsys):
+    from finetune.predict_cli import predict_app
+
+    def said_of(points: Path, *arguments: object) -> str:
+        common = ["--slides", made.slides, "--size", SIDE, "--weights", made.weights, *arguments]
+        predict_app([str(one) for one in (made.run, points, *common)], standalone_mode=False)
+        return " ".join(capsys.readouterr().err.split())
+
+    to_folder = ("--format", "geojson", "--out", tmp_path / "all.of them")
+    (tmp_path / "all.of them").mkdir()
+    first, again = said_of(made.points / "s03.geojson", *to_folder), said_of(made.points, *to_folder)
+    assert f"them/: 1 file, {PER_SLIDE} patches, " in first
+    assert "replaced" not in first
+    assert f"them/: {N_SLIDES} files, {N_SLIDES * PER_SLIDE} patches, " in again
+    assert "them/: 1 existing file is replaced." in again
+    assert f"them/: {N_SLIDES} existing files are replaced." in said_of(made.points, *to_folder)
+    (tmp_path / "one.csv").write_text("slide,x,y\ns03,16,16\n")
+    one = said_of(tmp_path / "one.csv", "--out", tmp_path / "out.csv", "--by", "group", "--threshold", "0")
+    assert "out.csv: 1 patch, 1 predicted Atypical" in one
+    assert "-by-group.csv: 1 group, 100% predicted Atypical" in one
+
+
+def test_patches_of_another_size_than_in_training_are_announced(made, tmp_path, capsys, monkeypatch):
+    from extract.slides import Slides
+    from finetune import predict
+
+    def said_of(asked: Slides) -> str:
+        capsys.readouterr()
+        predict.predict_paths(
+            made.run, [made.points / "s03.geojson"], out=tmp_path / "out.csv", weights=made.weights, slides=asked
+        )
+        return " ".join(capsys.readouterr().err.split())
+
+    assert "may not hold" not in said_of(Slides(made.slides, SIDE, mpp=0.5))  # the run does not know its resolution
+    monkeypatch.setattr(predict, "_patch_size", lambda _: (SIDE, 0.25))
+    assert (
+        "These patches have 0.5 um per pixel and cover 16 um; the run was trained on 0.25 and 8: its probabilities may "
+        "not hold."
+    ) in said_of(Slides(made.slides, SIDE, mpp=0.5))
+    assert "cover 10 um; the run" in said_of(Slides(made.slides, 40, mpp=0.25))
+    for alike in (Slides(made.slides, SIDE, mpp=0.26), Slides(made.slides, SIDE), Slides(made.slides, mpp=0.5)):
+        assert "may not hold" not in said_of(alike)
+    assert "Patches have 32 pixels and cover 8 um, as in training." in said_of(Slides(made.slides, mpp=0.5))
 
 
 def test_the_report_knows_where_its_patches_lie(made):
