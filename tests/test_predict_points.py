@@ -378,6 +378,9 @@ def test_a_run_gives_points_back_to_their_slides(made, tmp_path):
     assert summary["out"] == str(tmp_path / "all")
     by_id, n = {row["id"]: row for row in rows_of(tmp_path / "all.csv")}, N_SLIDES * PER_SLIDE
     assert len(by_id) == n
+    again, before = read_points(tmp_path / "all.csv"), read_points(made.points)  # the table serves as points
+    assert (again.id, again.slide) == (before.id, before.slide)
+    assert np.array_equal([again.x, again.y], [before.x, before.y])
     for name in (f"s{k:02}.geojson" for k in range(N_SLIDES)):
         result, before = (json.loads((folder / name).read_text()) for folder in (tmp_path / "all", made.points))
         SCHEMA.validate(result)
