@@ -378,6 +378,9 @@ def test_a_run_gives_points_back_to_their_slides(made, tmp_path):
     assert summary["out"] == str(tmp_path / "all")
     by_id, n = {row["id"]: row for row in rows_of(tmp_path / "all.csv")}, N_SLIDES * PER_SLIDE
     assert len(by_id) == n
+    again, before = read_points(tmp_path / "all.csv"), read_points(made.points)  # the table serves as points
+    assert (again.id, again.slide) == (before.id, before.slide)
+    assert np.array_equal([again.x, again.y], [before.x, before.y])
     for name in (f"s{k:02}.geojson" for k in range(N_SLIDES)):
         before = json.loads((made.points / name).read_text())
         result = json.loads((tmp_path / "all" / name.replace(".geojson", ".png.geojson")).read_text())
