@@ -72,7 +72,11 @@ def by_group_path(out: Path) -> Path:
 
     >>> by_group_path(Path("new/predictions.csv")), by_group_path(Path("new/result.geojson"))
     (PosixPath('new/predictions-by-group.csv'), PosixPath('new/result-by-group.csv'))
+    >>> by_group_path(Path("."))
+    PosixPath('by-group.csv')
     """
+    if not out.name:  # this folder
+        return out / "by-group.csv"
     suffix = ".csv" if out.suffix.lower() in ("", ".json", ".geojson") else out.suffix
     return out.with_name(f"{out.stem}-by-group{suffix}")
 

@@ -379,7 +379,7 @@ def test_a_run_gives_points_back_to_their_slides(made, tmp_path):
     by_id, n = {row["id"]: row for row in rows_of(tmp_path / "all.csv")}, N_SLIDES * PER_SLIDE
     assert len(by_id) == n
     again, before = read_points(tmp_path / "all.csv"), read_points(made.points)  # the table serves as points
-    assert (again.id, again.slide) == (before.id, before.slide)
+    assert (again.id, again.slide) == (before.id, [f"{slide}.png" for slide in before.slide])
     assert np.array_equal([again.x, again.y], [before.x, before.y])
     for name in (f"s{k:02}.geojson" for k in range(N_SLIDES)):
         before = json.loads((made.points / name).read_text())
