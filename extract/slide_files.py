@@ -70,7 +70,9 @@ def open_slide(path: Path) -> SlideFile:
             that is not installed.
     """
     if not path.is_file():  # reading a pipe or a device might never end
-        raise UserError(f"{path} is not a regular file. Expected a slide.")
+        lost = path.is_symlink() and not path.exists()
+        found = f"a link to {path.readlink()}, which is not there" if lost else "not a regular file"
+        raise UserError(f"{path} is {found}. Expected a slide.")
     try:
         with path.open("rb") as file:
             if not file.read(1):

@@ -168,7 +168,8 @@ class Slides:
 def _slide_files(folder: Path) -> list[Path]:
     if not folder.is_dir():
         raise UserError(
-            f"{folder} is {'no folder' if folder.exists() else 'not there'}. Give the folder of the slides."
+            f"{folder} is {'no folder' if folder.exists() else 'not there'}. Give the folder of the slides, or put "
+            "them back where they were read."
         )
     listed = [Path(parent, name) for parent, _, names in os.walk(folder) for name in names if not name.startswith(".")]
     files = sorted(path for path in listed if path.suffix.lower() in SUFFIXES)

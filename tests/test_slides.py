@@ -477,6 +477,13 @@ def test_a_pipe_is_not_waited_for(tmp_path):
     assert "is not a regular file" in message(Slides(tmp_path, size=8))
 
 
+def test_a_link_to_a_slide_that_has_moved_is_told(tmp_path):
+    (tmp_path / "1.svs").symlink_to(tmp_path / "archive" / "1.svs")
+    (tmp_path / "p.csv").write_text("slide,x,y\n1,32,32\n")
+    with pytest.raises(UserError, match=r"1\.svs is a link to .*archive/1\.svs, which is not there"):
+        load_patches(tmp_path / "p.csv", slides=Slides(tmp_path, size=8))
+
+
 def test_a_strip_too_large_for_memory_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(slide_files, "_MOST_PIXELS", WIDTH * HEIGHT - 1)
     tifffile.imwrite(tmp_path / "a.tif", drawn(), photometric="rgb", rowsperstrip=HEIGHT)
