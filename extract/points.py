@@ -56,6 +56,7 @@ class Points:
         features: (n,) the GeoJSON features, where there are any. Of a feature with several points each is one here.
         origin: (n, 2) of points that were found on their slides, where QuPath counts from, in pixels of level 0 from
             the corner of the whole image, from which x and y then count; None before, and x and y are as written.
+        extent: (n, 2) width and height of each one's slide, in pixels of level 0, likewise.
     """
 
     source: Path
@@ -68,6 +69,7 @@ class Points:
     lines: Sequence[int] = ()
     features: list[dict[str, Any]] | None = None
     origin: NDArray[np.float64] | None = None
+    extent: NDArray[np.float64] | None = None
 
     def __repr__(self) -> str:
         return f"Points({len(self.id):,} places on {len(set(self.slide)):,} slides; source={str(self.source)!r})"
@@ -84,6 +86,7 @@ class Points:
             lines=[self.lines[row] for row in rows] if self.lines else (),
             features=[self.features[row] for row in rows] if self.features else None,
             origin=None if self.origin is None else self.origin[list(rows)],
+            extent=None if self.extent is None else self.extent[list(rows)],
         )
 
     @cached_property

@@ -387,7 +387,7 @@ class Crops:
     def _place(self) -> tuple[Points, list[Square], float | None]:
         """Choose the square of every point; also give the points in pixels, and the resolution of the patches."""
         points, slides = self._given, self.slides
-        places, origins = np.empty((len(points.id), 2)), np.zeros((len(points.id), 2))
+        places, origins, extents = (np.empty((len(points.id), 2)) for _ in range(3))
         rows_of: dict[Path, list[int]] = defaultdict(list)
         for row, path in enumerate(self._paths):
             rows_of[path].append(row)
@@ -407,7 +407,7 @@ class Crops:
                     place /= mpp
                 # QuPath shows no more of a slide than OpenSlide's bounds, and counts from their corner.
                 place = place if points.features is None else place + slide.origin
-                places[rows], origins[rows] = place, slide.origin
+                places[rows], origins[rows], extents[rows] = place, slide.origin, slide.sizes[0]
                 inside: NDArray[np.bool_] = np.all((place >= 0) & (place <= slide.sizes[0]), axis=1)
                 outside += [
                     f"{points.where(row)} at {x:.6g}, {y:.6g} on {path.name}, {slide.sizes[0][0]} x {slide.sizes[0][1]}"
@@ -434,7 +434,7 @@ class Crops:
                 f"{len(enlarged)} slides are coarser than the patches that are asked for, which are enlarged: "
                 f"{first_of(enlarged)}."
             )
-        in_pixels = replace(points, x=places[:, 0], y=places[:, 1], unit="px", origin=origins)
+        in_pixels = replace(points, x=places[:, 0], y=places[:, 1], unit="px", origin=origins, extent=extents)
         return in_pixels, [square for square in squares if square is not None], self._resolution(known)
 
     def _require_readable(self, path: Path, square: Square) -> None:

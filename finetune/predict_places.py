@@ -159,6 +159,12 @@ def coco(points: Sequence[Points], said: Sequence[Said]) -> bytes:
     """
     slides = list(dict.fromkeys(slide for one in points for slide in one.slide))
     number = {slide: k for k, slide in enumerate(slides, start=1)}
+    sizes = {
+        slide: dict(zip(("width", "height"), map(int, extent), strict=True))
+        for one in points
+        if one.extent is not None
+        for slide, extent in zip(one.slide, one.extent.tolist(), strict=True)
+    }
     names = said[0].label_names
     annotations: list[dict[str, Any]] = []
     for one, of_one in zip(points, said, strict=True):
@@ -181,7 +187,7 @@ def coco(points: Sequence[Points], said: Sequence[Said]) -> bytes:
     content = {
         "info": {"description": "predictions of mitofm"}
         | ({"threshold": said[0].threshold} if len(names) == 2 else {}),
-        "images": [{"id": k, "file_name": slide} for slide, k in number.items()],
+        "images": [{"id": k, "file_name": slide} | sizes.get(slide, {}) for slide, k in number.items()],
         "categories": [{"id": k, "name": name} for k, name in enumerate(names, start=1)],  # 0 is often the background
         "annotations": annotations,
     }

@@ -418,6 +418,8 @@ def test_the_command_writes_one_slide_and_refuses_several_before_it_predicts(mad
     assert (again.id, again.slide) == (read_points(made.points / "s03.geojson").id, ["s03.png"] * PER_SLIDE)
     run(made.points, *common, "coco")
     assert len(read_points(tmp_path / "predictions.json").id) == N_SLIDES * PER_SLIDE
+    (image, *_) = json.loads((tmp_path / "predictions.json").read_text())["images"]
+    assert image == {"id": 1, "file_name": "s00.png", "width": 2 * SIDE, "height": 2 * SIDE}
     monkeypatch.setattr(predict, "probabilities", lambda _: pytest.fail("it predicted"))
     with pytest.raises(UserError, match="lie on 12 slides"):
         run(made.points, *common, "geojson")
