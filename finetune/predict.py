@@ -195,7 +195,7 @@ def predict_paths(
         files[outs[1]], described = _judge_groups(counted, joint, record, limit)
         without = sum(names.count("") for names in groups)
         by_group = {"by_group": as_dict({"out": str(outs[1]), "n_without": without} | described)}
-    in_folder = [file for file in files if file.parent == out]
+    in_folder = [file for file in files if file not in outs]  # of GeoJSON, in it or below
     if n_replaced := sum(file.exists() for file in in_folder):
         say(f"{out}/: {n_replaced:,} existing file{'s are' if n_replaced > 1 else ' is'} replaced.")
     for one, content in files.items():

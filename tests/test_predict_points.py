@@ -532,3 +532,31 @@ def test_the_report_knows_where_its_patches_lie(made):
     assert data["colors"] == [list(class_color(k)) for k in range(2)]
     assert min(thumbnails["picture"]) >= 0
     assert "Save for QuPath" in page
+
+
+def test_slides_of_one_name_get_files_of_their_own(made, tmp_path, capsys):
+    from extract.slides import Slides
+    from finetune.predict import predict_paths
+
+    for patient in "ab":
+        (tmp_path / "slides" / patient).mkdir(parents=True)
+        (tmp_path / "slides" / patient / "s00.png").write_bytes((made.slides / "s00.png").read_bytes())
+    (tmp_path / "p.csv").write_text("slide,x,y\na/s00,16,16\nb/s00,16,16\nb/s00,48,16\n")
+    summary = predict_paths(
+        made.run,
+        [tmp_path / "p.csv"],
+        out=tmp_path / "out",
+        weights=made.weights,
+        slides=Slides(tmp_path / "slides", SIDE),
+        format="geojson",
+        by="group",
+    )
+    assert summary["n_files"] == 2
+    listed = sorted(path.relative_to(tmp_path / "out").as_posix() for path in (tmp_path / "out").rglob("*.geojson"))
+    assert listed == ["a/s00.png.geojson", "b/s00.png.geojson"]
+    assert [(row["group"], row["n"]) for row in rows_of(tmp_path / "out-by-group.csv")] == [
+        ("a/s00", "1"),
+        ("b/s00", "2"),
+    ]
+    again = read_points(tmp_path / "out")
+    assert again.slide == ["a/s00.png", "b/s00.png", "b/s00.png"]
