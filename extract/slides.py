@@ -138,14 +138,16 @@ class Slides:
         by_name: dict[str, list[Path]] = defaultdict(list)
         for path in files:
             for name in _spellings(path.relative_to(self.folder).as_posix()):
-                by_name[name].append(path)
+                by_name[name.casefold()].append(path)  # Slide1.TIF is slide1.tif, as on Windows
         found, missing = {}, []
         for name in dict.fromkeys(names):
             written = unicodedata.normalize("NFC", name.replace("\\", "/"))
             short = written.rpartition("/")[2]
-            fits: list[Path] = next((by_name[one] for one in (written, short) if one in by_name), [])
-            exact = [path for path in fits if unicodedata.normalize("NFC", path.name) == short]
-            fits = exact or fits
+            spelled = (written.casefold(), short.casefold())
+            fits: list[Path] = next((by_name[one] for one in spelled if one in by_name), [])
+            whole = [path for path in fits if unicodedata.normalize("NFC", path.name) == short]
+            same_case = [path for path in fits if short in _spellings(path.name)]
+            fits = whole or same_case or fits
             if len(fits) > 1:
                 raise UserError(
                     f"{self.folder} has {len(fits)} slides that {name!r} may mean: {first_of(sorted(map(str, fits)))}. "

@@ -371,6 +371,19 @@ def test_two_slides_of_one_name_are_refused_unless_one_has_it_whole(tmp_path):
     assert Slides(tmp_path).find(["b.svs", "y/a"]) == {"b.svs": tmp_path / "b.svs", "y/a": tmp_path / "y/a.tif"}
 
 
+def test_a_slide_is_found_in_whatever_case_unless_another_is_the_same(tmp_path):
+    for file in ("One.TIF", "two.svs"):
+        (tmp_path / file).touch()
+    assert Slides(tmp_path).find(["one", "TWO"]) == {"one": tmp_path / "One.TIF", "TWO": tmp_path / "two.svs"}
+    if (tmp_path / "TWO.svs").exists():
+        pytest.skip("this file system knows no case")
+    (tmp_path / "TWO.svs").touch()
+    found = Slides(tmp_path).find(["one", "two", "TWO.svs"])
+    assert found == {"one": tmp_path / "One.TIF", "two": tmp_path / "two.svs", "TWO.svs": tmp_path / "TWO.svs"}
+    with pytest.raises(UserError, match="has 2 slides that 'Two' may mean"):
+        Slides(tmp_path).find(["Two"])
+
+
 # --- mistakes ---------------------------------------------------------------------------------------------------------
 
 
