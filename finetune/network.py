@@ -8,7 +8,7 @@ numbered seed by seed (`features.folds.fold_models`), so with one seed their num
 - full: the whole backbone is trained, so each member needs its own: the network holds a single one.
 
 Everything that training changes is one matrix with a row per member, and the parameters are views into it. So an
-optimiser steps a row, a checkpoint saves rows, and the best epoch of a member is a copy of its row.
+optimiser steps a row, a checkpoint saves rows, and the epoch that a member keeps is a copy of its row.
 """
 
 from __future__ import annotations

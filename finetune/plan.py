@@ -46,7 +46,7 @@ class Plan:
         n_trained: per fold model, classifier included.
         n_folds, n_seeds, folds_at_once, batch_size, precision: of the training.
         weights_mb: the frozen weights in float32.
-        rows_mb: trained values, their gradients, two moments and the best epoch, of all models trained at once.
+        rows_mb: trained values, their gradients, two moments and the epoch kept, of all models trained at once.
         kept_mb: what one forward pass keeps for its backward pass.
     """
 

@@ -4,7 +4,7 @@ torchrun starts the same command several times. Every process holds the whole tr
 computes the rows of its own shard; the gradients are summed over all processes, so every process makes the same step as
 a single process would with the whole batch. Evaluation is sharded over rows in the same way.
 
-Only sums of tensors and short texts are exchanged. Every decision (early stopping, learning rate, best epoch) follows
+Only sums of tensors and short texts are exchanged. Every decision (early stopping, learning rate, epoch kept) follows
 from numbers that are equal in all processes, so all decide alike. Only the first process writes files and prints.
 """
 
