@@ -18,6 +18,7 @@ import torch
 
 from extract.custom import is_code, named_again
 from features.console import Interrupted, UserError, progress, say
+from features.device import keeping_freed_memory
 from features.files import writing
 from features.fingerprint import differences, fingerprint
 from finetune.checkpoint import RESUME, START_FILE, State, clear_up, load_state, read_start, save_state, write_start
@@ -186,7 +187,8 @@ def _train_and_finish(setup: Setup, folder: Path, network: Network) -> RunRecord
     try:
         copies = find_copies(setup) if process_group.is_first else {}
         data = load_training_set(setup)
-        network, state = _train_networks(setup, folder, network, data)
+        with keeping_freed_memory(setup.compute.device):
+            network, state = _train_networks(setup, folder, network, data)
         if setup.compute_options.merge and process_group.is_first:
             _merge_members(setup, folder)
         process_group.barrier("weights")

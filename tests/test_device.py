@@ -1,7 +1,10 @@
 """Does each process get the device that it should, and is a device that is not there one clear message?"""
 
 import os
+import platform
 import re
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -14,6 +17,7 @@ from features.device import (
     free_cached_memory,
     full_float32,
     has_bf16,
+    keeping_freed_memory,
     numerics,
     out_of_memory,
 )
@@ -218,3 +222,39 @@ def test_full_products_end_with_their_context(settings):
     with pytest.raises(KeyError, match="highest"), full_float32():
         raise KeyError(torch.get_float32_matmul_precision())
     assert torch.get_float32_matmul_precision() == "medium"
+
+
+KEEP = """
+import os
+from pathlib import Path
+import torch
+from features.device import keeping_freed_memory
+
+def megabytes():  # of this process, in RAM, after it has freed 256
+    torch.ones(2**28, dtype=torch.uint8)
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") >> 20
+
+before = megabytes()
+with keeping_freed_memory(torch.device("meta")):
+    elsewhere = megabytes()
+with keeping_freed_memory(torch.device("cpu")):
+    kept = megabytes()
+after = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") >> 20
+print(elsewhere - before, kept - before, after - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the C library is not glibc")
+def test_a_cpu_keeps_freed_memory_as_long_as_it_is_asked_to():
+    env = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "LD_PRELOAD"))}
+    done = subprocess.run([sys.executable, "-c", KEEP], env=env, capture_output=True, text=True, check=True)
+    elsewhere, kept, after = map(int, done.stdout.split())
+    assert abs(elsewhere) < 32
+    assert kept > 256 - 32
+    assert after < 32
+
+
+def test_without_glibc_nothing_is_asked_of_it(monkeypatch):
+    monkeypatch.setattr(device.ctypes, "CDLL", lambda name: object())  # such as macOS's: no mallopt
+    with keeping_freed_memory(CPU):
+        assert torch.ones(3).sum() == 3
