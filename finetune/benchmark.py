@@ -171,8 +171,7 @@ def _without_embeddings(one: Standing, now: Mapping[int, Standing]) -> Standing:
 
 def _command(plan: Plan, todo: Sequence[Standing], where: Where) -> list[str]:
     (first, *_) = todo
-    if first.state == "to resume":
-        assert first.run is not None
+    if first.run is not None:
         return resuming(first.run, where)
     return command(plan, [one.row for one in todo], where)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -98,15 +98,32 @@ def device_memory(device: torch.device) -> int:
     return min(total, int(text)) if text.isdigit() else total
 
 
-def estimate(row: Row, backbone: Backbone, counts: Counts, rates: dict[bool, float], device: torch.device) -> Estimate:
-    """Estimate what a row takes on this device."""
-    options = row.options
+def estimate(
+    row: Row,
+    backbone: Backbone,
+    counts: Counts,
+    rates: dict[bool, float],
+    device: torch.device,
+    *,
+    done: Mapping[str, float] | None = None,
+) -> Estimate:
+    """Estimate what a row takes on this device.
+
+    Args:
+        row: of a plan.
+        backbone: its model.
+        counts: of the patches.
+        rates: from `measure_rates`.
+        device: on which it runs.
+        done: the fraction that is there already, of the embeddings of each view, or of the epochs ("").
+    """
+    options, done = row.options, done or {}
     kind, weights = is_convolutional(backbone), 4.0 * backbone.n_parameters
     rate, base = rates.get(kind), _PROCESS if device.type == "cpu" else 0.0
     if row.method == EMBED:
-        views = [parse_view(view) for view in row.views]
-        flops = sum(_flops(backbone, view) for view in views) * counts.patches
-        stored = 3 * 2 * backbone.embedding_dim * counts.patches * len(views)  # some three poolings in float16
+        of_each = {view: _flops(backbone, parse_view(view)) * counts.patches for view in row.views}
+        flops = sum(of_all * (1 - done.get(view, 0)) for view, of_all in of_each.items())
+        stored = 3 * 2 * backbone.embedding_dim * counts.patches * len(of_each)  # some three poolings in float16
         return Estimate(_over(flops, rate), fixed=weights, memory=base + weights * 1.5, store=stored)
     if not isinstance(options, FinetuneOptions):
         seconds = _PROBE_SECONDS[row.recipe] * (options.seeds if options else 1)
@@ -118,7 +135,7 @@ def estimate(row: Row, backbone: Backbone, counts: Counts, rates: dict[bool, flo
     forward = _flops(backbone, view)
     scored = counts.rows * options.seeds + (counts.patches - counts.rows) * n_models
     steps = _PASSES[options.method] * options.seeds * counts.trained + options.seeds * counts.rows  # of an epoch
-    flops = forward * (recipe.epochs * steps + scored * (8 if recipe.tta else 1))
+    flops = forward * (recipe.epochs * steps * (1 - done.get("", 0)) + scored * (8 if recipe.tta else 1))
     trained = {
         "full": float(backbone.n_parameters),
         "lora": _ADAPTED[kind] * backbone.n_parameters * options.lora.rank / 8,

@@ -10,7 +10,7 @@ import json
 import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -30,8 +30,9 @@ from features.samples import Samples
 from features.store import FeatureStore
 from finetune.benchmark_cost import Counts, Estimate, device_memory, estimate, measure_rates
 from finetune.benchmark_plan import EMBED, PROBE, Plan, Row, Where, read_plan, require_parsable
-from finetune.checkpoint import START_FILE, read_start
+from finetune.checkpoint import START_FILE, epochs_done, read_start
 from finetune.options import FinetuneOptions, is_convolutional
+from finetune.recipes import Recipe
 from probe.experiment import make_experiment
 from probe.probing import ProbeOptions
 from probe.records import RunRecord
@@ -50,7 +51,8 @@ class Standing:
         reason: why it cannot be run, or failed; in a few words.
         remedy: what helps.
         run: the folder of its run, finished or interrupted.
-        estimate: what it would take; None where that cannot be said.
+        done: the fraction that is there already, of the embeddings of each view, or of the epochs ("").
+        estimate: what it would take, or what is left of it; None where that cannot be said.
     """
 
     row: Row
@@ -58,6 +60,7 @@ class Standing:
     reason: str = ""
     remedy: str = ""
     run: Path | None = None
+    done: Mapping[str, float] = field(default_factory=dict)
     estimate: Estimate | None = None
 
 
@@ -322,12 +325,21 @@ def standing(row: Row, facts: Facts, found: Found) -> Standing:
     if row.model in facts.lacks and not (row.method == PROBE and _is_embedded(row, facts, found)):
         return Standing(row, "cannot", *facts.lacks[row.model])
     begun = next((folder for folder, start in found.starts if _is_start_of(row, start, facts)), None)
-    return Standing(row, "to do" if begun is None else "to resume", run=begun)
+    done = _done(row, begun, facts, found)
+    return Standing(row, "to do" if begun is None and not any(done.values()) else "to resume", run=begun, done=done)
 
 
 def _names(plan: Plan, facts: Facts) -> tuple[str, ...]:
     """The datasets' names in store and runs."""
     return tuple(facts.tables) or tuple(n if n in DATASETS else parse_source(n)[0] for n in plan.datasets)
+
+
+def _entry(name: str, row: Row, view: str, facts: Facts, found: Found) -> Entry | None:
+    """Find a dataset's entry by the row's model in a view; None if there is none, or of other images."""
+    entry = found.entries.get((name, row.model, view))
+    digest = None if entry is None else entry.parts.get("dataset_digest")
+    other = name in facts.tables and digest not in (None, facts.tables[name][1])
+    return None if other else entry
 
 
 def _is_embedded(row: Row, facts: Facts, found: Found) -> bool:
@@ -341,14 +353,23 @@ def _is_embedded(row: Row, facts: Facts, found: Found) -> bool:
         views = tuple(set.intersection(*of))
         if not views:
             return False
-    for name in names:
-        for view in views:
-            entry = found.entries.get((name, row.model, view))
-            if entry is None or not entry.complete:
-                return False
-            if name in facts.tables and entry.parts.get("dataset_digest") not in (None, facts.tables[name][1]):
-                return False
-    return True
+    entries = [_entry(name, row, view, facts, found) for name in names for view in views]
+    return all(entry is not None and entry.complete for entry in entries)
+
+
+def _done(row: Row, begun: Path | None, facts: Facts, found: Found) -> dict[str, float]:
+    """Say which fraction is there of an unfinished row: of the patches in each view, or of the epochs ("")."""
+    counts = facts.counts.get(_question(row))
+    if row.method == EMBED and counts is not None:
+        names = _names(facts.plan, facts)
+        entries = {view: [_entry(name, row, view, facts, found) for name in names] for view in row.views}
+        n_rows = {view: sum(e.n_rows * e.n_done / e.n_blocks for e in of if e) for view, of in entries.items()}
+        return {view: min(1.0, n / counts.patches) for view, n in n_rows.items()}
+    if begun is not None and isinstance(row.options, FinetuneOptions):
+        with suppress(UserError):  # the command says it
+            n_epochs = row.options.resolved_recipe(facts.backbones[row.model]).epochs
+            return {"": min(1.0, epochs_done(begun) / (n_epochs * row.options.seeds * row.options.cv))}
+    return {}
 
 
 def _finished(row: Row, facts: Facts, found: Found) -> Path | None:
@@ -356,11 +377,13 @@ def _finished(row: Row, facts: Facts, found: Found) -> Path | None:
     if row.options is None:
         return None
     for record in found.runs:
-        if record.model != row.model or (facts.tables and not _same_tables(record.table_digests, facts)):
+        if record.model != row.model or not _same_tables(record.table_digests, facts):
             continue
         with suppress(UserError, KeyError, TypeError, ValueError):  # options of an early version, or of a later one
             if isinstance(row.options, FinetuneOptions):
-                if record.kind == "finetune" and _same_training(record.options, row.options):
+                if record.kind == "finetune" and _same_training(
+                    record.options, record.view, record.recipe or {}, row.options, facts.backbones[row.model]
+                ):
                     return record.folder
             elif record.kind == "probe" and not record.combined and _same_probe(record, row, found):
                 return record.folder
@@ -368,12 +391,29 @@ def _finished(row: Row, facts: Facts, found: Found) -> Path | None:
 
 
 def _same_tables(digests: Mapping[str, str], facts: Facts) -> bool:
+    """Whether a run trained and tested on the plan's patches; if these are not here, on datasets of the same names."""
+    if not facts.tables:
+        return digests.keys() == set(_names(facts.plan, facts))
     return dict(digests) == {name: digest for name, (digest, _) in facts.tables.items()}
 
 
-def _same_training(recorded: Mapping[str, Any], asked: FinetuneOptions) -> bool:
+_MEANT = ("view", "epochs", "batch_size", "learning_rate", "tta")  # options that recipe and view tell the meaning of
+
+
+def _same_training(
+    recorded: Mapping[str, Any], view: str, recipe: Mapping[str, Any], asked: FinetuneOptions, backbone: Backbone
+) -> bool:
+    """Whether a training is the one asked for: by the same options, or by others that mean the same today.
+
+    Test sets are known by their tables, however they were named.
+    """
     options = FinetuneOptions.from_record(recorded)
-    return options == (replace(asked, cv=options.cv) if asked.folds_by else asked)
+    wanted, had = asked.resolved_recipe(backbone), Recipe.from_record(recipe)
+    # A patience of all epochs and more is one that never ends a training.
+    alike = [replace(one, patience=min(one.patience, one.epochs)) for one in (wanted, had)]
+    same_meaning = alike[0] == alike[1] and view == asked.resolved_view(backbone, wanted).name
+    of_its_own = {name: getattr(options, name) for name in ("test", *_MEANT, *(["cv"] * bool(asked.folds_by)))}
+    return same_meaning and options == replace(asked, **of_its_own)
 
 
 def _is_start_of(row: Row, start: Mapping[str, Any], facts: Facts) -> bool:
@@ -383,8 +423,9 @@ def _is_start_of(row: Row, start: Mapping[str, Any], facts: Facts) -> bool:
     with suppress(UserError, KeyError, TypeError, ValueError):
         digests = {_names(facts.plan, facts)[0]: identity["table"], **identity["tests"]}
         same_device = identity["backbone"].get("device") == facts.device.type  # another would be refused
-        same_patches = not facts.tables or _same_tables(digests, facts)
-        return same_device and same_patches and _same_training(identity["options"], row.options)
+        view, backbone = identity["backbone"]["view"], facts.backbones[row.model]
+        same = _same_training(identity["options"], view, identity["recipe"], row.options, backbone)
+        return same and same_device and _same_tables(digests, facts)
     return False
 
 
@@ -421,7 +462,7 @@ def survey(facts: Facts) -> list[Standing]:
         backbone, counts = facts.backbones.get(one.row.model), facts.counts.get(_question(one.row))
         if one.state != "done" and backbone is not None and counts is not None:
             with suppress(UserError):  # what this says, the command says
-                one = replace(one, estimate=estimate(one.row, backbone, counts, rates, facts.device))
+                one = replace(one, estimate=estimate(one.row, backbone, counts, rates, facts.device, done=one.done))
         if one.estimate is not None and one.state in ("to do", "to resume"):
             needed: list[tuple[float, float, Path | str, str]] = [
                 (downloads.pop(one.row.model, 0.0), 0.0, Path(constants.HF_HUB_CACHE), "HF_HOME"),

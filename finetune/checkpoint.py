@@ -117,6 +117,22 @@ def load_state(folder: Path, device: torch.device) -> State | None:
         raise UserError(f"{path} is damaged ({error}). Delete it: `resume` then trains from the start.") from error
 
 
+def epochs_done(folder: Path) -> int:
+    """Sum the epochs that all members have had, without reading their weights; 0 before the first checkpoint.
+
+    Raises:
+        UserError: a damaged file.
+    """
+    path = folder / CHECKPOINT_FILE
+    if not path.is_file():
+        return 0
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            return sum(map(len, json.loads(file.metadata()["state"])["history"].values()))
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path} is damaged ({error}).") from error
+
+
 def _digest(described: dict[str, Any], tensors: dict[str, Tensor]) -> str:
     """Compute SHA-256 over all of a checkpoint: without it, training would go on from a flipped bit unnoticed."""
     digest = hashlib.sha256(json.dumps(described, sort_keys=True).encode())

@@ -435,6 +435,7 @@ def test_killed_after_any_row_the_same_command_goes_on_to_the_report(
     run_tiny(tiny, last := Launches(), Shard(8, 9, shared=True))
     assert last.names == ["fm-report"]
     probed_otherwise_is_not_done(tiny)
+    trained_by_options_that_mean_the_same_is_done(tiny)
     # Other patches are another question.
     write_patches(Path(), seed=1)
     assert states(tiny) == ["to do"] * 4
@@ -452,6 +453,61 @@ def probed_otherwise_is_not_done(plan: str) -> None:
     assert standing(replace(row, options=replace(row.options, pooling="card")), facts, found).state == "to do"
     entries = {key: replace(entry, fingerprint="another") for key, entry in found.entries.items()}
     assert standing(row, facts, replace(found, entries=entries)).state == "to do"
+
+
+def trained_by_options_that_mean_the_same_is_done(plan: str) -> None:
+    """A training is done if recipe and view are those that the plan's options mean today, however they were named."""
+    facts, found = gather(plan, Where()), look(Where())
+    row = facts.plan.rows[3]  # two epochs, batches of 4
+    run = standing(row, facts, found).run
+    (record,) = (one for one in found.runs if one.folder == run)
+
+    def state(**changes: Any) -> str:
+        return standing(row, facts, replace(found, runs=(replace(record, **changes),))).state
+
+    recipe = dict(record.recipe or {})
+    assert state() == "done"
+    assert state(options={**record.options, "test": [], "tta": recipe["tta"]}) == "done"
+    assert state(recipe={**recipe, "patience": recipe["epochs"]}) == "done"  # nor is it ever stopped early
+    assert state(recipe={**recipe, "patience": 1}) == "to do"
+    assert state(recipe={**recipe, "learning_rate": 1.0}) == "to do"
+    assert state(view="full") == "to do"
+    assert state(options={**record.options, "seed": 7}) == "to do"
+
+
+def test_what_is_left_of_a_row_that_was_interrupted_is_estimated(tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    rates = dict.fromkeys((True, False), 1e6)  # FLOP/s: the start of a command counts for little
+    monkeypatch.setattr("finetune.benchmark_state.measure_rates", lambda device, kinds: rates)
+    run_tiny(tiny, Launches(lambda name, arguments: None if name == "fm-extract" else 1))  # the others fail
+    found = look(Where())
+    half = {key: replace(entry, rows_per_block=4, n_done=2) for key, entry in found.entries.items()}  # of four blocks
+    save = finetune.run.save_state
+
+    def save_and_die(*given: Any) -> None:
+        save(*given)
+        raise Interrupted
+
+    monkeypatch.setattr(finetune.run, "save_state", save_and_die)
+    plan = gather(tiny, Where()).plan
+    training = plan.rows[3]
+    with pytest.raises(UserError, match="interrupted"):
+        cli.finetune_app(command(plan, [training], Where())[1:], standalone_mode=False)
+    monkeypatch.setattr("finetune.benchmark_state.look", lambda where: replace(look(where), entries=half))
+    facts = gather(tiny, Where())
+    rows = survey(facts)
+    assert [one.state for one in rows] == ["to resume", "to do", "to do", "to resume"]
+    assert rows[0].done == {"full@32": 0.5}
+    assert rows[3].done == {"": 0.5}  # one epoch of two, of each of three folds
+    given = (facts.backbones["efficientnet-lite0"], next(iter(facts.counts.values())), rates, facts.device)
+    for one in (rows[0], rows[3]):
+        whole, left = estimate(one.row, *given).seconds, one.estimate and one.estimate.seconds
+        assert whole is not None
+        assert left is not None
+        assert 0.3 < left / whole < 0.9  # held-out patches are scored at the end of a training
+    damaged = rows[3].run
+    assert damaged is not None
+    (damaged / "checkpoint.safetensors").write_bytes(b"damaged")
+    assert survey(facts)[3].done == {}
 
 
 @pytest.mark.parametrize(
