@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from extract import openvino
 from extract.backbones import BACKBONES, Backbone, build_model
 from extract.compute import embed_batch
 from extract.views import View, make_transform, parse_view
@@ -22,7 +23,11 @@ from finetune.measure import wait
 from finetune.options import FinetuneOptions, is_convolutional, training_precision
 
 _SAMPLES = {True: "efficientnet-lite0", False: "kaiko-s16"}  # by whether they are convolutional
-_PASSES = {"lora": 3.0, "full": 3.0, "head": 1.0}  # forward passes that take as long as a step
+# Forward passes that take as long as a step. With LoRA the first stages of a convolutional network have no backward
+# pass, and its norms are folded: 1.7 to 2.0 measured, on EfficientNet-Lite0 at 192 and 224 px and Lite2 at 160.
+_PASSES = {"lora": 3.0, "full": 3.0, "head": 1.0}
+_PASSES_OF_CONVOLUTIONS = {**_PASSES, "lora": 2.0}
+_OPENVINO = 2.1  # times as fast as torch, where nothing is trained (docs/performance.md)
 # A probe's fit and start, measured on two busy cores with AMi-Br: ten strengths per fold, or a hundred epochs.
 _START = 8.0  # seconds until a command has loaded torch and looked at its patches, measured on two cores
 _PROBE_SECONDS = {"exact": 20.0, "paper": 60.0, "authors": 60.0}
@@ -120,11 +125,12 @@ def estimate(
     options, done = row.options, done or {}
     kind, weights = is_convolutional(backbone), 4.0 * backbone.n_parameters
     rate, base = rates.get(kind), _PROCESS if device.type == "cpu" else 0.0
+    gain = _OPENVINO if kind and device.type == "cpu" and openvino.version() is not None else 1.0
     if row.method == EMBED:
         of_each = {view: _flops(backbone, parse_view(view)) * counts.patches for view in row.views}
         flops = sum(of_all * (1 - done.get(view, 0)) for view, of_all in of_each.items())
         stored = 3 * 2 * backbone.embedding_dim * counts.patches * len(of_each)  # some three poolings in float16
-        return Estimate(_over(flops, rate), fixed=weights, memory=base + weights * 1.5, store=stored)
+        return Estimate(_over(flops / gain, rate), fixed=weights, memory=base + weights * 1.5, store=stored)
     if not isinstance(options, FinetuneOptions):
         seconds = _PROBE_SECONDS[row.recipe] * (options.seeds if options else 1)
         held = 3 * 4.0 * backbone.embedding_dim * counts.patches
@@ -134,8 +140,9 @@ def estimate(
     n_models = options.seeds * options.cv
     forward = _flops(backbone, view)
     scored = counts.rows * options.seeds + (counts.patches - counts.rows) * n_models
-    steps = _PASSES[options.method] * options.seeds * counts.trained + options.seeds * counts.rows  # of an epoch
-    flops = forward * (recipe.epochs * steps * (1 - done.get("", 0)) + scored * (8 if recipe.tta else 1))
+    passes = (_PASSES_OF_CONVOLUTIONS if kind else _PASSES)[options.method]
+    epoch = options.seeds * (passes * counts.trained + counts.rows / gain)  # steps and validation
+    flops = forward * (recipe.epochs * epoch * (1 - done.get("", 0)) + scored / gain * (8 if recipe.tta else 1))
     trained = {
         "full": float(backbone.n_parameters),
         "lora": _ADAPTED[kind] * backbone.n_parameters * options.lora.rank / 8,
@@ -143,8 +150,8 @@ def estimate(
     }[options.method] + 2 * backbone.embedding_dim
     at_once = 1 if options.method == "full" else n_models
     fixed = (0 if options.method == "full" else weights) + 20 * trained * at_once
-    passes = at_once if device.type == "cuda" else 1
-    kept = 0.0 if options.method == "head" else _KEPT_MB[kind] * forward / 1e9 * 2**20 * recipe.batch_size * passes
+    at_a_time = at_once if device.type == "cuda" else 1
+    kept = 0.0 if options.method == "head" else _KEPT_MB[kind] * forward / 1e9 * 2**20 * recipe.batch_size * at_a_time
     if options.method == "full" and not kind:
         kept *= _KEPT_OF_WHOLE
     return Estimate(

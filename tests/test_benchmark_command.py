@@ -332,6 +332,7 @@ def test_what_is_larger_than_memory_or_disk_cannot_be_run(tiny: str, monkeypatch
 
 def test_an_estimate_counts_flops(monkeypatch: pytest.MonkeyPatch) -> None:
     rates, cpu = {True: 1e9}, torch.device("cpu")
+    monkeypatch.setattr("finetune.benchmark_cost.openvino.version", lambda: None)
     lite = BACKBONES["efficientnet-lite0"]
     rows = read_plan("demo").rows
     embed, training = (next(row for row in rows if row.method == method) for method in (EMBED, "lora"))
@@ -342,8 +343,13 @@ def test_an_estimate_counts_flops(monkeypatch: pytest.MonkeyPatch) -> None:
         pytest.approx(8 + 400 * 8 * 0.77)
     )
     found = estimate(training, lite, Counts(400, 280, 1120), rates, cpu)
-    passes = 2 * (3 * 1120 + 280) + 8 * (280 + 120 * 5)  # epochs: steps and validation; then eight orientations
+    passes = 2 * (2 * 1120 + 280) + 8 * (280 + 120 * 5)  # epochs: steps and validation; then eight orientations
     assert found.seconds == pytest.approx(8 + passes * flops / 1e9)
+    monkeypatch.setattr("finetune.benchmark_cost.openvino.version", lambda: "2026.1")  # of what trains nothing
+    passes = 2 * (2 * 1120 + 280 / 2.1) + 8 / 2.1 * (280 + 120 * 5)
+    assert estimate(training, lite, Counts(400, 280, 1120), rates, cpu).seconds == pytest.approx(
+        8 + passes * flops / 1e9
+    )
     assert found.memory > found.fixed > 4 * lite.n_parameters
     seconds = iter([0.0, 9.0, 9.0, 11.0, 11.0, 14.0])  # three passes of four images: the first, 9 s, does not count
     monkeypatch.setattr("time.process_time", lambda: next(seconds))
@@ -476,6 +482,7 @@ def trained_by_options_that_mean_the_same_is_done(plan: str) -> None:
 
 
 def test_what_is_left_of_a_row_that_was_interrupted_is_estimated(tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("finetune.benchmark_cost.openvino.version", lambda: None)
     rates = dict.fromkeys((True, False), 1e6)  # FLOP/s: the start of a command counts for little
     monkeypatch.setattr("finetune.benchmark_state.measure_rates", lambda device, kinds: rates)
     run_tiny(tiny, Launches(lambda name, arguments: None if name == "fm-extract" else 1))  # the others fail
