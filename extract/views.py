@@ -83,9 +83,15 @@ class Transform:
         return torch.cat([self._resized([patch], device) for patch in patches])
 
     def normalise(self, pixels: Tensor) -> Tensor:
-        """Normalise pixels (b, 3, h, w) in 0..255, of any dtype, to float32 network input."""
+        """Normalise pixels (b, 3, h, w) in 0..255, of any dtype, to float32 network input, laid out alike."""
         scale, offset = self.scale_and_offset(pixels.device)
-        return pixels.mul(scale).sub_(offset)
+        if pixels.device.type != "cpu" or not pixels.is_contiguous(memory_format=torch.channels_last):
+            return pixels.mul(scale).sub_(offset)
+        # The same numbers in a third of the time: a processor is slow where factors change with every element.
+        width = pixels.shape[3]
+        rows = pixels.permute(0, 2, 3, 1).flatten(2).to(torch.float32, copy=True)  # (b, h, w * 3)
+        rows.mul_(scale.flatten().repeat(width)).sub_(offset.flatten().repeat(width))
+        return rows.unflatten(2, (width, 3)).permute(0, 3, 1, 2)
 
     @property
     def n_shown(self) -> int:

@@ -310,3 +310,20 @@ def test_an_altered_view_has_one_name_and_a_fingerprint_of_its_own():
     }
     with pytest.raises(UserError, match=r"altered in one way; use one of \+blur and \+rot90"):
         parse_view("full+blur+rot90")
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
+def test_normalised_pixels_are_the_same_numbers_in_the_same_layout(dtype, layout):
+    transform = make_transform(find_backbone("h-optimus-1"), parse_view("full"))
+    pixels = torch.randint(0, 256, (2, 3, 5, 7), generator=torch.Generator().manual_seed(0)).to(dtype)
+    pixels = pixels.contiguous(memory_format=layout)
+    before = pixels.clone()
+    found = transform.normalise(pixels)
+    for channel, (mean, std) in enumerate(zip(transform.mean, transform.std, strict=True)):
+        expected = (pixels[:, channel].double() / 255 - mean) / std
+        torch.testing.assert_close(found[:, channel].double(), expected, rtol=0, atol=2**-18)  # roundings of 8.3
+    assert found.dtype == torch.float32
+    assert found.is_contiguous(memory_format=layout)
+    assert torch.equal(pixels, before)
+    assert torch.equal(found, transform.normalise(pixels.contiguous()))
