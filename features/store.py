@@ -229,9 +229,12 @@ class FeatureStore:
                     self.storage.sweep(key)
                 return self._update_table(key, samples, stored, attributes)
             if not overwrite:
-                order = " (in another order, or with other ids)" if _same_images(self, dataset, samples) else ""
+                why = " (in another order, or with other ids)" if _same_images(self, dataset, samples) else ""
+                before, now = (_cut_by(of.get("slides", {})) for of in (stored, attributes))
+                if before != now:
+                    why = f" (cut from slides by {before}, now by {now})"
                 raise UserError(
-                    f"{self.path} already has a dataset {dataset!r} of other images{order}: {stored.get('n_samples')} "
+                    f"{self.path} already has a dataset {dataset!r} of other images{why}: {stored.get('n_samples')} "
                     f"with digest {stored.get('images_digest')}, now {len(samples)} with digest "
                     f"{attributes['images_digest']}. Name this one otherwise (NAME=PATH), use another `store`, or "
                     "`overwrite=True` to discard the stored dataset and all its embeddings."
@@ -499,6 +502,11 @@ class FeatureStore:
             if (name := key.rpartition("/")[2]) != "samples" and (model is None or name == store_key(model))
         ]
         return below(models)
+
+
+def _cut_by(slides: Mapping[str, Any]) -> str:
+    """Write the options by which patches were cut from slides; their folder does not matter."""
+    return ", ".join(f"`{name}={value}`" for name, value in slides.items() if name != "folder") or "none"
 
 
 def _same_images(store: FeatureStore, dataset: str, samples: Samples) -> bool:

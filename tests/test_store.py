@@ -811,6 +811,15 @@ def test_the_same_images_in_another_order_are_called_so(full: FeatureStore) -> N
         full.put_samples("ami-br", table.select(np.arange(len(table))[::-1]), attrs={})
 
 
+def test_patches_that_were_cut_from_slides_by_other_options_are_called_so(empty: FeatureStore) -> None:
+    empty.put_samples("points", make_table(), attrs={"slides": {"folder": "/slides", "size": 128}})
+    others = make_table(sha256=np.array([f"{i + 1:064x}" for i in range(N)]))
+    with pytest.raises(UserError, match="of other images \\(cut from slides by `size=128`, now by `size_um=64`\\): "):
+        empty.put_samples("points", others, attrs={"slides": {"folder": "/moved", "size_um": 64}})
+    with pytest.raises(UserError, match="of other images: "):
+        empty.put_samples("points", others, attrs={"slides": {"folder": "/moved", "size": 128}})
+
+
 # More than two classes.
 
 
