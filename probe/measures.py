@@ -45,10 +45,13 @@ from probe.resample import Clusters, Resampling, Statistic, Sums, intervals, mak
 from probe.robustness import (
     BALANCED_DRAWS,
     FEW,
+    balanced_margin,
     balanced_robustness,
     draw_balanced,
+    median_margin,
     robustness_counts,
     robustness_index,
+    robustness_margins,
     robustness_of_chance,
 )
 from probe.runs import read_run, versions
@@ -282,11 +285,17 @@ def _robustness(found: _Found, unit: Tensor, within: Neighbours, seed: int) -> N
     near = (within.any if by == "slide" else within.apart)[:, :FEW]
     counts = {f"index {by}": robustness_counts(near, of.label, of.confounder)[:, None]}
     found.chance[f"index {by}"] = chance
+    group = np.arange(len(of.rows)) if by == "slide" else of.group
+    margins = robustness_margins(unit, group, of.label, of.confounder)
+    statistics = median_margin(f"margin {by}", [[(of.clusters.index, margins)]])
     drawn = [] if by == "slide" else draw_balanced(of.label, of.confounder, draws=BALANCED_DRAWS, seed=seed)
     if any(drawn):
-        counts[f"balanced {by}"] = balanced_robustness(unit, of.group, of.label, of.confounder, drawn)
-        found.chance[f"balanced {by}"] = 0.5
-    found.statistics["robustness"] += [robustness_index(name, one, of.clusters) for name, one in counts.items()]
+        where = (unit, of.group, of.label, of.confounder, drawn)
+        counts[f"balanced {by}"] = balanced_robustness(*where)
+        statistics += balanced_margin(f"balanced_margin {by}", *where, of.clusters)
+        found.chance.update({f"balanced {by}": 0.5, f"balanced_margin {by}": 0.0})
+    indices = [robustness_index(name, one, of.clusters) for name, one in counts.items()]
+    found.statistics["robustness"] += [*indices, *statistics]
 
 
 def _invariance(found: _Found, plain: Tensor, altered: Mapping[str, NDArray[np.float16]]) -> None:

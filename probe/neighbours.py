@@ -24,7 +24,7 @@ def unit_vectors(embeddings: NDArray[np.floating], device: str = "cpu") -> Tenso
     return F.normalize(torch.from_numpy(np.ascontiguousarray(embeddings, np.float32)).to(device), dim=1)
 
 
-def _similarities(query: Tensor, gallery: Tensor) -> Iterator[tuple[slice, Tensor]]:
+def similarities(query: Tensor, gallery: Tensor) -> Iterator[tuple[slice, Tensor]]:
     """Yield blocks (b, n) of the products of all queries (m, d) with all of a gallery (n, d), and which rows they are.
 
     What is yielded may be changed.
@@ -36,7 +36,7 @@ def _similarities(query: Tensor, gallery: Tensor) -> Iterator[tuple[slice, Tenso
 
 def nearest(query: Tensor, gallery: Tensor, k: int) -> NDArray[np.intp]:
     """Find the k rows of `gallery` (n, d) nearest to each of `query` (m, d), of length 1: (m, k), nearest first."""
-    found = [of.topk(k, dim=1).indices.cpu().numpy() for _, of in _similarities(query, gallery)]
+    found = [of.topk(k, dim=1).indices.cpu().numpy() for _, of in similarities(query, gallery)]
     return np.concatenate(found).astype(np.intp)
 
 
@@ -74,7 +74,7 @@ def neighbours(
     groups, labels = (torch.from_numpy(np.asarray(one, np.int64)).to(embeddings.device) for one in (group, label))
     rank = torch.arange(1, n + 1, device=embeddings.device)
     any_, apart, precision = [], [], []
-    for rows, of in _similarities(embeddings, embeddings):
+    for rows, of in similarities(embeddings, embeddings):
         each = torch.arange(len(of), device=of.device)
         of[each, each + rows.start] = -torch.inf
         any_.append(of.topk(k_any, dim=1).indices)

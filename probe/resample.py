@@ -30,7 +30,7 @@ SLIDE, SAMPLE = "slide", "sample"  # what is drawn
 UNBOUNDED = (-math.inf, math.inf)
 # Figures that may lie elsewhere than between 0 and 1, by the first word of their name.
 _RANGE = dict.fromkeys(("mcc", "kappa", "fleiss", "krippendorff", "correlation", "concordance", "bias"), (-1.0, 1.0))
-_RANGE |= dict.fromkeys(("ari", "cosine"), (-1.0, 1.0))
+_RANGE |= dict.fromkeys(("ari", "cosine", "margin", "balanced_margin"), (-1.0, 1.0))
 _RANGE |= {"nmi": (0.0, math.inf), "log_loss": (0.0, math.inf), "benefit": (-math.inf, 1.0)}
 _RANGE |= dict.fromkeys(("slope", "intercept", "lower", "upper"), UNBOUNDED)
 _BIASED_UPWARD = frozenset({"ece"})  # sampling adds to it, and resampling once more

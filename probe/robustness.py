@@ -4,10 +4,14 @@ The robustness index (Kömen et al., PathoROB, 2025, arXiv 2507.17845) counts bo
 depends on how classes and laboratories are mixed. In a balanced design it does not: sets of two classes and two
 laboratories with equally many patches in each of the four cells, as in PathoROB's data sets, and as in the design
 `paired_2x2` of croma (Grisi, van der Laak and Litjens, 2026, arXiv 2607.25497). By chance it is one half there.
+
+Their cross-confounder robustness margin (CRoMa) says how decided the matter is: by how much the patches of one kind are
+nearer than those of the other.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from itertools import combinations
 
@@ -16,13 +20,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from probe.neighbours import neighbours
-from probe.resample import Clusters, Sums, sums_by_cluster
+from probe.neighbours import neighbours, similarities
+from probe.resample import Clusters, Statistic, Sums, sums_by_cluster
 
 FEW = 10  # neighbours that are looked at
 BALANCED_DRAWS = 10
 _MOST = 250  # patches of a combination of class and confounder; neighbours take time with their square
 _MOST_SETS = 100  # of a draw
+_MARGIN_OF = 5  # patches of a kind, whose mean distance counts: croma's default
+_MOST_MEDIANS = 100  # sets whose medians are computed on every resample
 
 
 def robustness_counts(
@@ -154,3 +160,92 @@ def robustness_index(name: str, counts: NDArray[np.float64], clusters: Clusters)
             return {name: (of_draws[..., 0] / of_draws.sum(axis=2)).mean(axis=1)}
 
     return Sums(sums_by_cluster(counts.reshape(len(counts), -1), clusters), figures)
+
+
+def robustness_margins(
+    embeddings: Tensor, group: NDArray[np.intp], label: NDArray[np.integer], confounder: NDArray[np.intp]
+) -> NDArray[np.float64]:
+    """Compute the cross-confounder robustness margin of every patch of a set: (n,), from -1 to 1.
+
+    It is (d_OS - d_SO) / (d_OS + d_SO), of the mean cosine distances to the five nearest patches of the same class and
+    another confounder (SO), and of another class and the same confounder (OS). Above 0 the class is nearer.
+
+    Args:
+        embeddings: (n, d) of length 1.
+        group: (n,) number of the slide, whose other patches are not looked at; each its own to look at all.
+        label, confounder: (n,) see `robustness_counts`.
+
+    Returns:
+        NaN where there are not five of both kinds, or all of them are at no distance.
+    """
+    device = embeddings.device
+    groups, labels, places = (
+        torch.from_numpy(np.asarray(one, np.int64)).to(device) for one in (group, label, confounder)
+    )
+    margins = []
+    for rows, of in similarities(embeddings, embeddings):
+        same_class, same_place = labels[rows, None] == labels, places[rows, None] == places
+        apart = (groups[rows, None] != groups) & (places[rows, None] >= 0) & (places >= 0)
+        kinds = (apart & same_class & ~same_place, apart & ~same_class & same_place)
+        nearest = [of.where(kind, -torch.inf).topk(min(_MARGIN_OF, of.shape[1]), dim=1).values for kind in kinds]
+        so, os = (1 - one.double().mean(dim=1) for one in nearest)  # infinite where there are too few
+        margins.append((os - so) / (os + so))
+    found = torch.cat(margins).cpu().numpy()
+    return np.where(np.isfinite(found), found, np.nan)
+
+
+def weighted_medians(values: NDArray[np.float64], weight: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Compute the medians of values (n,) that occur `weight` (b, n) times: (b,), NaN where none occurs.
+
+    >>> weighted_medians(np.array([3.0, 1.0, 2.0]), np.array([[1.0, 1, 1], [1, 1, 0], [0, 0, 0]])).tolist()
+    [2.0, 2.0, nan]
+    """
+    order = values.argsort()
+    ranked, sums = values[order], weight[:, order].cumsum(axis=1)
+    half = sums[:, -1:] / 2
+    middle = (ranked[(sums >= half).argmax(axis=1)] + ranked[(sums > half).argmax(axis=1)]) / 2
+    return np.where(half[:, 0] > 0, middle, np.nan)
+
+
+def median_margin(
+    name: str, draws: Sequence[Sequence[tuple[NDArray[np.intp], NDArray[np.float64]]]]
+) -> list[Statistic]:
+    """Make the statistic of margins: the mean over draws of the median over sets of the median over patches.
+
+    Args:
+        name: of the figure.
+        draws: of each draw and set the clusters and the margins of its patches.
+
+    Returns:
+        The statistic; none where no patch has a margin.
+    """
+    known = [[(cluster[np.isfinite(of)], of[np.isfinite(of)]) for cluster, of in sets] for sets in draws]
+    known = [[one for one in sets if len(one[1])] for sets in known]
+    known = [sets for sets in known if sets]
+
+    def figures(count: NDArray[np.float64], /) -> Mapping[str, NDArray[np.float64]]:
+        medians = [[weighted_medians(of, count[:, cluster]) for cluster, of in sets] for sets in known]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)  # of resamples without a patch that has a margin
+            return {name: np.nanmean([np.nanmedian(sets, axis=0) for sets in medians], axis=0)}
+
+    return [figures] if known else []
+
+
+def balanced_margin(
+    name: str,
+    embeddings: Tensor,
+    group: NDArray[np.intp],
+    label: NDArray[np.integer],
+    confounder: NDArray[np.intp],
+    drawn: Sequence[Sequence[NDArray[np.intp]]],
+    clusters: Clusters,
+) -> list[Statistic]:
+    """Make the statistic of margins within the sets that were drawn (see `draw_balanced`): the first draws, of many."""
+    draws = drawn[: max(1, _MOST_MEDIANS // len(drawn[0]))]
+
+    def margins(rows: NDArray[np.intp]) -> tuple[NDArray[np.intp], NDArray[np.float64]]:
+        own = embeddings[torch.from_numpy(rows).to(embeddings.device)]
+        return clusters.index[rows], robustness_margins(own, group[rows], label[rows], confounder[rows])
+
+    return median_margin(name, [[margins(rows) for rows in sets] for sets in draws])

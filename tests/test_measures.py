@@ -45,11 +45,15 @@ from probe.probing import ProbeOptions, probe_store
 from probe.report.measures import tabulate, terminal_tables
 from probe.resample import Resampling, make_clusters
 from probe.robustness import (
+    balanced_margin,
     balanced_robustness,
     draw_balanced,
+    median_margin,
     robustness_counts,
     robustness_index,
+    robustness_margins,
     robustness_of_chance,
+    weighted_medians,
 )
 from probe.similarity import linear_cka, self_similarity
 
@@ -160,6 +164,47 @@ def test_the_balanced_robustness_index_worked_out_by_hand(monkeypatch):
     assert mean == pytest.approx((6 / 11 + 1 / 2) / 2)
 
 
+def test_the_margin_worked_out_by_hand(monkeypatch):
+    """Distances on a circle are one less the cosine; of each kind the two nearest count."""
+    monkeypatch.setattr("probe.robustness._MARGIN_OF", 2)
+    label = np.array([0, 0, 0, 1, 1, 1, 0])
+    laboratory = np.array([0, 1, 1, 0, 0, 1, -1])
+    embeddings, slide = on_a_circle([0, 10, 60, 20, 90, 50, 5]), np.arange(7)
+    margin = robustness_margins(embeddings, slide, label, laboratory)
+    # 0: of its class elsewhere 1 and 2, of the other class from its laboratory 3 and 4.
+    so, os = (np.mean(1 - np.cos(np.deg2rad(degrees))) for degrees in ([10, 60], [20, 90]))
+    assert margin[0] == pytest.approx((os - so) / (os + so), abs=1e-6)
+    # 1 and 2 have one patch of their class elsewhere, 3 and 4 one of theirs; 5 has one of the other class from its
+    # laboratory if 2 is from its slide; of 6 the laboratory is not known.
+    assert np.isnan(margin[[1, 2, 3, 4, 6]]).all()
+    assert np.isfinite(margin[5])
+    assert np.isnan(robustness_margins(embeddings, np.array([0, 1, 2, 3, 4, 2, 6]), label, laboratory)[5])
+
+
+def test_a_median_of_resampled_patches_is_that_of_the_patches_repeated():
+    rng = np.random.default_rng(0)
+    values, count = rng.integers(0, 9, 23) / 4, rng.integers(0, 4, (50, 23))
+    count[3] = 0
+    found = weighted_medians(values, count.astype(float))
+    assert np.isnan(found[3])
+    for j in set(range(50)) - {3}:
+        assert found[j] == np.median(np.repeat(values, count[j]))
+
+
+def test_a_margin_is_the_mean_over_draws_of_medians_over_sets():
+    rng = np.random.default_rng(1)
+    sets = [[(rng.integers(0, 6, n), rng.standard_normal(n)) for n in (7, 8, 9)] for _ in range(2)]
+    sets[0][0][1][2] = np.nan
+    (statistic,) = median_margin("margin domain", sets)
+    count = np.array([[1.0, 1, 1, 1, 1, 1], [2, 0, 1, 0, 3, 1]])
+    for j, weight in enumerate(count.astype(int)):
+        medians = [[np.nanmedian(np.repeat(of, weight[cluster])) for cluster, of in one] for one in sets]
+        expected = np.mean([np.median(one) for one in medians])
+        assert statistic(count)["margin domain"][j] == pytest.approx(expected)
+    assert np.isnan(statistic(np.zeros((1, 6)))["margin domain"]).all()
+    assert median_margin("margin domain", [[(np.arange(3), np.full(3, np.nan))], []]) == []
+
+
 def test_balanced_sets_are_of_two_classes_and_two_laboratories_in_equal_parts(monkeypatch):
     label = np.array([0] * 40 + [1] * 60 + [0] * 30 + [1] * 12 + [0] * 25 + [1] * 9 + [0] * 5)
     laboratory = np.array([0] * 100 + [1] * 42 + [2] * 34 + [-1] * 5)
@@ -205,6 +250,24 @@ def test_a_balanced_index_is_that_of_croma_for_pairs_of_classes_and_centres():
         X[rows], manifest, confounder_column="center", k_values=[10], evaluation_design="paired_2x2"
     )
     assert counts[0] / counts.sum() == pytest.approx(theirs[10], abs=1e-12)
+
+    clusters = make_clusters(slide.astype(str))
+    where = (unit_vectors(X), slide, label, laboratory)
+    (statistic,) = balanced_margin("margin", *where, drawn, clusters)
+    theirs = croma.CRoMa.compute(X[rows], manifest, confounder_column="center", evaluation_design="paired_2x2")
+    assert statistic(np.ones((1, clusters.n)))["margin"][0] == pytest.approx(theirs.value, abs=1e-6)
+    margin = robustness_margins(*where)
+    manifest = pandas.DataFrame(
+        {
+            "sample_id": [f"{k}" for k in range(150)],
+            "image_path": "",
+            "label": label.astype(str),
+            "group_id": slide.astype(str),
+            "center": laboratory.astype(str),
+        }
+    )
+    theirs = croma.CRoMa.compute(X, manifest, confounder_column="center")
+    np.testing.assert_allclose(margin, theirs.sample_values_aligned, atol=1e-6)
 
 
 def test_the_index_of_chance_is_that_of_all_pairs():
@@ -423,6 +486,10 @@ def test_all_measures_of_a_store_stand_in_one_file_that_is_read_back(store, tmp_
     balanced = found["robustness", "balanced domain", "one (full, card)", "mine", "train"]
     assert balanced.low < balanced.value < balanced.high
     assert balanced.chance == 0.5
+    for name, chance in (("margin domain", None), ("balanced_margin domain", 0.0)):
+        margin = found["robustness", name, "one (full, card)", "mine", "train"]
+        assert -1 < margin.low < margin.value < margin.high < 1
+        assert margin.chance == chance
     assert {key[2:4] for key in found if key[0] == "invariance"} == {("one (full, card)", "mine")}
     assert {key[2] for key in found if key[0] == "alignment"} == {"one (full, card) and two (full, card)"}
     assert found["alignment", "mutual", "one (full, card) and two (full, card)", "mine", "train"].n == len(train)

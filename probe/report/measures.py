@@ -22,6 +22,8 @@ _WORDS = {
     "nmi": "mutual information:",
     "index": "index, confounder:",
     "balanced": "balanced index, confounder:",
+    "margin": "margin, confounder:",
+    "balanced_margin": "balanced margin, confounder:",
     "cosine": "cosine:",
     "found": "found:",
     "cka": "linear CKA",
@@ -36,8 +38,9 @@ LEADS = {
     "clustering": "Clusters by k-means, as many as classes: do they agree with the classes, or with domains and "
     "slides?",
     "robustness": "Among the ten nearest patches: those of the same class elsewhere, against those of another class "
-    "from the same place. 1: the class alone counts; 0: the place alone. Balanced: among equally many patches of each "
-    "class and place, the mean of ten draws.",
+    "from the same place. 1: the class alone counts; 0: the place alone. Margin: how much nearer the five nearest of "
+    "the one kind are than those of the other, the median over patches; above 0 the class is nearer. Balanced: among "
+    "equally many patches of each class and place, the mean of ten draws.",
     "invariance": "A patch and its altered self: their cosine after centring (by chance: that of two patches), and the "
     "share of patches whose nearest altered patch is their own.",
     "alignment": "Do two backbones see the same? 1: the same up to rotation (CKA), the same ten neighbours (mutual).",
@@ -53,6 +56,7 @@ _TERMINAL = (
     ("clustering", "ari class", "Clusters\nARI of classes"),
     ("robustness", "index domain", "Robustness\nof domains"),
     ("robustness", "balanced domain", "Robustness\nbalanced"),
+    ("robustness", "balanced_margin domain", "Margin\nbalanced"),
     ("robustness", "index slide", "Robustness\nof slides"),
 )
 
