@@ -32,8 +32,8 @@ from finetune.predict_groups import (
     rate_table,
     share_table,
 )
-from finetune.predict_places import FORMATS, Said, file_of, place_files, points_of
-from finetune.predictor import finetuned_predictor, load_backbones, probe_predictor, require_same_backbones
+from finetune.predict_places import FORMATS, Said, check_ending, file_of, place_files, points_of
+from finetune.predictor import load_backbones, make_predictor
 from probe.combine import averaged, weights_of
 from probe.ensembles import Ensemble, ensemble_of
 from probe.metrics import as_dict, predicted_classes, probabilities
@@ -41,8 +41,6 @@ from probe.predictions import VALIDATION, csv_bytes, threshold_of
 from probe.rates import error_rates
 from probe.records import RunRecord
 from probe.runs import check_weights, read_predictions, read_run
-
-_PLACES = (".geojson", ".json")  # endings of files that hold points on slides
 
 
 def predict_paths(
@@ -109,14 +107,14 @@ def predict_paths(
     for one in outs:
         for folder in runs:
             _check_out(one, folder, paths)
-    _check_ending(out, format)
+    check_ending(out, format)
     records = [read_run(folder) for folder in runs]
     record = records[0]
     two = record.n_classes == 2
     for k, other in enumerate(records):
         if other.id in [one.id for one in records[:k]]:
             raise UserError(f"{runs[k]} is a run that stands before it already, {other.id}: name each run once.")
-    orders = [_order_of_classes(record, other, folder) for folder, other in zip(runs, records, strict=True)]
+    orders = [_order_of_classes(record, other) for other in records]
     if threshold is not None and not two:
         raise UserError(
             f"`threshold={threshold}`: {runs[0]} has {record.n_classes} classes ({first_of(record.label_names)}), of "
@@ -128,12 +126,10 @@ def predict_paths(
     on_apple = all(other.kind == "probe" and part.precision == "fp32" for other in records for part in other.each_part)
     torch_device = find_device(device, apple=on_apple)
     compute_exactly(torch_device)
-    backbones = load_backbones(runs, records, weights, model)
-    for folder, other in zip(runs, records, strict=True):
-        require_same_backbones(folder, other, backbones, torch_device)
+    backbones = load_backbones(records, device=torch_device, weights=weights, named=model)
     require_points(paths, slides)
     if slides is not None and not slides.is_sized:
-        slides = _sized_as_trained(slides, runs, records)
+        slides = _sized_as_trained(slides, records)
     sources = [load_patches(path, grouped=by is not None, slides=slides) for path in paths]
     places = [] if format == "csv" else points_of(sources, format, out)
     if format == "geojson":
@@ -147,8 +143,7 @@ def predict_paths(
     with progress("predict", n_models * n) as advance:
         of_runs = []  # of each run (n, c, n_models)
         for folder, other, order in zip(runs, records, orders, strict=True):
-            make = probe_predictor if other.kind == "probe" else finetuned_predictor
-            predict = make(folder, other, backbones, torch_device, n)
+            predict = make_predictor(folder, other, backbones=backbones, device=torch_device, n=n)
             nothing = np.empty((0, len(other.fold_models), other.n_classes - 1), dtype=np.float32)
             whole = np.concatenate([nothing, *(predict(patches, advance) for patches in sources)])
             of_runs.append(np.ascontiguousarray(probabilities(whole)[..., order].swapaxes(1, 2)))
@@ -235,15 +230,15 @@ def _joint(runs: Sequence[Path], records: Sequence[RunRecord], how: str) -> _Joi
     return _Joint(threshold_of(together), shares, lambda: ensemble_of(together, record.train, VALIDATION))
 
 
-def _sized_as_trained(slides: Slides, runs: Sequence[Path], records: Sequence[RunRecord]) -> Slides:
+def _sized_as_trained(slides: Slides, records: Sequence[RunRecord]) -> Slides:
     """Cut patches as large as those of the training sets: as many pixels, of the same resolution if it is known."""
     found = {_patch_size(record) for record in records}
     (size, mpp), *others = found
     if size is None or others:
         raise UserError(
-            f"How large were the patches of {runs[0]}{' and of the other runs, all alike' * bool(others)}? That is not "
-            "known. Say with `size`, in pixels of the slide, or `size_um`, in micrometres, how large a patch around a "
-            "point is."
+            f"How large were the patches of {records[0].folder}{' and of the other runs, all alike' * bool(others)}? "
+            "That is not known. Say with `size`, in pixels of the slide, or `size_um`, in micrometres, how large a "
+            "patch around a point is."
         )
     covered = None if mpp is None else size * mpp
     say(f"Patches have {size} pixels{'' if covered is None else f' and cover {covered:g} um'}, as in training.")
@@ -259,14 +254,14 @@ def _patch_size(record: RunRecord) -> tuple[int | None, float | None]:
     return (None, None) if known is None else (known.size, mpp)
 
 
-def _order_of_classes(first: RunRecord, other: RunRecord, folder: Path) -> list[int]:
+def _order_of_classes(first: RunRecord, other: RunRecord) -> list[int]:
     """Find each class of the first run among those of another, by name."""
     place = {name.casefold(): k for k, name in enumerate(other.label_names)}
     names = [name.casefold() for name in first.label_names]
     if set(names) != set(place):
         raise UserError(
-            f"{folder} tells {', '.join(other.label_names)} apart, the first run {', '.join(first.label_names)}. Runs "
-            "that predict together must tell the same classes apart, by name."
+            f"{other.folder} tells {', '.join(other.label_names)} apart, the first run {', '.join(first.label_names)}. "
+            "Runs that predict together must tell the same classes apart, by name."
         )
     return [place[name] for name in names]
 
@@ -277,21 +272,6 @@ def _check_out(out: Path, run: Path, paths: Sequence[Path]) -> None:
     is_input = whole in inputs or (out.suffix.lower() == ".geojson" and out.exists() and whole.parent in inputs)
     if is_input or out.suffix.lower() in SUFFIXES or (out.exists() and run.resolve() in out.resolve().parents):
         raise UserError(f"{out} is an image, one of the inputs, or part of the run. Name another file as `out`.")
-
-
-def _check_ending(out: Path, format: str) -> None:
-    """Refuse a name that says another format than the one that is written."""
-    ending = out.suffix.lower()
-    fits, expected = {
-        "csv": (ending not in _PLACES, "a name such as predictions.csv"),
-        "geojson": (
-            ending in _PLACES or out.is_dir() or not (ending or out.exists()),
-            "a file that ends in .geojson or .json, or a folder: one that exists, or a name without an ending",
-        ),
-        "coco": (ending == ".json", "a file that ends in .json"),
-    }[format]
-    if not fits:
-        raise UserError(f"`format={format}` and `out` do not fit together: found {out}, expected {expected}.")
 
 
 def _refuse_twice(paths: Sequence[Path]) -> None:

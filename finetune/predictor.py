@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -38,12 +38,28 @@ _BATCH = {"cpu": 8, "cuda": 64, "mps": 64}  # images per forward pass of a froze
 _CIRCUMSTANCES = ("dataset_digest", "source_mpp", "crop", "poolings", "device", "numerics", "revision")
 Backbones = Mapping[str, tuple[Backbone, Weights]]  # by model
 Predictor = Callable[[Patches, ProgressCallback], NDArray[np.float32]]  # patches to logits (n, n_models, c-1)
+_Poolings = dict[str, NDArray[np.float32]]  # embeddings (b, d)
+_Embedder = Callable[[Sequence[NDArray[np.uint8]]], _Poolings]
+_Seen = Mapping[tuple[str, str], _Poolings]  # by embedder
+_LogitsOf = Callable[[Patches, range, _Seen], NDArray[np.float32]]  # rows of patches to logits (b, n_models, c-1)
 
 
 def load_backbones(
-    runs: Sequence[Path], records: Sequence[RunRecord], weights: Path | None, named: Sequence[str]
-) -> dict[str, tuple[Backbone, Weights]]:
-    models = {part.model: (part, run) for run, one in zip(runs, records, strict=True) for part in one.each_part}
+    records: Sequence[RunRecord], *, device: torch.device, weights: Path | None, named: Sequence[str]
+) -> Backbones:
+    """Find the backbones that runs were made by, and refuse those that do not compute what they computed then.
+
+    Args:
+        records: of the runs.
+        device: that they are to compute on.
+        weights: a local checkpoint of the one backbone instead of the hub's.
+        named: the files of models of your own; they are run.
+
+    Raises:
+        UserError: a run of imported embeddings, a file by which no run was made, a checkpoint for several backbones, or
+            a backbone that cannot be had as it was.
+    """
+    models = {part.model: (part, record.folder) for record in records for part in record.each_part}
     if weights is not None and len(models) > 1:
         raise UserError(f"`weights={weights}` is a checkpoint of one model, and {', '.join(models)} are needed here.")
     for part, run in models.values():
@@ -59,45 +75,53 @@ def load_backbones(
             f"`model` names {unused[0]}, by which no run was made: expected the files of models of your own among "
             f"{', '.join(models)}."
         )
-    backbones = {
-        model: recorded_backbone(
-            model, f"{part.revision}, weights with SHA-256 {part.weights_sha256}", named=own, where=run
-        )
-        for model, (part, run) in models.items()
-    }
-    return {model: (backbone, fetch_weights(backbone, weights=weights)) for model, backbone in backbones.items()}
-
-
-def require_same_backbones(run: Path, record: RunRecord, backbones: Backbones, device: torch.device) -> None:
-    """Refuse a run of which a backbone here is not the one that it had."""
-    for part in record.each_part:
-        _require_same_backbone(run, part, record.statistics, *backbones[part.model], device)
-    if elsewhere := next((part.device for part in record.each_part if part.device != device.type), None):
-        say(f"The run was computed on {elsewhere}, this is {device.type}: probabilities may differ slightly.")
+    found = {}
+    for model, (part, run) in models.items():
+        revision = f"{part.revision}, weights with SHA-256 {part.weights_sha256}"
+        found[model] = recorded_backbone(model, revision, named=own, where=run)
+    backbones = {model: (backbone, fetch_weights(backbone, weights=weights)) for model, backbone in found.items()}
+    for record in records:
+        for part in record.each_part:
+            _require_same_backbone(record, part, *backbones[part.model], device)
+        if elsewhere := next((part.device for part in record.each_part if part.device != device.type), None):
+            say(f"The run was computed on {elsewhere}, this is {device.type}: probabilities may differ slightly.")
+    return backbones
 
 
 def _require_same_backbone(
-    run: Path, part: Part, statistics: str, backbone: Backbone, loaded: Weights, device: torch.device
+    record: RunRecord, part: Part, backbone: Backbone, loaded: Weights, device: torch.device
 ) -> None:
     view = parse_view(part.view)
     now = backbone_parts(backbone, loaded, view, precision=part.precision, device=device)
-    now["transform"] = training_transform(backbone, view, statistics).record()
-    then = {key: value for key, value in part.embedding.items() if key not in _CIRCUMSTANCES}
-    differing = list(differences(then, {key: value for key, value in now.items() if key not in _CIRCUMSTANCES}))
-    if differing:
+    now["transform"] = training_transform(backbone, view, record.statistics).record()
+    was, found = ({k: of[k] for k in of if k not in _CIRCUMSTANCES} for of in (part.embedding, now))
+    if differing := list(differences(was, found)):
         raise UserError(
-            f"{run}: its backbone cannot be reproduced here:\n"
-            + "\n".join(f"  {name}: the run had {was}, found {here}" for name, was, here in differing)
+            f"{record.folder}: its backbone cannot be reproduced here:\n"
+            + "\n".join(f"  {name}: the run had {then}, found {here}" for name, then, here in differing)
             + "\nUse the version of mitofm, the `weights` and the files of the run, or train again."
         )
     if part.precision == "fp16" and device.type == "cpu":
-        raise UserError(f"{run} was computed in fp16, which needs a GPU. Predict with `device='cuda'`.")
+        raise UserError(f"{record.folder} was computed in fp16, which needs a GPU. Predict with `device='cuda'`.")
 
 
-_Embedder = Callable[[Sequence[NDArray[np.uint8]]], dict[str, NDArray[np.float32]]]  # patches to pooling -> (b, d)
+def make_predictor(run: Path, record: RunRecord, *, backbones: Backbones, device: torch.device, n: int) -> Predictor:
+    """Make the function that applies all fold models of a run to patches.
+
+    Args:
+        run, record: folder and record.
+        backbones: from `load_backbones`.
+        device: where it computes.
+        n: how many patches it is for, about.
+
+    Raises:
+        UserError: weights of the run that are missing, damaged, or do not fit.
+    """
+    make = _probe_predictor if record.kind == "probe" else _finetuned_predictor
+    return make(run, record, backbones, device, n)
 
 
-def probe_predictor(run: Path, record: RunRecord, backbones: Backbones, device: torch.device, n: int) -> Predictor:
+def _probe_predictor(run: Path, record: RunRecord, backbones: Backbones, device: torch.device, n: int) -> Predictor:
     """Embed patches as extraction does, rounding to float16 included, then apply the fold models' linear layers."""
     weights, groups = read_weights(run), record.groups
     layers = [[weights[weight_name(name, k, len(groups))] for name in _LAYER] for k in range(len(groups))]
@@ -110,25 +134,33 @@ def probe_predictor(run: Path, record: RunRecord, backbones: Backbones, device: 
             transform = training_transform(backbone, view, "card")
             embedders[part.model, part.view] = _embedder(model, backbone, transform, part.precision, device, n)
 
-    def predict(patches: Patches, advance: ProgressCallback) -> NDArray[np.float32]:
-        logits = []
-        for rows, seen in _embedded(patches, embedders, device):
-            ids = np.array([patches.id[row] for row in rows])
-            rounded = []
-            for part in record.each_part:
-                pooling = part.card_pooling if part.pooling == "card" else part.pooling
-                poolings = [seen[part.model, part.view][name] for name in pooling.split("+")]
-                embeddings = np.concatenate(poolings, axis=1)
-                rounded.append(to_float16(embeddings, patches.source, ids=ids, first_row=rows.start))
-            each = [
-                predict_logits(np.concatenate([rounded[k] for k in group], axis=1), *layer)
-                for group, layer in zip(groups, layers, strict=True)
-            ]
-            logits.append(mean_logits(each).astype(np.float32))
-            advance(len(rows) * logits[-1].shape[1])
-        return np.concatenate(logits)
+    def logits_of(patches: Patches, rows: range, seen: _Seen) -> NDArray[np.float32]:
+        ids = np.array([patches.id[row] for row in rows])
+        rounded = []
+        for part in record.each_part:
+            pooling = part.card_pooling if part.pooling == "card" else part.pooling
+            poolings = [seen[part.model, part.view][name] for name in pooling.split("+")]
+            embeddings = np.concatenate(poolings, axis=1)
+            rounded.append(to_float16(embeddings, patches.source, ids=ids, first_row=rows.start))
+        each = [
+            predict_logits(np.concatenate([rounded[k] for k in group], axis=1), *layer)
+            for group, layer in zip(groups, layers, strict=True)
+        ]
+        return mean_logits(each).astype(np.float32)
 
-    return predict
+    return _predictor_of(embedders, logits_of, device)
+
+
+def _head_predictor(network: Network, transform: Transform, precision: str, device: torch.device, n: int) -> Predictor:
+    """Embed patches once by the frozen backbone that all members share, then apply each member's classifier."""
+    embed = _embedder(network.model, network.backbone, transform, precision, device, n)
+    weight, bias = (tensor.detach().cpu().numpy() for tensor in (network.weight, network.bias))  # (f, c, d), (f, c)
+
+    def logits_of(patches: Patches, rows: range, seen: _Seen) -> NDArray[np.float32]:
+        outputs = np.einsum("bd,fcd->bfc", seen["", ""][network.pooling], weight, optimize=True) + bias
+        return np.asarray(outputs[..., 1:] - outputs[..., :1])
+
+    return _predictor_of({("", ""): embed}, logits_of, device)
 
 
 def _embedder(
@@ -138,7 +170,7 @@ def _embedder(
     n_images = n * transform.n_shown
     model = fastest(model, backbone, device, size=transform.input_size, n_images=n_images, precision=precision)
 
-    def embed(patches: Sequence[NDArray[np.uint8]]) -> dict[str, NDArray[np.float32]]:
+    def embed(patches: Sequence[NDArray[np.uint8]]) -> _Poolings:
         shown = transform.shown(transform(patches, device))
         poolings = embed_shown(model, backbone, shown, precision=precision)
         return {name: values.cpu().numpy() for name, values in poolings.items()}
@@ -146,44 +178,35 @@ def _embedder(
     return embed
 
 
-def _embedded(
-    patches: Patches, embedders: Mapping[tuple[str, str], _Embedder], device: torch.device
-) -> Iterator[tuple[range, dict[tuple[str, str], dict[str, NDArray[np.float32]]]]]:
-    """Yield rows of patches with every pooling (n, d) of every embedder; batches are computed side by side."""
+def _predictor_of(
+    embedders: Mapping[tuple[str, str], _Embedder], logits_of: _LogitsOf, device: torch.device
+) -> Predictor:
+    """Make a predictor of frozen backbones: batches are embedded side by side, then their rows get their logits."""
     size = _BATCH[device.type]
     n_at_once = torch.get_num_threads() if device.type == "cpu" else 1
-    starts = range(0, len(patches.id), size * n_at_once)
-    units = [range(start, min(start + size * n_at_once, len(patches.id))) for start in starts]
-    with (
-        closing(decoded(patches.decode, units, device=device)) as ready,
-        side_by_side(device, n_at_once) as map_batches,
-    ):
-        for rows, images in ready:
-            batches = [images[start : start + size] for start in range(0, len(images), size)]
-            seen = {}
-            for name, embed in embedders.items():
-                found = list(map_batches(embed, batches))
-                seen[name] = {pooling: np.concatenate([one[pooling] for one in found]) for pooling in found[0]}
-            yield rows, seen
-
-
-def _head_predictor(network: Network, transform: Transform, precision: str, device: torch.device, n: int) -> Predictor:
-    """Embed patches once by the frozen backbone that all members share, then apply each member's classifier."""
-    embed = _embedder(network.model, network.backbone, transform, precision, device, n)
-    weight, bias = (tensor.detach().cpu().numpy() for tensor in (network.weight, network.bias))  # (f, c, d), (f, c)
 
     def predict(patches: Patches, advance: ProgressCallback) -> NDArray[np.float32]:
+        every, step = range(len(patches.id)), size * n_at_once
+        units = [every[start : start + step] for start in every[::step]]
         logits = []
-        for rows, seen in _embedded(patches, {("", ""): embed}, device):
-            outputs = np.einsum("bd,fcd->bfc", seen["", ""][network.pooling], weight, optimize=True) + bias
-            logits.append(outputs[..., 1:] - outputs[..., :1])
-            advance(len(rows) * len(network.members))
+        with (
+            closing(decoded(patches.decode, units, device=device)) as ready,
+            side_by_side(device, n_at_once) as map_all,
+        ):
+            for rows, images in ready:
+                batches = [images[start : start + size] for start in range(0, len(images), size)]
+                seen = {}
+                for name, embed in embedders.items():
+                    found = list(map_all(embed, batches))
+                    seen[name] = {pooling: np.concatenate([one[pooling] for one in found]) for pooling in found[0]}
+                logits.append(logits_of(patches, rows, seen))
+                advance(len(rows) * logits[-1].shape[1])
         return np.concatenate(logits)
 
     return predict
 
 
-def finetuned_predictor(run: Path, record: RunRecord, backbones: Backbones, device: torch.device, n: int) -> Predictor:
+def _finetuned_predictor(run: Path, record: RunRecord, backbones: Backbones, device: torch.device, n: int) -> Predictor:
     backbone, loaded = backbones[record.model]
     options = FinetuneOptions.from_record(record.options)
     view = parse_view(record.view)
@@ -210,9 +233,9 @@ def finetuned_predictor(run: Path, record: RunRecord, backbones: Backbones, devi
             network.compute_in(compute.precision)
         return network
 
+    if options.method == "head":
+        return _head_predictor(load(network_members[0]), transform, record.precision, device, n)
     network = load(network_members[0]) if len(network_members) == 1 else None
-    if options.method == "head" and network is not None:
-        return _head_predictor(network, transform, record.precision, device, n)
 
     def predict(patches: Patches, advance: ProgressCallback) -> NDArray[np.float32]:
         rows = np.arange(len(patches.id))
