@@ -12,7 +12,7 @@ from huggingface_hub import constants
 
 from extract import hub
 from extract.backbones import Backbone, find_backbone
-from extract.datasets import DATASETS, load_dataset, local_data
+from extract.datasets import DATASETS, load_dataset, local_data, parse_source
 from extract.doctor import DoctorOptions, ModelCheck, diagnose
 from features.console import UserError
 from features.device import find_device
@@ -21,9 +21,8 @@ from features.labels import Classes, parse_renaming
 from features.samples import Samples
 from features.store import FeatureStore
 from finetune.benchmark_cost import Counts
-from finetune.benchmark_plan import Plan, Row, Where, read_plan, require_parsable
+from finetune.benchmark_plan import Plan, Where, read_plan, require_parsable
 from probe.experiment import make_experiment
-from probe.probing import ProbeOptions
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,7 +37,7 @@ class Facts:
         downloads: model to bytes of its weights, where they are not here yet.
         problem: as `lacks`, of the patches; None if they are here, or can be downloaded.
         tables: dataset to digest of its patch table, and of its images; empty if they are not here yet.
-        counts: of patches, by what decides the folds.
+        counts: of patches, by `Row.fold_options`.
         refusals: why there are no such folds, likewise.
         notes: what else is to be said beforehand.
     """
@@ -54,6 +53,11 @@ class Facts:
     counts: Mapping[Any, Counts]
     refusals: Mapping[Any, str]
     notes: tuple[str, ...]
+
+    @property
+    def dataset_names(self) -> tuple[str, ...]:
+        """The datasets' names in store and runs."""
+        return tuple(self.tables) or tuple(n if n in DATASETS else parse_source(n)[0] for n in self.plan.datasets)
 
 
 def gather(plan_name: str, where: Where) -> Facts:
@@ -143,7 +147,7 @@ def _load(plan: Plan, where: Where) -> dict[str, _Table]:
 
 def _imported_tables(plan: Plan, where: Where) -> dict[str, _Table]:
     """Read the tables that the store alone knows, because embeddings were imported without patches."""
-    if not all(row.imported for row in plan.rows) or not has_store(where):
+    if not all(row.imported for row in plan.rows) or not where.has_store:
         return {}
     store = FeatureStore.open(where.store)
     if not set(plan.datasets) <= set(store.datasets()):
@@ -153,20 +157,10 @@ def _imported_tables(plan: Plan, where: Where) -> dict[str, _Table]:
     return {name: _Table(store.samples(name), store.class_names(name)) for name in plan.datasets}
 
 
-def has_store(where: Where) -> bool:
-    return "://" in where.store or (Path(where.store) / "zarr.json").is_file()
-
-
-def question(row: Row) -> tuple[Any, ...]:
-    """What decides the folds of a row."""
-    of = row.options or ProbeOptions()
-    return of.cv, of.fold_seed, of.recipe in ("paper", "authors"), of.soft_labels, of.folds_by
-
-
 def _count(plan: Plan, loaded: Mapping[str, _Table]) -> tuple[dict[Any, Counts], dict[Any, str]]:
     """Count the patches of every fold assignment; of datasets that are not here, by what is published of them."""
     counts, refusals = {}, {}
-    for asked in {question(row) for row in plan.rows}:
+    for asked in {row.fold_options for row in plan.rows}:
         cv, fold_seed, paper_folds, soft_labels, folds_by = asked
         if not loaded:
             sizes = [DATASETS[name].n_atypical + DATASETS[name].n_normal for name in plan.datasets if name in DATASETS]

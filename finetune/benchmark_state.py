@@ -18,13 +18,12 @@ import torch
 from huggingface_hub import constants
 
 from extract.backbones import Backbone
-from extract.datasets import DATASETS, parse_source
 from features.console import UserError
 from features.entry import Entry
 from features.store import FeatureStore
 from finetune.benchmark_cost import Estimate, device_memory, estimate, measure_rates
-from finetune.benchmark_facts import Facts, has_store, question
-from finetune.benchmark_plan import EMBED, PROBE, Plan, Row, Where
+from finetune.benchmark_facts import Facts
+from finetune.benchmark_plan import EMBED, PROBE, Row, Where
 from finetune.checkpoint import START_FILE, epochs_done, read_start
 from finetune.options import FinetuneOptions, is_convolutional
 from finetune.recipes import Recipe
@@ -80,7 +79,7 @@ def look(where: Where) -> Found:
             elif (folder / START_FILE).is_file():
                 starts.append((folder, read_start(folder)))
     entries: dict[tuple[str, str, str], Entry] = {}
-    if has_store(where):
+    if where.has_store:
         with suppress(UserError):
             entries = {(one.dataset, one.model, one.view): one for one in FeatureStore.open(where.store).entries()}
     by_date = sorted(runs, key=lambda record: record.created, reverse=True)
@@ -95,10 +94,10 @@ def standing(row: Row, facts: Facts, found: Found) -> Standing:
         return Standing(row, "done", run=run)
     if facts.problem is not None:
         return Standing(row, "cannot", *facts.problem)
-    if refusal := facts.refusals.get(question(row)):
+    if refusal := facts.refusals.get(row.fold_options):
         return Standing(row, "cannot", "no such folds", refusal)
     if row.imported and not _is_embedded(row, facts, found):
-        names = ", ".join(_names(facts.plan, facts))
+        names = ", ".join(facts.dataset_names)
         remedy = (
             f"{facts.where.store} has no imported embeddings of {names} by {row.model}, whole and in one view. Import "
             f"them: fm-store import FILE --model {row.model} --dataset {names} --store {facts.where.store}"
@@ -111,11 +110,6 @@ def standing(row: Row, facts: Facts, found: Found) -> Standing:
     return Standing(row, "to do" if begun is None and not any(done.values()) else "to resume", run=begun, done=done)
 
 
-def _names(plan: Plan, facts: Facts) -> tuple[str, ...]:
-    """The datasets' names in store and runs."""
-    return tuple(facts.tables) or tuple(n if n in DATASETS else parse_source(n)[0] for n in plan.datasets)
-
-
 def _entry(name: str, row: Row, view: str, facts: Facts, found: Found) -> Entry | None:
     """Find a dataset's entry by the row's model in a view; None if there is none, or of other images."""
     entry = found.entries.get((name, row.model, view))
@@ -126,7 +120,7 @@ def _entry(name: str, row: Row, view: str, facts: Facts, found: Found) -> Entry 
 
 def _is_embedded(row: Row, facts: Facts, found: Found) -> bool:
     """Whether the store holds every dataset, of the images that are here, by the row's model in its views."""
-    names = _names(facts.plan, facts)
+    names = facts.dataset_names
     views = row.views
     if row.imported and not views:  # any that all datasets have
         of = [
@@ -141,9 +135,9 @@ def _is_embedded(row: Row, facts: Facts, found: Found) -> bool:
 
 def _done(row: Row, begun: Path | None, facts: Facts, found: Found) -> dict[str, float]:
     """Say which fraction is there of an unfinished row: of the patches in each view, or of the epochs ("")."""
-    counts = facts.counts.get(question(row))
+    counts = facts.counts.get(row.fold_options)
     if row.method == EMBED and counts is not None:
-        names = _names(facts.plan, facts)
+        names = facts.dataset_names
         entries = {view: [_entry(name, row, view, facts, found) for name in names] for view in row.views}
         n_rows = {view: sum(e.n_rows * e.n_done / e.n_blocks for e in of if e) for view, of in entries.items()}
         return {view: min(1.0, n / counts.patches) for view, n in n_rows.items()}
@@ -175,7 +169,7 @@ def _finished(row: Row, facts: Facts, found: Found) -> Path | None:
 def _same_tables(digests: Mapping[str, str], facts: Facts) -> bool:
     """Whether a run trained and tested on the plan's patches; if these are not here, on datasets of the same names."""
     if not facts.tables:
-        return digests.keys() == set(_names(facts.plan, facts))
+        return digests.keys() == set(facts.dataset_names)
     return dict(digests) == {name: digest for name, (digest, _) in facts.tables.items()}
 
 
@@ -203,7 +197,7 @@ def _is_start_of(row: Row, start: Mapping[str, Any], facts: Facts) -> bool:
         return False
     identity = start["identity"]
     with suppress(UserError, KeyError, TypeError, ValueError):
-        digests = {_names(facts.plan, facts)[0]: identity["table"], **identity["tests"]}
+        digests = {facts.dataset_names[0]: identity["table"], **identity["tests"]}
         same_device = identity["backbone"].get("device") == facts.device.type  # another would be refused
         view, backbone = identity["backbone"]["view"], facts.backbones[row.model]
         same = _same_training(identity["options"], view, identity["recipe"], row.options, backbone)
@@ -241,7 +235,7 @@ def survey(facts: Facts) -> list[Standing]:
     downloads = dict(facts.downloads)
     surveyed = []
     for one in rows:
-        backbone, counts = facts.backbones.get(one.row.model), facts.counts.get(question(one.row))
+        backbone, counts = facts.backbones.get(one.row.model), facts.counts.get(one.row.fold_options)
         if one.state != "done" and backbone is not None and counts is not None:
             with suppress(UserError):  # what this says, the command says
                 one = replace(one, estimate=estimate(one.row, backbone, counts, rates, facts.device, done=one.done))
