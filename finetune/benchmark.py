@@ -26,8 +26,9 @@ from extract.shard import Shard
 from features.console import Interrupted, printable, say
 from features.files import writing
 from finetune.benchmark_cost import device_memory
+from finetune.benchmark_facts import Facts
 from finetune.benchmark_plan import EMBED, PROBE, Plan, Row, Where, command, resuming
-from finetune.benchmark_state import Facts, Standing, look, standing
+from finetune.benchmark_state import Standing, look, standing
 
 FOLDER = ".benchmark"  # below the runs: locks, and what commands said
 _MAINS = {

@@ -14,7 +14,8 @@ from features.options import DEFAULT_RUNS, DEFAULT_STORE, DataOption, DeviceOpti
 
 if TYPE_CHECKING:  # torch takes seconds to import: the command imports it when it runs
     from extract.shard import Shard
-    from finetune.benchmark_state import Facts, Standing
+    from finetune.benchmark_facts import Facts
+    from finetune.benchmark_state import Standing
 
 benchmark_app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -52,8 +53,9 @@ def benchmark(
     os.environ["HF_HUB_ETAG_TIMEOUT"] = given or "4"  # as in fm-doctor; it is read when it is imported
     from extract.shard import find_shard
     from finetune.benchmark import run_benchmark, shell_script, slurm_script
+    from finetune.benchmark_facts import gather
     from finetune.benchmark_plan import Where
-    from finetune.benchmark_state import gather, survey
+    from finetune.benchmark_state import survey
 
     if not given:  # children download, with huggingface_hub's own ten seconds
         del os.environ["HF_HUB_ETAG_TIMEOUT"]

@@ -86,6 +86,12 @@ class Row:
         return " ".join(part for part in (self.model, self.method, self.recipe) if part)
 
     @property
+    def fold_options(self) -> tuple[Any, ...]:
+        """What decides its folds: cv, fold_seed, paper_folds, soft_labels and folds_by of `make_experiment`."""
+        of = self.options or ProbeOptions()
+        return of.cv, of.fold_seed, of.recipe in ("paper", "authors"), of.soft_labels, of.folds_by
+
+    @property
     def key(self) -> str:
         """Digest of what is asked, whatever plan asks it."""
         options = None if self.options is None else self.options.as_record()
@@ -132,6 +138,11 @@ class Where:
     store: str = DEFAULT_STORE
     runs: Path = DEFAULT_RUNS
     device: str = "auto"
+
+    @property
+    def has_store(self) -> bool:
+        """Whether there is a store; one in a bucket is taken to be there."""
+        return "://" in self.store or (Path(self.store) / "zarr.json").is_file()
 
 
 _PLACES = frozenset(one.name for one in fields(Where))

@@ -60,6 +60,21 @@ class Said:
         return {name: round(value, 6) for name, value in known.items()}
 
 
+def check_ending(out: Path, format: str) -> None:
+    """Raise UserError if a name says another format than the one that is written."""
+    ending = out.suffix.lower()
+    fits, expected = {
+        "csv": (ending not in _FILES, "a name such as predictions.csv"),
+        "geojson": (
+            ending in _FILES or out.is_dir() or not (ending or out.exists()),
+            "a file that ends in .geojson or .json, or a folder: one that exists, or a name without an ending",
+        ),
+        "coco": (ending == ".json", "a file that ends in .json"),
+    }[format]
+    if not fits:
+        raise UserError(f"`format={format}` and `out` do not fit together: found {out}, expected {expected}.")
+
+
 def points_of(sources: Sequence[Patches], format: str, out: Path) -> list[Points]:
     """Find the points of every source, and check that a format other than CSV can hold them.
 

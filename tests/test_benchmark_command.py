@@ -35,8 +35,9 @@ from features.console import Interrupted, UserError
 from finetune import cli
 from finetune.benchmark import FOLDER, run_benchmark, run_child, shell_script, slurm_script
 from finetune.benchmark_cost import Counts, estimate, measure_rates
+from finetune.benchmark_facts import _lack, gather
 from finetune.benchmark_plan import EMBED, PROBE, SHIPPED, Plan, Row, Where, command, read_plan, require_parsable
-from finetune.benchmark_state import Found, _lack, gather, look, standing, survey
+from finetune.benchmark_state import Found, look, standing, survey
 from finetune.options import FinetuneOptions
 from probe import cli as probe_cli
 from probe import probing

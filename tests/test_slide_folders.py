@@ -20,8 +20,9 @@ from features.exchange import import_embeddings
 from features.store import FeatureStore
 from finetune.benchmark import run_benchmark
 from finetune.benchmark_cli import _show_benchmark
+from finetune.benchmark_facts import gather
 from finetune.benchmark_plan import Where
-from finetune.benchmark_state import gather, survey
+from finetune.benchmark_state import survey
 from probe.cli import app as probe_app
 from probe.probing import ProbeOptions, probe_store
 from probe.runs import read_predictions, read_run
