@@ -91,7 +91,7 @@ class Transform:
         width = pixels.shape[3]
         rows = pixels.permute(0, 2, 3, 1).flatten(2).to(torch.float32, copy=True)  # (b, h, w * 3)
         rows.mul_(scale.flatten().repeat(width)).sub_(offset.flatten().repeat(width))
-        return rows.unflatten(2, (width, 3)).permute(0, 3, 1, 2)
+        return rows.view(*rows.shape[:2], width, 3).permute(0, 3, 1, 2)
 
     @property
     def n_shown(self) -> int:

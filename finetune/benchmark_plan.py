@@ -235,7 +235,7 @@ def _product(
     if imported and PROBE not in methods:
         raise UserError(f"`imported` is of probes, and `methods` are {', '.join(methods)}. Add probe.")
     if "view" in chosen:
-        parse_view(_text(chosen, "view", ""))
+        _view_names([_text(chosen, "view", "")])
     if "pooling" in chosen:
         pooling = _text(chosen, "pooling", "")
         for model, backbone in backbones.items():
@@ -278,20 +278,25 @@ def _probe(
     imported: bool = False,
 ) -> Row:
     recipe = "exact" if recipe == "default" else recipe
-    view = chosen.get("view", None if imported else TRAINED_VIEWS.get(recipe))
+    view = chosen.get("view", TRAINED_VIEWS.get(recipe, ",".join(_view_names(views))) if views else None)
     names = [name if name in DATASETS else parse_source(name)[0] for name in (train, *test)]
     given = {name: value for name, value in chosen.items() if name in _OF_PROBES}
     if recipe == "exact":
         given.pop("seeds", None)  # it draws nothing at random
     else:
         given.pop("fractions", None)  # of the exact probe alone
-    named = {"train": names[0], "test": names[1:], "recipe": recipe, "view": view and parse_view(view).name}
+    named = {
+        "train": names[0],
+        "test": names[1:],
+        "recipe": recipe,
+        "view": view and ",".join(_view_names(view.split(","))),
+    }
     options = _converted(given | named, ProbeOptions)
     if recipe == "exact" and options.cv < 3 and options.folds_by is None:
         raise UserError(
             f"`cv = {options.cv}`: exact probes choose a strength within training folds, and need at least 3."
         )
-    return Row(0, 0, model, PROBE, (options.view,) if options.view else _view_names(views), options, imported)
+    return Row(0, 0, model, PROBE, tuple(options.view.split(",")) if options.view else (), options, imported)
 
 
 def _require_pooling(pooling: str, model: str, possible: Sequence[str]) -> None:

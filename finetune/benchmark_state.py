@@ -59,11 +59,15 @@ class Standing:
 
 @dataclass(frozen=True, eq=False)
 class Found:
-    """What is on the disk now: finished runs, newest first, interrupted trainings, and the entries of the store."""
+    """What is on the disk now: finished runs, newest first, interrupted trainings, and what the store holds.
+
+    `tables` are the digests of the patch tables in the store, by dataset.
+    """
 
     runs: tuple[RunRecord, ...]
     starts: tuple[tuple[Path, Mapping[str, Any]], ...]
     entries: Mapping[tuple[str, str, str], Entry]
+    tables: Mapping[str, str]
 
 
 # --------------------------------------------------------------------------------------------------- what is there now
@@ -79,18 +83,23 @@ def look(where: Where) -> Found:
             elif (folder / START_FILE).is_file():
                 starts.append((folder, read_start(folder)))
     entries: dict[tuple[str, str, str], Entry] = {}
+    tables: dict[str, str] = {}
     if where.has_store:
         with suppress(UserError):
-            entries = {(one.dataset, one.model, one.view): one for one in FeatureStore.open(where.store).entries()}
+            store = FeatureStore.open(where.store)
+            entries = {(one.dataset, one.model, one.view): one for one in store.entries()}
+            tables = {name: str(store.dataset_attrs(name).get("table_digest")) for name in store.datasets()}
     by_date = sorted(runs, key=lambda record: record.created, reverse=True)
     last_first = sorted(starts, key=lambda start: (start[0] / START_FILE).stat().st_mtime, reverse=True)
-    return Found(tuple(by_date), tuple(last_first), entries)
+    return Found(tuple(by_date), tuple(last_first), entries, tables)
 
 
 def standing(row: Row, facts: Facts, found: Found) -> Standing:
     """Say where a row stands, but for what it would take."""
     run = _finished(row, facts, found)
-    if run is not None or (row.method == EMBED and _is_embedded(row, facts, found)):
+    # Embeddings of the same images whose labels or groups have changed stay; the command renews their table.
+    renewed = all(found.tables.get(name) == digest for name, (digest, _) in facts.tables.items())
+    if run is not None or (row.method == EMBED and renewed and _is_embedded(row, facts, found)):
         return Standing(row, "done", run=run)
     if facts.problem is not None:
         return Standing(row, "cannot", *facts.problem)
@@ -157,11 +166,12 @@ def _finished(row: Row, facts: Facts, found: Found) -> Path | None:
             continue
         with suppress(UserError, KeyError, TypeError, ValueError):  # options of an early version, or of a later one
             if isinstance(row.options, FinetuneOptions):
-                if record.kind == "finetune" and _same_training(
+                same_role = record.kind == "finetune" and record.train == facts.dataset_names[0]
+                if same_role and _same_training(
                     record.options, record.view, record.recipe or {}, row.options, facts.backbones[row.model]
                 ):
                     return record.folder
-            elif record.kind == "probe" and not record.combined and _same_probe(record, row, found):
+            elif record.kind == "probe" and not record.combined and _same_probe(record, row, facts, found):
                 return record.folder
     return None
 
@@ -173,22 +183,20 @@ def _same_tables(digests: Mapping[str, str], facts: Facts) -> bool:
     return dict(digests) == {name: digest for name, (digest, _) in facts.tables.items()}
 
 
-_MEANT = ("view", "epochs", "batch_size", "learning_rate", "tta")  # options that recipe and view tell the meaning of
+# Options whose meaning a record tells otherwise: patches by their tables, images by view, a training by its recipe.
+_MEANT = ("train", "test", "view", "epochs", "batch_size", "learning_rate", "tta")
 
 
 def _same_training(
     recorded: Mapping[str, Any], view: str, recipe: Mapping[str, Any], asked: FinetuneOptions, backbone: Backbone
 ) -> bool:
-    """Whether a training is the one asked for: by the same options, or by others that mean the same today.
-
-    Test sets are known by their tables, however they were named.
-    """
+    """Whether a training is the one asked for: by the same options, or by others that mean the same today."""
     options = FinetuneOptions.from_record(recorded)
     wanted, had = asked.resolved_recipe(backbone), Recipe.from_record(recipe)
     # A patience of all epochs and more is one that never ends a training.
     alike = [replace(one, patience=min(one.patience, one.epochs)) for one in (wanted, had)]
     same_meaning = alike[0] == alike[1] and view == asked.resolved_view(backbone, wanted).name
-    of_its_own = {name: getattr(options, name) for name in ("test", *_MEANT, *(["cv"] * bool(asked.folds_by)))}
+    of_its_own = {name: getattr(options, name) for name in (*_MEANT, *(["cv"] * bool(asked.folds_by)))}
     return same_meaning and options == replace(asked, **of_its_own)
 
 
@@ -205,16 +213,17 @@ def _is_start_of(row: Row, start: Mapping[str, Any], facts: Facts) -> bool:
     return False
 
 
-def _same_probe(record: RunRecord, row: Row, found: Found) -> bool:
+def _same_probe(record: RunRecord, row: Row, facts: Facts, found: Found) -> bool:
     """Whether a probe had the row's options, chose from its views, and read the embeddings that the store has."""
     assert isinstance(row.options, ProbeOptions)
     asked, recorded = (
         json.loads(json.dumps(asdict(ProbeOptions()) | dict(options)))
         for options in (asdict(row.options), record.options)
     )
-    whatever = {"device"} | ({"cv"} if row.options.folds_by else set())
-    tried = {candidate.view for candidate in record.candidates or ()}
-    same = all(asked[name] == recorded.get(name) for name in asked.keys() - whatever) and tried >= set(row.views)
+    whatever = {"device", *_MEANT} | ({"cv"} if row.options.folds_by else set())
+    tried = {candidate.view for candidate in record.candidates or ()} or {record.view}
+    same = all(asked[name] == recorded.get(name) for name in asked.keys() - whatever)
+    same = same and record.train == facts.dataset_names[0] and (tried == set(row.views) or not row.views)
     entries = {name: found.entries.get((name, row.model, record.view)) for name in record.fingerprints}
     return same and all(
         entry is None or entry.fingerprint == record.fingerprints[name] for name, entry in entries.items()

@@ -203,32 +203,35 @@ def list_candidates(setup: Setup, model: str) -> list[tuple[Entry, str]]:
             one.view: one for one in entries if one.complete and (options.view or not split_alteration(one.view)[1])
         }
 
-    view = options.view or _view_of_recipe(
-        store, options.recipe, model, {name: complete(name) for name in (train, *tests)}
-    )
+    if options.view:
+        named = [view.strip() for view in options.view.split(",")]
+    else:
+        view = _view_of_recipe(store, options.recipe, model, {name: complete(name) for name in (train, *tests)})
+        named = [] if view is None else [view]
     by_view = complete(train)
-    if view is not None:  # its modifiers may be named in any order
-        view = next((key for key in by_view if sorted(key.split("+")) == sorted(view.split("+"))), view)
+    # The modifiers of a view may be named in any order.
+    stored = {tuple(sorted(key.split("+"))): key for key in by_view}
+    named = list(dict.fromkeys(stored.get(tuple(sorted(view.split("+"))), view) for view in named))
     for name in tests:
         test_entries = complete(name)
-        if view is not None and view in by_view and view not in test_entries:
+        if lacking := [view for view in named if view in by_view and view not in test_entries]:
             raise UserError(
-                f"{name} has no complete embeddings of {model} in view {view}. "
-                f"Run: {missing_embeddings(store, model, [name], view)}"
+                f"{name} has no complete embeddings of {model} in view {lacking[0]}. "
+                f"Run: {missing_embeddings(store, model, [name], ','.join(lacking))}"
             )
         by_view = {key: entry for key, entry in by_view.items() if key in test_entries}
         for key, entry in by_view.items():
             _require_same_embedding(entry, test_entries[key])
-    if view is not None:
-        by_view = {key: entry for key, entry in by_view.items() if key == view}
-    if not by_view:
-        if view is not None:
+    lacking = [view for view in named if view not in by_view]
+    if lacking or not by_view:
+        for view in lacking:
             _require_view(store, view)
-        where = f"in view {view}" if view else f"in a view that {', '.join([train, *tests])} share"
+        where = f"in view {lacking[0]}" if lacking else f"in a view that {', '.join([train, *tests])} share"
         raise UserError(
             f"{store.path} has no complete embeddings of {model} {where}. "
-            f"Run: {missing_embeddings(store, model, [train, *tests], view or 'full')}"
+            f"Run: {missing_embeddings(store, model, [train, *tests], ','.join(lacking) or 'full')}"
         )
+    by_view = {key: by_view[key] for key in named} if named else by_view
     return [
         (entry, name) for entry in by_view.values() for name in ([pooling] if pooling else _distinct_poolings(entry))
     ]

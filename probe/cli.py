@@ -55,7 +55,12 @@ def probe(
     test: Annotated[
         str | None, typer.Option(help="Datasets to score, comma-separated. Default: all in the store but the demo.")
     ] = None,
-    view: Annotated[str | None, typer.Option(help="A view, e.g. full. Default: chosen by cross-validation.")] = None,
+    view: Annotated[
+        str | None,
+        typer.Option(
+            help="A view, e.g. full; of several, joined by commas, cross-validation chooses. Default: of all."
+        ),
+    ] = None,
     pooling: Annotated[
         str | None,
         typer.Option(

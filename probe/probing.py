@@ -66,7 +66,7 @@ class ProbeOptions:
         cv: number of folds.
         train: dataset whose training split is cross-validated; None for ami-br, or the store's only other one.
         test: datasets to score besides the training set's own test split; None for all of the store's but the demo.
-        view: one view, or None to choose among those in the store.
+        view: one view; several, joined by commas, to choose among; or None to choose among those in the store.
         pooling: "card", "cls", "mean", "center", "cls+mean", or None to choose.
         recipe: "exact" (`fit_exact`), or what the paper's text ("paper") or its authors' scripts ("authors") do:
             `fit_paper`, on the paper's folds, with the card's embedding of the whole patch.

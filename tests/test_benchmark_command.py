@@ -42,6 +42,7 @@ from finetune.options import FinetuneOptions
 from probe import cli as probe_cli
 from probe import probing
 from probe.probing import ProbeOptions
+from probe.runs import read_run
 
 TINY = """
 title = "a tiny benchmark"
@@ -318,7 +319,7 @@ def test_a_test_set_that_is_not_in_the_folder_is_left_out_and_a_training_set_is_
     assert facts.plan.test == ("atnorm-br",)
     assert any("atnorm-md is not in" in note for note in facts.notes)
     assert facts.problem is not None
-    one = standing(facts.plan.rows[0], facts, Found((), (), {}))
+    one = standing(facts.plan.rows[0], facts, Found((), (), {}, {}))
     assert (one.state, one.reason) == ("cannot", "no patches of ami-br")
     assert "AMi-Br" in one.remedy
 
@@ -457,6 +458,10 @@ def probed_otherwise_is_not_done(plan: str) -> None:
     open_row = replace(row, options=replace(row.options, view=None))
     assert standing(open_row, facts, chose).state == "done"
     assert standing(replace(open_row, views=("full@32", "center24@32")), facts, chose).state == "to do"
+    assert standing(replace(open_row, views=("center24@32",)), facts, chose).state == "to do"
+    by_hand = replace(record, options={**record.options, "train": None, "test": None, "view": None})
+    assert standing(row, facts, replace(found, runs=(by_hand,))).state == "done"
+    assert standing(row, facts, replace(found, runs=(replace(record, train="other"),))).state == "to do"
     assert standing(replace(row, options=replace(row.options, pooling="card")), facts, found).state == "to do"
     entries = {key: replace(entry, fingerprint="another") for key, entry in found.entries.items()}
     assert standing(row, facts, replace(found, entries=entries)).state == "to do"
@@ -480,6 +485,48 @@ def trained_by_options_that_mean_the_same_is_done(plan: str) -> None:
     assert state(recipe={**recipe, "learning_rate": 1.0}) == "to do"
     assert state(view="full") == "to do"
     assert state(options={**record.options, "seed": 7}) == "to do"
+
+
+ONE_PROBE = """
+train = "patches.csv"
+models = "efficientnet-lite0"
+methods = "probe"
+views = {views}
+cv = 3
+"""
+
+
+def test_a_probe_chooses_from_the_views_of_the_plan_whatever_the_store_holds(tiny: str) -> None:
+    for views in (["full@32"], ["center24@32", "full@32"], ["center24@32+rot90"]):
+        Path(tiny).write_text(ONE_PROBE.format(views=views))
+        outcome = run_tiny(tiny, Launches())
+        assert [one.state for one in outcome.standings] == ["done", "done"]
+        run = outcome.standings[1].run
+        assert run is not None
+        assert {candidate.view for candidate in read_run(run).candidates or ()} == set(views)
+        assert states(tiny) == ["done", "done"]
+    assert len(list(Path("runs").glob("probe-*"))) == 3
+    for given in (["--view", "full@32"], ["--view", "full@32, center24@32", "--train", "patches", "--test", ""]):
+        with contextlib.redirect_stdout(io.StringIO()):  # by hand; the plans above then find these
+            arguments = ["--cv", "3", "--model", "efficientnet-lite0", *given, "--runs", "by hand"]
+            probe_cli.app(arguments, standalone_mode=False)
+    for views in (["full@32"], ["center24@32", "full@32"]):
+        Path(tiny).write_text(ONE_PROBE.format(views=views))
+        facts = gather(tiny, Where(runs=Path("by hand")))
+        assert standing(facts.plan.rows[1], facts, look(facts.where)).state == "done"
+
+
+def test_a_label_that_is_corrected_afterwards_reaches_the_store_and_the_probe(tiny: str) -> None:
+    Path(tiny).write_text(ONE_PROBE.format(views=["full@32"]))
+    run_tiny(tiny, Launches())
+    table = Path("patches.csv").read_text().splitlines()
+    path, label, *rest = table[1].split(",")
+    other = next(line.split(",")[1] for line in table[2:] if line.split(",")[1] != label)
+    Path("patches.csv").write_text("\n".join([table[0], ",".join([path, other, *rest]), *table[2:]]) + "\n")
+    assert states(tiny) == ["to resume", "to do"]  # the embeddings stay, their table does not
+    outcome = run_tiny(tiny, again := Launches())
+    assert again.names == ["fm-extract", "fm-probe", "fm-report"]
+    assert [one.state for one in outcome.standings] == states(tiny) == ["done", "done"]
 
 
 def test_what_is_left_of_a_row_that_was_interrupted_is_estimated(tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
