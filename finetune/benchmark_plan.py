@@ -191,9 +191,16 @@ def read_plan(name_or_path: str, *, without: Sequence[str] = ()) -> Plan:
                 f"mitofm: {', '.join(names)}. docs/benchmark.md says how to write one."
             )
         path = SHIPPED / f"{name_or_path}.toml"
+    content = path.read_bytes()
     try:
-        raw = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        if b"\0" in content:  # UTF-16 of plain letters is UTF-8 as well
+            raise ValueError("it has zero bytes")
+        text = content.decode("utf-8-sig")  # Windows begins files with a mark
+    except ValueError as error:
+        raise UserError(f"{path} is not text in UTF-8: {error}. Save the plan in the encoding UTF-8.") from None
+    try:
+        raw = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
         raise UserError(f"{path} is no TOML file: {error}. Expected a benchmark plan (docs/benchmark.md).") from None
     try:
         return _plan(name_or_path, raw, without)

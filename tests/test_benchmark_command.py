@@ -210,6 +210,34 @@ def test_a_faulty_plan_gets_one_clear_message(tmp_path: Path, text: str, message
         plan_of(tmp_path, text)
 
 
+def test_a_plan_is_text_in_utf_8_with_or_without_a_mark(tmp_path: Path) -> None:
+    path, text = tmp_path / "mine.toml", "title = 'Mitösen'\r\nmodels = 'uni'\r\n"
+    path.write_bytes(text.encode("utf-8-sig"))
+    assert read_plan(str(path)).title == "Mitösen"
+    for encoding in ("utf-16", "utf-16-le", "latin-1"):
+        path.write_bytes(text.encode(encoding))
+        with pytest.raises(UserError, match=r"mine\.toml is not text in UTF-8: .*Save the plan in the encoding UTF-8"):
+            read_plan(str(path))
+
+
+def test_every_key_of_a_plan_is_documented_by_the_type_of_its_value(tmp_path: Path) -> None:
+    page = (Path(__file__).parents[1] / "docs" / "benchmark.md").read_text(encoding="utf-8")
+    table = page.partition("| value | keys |\n|---|---|\n")[2].partition("\n\n")[0]
+    types = {
+        key: value.partition(":")[0].replace("`", "")
+        for _, value, keys, _ in (line.split("|") for line in table.splitlines())
+        for key in re.findall(r"`(\w+)`", keys)
+    }
+    with pytest.raises(UserError) as error:
+        plan_of(tmp_path, "nothing = 1")
+    assert set(types) == set(str(error.value).partition("Keys: ")[2].rstrip(".").split(", "))
+    for key, kind in types.items():
+        others = "" if key == "models" else "models = 'uni'\n"
+        article = "" if kind.strip().startswith(("true", "text")) else "a "
+        with pytest.raises(UserError, match=rf"`{key}` is {{}}: expected {article}{kind.strip()}"):
+            plan_of(tmp_path, f"{others}{key} = {{}}")
+
+
 def test_names_in_one_text_are_read_as_on_the_command_line(tmp_path: Path) -> None:
     text = "models = '{0}'\nclasses = '{1}'\ntest = '{2}'\nmethods = 'lora'"
     joined = text.format("uni, virchow2", "imposter,mitosis", "atnorm-br,atnorm-md")
@@ -595,7 +623,9 @@ def test_a_row_that_fails_does_not_end_the_others(
     assert launch.names == ["fm-extract", "fm-finetune", "fm-finetune"]  # there is nothing to probe, nothing to report
     assert "4 of this benchmark failed" in err
     assert err.count("as the test says") == 2 * 3  # as it happens, and at the end
-    assert "row 2, efficientnet-lite0 probe exact: row 1, its embeddings, failed" in err
+    listed = err.partition("4 of this benchmark failed")[2].splitlines()
+    assert "- row 2, efficientnet-lite0 probe exact: row 1, its embeddings, failed." in listed
+    assert sum("as the test says. All of it: runs/" in line for line in listed) == 3
 
 
 def test_models_are_embedded_together_and_each_alone_where_that_fails(
