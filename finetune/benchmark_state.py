@@ -95,7 +95,7 @@ def standing(row: Row, facts: Facts, found: Found) -> Standing:
     if facts.problem is not None:
         return Standing(row, "cannot", *facts.problem)
     if refusal := facts.refusals.get(row.fold_options):
-        return Standing(row, "cannot", "no such folds", refusal)
+        return Standing(row, "cannot", "not on these patches", refusal)
     if row.imported and not _is_embedded(row, facts, found):
         names = ", ".join(facts.dataset_names)
         remedy = (
