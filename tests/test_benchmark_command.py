@@ -400,6 +400,40 @@ def test_a_test_set_that_is_not_in_the_folder_is_left_out_and_a_training_set_is_
     assert "AMi-Br" in one.remedy
 
 
+def test_places_that_cannot_be_written_to_are_refused_before_anything_runs(
+    tiny: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("file").write_text("kept")
+    Path("full").mkdir()
+    Path("full/file").write_text("kept")
+    Path("link").symlink_to("nowhere")
+    before = sorted(Path().rglob("*"))
+    monkeypatch.setattr(benchmark, "run_child", launch := Launches())
+    for option, place, message in (
+        ("--runs", "file", "file is a file and no folder. Name a folder that can be written to by --runs."),
+        ("--runs", "file/runs", "file is a file and no folder. "),
+        ("--runs", "link", "link is a link to nothing. "),
+        ("--runs", "/proc/x", "/proc is no folder on a disk. "),
+        ("--store", "file", "file is a file and no folder. Name a folder that can be written to by --store."),
+        ("--store", "/proc/x.zarr", "/proc is no folder on a disk. "),
+        ("--store", "full", "full exists but is not a feature store. Name another --store; nothing was changed."),
+    ):
+        for asked in ((), ("--dry-run",)):
+            status, out, err = run_command(capsys, tiny, option, place, *asked, monkeypatch=monkeypatch)
+            assert (status, out) == (1, ""), err
+            assert err.startswith("error: ")
+            assert message in " ".join(err.split())
+    assert launch.lines == []
+    assert sorted(Path().rglob("*")) == before
+
+
+def test_patches_without_votes_are_not_said_to_lack_folds(tiny: str) -> None:
+    Path(tiny).write_text(TINY.replace("cv = 3", 'cv = 3\nsoft_labels = "votes"'))
+    rows = survey(gather(tiny, Where()))
+    assert {(one.state, one.reason) for one in rows if one.row.method != EMBED} == {("cannot", "not on these patches")}
+    assert all("has no votes of raters" in one.remedy for one in rows if one.row.method != EMBED)
+
+
 def test_what_is_larger_than_memory_or_disk_cannot_be_run(tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
     facts = gather(tiny, Where())
     by_state = [one.state for one in survey(facts)]
