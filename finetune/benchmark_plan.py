@@ -395,7 +395,7 @@ def _value(table: Mapping[str, Any], name: str) -> Any:
     if kind == tuple[str, ...]:
         return tuple(_list(table, name))
     if kind is str:
-        value = _text(table, name, "")
+        value: Any = _text(table, name, "")
     else:
         try:
             value = msgspec.convert(table[name], kind)
