@@ -377,6 +377,8 @@ def test_a_part_of_a_plan_says_what_is_left_of_it(
         assert status == 0, err
         assert f"2 rows of 4, part {part}: 2 to do. " in err
         assert {method for method in (EMBED, PROBE, "head") if f" {method} " in out} == methods
+    _, _, err = run_command(capsys, tiny, "--dry-run", "--shard", "1/3", monkeypatch=monkeypatch)
+    assert "1 row of 4, part 1/3: 1 to do. " in err
     seconds = {}
     for part in ("0/1", "0/2", "1/2"):
         _, out, _ = run_command(capsys, tiny, "--dry-run", "--json", "--shard", part, monkeypatch=monkeypatch)
