@@ -62,11 +62,33 @@ def check_output(out: Path) -> None:
     is_device = out.exists() and not out.is_file()
     if is_device or out.absolute().parent == _DEVICES or _PROCESSES in out.absolute().parents:
         raise UserError(f"cannot write to {out}: it is no file on a disk, and must not be replaced by one. {remedy}")
-    parent = next(folder for folder in out.absolute().parents if folder.exists())
-    if not parent.is_dir():
-        raise UserError(f"cannot write to {out}: {parent} is a file and no folder. {remedy}")
-    if not os.access(parent, os.W_OK | os.X_OK):
-        raise UserError(f"cannot write to {out}: the folder {parent} may not be written to. {remedy}")
+    _require_writable(out, out.absolute().parent, remedy)
+
+
+def check_folder(folder: Path, *, name: str) -> None:
+    """Check, before the work begins, that a folder can be written to, or can be made; nothing is made.
+
+    Args:
+        folder: that is there, or will be.
+        name: of the argument that names it.
+
+    Raises:
+        UserError: it is a file, or below one, or may not be written to.
+    """
+    remedy = f"Name a folder that can be written to by `{name}`."
+    if _PROCESSES in (folder.absolute(), *folder.absolute().parents):
+        raise UserError(f"cannot write to {folder}: {_PROCESSES} is no folder on a disk. {remedy}")
+    _require_writable(folder, folder.absolute(), remedy)
+
+
+def _require_writable(path: Path, folder: Path, remedy: str) -> None:
+    """Refuse a folder that is none, or that may not be written to or made; `path` is what the user named."""
+    there = next(one for one in (folder, *folder.parents) if os.path.lexists(one))
+    if not there.is_dir():
+        what = "a link to nothing" if there.is_symlink() and not there.exists() else "a file and no folder"
+        raise UserError(f"cannot write to {path}: {there} is {what}. {remedy}")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise UserError(f"cannot write to {path}: the folder {there} may not be written to. {remedy}")
 
 
 def write_file(path: Path, pieces: Iterable[bytes | memoryview]) -> None:

@@ -20,7 +20,7 @@ from features.blocks import BlockReader, Embeddings
 from features.console import ProgressCallback, UserError, nearest, progress
 from features.display import html_table
 from features.entry import Entry, create_entry, entry_key, folder_name, read_entry, refuse_other, store_key
-from features.files import PARTIAL
+from features.files import PARTIAL, check_folder
 from features.fingerprint import fingerprint
 from features.labels import NUMBERS, Classes, numbered
 from features.layout import rows_per_block
@@ -118,13 +118,27 @@ class FeatureStore:
         """
         storage = find_storage(where)
         if not storage.exists(METADATA):
-            others = any(not name.endswith(PARTIAL) for name in storage.list_folder(""))
-            if others and not storage.exists(METADATA):  # another process may just have made the store
-                raise UserError(
-                    f"{storage.root} exists but is not a feature store. Name another `store`; nothing was changed."
-                )
+            _require_nothing_else(storage)
             write_attributes(storage, "", {"format": FORMAT, "format_version": FIRST_VERSION})
         return cls._open(storage)
+
+    @classmethod
+    def check_place(cls, where: Path | str) -> None:
+        """Check, before the work begins, that a store can be opened or made in a folder, and written; nothing is made.
+
+        A bucket is not asked.
+
+        Raises:
+            UserError: as `open_or_create`.
+        """
+        if "://" in str(where):
+            return
+        storage = find_storage(where)
+        if storage.exists(METADATA):
+            cls._open(storage)
+        else:
+            _require_nothing_else(storage)
+        check_folder(Path(where), name="store")
 
     def datasets(self) -> list[str]:
         """List the names of all datasets, as the user gave them."""
@@ -502,6 +516,13 @@ class FeatureStore:
             if (name := key.rpartition("/")[2]) != "samples" and (model is None or name == store_key(model))
         ]
         return below(models)
+
+
+def _require_nothing_else(storage: Storage) -> None:
+    """Refuse a folder that is no store and holds something."""
+    others = any(not name.endswith(PARTIAL) for name in storage.list_folder(""))
+    if others and not storage.exists(METADATA):  # another process may just have made the store
+        raise UserError(f"{storage.root} exists but is not a feature store. Name another `store`; nothing was changed.")
 
 
 def _cut_by(slides: Mapping[str, Any]) -> str:

@@ -193,7 +193,7 @@ def _report(
     log = where.runs / FOLDER / "report.log"
     if status := launch(line, log, environment, ()):
         return replace(outcome, problem=_message(log, status))
-    say(f"{out}: the report of {len(runs)} runs")
+    say(f"{out}: the report of {len(runs)} run{'s' * (len(runs) != 1)}")
     return replace(outcome, report=out)
 
 

@@ -81,7 +81,9 @@ def benchmark(
             _benchmark_json(facts, outcome.standings, part)
             | {"report": None if outcome.report is None else str(outcome.report)}
         )
-    messages = [f"- row {one.row.number}, {one.row.title}: {_flagged(one.reason)} {one.remedy}" for one in failed]
+    messages = [
+        f"- row {one.row.number}, {one.row.title}: {_sentences(_flagged(one.reason), one.remedy)}" for one in failed
+    ]
     if outcome.problem:
         messages.append(f"- the report: {outcome.problem}")
     if messages:
@@ -90,6 +92,12 @@ def benchmark(
         )
     if all(one.state == "cannot" for one in outcome.standings):
         raise nothing
+
+
+def _sentences(*parts: str) -> str:
+    """Join what is said one after the other, each part with its full stop; a path at the end has none."""
+    first, *rest = (part for part in parts if part)
+    return " ".join([first if first.endswith((".", "?", "!")) else f"{first}.", *rest])
 
 
 def _flagged(text: str) -> str:
@@ -138,7 +146,7 @@ def _show_benchmark(facts: Facts, rows: list[Standing], part: Shard) -> None:
         what = "What is left" if len(seconds) == len(estimates) else "What of it has an estimate"
         said += f". {what} should take about {duration(sum(seconds))} here, on a machine that does nothing else"
     of_all = f" of {n_rows}, part {part.index}/{part.n_shards}" if part.n_shards > 1 else ""
-    say(f"{len(rows)} rows{of_all}: {said or 'none'}.")
+    say(f"{len(rows)} row{'s' * (len(rows) != 1)}{of_all}: {said or 'none'}.")
 
 
 def _benchmark_json(facts: Facts, rows: list[Standing], part: Shard) -> dict[str, object]:

@@ -38,7 +38,7 @@ class Facts:
         problem: as `lacks`, of the patches; None if they are here, or can be downloaded.
         tables: dataset to digest of its patch table, and of its images; empty if they are not here yet.
         counts: of patches, by `Row.fold_options`.
-        refusals: why there are no such folds, likewise.
+        refusals: why rows cannot be run on these patches, likewise: no such folds, or no votes.
         notes: what else is to be said beforehand.
     """
 

@@ -6,16 +6,19 @@ stands by itself, and its options are the record that this command writes into i
 
 from __future__ import annotations
 
+import json
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
+from functools import cache
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn, TypeVar, get_type_hints
 
 import msgspec
 import typer
 from typer.main import get_command
+from typer.models import OptionInfo
 
 from extract.backbones import Backbone, find_backbone
 from extract.datasets import DATASETS, parse_source, require_distinct_names
@@ -24,12 +27,14 @@ from extract.views import parse_view
 from features.console import UserError, nearest
 from features.exchange import IMPORTED_POOLING
 from features.fingerprint import fingerprint
-from features.options import DEFAULT_RUNS, DEFAULT_STORE
+from features.labels import parse_renaming
+from features.options import DEFAULT_RUNS, DEFAULT_STORE, parse_names
 from finetune.lora import LoraOptions
 from finetune.network import METHODS
 from finetune.options import FinetuneOptions
 from finetune.recipes import AUTHORS, RECIPE_NAMES
 from probe.candidates import TRAINED_VIEWS
+from probe.curve import checked_fractions
 from probe.probing import ProbeOptions
 
 EMBED, PROBE = "embed", "probe"  # methods of rows, beside those of fine-tuning
@@ -49,6 +54,18 @@ def _names(options: type[ProbeOptions | FinetuneOptions | LoraOptions]) -> set[s
 _OF_LORA = {f"lora_{name}" for name in _names(LoraOptions)}
 _OF_PROBES, _OF_TRAININGS = _names(ProbeOptions), _names(FinetuneOptions) | _OF_LORA
 _OPTIONS = _OF_PROBES | _OF_TRAININGS
+_TYPES = {f"lora_{name}": of for name, of in get_type_hints(LoraOptions).items()}
+_TYPES |= get_type_hints(ProbeOptions) | get_type_hints(FinetuneOptions)
+_IN_WORDS: dict[Any, str] = {
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    str: "text in quotes",
+    tuple[str, ...]: "a list of names",
+    tuple[float, ...]: "a list of numbers, such as [0.1, 0.5, 1]",
+}
+_Options = TypeVar("_Options", ProbeOptions, FinetuneOptions, LoraOptions)
+_ALSO_CALLED = {"lr": "learning_rate", "folds": "cv", "rank": "lora_rank"}
 
 
 @dataclass(frozen=True)
@@ -174,9 +191,16 @@ def read_plan(name_or_path: str, *, without: Sequence[str] = ()) -> Plan:
                 f"mitofm: {', '.join(names)}. docs/benchmark.md says how to write one."
             )
         path = SHIPPED / f"{name_or_path}.toml"
+    content = path.read_bytes()
     try:
-        raw = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        if b"\0" in content:  # UTF-16 of plain letters is UTF-8 as well
+            raise ValueError("it has zero bytes")
+        text = content.decode("utf-8-sig")  # Windows begins files with a mark
+    except ValueError as error:
+        raise UserError(f"{path} is not text in UTF-8: {error}. Save the plan in the encoding UTF-8.") from None
+    try:
+        raw = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
         raise UserError(f"{path} is no TOML file: {error}. Expected a benchmark plan (docs/benchmark.md).") from None
     try:
         return _plan(name_or_path, raw, without)
@@ -199,14 +223,16 @@ def _plan(source: str, raw: dict[str, Any], without: Sequence[str]) -> Plan:
                         f"line: fm-benchmark {source} --{key} ..."
                     )
                 where = "stands above the first [[rows]], for all" if key in known else "is no key of a plan"
-                raise UserError(f"`{key}` {where}.{nearest(key, names)} Keys: {', '.join(sorted(names))}.")
+                known_as = _ALSO_CALLED.get(key)
+                meant = f" Did you mean {known_as}?" if known_as else nearest(key, names)
+                raise UserError(f"`{key}` {where}.{meant} Keys: {', '.join(sorted(names))}.")
     title, train = (_text(raw, name, default) for name, default in (("title", source), ("train", "demo")))
     test = tuple(name for name in _list(raw, "test", []) if name not in without)
     require_distinct_names((train, *test))
-    reading = {name: raw[name] for name in _READING if name in raw}
-    if "classes" in reading:
-        reading["classes"] = _list(reading, "classes", [])
-    shared = {key: value for key, value in raw.items() if key in _GRID or key in _OPTIONS}
+    shared, *tables = (
+        {key: _value(table, key) for key in table if key in _GRID or key in _OPTIONS} for table in (raw, *tables)
+    )
+    reading = {name: shared[name] for name in _READING if name in shared}
     asked: list[Row] = []
     notes: dict[str, None] = {}
     for table in tables:
@@ -235,9 +261,9 @@ def _product(
     if imported and PROBE not in methods:
         raise UserError(f"`imported` is of probes, and `methods` are {', '.join(methods)}. Add probe.")
     if "view" in chosen:
-        _view_names([_text(chosen, "view", "")])
+        parse_view(chosen["view"])
     if "pooling" in chosen:
-        pooling = _text(chosen, "pooling", "")
+        pooling = chosen["pooling"]
         for model, backbone in backbones.items():
             _require_pooling(pooling, model, POOLINGS if backbone is None else backbone.possible_poolings)
         for model in imported:
@@ -287,11 +313,11 @@ def _probe(
         given.pop("fractions", None)  # of the exact probe alone
     named = {
         "train": names[0],
-        "test": names[1:],
+        "test": tuple(names[1:]),
         "recipe": recipe,
         "view": view and ",".join(_view_names(view.split(","))),
     }
-    options = _converted(given | named, ProbeOptions)
+    options = _made(ProbeOptions, given | named)
     if recipe == "exact" and options.cv < 3 and options.folds_by is None:
         raise UserError(
             f"`cv = {options.cv}`: exact probes choose a strength within training folds, and need at least 3."
@@ -321,17 +347,24 @@ def _training(
     given = {name: value for name, value in chosen.items() if name in _OF_TRAININGS}
     lora = {name.removeprefix("lora_"): given.pop(name) for name in _OF_LORA & given.keys()}
     named = {"model": model, "train": train, "test": test, "method": method, "recipe": recipe}
-    options: FinetuneOptions = _converted(given | named | {"lora": lora}, FinetuneOptions)
+    options = _made(FinetuneOptions, given | named | {"lora": _made(LoraOptions, lora, prefix="lora_")})
     if backbone is not None:
         options.resolved_view(backbone)  # refuses one that no training has
     return Row(0, 0, model, method, (), options)
 
 
-def _converted(values: dict[str, Any], options: type[msgspec._T]) -> Any:
+def _made(options: type[_Options], values: Mapping[str, Any], *, prefix: str = "") -> _Options:
+    """Make the options of a row; a message about one value names its key and says what the plan has there."""
     try:
-        return msgspec.convert(values, options)
-    except msgspec.ValidationError as error:
-        raise UserError(f"{error}. Correct this value.") from None
+        return options(**values)
+    except UserError as error:
+        for name, value in values.items():
+            try:
+                options(**{name: value})
+            except UserError as alone:
+                if str(alone) == str(error):
+                    raise UserError(f"`{prefix}{name} = {_shown(value)}`: {error}") from None
+        raise
 
 
 def _view_names(views: Sequence[str]) -> tuple[str, ...]:
@@ -359,23 +392,73 @@ def _numbered(asked: Sequence[Row]) -> Iterator[Row]:
         yield replace(row, number=number)
 
 
+def _value(table: Mapping[str, Any], name: str) -> Any:
+    """Read the value of a key by itself, as the options have it, whether or not a row needs it."""
+    if name in _GRID:
+        return _list(table, name, [] if name == "imported" else None)
+    kind = next(kind for kind in _IN_WORDS if _TYPES[name] in (kind, kind | None))
+    if kind == tuple[str, ...]:
+        return tuple(_list(table, name))
+    if kind is str:
+        value: Any = _text(table, name, "")
+    else:
+        try:
+            value = msgspec.convert(table[name], kind)
+        except msgspec.ValidationError:
+            _refuse(name, table[name], _IN_WORDS[kind])
+    option = _described()[name]
+    least, most = option.min, option.max
+    if (least is not None and value < least) or (most is not None and value > most):
+        said = f"at most {most:,}" if least is None else f"from {least:,} to {most:,}"
+        _refuse(name, value, f"{_IN_WORDS[kind]}, {said}")
+    if name == "labels":
+        parse_renaming(value)
+    return checked_fractions(value) if name == "fractions" else value
+
+
+@cache
+def _described() -> dict[str, OptionInfo]:
+    """Find what fm-probe and fm-finetune say of their options: range and meaning."""
+    from finetune.cli import finetune
+    from probe.cli import probe
+
+    hints = [*get_type_hints(probe, include_extras=True).items()]
+    hints += get_type_hints(finetune, include_extras=True).items()
+    return {name: hint.__metadata__[0] for name, hint in hints if hasattr(hint, "__metadata__")}
+
+
+def _refuse(name: str, value: Any, expected: str) -> NoReturn:
+    """Say what a key has, what it should have, and what it is for."""
+    number = isinstance(value, str) and not expected.startswith(("text", "a list of names"))
+    meaning = f" It means: {_described()[name].help}" if name in _OPTIONS else ""
+    raise UserError(f"`{name}` is {_shown(value)}: expected {expected}{', without quotes' * number}.{meaning}")
+
+
+def _shown(value: Any) -> str:
+    """Show a value about as the plan has it."""
+    return json.dumps(value, ensure_ascii=False, default=str)
+
+
 def _text(table: Mapping[str, Any], name: str, default: str) -> str:
     value = table.get(name, default)
     if not (isinstance(value, str) and value):
-        raise UserError(f"`{name}` is {value!r}: expected text.")
+        _refuse(name, value, _IN_WORDS[str])
     return value
 
 
 def _list(table: Mapping[str, Any], name: str, default: list[str] | None = None) -> list[str]:
-    """Read a list of names, or one name."""
-    value = table.get(name, default)
-    value = [value] if isinstance(value, str) else value
-    if value is None:
+    """Read a list of names, or names in one text, separated by commas as on the command line."""
+    found = table.get(name, default)
+    if found is None:
         raise UserError(f"`{name}` is missing: expected a list of names.")
+    value = list(parse_names(found)) or [""] if isinstance(found, str) else found
     if not (isinstance(value, list) and all(isinstance(one, str) and one for one in value)):
-        raise UserError(f"`{name}` is {value!r}: expected a list of names.")
+        _refuse(name, found, "a list of names")
     if not value and default != []:
         raise UserError(f"`{name}` is empty: expected one or more names.")
+    if any("," in one for one in value):  # it would be two names on the command line of its row
+        names = [part for one in value for part in parse_names(one)]
+        _refuse(name, found, f"names without commas, such as {_shown(names)}")
     return list(dict.fromkeys(value))
 
 

@@ -20,6 +20,7 @@ from huggingface_hub import constants
 from extract.backbones import Backbone
 from features.console import UserError
 from features.entry import Entry
+from features.files import check_folder
 from features.store import FeatureStore
 from finetune.benchmark_cost import Estimate, device_memory, estimate, measure_rates
 from finetune.benchmark_facts import Facts
@@ -104,7 +105,7 @@ def standing(row: Row, facts: Facts, found: Found) -> Standing:
     if facts.problem is not None:
         return Standing(row, "cannot", *facts.problem)
     if refusal := facts.refusals.get(row.fold_options):
-        return Standing(row, "cannot", "no such folds", refusal)
+        return Standing(row, "cannot", "not on these patches", refusal)
     if row.imported and not _is_embedded(row, facts, found):
         names = ", ".join(facts.dataset_names)
         remedy = (
@@ -234,10 +235,17 @@ def _same_probe(record: RunRecord, row: Row, facts: Facts, found: Found) -> bool
 
 
 def survey(facts: Facts) -> list[Standing]:
-    """Say of every row where it stands, and of those that are left what they would take and whether there is room."""
+    """Say of every row where it stands, and of those that are left what they would take and whether there is room.
+
+    Raises:
+        UserError: the runs, or embeddings that are left, cannot be written where they should be.
+    """
+    check_folder(facts.where.runs, name="runs")
     found = look(facts.where)
     rows = [standing(row, facts, found) for row in facts.plan.rows]
     left = [one for one in rows if one.state in ("to do", "to resume")]
+    if any(one.row.method == EMBED for one in left):
+        FeatureStore.check_place(facts.where.store)
     kinds = {is_convolutional(facts.backbones[one.row.model]) for one in left if one.row.method != PROBE}
     rates = measure_rates(facts.device, kinds)
     memory, room = device_memory(facts.device), _Room()

@@ -18,6 +18,7 @@ from features.folds import SEED, FoldModel, fold_models, require_seeds
 from finetune.lora import LoraOptions
 from finetune.network import METHODS, Method
 from finetune.recipes import RECIPE_NAMES, Recipe, recipe_for
+from probe.experiment import require_known
 
 _MOST_FOLDS = 100
 _MOST_MODELS = 500
@@ -91,8 +92,7 @@ class FinetuneOptions:
             raise UserError(f"precision {self.precision!r}: training computes in fp32 or bf16 (or auto).")
         if self.learning_rate is not None and not 0 < self.learning_rate < float("inf"):
             raise UserError(f"learning rate {self.learning_rate}: expected a number above 0, such as 1e-4.")
-        if self.soft_labels not in (None, "votes"):
-            raise UserError(f"`soft_labels={self.soft_labels}`: expected votes, for the share of the raters' votes.")
+        require_known(soft_labels=self.soft_labels, folds_by=self.folds_by)
         require_seeds(self.seed, self.seeds)
         require_seeds(self.fold_seed, 1)
         if self.cv < 2:

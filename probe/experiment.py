@@ -148,6 +148,21 @@ def _shaped(name: str, logit: NDArray[np.float32] | None, shape: tuple[int, ...]
     return logit
 
 
+def require_known(*, soft_labels: str | None, folds_by: str | None) -> None:
+    """Refuse labels and folds that there are not, before patches are read.
+
+    Raises:
+        UserError: soft labels other than "votes", or folds other than by "domain"; None is neither.
+    """
+    if folds_by not in (None, "domain"):
+        raise UserError(
+            f"`folds_by={folds_by}`: expected domain, the column of a patch table for scanners, centres, tumour types "
+            "and the like."
+        )
+    if soft_labels not in (None, "votes"):
+        raise UserError(f"`soft_labels={soft_labels}`: expected votes, for the share of the raters' votes.")
+
+
 def make_experiment(
     train: str,
     tables: Mapping[str, Samples],
@@ -182,13 +197,7 @@ def make_experiment(
         UserError: if no row may train, a fold would lack a class (see `features.folds`), or votes or domains are asked
             for where there are none.
     """
-    if folds_by not in (None, "domain"):
-        raise UserError(
-            f"`folds_by={folds_by}`: expected domain, the column of a patch table for scanners, centres, tumour types "
-            "and the like."
-        )
-    if soft_labels not in (None, "votes"):
-        raise UserError(f"`soft_labels={soft_labels}`: expected votes, for the share of the raters' votes.")
+    require_known(soft_labels=soft_labels, folds_by=folds_by)
     table = tables[train]
     rows = table.training_rows
     if not len(rows):

@@ -47,7 +47,7 @@ from probe.curve import (
     curve_points,
     draw_subsets,
 )
-from probe.experiment import AMI_BR, Experiment, FoldLogits, make_experiment
+from probe.experiment import AMI_BR, Experiment, FoldLogits, make_experiment, require_known
 from probe.linear import Probe, fit_exact, held_out_folds, in_memory
 from probe.logistic import predict_logits
 from probe.predictions import Predictions
@@ -101,6 +101,7 @@ class ProbeOptions:
     def __post_init__(self) -> None:
         require_seeds(self.seed, self.seeds)
         checked_fractions(self.fractions)
+        require_known(soft_labels=self.soft_labels, folds_by=self.folds_by)
         if self.recipe not in ("exact", *TRAINED_VIEWS):
             raise UserError(f"unknown recipe {self.recipe!r}: use exact, {' or '.join(TRAINED_VIEWS)}.")
         if self.fractions and self.soft_labels:

@@ -36,11 +36,9 @@ from finetune import cli
 from finetune.benchmark import FOLDER, run_benchmark, run_child, shell_script, slurm_script
 from finetune.benchmark_cost import Counts, estimate, measure_rates
 from finetune.benchmark_facts import _lack, gather
-from finetune.benchmark_plan import EMBED, PROBE, SHIPPED, Plan, Row, Where, command, read_plan, require_parsable
+from finetune.benchmark_plan import EMBED, PROBE, SHIPPED, Row, Where, command, read_plan
 from finetune.benchmark_state import Found, look, standing, survey
-from finetune.options import FinetuneOptions
 from probe import cli as probe_cli
-from probe import probing
 from probe.probing import ProbeOptions
 from probe.runs import read_run
 
@@ -125,125 +123,6 @@ def states(plan: str) -> list[str]:
     return [standing(row, facts, found).state for row in facts.plan.rows]
 
 
-# ------------------------------------------------------------------------------------------------------------ the plan
-
-
-def plan_of(tmp_path: Path, text: str) -> Plan:
-    path = tmp_path / "mine.toml"
-    path.write_text(text)
-    plan = read_plan(str(path))
-    require_parsable(plan)
-    return plan
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("models = ", "no TOML file"),
-        ("", "`models` is missing"),
-        ("models = []", "`models` is empty"),
-        ("models = [1]", "expected a list of names"),
-        ("rows = []", "`rows` is empty"),
-        ("model = 'uni'", "`model` is no key of a plan. Did you mean"),
-        ("models = 'unni'", "unknown model 'unni'.*uni"),
-        ("models = 'uni'\nmethods = ['prob']", "unknown method 'prob'. Did you mean probe"),
-        ("models = 'uni'\nrecipes = ['papr']", "unknown recipe 'papr'. Did you mean paper"),
-        ("models = 'uni'\nviews = ['middle']", "unknown view 'middle'"),
-        ("models = 'uni'\nviews = ['centre48']", "unknown view 'centre48'. Did you mean center48"),
-        ("models = 'uni'\nmethods = 'lora'\nview = 'fulll'", "unknown view 'fulll'. Did you mean full"),
-        ("models = 'uni'\nmethods = 'lora'\nview = 'full+flips'", "is for frozen backbones"),
-        ("models = 'uni'\npooling = 'maen'", "`pooling = 'maen'`: uni has no pooling 'maen'.*Did you mean mean"),
-        ("models = 'uni'\npooling = 'cls+mid'", "uni has no pooling 'mid'. It has cls, mean, center, and card"),
-        ("models = 'resnet50'\npooling = 'cls'", "resnet50 has no pooling 'cls'. It has pooled, center, mid, and card"),
-        ("imported = 'mine'\nmethods = 'probe'\npooling = 'cls'", "mine has no pooling 'cls'. It has pooled, and"),
-        ("models = 'uni'\ndevice = 'cpu'", "`device` is no key of a plan, .*: fm-benchmark .*mine.toml --device"),
-        ("models = 'uni'\nshard = '0/2'", r"`shard` is no key of a plan\. Keys: "),  # none is near
-        ("models = 'uni'\nmethods = 'head'\nrecipes = 'authors'", "authors exists for no model of `models` by head"),
-        ("models = 'uni'\nepochs = 'ten'", "Expected `int.*epochs"),
-        ("models = 'uni'\nepochs = 0", "--epochs"),
-        ("models = 'uni'\ncv = 1\nmethods = 'lora'", "at least 2 folds"),
-        ("models = 'uni'\ncv = 2\nmethods = 'probe'", "`cv = 2`: exact probes .* at least 3"),
-        ("models = 'uni'\nmethods = 'probe'\nepochs = 3", "`epochs` is no option of probe"),
-        ("[[rows]]\nmodels = 'uni'\ntrain = 'ami-br'", "`train` stands above the first"),
-    ],
-)
-def test_a_faulty_plan_gets_one_clear_message(tmp_path: Path, text: str, message: str) -> None:
-    with pytest.raises(UserError, match=f"(?s){message}"):
-        plan_of(tmp_path, text)
-
-
-def test_an_unknown_plan_names_those_there_are() -> None:
-    with pytest.raises(UserError, match=r"Did you mean banerjee2025.*demo, embedded"):
-        read_plan("banerjee2024")
-
-
-def test_banerjee2025_is_every_row_of_table_3_and_h0_mini() -> None:
-    plan = read_plan("banerjee2025")
-    models = ["uni", "uni2-h", "virchow", "virchow2", "prov-gigapath", "h-optimus-0", "h-optimus-1", "h0-mini"]
-    of = {
-        (method, recipe): [row.model for row in plan.rows if (row.method, row.recipe) == (method, recipe)]
-        for method, recipe in {(row.method, row.recipe) for row in plan.rows}
-    }
-    assert of[EMBED, ""] == of[PROBE, "paper"] == of[PROBE, "authors"] == of[PROBE, "exact"] == models
-    assert of["lora", "paper"] == of["lora", "default"] == models
-    assert of["lora", "authors"] == models[:-1]  # no script for H0-mini
-    ends = ["efficientnetv2-m", "vit-l", "swin-b"]
-    assert of["full", "paper"] == of["full", "authors"] == of["full", "default"] == ends
-    assert len(plan.rows) == 8 * 4 + 23 + 9
-    assert plan.datasets == ("ami-br", "atnorm-br", "atnorm-md")
-
-
-OWN = """
-train = "mine=patches.csv"
-test = ["other=others.csv"]
-models = ["efficientnet-lite0", "uni"]
-methods = ["probe", "lora", "full"]
-recipes = ["paper", "default"]
-views = ["center64", "full"]
-classes = ["Normal", "Atypical"]
-seeds = 2
-fold_seed = 7
-lora_rank = 4
-tta = false
-fractions = [0.5, 1]
-learning_rate = 0.001
-ordinal = false
-"""
-
-
-@pytest.mark.parametrize("name", ["banerjee2025", OWN], ids=["shipped", "own"])
-def test_a_command_line_is_read_as_the_options_of_its_row(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
-) -> None:
-    """By these a row finds its run."""
-    plan = plan_of(tmp_path, name) if "\n" in name else read_plan(name)
-
-    class Read(Exception): ...
-
-    def caught(options: Any, models: Any = None) -> None:
-        raise Read(options, models)
-
-    monkeypatch.setattr(finetune.run, "finetune", lambda options, **_: caught(options))
-    monkeypatch.setattr(probing, "probe_store", lambda store, models, options, runs: caught(options, models))
-    monkeypatch.setattr("features.store.FeatureStore.open", lambda where: None)
-    for row in {(row.method, row.recipe): row for row in plan.rows if row.method != EMBED}.values():
-        line = command(plan, [row], Where())
-        with pytest.raises(Read) as read:
-            APPS[line[0]](line[1:], standalone_mode=False)
-        options, models = read.value.args
-        assert options == row.options, shlex.join(line)
-        assert models == (None if isinstance(options, FinetuneOptions) else (row.model,))
-
-
-def test_models_that_probes_read_are_embedded_once_in_all_views_they_need() -> None:
-    rows = [row for row in read_plan("banerjee2025").rows if row.model == "uni"]
-    (embed,) = (row for row in rows if row.method == EMBED)
-    probes = [row for row in rows if row.method == PROBE]
-    assert {view for row in probes for view in row.views} == set(embed.views)
-    assert [row.views for row in probes] == [("full@224+imagenet",), ("full",), ("full", "center64")]
-    assert {row.unit for row in probes} == {embed.unit}  # nobody waits for another process's embeddings
-
-
 # --------------------------------------------------------------------------------------------------- what is said first
 
 
@@ -301,6 +180,8 @@ def test_a_part_of_a_plan_says_what_is_left_of_it(
         assert status == 0, err
         assert f"2 rows of 4, part {part}: 2 to do. " in err
         assert {method for method in (EMBED, PROBE, "head") if f" {method} " in out} == methods
+    _, _, err = run_command(capsys, tiny, "--dry-run", "--shard", "1/3", monkeypatch=monkeypatch)
+    assert "1 row of 4, part 1/3: 1 to do. " in err
     seconds = {}
     for part in ("0/1", "0/2", "1/2"):
         _, out, _ = run_command(capsys, tiny, "--dry-run", "--json", "--shard", part, monkeypatch=monkeypatch)
@@ -322,6 +203,40 @@ def test_a_test_set_that_is_not_in_the_folder_is_left_out_and_a_training_set_is_
     one = standing(facts.plan.rows[0], facts, Found((), (), {}, {}))
     assert (one.state, one.reason) == ("cannot", "no patches of ami-br")
     assert "AMi-Br" in one.remedy
+
+
+def test_places_that_cannot_be_written_to_are_refused_before_anything_runs(
+    tiny: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("file").write_text("kept")
+    Path("full").mkdir()
+    Path("full/file").write_text("kept")
+    Path("link").symlink_to("nowhere")
+    before = sorted(Path().rglob("*"))
+    monkeypatch.setattr(benchmark, "run_child", launch := Launches())
+    for option, place, message in (
+        ("--runs", "file", "file is a file and no folder. Name a folder that can be written to by --runs."),
+        ("--runs", "file/runs", "file is a file and no folder. "),
+        ("--runs", "link", "link is a link to nothing. "),
+        ("--runs", "/proc/x", "/proc is no folder on a disk. "),
+        ("--store", "file", "file is a file and no folder. Name a folder that can be written to by --store."),
+        ("--store", "/proc/x.zarr", "/proc is no folder on a disk. "),
+        ("--store", "full", "full exists but is not a feature store. Name another --store; nothing was changed."),
+    ):
+        for asked in ((), ("--dry-run",)):
+            status, out, err = run_command(capsys, tiny, option, place, *asked, monkeypatch=monkeypatch)
+            assert (status, out) == (1, ""), err
+            assert err.startswith("error: ")
+            assert message in " ".join(err.split())
+    assert launch.lines == []
+    assert sorted(Path().rglob("*")) == before
+
+
+def test_patches_without_votes_are_not_said_to_lack_folds(tiny: str) -> None:
+    Path(tiny).write_text(TINY.replace("cv = 3", 'cv = 3\nsoft_labels = "votes"'))
+    rows = survey(gather(tiny, Where()))
+    assert {(one.state, one.reason) for one in rows if one.row.method != EMBED} == {("cannot", "not on these patches")}
+    assert all("has no votes of raters" in one.remedy for one in rows if one.row.method != EMBED)
 
 
 def test_what_is_larger_than_memory_or_disk_cannot_be_run(tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -593,7 +508,9 @@ def test_a_row_that_fails_does_not_end_the_others(
     assert launch.names == ["fm-extract", "fm-finetune", "fm-finetune"]  # there is nothing to probe, nothing to report
     assert "4 of this benchmark failed" in err
     assert err.count("as the test says") == 2 * 3  # as it happens, and at the end
-    assert "row 2, efficientnet-lite0 probe exact: row 1, its embeddings, failed" in err
+    listed = err.partition("4 of this benchmark failed")[2].splitlines()
+    assert "- row 2, efficientnet-lite0 probe exact: row 1, its embeddings, failed." in listed
+    assert sum("as the test says. All of it: runs/" in line for line in listed) == 3
 
 
 def test_models_are_embedded_together_and_each_alone_where_that_fails(
@@ -723,9 +640,3 @@ def test_a_child_is_one_process_on_its_own_gpu(monkeypatch: pytest.MonkeyPatch) 
     assert find_shard(environment=environment) == Shard()
     assert environment["CUDA_VISIBLE_DEVICES"] == "6"
     assert benchmark._environment(Shard())["CUDA_VISIBLE_DEVICES"] == "4,6"
-
-
-def test_every_plan_that_is_shipped_can_be_read() -> None:
-    names = [path.stem for path in SHIPPED.glob("*.toml")]
-    assert sorted(names) == ["banerjee2025", "demo", "embedded"]
-    assert all(read_plan(name).rows for name in names)
