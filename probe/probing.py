@@ -48,7 +48,7 @@ from probe.curve import (
     draw_subsets,
 )
 from probe.experiment import AMI_BR, Experiment, FoldLogits, make_experiment
-from probe.linear import Probe, fit_exact, held_out_folds, in_memory
+from probe.linear import FEWEST_FOLDS, Probe, fit_exact, held_out_folds, in_memory
 from probe.logistic import predict_logits
 from probe.predictions import Predictions
 from probe.records import Candidate, Cost, CurveFits, Part, RunRecord, joined
@@ -177,6 +177,7 @@ def prepare(store: FeatureStore, models: Sequence[str] | None, options: ProbeOpt
         train,
         tables,
         cv=options.cv,
+        at_least=FEWEST_FOLDS if options.recipe == "exact" else 2,
         fold_seed=options.fold_seed,
         paper_folds=paper_folds,
         classes=_classes(store, train),

@@ -289,7 +289,7 @@ def test_datasets_embedded_differently_are_never_compared(store, tmp_path):
         (["good"], ProbeOptions(view="nope"), r"unknown view 'nope'. Use 'full'.*store.zarr has .*full[^?]*$"),
         (["good"], ProbeOptions(pooling="center"), r"cls.*mean"),
         (["good"], ProbeOptions(recipe="paper"), r"paper's fold assignment"),
-        (["good"], ProbeOptions(cv=2), r"at least 3 folds"),
+        (["good"], ProbeOptions(cv=2), r"at least 3 folds, got 2.* Use `cv=3` or more\.$"),
     ],
 )
 def test_a_mistake_gets_one_clear_message(store, tmp_path, models, options, message):
