@@ -176,6 +176,11 @@ def grouped_folds(
     return Folds(fold=fold, n_folds=n_folds, source=source, digest=_digest(samples, fold))
 
 
+def no_folds(n: int) -> Folds:
+    """Make what stands for the folds of n rows where nothing is fitted to them: all lie together."""
+    return Folds(fold=np.zeros(n, np.intp), n_folds=1, source="none", digest="")
+
+
 def domain_folds(samples: Samples, *, seed: int = SEED, classes: Classes | None = None) -> Folds:
     """Let every domain (scanner, centre, tumour type) validate in turn, whatever its size; no group is ever cut.
 

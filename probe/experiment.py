@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from features.console import UserError, say
 from features.fingerprint import fingerprint
-from features.folds import SEED, Folds, Scheme, domain_folds, fold_models, grouped_folds
+from features.folds import SEED, Folds, Scheme, domain_folds, fold_models, grouped_folds, no_folds
 from features.labels import Classes
 from features.samples import MISSING_VOTE, TEST, Samples, vote_shares
 from probe.predictions import VALIDATION, Predictions, concatenate, predictions_of
@@ -152,7 +152,7 @@ def make_experiment(
     train: str,
     tables: Mapping[str, Samples],
     *,
-    cv: int = 5,
+    cv: int | None = 5,
     at_least: int = 2,
     fold_seed: int = SEED,
     paper_folds: bool = False,
@@ -171,7 +171,7 @@ def make_experiment(
     Args:
         train: dataset whose training split is cross-validated; if it has none, all its rows but the test split's.
         tables: dataset to patch table, of `train` and of every dataset to score.
-        cv: number of folds.
+        cv: number of folds; None where nothing is fitted, and no folds are needed.
         at_least: the fewest folds that can be fitted, see `grouped_folds`.
         fold_seed: of the fold assignment.
         paper_folds: take the assignment of the paper's runs where `train` is AMi-Br.
@@ -199,7 +199,9 @@ def make_experiment(
             "the split."
         )
     scheme: Scheme = "paper" if paper_folds and train == AMI_BR else "default"
-    if folds_by is None:
+    if cv is None:
+        folds = no_folds(len(rows))
+    elif folds_by is None:
         chosen = table.select(rows)
         folds = grouped_folds(chosen, cv, seed=fold_seed, scheme=scheme, classes=classes, at_least=at_least)
     else:
@@ -212,7 +214,8 @@ def make_experiment(
     others = {name: samples for name, samples in tables.items() if name != train}
     n_classes = len(classes) if classes else table.n_classes
     experiment = Experiment(train, {train: table} | others, rows, folds, fold_seed, n_classes, soft_labels)
-    _require_two_classes(experiment, classes or tuple(map(str, range(n_classes))), at_least)
+    if cv is not None:
+        _require_two_classes(experiment, classes or tuple(map(str, range(n_classes))), at_least)
     return experiment
 
 

@@ -165,8 +165,13 @@ def probe_store(
     return records
 
 
-def prepare(store: FeatureStore, models: Sequence[str] | None, options: ProbeOptions) -> tuple[Setup, list[str]]:
-    """Find out what is asked: datasets, rows, folds, and the names of the models. Args and raises: as `probe_store`."""
+def prepare(
+    store: FeatureStore, models: Sequence[str] | None, options: ProbeOptions, *, fitted: bool = True
+) -> tuple[Setup, list[str]]:
+    """Find out what is asked: datasets, rows, folds, and the names of the models. Args and raises: as `probe_store`.
+
+    Where nothing is fitted there are no folds, and none are needed.
+    """
     device = find_device(options.device, apple=False)
     compute_exactly(device)
     tables = {name: store.samples(name) for name in store.datasets()}
@@ -176,7 +181,7 @@ def prepare(store: FeatureStore, models: Sequence[str] | None, options: ProbeOpt
     experiment = make_experiment(
         train,
         tables,
-        cv=options.cv,
+        cv=options.cv if fitted else None,
         at_least=FEWEST_FOLDS if options.recipe == "exact" else 2,
         fold_seed=options.fold_seed,
         paper_folds=paper_folds,
@@ -184,7 +189,8 @@ def prepare(store: FeatureStore, models: Sequence[str] | None, options: ProbeOpt
         soft_labels=options.soft_labels,
         folds_by=options.folds_by,
     )
-    options = replace(options, cv=experiment.folds.n_folds)
+    if fitted:
+        options = replace(options, cv=experiment.folds.n_folds)
     embedded = list(dict.fromkeys(entry.model for entry in store.entries(train)))
     for model in models or ():
         if model not in embedded:
