@@ -148,6 +148,7 @@ def probe_store(
     """
     setup, models = prepare(store, models, options)
     options = setup.options
+    _say_sets_of_one_class([experiment_of(setup, [model]) for model in models], _classes(store, setup.experiment.train))
     records, every = [], []
     for model in models:
         started = time.perf_counter()
@@ -349,6 +350,18 @@ def experiment_of(setup: Setup, models: Sequence[str]) -> Experiment:
     else:
         tests = [name for name in requested if name != experiment.train]
     return replace(experiment, tables={name: experiment.tables[name] for name in (experiment.train, *tests)})
+
+
+def _say_sets_of_one_class(experiments: Sequence[Experiment], classes: Classes) -> None:
+    """Say once of which test sets there will be no figures, and why."""
+    labels = {name: one.tables[name].label[rows] for one in experiments for name, rows in one.tests.items()}
+    for name, label in labels.items():
+        present = np.unique(label)
+        if len(present) == 1:
+            say(
+                f"{name}, test: it has patches of one class alone, {classes[present[0]]}, so there is neither a "
+                "balanced accuracy nor an AUROC. Label patches of another class."
+            )
 
 
 def _similar(setup: Setup, chosen: Fitted) -> dict[str, tuple[str, ...]]:

@@ -172,8 +172,8 @@ def terminal_tables(record: MeasureRecord) -> list[Table]:
             if not used:
                 continue
             n = next(one.n for row in cells.values() for one in row if one)
-            has_ends = any(row[k].interval.low == row[k].interval.low for row in cells.values() for k in used if row[k])
-            ends = "; 95% intervals" if has_ends else ""
+            shown = [one.interval for row in cells.values() for k in used if (one := row[k])]
+            ends = "; 95% intervals" if any(one.low == one.low for one in shown) else ""
             table = Table(title=f"{title}{dataset} {split}, {n:,} patches{ends}", title_style="bold")
             table.add_column("Embedding")
             for k in used:
