@@ -487,10 +487,13 @@ def _applicable(
         of_sets = {key: silent[key].get(name) for key in sets if name != "fewshot" or key[1] == "test"}
         if all(of_sets.values()):
             reasons = "; ".join(f"{dataset}, {split}: {why}" for (dataset, split), why in of_sets.items())
-            why_not[name] = f"{name} would say nothing of any set. {reasons}."
+            why_not[name] = f"{name} would say nothing of any set. {reasons}. Leave it out, or add patches."
     if "knn" in silent[first.dataset, "train"]:
         why = silent[first.dataset, "train"]["knn"]
-        why_not["knn"] = f"k of the k nearest neighbours is chosen on {first.dataset}'s training patches: {why}."
+        why_not["knn"] = (
+            f"k of the k nearest neighbours is chosen on {first.dataset}'s training patches, by neighbours on other "
+            f"slides: {why}. Leave knn out, or add training patches of other slides and classes."
+        )
     if len(chosen) < 2:
         why_not["alignment"] = (
             f"alignment compares two backbones, and here is one, {first.model}. Embed another: {another}"

@@ -738,7 +738,8 @@ def test_one_training_slide_is_no_reason_to_measure_nothing(of_slides, tmp_path,
     record = measured(store, tmp_path / "runs")
     said = capsys.readouterr().err
     assert record.measures == ("fewshot", "retrieval", "clustering", "robustness")
-    assert "Left out: k of the k nearest neighbours is chosen on mine's training patches: it has one slide." in said
+    assert "Left out: k of the k nearest neighbours is chosen on mine's training patches, " in said
+    assert "other slides: it has one slide. Leave knn out" in said
     with pytest.raises(UserError, match="k of the k nearest neighbours is chosen on mine's training patches"):
         measured(store, tmp_path / "runs", "knn")
 
