@@ -113,7 +113,13 @@ def require_seeds(seed: int, seeds: int) -> None:
 
 
 def grouped_folds(
-    samples: Samples, n_folds: int, *, seed: int = SEED, scheme: Scheme = "default", classes: Classes | None = None
+    samples: Samples,
+    n_folds: int,
+    *,
+    seed: int = SEED,
+    scheme: Scheme = "default",
+    classes: Classes | None = None,
+    at_least: int = 2,
 ) -> Folds:
     """Assign every row to one validation fold; no group is ever cut, and class rates are kept as even as that allows.
 
@@ -133,21 +139,25 @@ def grouped_folds(
 
     Args:
         samples: (n,) patch table; only these rows are assigned.
-        n_folds: at least 2.
+        n_folds: how many, `at_least` or more.
         seed: decides the order of groups whose classes are equally unbalanced.
         scheme: "paper" takes the assignment of the paper's runs (AMi-Br, five folds, seed 42 only).
         classes: names of all classes, of which some may be absent here; by default those that the labels count, by
             number.
+        at_least: the fewest folds that can be fitted: 3 where a choice is made within the folds that train, as the
+            exact probe makes it of its strength.
 
     Raises:
-        UserError: if a class occurs in too few groups for every fold to validate on both classes (or, of more than two,
-            to train on all), or if the paper's assignment is asked for where there is none.
+        UserError: if there are too few folds, a class occurs in too few groups for every fold to validate on both
+            classes (or, of more than two, to train on all), or the paper's assignment is asked for where there is none.
     """
-    if n_folds < 2:
-        raise UserError(f"cross-validation needs at least 2 folds, got {n_folds}.")
     names = classes or tuple(map(str, range(samples.n_classes)))
     groups = effective_groups(samples)
-    _require_groups(samples.label, groups, n_folds, names)
+    remedy = _remedy(samples.label, groups, n_folds, names, at_least)
+    if n_folds < at_least:
+        why = ": a probe's strength is chosen within the folds that train" if at_least > 2 else ""
+        raise UserError(f"cross-validation needs at least {at_least} folds, got {n_folds}{why}. {remedy}")
+    _require_groups(samples.label, groups, n_folds, names, remedy)
     frozen = _frozen(samples, n_folds, seed, scheme) if len(names) == 2 else None
     if frozen is not None:
         fold, source = frozen, f"AMi-Br, {_FROZEN_COLUMN[scheme].replace('_', '-', 1).replace('_', '.')}, frozen"
@@ -162,8 +172,13 @@ def grouped_folds(
             _deal(samples.label, groups, n_folds, seed, len(names)),
             f"greedy grouped stratified, seed {seed}",
         )
-    _require_classes(samples.label, groups, fold, n_folds, names)
+    _require_classes(samples.label, groups, fold, n_folds, names, remedy=remedy)
     return Folds(fold=fold, n_folds=n_folds, source=source, digest=_digest(samples, fold))
+
+
+def no_folds(n: int) -> Folds:
+    """Make what stands for the folds of n rows where nothing is fitted to them: all lie together."""
+    return Folds(fold=np.zeros(n, np.intp), n_folds=1, source="none", digest="")
 
 
 def domain_folds(samples: Samples, *, seed: int = SEED, classes: Classes | None = None) -> Folds:
@@ -321,17 +336,36 @@ def _deal(
     return np.asarray(fold_of[groups])
 
 
-def _require_groups(label: NDArray[np.int8], groups: NDArray[np.intp], n_folds: int, names: Classes) -> None:
+def _remedy(label: NDArray[np.int8], groups: NDArray[np.intp], n_folds: int, names: Classes, at_least: int) -> str:
+    """Say what helps where there cannot be so many folds: never a number of folds that would be refused in its turn."""
+    fewest = min(len(np.unique(groups[label == value])) for value in range(len(names)))
+    # More than two classes need not be in every fold, but one of a single group is lacking where that validates.
+    most = fewest if len(names) == 2 or fewest < 2 else len(np.unique(groups))
+    if most >= at_least:
+        if n_folds < at_least:
+            return f"Use `cv={at_least}`{' or more' if most > at_least else ''}."
+        if n_folds > most:
+            return f"Use `cv={most}`{' or fewer' if most > at_least else ''}, or label more slides."
+        return f"Use another `fold_seed`{', fewer folds' if n_folds > at_least else ''}, or label more slides."
+    if most >= 2:
+        return (
+            f"There are slides enough for {most} folds, and the exact probe takes at least {at_least}: label more "
+            f"slides, or use `recipe='paper'` with `cv={most}`."
+        )
+    return "No number of folds will do: label more slides."
+
+
+def _require_groups(
+    label: NDArray[np.int8], groups: NDArray[np.intp], n_folds: int, names: Classes, remedy: str
+) -> None:
     """Refuse more folds than there are groups, before they are dealt."""
     n_groups = len(np.unique(groups))
     if n_folds > n_groups:
         fewest, rarest = min((len(np.unique(groups[label == value])), value) for value in range(len(names)))
-        enough = fewest if len(names) == 2 else n_groups  # more than two classes need not be in every fold
-        fits = f"Use `cv={enough}` or fewer" if fewest >= 2 else "Use fewer folds"
         rarer = "the rarer class" if len(names) == 2 else f"the rarest class ({names[rarest]})"
         raise UserError(
-            f"{n_folds} folds were asked for, but there are {n_groups} groups (slides), which are never cut, and "
-            f"{rarer} occurs in {fewest}. {fits}, or label more slides."
+            f"{n_folds} folds were asked for, but there {'is' if n_groups == 1 else 'are'} {n_groups} "
+            f"group{'s' * (n_groups != 1)} (slides), which are never cut, and {rarer} occurs in {fewest}. {remedy}"
         )
 
 
@@ -343,6 +377,7 @@ def _require_classes(
     names: Classes,
     *,
     domains: Sequence[str] = (),
+    remedy: str = "",
 ) -> None:
     """Refuse folds of which one cannot validate on both of two classes, or cannot train on one of more."""
     for value, name in enumerate(names):
@@ -361,10 +396,9 @@ def _require_classes(
         occurs = f"which occurs in {n_groups} group{'s' * (n_groups != 1)}"
         if not many:
             role = "positive" if value else "negative"
-            fits = f"Use `cv={n_groups}` or fewer" if 2 <= n_groups < n_folds else "Use fewer folds"
             raise UserError(
                 f"fold {lacking[0]} of {n_folds} has no patch of the {role} class (label {value}), {occurs}; every "
-                f"fold needs both classes, and groups (slides) are never cut. {fits}, or label more slides."
+                f"fold needs both classes, and groups (slides) are never cut. {remedy}"
             )
         found = "one fold alone would validate on" if within else "there is no training patch of"
         fits = "Use another `fold_seed`" if n_groups >= 2 else "Make it one with another class by `labels`"

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 _ALL = "all"  # what --measures means without a value
+_OF_PROBES = ("cv", "folds_by", "recipe", "combine", "soft_labels", "seeds", "fold_seed", "fractions")
 
 
 class _Command(TyperCommand):
@@ -45,6 +46,7 @@ class _Command(TyperCommand):
 
 @app.command(help=__doc__, cls=_Command)
 def probe(
+    context: typer.Context,
     cv: CvOption = 5,
     folds_by: FoldsByOption = None,
     store: StoreOption = DEFAULT_STORE,
@@ -113,18 +115,13 @@ def probe(
     from probe.report.terminal import candidates_table, curve_tables, gain_table, result_tables
 
     if measures is not None:
-        of_probes = {
-            "combine": combine,
-            "recipe": recipe != "exact",
-            "soft_labels": soft_labels,
-            "seeds": seeds != 1,
-            "folds_by": folds_by,
-            "fractions": fractions,
-        }
-        given = [name for name, is_given in of_probes.items() if is_given]
+        sources = {name: context.get_parameter_source(name) for name in _OF_PROBES}
+        given = [f"`{name}`" for name, source in sources.items() if source and source.name == "COMMANDLINE"]
         if given:
+            said = " and ".join([", ".join(given[:-1]), given[-1]] if given[1:] else given)
             raise UserError(
-                f"`{given[0]}` says how probes are fitted, and `measures` fits none. Leave out one of the two."
+                f"{said} say{'s' * (len(given) == 1)} how probes are fitted, and `measures` fits none. Leave out "
+                f"{said}, or `measures`."
             )
     options = ProbeOptions(
         cv=cv,

@@ -96,8 +96,17 @@ def missing_embeddings(store: FeatureStore, model: str | None, datasets: Iterabl
         sources.append(Source(name, str(attrs.get("source", "")), classes, ordinal, slides))
     models = [] if model is None else ["--model", model]
     views = [] if view is None else ["--view", view]
-    where = [] if str(store.path) == DEFAULT_STORE else ["--store", str(store.path)]
-    return " && ".join(map(shlex.join, _of_each_meaning(sources, models, [*views, *where])))
+    return " && ".join(map(shlex.join, _of_each_meaning(sources, models, [*views, *_where(store)])))
+
+
+def missing_import(store: FeatureStore, model: str, dataset: str, view: str) -> str:
+    """Say the command that imports embeddings of a dataset from a file, into this store."""
+    what = ["--dataset", dataset, "--model", model, "--view", view]
+    return shlex.join(["fm-store", "import", "FILE", *what, *_where(store)])
+
+
+def _where(store: FeatureStore) -> list[str]:
+    return [] if str(store.path) == DEFAULT_STORE else ["--store", str(store.path)]
 
 
 def _of_each_meaning(sources: Sequence[Source], before: Sequence[str], after: Sequence[str]) -> list[list[str]]:

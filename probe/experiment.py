@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from features.console import UserError, say
 from features.fingerprint import fingerprint
-from features.folds import SEED, Folds, Scheme, domain_folds, fold_models, grouped_folds
+from features.folds import SEED, Folds, Scheme, domain_folds, fold_models, grouped_folds, no_folds
 from features.labels import Classes
 from features.samples import MISSING_VOTE, TEST, Samples, vote_shares
 from probe.predictions import VALIDATION, Predictions, concatenate, predictions_of
@@ -167,7 +167,8 @@ def make_experiment(
     train: str,
     tables: Mapping[str, Samples],
     *,
-    cv: int = 5,
+    cv: int | None = 5,
+    at_least: int = 2,
     fold_seed: int = SEED,
     paper_folds: bool = False,
     classes: Classes | None = None,
@@ -185,7 +186,8 @@ def make_experiment(
     Args:
         train: dataset whose training split is cross-validated; if it has none, all its rows but the test split's.
         tables: dataset to patch table, of `train` and of every dataset to score.
-        cv: number of folds.
+        cv: number of folds; None where nothing is fitted, and no folds are needed.
+        at_least: the fewest folds that can be fitted, see `grouped_folds`.
         fold_seed: of the fold assignment.
         paper_folds: take the assignment of the paper's runs where `train` is AMi-Br.
         classes: the names of all classes; by default as many as the training table's labels count.
@@ -206,8 +208,11 @@ def make_experiment(
             "the split."
         )
     scheme: Scheme = "paper" if paper_folds and train == AMI_BR else "default"
-    if folds_by is None:
-        folds = grouped_folds(table.select(rows), cv, seed=fold_seed, scheme=scheme, classes=classes)
+    if cv is None:
+        folds = no_folds(len(rows))
+    elif folds_by is None:
+        chosen = table.select(rows)
+        folds = grouped_folds(chosen, cv, seed=fold_seed, scheme=scheme, classes=classes, at_least=at_least)
     else:
         folds = domain_folds(table.select(rows), seed=fold_seed, classes=classes)
         say(f"{train}: one fold per domain, {', '.join(folds.names)}, whatever `cv` says.")
@@ -218,11 +223,12 @@ def make_experiment(
     others = {name: samples for name, samples in tables.items() if name != train}
     n_classes = len(classes) if classes else table.n_classes
     experiment = Experiment(train, {train: table} | others, rows, folds, fold_seed, n_classes, soft_labels)
-    _require_two_classes(experiment, classes or tuple(map(str, range(n_classes))))
+    if cv is not None:
+        _require_two_classes(experiment, classes or tuple(map(str, range(n_classes))), at_least)
     return experiment
 
 
-def _require_two_classes(experiment: Experiment, classes: Sequence[str]) -> None:
+def _require_two_classes(experiment: Experiment, classes: Sequence[str], at_least: int) -> None:
     """Refuse folds of which one validates on less than two classes: nothing can be chosen on it."""
     folds = experiment.folds
     for fold in range(folds.n_folds):
@@ -230,7 +236,8 @@ def _require_two_classes(experiment: Experiment, classes: Sequence[str]) -> None
         if len(present) < 2:
             found = ", ".join(classes[k] for k in present) or "nothing"
             name = folds.names[fold] if folds.names else f"{fold} of {folds.n_folds}"
-            remedy = "Make it one with another domain" if folds.names else "Use a smaller `cv`, another `fold_seed`"
+            fewer = "a smaller `cv`, " if folds.n_folds > at_least else ""
+            remedy = "Make it one with another domain" if folds.names else f"Use {fewer}another `fold_seed`"
             raise UserError(
                 f"fold {name} validates on {found} alone; expected patches of at least two classes, as epochs and "
                 f"strengths are chosen on them. {remedy}, or label more slides."

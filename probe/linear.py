@@ -34,6 +34,7 @@ from probe.stream import fit_streamed, fits_in_memory
 # Inverse L2 strengths C, half a decade apart: from "only the mean direction" to "nearly unpenalised" on
 # standardised embeddings of a few thousand patches.
 STRENGTHS = tuple(float(f"{c:.3g}") for c in np.logspace(-5, -0.5, 10))
+FEWEST_FOLDS = 3  # of the exact probe: one validates, and of the others each in turn chooses the strength
 
 
 @dataclass(frozen=True, eq=False)
@@ -194,9 +195,9 @@ def held_out_folds(folds: Folds) -> list[tuple[int, ...]]:
     alone = [(f,) for f in each]
     if folds.parts is not None:
         return alone + [(f, int(part)) for f in each for part in np.unique(folds.parts[folds.fold != f])]
-    if folds.n_folds < 3:
+    if folds.n_folds < FEWEST_FOLDS:
         raise UserError(
-            f"choosing a strength within each training set needs at least 3 folds, got {folds.n_folds}: use `cv=3`."
+            f"choosing a strength within each training set needs at least {FEWEST_FOLDS} folds, got {folds.n_folds}."
         )
     return alone + list(combinations(each, 2))
 

@@ -22,14 +22,14 @@ from torch import Tensor
 from features.alterations import ALTERATIONS, altered_view, split_alteration
 from features.console import UserError, nearest, progress, say
 from features.entry import Entry
-from features.folds import effective_groups
-from features.samples import Samples
 from features.store import FeatureStore
 from probe.candidates import Setup, embeddings_of, list_candidates
 from probe.clusterings import agreement, k_means
+from probe.commands import missing_embeddings, missing_import
 from probe.experiment import Experiment
 from probe.fewshot import DRAWS, draw_shots, few_shot, possible_shots
 from probe.measure_records import MEASURES, Figure, Measured, MeasureRecord, write_measures
+from probe.measure_sets import Key, PatchSet, patch_set, say_left_out, silent_measures
 from probe.metrics import balanced_accuracy, predicted_classes
 from probe.neighbours import (
     Neighbours,
@@ -41,7 +41,7 @@ from probe.neighbours import (
 )
 from probe.neighbours import nearest as nearest_rows
 from probe.probing import ProbeOptions, experiment_of, prepare
-from probe.resample import Clusters, Resampling, Statistic, Sums, intervals, make_clusters, resample, sums_by_cluster
+from probe.resample import Clusters, Resampling, Statistic, Sums, intervals, resample, sums_by_cluster
 from probe.robustness import (
     BALANCED_DRAWS,
     FEW,
@@ -60,60 +60,12 @@ from probe.tally import tally
 
 NEIGHBOURS = (1, 3, 5, 11, 21, 51)  # odd, so that of two classes one always has more
 CUT_OFFS = (1, 5, 10)  # of retrieval
-_MOST = 10_000  # patches of a set that are measured; neighbours take time and memory with their square
 _MOST_CELLS = 128  # of a table of groups and clusters whose sums are resampled
-_SEED = 0  # of the patches that are drawn from larger sets
 _LEVEL = 0.95
 _OF_NEIGHBOURS = frozenset({"knn", "retrieval", "robustness", "alignment"})  # within a set
+_OPTIONS = ("train", "test", "view", "pooling", "labels", "seed", "device")  # those of a probe that count here
 
-Key = tuple[str, str]  # dataset and split
 Chosen = tuple[Entry, str, str]  # training entry, pooling, and why these
-
-
-@dataclass(frozen=True, eq=False)
-class PatchSet:
-    """The patches of a set that are measured.
-
-    Attributes:
-        dataset, split: "train" for those that probes train on, else "test".
-        rows: of the dataset's table.
-        samples: (n,) those rows.
-        group: (n,) number of the slide; patches of unknown slides are alone, and copies of a file together.
-        clusters: what intervals are over.
-        confounder: (n,) number of the domain, or of the slide where the set has no two domains; -1 where unknown.
-        confounded_by: "domain", "slide", or empty where neither is known of two.
-    """
-
-    dataset: str
-    split: str
-    rows: NDArray[np.intp]
-    samples: Samples
-    group: NDArray[np.intp]
-    clusters: Clusters
-    confounder: NDArray[np.intp]
-    confounded_by: str
-
-    @property
-    def label(self) -> NDArray[np.intp]:
-        """(n,) number of the class."""
-        return self.samples.label.astype(np.intp)
-
-
-def patch_set(dataset: str, split: str, table: Samples, rows: NDArray[np.intp]) -> PatchSet:
-    """Gather a set; of more than `_MOST` patches so many are drawn, always the same, which is said."""
-    if len(rows) > _MOST:
-        say(f"{dataset}: {_MOST:,} of {len(rows):,} {split} patches are measured, drawn at random.")
-        rows = np.sort(np.random.default_rng(_SEED).choice(rows, _MOST, replace=False))
-    samples = table.select(rows)
-    confounder, confounded_by = np.full(len(rows), -1), ""
-    for name, values in (("domain", samples.domain), ("slide", samples.group)):
-        known = values != ""
-        names, number = np.unique(values[known], return_inverse=True)
-        if len(names) > 1:
-            confounder[known], confounded_by = number, name
-            break
-    clusters = make_clusters(samples.group, samples.sha256)
-    return PatchSet(dataset, split, rows, samples, effective_groups(samples), clusters, confounder, confounded_by)
 
 
 def class_means(values: Mapping[str, NDArray[np.floating]], label: NDArray[np.intp], clusters: Clusters) -> Sums:
@@ -247,8 +199,6 @@ def _retrieval(found: _Found, apart: NDArray[np.intp], average_precision: NDArra
 
 def _clusters(found: _Found, embeddings: Tensor, n_classes: int, seed: int) -> None:
     samples, clusters = found.of.samples, found.of.clusters
-    if len(samples) < n_classes:
-        return
     assigned = k_means(np.asarray((embeddings - embeddings.mean(0)).cpu()), n_classes, seed=seed)
     for by, values in (("class", samples.label.astype(str)), ("domain", samples.domain), ("slide", samples.group)):
         known = np.flatnonzero(values != "")
@@ -277,14 +227,10 @@ def _clusters(found: _Found, embeddings: Tensor, n_classes: int, seed: int) -> N
 
 def _robustness(found: _Found, unit: Tensor, within: Neighbours, seed: int) -> None:
     of, by = found.of, found.of.confounded_by
-    chance = robustness_of_chance(of.label, of.confounder)
-    if not 0 < chance < 1:
-        say(f"{of.dataset}, {of.split}: no {by} has patches of two classes, so a robustness index would say nothing.")
-        return
     # Patches of a slide share domain and more: neighbours are sought on other slides, unless slides are the confounder.
     near = (within.any if by == "slide" else within.apart)[:, :FEW]
     counts = {f"index {by}": robustness_counts(near, of.label, of.confounder)[:, None]}
-    found.chance[f"index {by}"] = chance
+    found.chance[f"index {by}"] = robustness_of_chance(of.label, of.confounder)
     group = np.arange(len(of.rows)) if by == "slide" else of.group
     margins = robustness_margins(unit, group, of.label, of.confounder)
     statistics = median_margin(f"margin {by}", [[(of.clusters.index, margins)]])
@@ -340,23 +286,29 @@ def measure_store(
         store: with the embeddings of the training dataset and of those to score.
         models: names; None for all that have embedded the training dataset.
         measures: keys of `MEASURES`; none for all that apply.
-        options: `train`, `test`, `view`, `pooling`, `labels`, `seed`, `fold_seed`, `cv` and `device` are those of a
-            probe. Without `view` and `pooling` the newest probe in `runs` of a model decides, else the card's embedding
+        options: `train`, `test`, `view`, `pooling`, `labels`, `seed` and `device` are those of a probe; the others
+            count for nothing, as no probe is fitted and no folds are needed.
+            Without `view` and `pooling` the newest probe in `runs` of a model decides, else the card's embedding
             of the view `full`, or of the first that all datasets have.
         runs: the folder of all runs.
 
     Raises:
-        UserError: as `probe.probing.probe_store`; or if a measure is unknown, or named and does not apply.
+        UserError: as `probe.probing.probe_store`, but for folds; or if a measure is unknown, named and does not apply,
+            or none applies.
     """
     asked = _parsed(measures)
-    setup, models = prepare(store, models, options)
+    counting = {name: getattr(options, name) for name in _OPTIONS}
+    setup, models = prepare(store, models, ProbeOptions(**counting), fitted=False)
     options, device, clock = setup.options, setup.device, _Clock()
     n_classes = setup.experiment.n_classes
     of_models = {model: replace(setup, experiment=experiment_of(setup, [model])) for model in dict.fromkeys(models)}
     chosen = {model: _choose(of_model, model, runs) for model, of_model in of_models.items()}
     rows = {key: value for of_model in of_models.values() for key, value in _rows(of_model.experiment).items()}
     sets = {key: patch_set(*key, setup.experiment.tables[key[0]], value) for key, value in rows.items()}
-    wanted = _applicable(asked, chosen, sets, store)
+    names = store.class_names(setup.experiment.train)
+    silent = {key: silent_measures(of, names) for key, of in sets.items()}
+    wanted = _applicable(asked, chosen, sets, silent, names, store)
+    say_left_out(sets, silent, wanted)
     drawn: dict[int, NDArray[np.intp]] = {}
     if "fewshot" in wanted:
         with clock("fewshot"):
@@ -370,28 +322,27 @@ def measure_store(
             say(f"{measured.label}: {why}.")
             near[model], known = {}, None
             for key in _rows(of_model.experiment):  # the training patches first
-                found = _Found.none(sets[key], measured.label)
+                found, here = _Found.none(sets[key], measured.label), wanted - silent[key].keys()
                 with clock("reading"):
                     raw = _read(of_model, chosen[model], sets[key])
                     unit = unit_vectors(raw, device)
-                if not wanted.isdisjoint(_OF_NEIGHBOURS):
-                    within = _within(found, unit, wanted, options.seed, clock)
+                if not here.isdisjoint(_OF_NEIGHBOURS):
+                    within = _within(found, unit, here, options.seed, clock)
                     near[model][key] = within.any[:, :FEW]
-                    if known is None:
+                    if found.of.split == "train" and "knn" in here:
                         known = _Known(unit, found.of.label, _best_k(found.of.label, within.apart, n_classes))
-                        if "knn" in wanted:
-                            _knn_figures(found, found.of.label[within.apart], known.k, n_classes)
+                        _knn_figures(found, found.of.label[within.apart], known.k, n_classes)
                 known = known or _Known(unit, found.of.label, 1)
-                if found.of.split == "test" and "knn" in wanted:
+                if found.of.split == "test" and "knn" in here:
                     with clock("knn"):
                         _knn_figures(found, known.label[nearest_rows(unit, known.unit, known.k)], known.k, n_classes)
-                if found.of.split == "test" and drawn:
+                if found.of.split == "test" and "fewshot" in here:
                     with clock("fewshot"):
                         _few_shots(found, known.unit, unit, drawn)
-                if "clustering" in wanted:
+                if "clustering" in here:
                     with clock("clustering"):
                         _clusters(found, unit, n_classes, options.seed)
-                if "invariance" in wanted:
+                if "invariance" in here:
                     with clock("invariance"):
                         entries = _altered_entries(store, entry, found.of.dataset)
                         altered = {
@@ -412,9 +363,9 @@ def measure_store(
         train=setup.experiment.train,
         test=tuple(name for name in datasets if name != setup.experiment.train),
         store=str(store.path),
-        options={**options.as_record(), "measures": list(measures)},
+        options={**counting, "measures": list(measures)},
         measures=tuple(name for name in MEASURES if name in wanted),
-        label_names=store.class_names(setup.experiment.train),
+        label_names=names,
         embeddings=tuple(embeddings),
         table_digests={name: setup.experiment.tables[name].table_digest for name in datasets},
         figures=tuple(sorted(figures, key=lambda figure: list(MEASURES).index(figure.measure))),
@@ -446,9 +397,9 @@ def _within(found: _Found, unit: Tensor, wanted: frozenset[str], seed: int, cloc
         within = neighbours(
             unit, of.group, of.label, most=max(*NEIGHBOURS, *CUT_OFFS, FEW), ranked="retrieval" in wanted
         )
-    if "retrieval" in wanted and within.apart.shape[1]:
+    if "retrieval" in wanted:
         _retrieval(found, within.apart, within.average_precision)
-    if "robustness" in wanted and of.confounded_by:
+    if "robustness" in wanted:
         with clock("robustness"):
             _robustness(found, unit, within, seed)
     return within
@@ -504,49 +455,84 @@ def _probed(runs: Path, model: str, train: str) -> tuple[str, str] | None:
 
 
 def _applicable(
-    asked: Sequence[str], chosen: Mapping[str, Chosen], sets: Mapping[Key, PatchSet], store: FeatureStore
+    asked: Sequence[str],
+    chosen: Mapping[str, Chosen],
+    sets: Mapping[Key, PatchSet],
+    silent: Mapping[Key, Mapping[str, str]],
+    names: Sequence[str],
+    store: FeatureStore,
 ) -> frozenset[str]:
-    """Find the measures that can be computed.
+    """Find the measures that can be computed, of one set or more.
 
     Raises:
-        UserError: if one that was asked for cannot.
+        UserError: if one that was asked for cannot, or none can.
     """
     entries = [entry for entry, _, _ in chosen.values()]
-    datasets = ",".join(dict.fromkeys(dataset for dataset, _ in sets))
-    first = entries[0]
+    datasets = list(dict.fromkeys(dataset for dataset, _ in sets))
+    first, train = entries[0], sets[entries[0].dataset, "train"]
+    plain, alteration = split_alteration(first.view)
     telling = [name for name in ALTERATIONS if "+flips" not in first.view or name not in ("rot90", "fliph")]
-    altered = [altered_view(first.view, name) for name in telling]
-    command = f"fm-extract --model {','.join(chosen)} --dataset {datasets} --view {','.join([first.view, *altered])}"
-    another = f"fm-extract --model {first.model},NAME --dataset {datasets} --view {first.view}"
+    views = [altered_view(plain, name) for name in telling]
     if all(entry.imported for entry in entries):
-        of = f"fm-store import FILE --dataset {first.dataset}"
-        command = f"{of} --model {first.model} --view {altered[0]} (and so on), with embeddings of altered patches"
-        another = f"{of} --model NAME --view {first.view}"
+        again = missing_import(store, first.model, first.dataset, first.view)
+        another = missing_import(store, "NAME", first.dataset, first.view)
+        altered = missing_import(store, first.model, first.dataset, views[0])
+        altered += " (and so on), with embeddings of altered patches"
+    else:
+        again = missing_embeddings(store, ",".join(chosen), datasets, first.view)
+        another = missing_embeddings(store, f"{first.model},NAME", datasets, first.view)
+        altered = missing_embeddings(store, ",".join(chosen), datasets, ",".join([plain, *views]))
     why_not = {}
+    for name in MEASURES:  # those that say nothing of any set
+        of_sets = {key: silent[key].get(name) for key in sets if name != "fewshot" or key[1] == "test"}
+        if all(of_sets.values()):
+            reasons = "; ".join(f"{dataset}, {split}: {why}" for (dataset, split), why in of_sets.items())
+            why_not[name] = f"{name} would say nothing of any set. {reasons}. Leave it out, or add patches."
+    if "knn" in silent[first.dataset, "train"]:
+        why = silent[first.dataset, "train"]["knn"]
+        why_not["knn"] = (
+            f"k of the k nearest neighbours is chosen on {first.dataset}'s training patches, by neighbours on other "
+            f"slides: {why}. Leave knn out, or add training patches of other slides and classes."
+        )
     if len(chosen) < 2:
         why_not["alignment"] = (
             f"alignment compares two backbones, and here is one, {first.model}. Embed another: {another}"
         )
+    elif all(len(of.rows) < 3 for of in sets.values()):
+        why_not["alignment"] = "alignment is of three patches or more, and no set has so many."
     if not any(of.confounded_by for of in sets.values()):
         why_not["robustness"] = (
             "the robustness index needs to know from which scanner, laboratory or slide a patch is, and no set has "
             "two domains or two slides. Name them in the columns `domain` or `group` of the patch table, and run "
-            "fm-extract again."
+            f"again: {again}"
         )
     if not any(split == "test" for _, split in sets):
         why_not["fewshot"] = (
             f"few labelled patches are drawn from training patches and judged on others, and {first.dataset} has no "
             "test split. Embed a test set too, or mark one in the column `split`."
         )
-    if not any(_altered_entries(store, entry, entry.dataset) for entry in entries):
-        why_not["invariance"] = f"no altered patches are embedded in view {first.view}. Run: {command}"
+    elif lacking := [name for k, name in enumerate(names) if not (train.label == k).any()]:
+        why_not["fewshot"] = (
+            f"few labelled patches are drawn of each class, and {first.dataset} has no training patch of "
+            f"{', '.join(lacking)}. Label some."
+        )
+    if alteration is not None:
+        why_not["invariance"] = (
+            f"unaltered patches are compared with altered ones, and view {first.view} is of altered ones. Name the "
+            f"unaltered one: `view={plain!r}`."
+        )
+    elif not any(_altered_entries(store, entry, entry.dataset) for entry in entries):
+        why_not["invariance"] = f"no altered patches are embedded in view {first.view}. Run: {altered}"
     for name in asked:
         if name in why_not:
             raise UserError(why_not[name])
+    wanted = frozenset(asked or MEASURES) - why_not.keys()
+    if not wanted:
+        raise UserError(f"nothing can be measured: {' '.join(why_not.values())}")
     if not asked:
         for reason in why_not.values():
             say(f"Left out: {reason}")
-    return frozenset(asked or MEASURES) - why_not.keys()
+    return wanted
 
 
 def _altered_entries(store: FeatureStore, entry: Entry, dataset: str) -> dict[str, Entry]:

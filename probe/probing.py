@@ -48,7 +48,7 @@ from probe.curve import (
     draw_subsets,
 )
 from probe.experiment import AMI_BR, Experiment, FoldLogits, make_experiment, require_known
-from probe.linear import Probe, fit_exact, held_out_folds, in_memory
+from probe.linear import FEWEST_FOLDS, Probe, fit_exact, held_out_folds, in_memory
 from probe.logistic import predict_logits
 from probe.predictions import Predictions
 from probe.records import Candidate, Cost, CurveFits, Part, RunRecord, joined
@@ -149,6 +149,7 @@ def probe_store(
     """
     setup, models = prepare(store, models, options)
     options = setup.options
+    _say_sets_of_one_class([experiment_of(setup, [model]) for model in models], _classes(store, setup.experiment.train))
     records, every = [], []
     for model in models:
         started = time.perf_counter()
@@ -166,8 +167,13 @@ def probe_store(
     return records
 
 
-def prepare(store: FeatureStore, models: Sequence[str] | None, options: ProbeOptions) -> tuple[Setup, list[str]]:
-    """Find out what is asked: datasets, rows, folds, and the names of the models. Args and raises: as `probe_store`."""
+def prepare(
+    store: FeatureStore, models: Sequence[str] | None, options: ProbeOptions, *, fitted: bool = True
+) -> tuple[Setup, list[str]]:
+    """Find out what is asked: datasets, rows, folds, and the names of the models. Args and raises: as `probe_store`.
+
+    Where nothing is fitted there are no folds, and none are needed.
+    """
     device = find_device(options.device, apple=False)
     compute_exactly(device)
     tables = {name: store.samples(name) for name in store.datasets()}
@@ -177,14 +183,16 @@ def prepare(store: FeatureStore, models: Sequence[str] | None, options: ProbeOpt
     experiment = make_experiment(
         train,
         tables,
-        cv=options.cv,
+        cv=options.cv if fitted else None,
+        at_least=FEWEST_FOLDS if options.recipe == "exact" else 2,
         fold_seed=options.fold_seed,
         paper_folds=paper_folds,
         classes=_classes(store, train),
         soft_labels=options.soft_labels,
         folds_by=options.folds_by,
     )
-    options = replace(options, cv=experiment.folds.n_folds)
+    if fitted:
+        options = replace(options, cv=experiment.folds.n_folds)
     embedded = list(dict.fromkeys(entry.model for entry in store.entries(train)))
     for model in models or ():
         if model not in embedded:
@@ -343,6 +351,18 @@ def experiment_of(setup: Setup, models: Sequence[str]) -> Experiment:
     else:
         tests = [name for name in requested if name != experiment.train]
     return replace(experiment, tables={name: experiment.tables[name] for name in (experiment.train, *tests)})
+
+
+def _say_sets_of_one_class(experiments: Sequence[Experiment], classes: Classes) -> None:
+    """Say once of which test sets there will be no figures, and why."""
+    labels = {name: one.tables[name].label[rows] for one in experiments for name, rows in one.tests.items()}
+    for name, label in labels.items():
+        present = np.unique(label)
+        if len(present) == 1:
+            say(
+                f"{name}, test: it has patches of one class alone, {classes[present[0]]}, so there is neither a "
+                "balanced accuracy nor an AUROC. Label patches of another class."
+            )
 
 
 def _similar(setup: Setup, chosen: Fitted) -> dict[str, tuple[str, ...]]:

@@ -1,6 +1,7 @@
 """Do folds keep groups whole, classes even, and never drift?"""
 
 import csv
+import re
 from dataclasses import replace
 from importlib.resources import files
 
@@ -88,6 +89,36 @@ def test_more_folds_than_groups_are_refused_before_they_are_dealt(n_folds):
     samples = make_samples(ids, [0, 1] * 4, sha256=[""] * 8, group=slides)
     with pytest.raises(UserError, match=r"there are 6 groups.*rarer class occurs in 4\. Use `cv=4` or fewer"):
         grouped_folds(samples, n_folds)
+
+
+@pytest.mark.parametrize(
+    ("n_slides", "n_folds", "message"),
+    [
+        (5, 2, r"at least 3 folds, got 2: a probe's strength .*\. Use `cv=3` or more\.$"),
+        (3, 2, r"\. Use `cv=3`\.$"),
+        (3, 4, r"\. Use `cv=3`, or label more slides\.$"),
+        (5, 9, r"\. Use `cv=5` or fewer, or label more slides\.$"),
+        (2, 2, r"at least 3 .* enough for 2 folds, .*: label more slides, or use `recipe='paper'` with `cv=2`\.$"),
+        (2, 3, r"there are 2 groups .* enough for 2 folds, .*: label more slides, or use `recipe='paper'` with `cv=2`"),
+        (1, 2, r"\. No number of folds will do: label more slides\.$"),
+        (1, 3, r"there is 1 group .*\. No number of folds will do: label more slides\.$"),
+    ],
+)
+def test_advice_on_folds_is_never_refused_in_its_turn(n_slides, n_folds, message):
+    """Of an exact probe, which takes three folds: neither "cv=2 or fewer" nor "cv=3" where neither is possible."""
+    ids = [f"{row}" for row in range(2 * n_slides)]
+    samples = make_samples(ids, [0, 1] * n_slides, sha256=[""] * len(ids), group=[f"{int(row) // 2}" for row in ids])
+    with pytest.raises(UserError, match=message) as refused:
+        grouped_folds(samples, n_folds, at_least=3)
+    for advised in re.findall(r"`cv=(\d)`", str(refused.value)):
+        grouped_folds(samples, int(advised), at_least=2 if "recipe" in str(refused.value) else 3)
+
+
+def test_another_seed_is_advised_where_the_fewest_folds_leave_one_without_a_class(monkeypatch):
+    monkeypatch.setattr("features.folds._deal", lambda label, *_: np.arange(len(label)) // 2 % 2)
+    samples = make_samples(list("abcdef"), [0, 1] * 3, sha256=[""] * 6, group=list("abcdef"))
+    with pytest.raises(UserError, match=r"never cut\. Use another `fold_seed`, or label more slides\.$"):
+        grouped_folds(samples, 3, at_least=3)
 
 
 def test_too_few_folds_is_refused():
@@ -275,7 +306,9 @@ def test_the_fold_that_lacks_the_negative_class_is_refused_too():
         group=["a", "b", *(f"g{row}" for row in range(10))],
         sha256=[""] * 12,
     )
-    with pytest.raises(UserError, match=r"negative class \(label 0\), which occurs in 2 groups.*`cv=2` or fewer"):
+    with pytest.raises(
+        UserError, match=r"negative class \(label 0\), which occurs in 2 groups.*Use `cv=2`, or label more"
+    ):
         grouped_folds(samples, 3)
     assert set(grouped_folds(samples, 2).fold[:2].tolist()) == {0, 1}
 

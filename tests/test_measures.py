@@ -32,7 +32,8 @@ from probe.cli import app
 from probe.clusterings import agreement
 from probe.fewshot import draw_shots, few_shot, possible_shots
 from probe.measure_records import MEASURES, Measured, MeasureRecord, newest_figures, read_measures, write_measures
-from probe.measures import class_means, measure_store, patch_set
+from probe.measure_sets import patch_set
+from probe.measures import class_means, measure_store
 from probe.neighbours import (
     class_shares,
     mutual_neighbours,
@@ -290,7 +291,7 @@ def test_the_index_of_chance_is_that_of_all_pairs():
 
 
 def test_of_a_large_set_the_same_patches_are_measured_each_time(monkeypatch, capsys):
-    monkeypatch.setattr(measuring, "_MOST", 10)
+    monkeypatch.setattr("probe.measure_sets._MOST", 10)
     one, again = (patch_set("mine", "test", table(40, 0), np.arange(3, 40)) for _ in range(2))
     assert len(one.samples) == 10
     assert one.rows.tolist() == again.rows.tolist() == sorted(set(one.rows.tolist()))
@@ -441,7 +442,7 @@ def store(tmp_path, monkeypatch) -> FeatureStore:
 
 
 def measured(store: FeatureStore, runs: Path, *names: str, models=None, **options) -> MeasureRecord:
-    return measure_store(store, models, measures=names, options=ProbeOptions(cv=3, train="mine", **options), runs=runs)
+    return measure_store(store, models, measures=names, options=ProbeOptions(train="mine", **options), runs=runs)
 
 
 def test_all_measures_of_a_store_stand_in_one_file_that_is_read_back(store, tmp_path, capsys, monkeypatch):
@@ -570,10 +571,19 @@ def test_what_cannot_be_measured_is_said_once_with_what_to_do(store, tmp_path, c
     with pytest.raises(UserError, match=r"alignment compares two backbones, and here is one, one\. .*--model one,NAME"):
         measured(store, runs, "alignment", models=["one"])
     command = r"Run: fm-extract --model two --dataset mine,other --view full,full\+rot90,full\+fliph,"
-    with pytest.raises(UserError, match=rf"no altered patches are embedded in view full\. {command}"):
+    with pytest.raises(
+        UserError, match=rf"no altered patches are embedded in view full\. {command}.* --store \S+zarr$"
+    ):
         measured(store, runs, "invariance", models=["two"])
+    with pytest.raises(UserError, match=r"view full\+blur is of altered ones\. Name the unaltered one: `view='full'`"):
+        measured(store, runs, "invariance", models=["one"], view="full+blur", test=())
     bare = FeatureStore.open_or_create(tmp_path / "bare.zarr")
-    add(bare, "mine", table(60, 2, domains=False, groups=False, test=False), "one", "full")
+    own = table(60, 2, domains=False, groups=False, test=False)
+    bare.put_samples("mine", own, attrs={"label_names": ["no", "yes"], "source": "/of/mine.csv"})
+    add(bare, "mine", own, "one", "full")
+    command = r"fm-extract --model one,NAME --dataset mine=/of/mine\.csv --view full --store \S+zarr --positive yes$"
+    with pytest.raises(UserError, match=command):  # runs wherever it is typed
+        measured(bare, runs, "alignment")
     with pytest.raises(UserError, match=r"no set has two domains or two slides\. .* columns `domain` or `group`"):
         measured(bare, runs, "robustness")
     with pytest.raises(UserError, match=r"mine has no test split"):
@@ -594,7 +604,9 @@ def test_what_imported_embeddings_lack_is_to_be_imported(store, tmp_path):
     for rows in writer.missing():
         writer.write(rows, {"pooled": np.random.default_rng(0).standard_normal((len(rows), 3))})
     options = ProbeOptions(cv=3, train="theirs", test=("theirs",))
-    with pytest.raises(UserError, match=r"no altered patches .*: fm-store import FILE --dataset theirs --model titan"):
+    with pytest.raises(
+        UserError, match=r"no altered patches .*: fm-store import FILE --dataset theirs --model titan .*--store"
+    ):
         measure_store(store, measures=["invariance"], options=options, runs=tmp_path / "runs")
     with pytest.raises(UserError, match=r"Embed another: fm-store import FILE --dataset theirs --model NAME"):
         measure_store(store, measures=["alignment"], options=options, runs=tmp_path / "runs")
@@ -602,11 +614,14 @@ def test_what_imported_embeddings_lack_is_to_be_imported(store, tmp_path):
 
 def test_the_command_takes_measures_with_and_without_names(store, tmp_path):
     def probe(*arguments: str):
-        options = ["--store", str(store.path), "--runs", str(tmp_path / "runs"), "--train", "mine", "--cv", "3"]
+        options = ["--store", str(store.path), "--runs", str(tmp_path / "runs"), "--train", "mine"]
         return CliRunner().invoke(app, [*options, *arguments])
 
     named = json.loads(probe("--measures", "clustering", "--json").stdout)
     assert named["result"]["measures"] == ["clustering"]
+    assert set(named["result"]["options"]) == {
+        *("train", "test", "view", "pooling", "labels", "seed", "device", "measures")
+    }
     assert Path(named["measures"], "measures.json").is_file()
     every = json.loads(probe("--model", "two", "--measures", "--json").stdout)
     assert every["result"]["measures"] == ["knn", "fewshot", "retrieval", "clustering", "robustness"]
@@ -614,9 +629,13 @@ def test_the_command_takes_measures_with_and_without_names(store, tmp_path):
     assert "k-NN" in shown
     assert "two (full, card)" in shown
     assert re.search(r"two \(full, card\).*\n.*k-NN with k = \d", shown)
-    # Not the advice of another recipe, which measures would refuse as well.
-    for given, name in ((["--combine"], "combine"), (["--seeds", "3"], "seeds"), (["--recipe", "paper"], "recipe")):
-        with pytest.raises(UserError, match=f"`{name}` says how probes are fitted, and `measures` fits none"):
+    # All at once, and not the advice of another recipe, which measures would refuse as well.
+    for given, named in (
+        (["--combine"], "`combine` says"),
+        (["--cv", "5"], "`cv` says"),
+        (["--seeds", "3", "--folds-by", "domain", "--recipe", "paper"], "`folds_by`, `recipe` and `seeds` say"),
+    ):
+        with pytest.raises(UserError, match=f"{named} how probes are fitted, and `measures` fits none"):
             raise probe(*given, "--measures", "knn").exception
     assert not list(tmp_path.glob("runs/probe-*"))
 
@@ -678,8 +697,85 @@ def test_sets_that_lack_classes_slides_or_nearly_all_patches_are_measured_as_far
     assert found["knn", "balanced_accuracy", "two"].chance is None  # it depends on what is guessed
     assert found["retrieval", "precision 1", "two"].chance == 0.5  # of the patches of the set itself
     assert found["fewshot", "balanced_accuracy 1", "two"].chance == pytest.approx(1 / 3)
-    assert found["knn", "auroc", "single"].value is None
-    assert ("retrieval", "precision 1", "single") not in found
+    assert not any(key[2] == "single" for key in found)
     assert ("robustness", "index slide", "mine") in found
     assert ("robustness", "index slide", "slides") not in found  # a slide there is of one class
     assert terminal_tables(record)
+
+
+@pytest.fixture
+def of_slides(tmp_path, monkeypatch):
+    """Make stores of one backbone: the classes of each slide of the training patches, and of a test set."""
+    monkeypatch.setattr(measuring, "DRAWS", 20)
+    monkeypatch.setattr(measuring, "Resampling", partial(Resampling, replicates=200))
+
+    def make(train: list[list[int]], test: list[list[int]], *, domain: str = "") -> FeatureStore:
+        store = FeatureStore.open_or_create(tmp_path / "store.zarr")
+        for name, slides in (("mine", train), ("other", test)):
+            label = [k for classes in slides for k in classes]
+            group = [f"{name} {slide}" for slide, classes in enumerate(slides) for _ in classes]
+            ids = [f"{name}-{row}" for row in range(len(label))]
+            samples = make_samples(
+                ids, label, sha256=ids, group=group, domain=[f"{domain}{k}" if domain else "" for k in label]
+            )
+            add(store, name, samples, "one", "full")
+        return store
+
+    return make
+
+
+MIXED = [0, 1] * 5
+
+
+def test_measures_need_no_folds(of_slides, tmp_path, capsys):
+    record = measured(of_slides([MIXED] * 2, [MIXED] * 3), tmp_path / "runs")
+    assert record.measures == ("knn", "fewshot", "retrieval", "clustering", "robustness")
+    assert record.embeddings[0].neighbours
+
+
+def test_one_training_slide_is_no_reason_to_measure_nothing(of_slides, tmp_path, capsys):
+    store = of_slides([MIXED], [MIXED] * 3)
+    record = measured(store, tmp_path / "runs")
+    said = capsys.readouterr().err
+    assert record.measures == ("fewshot", "retrieval", "clustering", "robustness")
+    assert "Left out: k of the k nearest neighbours is chosen on mine's training patches, " in said
+    assert "other slides: it has one slide. Leave knn out" in said
+    with pytest.raises(UserError, match="k of the k nearest neighbours is chosen on mine's training patches"):
+        measured(store, tmp_path / "runs", "knn")
+
+
+def test_of_a_test_set_of_one_class_what_says_nothing_is_left_out_in_one_line(of_slides, tmp_path, capsys):
+    record = measured(of_slides([MIXED] * 3, [[1] * 8] * 3), tmp_path / "runs")
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("other, test: ")]
+    assert line.endswith("it has patches of one class alone, yes. Left out: knn, retrieval, robustness.")
+    assert {one.measure for one in record.figures if one.dataset == "other"} == {"clustering"}
+    assert {"knn", "retrieval"} <= {one.measure for one in record.figures if one.dataset == "mine"}
+
+
+def test_a_test_set_of_one_slide_is_said_to_have_no_intervals(of_slides, tmp_path, capsys):
+    record = measured(of_slides([MIXED] * 3, [MIXED]), tmp_path / "runs")
+    said = capsys.readouterr().err
+    assert "other, test: it has one slide. Left out: retrieval, robustness, intervals.\n" in said
+    of_other = [one for one in record.figures if one.dataset == "other"]
+    assert {one.measure for one in of_other} == {"knn", "fewshot", "clustering"}
+    titles = [str(table.title) for table in terminal_tables(record)]
+    assert [title.endswith("; 95% intervals") for title in titles] == ["mine" in title for title in titles]
+
+
+def test_where_nothing_can_be_measured_nothing_is_written(of_slides, tmp_path):
+    store = of_slides([MIXED] * 3, [MIXED] * 3, domain="scanner ")
+    reason = "no domain has patches of two classes"
+    with pytest.raises(
+        UserError, match=f"robustness would say nothing of any set. mine, train: .*other, test: {reason}"
+    ):
+        measured(store, tmp_path / "runs", "robustness")
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_training_set_that_lacks_a_class_has_no_few_labelled_patches_of_it(of_slides, tmp_path, capsys):
+    store = of_slides([[0] * 9] * 3, [MIXED] * 3)
+    record = measured(store, tmp_path / "runs")
+    assert "Left out: few labelled patches are drawn of each class, and mine has no training patch of yes." in (
+        capsys.readouterr().err
+    )
+    assert record.measures == ("retrieval", "clustering", "robustness")

@@ -98,6 +98,20 @@ def test_every_model_is_probed_and_the_better_one_scores_better(store, tmp_path)
     assert runs["poor"].figures.sets["ami-br/test"].folds["auroc"].mean < 0.75
 
 
+def test_a_test_set_of_one_class_is_said_once_to_have_no_figures(store, tmp_path, capsys):
+    alone = table(seed=2, split=False)
+    alone = replace(alone, label=np.ones_like(alone.label))
+    for model in ("good", "poor"):
+        add(store, "alone", alone, model, "full", signal=0.2)
+    options = ProbeOptions(test=("alone",), view="full", pooling="card")
+    folders = probed(store, options=options, runs=tmp_path / "runs")
+    said = capsys.readouterr().err
+    assert said.count("there is neither a balanced accuracy nor an AUROC") == 1
+    assert "alone, test: it has patches of one class alone, " in said
+    figures = read_run(folders[0]).figures.sets["alone/test"].folds
+    assert all(np.isnan(figures[name].mean) for name in ("balanced_accuracy", "auroc"))
+
+
 def test_view_and_pooling_are_chosen_on_validation(store, tmp_path):
     (folder,) = probed(store, ["good"], options=ProbeOptions(), runs=tmp_path / "runs")
     run = read_run(folder)
@@ -289,7 +303,7 @@ def test_datasets_embedded_differently_are_never_compared(store, tmp_path):
         (["good"], ProbeOptions(view="nope"), r"unknown view 'nope'. Use 'full'.*store.zarr has .*full[^?]*$"),
         (["good"], ProbeOptions(pooling="center"), r"cls.*mean"),
         (["good"], ProbeOptions(recipe="paper"), r"paper's fold assignment"),
-        (["good"], ProbeOptions(cv=2), r"at least 3 folds"),
+        (["good"], ProbeOptions(cv=2), r"at least 3 folds, got 2.* Use `cv=3` or more\.$"),
     ],
 )
 def test_a_mistake_gets_one_clear_message(store, tmp_path, models, options, message):

@@ -172,7 +172,9 @@ def terminal_tables(record: MeasureRecord) -> list[Table]:
             if not used:
                 continue
             n = next(one.n for row in cells.values() for one in row if one)
-            table = Table(title=f"{title}{dataset} {split}, {n:,} patches; 95% intervals", title_style="bold")
+            shown = [one.interval for row in cells.values() for k in used if (one := row[k])]
+            ends = "; 95% intervals" if any(one.low == one.low for one in shown) else ""
+            table = Table(title=f"{title}{dataset} {split}, {n:,} patches{ends}", title_style="bold")
             table.add_column("Embedding")
             for k in used:
                 table.add_column(columns[k][2], justify="right")
