@@ -11,6 +11,7 @@ import copy
 import hashlib
 import importlib
 import importlib.util
+import inspect
 import json
 import math
 import re
@@ -47,6 +48,10 @@ _NOT_THEIRS = (
 )
 
 
+class NetworkError(UserError, RuntimeError):
+    """What the forward of a user's own network raised. Where networks are tried, it is caught as what torch raises."""
+
+
 class CustomNetwork(nn.Module):
     """A network of the user's own that answers as timm's do.
 
@@ -67,8 +72,20 @@ class CustomNetwork(nn.Module):
         """Compute every pooling, name -> (b, d), of normalised images (b, 3, h, w).
 
         Raises:
-            ValueError: an output that is not as described.
+            NetworkError: an exception in the user's code, or an output that is not as described.
         """
+        try:
+            return self._named(images)
+        except Exception as error:
+            if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and out_of_memory(error)):
+                raise
+            raise NetworkError(
+                f"{_kind(self.network)} cannot embed images of the shape {tuple(images.shape)}, {images.dtype} on "
+                f"{images.device.type} ({raised(error)}). It was tried on two images, float32 on cpu, and has to take "
+                "any number of them, on a GPU and under autocast too. Mend its file, and run the command again."
+            ) from error
+
+    def _named(self, images: Tensor) -> dict[str, Tensor]:
         if callable(self.poolings):
             return output_poolings(self.poolings(self.network, images), n_prefix_tokens=self.n_prefix_tokens)
         output, names = self.network(images), self.poolings
@@ -186,29 +203,66 @@ def _copied(network: nn.Module, name: str) -> nn.Module:
     try:
         return copy.deepcopy(network)
     except Exception as error:
+        _, held = _uncopied(network)
         raise UserError(
-            f"{name}: this {_kind(network)} cannot be copied, as training of several folds needs ({_raised(error)}). "
-            "Remove what its attributes hold besides modules, tensors and numbers."
+            f"{name}: this {_kind(network)} cannot be copied, as training of several folds needs{held} "
+            f"({raised(error)}). Remove what its attributes hold besides modules, tensors and numbers."
         ) from error
+
+
+def _require_nothing_kept(network: nn.Module, name: str) -> None:
+    """Raise UserError if a network cannot be copied any more, now that it has been run: its forward keeps something."""
+    try:
+        copy.deepcopy(network, {id(tensor): tensor for tensor in (*network.parameters(), *network.buffers())})
+    except Exception as error:
+        module, held = _uncopied(network)
+        raise UserError(
+            f"{name}: {_forward_of(module, held)}forward of {_kind(module)} keeps what cannot be copied{held} "
+            f"({type(error).__name__}). Let it keep nothing in the module between calls: several threads call it, and "
+            "training copies it."
+        ) from error
+
+
+def _uncopied(network: nn.Module) -> tuple[nn.Module, str]:
+    """Find the module, and say in which attribute, that holds what cannot be copied; the network where none does."""
+    for path, module in network.named_modules():
+        for attribute, value in vars(module).items():
+            try:
+                copy.deepcopy(None if attribute == "_modules" else value)
+            except Exception:  # noqa: BLE001 - whatever it is, a copy fails of it
+                return module, f": self.{attribute} of {path or 'the network'}"
+    return network, ""
+
+
+def _forward_of(module: nn.Module, held: str) -> str:
+    """Say which line of a module's forward mentions an attribute, where its source is at hand."""
+    try:
+        lines, first = inspect.getsourcelines(type(module).forward)
+        file = inspect.getsourcefile(type(module).forward)
+    except (OSError, TypeError):
+        return ""
+    attribute = held.removeprefix(": self.").partition(" ")[0]
+    line = next((k for k, text in enumerate(lines) if re.search(rf"\.{attribute}\b", text)), 0)
+    return f"{file}, line {first + line}: "
 
 
 def _tried(own: CustomNetwork, name: str, size: int) -> dict[str, int]:
     """Embed two images in eval mode, check what comes out, and give the widths of the poolings.
 
     Raises:
-        UserError: an exception, an output that cannot be pooled, is not finite, or does not follow from the parameters.
+        UserError: an exception, an output that cannot be pooled, is not finite, does not follow from the parameters, or
+            is another one when the same images come again.
     """
     line = torch.linspace(-1, 1, 3 * size * size).view(1, 3, size, size)
+    images = torch.cat([line, -line])
     try:
         # With gradients, of which only it is asked whether there are any: what a backward pass needs is not kept.
         with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(lambda tensor: None, lambda kept: kept):
             own.requires_grad_(True)
-            found = own.forward_features(torch.cat([line, -line]))
-    except Exception as error:
-        if isinstance(error, UserError) or (isinstance(error, RuntimeError) and out_of_memory(error)):
-            raise
+            found = own.forward_features(images)
+    except NetworkError as error:
         raise UserError(
-            f"{name}: {_kind(own.network)} cannot embed an image of {size} px ({_raised(error)}). If it takes another "
+            f"{name}: {_kind(own.network)} cannot embed an image of {size} px ({raised(error)}). If it takes another "
             "size, say so by `size`; if forward gives something else than (b, d), (b, tokens, d), (b, c, h, w) or a "
             "dictionary of (b, d), say what by `poolings`."
         ) from error
@@ -234,6 +288,16 @@ def _tried(own: CustomNetwork, name: str, size: int) -> dict[str, int]:
                 "be fine-tuned. Leave torch.no_grad and detach out of forward; a function given as `poolings` computes "
                 "with the network that is passed to it, and with no other."
             )
+    _require_nothing_kept(own.network, name)
+    with torch.no_grad():
+        again = own.forward_features(images)
+    for pooling, values in found.items():
+        largest = float(values.detach().abs().max())
+        if not torch.allclose(again[pooling], values, rtol=1e-3, atol=1e-4 * largest):
+            raise UserError(
+                f"{name}: {pooling} is another one when the same images come again. Leave out of forward what is "
+                "random, such as F.dropout without training=self.training, and what it keeps from call to call."
+            )
     return {pooling: int(values.shape[1]) for pooling, values in found.items()}
 
 
@@ -241,8 +305,9 @@ def _kind(value: object) -> str:
     return type(value).__qualname__
 
 
-def _raised(error: BaseException) -> str:
+def raised(error: BaseException) -> str:
     """Say what was raised, and in which line of the user's own code."""
+    error = error.__cause__ or error if isinstance(error, NetworkError) else error
     text = f"{type(error).__name__}: {str(error).splitlines()[0]}" if str(error) else type(error).__name__
     if isinstance(error, SyntaxError):
         return f"{error.filename}, line {error.lineno}: {type(error).__name__}: {error.msg}"
@@ -300,7 +365,7 @@ def run_code(name: str) -> Backbone:
         except UserError:
             raise
         except (Exception, SystemExit) as error:
-            raise UserError(f"{name}: {_raised(error)}. Mend the file, and run the command again.") from error
+            raise UserError(f"{name}: {raised(error)}. Mend the file, and run the command again.") from error
     if not isinstance(made, Backbone):
         hint = "return Backbone.custom(network, name=...) instead" if isinstance(made, nn.Module) else _TEN_LINES
         raise UserError(f"{file}: {function}() returned {_kind(made)}, expected a Backbone: {hint}.")

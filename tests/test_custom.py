@@ -6,6 +6,7 @@ import hashlib
 import json
 import re
 import shutil
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -293,6 +294,71 @@ def backbone():
 def test_what_cannot_be_a_backbone_is_refused(answer: Any, options: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         custom(answer, **options)
+
+
+# A network that works once, on two images on the processor, and what it does besides.
+FAULTY = """
+import threading
+import torch
+from torch import nn
+from extract import Backbone
+
+class Inner(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Conv2d(3, 4, 4, 4)
+        self.n = 0
+
+    def forward(self, images):
+        found = self.layer(images).mean((2, 3))
+        {fault}
+        return found
+
+def backbone():
+    return Backbone.custom(nn.Sequential(Inner()), name="faulty", size=16)
+"""
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        ("self.kept = found", r"net\.py, line 15: forward of Inner keeps .* copied: self\.kept of 0 \(RuntimeError\)"),
+        ("self.kept = [(found,)]", r"net\.py, line 15: forward of Inner keeps .*: self\.kept of 0"),
+        ("self.lock = threading.Lock()", r"net\.py, line 15: forward of Inner keeps .*: self\.lock of 0 \(TypeError\)"),
+        ("self.n += 1; found = found + self.n", r"pooled is another one .* keeps from call to call"),
+        ("found = nn.functional.dropout(found)", r"pooled is another one .*F\.dropout without training"),
+    ],
+)
+def test_what_forward_keeps_or_draws_is_refused(tmp_path: Path, fault: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        run_code(written(tmp_path, FAULTY.format(fault=fault)))
+
+
+def test_a_cache_that_can_be_copied_may_be_kept(tmp_path: Path) -> None:
+    backbone = run_code(written(tmp_path, FAULTY.format(fault="self.cache = {images.shape: torch.ones(3)}")))
+    assert build_model(backbone, None) is not backbone.network
+
+
+def test_what_fails_on_other_images_than_those_tried_is_named_with_its_line(tmp_path: Path) -> None:
+    file = written(tmp_path, FAULTY.format(fault="found = found.view(2, 4)"))
+    with pytest.raises(
+        UserError, match=r"Sequential cannot embed images .*\(\d+, 3, 16, 16\).*net\.py, line 15, `found = "
+    ):
+        embed(
+            file,
+            load_dataset(str(write_patches(tmp_path / "drawn", 6, size=16))),
+            FeatureStore.open_or_create(tmp_path / "s"),
+        )
+    in_training = written(tmp_path, FAULTY.format(fault="assert not self.training"))
+    with pytest.raises(UserError, match=r"net\.py, line 15, `assert not self\.training`: AssertionError"):
+        train(in_training, tmp_path / "drawn", tmp_path / "runs", method="full")
+
+
+def test_the_attribute_that_cannot_be_copied_is_named() -> None:
+    network = nn.Sequential(Wide(lambda x: x.flatten(1)))
+    network[0].lock = threading.Lock()  # type: ignore[assignment]
+    with pytest.raises(UserError, match=r"cannot be copied.*: self\.lock of 0 \(TypeError"):
+        Backbone.custom(network, name="own", size=16)
 
 
 def test_two_models_of_one_name_are_refused(tmp_path: Path) -> None:
