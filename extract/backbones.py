@@ -242,19 +242,20 @@ def fetch_weights(backbone: Backbone, *, weights: Path | None = None) -> Weights
     Raises:
         UserError: no such file, another digest than the record's, or any of `hub.fetch_file`.
     """
+    argument = "`weights`"
     if weights is None and backbone.network is not None:
         if backbone.sha256 is not None:
             return Weights(Path(), backbone.sha256, backbone.revision, "code")
-        weights = Path(backbone.weight_file)
+        weights, argument = Path(backbone.weight_file), "Backbone.custom(..., weights=...)"
     if weights is not None:
         if weights.is_dir():
             files = sorted(path.name for path in weights.iterdir() if path.suffix in _SUFFIXES)
             raise UserError(
-                f"{weights}: a folder. `weights` takes one file of it"
+                f"{weights}: a folder. {argument} takes one file of it"
                 + (f": {', '.join(files[:5])}." if files else ", a safetensors or PyTorch file; it holds none.")
             )
         if not weights.is_file():
-            raise UserError(f"{weights}: no such weights file (`weights` takes a .safetensors, .bin or .pth file).")
+            raise UserError(f"{weights}: no such weights file ({argument} takes a .safetensors, .bin or .pth file).")
         try:
             digest = hub.sha256_of(weights)
         except OSError as error:
