@@ -172,8 +172,8 @@ def custom_backbone(
         kwargs={"n_prefix_tokens": n_prefix_tokens},
         input_size=size,
         resize=resize,
-        mean=mean,  # type: ignore[arg-type]
-        std=std,  # type: ignore[arg-type]
+        mean=mean,
+        std=std,
         interpolation=interpolation,  # type: ignore[arg-type]
         mpp=known,
         card_pooling=card,  # type: ignore[arg-type]
