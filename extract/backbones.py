@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from extract import hub
 from extract.checkpoints import common_prefix, first_names, network_tensors, read_checkpoint
-from extract.custom import CustomNetwork, is_code, run_code
+from extract.custom import CustomNetwork, NetworkError, is_code, raised, run_code
 from extract.keymaps import KEYMAPS, TIMM_RAISES, KeyMapError, StateDict
 from extract.pooling import default_pooling, forward_poolings, keep_middle, pooling_width, pooling_widths
 from extract.registry import BACKBONES as BACKBONES
@@ -242,19 +242,20 @@ def fetch_weights(backbone: Backbone, *, weights: Path | None = None) -> Weights
     Raises:
         UserError: no such file, another digest than the record's, or any of `hub.fetch_file`.
     """
+    argument = "`weights`"
     if weights is None and backbone.network is not None:
         if backbone.sha256 is not None:
             return Weights(Path(), backbone.sha256, backbone.revision, "code")
-        weights = Path(backbone.weight_file)
+        weights, argument = Path(backbone.weight_file), "Backbone.custom(..., weights=...)"
     if weights is not None:
         if weights.is_dir():
             files = sorted(path.name for path in weights.iterdir() if path.suffix in _SUFFIXES)
             raise UserError(
-                f"{weights}: a folder. `weights` takes one file of it"
+                f"{weights}: a folder. {argument} takes one file of it"
                 + (f": {', '.join(files[:5])}." if files else ", a safetensors or PyTorch file; it holds none.")
             )
         if not weights.is_file():
-            raise UserError(f"{weights}: no such weights file (`weights` takes a .safetensors, .bin or .pth file).")
+            raise UserError(f"{weights}: no such weights file ({argument} takes a .safetensors, .bin or .pth file).")
         try:
             digest = hub.sha256_of(weights)
         except OSError as error:
@@ -517,11 +518,12 @@ def check_forward(model: nn.Module, backbone: Backbone, size: int) -> None:
     except TIMM_RAISES as error:
         if isinstance(error, RuntimeError) and out_of_memory(error):
             raise
+        if isinstance(error, NetworkError) and size == backbone.input_size:
+            raise
         own_size = f"Ask for a view of its own {backbone.input_size} px, or take another model."
         remedy = "Take another model." if size == backbone.input_size else own_size
         raise UserError(
-            f"{backbone.name}: {backbone.arch} cannot embed an image of {size} px ({type(error).__name__}: {error}). "
-            f"{remedy}"
+            f"{backbone.name}: {backbone.arch} cannot embed an image of {size} px ({raised(error)}). {remedy}"
         ) from None
     embedding = torch.cat([poolings[pooling] for pooling in backbone.card_pooling.split("+")], dim=1)
     widths = {pooling: values.shape[1] for pooling, values in poolings.items()}

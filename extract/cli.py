@@ -58,7 +58,8 @@ def extract(
         str,
         typer.Option(
             help="Views, comma-separated: full, centerN (central N source pixels); then @M (input of M pixels); then "
-            "+imagenet or +half (normalised by these)."
+            "+imagenet or +half (normalised by these), +flips (mean over eight orientations), or +rot90, +fliph, "
+            "+stain, +blur or +mpp2 (altered, to test a backbone)."
         ),
     ] = "full",
     precision: Annotated[

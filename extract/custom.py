@@ -11,8 +11,10 @@ import copy
 import hashlib
 import importlib
 import importlib.util
+import inspect
 import json
 import math
+import operator
 import re
 import sys
 import traceback
@@ -37,7 +39,7 @@ DEFAULT_FUNCTION = "backbone"
 _FILE = re.compile(r"(?P<file>.+\.py)(:(?P<function>\w+))?")
 _MODULE = re.compile(r"(?P<module>[^\W\d]\w*(\.[^\W\d]\w*)*):(?P<function>[^\W\d]\w*)")
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,99}", re.ASCII)
-_TEN_LINES = "docs/models.md has the ten lines"
+_EXPECTED = "a function backbone(), without arguments, that returns Backbone.custom(network, name=..., size=...)"
 # How the paths of files begin that are not the user's: the libraries, Python's own, and mitofm's.
 _NOT_THEIRS = (
     f"{Path(torch.__file__).parent.parent}/",
@@ -45,6 +47,10 @@ _NOT_THEIRS = (
     f"{Path(__file__).parent}/",
     "<",
 )
+
+
+class NetworkError(UserError, RuntimeError):
+    """What the forward of a user's own network raised. Where networks are tried, it is caught as what torch raises."""
 
 
 class CustomNetwork(nn.Module):
@@ -67,8 +73,20 @@ class CustomNetwork(nn.Module):
         """Compute every pooling, name -> (b, d), of normalised images (b, 3, h, w).
 
         Raises:
-            ValueError: an output that is not as described.
+            NetworkError: an exception in the user's code, or an output that is not as described.
         """
+        try:
+            return self._named(images)
+        except Exception as error:
+            if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and out_of_memory(error)):
+                raise
+            raise NetworkError(
+                f"{_kind(self.network)} cannot embed images of the shape {tuple(images.shape)}, {images.dtype} on "
+                f"{images.device.type} ({raised(error)}). It was tried on two images, float32 on cpu, and has to take "
+                "any number of them, on a GPU and under autocast too. Mend its file, and run the command again."
+            ) from error
+
+    def _named(self, images: Tensor) -> dict[str, Tensor]:
         if callable(self.poolings):
             return output_poolings(self.poolings(self.network, images), n_prefix_tokens=self.n_prefix_tokens)
         output, names = self.network(images), self.poolings
@@ -79,7 +97,7 @@ class CustomNetwork(nn.Module):
         if isinstance(output, Mapping):
             outputs = [output[name] for name in names]
         if len(outputs) != len(names):
-            raise ValueError(f"forward returns {len(outputs)} outputs, and `poolings` has {len(names)} names")
+            raise ValueError(f"forward returns {len(outputs)} outputs, and poolings has {len(names)} names")
         return output_poolings(dict(zip(names, outputs, strict=True)))
 
     def forward_head(self, features: Mapping[str, Tensor], *, pre_logits: bool = True) -> Tensor:
@@ -108,17 +126,32 @@ def custom_backbone(
 ) -> Backbone:
     """Make the record of a network of the user's own; `Backbone.custom` describes the arguments."""
     if not isinstance(network, nn.Module):
-        raise UserError(f"Backbone.custom takes a torch.nn.Module, and got {_kind(network)}. {_TEN_LINES}.")
+        raise UserError(f"Backbone.custom takes a torch.nn.Module, and got {_kind(network)}. Give the network itself.")
     require_allowed(name)
-    values = (*mean, *std)
-    if len(mean) != 3 or len(std) != 3 or not all(math.isfinite(one) for one in values) or min(std) <= 0:
+    try:
+        size, n_prefix_tokens = operator.index(size), operator.index(n_prefix_tokens)
+        resize = size if resize is None else operator.index(resize)
+        mean, std = tuple(map(float, mean)), tuple(map(float, std))
+        known = None if mpp is None else tuple(map(float, mpp if isinstance(mpp, Sequence) else [mpp]))
+    except (TypeError, ValueError) as error:
+        raise UserError(
+            f"{name}: size {size!r}, resize {resize!r}, n_prefix_tokens {n_prefix_tokens!r}, mean {mean!r}, "
+            f"std {std!r}, mpp {mpp!r}: one is no number ({error}). Expected whole numbers of pixels "
+            "and tokens, three numbers each for mean and std, and one or more for mpp."
+        ) from None
+    if len(mean) != 3 or len(std) != 3 or not all(map(math.isfinite, mean + std)) or min(std) <= 0:
         raise UserError(
             f"{name}: mean {mean} and std {std}: expected three numbers each, for RGB in 0..1, std above 0."
         )
     if interpolation not in ("bicubic", "bilinear"):
         raise UserError(f"{name}: interpolation {interpolation!r}: expected bicubic or bilinear.")
-    if not (1 <= size <= 2_048 and (resize is None or resize >= size)):
-        raise UserError(f"{name}: size {size}, resize {resize}: expected 1 to 2,048 pixels, and no less for resize.")
+    if not 1 <= size <= min(resize, 2_048) or n_prefix_tokens < 0:
+        raise UserError(
+            f"{name}: size {size}, resize {resize}, n_prefix_tokens {n_prefix_tokens}: expected 1 to 2,048 pixels, no "
+            "less for resize, and no tokens or more."
+        )
+    if card_pooling is not None and not isinstance(card_pooling, str):
+        raise UserError(f"{name}: card_pooling {card_pooling!r}: expected a name, or several joined by '+'.")
     if next(network.parameters(), None) is None:
         raise UserError(f"{name}: this {_kind(network)} has no parameters: there is no network to run.")
     own = CustomNetwork(_copied(network, name).float(), poolings, n_prefix_tokens).cpu().eval()
@@ -138,11 +171,11 @@ def custom_backbone(
         arch=type(network).__qualname__,
         kwargs={"n_prefix_tokens": n_prefix_tokens},
         input_size=size,
-        resize=resize or size,
-        mean=tuple(map(float, mean)),  # type: ignore[arg-type]
-        std=tuple(map(float, std)),  # type: ignore[arg-type]
+        resize=resize,
+        mean=mean,
+        std=std,
         interpolation=interpolation,  # type: ignore[arg-type]
-        mpp=None if mpp is None else (float(mpp),) if isinstance(mpp, int | float) else tuple(mpp),
+        mpp=known,
         card_pooling=card,  # type: ignore[arg-type]
         n_parameters=sum(parameter.numel() for parameter in network.parameters()),
         embedding_dim=sum(widths[part] for part in card.split("+")),
@@ -163,7 +196,7 @@ def state_digest(network: nn.Module) -> str:
 
 def require_allowed(name: str) -> None:
     """Raise UserError if a model of the user's own cannot be called so."""
-    if name in BACKBONES:
+    if isinstance(name, str) and name in BACKBONES:
         raise UserError(f"{name!r} is a model that mitofm knows: call your own otherwise, such as 'my-{name}'.")
     if not isinstance(name, str) or not _NAME.fullmatch(name) or ".." in name or name == "samples" or is_code(name):
         raise UserError(
@@ -186,31 +219,68 @@ def _copied(network: nn.Module, name: str) -> nn.Module:
     try:
         return copy.deepcopy(network)
     except Exception as error:
+        _, held = _uncopied(network)
         raise UserError(
-            f"{name}: this {_kind(network)} cannot be copied, as training of several folds needs ({_raised(error)}). "
-            "Remove what its attributes hold besides modules, tensors and numbers."
+            f"{name}: this {_kind(network)} cannot be copied, as training of several folds needs{held} "
+            f"({raised(error)}). Remove what its attributes hold besides modules, tensors and numbers."
         ) from error
+
+
+def _require_nothing_kept(network: nn.Module, name: str) -> None:
+    """Raise UserError if a network cannot be copied any more, now that it has been run: its forward keeps something."""
+    try:
+        copy.deepcopy(network, {id(tensor): tensor for tensor in (*network.parameters(), *network.buffers())})
+    except Exception as error:
+        module, held = _uncopied(network)
+        raise UserError(
+            f"{name}: {_forward_of(module, held)}forward of {_kind(module)} keeps what cannot be copied{held} "
+            f"({type(error).__name__}). Let it keep nothing in the module between calls: several threads call it, and "
+            "training copies it."
+        ) from error
+
+
+def _uncopied(network: nn.Module) -> tuple[nn.Module, str]:
+    """Find the module, and say in which attribute, that holds what cannot be copied; the network where none does."""
+    for path, module in network.named_modules():
+        for attribute, value in vars(module).items():
+            try:
+                copy.deepcopy(None if attribute == "_modules" else value)
+            except Exception:  # noqa: BLE001 - whatever it is, a copy fails of it
+                return module, f": self.{attribute} of {path or 'the network'}"
+    return network, ""
+
+
+def _forward_of(module: nn.Module, held: str) -> str:
+    """Say which line of a module's forward mentions an attribute, where its source is at hand."""
+    try:
+        lines, first = inspect.getsourcelines(type(module).forward)
+        file = inspect.getsourcefile(type(module).forward)
+    except (OSError, TypeError):
+        return ""
+    attribute = held.removeprefix(": self.").partition(" ")[0]
+    line = next((k for k, text in enumerate(lines) if re.search(rf"\.{attribute}\b", text)), 0)
+    return f"{file}, line {first + line}: "
 
 
 def _tried(own: CustomNetwork, name: str, size: int) -> dict[str, int]:
     """Embed two images in eval mode, check what comes out, and give the widths of the poolings.
 
     Raises:
-        UserError: an exception, an output that cannot be pooled, is not finite, or does not follow from the parameters.
+        UserError: an exception, an output that cannot be pooled, is not finite, does not follow from the parameters, or
+            is another one when the same images come again.
     """
     line = torch.linspace(-1, 1, 3 * size * size).view(1, 3, size, size)
+    images = torch.cat([line, -line])
     try:
         # With gradients, of which only it is asked whether there are any: what a backward pass needs is not kept.
         with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(lambda tensor: None, lambda kept: kept):
             own.requires_grad_(True)
-            found = own.forward_features(torch.cat([line, -line]))
-    except Exception as error:
-        if isinstance(error, UserError) or (isinstance(error, RuntimeError) and out_of_memory(error)):
-            raise
+            found = own.forward_features(images)
+    except NetworkError as error:
         raise UserError(
-            f"{name}: {_kind(own.network)} cannot embed an image of {size} px ({_raised(error)}). If it takes another "
-            "size, say so by `size`; if forward gives something else than (b, d), (b, tokens, d), (b, c, h, w) or a "
-            "dictionary of (b, d), say what by `poolings`."
+            f"{name}: {_kind(own.network)} cannot embed an image of {size} px ({raised(error)}). If it takes another "
+            "size, say so in Backbone.custom(..., size=...); if forward gives something else than (b, d), "
+            "(b, tokens, d), (b, c, h, w) or a dictionary of (b, d), say what in Backbone.custom(..., poolings=...)."
         ) from error
     for pooling, values in found.items():
         if not re.fullmatch(r"\w+", pooling, re.ASCII) or pooling in ("card", "samples"):
@@ -231,8 +301,18 @@ def _tried(own: CustomNetwork, name: str, size: int) -> dict[str, int]:
         if not values.requires_grad:
             raise UserError(
                 f"{name}: {pooling} does not follow from the parameters of the network that is given, so it could not "
-                "be fine-tuned. Leave torch.no_grad and detach out of forward; a function given as `poolings` computes "
+                "be fine-tuned. Leave torch.no_grad and detach out of forward; a function given as poolings computes "
                 "with the network that is passed to it, and with no other."
+            )
+    _require_nothing_kept(own.network, name)
+    with torch.no_grad():
+        again = own.forward_features(images)
+    for pooling, values in found.items():
+        largest = float(values.detach().abs().max())
+        if not torch.allclose(again[pooling], values, rtol=1e-3, atol=1e-4 * largest):
+            raise UserError(
+                f"{name}: {pooling} is another one when the same images come again. Leave out of forward what is "
+                "random, such as F.dropout without training=self.training, and what it keeps from call to call."
             )
     return {pooling: int(values.shape[1]) for pooling, values in found.items()}
 
@@ -241,8 +321,9 @@ def _kind(value: object) -> str:
     return type(value).__qualname__
 
 
-def _raised(error: BaseException) -> str:
+def raised(error: BaseException) -> str:
     """Say what was raised, and in which line of the user's own code."""
+    error = error.__cause__ or error if isinstance(error, NetworkError) else error
     text = f"{type(error).__name__}: {str(error).splitlines()[0]}" if str(error) else type(error).__name__
     if isinstance(error, SyntaxError):
         return f"{error.filename}, line {error.lineno}: {type(error).__name__}: {error.msg}"
@@ -300,10 +381,12 @@ def run_code(name: str) -> Backbone:
         except UserError:
             raise
         except (Exception, SystemExit) as error:
-            raise UserError(f"{name}: {_raised(error)}. Mend the file, and run the command again.") from error
+            raise UserError(f"{name}: {raised(error)}. Mend the file, and run the command again.") from error
     if not isinstance(made, Backbone):
-        hint = "return Backbone.custom(network, name=...) instead" if isinstance(made, nn.Module) else _TEN_LINES
-        raise UserError(f"{file}: {function}() returned {_kind(made)}, expected a Backbone: {hint}.")
+        raise UserError(
+            f"{file}: {function}() returned {_kind(made)}, expected a Backbone: let it return "
+            "Backbone.custom(network, name=..., size=...)."
+        )
     require_allowed(made.name)
     if made.network is None:
         return made  # a record of a network that timm builds, as those of the registry
@@ -313,7 +396,7 @@ def run_code(name: str) -> Backbone:
 
 def _run_file(path: Path) -> tuple[Path, ModuleType]:
     if not path.is_file():
-        raise UserError(f"{path}: no such file. A model of your own is a Python file; {_TEN_LINES}.")
+        raise UserError(f"{path}: no such file. A model of your own is a Python file with {_EXPECTED}.")
     file = path.resolve()
     name = f"mitofm_model_{hashlib.sha256(str(file).encode()).hexdigest()[:12]}"
     spec = importlib.util.spec_from_file_location(name, file)
@@ -347,9 +430,11 @@ def _importable(folder: Path) -> Iterator[None]:
 def _call(module: ModuleType, name: str, file: Path) -> object:
     function = getattr(module, name, None)
     if not callable(function):
-        own = [key for key, value in vars(module).items() if callable(value) and value.__module__ == module.__name__]
+        functions = inspect.getmembers(module, inspect.isfunction)
+        own = [key for key, value in functions if value.__module__ == module.__name__]
+        listed = f" (it has {', '.join(own)})" if own else ""
         raise UserError(
-            f"{file} has no function {name!r}{f' (it has {chr(44).join(own)})' if own else ''}.{nearest(name, own)} "
-            f"Write one that returns Backbone.custom(...), or name another: {file.name}:function."
+            f"{file} has no function {name!r}{listed}.{nearest(name, own)} "
+            f"Expected {_EXPECTED}; one of another name is named as {file.name}:function."
         )
     return function()

@@ -136,9 +136,15 @@ def import_embeddings(
         The entry, complete.
 
     Raises:
-        UserError: if a file is not as described, ids are repeated, missing or unknown, or float16 does not hold what
-            the embeddings say; see `require_float16`.
+        UserError: if a name has commas or begins or ends with spaces, a file is not as described, ids are repeated,
+            missing or unknown, or float16 does not hold what the embeddings say; see `require_float16`.
     """
+    for name in (dataset, model, view):
+        if "," in name or name != name.strip():
+            raise UserError(
+                f"{name!r} could not be named again: options take several names separated by commas, without the "
+                "spaces around them. Leave out commas, and spaces at either end."
+            )
     folder = read_folder(source) if source.is_dir() else None
     if folder is not None and ids is not None:
         raise UserError(f"{source} is a folder, whose files are matched by slide: leave out `ids`.")
@@ -259,13 +265,15 @@ def _folder_samples(
         assert folder.labels is not None
         columns = {"id": ids, "label": folder.labels.tolist(), "group": slides}
         return _samples(source, columns, ids, order, ordinal=ordinal)
-    table = read_table(path, required=("label",), optional=("id", "group", "split", "domain"))
+    table = read_table(path, required=("label",), optional=("id", "group", "split", "domain"), say_unused=False)
     if not set(table.columns.get("id", ())).isdisjoint(ids):  # a table of patches
+        table.say_unused()
         slide_of = dict(zip(ids, slides, strict=True))
         groups = table.columns.get("group") or [slide_of.get(id, "") for id in table.columns["id"]]
         where = [f"line {line}: {id}" for line, id in zip(table.lines, table.columns["id"], strict=True)]
         return _samples(path, {**table.columns, "group": groups}, where, order, ordinal=ordinal)
     name, rows = _rows_of_slides(table, dict.fromkeys(slides), source)
+    table.say_unused(but=name)
     wanted = {key: table.columns[key] for key in ("label", "group", "split", "domain") if key in table.columns}
     spread = {key: [cells[rows[slide]] for slide in slides] for key, cells in wanted.items()}
     patients = slides if name == "group" else known_cells(spread.get("group")) or slides

@@ -96,11 +96,18 @@ class Table:
         path: the file.
         columns: name to the cells of its rows; wanted columns under the name they are wanted by.
         lines: the line of the file on which each row ends.
+        unused: the columns besides those that were wanted.
     """
 
     path: Path
     columns: Mapping[str, list[str]]
     lines: list[int]
+    unused: Sequence[str]
+
+    def say_unused(self, *, but: str | None = None) -> None:
+        """Say which columns are not used, besides one that is."""
+        if names := [name for name in self.unused if name != but]:
+            say(f"{self.path}: columns not used: {', '.join(names)}.")
 
     def __len__(self) -> int:
         return len(self.lines)
@@ -112,7 +119,7 @@ class Table:
             yield row
 
 
-def read_table(path: Path, *, required: Sequence[str], optional: Sequence[str] = ()) -> Table:
+def read_table(path: Path, *, required: Sequence[str], optional: Sequence[str] = (), say_unused: bool = True) -> Table:
     """Read a table: UTF-8, UTF-16 or Windows-1252 text, delimited by comma, semicolon, tab or bar.
 
     A wanted column may be there under one of its `SYNONYMS`; case, spaces, hyphens, underscores and a plural s make no
@@ -122,6 +129,7 @@ def read_table(path: Path, *, required: Sequence[str], optional: Sequence[str] =
         path: the file; its first line names the columns.
         required: columns that must be there.
         optional: columns that may be there.
+        say_unused: whether to say which columns are not used. Whoever may use others calls `Table.say_unused` itself.
 
     Raises:
         UserError: if the file cannot be read or is no such text, lacks a column or has two for one purpose, has one
@@ -169,8 +177,11 @@ def read_table(path: Path, *, required: Sequence[str], optional: Sequence[str] =
     cells_of = dict(zip(range(len(header)), map(list, zip(*rows, strict=True)), strict=True))
     named = {name: cells_of[position] for name, position in found.items()}
     others = {header[position]: cells for position, cells in cells_of.items() if position not in found.values()}
-    _say_what_is_used(path, header, found, unused=[name for name in others if optional and _has_name(name)])
-    return Table(path, others | named, lines)
+    _say_what_is_used(path, header, found)
+    table = Table(path, others | named, lines, [name for name in others if optional and _has_name(name)])
+    if say_unused:
+        table.say_unused()
+    return table
 
 
 def header_of(path: Path) -> list[str]:
@@ -448,9 +459,7 @@ def _has_name(column: str) -> bool:
     return bool(column) and not column.startswith("Unnamed:")  # pandas' index columns
 
 
-def _say_what_is_used(path: Path, header: Sequence[str], found: Mapping[str, int], *, unused: Sequence[str]) -> None:
+def _say_what_is_used(path: Path, header: Sequence[str], found: Mapping[str, int]) -> None:
     renamed = [f"{header[k]} as {column}" for column, k in found.items() if header[k] != column]
     if renamed:
         say(f"{path}: using column{'s' * (len(renamed) > 1)} {', '.join(renamed)}.")
-    if unused:
-        say(f"{path}: columns not used: {', '.join(unused)}.")

@@ -34,7 +34,7 @@ from features.folds import FoldModel
 from finetune import kernels
 from finetune import products as plain
 from finetune.dropout import WHOLE_BATCH, BatchRows, drop_threshold, seed_of
-from finetune.targets import find_targets
+from finetune.targets import find_targets, of_torch
 
 # Full matches of module names. A list of suffixes would catch `patch_embed.proj` too.
 TARGETS = r"blocks\.\d+\.(attn\.(qkv|proj)|mlp\.fc[12])"
@@ -139,10 +139,18 @@ def _find_targets(model: nn.Module, targets: str) -> tuple[str, ...]:
     names = tuple(name for name in modules if re.fullmatch(targets, name))
     if not names:
         # One example of all names that differ in their numbers only.
-        examples = {re.sub(r"\d+", "0", name): name for name, module in modules.items() if _is_linear(module)}
+        linear = [name for name in modules if _is_linear(modules[name]) and not of_torch(modules, name)]
+        examples = {re.sub(r"\d+", "0", name): name for name in linear}
+        remedy = (
+            f"Say by `lora_targets` which to adapt: they must match a whole name, such as "
+            f"{', '.join(list(examples.values())[-8:])}."
+            if examples
+            else "It has no nn.Linear and no 1x1 nn.Conv2d of one group and stride 1, and nothing else can be adapted: "
+            "train all of it by `method='full'`, or a classifier alone by `method='head'`."
+        )
         raise UserError(
-            f"LoRA targets '{targets}' match no module of this {type(model).__name__}. They must match a whole name, "
-            f"such as {', '.join(list(examples.values())[-8:])}."
+            f"LoRA targets '{targets}' match no module of this {type(getattr(model, 'network', model)).__name__}. "
+            f"{remedy}"
         )
     for name in names:
         if not _is_linear(modules[name]):

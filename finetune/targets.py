@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping
 
 from torch import nn
 
@@ -41,10 +41,17 @@ def find_targets(model: nn.Module, families: Iterable[str], is_linear: Callable[
         for name, module in modules.items()
         if is_linear(module) and re.search(r"\d", name.rpartition(".")[0]) and not _NO_BLOCK.search(name)
     ]
-    names: Sequence[str] = [name for name in numbered if not _of_torch(modules[name.rpartition(".")[0]])]
+    names = [name for name in numbered if not of_torch(modules, name)]
     return "|".join(map(re.escape, names)) or plain
 
 
-def _of_torch(parent: nn.Module) -> bool:
+def of_torch(modules: Mapping[str, nn.Module], name: str) -> bool:
+    """Whether a module is a part of one of torch's own, which may read its weights without calling it.
+
+    Args:
+        modules: name -> module of the network.
+        name: of the module.
+    """
+    parent = modules[name.rpartition(".")[0]]
     lists = nn.Sequential | nn.ModuleList | nn.ModuleDict
     return type(parent).__module__.startswith("torch.nn") and not isinstance(parent, lists)

@@ -35,6 +35,7 @@ _RANGE |= {"nmi": (0.0, math.inf), "log_loss": (0.0, math.inf), "benefit": (-mat
 _RANGE |= dict.fromkeys(("slope", "intercept", "lower", "upper"), UNBOUNDED)
 _BIASED_UPWARD = frozenset({"ece"})  # sampling adds to it, and resampling once more
 _LARGEST_DESIGN_EFFECT = 100.0
+_ROUNDING = 1e-12  # of a figure: what resamples differ by less is how they were added up
 _BLOCK = 2**17  # counts drawn at a time
 _MOST_LEFT_OUT = 5_000  # clusters; with more of them percentiles need no widening
 _MOST_KEPT = 2**25  # counts of a set that are kept: 32 megabytes
@@ -432,7 +433,7 @@ def make_spread(
     if not known:
         return Spread(value, n_undefined, Scatter(math.nan, math.nan), training, math.nan, design_effect)
     variance, freedom = 0.0, max(1.0, n_clusters - 1.0)
-    if np.ptp(defined) > 0:
+    if np.ptp(defined) > _ROUNDING * max(1.0, abs(value)):
         variance = float(defined.var()) * n_clusters / (n_clusters - 1)
         squares = (without - without.mean()) ** 2 if len(without) else np.zeros(1)
         if squares.any():

@@ -203,6 +203,11 @@ def read_run(folder: Path) -> RunRecord:
     folder = Path(folder)
     for name in ("run.json", "metrics.json"):
         if not (folder / name).is_file():
+            if held := sorted(folder.glob("*/run.json")):
+                raise UserError(
+                    f"{folder} is no run, but a folder of runs. Name one of them, such as {held[0].parent}; all of "
+                    f"them are compared by fm-report --runs {folder}."
+                )
             raise UserError(
                 f"{folder} is not a finished run: {name} is missing. Expected a folder written by fm-probe or "
                 "fm-finetune; an interrupted training goes on with fm-finetune --resume."

@@ -6,6 +6,7 @@ import hashlib
 import json
 import re
 import shutil
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,10 +24,11 @@ from extract.backbones import build_model, fetch_weights, recorded_backbone
 from extract.custom import CustomNetwork, is_code, run_code, state_digest
 from extract.doctor import _models
 from extract.pooling import center_window, forward_poolings, output_poolings, pooling_widths
-from features.console import UserError
+from features.console import UserError, as_flags
+from features.folds import fold_models
 from features.store import FeatureStore
 from finetune.checkpoint import write_start
-from finetune.lora import default_targets
+from finetune.lora import LoraOptions, add_adapters, default_targets
 from finetune.options import ComputeOptions, FinetuneOptions
 from finetune.plan import make_plan
 from finetune.predict import predict_paths
@@ -219,14 +221,20 @@ def test_no_record_makes_code_run(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("x = 1\n", r"net\.py has no function 'backbone'. Write one"),
-        ("def backbon():\n    pass\n", r"has no function 'backbone' \(it has backbon\)"),
+        ("x = 1\n", r"net\.py has no function 'backbone'. Expected a function backbone\(\), without"),
+        (
+            "class N:\n    pass\ndef backbon():\n    pass\ndef other():\n    pass\n",
+            r"has no function 'backbone' \(it has backbon, other\)\. Did you mean backbon\? Expected a function",
+        ),
         ("import nothing_like_it\n", r"net\.py, line 1, `import nothing_like_it`: ModuleNotFoundError"),
         ("def backbone(:\n", r"net\.py, line 1: SyntaxError"),
         ("def backbone():\n\n    return {}['x']\n", r"net\.py, line 3, `return {}\['x'\]`: KeyError: 'x'"),
         ("import sys\ndef backbone():\n    sys.exit(3)\n", r"line 3, .*SystemExit"),
         ("def backbone():\n    return 1\n", r"backbone\(\) returned int, expected a Backbone"),
-        ("from torch import nn\ndef backbone():\n    return nn.Linear(1, 1)\n", r"Linear.*return Backbone\.custom\("),
+        (
+            "from torch import nn\ndef backbone():\n    return nn.Linear(1, 1)\n",
+            r"Linear.*return Backbone\.custom\(network, name",
+        ),
     ],
 )
 def test_a_file_that_gives_no_backbone_is_refused_with_its_line(tmp_path: Path, text: str, message: str) -> None:
@@ -278,12 +286,20 @@ def backbone():
         (lambda x: x.flatten(), {}, r"cannot embed an image of 16 px \(.*its output is \(1536,\)"),
         (lambda x: x.flatten(2).mT[:, :5], {"n_prefix_tokens": 2}, r"n_prefix_tokens=1 would leave 2 x 2"),
         (lambda x: x.view(-1, 3, 8, 8), {"size": 12}, r"test_custom\.py, line \d+, `.*view.*If it takes another size"),
-        (lambda x: (x.flatten(1), 3), {"poolings": "a"}, "forward returns 2 outputs, and `poolings` has 1 names"),
+        (lambda x: (x.flatten(1), 3), {"poolings": "a"}, "forward returns 2 outputs, and poolings has 1 names"),
         (lambda x: {"a": x}, {}, r"a is torch\.float32 of the shape \(2, 3, 16, 16\)"),
         (lambda x: {"a+b": x.flatten(1)}, {}, r"'a\+b' cannot name a pooling"),
         (lambda x: x.detach().flatten(1), {}, "does not follow from the parameters"),
         (lambda x: x.flatten(1), {"card_pooling": "cls"}, "its output has pooled, and no cls"),
         (lambda x: x.flatten(1), {"std": (1, 0, 1)}, "std above 0"),
+        (lambda x: x.flatten(1), {"size": "16"}, r"size '16', .*'str' object .*\. Expected whole numbers of pixels"),
+        (lambda x: x.flatten(1), {"size": 16.5}, r"size 16\.5, .*Expected whole numbers of pixels"),
+        (lambda x: x.flatten(1), {"mean": 0.5}, r"mean 0\.5, .*Expected .*three numbers each"),
+        (lambda x: x.flatten(1), {"mpp": "fine"}, r"mpp 'fine': one is no number"),
+        (lambda x: x.flatten(1), {"resize": 8}, r"resize 8, .*no less for resize"),
+        (lambda x: x.flatten(1), {"n_prefix_tokens": -1}, r"n_prefix_tokens -1: expected"),
+        (lambda x: x.flatten(1), {"card_pooling": 1}, r"card_pooling 1: expected a name"),
+        (lambda x: x.flatten(1), {"name": ["a"]}, r"\['a'\] cannot name a model"),
         (lambda x: x.flatten(1), {"name": "uni"}, "'uni' is a model that mitofm knows"),
         (lambda x: x.flatten(1), {"name": "a/b"}, "'a/b' cannot name a model"),
         (lambda x: x.flatten(1), {"name": "samples"}, "'samples' cannot name a model"),
@@ -293,6 +309,89 @@ def backbone():
 def test_what_cannot_be_a_backbone_is_refused(answer: Any, options: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         custom(answer, **options)
+
+
+# A network that works once, on two images on the processor, and what it does besides.
+FAULTY = """
+import threading
+import torch
+from torch import nn
+from extract import Backbone
+
+class Inner(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Conv2d(3, 4, 4, 4)
+        self.n = 0
+
+    def forward(self, images):
+        found = self.layer(images).mean((2, 3))
+        {fault}
+        return found
+
+def backbone():
+    return Backbone.custom(nn.Sequential(Inner()), name="faulty", size=16)
+"""
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        ("self.kept = found", r"net\.py, line 15: forward of Inner keeps .* copied: self\.kept of 0 \(RuntimeError\)"),
+        ("self.kept = [(found,)]", r"net\.py, line 15: forward of Inner keeps .*: self\.kept of 0"),
+        ("self.lock = threading.Lock()", r"net\.py, line 15: forward of Inner keeps .*: self\.lock of 0 \(TypeError\)"),
+        ("self.n += 1; found = found + self.n", r"pooled is another one .* keeps from call to call"),
+        ("found = nn.functional.dropout(found)", r"pooled is another one .*F\.dropout without training"),
+    ],
+)
+def test_what_forward_keeps_or_draws_is_refused(tmp_path: Path, fault: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        run_code(written(tmp_path, FAULTY.format(fault=fault)))
+
+
+def test_a_cache_that_can_be_copied_may_be_kept(tmp_path: Path) -> None:
+    backbone = run_code(written(tmp_path, FAULTY.format(fault="self.cache = {images.shape: torch.ones(3)}")))
+    assert build_model(backbone, None) is not backbone.network
+
+
+def test_what_fails_on_other_images_than_those_tried_is_named_with_its_line(tmp_path: Path) -> None:
+    file = written(tmp_path, FAULTY.format(fault="found = found.view(2, 4)"))
+    with pytest.raises(
+        UserError, match=r"Sequential cannot embed images .*\(\d+, 3, 16, 16\).*net\.py, line 15, `found = "
+    ):
+        embed(
+            file,
+            load_dataset(str(write_patches(tmp_path / "drawn", 6, size=16))),
+            FeatureStore.open_or_create(tmp_path / "s"),
+        )
+    in_training = written(tmp_path, FAULTY.format(fault="assert not self.training"))
+    with pytest.raises(UserError, match=r"net\.py, line 15, `assert not self\.training`: AssertionError"):
+        train(in_training, tmp_path / "drawn", tmp_path / "runs", method="full")
+
+
+def test_the_attribute_that_cannot_be_copied_is_named() -> None:
+    network = nn.Sequential(Wide(lambda x: x.flatten(1)))
+    network[0].lock = threading.Lock()  # type: ignore[assignment]
+    with pytest.raises(UserError, match=r"cannot be copied.*: self\.lock of 0 \(TypeError"):
+        Backbone.custom(network, name="own", size=16)
+
+
+def test_arguments_in_a_users_file_do_not_become_options_of_a_command(tmp_path: Path) -> None:
+    flags = dict.fromkeys(("size", "resize", "weights", "poolings", "mean", "std", "mpp", "card_pooling"), "--option")
+    faults: list[tuple[Any, dict[str, Any]]] = [
+        (lambda x: x.view(-1, 3, 8, 8), {"size": 12}),
+        (lambda x: x.detach().flatten(1), {}),
+        (lambda x: (x.flatten(1), 3), {"poolings": "a"}),
+        (lambda x: x.flatten(1), {"size": "16"}),
+        (lambda x: x.flatten(1), {"weights": tmp_path / "absent.pt"}),
+        (lambda x: x.flatten(1), {"weights": tmp_path}),
+    ]
+    for answer, options in faults:
+        with pytest.raises(UserError) as refused:
+            fetch_weights(custom(answer, **options))
+        assert "--option" not in as_flags(str(refused.value), flags)
+    with pytest.raises(UserError, match="`weights` takes one file"):  # here it is an option's
+        fetch_weights(custom(lambda x: x.flatten(1)), weights=tmp_path)
 
 
 def test_two_models_of_one_name_are_refused(tmp_path: Path) -> None:
@@ -416,6 +515,20 @@ def test_a_checkpoint_is_loaded_strictly_and_its_digest_recorded(tmp_path: Path)
 
 
 # -------------------------------------------------------------------------------------------------------------- targets
+
+
+def test_a_network_without_numbered_blocks_says_what_can_be_adapted() -> None:
+    def adapt(network: nn.Module) -> None:
+        add_adapters(CustomNetwork(network, None, 0), LoraOptions(), fold_models=fold_models([0], 2))
+
+    plain = nn.Sequential(nn.Conv2d(3, 4, 5, stride=4), nn.ReLU(), nn.Conv2d(4, 4, 3))
+    with pytest.raises(
+        UserError, match=r"no module of this Sequential\. It has no nn\.Linear .*`method='full'`.*'head'"
+    ):
+        adapt(plain)
+    named = nn.ModuleDict({"stem": plain, "mixer": nn.Conv2d(4, 4, 1), "attention": nn.MultiheadAttention(8, 2)})
+    with pytest.raises(UserError, match=r"of this ModuleDict\. .*`lora_targets`.*, such as network\.mixer\.$"):
+        adapt(named)
 
 
 def test_targets_are_the_familys_behind_a_prefix_else_layers_in_blocks() -> None:

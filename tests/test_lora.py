@@ -167,7 +167,7 @@ def test_each_family_has_default_targets(name: str, family: str, adapted: set[st
         ({"dropout": 1.0}, "dropout 1.0: expected 0 or more and less than 1"),
         ({"dropout": -0.1}, "dropout -0.1"),
         ({"targets": "blocks.(qkv"}, "not a regular expression"),
-        ({"targets": "qkv"}, r"match no module of this VisionTransformer.*blocks\.1\.attn\.qkv"),
+        ({"targets": "qkv"}, r"match no module of this VisionTransformer.*`lora_targets`.*blocks\.1\.attn\.qkv"),
         ({"targets": r"patch_embed\.proj"}, "match patch_embed.proj, which is a 16x16 Conv2d of stride 16"),
         ({"targets": r"blocks\.0"}, "match blocks.0, which is a Block"),
     ],

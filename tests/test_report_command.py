@@ -122,6 +122,7 @@ def test_what_cannot_be_done_is_one_message(fm_report, tmp_path):
     assert "none does not exist" in refused(fm_report("--runs", "none"))
     assert "file is not a folder" in refused(fm_report("--runs", "file"))
     assert "file is not a finished run" in refused(fm_report("file"))
+    assert re.search(r"runs is no run, but a folder of runs.* by fm-report --runs runs\.", refused(fm_report("runs")))
     assert "none.zarr" in refused(fm_report("--store", "none.zarr"))
     for out in ("folder", "file/report.html", "folder/.."):
         assert "cannot write" in refused(fm_report("--out", out)), out

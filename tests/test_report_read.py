@@ -34,6 +34,9 @@ def test_a_folder_without_runs_is_refused(tmp_path):
     (tmp_path / "notes.txt").write_text("no run")
     with pytest.raises(UserError, match="holds no finished run"):
         read_runs(tmp_path)
+    (tmp_path / "measures-1").mkdir()
+    with pytest.raises(UserError, match=r"holds measures but no finished run\. .*fm-probe, without --measures"):
+        read_runs(tmp_path)
     for named in (tmp_path / "notes", tmp_path / "notes.txt", tmp_path / "none"):
         with pytest.raises(UserError, match=r"is not a finished run: run\.json is missing"):
             read_runs(tmp_path, named=[named])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -14,7 +15,7 @@ from features.console import UserError
 from probe import resample
 from probe.evidence import judge
 from probe.metrics import NAMES, scores
-from probe.resample import NO_SCATTER, Clusters, Resampling, Scatter, Spread, Sums, make_clusters, make_spread
+from probe.resample import NO_SCATTER, Clusters, Resampling, Scatter, Spread, Sums, interval, make_clusters, make_spread
 
 
 def test_what_was_resampled_is_said():
@@ -109,6 +110,17 @@ def test_freedom_is_that_of_clusters_that_weigh_alike():
     assert make_spread(0.0, drawn, moved, n_clusters=40).degrees_of_freedom == 39
     moved[0] = 10
     assert make_spread(0.0, drawn, moved, n_clusters=40).degrees_of_freedom < 2.5
+
+
+@pytest.mark.parametrize("value", [5 / 6, 500 / 6])
+def test_what_resamples_differ_by_through_rounding_is_no_scatter(value: float) -> None:
+    drawn = np.tile([value, np.nextafter(value, math.inf), np.nextafter(value, 0)], 100)
+    spread = make_spread(value, drawn, drawn[1:3], n_clusters=2)
+    assert spread.clusters.variance == 0
+    found = interval("log_loss", spread, 0.95)
+    assert math.isnan(found.low)
+    assert math.isnan(found.high)
+    assert make_spread(value, drawn + np.resize([0, 1e-6, 0], 300), drawn[1:3], n_clusters=2).clusters.variance > 0
 
 
 def test_the_standard_error_is_that_of_a_mean():

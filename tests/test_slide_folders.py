@@ -108,6 +108,28 @@ def test_a_folder_of_trident_is_imported_by_one_call_and_probed(
     np.testing.assert_array_equal(store.read("d", model="other", view="full"), stored)
 
 
+def test_the_column_of_slides_is_not_said_to_be_unused(
+    folder: Path, store: FeatureStore, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "labels.csv"
+    rows = [f"{slide},{'tumor' if k % 3 == 0 else 'normal'},case_{k // 2},S" for k, slide in enumerate(SLIDES)]
+    path.write_text("\n".join(["slide,label,group,stainer", *rows]) + "\n")
+    come_in(store, folder, path)
+    said = capsys.readouterr().err
+    assert "its slides are those of the column slide." in said
+    assert "columns not used: stainer.\n" in said
+
+
+@pytest.mark.parametrize("name", ["a,b", " a", "a\t"])
+def test_names_that_no_option_could_name_are_not_imported(
+    folder: Path, table: Path, store: FeatureStore, name: str
+) -> None:
+    for names in ({"dataset": name}, {"model": name}, {"view": name}):
+        with pytest.raises(UserError, match=r"could not be named again.*Leave out commas"):
+            import_embeddings(store, folder, table=table, **{"dataset": "d", "model": "uni", "view": "full"} | names)
+    assert not store.datasets()
+
+
 def test_a_plan_of_imported_embeddings_runs_every_probe_or_says_what_to_import(
     folder: Path, table: Path, tmp_path: Path, store: FeatureStore, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -242,10 +242,11 @@ def _folders(runs: Path) -> tuple[list[Path], list[str]]:
     unfinished = [path for path in below if (path / "training.json").exists() and path not in finished]
     notes = [f"{path.name} has not finished and is left out: fm-finetune --resume {path}" for path in unfinished]
     if not finished:
-        hint = f" {notes[0]}." if notes else " Make one with fm-probe or fm-finetune."
-        if any(path.name.startswith("measures-") for path in below):
-            hint += " Measures are shown beside runs: fm-probe without --measures makes some."
-        raise UserError(f"{runs} holds no finished run.{hint}")
+        has_measures = any(path.name.startswith("measures-") for path in below)
+        hint = f"{notes[0]}." if notes else "Make one with fm-probe or fm-finetune."
+        if has_measures and not notes:
+            hint = "Measures are shown beside runs: make one with fm-probe, without --measures, or with fm-finetune."
+        raise UserError(f"{runs} holds {'measures but ' * has_measures}no finished run. {hint}")
     return finished, notes
 
 
