@@ -345,7 +345,17 @@ class Interval:
     exact: bool = False
 
     def __str__(self) -> str:
-        return f"{self.value:.3f}" + ("" if math.isnan(self.low) else f" ({self.low:.3f}–{self.high:.3f})")
+        return f"{self.value:.3f}" + (f" ({self.ends})" if self.ends else "")
+
+    @property
+    def ends(self) -> str:
+        """Both ends in print, joined by a word where a minus sign would stand beside a dash; empty if there are none.
+
+        >>> Interval(0.5, 0.4, 0.6).ends, Interval(-0.1, -0.2, 0.05).ends
+        ('0.400–0.600', '-0.200 to 0.050')
+        """
+        joint = " to " if self.low < 0 else "–"
+        return "" if math.isnan(self.low) else f"{self.low:.3f}{joint}{self.high:.3f}"
 
 
 @dataclass(frozen=True)

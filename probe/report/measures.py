@@ -195,5 +195,4 @@ def _cell(figure: Figure | None) -> str:
     if figure is None:
         return ""
     one = figure.interval
-    ends = "" if one.low != one.low else f"\n{one.low:.3f}–{one.high:.3f}"
-    return "–" if one.value != one.value else f"{one.value:.3f}{ends}"
+    return "–" if one.value != one.value else f"{one.value:.3f}" + (f"\n{one.ends}" if one.ends else "")

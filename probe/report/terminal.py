@@ -209,5 +209,4 @@ def _spread(mean: float, std: float | None) -> str:
 def _interval_cell(figure: Interval) -> str:
     if math.isnan(figure.value):
         return "–"
-    ends = "" if math.isnan(figure.low) else f" ({figure.low:.3f}–{figure.high:.3f})"
-    return f"{figure.value:.4f}{ends}"
+    return f"{figure.value:.4f}" + (f" ({figure.ends})" if figure.ends else "")
