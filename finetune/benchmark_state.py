@@ -163,16 +163,16 @@ def _finished(row: Row, facts: Facts, found: Found) -> Path | None:
     if row.options is None:
         return None
     for record in found.runs:
-        if record.model != row.model or not _same_tables(record.table_digests, facts):
+        same_train = record.train == facts.dataset_names[0]
+        if record.model != row.model or not same_train or not _same_tables(record.table_digests, facts):
             continue
         with suppress(UserError, KeyError, TypeError, ValueError):  # options of an early version, or of a later one
             if isinstance(row.options, FinetuneOptions):
-                same_role = record.kind == "finetune" and record.train == facts.dataset_names[0]
-                if same_role and _same_training(
+                if record.kind == "finetune" and _same_training(
                     record.options, record.view, record.recipe or {}, row.options, facts.backbones[row.model]
                 ):
                     return record.folder
-            elif record.kind == "probe" and not record.combined and _same_probe(record, row, facts, found):
+            elif record.kind == "probe" and not record.combined and _same_probe(record, row, found):
                 return record.folder
     return None
 
@@ -214,7 +214,7 @@ def _is_start_of(row: Row, start: Mapping[str, Any], facts: Facts) -> bool:
     return False
 
 
-def _same_probe(record: RunRecord, row: Row, facts: Facts, found: Found) -> bool:
+def _same_probe(record: RunRecord, row: Row, found: Found) -> bool:
     """Whether a probe had the row's options, chose from its views, and read the embeddings that the store has."""
     assert isinstance(row.options, ProbeOptions)
     asked, recorded = (
@@ -224,7 +224,7 @@ def _same_probe(record: RunRecord, row: Row, facts: Facts, found: Found) -> bool
     whatever = {"device", *_MEANT} | ({"cv"} if row.options.folds_by else set())
     tried = {candidate.view for candidate in record.candidates or ()} or {record.view}
     same = all(asked[name] == recorded.get(name) for name in asked.keys() - whatever)
-    same = same and record.train == facts.dataset_names[0] and (tried == set(row.views) or not row.views)
+    same = same and (tried == set(row.views) or not row.views)
     entries = {name: found.entries.get((name, row.model, record.view)) for name in record.fingerprints}
     return same and all(
         entry is None or entry.fingerprint == record.fingerprints[name] for name, entry in entries.items()
