@@ -95,11 +95,15 @@ def with_sign(value: float) -> str:
     return f"{value:+.3f}".replace("-", "−")
 
 
+def both_ends(low: float, high: float) -> str:
+    return f"{three(low)}{' to ' if low < 0 else '–'}{three(high)}"  # a minus sign beside a dash could not be read
+
+
 def with_ends(one: Any) -> str:
     if np.isnan(one.low):
         return f"{three(one.value)} no interval"
-    wide = f" {three(one.wide[0])}–{three(one.wide[1])}" if one.wide else ""
-    return f"{three(one.value)} {three(one.low)}–{three(one.high)}{' exact' * one.exact}{wide}"
+    wide = f" {both_ends(*one.wide)}" if one.wide else ""
+    return f"{three(one.value)} {both_ends(one.low, one.high)}{' exact' * one.exact}{wide}"
 
 
 def with_signed_ends(one: Any) -> str:
